@@ -1,0 +1,57 @@
+# make train         installs everything into .venv and trains the built-in demo (two CPU processes, or the GPUs)
+# make test          runs the tests
+# make test-lowest   runs them with the oldest supported packages, in .venv-lowest
+# make lint          ruff and pyright
+# make install, make clean (keeps output/)
+#
+# PYTHON=python3.12 chooses the interpreter, PYTEST="-k launchers" passes options to pytest.
+
+PYTHON ?= python3
+PYTEST ?=
+PIP_INSTALL := -m pip --disable-pip-version-check install --quiet
+
+.PHONY: train test test-lowest lint install install-dev clean
+
+train: install
+	PYTHON="$(CURDIR)/.venv/bin/python" .venv/bin/python -m finetune demo
+
+test: install-dev
+	.venv/bin/python -m pytest $(PYTEST)
+
+# Of the end-to-end tests only the LoRA runs: the others take minutes and meet no other package.
+# One process and one LoRA run from shell to adapter; the parallel modes are compared with the newest packages.
+LOWEST := tests/commands tests/encoding tests/media tests/models tests/readers tests/templates tests/tuning \
+  tests/test_arguments.py tests/test_trainer.py tests/test_ds_configs.py tests/test_imports.py
+
+test-lowest: .venv-lowest/installed
+	.venv-lowest/bin/python -m pytest $(LOWEST) --ignore tests/models/test_zero3.py $(PYTEST)
+	.venv-lowest/bin/python -m pytest tests/test_end_to_end.py -k "lora_run_ends_well or adapter_loads" $(PYTEST)
+
+lint: install-dev
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright
+
+install: .venv/installed
+install-dev: .venv/installed-dev
+
+# The stamps: a second run installs nothing unless the requirements have changed.
+.venv/installed: requirements.txt pyproject.toml | .venv/bin/python
+	.venv/bin/python $(PIP_INSTALL) --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	.venv/bin/python $(PIP_INSTALL) --editable '.[dev]'
+	touch $@
+
+.venv-lowest/installed: requirements.txt constraints-lowest.txt pyproject.toml | .venv-lowest/bin/python
+	.venv-lowest/bin/python $(PIP_INSTALL) --constraint constraints-lowest.txt --editable '.[dev]'
+	touch $@
+
+.venv/bin/python .venv-lowest/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, $(PYTHON) is %d.%d; try: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(@D:/bin=)
+
+clean:
+	rm -rf .venv .venv-lowest build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find finetune tests -name __pycache__ -exec rm -rf {} +

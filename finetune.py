@@ -1,0 +1,176 @@
+"""Finetunes a MiniCPM-V checkpoint: ``torchrun finetune.py --model_name_or_path M --data_path D ...``.
+
+The launchers finetune_ds.sh (full) and finetune_lora.sh (LoRA) call this file; ``--help`` lists every flag.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune import distributed, outcome
+from finetune.arguments import Arguments, parse_arguments
+from finetune.errors import UserError
+from finetune.families.base import Family
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from dataset import SupervisedDataset
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story is told in one piece
+    """Trains, saves and verifies; returns the exit status."""
+    distributed.setup_logging()
+    args = parse_arguments(argv)
+    output = Path(args.training.output_dir or "output").absolute()
+
+    from finetune.tuning.checkpoint import resolve
+    from finetune.tuning.resume import choose_checkpoint
+    from finetune.tuning.saving import prepare_output, write_run
+
+    # Base checkpoint: what it is, read from the folder.
+    base = resolve(args.model.model_name_or_path)
+    check_llm_type(args, base.family)
+    resume = None
+    if distributed.is_main_process():
+        resume = choose_checkpoint(args.training, output)
+        going_on = args.training.resume_from_checkpoint == "auto" or (resume is not None and resume.parent == output)
+        prepare_output(output, resuming=going_on, overwrite=args.training.overwrite_output_dir)
+        write_run(args, base, output)
+
+    # Tokenizer.
+    distributed.start(args.training)
+    resume_from = distributed.from_main_process(resume and str(resume))
+    from transformers import set_seed
+
+    from finetune.models import load_model, load_tokenizer
+    from finetune.templates.probe import check_chat_template
+    from finetune.tuning.adapters import quantisation
+    from finetune.tuning.parts import adapt, format_table, part_rows
+
+    set_seed(args.training.seed)
+    tokenizer = load_tokenizer(base.folder)
+    check_chat_template(base.family, tokenizer)
+
+    # Data: records, one encoder for training and evaluation; looked at before a device is used.
+    from dataset import make_supervised_data_module
+    from finetune.encoding.check import check_before_training
+    from finetune.encoding.encoder import Encoder
+    from finetune.encoding.intake import BAD_SAMPLES
+    from finetune.tuning.plan import describe_steps
+
+    encoder = Encoder.from_config(
+        base.family,
+        tokenizer,
+        base.config,
+        max_slice_nums=args.data.max_slice_nums,
+        max_length=args.training.model_max_length,
+        max_pixels=args.data.max_image_pixels,
+    )
+    data = make_supervised_data_module(args.data, encoder, output)
+    train, evaluation = data["train_dataset"], data["eval_dataset"]
+    if distributed.is_main_process():
+        check_before_training([part.intake for part in (train, evaluation) if part is not None], args.data.check)
+    logger.info("%s", describe_steps(args.training, train.samples, train.intake.fitter))
+
+    # Model: load, then freeze or wrap.
+    dtype = args.training.compute_dtype
+    quantised: dict[str, Any] = {"quantization_config": quantisation(dtype)} if args.lora.q_lora else {}
+    model = load_model(base.folder, dtype=dtype, attn_implementation=args.model.attn_implementation, **quantised)
+    model = adapt(model, base.family, args.training, args.lora)
+    logger.info("%s\n%s", base.family.title, format_table(part_rows(model, args.training.part_learning_rates)))
+
+    # Train, evaluate, save.
+    from finetune.evaluation.plots import plot_loss
+    from finetune.evaluation.progress import PLOT_NAME, ProgressCallback
+    from finetune.tuning.manifest import ManifestCallback
+    from trainer import CPMTrainer
+
+    trainer = CPMTrainer(
+        model=model,
+        args=args.training,
+        base=base,
+        part_learning_rates=args.training.part_learning_rates,
+        check_base_loss=args.model.check_base_loss == "auto",
+        callbacks=[ManifestCallback(), ProgressCallback()],
+        **data,
+    )
+    trainer.train(resume_from_checkpoint=resume_from)
+    trainer.save_model()
+    if args.data.eval_data_path is not None:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+        logger.info("eval_loss %.4f over %d answer tokens", metrics["eval_loss"], metrics["eval_tokens"])
+    trainer.save_state()
+    report_samples(trainer, train, output)
+    if distributed.is_main_process():
+        plot_loss(trainer.state.log_history, output / PLOT_NAME)
+
+    # Verify in a fresh process, once this one has released its devices.
+    from finetune.tuning.verification import take_reference, verify_in_fresh_process
+
+    reference = None
+    if args.training.verify_adapter == "auto":
+        example = train.first_usable()
+        reference = take_reference(trainer, example, encoder.pad_id, dtype, args.lora.q_lora)
+    history = trainer.state.log_history
+    result = {
+        "output_dir": str(output),
+        "steps": trainer.state.global_step,
+        "train_loss": outcome.mean_train_loss(history),
+        "eval_loss": outcome.last_eval_loss(history),
+        "skipped_samples": outcome.distinct_lines(output / BAD_SAMPLES),
+    }
+    distributed.stop()
+    del trainer, model
+    distributed.free_memory()
+    status, verified = outcome.OK, None
+    if reference is not None and distributed.is_main_process():
+        verified = verify_in_fresh_process(output, reference) == 0
+        status = outcome.OK if verified else outcome.NOT_VERIFIED
+    outcome.report("error" if status else "ok", exit_code=status, **result, verified=verified)
+    return status
+
+
+def report_samples(trainer: Trainer, train: SupervisedDataset, output: Path) -> None:
+    """What became of the training samples on all ranks, and how many records are listed as left out."""
+    import torch
+
+    from finetune.encoding.intake import BAD_SAMPLES, describe_bad_samples, describe_counts
+
+    counts = trainer.accelerator.reduce(torch.tensor(train.intake.counts(), device=trainer.args.device))
+    assert isinstance(counts, torch.Tensor)
+    logger.info("%s", describe_counts(counts.tolist()))
+    if (bad := describe_bad_samples(output / BAD_SAMPLES)) is not None:
+        logger.warning("%s", bad)
+
+
+def check_llm_type(args: Arguments, family: Family) -> None:
+    """Corrects a wrong --llm_type with a warning; the family is read from the checkpoint."""
+    given = args.model.llm_type
+    if given is not None and given != family.llm_type:
+        logger.warning(
+            "LLM_TYPE %s does not fit: the checkpoint is %s, whose LLM_TYPE is %s; continuing with that",
+            given,
+            family.title,
+            family.llm_type,
+        )
+        args.model.llm_type = family.llm_type
+
+
+if __name__ == "__main__":
+    outcome.install()
+    try:
+        status = main()
+    except UserError as error:
+        status = outcome.USER_ERROR
+        message = outcome.message_of(error)
+        print(f"error: {message}", file=sys.stderr)
+        outcome.report("error", exit_code=status, message=message)
+    sys.exit(status)

@@ -1,0 +1,55 @@
+"""``python -m finetune <command> [options]``: everything that is not training."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from finetune.errors import UserError
+
+# One line per command; its module is imported only when it runs, so that the list appears at once.
+COMMANDS = {
+    "tiny": "write a complete tiny checkpoint folder in the official layout",
+    "demo-data": "write a small image dataset with known answers",
+    "demo": "train, save, verify and question a tiny model: proof that the installation works",
+    "check": "look at the records of a data file as training will, and report every problem",
+    "selfcheck": "load a checkpoint and try it out: prompt, caption, loss; the first thing to do with real weights",
+    "verify": "load a saved adapter or model in this process and compare it with its training",
+}
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{summary}" for name, summary in COMMANDS.items()]
+    head = "usage: python -m finetune <command> [options]\n\nTraining itself: sh finetune_lora.sh or sh finetune_ds.sh."
+    return "\n".join([head, "", "commands:", *lines, "", "python -m finetune <command> --help lists its options."])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status, 2 for an unknown command."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Commands: {', '.join(COMMANDS)}."
+        print(f"python -m finetune: unknown command {name!r}. {hint}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(f"finetune.commands.{name.replace('-', '_')}")
+    try:
+        return command.main(rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,396 @@
+"""Every flag of finetune.py, where its default comes from, and which combinations are refused."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import transformers
+from transformers import HfArgumentParser
+from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_cuda_available
+
+from finetune.errors import UserError
+from finetune.legacy_flags import translate
+
+logger = logging.getLogger(__name__)
+
+# Below this LoRA hardly moves: the adapters start at zero and most published failures used 1e-6.
+LOW_LORA_LEARNING_RATE = 1e-5
+
+
+# Secrets, and objects that transformers derives from other flags.
+_NOT_RECORDED = ("hub_token", "accelerator_config")
+
+# True and False are what older scripts pass.
+_RESUME_WORDS = {"none": None, "false": None, "auto": "auto", "true": "auto"}
+
+
+class ArgumentError(UserError):
+    """Flags that contradict each other or the machine."""
+
+
+@dataclass
+class ModelArguments:
+    """Which checkpoint is trained."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Folder of the checkpoint, or its hub id (a hub id is downloaded)."}
+    )
+    llm_type: str | None = field(
+        default=None,
+        metadata={"help": "Only checked: the family is read from the checkpoint; a wrong value is corrected."},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa (default), flash_attention_2 or eager, for vision tower and LLM."}
+    )
+    check_base_loss: str = field(
+        default="auto",
+        metadata={
+            "help": "auto stops at step 0 when a pretrained checkpoint has a loss near ln(vocabulary); off does not.",
+            "choices": ["auto", "off"],
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    data_path: str = field(metadata={"help": "Training data: official JSON or JSON Lines."})
+    eval_data_path: str | None = field(default=None, metadata={"help": "Evaluation data, same format."})
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder that relative image paths may also be relative to."}
+    )
+    max_slice_nums: int | None = field(
+        default=None, metadata={"help": "Most slices per image. Default: the checkpoint's value."}
+    )
+    max_image_pixels: int | None = field(
+        default=None, metadata={"help": "Largest image accepted, in pixels (guards against decompression bombs)."}
+    )
+    overlong: str = field(
+        default="shrink",
+        metadata={
+            "help": "Samples above model_max_length: shrink cuts their images into fewer slices, then drops the oldest "
+            "turns; truncate shortens prompt text, then drops turns; drop leaves the sample out; error stops.",
+            "choices": ["shrink", "drop", "truncate", "error"],
+        },
+    )
+    on_bad_sample: str = field(
+        default="error",
+        metadata={
+            "help": "Records that cannot be used: error stops; skip leaves them out and lists them in "
+            "OUTPUT_DIR/bad_samples.jsonl.",
+            "choices": ["error", "skip"],
+        },
+    )
+    check: str | None = field(
+        default=None,
+        metadata={
+            "help": "Records looked at before step 1: full, sample (1000 of them) or off. Default: full up to 20000.",
+            "choices": ["full", "sample", "off"],
+        },
+    )
+
+
+@dataclass
+class LoraArguments:
+    """How LoRA adapters are made; only read with --use_lora."""
+
+    lora_r: int = field(default=64, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=64, metadata={"help": "Scale; the update is multiplied by alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter input."})
+    lora_target_modules: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression over module names. Default: all attention projections of the LLM, "
+            r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)."
+        },
+    )
+    lora_bias: str = field(
+        default="none", metadata={"help": "Biases to train.", "choices": ["none", "all", "lora_only"]}
+    )
+    lora_modules_to_save: str | None = field(
+        default=None, metadata={"help": "Comma-separated modules trained in full and saved too, e.g. embed_tokens."}
+    )
+    lora_weight_path: str | None = field(
+        default=None, metadata={"help": "Adapter folder to start from; its rank, targets and saved modules count."}
+    )
+    lora_layers_to_transform: list[int] | None = field(
+        default=None, metadata={"help": "Only these layers of the LLM get adapters, e.g. 0 1 2."}
+    )
+    lora_layers_pattern: str | None = field(
+        default=None, metadata={"help": "Name of the layer list that lora_layers_to_transform counts in (layers)."}
+    )
+    lora_layer_replication: str | None = field(
+        default=None, metadata={"help": 'Ranges of layers to stack, as JSON: "[[0, 16], [8, 24]]".'}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised LoRA: scale alpha / sqrt(r)."})
+    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
+    q_lora: bool = field(
+        default=False,
+        metadata={"help": "QLoRA: the LLM's linear layers are quantised to 4 bit (nf4, bitsandbytes) on loading."},
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """The flags of transformers.TrainingArguments, with defaults that learn, and those of the official scripts."""
+
+    output_dir: str | None = field(default="output", metadata={"help": "Where checkpoints and the result go."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Use a non-empty output folder; a former result in it is removed."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto continues from the newest complete checkpoint in output_dir, or starts when there is none; "
+            "a checkpoint-N folder continues from that one; none (default) always starts."
+        },
+    )
+    model_max_length: int = field(default=2048, metadata={"help": "Longest sample in tokens, images included."})
+    tune_vision: bool | None = field(
+        default=None, metadata={"help": "Train the vision tower (in full). Default: true without LoRA, false with."}
+    )
+    tune_resampler: bool = field(default=True, metadata={"help": "Train the resampler (in full)."})
+    tune_llm: bool | None = field(
+        default=None, metadata={"help": "Train the LLM in full. Default: true without LoRA; refused with it."}
+    )
+    use_lora: bool = field(default=False, metadata={"help": "Train LoRA adapters in the LLM."})
+    learning_rate: float = field(
+        default=None,  # pyright: ignore[reportAssignmentType, reportArgumentType]
+        metadata={"help": "Default: 1e-4 with LoRA, 1e-5 without."},
+    )
+    vision_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower. Default: a fifth of learning_rate."}
+    )
+    resampler_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the resampler. Default: learning_rate."}
+    )
+    bf16: bool = field(
+        default=None,  # pyright: ignore[reportAssignmentType, reportArgumentType]
+        metadata={"help": "Default: true where the GPU has it."},
+    )
+    fp16: bool = field(
+        default=None,  # pyright: ignore[reportAssignmentType, reportArgumentType]
+        metadata={"help": "Default: true on a GPU without bf16; with loss scaling."},
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept for official launchers; stays false."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Samples per device and micro-batch."})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "The same in evaluation."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps (below 1: share of all)."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "No effect: NaN is logged as NaN."})
+    max_nonfinite_steps: int = field(
+        default=3, metadata={"help": "Stop after so many steps in a row with a loss or gradient not finite; 0: never."}
+    )
+    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where logs go; none for off."})
+    dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that prepare samples, per rank."})
+    verify_adapter: str = field(
+        default="auto",
+        metadata={
+            "help": "auto loads the result in a fresh process and compares logits; off does not.",
+            "choices": ["auto", "off"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self._resolve_parts()
+        self._resolve_learning_rates()
+        self._resolve_precision()
+        self.resume_from_checkpoint = _RESUME_WORDS.get(
+            (self.resume_from_checkpoint or "none").lower(), self.resume_from_checkpoint
+        )
+        self.deepspeed = _load_deepspeed_config(self.deepspeed)
+        if self.remove_unused_columns:
+            # With true, transformers would drop our batch keys it cannot find in a wrapped forward.
+            logger.warning("--remove_unused_columns true has no meaning here and is set to false")
+            self.remove_unused_columns = False
+        if self.ddp_find_unused_parameters is None:
+            # Every part runs in every micro-batch (text-only ones run a dummy image), so nothing is ever unused.
+            self.ddp_find_unused_parameters = False
+        if self.deepspeed and self.use_cpu:
+            from finetune.distributed import prepare_deepspeed_on_cpu
+
+            prepare_deepspeed_on_cpu()
+        # gradient_checkpointing is the name of all published launchers; transformers is renaming it.
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing")
+        super().__post_init__()
+
+    def _resolve_parts(self) -> None:
+        if self.use_lora and self.tune_llm:
+            raise ArgumentError(
+                "--use_lora true trains adapters in the LLM, --tune_llm true trains the LLM in full: "
+                "choose one (LoRA wants --tune_llm false)"
+            )
+        self.tune_llm = (not self.use_lora) if self.tune_llm is None else self.tune_llm
+        self.tune_vision = (not self.use_lora) if self.tune_vision is None else self.tune_vision
+        if not (self.use_lora or self.tune_llm or self.tune_vision or self.tune_resampler):
+            raise ArgumentError(
+                "nothing would be trained: set at least one of --use_lora, --tune_llm, --tune_vision, "
+                "--tune_resampler to true"
+            )
+        if not self.use_lora and not self.tune_llm:
+            logger.warning("--tune_llm false without LoRA: the LLM stays as it is, only %s is trained", self._towers())
+
+    def _towers(self) -> str:
+        return " and ".join(n for n, on in (("vision", self.tune_vision), ("resampler", self.tune_resampler)) if on)
+
+    def _resolve_learning_rates(self) -> None:
+        if self.learning_rate is None:
+            self.learning_rate = 1e-4 if self.use_lora else 1e-5
+        if self.use_lora and self.learning_rate < LOW_LORA_LEARNING_RATE:
+            logger.warning(
+                "--learning_rate %g is low for LoRA: adapters start at zero and usually want 1e-4 to 2e-4; "
+                "below %g training often has no visible effect",
+                self.learning_rate,
+                LOW_LORA_LEARNING_RATE,
+            )
+        for name, tuned in (("vision_lr", self.tune_vision), ("resampler_lr", self.tune_resampler)):
+            if getattr(self, name) is not None and not tuned:
+                part = name.removesuffix("_lr")
+                logger.warning("--%s has no effect: the %s is frozen (--tune_%s false)", name, part, part)
+        self.vision_lr = self.learning_rate / 5 if self.vision_lr is None else self.vision_lr
+        self.resampler_lr = self.learning_rate if self.resampler_lr is None else self.resampler_lr
+
+    def _resolve_precision(self) -> None:
+        if self.bf16 and self.fp16:
+            raise ArgumentError("--bf16 true and --fp16 true: choose one (bf16 where the GPU has it)")
+        if self.use_cpu or not is_torch_cuda_available():
+            self.use_cpu = True
+            self.dataloader_pin_memory = False
+            if self.fp16:
+                logger.warning("no GPU: --fp16 is ignored, training runs in fp32 on the CPU")
+            elif not self.bf16:
+                logger.warning("no GPU found: training runs in fp32 on the CPU")
+            self.bf16, self.fp16 = bool(self.bf16), False
+        elif self.bf16 is None and self.fp16 is None:
+            self.bf16 = is_torch_bf16_gpu_available()
+            self.fp16 = not self.bf16
+        else:
+            self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
+
+    @property
+    def compute_dtype(self) -> str:
+        """The type the network computes in: "bfloat16", "float16" or "float32"."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+    @property
+    def part_learning_rates(self) -> dict[str, float]:
+        """Learning rate of each part, whether it is trained or not."""
+        assert self.learning_rate is not None
+        assert self.vision_lr is not None
+        assert self.resampler_lr is not None
+        return {"llm": self.learning_rate, "vision": self.vision_lr, "resampler": self.resampler_lr}
+
+
+def _load_deepspeed_config(config: dict | str | None) -> dict | str | None:
+    """The DeepSpeed configuration as a dictionary, without the blocks that would override our flags."""
+    if not isinstance(config, str) or config.startswith("{"):
+        return config
+    path, shipped = Path(config), Path(__file__).resolve().parent.parent / config
+    if not path.is_file() and shipped.is_file():
+        path = shipped
+    if not path.is_file():
+        raise ArgumentError(f"--deepspeed {config}: no such file in {Path.cwd()} or {shipped.parent}")
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ArgumentError(f"--deepspeed {config}: not valid JSON ({error})") from error
+    for block, flags in (
+        ("optimizer", "--learning_rate, --vision_lr, --weight_decay"),
+        ("scheduler", "--lr_scheduler_type"),
+    ):
+        if loaded.pop(block, None) is not None:
+            logger.warning("%s: its %r block is ignored, it would override %s", config, block, flags)
+            loaded["zero_allow_untested_optimizer"] = True
+    return loaded
+
+
+class Arguments(NamedTuple):
+    """All parsed and validated flags."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    lora: LoraArguments
+
+    def non_defaults(self) -> dict[str, Any]:
+        """Every flag whose resolved value differs from its default, by name, in plain YAML types."""
+        values: dict[str, Any] = {}
+        for group in self:
+            for entry in fields(group):
+                value = getattr(group, entry.name)
+                if value != entry.default and value not in (None, [], "") and entry.name not in _NOT_RECORDED:
+                    values[entry.name] = _plain(value)
+        return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+    """Parses and validates the command line.
+
+    Raises:
+        ArgumentError: unknown or contradicting flags.
+    """
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, LoraArguments))  # pyright: ignore[reportArgumentType]
+    words = translate(sys.argv[1:] if argv is None else argv)
+    *groups, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown:
+        raise ArgumentError(_unknown_flags(unknown, _known_flags()))
+    model, data, training, lora = groups
+    if lora.q_lora:
+        _check_q_lora(training)
+    if not training.use_lora:
+        given = [f"--{entry.name}" for entry in fields(lora) if getattr(lora, entry.name) != entry.default]
+        if given:
+            logger.warning("%s: no effect without --use_lora true", ", ".join(given))
+    if training.do_eval and data.eval_data_path is None:
+        raise ArgumentError("evaluation is on (--do_eval or --eval_strategy) but --eval_data_path is not given")
+    if data.max_slice_nums is not None and data.max_slice_nums < 1:
+        raise ArgumentError(f"--max_slice_nums {data.max_slice_nums}: the smallest value is 1 (the thumbnail alone)")
+    return Arguments(model, data, training, lora)
+
+
+def _check_q_lora(training: TrainingArguments) -> None:
+    if not training.use_lora:
+        raise ArgumentError("--q_lora true quantises a frozen LLM and trains adapters in it: it needs --use_lora true")
+    config = training.deepspeed
+    stage = config.get("zero_optimization", {}).get("stage", 0) if isinstance(config, dict) else 0
+    if stage == 3:
+        raise ArgumentError(
+            "--q_lora true with ZeRO-3: quantised weights cannot be partitioned; use ds_config_zero2.json "
+            "(DS_CONFIG=ds_config_zero2.json)"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ArgumentError("--q_lora true needs bitsandbytes: pip install 'bitsandbytes>=0.49,<0.51'")
+
+
+def _known_flags() -> list[str]:
+    groups = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
+    return [f"--{entry.name}" for group in groups for entry in fields(group)]
+
+
+def _unknown_flags(unknown: list[str], known: list[str]) -> str:
+    names = [word for word in unknown if word.startswith("--")] or unknown
+    hints = []
+    for name in names:
+        close = difflib.get_close_matches(name.partition("=")[0], known, n=1)
+        hints.append(f"{name} (did you mean {close[0]}?)" if close else name)
+    return f"unknown: {', '.join(hints)}; --help lists every flag"

@@ -1,0 +1,60 @@
+"""Looks at every record of a data file as training will: structure, image headers, lengths; no image is decoded.
+
+Prints the counts, the warnings, and all problems by kind. Exit status 0 when every record can be used, else 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from finetune.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Run ``python -m finetune check``; 0 when every record can be used, 2 when one cannot or an argument is wrong."""
+    given = _parser().parse_args(argv)
+
+    from finetune.encoding.check import check
+    from finetune.encoding.encoder import Encoder
+    from finetune.encoding.fitting import Fitter
+    from finetune.models import load_tokenizer
+    from finetune.readers import read
+    from finetune.tuning.checkpoint import resolve
+
+    problems = 0
+    try:
+        base = resolve(given.model)
+        encoder = Encoder.from_config(
+            base.family,
+            load_tokenizer(base.folder),
+            base.config,
+            max_slice_nums=given.max_slice_nums,
+            max_length=given.model_max_length,
+            max_pixels=given.max_image_pixels,
+        )
+        for path in given.data:
+            samples = read(path, image_root=given.image_root)
+            report = check(samples, Fitter(encoder, given.overlong), given.check, cached=not given.no_cache)
+            print(report)
+            problems += len(report.problems)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 2 if problems else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub id: its tokenizer and slicing count")
+    parser.add_argument("--data", required=True, nargs="+", help="data files")
+    parser.add_argument("--image_root", help="folder that relative image paths may also be relative to")
+    parser.add_argument("--max_slice_nums", type=int, help="most slices per image (default: the checkpoint's)")
+    parser.add_argument("--max_image_pixels", type=int, help="largest image accepted, in pixels")
+    parser.add_argument("--model_max_length", type=int, default=2048, help="longest sample in tokens (default: 2048)")
+    parser.add_argument("--overlong", choices=["shrink", "drop", "truncate", "error"], default="shrink")
+    parser.add_argument("--check", choices=["full", "sample"], default="full", help="sample: 1000 of the records")
+    parser.add_argument("--no-cache", action="store_true", help="look at every record again")
+    return parser

@@ -1,0 +1,23 @@
+"""The words of the demo: its answers and its questions."""
+
+from __future__ import annotations
+
+# The corners of the RGB cube: as far apart as colours can be, and each has its opposite among them.
+COLOURS: dict[str, tuple[bool, bool, bool]] = {
+    "black": (False, False, False),
+    "red": (True, False, False),
+    "green": (False, True, False),
+    "blue": (False, False, True),
+    "yellow": (True, True, False),
+    "magenta": (True, False, True),
+    "cyan": (False, True, True),
+    "white": (True, True, True),
+}
+SQUARE = "What colour is the square?"
+DOTS = "What colour are the fine dots?"
+SQUARES = "What colours are the squares?"
+# The tiny network learns to walk through the images in order within 100 steps. Asked for one image by its number it
+# needs from 200 to more than 500, depending on the seed.
+SQUARES_ARE = "first {}, second {}"
+QUESTIONS = (SQUARE, DOTS, SQUARES)
+ANSWERS = (*COLOURS, *(SQUARES_ARE.format(colour, colour) for colour in COLOURS))

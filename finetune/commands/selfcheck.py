@@ -1,0 +1,126 @@
+"""``python -m finetune selfcheck MODEL``: is this checkpoint whole, and does it see and speak?
+
+Loads it strictly, compares its prompt with its own chat template, describes a built-in picture and compares the loss of
+a right caption with that of its shuffled words. Numbers of a checkpoint that was never trained mean nothing; that every
+step runs does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from typing import TYPE_CHECKING, Any
+
+from finetune.sample import Media, Message, Sample, Source, Text
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from finetune.encoding.encoder import Encoder
+
+QUESTION = "What is in the picture?"
+CAPTION = "The picture shows a red circle on a white background, with the word STOP written below it."
+_SIDE = 448
+_SHOWN_IDS = 24
+
+
+def main(argv: list[str]) -> int:
+    """Runs every check; returns 0 when all ran, UserError says what is wrong with the checkpoint."""
+    parser = argparse.ArgumentParser(prog="python -m finetune selfcheck", description=__doc__)
+    parser.add_argument("model", help="folder of a checkpoint, or a hub id")
+    parser.add_argument("--adapter", help="folder of an adapter trained on it")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, ...")
+    parser.add_argument("--dtype", default="auto", help="auto (the file's), bfloat16, float16, float32")
+    parser.add_argument("--max_new_tokens", type=int, default=48, help="longest caption")
+    args = parser.parse_args(argv)
+
+    import torch
+
+    from finetune.encoding.encoder import Encoder
+    from finetune.evaluation.generation import generate_answers
+    from finetune.models import load_model, load_tokenizer
+    from finetune.templates.probe import check_chat_template
+    from finetune.tuning.checkpoint import resolve
+
+    base = resolve(args.model)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    options: dict[str, Any] = {"dtype": args.dtype, "device_map": {"": device}}
+    if args.adapter is None:
+        model = load_model(base.folder, **options)
+    else:
+        model = load_model(args.adapter, base=base.folder, **options)
+    model.eval()
+    count, dtype = sum(parameter.numel() for parameter in model.parameters()), next(model.parameters()).dtype
+    print(f"loaded     {base.family.title}, {count / 1e6:,.1f} M parameters, all of them from the files")
+    if args.adapter is not None:
+        print(f"adapter    {args.adapter}")
+    print(f"runs on    {device}, {str(dtype).removeprefix('torch.')}")
+
+    tokenizer = load_tokenizer(base.folder)
+    encoder = Encoder.from_config(base.family, tokenizer, base.config)
+    ids = encoder.encode(_sample(None), generate=True).input_ids.tolist()
+    print(f"prompt     {tokenizer.decode(ids)!r}\n           {_short(ids)}")
+    agrees = check_chat_template(base.family, tokenizer)
+    print(f"template   {'the same prompt by its own chat template' if agrees else 'none in the checkpoint'}")
+
+    picture = draw()
+    prompt = _sample(picture)
+    print(f"picture    a red circle on white, STOP below it; {encoder.measure(prompt).items} visual items")
+    answers = generate_answers(model, tokenizer, encoder, [prompt], max_new_tokens=args.max_new_tokens)
+    print(f"caption    {answers[0]!r}")
+    _compare_captions(model, encoder, picture, math.log(base.config["vocab_size"]))
+    return 0
+
+
+def _compare_captions(model: torch.nn.Module, encoder: Encoder, picture: Image.Image, chance: float) -> None:
+    right, shuffled = (caption_loss(model, encoder, picture, text) for text in (CAPTION, _shuffle(CAPTION)))
+    print(
+        f"loss       {right:.3f} right caption, {shuffled:.3f} its words shuffled, {chance:.2f} chance (ln vocabulary)"
+    )
+    if right < shuffled and right < chance / 2:
+        print("verdict    it prefers the right caption, as a trained checkpoint does")
+    else:
+        print("verdict    it does NOT behave like a trained checkpoint; only of random weights is this to be expected")
+
+
+def draw() -> Image.Image:
+    """The built-in picture: a red circle on white above the word STOP."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    image = Image.new("RGB", (_SIDE, _SIDE), "white")
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((114, 40, 334, 260), fill=(220, 20, 30))
+    pen.text((_SIDE // 2, 350), "STOP", fill="black", font=ImageFont.load_default(96), anchor="mm")
+    return image
+
+
+def caption_loss(model: torch.nn.Module, encoder: Encoder, picture: Image.Image, caption: str) -> float:
+    """Mean loss over the tokens of a caption of the picture."""
+    import torch
+
+    from finetune.encoding.collate import pad
+
+    device = next(model.parameters()).device
+    batch = pad([encoder.encode(_sample(picture, caption))], encoder.pad_id)
+    with torch.no_grad():
+        return model(**{key: value.to(device) for key, value in batch.items()}).loss.item()
+
+
+def _sample(picture: Image.Image | None, answer: str | None = None) -> Sample:
+    media = () if picture is None else (Media("image", picture), Text("\n"))
+    messages = (Message("user", (*media, Text(QUESTION))),)
+    if answer is not None:
+        messages += (Message("assistant", (Text(answer),), train=True),)
+    return Sample(id="selfcheck", source=Source("selfcheck", 0), messages=messages)
+
+
+def _shuffle(text: str) -> str:
+    words = text.split()
+    random.Random(0).shuffle(words)
+    return " ".join(words)
+
+
+def _short(ids: list[int]) -> str:
+    return f"{len(ids)} ids: {' '.join(map(str, ids[:_SHOWN_IDS]))}{' ...' if len(ids) > _SHOWN_IDS else ''}"

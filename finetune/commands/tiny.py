@@ -1,0 +1,143 @@
+"""Write a complete tiny checkpoint with random weights: the official folder layout in seconds, without a download.
+
+It is what the demo trains and what the tests load. It knows nothing: answers before training are noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from finetune.commands import tiny_config, tiny_tokenizer
+from finetune.commands.tiny_tokenizer import write_json
+
+FAMILIES = tuple(tiny_config.VOCABULARY)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: list[str]) -> int:
+    """Run ``python -m finetune tiny``; 0 on success, 2 when the arguments or the target folder are refused."""
+    parser = argparse.ArgumentParser(prog="python -m finetune tiny", description=__doc__)
+    parser.add_argument("--family", required=True, choices=FAMILIES)
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the stored weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    given = parser.parse_args(argv)
+    try:
+        out = write_tiny_checkpoint(
+            given.family, given.out, seed=given.seed, dtype=given.dtype, overwrite=given.overwrite
+        )
+    except FileExistsError as error:
+        print(f"tiny: {error}", file=sys.stderr)
+        return 2
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"tiny {given.family} checkpoint in {out} ({size / 1e6:.1f} MB, random weights, seed {given.seed})")
+    return 0
+
+
+def write_tiny_checkpoint(
+    family: str, out: Path | str, seed: int = 0, *, dtype: str = "float32", overwrite: bool = False
+) -> Path:
+    """Write a tiny checkpoint folder in the official layout and return its path; equal arguments give equal bytes.
+
+    Args:
+        family: name of the family, one of FAMILIES.
+        out: folder to write; created when absent.
+        seed: seed of the random weights; the tokenizer does not depend on it.
+        dtype: type of the stored weights and ``torch_dtype`` of config.json.
+        overwrite: replace an earlier result of this command instead of refusing the folder.
+
+    Raises:
+        ValueError: there is no tiny checkpoint of this family, or no such dtype.
+        FileExistsError: the folder holds something (that this command did not write), or the path is a file.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"no tiny checkpoint for family {family!r}; there is one for {', '.join(FAMILIES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    folder = start_folder(Path(out), _readme(family, seed, dtype), overwrite=overwrite)
+    if family == "v2_0":
+        length = tiny_tokenizer.write_minicpm(folder)
+    else:
+        length = tiny_tokenizer.write_llama3(folder, tiny_config.LLAMA3_CHAT_TEMPLATE)
+    # peft grows the base when the tokenizer beside an adapter is longer than the embedding table.
+    assert length <= tiny_config.VOCABULARY[family], (length, tiny_config.VOCABULARY[family])
+    bos, eos = _sentence_ids(folder)
+    config = tiny_config.config(family, bos, eos, dtype)
+    write_json(folder / "config.json", config)
+    write_json(
+        folder / "generation_config.json", tiny_config.generation_config(bos, eos, config["transformers_version"])
+    )
+    write_json(folder / "preprocessor_config.json", tiny_config.preprocessor_config(family, config["query_num"]))
+    _write_weights(folder, seed, dtype, tiny_config.LOUDER[family])
+    return folder
+
+
+def start_folder(folder: Path, readme: str, *, overwrite: bool) -> Path:
+    """Give the folder, holding nothing but README.md.
+
+    With ``overwrite`` an earlier result goes, and only that: its README.md starts with the same heading. A mistyped
+    path to a real checkpoint or to a home directory is refused.
+
+    Raises:
+        FileExistsError: the folder is in use, or the path is a file.
+    """
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise FileExistsError(f"{folder} is not empty; give another folder or --overwrite")
+        heading, old = readme.partition("\n")[0], folder / "README.md"
+        if not old.is_file() or old.read_text(encoding="utf-8").partition("\n")[0] != heading:
+            raise FileExistsError(
+                f"{folder} was not written by this command; remove it yourself or give another folder"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+    return folder
+
+
+def _sentence_ids(folder: Path) -> tuple[int, int]:
+    """Ids of the bos and the eos token, read from tokenizer_config.json."""
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    ids = {entry["content"]: int(index) for index, entry in config["added_tokens_decoder"].items()}
+    return ids[config["bos_token"]], ids[config["eos_token"]]
+
+
+def _readme(family: str, seed: int, dtype: str) -> str:
+    command = f"python -m finetune tiny --family {family} --seed {seed} --dtype {dtype}"
+    return (
+        "# Tiny random checkpoint\n\n"
+        f"Random weights in the layout of a published checkpoint (family {family}), for demos and tests.\n"
+        f"It has learnt nothing. Made by `{command}`.\n"
+    )
+
+
+def _write_weights(folder: Path, seed: int, dtype: str, factors: dict[str, float]) -> None:
+    """Build the network from the config.json in ``folder``, draw its weights from ``seed``, store model.safetensors.
+
+    ``factors`` scales the tensors that it names.
+    """
+    # Imported late: the tokenizer part and --help need no torch.
+    import torch
+    from safetensors.torch import save
+    from transformers import AutoConfig, AutoModel
+
+    import finetune.models  # noqa: F401  registers the network
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # Drawn in float32 whatever is stored, so that the types differ by rounding alone.
+        model = AutoModel.from_config(config, dtype=torch.float32)
+    state = {
+        name: (tensor.detach() * factors.get(name, 1.0)).to(getattr(torch, dtype)).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    assert set(factors) <= set(state), factors
+    (folder / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))

@@ -1,0 +1,143 @@
+"""The values of the tiny checkpoints: config.json, generation_config.json and preprocessor_config.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# The template of the published inference tokenizer: it always ends with the header of the answer.
+LLAMA3_CHAT_TEMPLATE = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+VOCABULARY = {"v2_0": 832, "llama3_v2_5": 640}
+SCALE_RESOLUTION = 112
+# Factors on random weights, for the demo: text embeddings as loud as the image features they stand among, and logits
+# wide enough for a frozen output layer to be sure. In 2.0 scale_emb and hidden_size / dim_model_base do the same.
+LOUDER = {"v2_0": {}, "llama3_v2_5": {"llm.model.embed_tokens.weight": 10.0, "llm.lm_head.weight": 2.0}}
+_AUTO_MAP = {
+    "AutoConfig": "configuration_minicpm.MiniCPMVConfig",
+    "AutoModel": "modeling_minicpmv.MiniCPMV",
+    "AutoModelForCausalLM": "modeling_minicpmv.MiniCPMV",
+}
+# Sizes on which the demo learns within a minute. A frozen random LLM needs the wide initialisation: with the usual
+# 0.02 its logits are so flat that training takes four times the steps.
+_LANGUAGE = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 128,
+    "initializer_range": 0.1,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+}
+_V2_0 = {
+    "bos_token_id": 1,
+    "dim_model_base": 256,
+    "drop_vision_last_layer": True,
+    "eos_token_id": 2,
+    "image_size": 448,
+    "max_position_embeddings": 4096,
+    "max_slice_nums": 9,
+    "mm_use_im_start_end": True,
+    "num_key_value_heads": 4,
+    "patch_size": 14,
+    "query_num": 9,
+    "rope_theta": 10000.0,
+    "scale_depth": 1.4,
+    "scale_emb": 12,
+    "scale_resolution": SCALE_RESOLUTION,
+    "slice_mode": True,
+    "transformers_version": "4.36.0",
+    "use_cache": True,
+    "vision_encoder": "vit_so400m_patch14_siglip_384.webli",
+    # Not an official key: the official config has no vision sizes. One block is dropped after construction.
+    "vision_encoder_kwargs": {"img_size": 112, "embed_dim": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0},
+}
+_LLAMA3_V2_5 = {
+    "version": "2.5",
+    "batch_vision_input": True,
+    "drop_vision_last_layer": False,
+    "image_size": 448,
+    "max_position_embeddings": 8192,
+    "mm_use_im_start_end": True,
+    "num_key_value_heads": 2,
+    "patch_size": 14,
+    "query_num": 8,
+    "rope_theta": 500000.0,
+    "slice_config": {
+        "max_slice_nums": 9,
+        "patch_size": 14,
+        "scale_resolution": SCALE_RESOLUTION,
+        "model_type": "minicpmv",
+    },
+    "slice_mode": True,
+    "transformers_version": "4.40.0",
+    "use_cache": False,
+    "vision_config": {
+        "hidden_size": 64,
+        "image_size": 980,
+        "intermediate_size": 128,
+        "model_type": "idefics2",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "patch_size": 14,
+    },
+}
+
+
+def config(family: str, bos: int, eos: int, dtype: str) -> dict[str, Any]:
+    """config.json of a family in the layout of the published one, with tiny sizes."""
+    own = {"v2_0": _V2_0, "llama3_v2_5": _LLAMA3_V2_5}[family]
+    return {
+        "architectures": ["MiniCPMV"],
+        "auto_map": _AUTO_MAP,
+        "model_type": "minicpmv",
+        **dict(sorted({**_LANGUAGE, **own}.items())),
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "torch_dtype": dtype,
+        "vocab_size": VOCABULARY[family],
+    }
+
+
+def generation_config(bos: int, eos: int, version: str) -> dict[str, Any]:
+    """generation_config.json, as published for both generations."""
+    return {
+        "_from_model_config": True,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "transformers_version": version,
+    }
+
+
+def preprocessor_config(family: str, query_num: int) -> dict[str, Any]:
+    """preprocessor_config.json of a family in the layout of the published one."""
+    version = {"v2_0": {}, "llama3_v2_5": {"version": 2.5}}[family]
+    return {
+        "image_processor_type": "MiniCPMVImageProcessor",
+        "auto_map": {
+            "AutoProcessor": "processing_minicpmv.MiniCPMVProcessor",
+            "AutoImageProcessor": "image_processing_minicpmv.MiniCPMVImageProcessor",
+        },
+        "processor_class": "MiniCPMVProcessor",
+        "max_slice_nums": 9,
+        "scale_resolution": SCALE_RESOLUTION,
+        "patch_size": 14,
+        "image_feature_size": query_num,
+        "im_start": "<image>",
+        "im_end": "</image>",
+        "slice_start": "<slice>",
+        "slice_end": "</slice>",
+        "unk": "<unk>",
+        "norm_mean": [0.5, 0.5, 0.5],
+        "norm_std": [0.5, 0.5, 0.5],
+        **version,
+    }

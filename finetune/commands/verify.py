@@ -1,0 +1,66 @@
+"""``python -m finetune verify FOLDER``: loads a result as a user would and compares it with the trained model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: list[str]) -> int:
+    """Loads an adapter or a full model in this process; returns 0 when it loads and its logits agree."""
+    parser = argparse.ArgumentParser(prog="python -m finetune verify", description=__doc__)
+    parser.add_argument("folder", type=Path, help="adapter or full model folder")
+    parser.add_argument("--reference", type=Path, help="logits taken at the end of training (safetensors)")
+    parser.add_argument("--device", default="auto", help="auto (GPU when the weights fit, else CPU), cpu, cuda, ...")
+    args = parser.parse_args(argv)
+
+    from peft import AutoPeftModel
+    from transformers import AutoModel, AutoTokenizer
+
+    import finetune.models  # noqa: F401 - registers the network
+    from finetune.tuning.adapters import quantisation
+    from finetune.tuning.verification import compare, reference_settings
+
+    adapter = (args.folder / "adapter_config.json").is_file()
+    dtype, quantised = reference_settings(args.reference) if args.reference else ("auto", False)
+    options: dict[str, Any] = {"quantization_config": quantisation(dtype)} if quantised else {}
+    device = _device(args.folder, adapter) if args.device == "auto" else args.device
+    loader = AutoPeftModel if adapter else AutoModel
+    model = loader.from_pretrained(str(args.folder), dtype=dtype, device_map={"": device}, **options).eval()
+    tokenizer = AutoTokenizer.from_pretrained(str(args.folder))
+    print(f"loaded {args.folder} on {device}: {type(model).__name__}, {type(tokenizer).__name__}")
+    if args.reference is None:
+        return 0
+    result = compare(model, args.reference)
+    base = "" if result.base_difference is None else f" base_difference={result.base_difference:.3e}"
+    print(
+        f"verified={str(result.ok).lower()} logit_difference={result.difference:.3e} "
+        f"relative={result.relative:.1e} tolerance={result.tolerance:.0e}{base}"
+    )
+    if not result.ok:
+        print(
+            f"error: {args.folder} does not give the logits of the trained model. The files were kept; "
+            "training itself is not affected, but do not use this folder before the difference is understood"
+        )
+    return 0 if result.ok else 3
+
+
+def _device(folder: Path, adapter: bool) -> str:
+    """The GPU when the weights and some room fit into its free memory, else the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    folders = [folder]
+    if adapter:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not Path(base).is_dir():
+            from huggingface_hub import snapshot_download
+
+            base = snapshot_download(base, allow_patterns=["*.safetensors"], local_files_only=True)
+        folders.append(Path(base))
+    weights = sum(path.stat().st_size for place in folders for path in place.glob("*.safetensors"))
+    free, _ = torch.cuda.mem_get_info()
+    return "cuda" if free > 1.3 * weights + 2**31 else "cpu"

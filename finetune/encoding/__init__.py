@@ -1,0 +1,1 @@
+"""A Sample becomes tensors."""

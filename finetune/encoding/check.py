@@ -1,0 +1,246 @@
+"""A look at the records before step 1: structure, image headers and lengths, all problems in one report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from finetune.encoding.check_cache import CheckCache, Looked, fingerprint, signature
+from finetune.encoding.fitting import OUTCOMES, Fitter, OverlongError
+from finetune.encoding.intake import Intake, source_of
+from finetune.sample import DataError, Sample
+
+logger = logging.getLogger(__name__)
+
+LEVELS = ("full", "sample", "off")
+FULL_UP_TO = 20_000
+"""Records of the largest data set that is checked in full by default."""
+SAMPLED = 1_000
+"""Records that a sampled check looks at."""
+
+_SHOWN = 5
+_CHUNK = 32
+
+
+@dataclass(slots=True)
+class Report:
+    """What a check found.
+
+    Attributes:
+        file: the data file.
+        records: records in the data set.
+        looked_at: records that were checked.
+        seconds: time it took.
+        outcomes: how many samples are kept, shrunk, ... as training will do.
+        lost_images: images that go with dropped turns.
+        longest: most tokens of a sample that stays.
+        left_out: messages of samples that are too long and left out.
+        problems: messages of records that cannot be used.
+        duplicates: ids that occur more than once, with their number.
+        reused: records whose result was remembered from an earlier check.
+    """
+
+    file: str
+    records: int
+    looked_at: int
+    seconds: float = 0.0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    lost_images: int = 0
+    longest: int = 0
+    left_out: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    duplicates: dict[str, int] = field(default_factory=dict)
+    reused: int = 0
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+class CheckError(DataError):
+    """Records that cannot be used, found before the first step."""
+
+
+def check_before_training(intakes: Sequence[Intake], level: str | None) -> None:
+    """Checks data sets, reports everything at once, and makes sure that each has a sample to use.
+
+    Args:
+        intakes: training and, where there is any, evaluation data.
+        level: one of LEVELS, None for "full" up to FULL_UP_TO records and "sample" above.
+
+    Raises:
+        CheckError: records cannot be used and are not to be skipped; the report is logged before.
+        DataError: a data set without any sample to use.
+    """
+    reports = []
+    for intake in intakes:
+        if level != "off":
+            reports.append((intake, check(intake.samples, intake.fitter, level)))
+            logger.info("%s", reports[-1][1])
+    fatal = [report for intake, report in reports if report.problems and intake.on_bad_sample == "error"]
+    if fatal:
+        count = sum(len(report.problems) for report in fatal)
+        raise CheckError(
+            f"{count} records cannot be used, the first: {fatal[0].problems[0]} (all kinds above; "
+            "--on_bad_sample skip leaves such records out, --check off starts without looking)"
+        )
+    for _, report in reports:
+        if report.problems:
+            logger.warning("%s: %d records will be left out", report.file, len(report.problems))
+        if not report.outcomes.total():
+            first = (report.problems + report.left_out)[0]
+            raise CheckError(f"{report.file}: none of {report.looked_at} records can be used; the first: {first}")
+    for intake in intakes:
+        intake.probe()
+
+
+def check(samples: Sequence[Sample], fitter: Fitter, level: str | None = None, *, cached: bool = True) -> Report:
+    """Looks at the records of a data set without decoding an image.
+
+    Args:
+        samples: the data set.
+        fitter: the encoder of the run and its policy for long samples.
+        level: "full", "sample", or None for the default.
+        cached: remember good records by the state of their files, so that a second check is fast.
+    """
+    started = time.perf_counter()
+    chosen = _chosen(len(samples), level)
+    report = Report(source_of(samples, 0).file, len(samples), len(chosen))
+    report.duplicates = _duplicates(samples)
+    cache = CheckCache(Path(report.file), fingerprint(fitter)) if cached else None
+    chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
+    with (
+        _threads() as pool,
+        tqdm(
+            total=len(chosen),
+            desc=f"checking {Path(report.file).name}",
+            unit="record",
+            delay=1,
+            # A log file gets a line now and then, a terminal a moving bar.
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+        ) as bar,
+    ):
+        for results in pool.map(lambda chunk: [_look(samples, index, fitter, cache) for index in chunk], chunks):
+            bar.update(len(results))
+            for result in results:
+                _enter(report, result)
+    if cache is not None:
+        report.reused = cache.reused
+        cache.write()
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _chosen(records: int, level: str | None) -> Sequence[int]:
+    """The records to look at: all, or evenly spaced ones."""
+    if level is None:
+        level = "full" if records <= FULL_UP_TO else "sample"
+    if level not in LEVELS:
+        raise ValueError(f"no level {level!r}; there are {', '.join(LEVELS)}")
+    if level == "off":
+        return []
+    if level == "full" or records <= SAMPLED:
+        return range(records)
+    return [number * records // SAMPLED for number in range(SAMPLED)]
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads, not processes: reading files and tokenizing both run outside of Python's lock."""
+    pool = ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2))
+    try:
+        yield pool
+    finally:
+        # After an interrupt nothing that still waits is worth doing.
+        pool.shutdown(cancel_futures=True)
+
+
+def _look(samples: Sequence[Sample], index: int, fitter: Fitter, cache: CheckCache | None) -> Looked | DataError:
+    """What becomes of one record; of good ones from the cache, when none of their files has changed."""
+    if cache is not None and (known := cache.get(index)) is not None:
+        return known
+    try:
+        sample = samples[index]
+        fitted = fitter.fit(sample)
+    except DataError as error:
+        return error
+    paths = [media.data for media in sample.media() if isinstance(media.data, Path)]
+    looked = Looked(fitted.outcome, len(fitted.rendered.input_ids), fitted.lost_images)
+    if cache is not None:
+        cache.put(index, looked, [signature(path) for path in paths])
+    return looked
+
+
+def _enter(report: Report, result: Looked | DataError) -> None:
+    if isinstance(result, OverlongError):
+        report.left_out.append(str(result))
+    elif isinstance(result, DataError):
+        report.problems.append(str(result))
+    else:
+        report.outcomes[result.outcome] += 1
+        report.lost_images += result.lost_images
+        report.longest = max(report.longest, result.tokens)
+
+
+def _duplicates(samples: Sequence[Sample]) -> dict[str, int]:
+    if getattr(samples, "source", None) is None:
+        return {}  # only readers know ids without building samples
+    ids = Counter(source_of(samples, index).id for index in range(len(samples)))
+    return {identity: count for identity, count in ids.items() if identity and count > 1}
+
+
+def _lines(report: Report) -> Iterator[str]:
+    part = "" if report.looked_at == report.records else f" of {report.records}, evenly spaced"
+    known = f", {report.reused} of them known from before" if report.reused else ""
+    yield f"check of {report.file}: {report.looked_at} records{part} in {report.seconds:.1f} s{known}"
+    found = [f"{report.outcomes[outcome]} {outcome}" for outcome in OUTCOMES if report.outcomes[outcome]]
+    found += [f"{len(report.left_out)} too long and left out"] if report.left_out else []
+    found += [f"{len(report.problems)} that cannot be used"] if report.problems else []
+    yield f"  {', '.join(found)}; longest {report.longest} tokens"
+    if report.lost_images:
+        yield f"  warning: {report.lost_images} images go with turns that are dropped; later answers may refer to them"
+    if report.duplicates:
+        first = ", ".join(f"{identity!r} ({count})" for identity, count in list(report.duplicates.items())[:_SHOWN])
+        yield f"  warning: {len(report.duplicates)} ids occur more than once: {first}{_more(report.duplicates)}"
+    for kind, messages in group([*report.problems, *report.left_out]).items():
+        yield f"  {len(messages)} x {kind}"
+        yield from (f"      {message}" for message in messages[:_SHOWN])
+        if len(messages) > _SHOWN:
+            yield f"      ... and {len(messages) - _SHOWN} more"
+
+
+def _more(found: Sequence[str] | dict[str, int]) -> str:
+    return ", ..." if len(found) > _SHOWN else ""
+
+
+def group(messages: Sequence[str]) -> dict[str, list[str]]:
+    """Messages by kind, the most frequent first: the same words about other files, records, numbers and quotations."""
+    kinds: dict[str, list[str]] = {}
+    for message in messages:
+        kinds.setdefault(shape(message), []).append(message)
+    return dict(sorted(kinds.items(), key=lambda item: -len(item[1])))
+
+
+def shape(message: str) -> str:
+    """A message without what differs from record to record.
+
+    >>> shape("d/a.json, record 3 (id 'x'): image /i/7.png has 5 x 5 = 25 pixels, the limit is 9")
+    'image PATH has N x N = N pixels, the limit is N'
+    """
+    text = re.sub(r"^.*?, record \d+(?: \(id (?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")\))?: ", "", message, flags=re.S)
+    text = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "'...'", text)
+    # Lists of places differ in number; a path ends where our messages go on.
+    text = re.sub(r"\(looked [^)]*\)", "(looked ...)", text)
+    text = re.sub(r"(?<=\bimage )\S.*?(?= (?:cannot|is|has|does)\b)", "PATH", text)
+    text = re.sub(r"\S*/\S*", "PATH", text)
+    return re.sub(r"\d+(?:\.\d+)?", "N", text)

@@ -1,0 +1,125 @@
+"""Results of earlier checks, remembered by the state of the files they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import finetune
+from finetune.encoding.fitting import Fitter, Outcome
+
+logger = logging.getLogger(__name__)
+
+Signature = tuple[str, int, int]
+
+
+class Looked(NamedTuple):
+    """A record that can be used.
+
+    Attributes:
+        outcome: what had to give for it.
+        tokens: its length then.
+        lost_images: images that go with dropped turns.
+    """
+
+    outcome: Outcome
+    tokens: int
+    lost_images: int
+
+
+class CheckCache:
+    """Good records of one data file under one setting.
+
+    Problems are not remembered: what mends them (an image put in its place) need not change the data file. Threads may
+    share an object; each record is looked at by one of them.
+
+    Args:
+        data: the data file.
+        setting: everything else the results depend on; see ``fingerprint``.
+    """
+
+    def __init__(self, data: Path, setting: str) -> None:
+        # Relative image paths are also looked for in the current directory.
+        key = f"{data.resolve()}\n{Path.cwd()}\n{setting}"
+        self._path = folder() / f"check-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        self._state = list(signature(data)) if data.is_file() else None
+        self._known = self._read()
+        self._fresh: dict[str, list] = {}
+        self.reused = 0
+
+    def get(self, index: int) -> Looked | None:
+        """The result of a record none of whose files has changed."""
+        entry = self._known.get(str(index))
+        if entry is None:
+            return None
+        looked, files = entry
+        try:
+            if any(list(signature(Path(path))) != [path, time, size] for path, time, size in files):
+                return None
+        except OSError:
+            return None
+        self._fresh[str(index)] = entry
+        self.reused += 1
+        return Looked(*looked)
+
+    def put(self, index: int, looked: Looked, files: list[Signature]) -> None:
+        """Remembers a result, which depends on these files."""
+        self._fresh[str(index)] = [looked, files]
+
+    def write(self) -> None:
+        """Saves what was looked at; a folder that cannot be written is no reason to stop."""
+        if self._state is None:
+            return
+        text = json.dumps({"data": self._state, "records": self._known | self._fresh})
+        partial = self._path.with_suffix(f".{os.getpid()}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self._path)
+        except OSError as error:
+            logger.warning("the results of the check are not remembered: %s", error)
+
+    def _read(self) -> dict[str, list]:
+        try:
+            stored = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}  # absent, or cut short: then everything is looked at again
+        return stored["records"] if self._state is not None and stored["data"] == self._state else {}
+
+
+def folder() -> Path:
+    """Where results are kept: ~/.cache/minicpmv-finetune, or under XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minicpmv-finetune"
+
+
+def signature(path: Path) -> Signature:
+    """State of a file: path, time of its last change, size.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    state = path.stat()
+    return str(path), state.st_mtime_ns, state.st_size
+
+
+def fingerprint(fitter: Fitter) -> str:
+    """All settings that decide what becomes of a record."""
+    encoder = fitter.encoder
+    backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
+    assert backend is not None  # the encoder's vocabulary is made from it
+    values = {
+        "version": finetune.__version__,
+        "family": encoder.family.name,
+        "slicing": asdict(encoder.slicing),
+        "queries": encoder.query_num,
+        "max_length": encoder.max_length,
+        "max_pixels": encoder.max_pixels,
+        "policy": fitter.policy,
+        "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
+    }
+    return json.dumps(values, sort_keys=True)

@@ -1,0 +1,249 @@
+"""A conversation becomes tensors: the one path of training, evaluation and chat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from finetune.encoding.example import Example
+from finetune.families.base import Config, Family
+from finetune.media import image
+from finetune.media.slicing import Plan, SliceSpec, item_sizes, plan
+from finetune.sample import DataError, Sample
+from finetune.templates.rendering import IGNORE, Rendered
+from finetune.templates.tokens import TextError, Vocabulary
+
+_PATCH_COST = 0.1
+"""Cost of a patch in tokens: the vision tower has about a tenth of the parameters that a token passes."""
+
+
+class AlignmentError(RuntimeError):
+    """Placeholders, visual items and patches of a sample disagree: a fault of this program, not of the data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Size of an encoded sample, known without decoding its media.
+
+    Attributes:
+        tokens: length of the ids.
+        items: visual items (thumbnails and slices).
+        patches: vision patches of all items.
+        cost: tokens plus a tenth per patch; relative, for balancing and packing.
+    """
+
+    tokens: int
+    items: int
+    patches: int
+
+    @property
+    def cost(self) -> float:
+        """Work of a training step on this sample, in tokens."""
+        return self.tokens + _PATCH_COST * self.patches
+
+
+class Encoder:
+    """Samples to examples for one checkpoint.
+
+    Args:
+        family: the generation.
+        tokenizer: the checkpoint's fast tokenizer; it is not changed.
+        query_num: placeholders per visual item.
+        slicing: how images are cut.
+        max_length: most tokens of a sample, or None for no limit; nothing is ever cut.
+        max_pixels: most pixels of an image.
+
+    Raises:
+        MissingTokenError: the tokenizer lacks a token that the family needs.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        query_num: int,
+        slicing: SliceSpec,
+        max_length: int | None,
+        max_pixels: int = image.MAX_PIXELS,
+    ) -> None:
+        self.family = family
+        self.tokenizer = tokenizer
+        self.query_num = query_num
+        self.slicing = slicing
+        self.max_length = max_length
+        self.max_pixels = max_pixels
+        self.vocabulary = Vocabulary(tokenizer, family.control_tokens, family.required_tokens)
+        self._placeholder = self.vocabulary.control("<unk>")
+        # Padding is masked, so any id serves a tokenizer that names none.
+        self.pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+        self.stop_ids = [self.vocabulary.control(token) for token in family.stop_tokens]
+
+    @classmethod
+    def from_config(
+        cls,
+        family: Family,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Config,
+        *,
+        max_slice_nums: int | None = None,
+        max_length: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Encoder:
+        """The encoder of a checkpoint from its config.json (as a dictionary); None keeps the checkpoint's value."""
+        slicing = family.slice_spec(config)
+        if max_slice_nums is not None:
+            slicing = replace(slicing, max_slice_nums=max_slice_nums)
+        return cls(
+            family,
+            tokenizer,
+            query_num=family.query_num(config),
+            slicing=slicing,
+            max_length=max_length,
+            max_pixels=image.MAX_PIXELS if max_pixels is None else max_pixels,
+        )
+
+    def sizes(self, sample: Sample) -> tuple[tuple[int, int], ...]:
+        """(width, height) in pixels of every image, in reading order, from the image headers.
+
+        Raises:
+            DataError: an image that cannot be read, or media that this family has no input for.
+        """
+        for media in sample.media():
+            if media.kind != "image":
+                raise DataError(
+                    f"{sample.source}: {media}: {self.family.title} takes images and text, no {media.kind}; "
+                    "use a model that does, or remove the record"
+                )
+        return tuple(image.size(media, sample.source, self.max_pixels) for media in sample.media("image"))
+
+    def plans(self, sizes: Sequence[tuple[int, int]], max_slice_nums: int | None = None) -> tuple[Plan, ...]:
+        """The slice plan of images of these sizes; None for the encoder's own most slices."""
+        most = self.slicing.max_slice_nums if max_slice_nums is None else max_slice_nums
+        return tuple(plan(width, height, replace(self.slicing, max_slice_nums=most)) for width, height in sizes)
+
+    def measure(self, sample: Sample, generate: bool | None = None) -> Measure:
+        """Size of the encoded sample from its text and its image headers; a sample above max_length is measured too.
+
+        Args:
+            sample: the conversation.
+            generate: as in ``encode``; None for True unless the sample ends with an answer.
+
+        Raises:
+            DataError: as ``encode``, except for length and for images whose header is right and whose body is not.
+        """
+        plans = self.plans(self.sizes(sample))
+        if generate is None:
+            generate = sample.messages[-1].role != "assistant"
+        rendered = self.render(sample, plans, generate)
+        sizes = self._grids(plans)
+        return Measure(len(rendered.input_ids), len(sizes), sum(rows * columns for rows, columns in sizes))
+
+    def encode(self, sample: Sample, generate: bool = False) -> Example:
+        """The tensors of a sample.
+
+        Args:
+            sample: the conversation.
+            generate: end where the model has to answer; a final answer in the sample is left out, all labels are -100.
+
+        Raises:
+            DataError: an image that cannot be read, text the tokenizer cannot represent, turns the template lacks,
+                a sample longer than max_length, or (to train) one without any labelled token.
+            AlignmentError: placeholders, items and patches disagree.
+        """
+        plans = self.plans(self.sizes(sample))
+        rendered = self.render(sample, plans, generate)
+        self.check_length(sample, rendered)
+        if not generate:
+            self.check_labels(sample, rendered)
+        return self.assemble(sample, plans, rendered)
+
+    def render(self, sample: Sample, plans: Sequence[Plan], generate: bool = False) -> Rendered:
+        """Ids and labels of a sample whose images are cut by ``plans``.
+
+        Raises:
+            DataError: text the tokenizer cannot represent, or turns the template lacks.
+        """
+        try:
+            return self.family.render(sample, plans, self.vocabulary, self.query_num, generate)
+        except TextError as error:
+            raise DataError(f"{sample.source}: {error}") from error
+
+    def assemble(self, sample: Sample, plans: Sequence[Plan], rendered: Rendered) -> Example:
+        """The tensors of a sample that has been planned and rendered; here its images are decoded.
+
+        Raises:
+            DataError: an image that cannot be decoded.
+            AlignmentError: placeholders, items and patches disagree.
+        """
+        items = []
+        for media, cuts in zip(sample.media("image"), plans, strict=True):
+            items += image.cut(image.load(media, sample.source, self.max_pixels), cuts)
+        patches = torch.from_numpy(image.patchify(items, self.slicing.patch_size))
+        grids = self._grids(plans)
+        self._check_alignment(sample, rendered, grids, len(patches))
+        return Example(
+            input_ids=torch.tensor(rendered.input_ids),
+            labels=torch.tensor(rendered.labels),
+            position_ids=torch.arange(len(rendered.input_ids)),
+            patches=patches,
+            tgt_sizes=torch.tensor(grids, dtype=torch.int64).reshape(-1, 2),
+            image_bound=torch.tensor(rendered.image_bounds, dtype=torch.int64).reshape(-1, 2),
+            temporal_ids=torch.full((len(grids),), -1),
+            source=str(sample.source),
+        )
+
+    def _grids(self, plans: Sequence[Plan]) -> list[tuple[int, int]]:
+        """(rows, columns) in patches of every visual item."""
+        patch = self.slicing.patch_size
+        return [(height // patch, width // patch) for cuts in plans for width, height in item_sizes(cuts)]
+
+    def fits(self, rendered: Rendered) -> bool:
+        """Whether the ids are within max_length."""
+        return self.max_length is None or len(rendered.input_ids) <= self.max_length
+
+    def check_labels(self, sample: Sample, rendered: Rendered) -> None:
+        """Refuses a sample that teaches nothing.
+
+        Raises:
+            DataError: no token carries loss.
+        """
+        if all(label == IGNORE for label in rendered.labels):
+            raise DataError(f"{sample.source}: no token carries loss; train at least one answer or remove the record")
+
+    def check_length(self, sample: Sample, rendered: Rendered) -> None:
+        """Refuses a sample above max_length.
+
+        Raises:
+            DataError: naming its length, what of it is images, and what to do.
+        """
+        tokens, items = len(rendered.input_ids), len(rendered.image_bounds)
+        if not self.fits(rendered):
+            visual = items * self.query_num
+            raise DataError(
+                f"{sample.source}: {tokens} tokens ({visual} of them for {items} image slices), the limit is "
+                f"{self.max_length}; raise model_max_length, lower max_slice_nums, or shorten or split the record"
+            )
+
+    def _check_alignment(
+        self, sample: Sample, rendered: Rendered, grids: Sequence[tuple[int, int]], patches: int
+    ) -> None:
+        """Every item has its run of placeholders and its patches, and no placeholder stands elsewhere."""
+        expected = sum(rows * columns for rows, columns in grids)
+        runs = [rendered.input_ids[first:last] for first, last in rendered.image_bounds]
+        faults = []
+        if len(runs) != len(grids):
+            faults.append(f"{len(runs)} runs of placeholders for {len(grids)} visual items")
+        if any(run != [self._placeholder] * self.query_num for run in runs):
+            faults.append(f"a run that is not {self.query_num} placeholders")
+        if (found := rendered.input_ids.count(self._placeholder)) != len(runs) * self.query_num:
+            faults.append(f"{found} placeholders, {len(runs) * self.query_num} of them in runs")
+        if patches != expected:
+            faults.append(f"{patches} patches where the image headers give {expected}")
+        if len(rendered.labels) != len(rendered.input_ids) or rendered.labels[0] != IGNORE:
+            faults.append("labels that do not match the ids")
+        if faults:
+            raise AlignmentError(f"{sample.source}: {'; '.join(faults)}; please report this record")

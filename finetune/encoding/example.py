@@ -1,0 +1,33 @@
+"""The tensors of one sample: what the encoder gives and the collator takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One encoded sample of L tokens and n visual items with N patches in all.
+
+    Attributes:
+        input_ids: (L,) int64.
+        labels: (L,) int64, unshifted, -100 = no loss; the first one is always -100.
+        position_ids: (L,) int64, from 0.
+        patches: (N, 3*P*P) uint8, P = patch size; each row one patch in (channel, row, column) order, items one after
+            another, patches of an item row by row. The network normalises them: x / 255, mean 0.5, std 0.5.
+        tgt_sizes: (n, 2) int64, rows and columns of patches per item; their products add up to N.
+        image_bound: (n, 2) int64, half-open token range of each item's placeholders.
+        temporal_ids: (n,) int64, time index of a packed video frame, -1 for a still image.
+        source: where the sample came from, for messages.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    patches: torch.Tensor
+    tgt_sizes: torch.Tensor
+    image_bound: torch.Tensor
+    temporal_ids: torch.Tensor
+    source: str

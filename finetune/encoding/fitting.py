@@ -1,0 +1,205 @@
+"""Samples longer than the limit: fewer slices, fewer old turns, shorter prompts, or left out, by a stated policy.
+
+Everything here works on the conversation and on image headers; no medium is cut and no image is decoded.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.example import Example
+from finetune.media.slicing import Plan
+from finetune.sample import DataError, Media, Message, Part, Sample, Text
+from finetune.templates.rendering import IGNORE, Rendered
+
+POLICIES = ("shrink", "drop", "truncate", "error")
+Outcome = Literal["kept", "shrunk", "turns dropped", "truncated"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+Sizes = Sequence[tuple[int, int]]
+Draft = tuple[Sample, tuple[Plan, ...], Rendered]
+
+
+class OverlongError(DataError):
+    """A sample that is left out because its policy finds no way to make it fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A sample that is within the limit.
+
+    Attributes:
+        sample: the conversation that remains.
+        plans: slice plan of every image of it.
+        rendered: its ids and labels.
+        outcome: what had to give; "turns dropped" when turns did, whatever else was done.
+        lost_images: images that went with dropped turns.
+    """
+
+    sample: Sample
+    plans: tuple[Plan, ...]
+    rendered: Rendered
+    outcome: Outcome
+    lost_images: int = 0
+
+
+class Fitter:
+    """Makes samples fit into ``encoder.max_length``; the last answer and every medium that stays are kept whole.
+
+    ``shrink`` drops as few of the oldest turns as possible, often none, and then cuts the images into as many slices
+    as fit. ``truncate`` keeps the slices and takes characters off the system and user texts, oldest first and from
+    their beginning; it drops as few of the oldest turns as possible, and the last question is shortened only when it
+    is the only one left. A turn is dropped together with its answer and its media; a system turn stays. ``drop``
+    leaves the sample out. ``error`` stops.
+
+    Args:
+        encoder: the encoder of the run.
+        policy: one of POLICIES.
+
+    Raises:
+        ValueError: no such policy.
+    """
+
+    def __init__(self, encoder: Encoder, policy: str = "error") -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"no policy {policy!r} for long samples; there are {', '.join(POLICIES)}")
+        self.encoder = encoder
+        self.policy = policy
+
+    def encode(self, sample: Sample) -> tuple[Example, Outcome]:
+        """The tensors of a sample, and what had to give for it.
+
+        Raises:
+            DataError: as ``fit``, and an image that cannot be decoded.
+        """
+        fitted = self.fit(sample)
+        return self.encoder.assemble(fitted.sample, fitted.plans, fitted.rendered), fitted.outcome
+
+    def fit(self, sample: Sample) -> Fitted:
+        """The sample within the limit, as it is when it fits.
+
+        Raises:
+            OverlongError: it is left out; the message says why.
+            DataError: a sample that cannot be used at any length, or with ``error`` one that is too long.
+        """
+        encoder = self.encoder
+        sizes = encoder.sizes(sample)
+        plans = encoder.plans(sizes)
+        rendered = encoder.render(sample, plans)
+        encoder.check_labels(sample, rendered)
+        if encoder.fits(rendered):
+            return Fitted(sample, plans, rendered, "kept")
+        if self.policy == "error":
+            encoder.check_length(sample, rendered)
+        fitted = self._squeezed(sample, sizes)
+        if fitted is None:
+            raise OverlongError(
+                f"{sample.source}: left out: {len(rendered.input_ids)} tokens, the limit is {encoder.max_length}"
+                f"{self._reason()}; raise model_max_length, or shorten or split the record"
+            )
+        if all(label == IGNORE for label in fitted.rendered.labels):
+            raise OverlongError(
+                f"{sample.source}: left out: {len(rendered.input_ids)} tokens, the limit is {encoder.max_length}, "
+                "and no answer that is trained fits into it; raise model_max_length, or shorten or split the record"
+            )
+        return fitted
+
+    def _reason(self) -> str:
+        return {
+            "shrink": ", and its last exchange alone is longer, even with one slice per image",
+            "truncate": ", and its last exchange needs more for its images, its answer and a word of its question",
+        }.get(self.policy, " (--overlong drop)")
+
+    def _squeezed(self, sample: Sample, sizes: Sizes) -> Fitted | None:
+        """The sample without as few of its oldest turns as let the rest fit; None when not even the last does."""
+        if self.policy == "drop":
+            return None
+        squeeze = self._fewer_slices if self.policy == "shrink" else self._shorter_texts
+        smallest = self._one_slice if self.policy == "shrink" else self._no_text
+        turns = [index for index, message in enumerate(sample.messages) if message.role == "user"]
+        # Every dropped turn makes the rest shorter, so the least number that does is found by halving.
+        rests = [self._without(sample, sizes, turns[0], turn) for turn in turns]
+        dropped = bisect_left(range(len(turns)), True, key=lambda index: self.encoder.fits(smallest(*rests[index])[2]))
+        if dropped == len(turns):
+            return None
+        fitted = squeeze(*rests[dropped])
+        if fitted is None or not dropped:
+            return fitted
+        return replace(fitted, outcome="turns dropped", lost_images=len(sizes) - len(rests[dropped][1]))
+
+    @staticmethod
+    def _without(sample: Sample, sizes: Sizes, first: int, last: int) -> tuple[Sample, Sizes]:
+        """The sample without its turns ``first`` to ``last`` (half open), and the sizes of the images that remain."""
+        rest = replace(sample, messages=sample.messages[:first] + sample.messages[last:])
+        return rest, sizes[len(sizes) - sum(1 for _ in rest.media("image")) :]
+
+    def _draft(self, sample: Sample, sizes: Sizes, slices: int | None = None) -> Draft:
+        plans = self.encoder.plans(sizes, slices)
+        return sample, plans, self.encoder.render(sample, plans)
+
+    def _one_slice(self, sample: Sample, sizes: Sizes) -> Draft:
+        return self._draft(sample, sizes, 1)
+
+    def _fewer_slices(self, sample: Sample, sizes: Sizes) -> Fitted | None:
+        tried = None
+        for slices in range(self.encoder.slicing.max_slice_nums, 0, -1):
+            plans = self.encoder.plans(sizes, slices)
+            if plans == tried:
+                continue
+            tried = plans
+            rendered = self.encoder.render(sample, plans)
+            if self.encoder.fits(rendered):
+                return Fitted(sample, plans, rendered, "shrunk")
+        return None
+
+    def _no_text(self, sample: Sample, sizes: Sizes) -> Draft:
+        return self._draft(_shortened(sample, _removable(sample)), sizes)
+
+    def _shorter_texts(self, sample: Sample, sizes: Sizes) -> Fitted | None:
+        most = _removable(sample)
+
+        def draft(characters: int) -> Draft:
+            return self._draft(_shortened(sample, characters), sizes)
+
+        # Tokens do not fall with every character, but what halving ends at has been seen to fit.
+        least = bisect_left(range(most), True, key=lambda characters: self.encoder.fits(draft(characters)[2]))
+        rest, plans, rendered = draft(least)
+        question = next(message for message in reversed(rest.messages) if message.role == "user")
+        if not self.encoder.fits(rendered) or not (question.text.strip() or _has_media(question)):
+            return None
+        return Fitted(rest, plans, rendered, "truncated")
+
+
+def _has_media(message: Message) -> bool:
+    return any(isinstance(part, Media) for part in message.parts)
+
+
+def _may_shrink(sample: Sample) -> list[bool]:
+    """Per message whether its text may be shortened: prompts, but the last question only when it is alone."""
+    users = [index for index, message in enumerate(sample.messages) if message.role == "user"]
+    spared = users[-1] if len(users) > 1 else -1
+    return [message.role in ("system", "user") and index != spared for index, message in enumerate(sample.messages)]
+
+
+def _removable(sample: Sample) -> int:
+    """Characters that truncation may take."""
+    return sum(len(m.text) for m, may in zip(sample.messages, _may_shrink(sample), strict=True) if may)
+
+
+def _shortened(sample: Sample, characters: int) -> Sample:
+    """The sample with so many characters taken off its prompts, oldest first and from the beginning of each text."""
+    messages = []
+    for message, may in zip(sample.messages, _may_shrink(sample), strict=True):
+        parts: list[Part] = []
+        for part in message.parts:
+            if may and characters and isinstance(part, Text):
+                taken = min(characters, len(part.text))
+                characters -= taken
+                parts += [Text(part.text[taken:])] if taken < len(part.text) else []
+            else:
+                parts.append(part)
+        messages.append(replace(message, parts=tuple(parts)))
+    return replace(sample, messages=tuple(messages))

@@ -1,0 +1,171 @@
+"""Where samples of a data set become examples, and what happens to those that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.example import Example
+from finetune.encoding.fitting import OUTCOMES, Fitter, OverlongError
+from finetune.sample import DataError, Sample, Source
+from finetune.templates.rendering import IGNORE
+
+logger = logging.getLogger(__name__)
+
+BAD_SAMPLES = "bad_samples.jsonl"
+"""File in OUTPUT_DIR that lists the records left out, one JSON object per line."""
+
+# So many records from the start of a data set that all fail are taken for all of them.
+_PROBED = 50
+_COUNTED = (*OUTCOMES, "left out")
+
+
+class Intake:
+    """Samples of one data set to examples under the policies of the run.
+
+    A sample that is left out is replaced in its batch row by a filler, one padding token without label and image, so
+    that batches keep their size and all ranks stay in step. It is left out when it is too long and its policy finds no
+    way, or with ``on_bad_sample`` "skip" when it raises DataError. Every other exception passes.
+
+    Args:
+        samples: the data set.
+        encoder: the encoder of the run.
+        overlong: what happens to samples above the limit; see ``Fitter``.
+        on_bad_sample: "error" or "skip".
+        report: file that gets a line for every record left out, once per process; None for no file.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        encoder: Encoder,
+        *,
+        overlong: str = "error",
+        on_bad_sample: str = "error",
+        report: Path | None = None,
+    ) -> None:
+        self.samples = samples
+        self.fitter = Fitter(encoder, overlong)
+        self.on_bad_sample = on_bad_sample
+        self._report = report
+        self._reported: set[int] = set()
+        # Shared with the loader processes, which do the counting.
+        self._counts = multiprocessing.Array("q", len(_COUNTED))
+
+    def take(self, index: int) -> Example:
+        """The example of sample ``index``, or a filler.
+
+        Raises:
+            DataError: the sample cannot be used and is not left out.
+        """
+        try:
+            example, outcome = self.fitter.encode(self.samples[index])
+        except DataError as error:
+            if not self.leaves_out(error):
+                raise
+            self._note(index, error)
+            self._count("left out")
+            return filler(self.fitter.encoder, str(self.source(index)))
+        self._count(outcome)
+        return example
+
+    def leaves_out(self, error: DataError) -> bool:
+        """Whether a sample with this error is replaced rather than an end of the run."""
+        return self.on_bad_sample == "skip" or isinstance(error, OverlongError)
+
+    def source(self, index: int) -> Source:
+        """Where record ``index`` is, whether or not it makes a sample."""
+        return source_of(self.samples, index)
+
+    def counts(self) -> list[int]:
+        """How often samples were kept, shrunk, ..., in this process and its loaders; ``describe_counts`` names them."""
+        return self._counts[:]
+
+    def probe(self) -> None:
+        """Makes sure that a run has something to learn: one of the first samples becomes an example.
+
+        Raises:
+            DataError: none of them does, and the run would go on without them.
+        """
+        first = None
+        tried = min(_PROBED, len(self.samples))
+        for index in range(tried):
+            try:
+                self.fitter.encode(self.samples[index])
+            except DataError as error:
+                if not self.leaves_out(error):
+                    return  # the run stops at it by itself, should it ever take it
+                first = first or error
+            else:
+                return
+        raise DataError(f"none of the first {tried} records can be used; the first of them: {first}")
+
+    def _count(self, outcome: str) -> None:
+        with self._counts.get_lock():
+            self._counts[_COUNTED.index(outcome)] += 1
+
+    def _note(self, index: int, error: DataError) -> None:
+        if index in self._reported:
+            return
+        self._reported.add(index)
+        logger.warning("an empty row in place of %s", error)
+        if self._report is None:
+            return
+        source = self.source(index)
+        line = {"file": source.file, "record": source.index, "id": source.id}
+        line |= {"exception": type(error).__name__, "message": str(error)}
+        # One write of one line in append mode: the lines of several processes do not mix.
+        with self._report.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def source_of(samples: Sequence[Sample], index: int) -> Source:
+    """Where record ``index`` is; readers know it without building the sample."""
+    locate = getattr(samples, "source", None)
+    if locate is not None:
+        return locate(index)
+    try:
+        return samples[index].source
+    except DataError:
+        return Source("samples in memory", index)
+
+
+def filler(encoder: Encoder, source: str) -> Example:
+    """An example that teaches nothing and has no image: it holds the place of a sample that is left out."""
+    patch = encoder.slicing.patch_size
+    return Example(
+        input_ids=torch.tensor([encoder.pad_id]),
+        labels=torch.tensor([IGNORE]),
+        position_ids=torch.zeros(1, dtype=torch.int64),
+        patches=torch.zeros(0, 3 * patch**2, dtype=torch.uint8),
+        tgt_sizes=torch.zeros(0, 2, dtype=torch.int64),
+        image_bound=torch.zeros(0, 2, dtype=torch.int64),
+        temporal_ids=torch.zeros(0, dtype=torch.int64),
+        source=source,
+    )
+
+
+def describe_counts(counts: Sequence[int]) -> str:
+    """The counts of an intake, added up over ranks, as one line."""
+    named = dict(zip(_COUNTED, map(int, counts), strict=True))
+    return f"{sum(named.values())} samples encoded: " + ", ".join(f"{count} {name}" for name, count in named.items())
+
+
+def describe_bad_samples(report: Path) -> str | None:
+    """How many distinct records a run has left out, as one line; None when there are none."""
+    if not report.is_file():
+        return None
+    kinds: dict[tuple[str, int], str] = {}
+    with report.open(encoding="utf-8") as file:
+        for text in file:
+            line = json.loads(text)
+            kinds[line["file"], line["record"]] = line["exception"]
+    counts = ", ".join(f"{count} {name}" for name, count in Counter(kinds.values()).most_common())
+    return f"{len(kinds)} records were left out ({counts}); {report} lists them"

@@ -1,0 +1,66 @@
+"""Answers of a model to the prompts of samples, encoded exactly as in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from finetune.encoding.collate import pad
+from finetune.encoding.encoder import Encoder
+from finetune.sample import DataError, Sample
+
+
+def split_answer(sample: Sample) -> tuple[Sample, str]:
+    """A sample without its last turn, and the text of that turn.
+
+    Raises:
+        DataError: the last turn is not the assistant's, or nothing is left before it.
+    """
+    *before, last = sample.messages
+    if last.role != "assistant" or not before:
+        raise DataError(f"{sample.source}: the last turn is a {last.role} turn; an answer to compare with is needed")
+    return replace(sample, messages=tuple(before)), last.text
+
+
+def generate_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    prompts: Sequence[Sample],
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 64,
+    description: str = "generating",
+) -> list[str]:
+    """Greedy answers to conversations that end with a user turn, in their order.
+
+    Batches are left-padded and sorted by length, so that little is padded; the order of the answers is the prompts'.
+    """
+    stops, pad_id = encoder.stop_ids, encoder.pad_id
+    device = next(model.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda index: -encoder.measure(prompts[index]).tokens)
+    answers = [""] * len(prompts)
+    model.eval()
+    for start in tqdm(range(0, len(order), batch_size), desc=description, leave=False):
+        chosen = order[start : start + batch_size]
+        batch = pad([encoder.encode(prompts[index], generate=True) for index in chosen], pad_id, side="left")
+        del batch["labels"], batch["position_ids"]
+        batch = {key: value.to(device) for key, value in batch.items()}
+        with torch.no_grad():
+            output = model.generate(  # pyright: ignore[reportCallIssue]
+                **batch, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id
+            )
+        for index, row in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            answers[index] = _text(tokenizer, row, stops)
+    return answers
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> str:
+    end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
+    # Grounding marks are special tokens of the tokenizer but part of the answer, so nothing is skipped.
+    return str(tokenizer.decode(ids[:end], skip_special_tokens=False)).strip()

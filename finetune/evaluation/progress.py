@@ -1,0 +1,102 @@
+"""Files that show how a run is going while it is going: trainer_log.jsonl and loss.png."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetune.evaluation.plots import plot_loss
+from finetune.outcome import plain_numbers
+
+LOG_NAME = "trainer_log.jsonl"
+PLOT_NAME = "loss.png"
+# The Trainer's name -> ours.
+_FIGURES = {
+    "loss": "loss",
+    "learning_rate": "lr",
+    "grad_norm": "grad_norm",
+    "eval_loss": "eval_loss",
+    "train_loss": "train_loss",
+    "samples_per_second": "samples_per_second",
+    "tokens_per_second": "tokens_per_second",
+}
+
+
+class ProgressCallback(TrainerCallback):
+    """Writes both files into the output folder, on the main process.
+
+    A line of trainer_log.jsonl has step, total_steps, epoch, elapsed and eta (seconds) and those of ``_FIGURES`` that
+    were measured; numbers that are not finite are null. A resumed run keeps the lines up to its checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._clock = 0.0
+        self._elapsed = 0.0
+        self._first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts the log, or cuts it off at the step the run goes on from."""
+        self._clock, self._first_step = time.monotonic(), state.global_step
+        if not state.is_world_process_zero:
+            return
+        path = _folder(args) / LOG_NAME
+        kept = _lines_until(path, state.global_step) if state.global_step else []
+        if kept:
+            self._elapsed = json.loads(kept[-1])["elapsed"]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """One line per log event."""
+        figures = {ours: logs[theirs] for theirs, ours in _FIGURES.items() if logs and theirs in logs}
+        if not figures or not state.is_world_process_zero:
+            return
+        running = time.monotonic() - self._clock
+        done = state.global_step - self._first_step
+        eta = running / done * (state.max_steps - state.global_step) if done else None
+        line = {
+            "step": state.global_step,
+            "total_steps": state.max_steps,
+            "epoch": state.epoch,
+            **figures,
+            "elapsed": round(self._elapsed + running, 1),
+            "eta": None if eta is None else round(eta, 1),
+        }
+        with (_folder(args) / LOG_NAME).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain_numbers(line), allow_nan=False) + "\n")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Draws the losses so far."""
+        if state.is_world_process_zero:
+            plot_loss(state.log_history, _folder(args) / PLOT_NAME)
+
+
+def _folder(args: TrainingArguments) -> Path:
+    return Path(args.output_dir or "output")
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The lines of a log up to a step; a line that a killed run left unfinished ends it."""
+    kept: list[str] = []
+    if not path.is_file():
+        return kept
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line)
+    return kept

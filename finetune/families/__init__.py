@@ -1,0 +1,41 @@
+"""The known generations and how a checkpoint folder is recognised."""
+
+from __future__ import annotations
+
+from finetune.errors import UserError
+from finetune.families.base import Config, Family
+from finetune.families.llama3_v2_5 import LLAMA3_V2_5
+from finetune.families.v2_0 import V2_0
+
+FAMILIES: tuple[Family, ...] = (V2_0, LLAMA3_V2_5)
+
+
+class UnknownFamilyError(UserError):
+    """A checkpoint that is none of the supported generations."""
+
+
+def detect(config: Config) -> Family:
+    """The family of a checkpoint, from its config.json as a dictionary.
+
+    Raises:
+        UnknownFamilyError: no family matches; the message lists what was read and what is supported.
+    """
+    for family in FAMILIES:
+        if family.matches(config):
+            return family
+    keys = ("model_type", "architectures", "version", "hidden_size", "vocab_size", "query_num", "vision_encoder")
+    read = ", ".join(f"{key}={config[key]!r}" for key in keys if key in config) or "none of the expected keys"
+    supported = "; ".join(f"{family.title} ({family.hub_id})" for family in FAMILIES)
+    raise UnknownFamilyError(f"unknown checkpoint: config.json has {read}. Supported: {supported}")
+
+
+def by_name(name: str) -> Family:
+    """The family called ``name``.
+
+    Raises:
+        UnknownFamilyError: no such family; the message lists the names.
+    """
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise UnknownFamilyError(f"unknown family {name!r}; known: {', '.join(family.name for family in FAMILIES)}")

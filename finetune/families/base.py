@@ -1,0 +1,70 @@
+"""What differs between generations: values and references to functions, never a switch for another module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.media.slicing import Plan, SliceSpec
+from finetune.sample import Sample
+from finetune.templates.rendering import Rendered, Vocabulary
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """Names of the parts that ``finetune.models`` assembles; each is a key of a builder table there.
+
+    Attributes:
+        vision: vision tower.
+        positions: rule for the vision position ids.
+        resampler: resampler variant.
+        language: language backbone.
+    """
+
+    vision: str
+    positions: str
+    resampler: str
+    language: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One generation of the model.
+
+    Attributes:
+        name: short name, as in ``--family`` and the golden folders.
+        title: the published name.
+        hub_id: the published checkpoint.
+        llm_type: the official LLM_TYPE value.
+        matches: whether a config.json (as a dictionary) belongs to this family.
+        network: the parts of the network.
+        slice_spec: reads the slicing settings from a config.json.
+        query_num: reads the number of placeholders per visual item from a config.json.
+        render: conversation and slice plans (one per image, reading order) to ids and labels, born together.
+            With ``generate`` the ids end where the model has to answer.
+        roles: roles its template has.
+        control_tokens: tokens that steer the format; never produced by user text.
+        required_tokens: tokens that must resolve to one id in the tokenizer, or loading fails.
+        stop_tokens: generation stops on any of them.
+        lora_targets: default regular expression (full match on module names) of the LoRA layers.
+        fixed_parameters: names of parameters that are tables; full finetuning leaves them as they are.
+    """
+
+    name: str
+    title: str
+    hub_id: str
+    llm_type: str
+    matches: Callable[[Config], bool]
+    network: Network
+    slice_spec: Callable[[Config], SliceSpec]
+    query_num: Callable[[Config], int]
+    render: Callable[[Sample, Sequence[Plan], Vocabulary, int, bool], Rendered]
+    roles: tuple[str, ...]
+    control_tokens: tuple[str, ...]
+    required_tokens: tuple[str, ...]
+    stop_tokens: tuple[str, ...]
+    lora_targets: str
+    fixed_parameters: tuple[str, ...] = ()

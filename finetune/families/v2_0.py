@@ -1,0 +1,49 @@
+"""MiniCPM-V 2.0: timm SigLIP, 64 queries, MiniCPM-2.4B, <用户>/<AI> prompt."""
+
+from __future__ import annotations
+
+from finetune.families.base import Config, Family, Network
+from finetune.media.slicing import SliceSpec
+from finetune.templates.minicpm import ROLES, render
+
+_IMAGE_TOKENS = ("<unk>", "<image>", "</image>", "<slice>", "</slice>")
+
+
+def _slice_spec(config: Config) -> SliceSpec:
+    return SliceSpec(
+        max_slice_nums=config.get("max_slice_nums", 9) if config.get("slice_mode", True) else 1,
+        scale_resolution=config.get("scale_resolution", 448),
+        patch_size=config.get("patch_size", 14),
+    )
+
+
+# Named functions, because families travel to worker processes.
+def _matches(config: Config) -> bool:
+    if config.get("model_type") != "minicpmv" or "version" in config:
+        return False
+    # MiniCPM-V 1.0 shares vision_encoder and hidden size but has no slice_mode (one 448 px image).
+    return "vision_encoder" in config and "slice_mode" in config
+
+
+def _query_num(config: Config) -> int:
+    return config["query_num"]
+
+
+V2_0 = Family(
+    name="v2_0",
+    title="MiniCPM-V 2.0",
+    hub_id="openbmb/MiniCPM-V-2",
+    llm_type="minicpm",
+    matches=_matches,
+    network=Network(vision="timm_siglip", positions="resampled", resampler="query_positions", language="minicpm"),
+    slice_spec=_slice_spec,
+    query_num=_query_num,
+    render=render,
+    roles=ROLES,
+    control_tokens=(*_IMAGE_TOKENS, "<s>", "</s>"),
+    required_tokens=(*_IMAGE_TOKENS, "<s>", "</s>"),
+    stop_tokens=("</s>",),
+    lora_targets=r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)",
+    # Sin-cos positions of the queries, stored in the checkpoint; a constant in the official network.
+    fixed_parameters=("resampler.pos_embed",),
+)

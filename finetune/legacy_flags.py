@@ -1,0 +1,71 @@
+"""Flags of published launchers that transformers 5 renamed or dropped: mapped to a successor, or named in a warning."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+logger = logging.getLogger(__name__)
+
+_RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "no_cuda": "use_cpu",
+    # A number of steps below 1 is a share of all steps.
+    "warmup_ratio": "warmup_steps",
+}
+_DROPPED = {
+    "save_safetensors": "weights are always saved as safetensors",
+    "prediction_loss_only": "evaluation keeps losses, never logits",
+    "group_by_length": "batches are drawn at random",
+    "bf16_full_eval": "evaluation runs in the precision of training",
+    "fp16_full_eval": "evaluation runs in the precision of training",
+    "logging_dir": "TensorBoard logs go there (TENSORBOARD_LOGGING_DIR)",
+    "include_tokens_per_second": "tokens per second are always logged",
+    "include_inputs_for_metrics": "there are no metrics over inputs",
+    "use_mps_device": "the device is found by itself",
+    "half_precision_backend": "autocast is always torch's",
+    "fp16_backend": "autocast is always torch's",
+    "fp16_opt_level": "apex is not used",
+    "past_index": "not for this model",
+    "jit_mode_eval": "not for this model",
+    "use_ipex": "not for this model",
+    "torchdynamo": "use --torch_compile_backend",
+    "ray_scope": "hyperparameter search is not part of this tool",
+    "mp_parameters": "not for this tool",
+    "sharded_ddp": "use --deepspeed",
+    "dispatch_batches": "use --accelerator_config",
+    "split_batches": "use --accelerator_config",
+}
+
+
+def translate(argv: Sequence[str]) -> list[str]:
+    """The command line in today's flags; every change is said in a warning, all in one line each.
+
+    A renamed flag does not override its successor when both are given.
+    """
+    given = {word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")}
+    result: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in {**_RENAMED, **_DROPPED}:
+            result.append(word)
+            continue
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        if name in _DROPPED:
+            if name == "logging_dir":
+                os.environ["TENSORBOARD_LOGGING_DIR"] = value
+            # Published launchers switch most of these off, which is what happens anyway.
+            if value.lower() not in ("false", "0"):
+                logger.warning("--%s %s: has no meaning any more; %s", name, value, _DROPPED[name])
+        elif _RENAMED[name] in given:
+            logger.warning("--%s %s: ignored, --%s is given too", name, value, _RENAMED[name])
+        else:
+            logger.warning("--%s is now --%s", name, _RENAMED[name])
+            result += [f"--{_RENAMED[name]}", value or "true"]
+    return result

@@ -1,0 +1,1 @@
+"""Images, videos and audio: geometry, decoding, pixels."""

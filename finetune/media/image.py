@@ -1,0 +1,147 @@
+"""Image files and PIL images to uint8 patches: orientation, limits, resizing, cutting."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from finetune.media.slicing import Plan, crop_boxes
+from finetune.sample import DataError, Media, Source
+
+MAX_PIXELS = 89_478_485
+"""Largest image that is decoded, in pixels: Pillow's own threshold (256 MiB of 24-bit pixels), here an error."""
+
+_ORIENTATION = 0x0112
+_TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SWAPS_SIDES = (5, 6, 7, 8)
+# What Pillow raises for damaged data, by format: none of its decoders wraps these.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def size(media: Media, source: Source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) in pixels with EXIF orientation applied; of a file, only the header is read.
+
+    Raises:
+        DataError: no such file, not an image, or more than ``max_pixels``.
+    """
+    with _opened(media, source, max_pixels) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) in _SWAPS_SIDES else (width, height)
+
+
+def load(media: Media, source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The decoded image as RGB with EXIF orientation applied; an alpha channel is dropped, not blended.
+
+    Of 16 bit grey values the high byte counts, so that the whole range from black to white is kept.
+
+    Raises:
+        DataError: as ``size``, and data that is truncated or damaged.
+    """
+    with _opened(media, source, max_pixels) as image:
+        turn = _TURN.get(_orientation(image))
+        image.load()
+        decoded = _rgb(image)
+    return decoded if turn is None else decoded.transpose(turn)
+
+
+def cut(image: Image.Image, plan: Plan) -> list[Image.Image]:
+    """The visual items of an RGB image: the thumbnail, then the slices row by row."""
+    items = [image.resize(plan.thumbnail, Image.Resampling.BICUBIC)]
+    if plan.refined is not None:
+        refined = image.resize(plan.refined, Image.Resampling.BICUBIC)
+        items += [refined.crop(box) for box in crop_boxes(plan)]
+    return items
+
+
+def patchify(items: Sequence[Image.Image], patch_size: int) -> np.ndarray:
+    """Patches of RGB images, (patches, 3 * P * P) uint8, P = ``patch_size``.
+
+    Items one after another, patches of an item row by row, each patch in (channel, row, column) order.
+    """
+    grids = [(item.height // patch_size, item.width // patch_size) for item in items]
+    patches = np.empty((sum(rows * columns for rows, columns in grids), 3 * patch_size**2), np.uint8)
+    start = 0
+    for item, (rows, columns) in zip(items, grids, strict=True):
+        pixels = np.asarray(item).reshape(rows, patch_size, columns, patch_size, 3)
+        into = patches[start : start + rows * columns].reshape(rows, columns, 3, patch_size, patch_size)
+        into[...] = pixels.transpose(0, 2, 4, 1, 3)
+        start += rows * columns
+    return patches
+
+
+@contextmanager
+def _opened(media: Media, source: Source, max_pixels: int) -> Iterator[Image.Image]:
+    """The image with its header read; errors of opening and of the body become DataError."""
+    try:
+        if isinstance(media.data, Path):
+            with Image.open(media.data) as image:
+                _check_pixels(image, media, source, max_pixels)
+                yield image
+        else:
+            _check_pixels(media.data, media, source, max_pixels)
+            yield media.data
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{source}: {media} does not exist; correct the path or remove the record") from error
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{source}: {media} is not an image in a format Pillow reads; save it as PNG or JPEG, or remove the record"
+        ) from error
+    except _BOMB as error:
+        raise DataError(f"{source}: {media} has too many pixels ({error}); shrink it or remove the record") from error
+    except _DAMAGED as error:
+        raise DataError(
+            f"{source}: {media} cannot be decoded ({error}); the file is truncated, damaged or not readable: "
+            "replace it or remove the record"
+        ) from error
+
+
+def _check_pixels(image: Image.Image, media: Media, source: Source, max_pixels: int) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise DataError(f"{source}: {media} is empty ({width} x {height} pixels); replace it or remove the record")
+    if width * height > max_pixels:
+        raise DataError(
+            f"{source}: {media} has {width} x {height} = {width * height} pixels, the limit is {max_pixels}; "
+            "shrink the image, or raise max_pixels if it is meant to be that large"
+        )
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # Pillow would take everything above 255 for white.
+        return Image.fromarray((np.clip(np.asarray(image), 0, 0xFFFF) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        # By way of RGBA, or Pillow warns about every such file.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none, it is unreadable, or Pillow applies it itself."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        # The method of the base class: that of PNG files decodes the pixels to look for EXIF behind them.
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+    except (SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return 1
+    return value if value in _TURN else 1

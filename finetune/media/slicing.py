@@ -1,0 +1,140 @@
+"""Where an image is cut: integers in, integers out (no pixels, no torch)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SliceSpec:
+    """Slicing settings of a checkpoint.
+
+    Attributes:
+        max_slice_nums: most slices besides the thumbnail; 1 means the thumbnail alone.
+        scale_resolution: side in pixels of the square whose area a slice should have.
+        patch_size: side in pixels of a vision patch; every side is a multiple of it.
+    """
+
+    max_slice_nums: int
+    scale_resolution: int
+    patch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one image is cut. Sizes are (width, height) in pixels, the grid is (columns, rows).
+
+    Attributes:
+        thumbnail: size of the whole image, resized.
+        grid: columns and rows, or None when the image is not cut.
+        refined: size of the resized image that is cut, or None.
+        slice: size of each slice, or None.
+    """
+
+    thumbnail: tuple[int, int]
+    grid: tuple[int, int] | None = None
+    refined: tuple[int, int] | None = None
+    slice: tuple[int, int] | None = None
+
+    @property
+    def items(self) -> int:
+        """Visual items: the thumbnail and, when cut, one per grid cell."""
+        return 1 if self.grid is None else 1 + self.grid[0] * self.grid[1]
+
+
+def plan(width: int, height: int, spec: SliceSpec) -> Plan:
+    """How an image of the given size is cut.
+
+    An image that covers more than one square of ``scale_resolution`` is cut into about as many slices as squares fit
+    into its area, in the grid whose aspect is nearest its own; the whole image is always kept as a thumbnail.
+    The rule is the published one of MiniCPM-V 2.0 to 4.5, and so are the roundings.
+
+    >>> nine = SliceSpec(max_slice_nums=9, scale_resolution=448, patch_size=14)
+    >>> plan(448, 448, nine)
+    Plan(thumbnail=(448, 448), grid=None, refined=None, slice=None)
+    >>> plan(640, 480, nine)
+    Plan(thumbnail=(518, 392), grid=(2, 1), refined=(728, 546), slice=(364, 546))
+    >>> plan(1080, 1920, nine).items
+    9
+
+    Args:
+        width: pixels, after EXIF orientation.
+        height: pixels, after EXIF orientation.
+        spec: settings of the checkpoint.
+
+    Raises:
+        ValueError: a side below 1.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"an image of {width} x {height} pixels cannot be cut; both sides must be at least 1")
+    squares = min(math.ceil(width * height / (spec.scale_resolution * spec.scale_resolution)), spec.max_slice_nums)
+    if squares <= 1:
+        return Plan(_fit(width, height, spec))
+    grid = _best_grid(width, height, squares, spec.max_slice_nums)
+    columns, rows = grid
+    cell = _fit(_nearest(width, columns) / columns, _nearest(height, rows) / rows, spec)
+    return Plan(
+        thumbnail=_fit(width, height, spec),
+        grid=grid,
+        refined=(cell[0] * columns, cell[1] * rows),
+        slice=cell,
+    )
+
+
+def item_sizes(cuts: Plan) -> list[tuple[int, int]]:
+    """(width, height) in pixels of every visual item: the thumbnail, then the slices row by row.
+
+    >>> item_sizes(Plan(thumbnail=(518, 392), grid=(2, 1), refined=(728, 546), slice=(364, 546)))
+    [(518, 392), (364, 546), (364, 546)]
+    """
+    if cuts.slice is None:
+        return [cuts.thumbnail]
+    return [cuts.thumbnail] + [cuts.slice] * (cuts.items - 1)
+
+
+def crop_boxes(cuts: Plan) -> list[tuple[int, int, int, int]]:
+    """(left, top, right, bottom) of each slice in the refined image, row by row.
+
+    >>> crop_boxes(Plan(thumbnail=(518, 392), grid=(2, 1), refined=(728, 546), slice=(364, 546)))
+    [(0, 0, 364, 546), (364, 0, 728, 546)]
+    """
+    if cuts.grid is None or cuts.slice is None:
+        return []
+    columns, rows = cuts.grid
+    width, height = cuts.slice
+    return [
+        (column * width, row * height, (column + 1) * width, (row + 1) * height)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+
+
+def _fit(width: float, height: float, spec: SliceSpec) -> tuple[int, int]:
+    """The size with about the same aspect and the area of one square, both sides multiples of the patch."""
+    aspect = width / height
+    # Truncated, height first, width from the truncated height: the published order, it decides the last pixel.
+    fitted = int(spec.scale_resolution / math.sqrt(aspect))
+    return _nearest(int(fitted * aspect), spec.patch_size), _nearest(fitted, spec.patch_size)
+
+
+def _nearest(length: float, step: int) -> int:
+    """The multiple of ``step`` nearest ``length``, at least one; ties go to the even multiple, as Python rounds."""
+    return max(round(length / step) * step, step)
+
+
+def _best_grid(width: int, height: int, squares: int, most: int) -> tuple[int, int]:
+    """(columns, rows) nearest the aspect in log space; of equals the fewer slices, then the fewer columns."""
+    aspect = math.log(width / height)
+    best, best_error = (1, 1), math.inf
+    for count in (squares - 1, squares, squares + 1):
+        if count == 1 or count > most:
+            continue
+        for columns in range(1, count + 1):
+            if count % columns:
+                continue
+            rows = count // columns
+            error = abs(aspect - math.log(columns / rows))
+            if error < best_error:
+                best, best_error = (columns, rows), error
+    return best

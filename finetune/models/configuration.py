@@ -1,0 +1,44 @@
+"""The configuration of a MiniCPM-V checkpoint, flat as published."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import PretrainedConfig
+
+from finetune.families import detect
+from finetune.families.base import Family
+
+
+class MiniCPMVConfig(PretrainedConfig):
+    """A published config.json, every key kept as it was read.
+
+    It does not inherit a language model's configuration: that would rewrite the rope keys when saved, and readers of
+    the official layout would then fall back to another rope base without a word. The configurations of the parts are
+    made when the parts are built. Only ``use_cache`` is dropped, as transformers does: 2.5 publishes false, a setting
+    of its training, with which every step of ``generate`` would encode the images again.
+    """
+
+    model_type: ClassVar[str] = "minicpmv"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "row_loss"]
+
+    # In the base class this is a property that turns the key into another one and warns.
+    rope_scaling: ClassVar[Any] = None
+
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """Leaves the rope keys as they were read."""
+        return kwargs
+
+    @property
+    def family(self) -> Family:
+        """The generation this configuration belongs to.
+
+        Raises:
+            UnknownFamilyError: it is none of the supported ones.
+        """
+        return detect(self.to_dict())
+
+    def read(self, key: str, default: Any = None) -> Any:
+        """The value of an official key, or ``default`` when it is absent or null."""
+        value = getattr(self, key, None)
+        return default if value is None else value

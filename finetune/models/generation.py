@@ -1,0 +1,80 @@
+"""What ``generate`` has to know about images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+
+_VISUAL = ("patches", "tgt_sizes", "image_bound", "temporal_ids", "image_features")
+
+
+class VisualGeneration(PreTrainedModel, GenerationMixin):
+    """Feeds images in the first step only, and copies whole items when rows are copied."""
+
+    if TYPE_CHECKING:  # the declared type of ``self`` there fits no model
+
+        def generate(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,  # generate looks for this very name before it accepts inputs such as attention_mask
+    ) -> dict[str, Any]:
+        """Inputs of one decoding step; without a cache every step sees the images again."""
+        visual = {name: kwargs.pop(name, None) for name in _VISUAL}
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            inputs.update({name: value for name, value in visual.items() if value is not None})
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Repeats every row for beams and several returned sequences.
+
+        The default would repeat single patches. Here each image is encoded once, before the rows are repeated.
+        """
+        visual = {name: model_kwargs.pop(name, None) for name in _VISUAL}
+        ids, expanded = super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if expand_size > 1 and visual["image_bound"] is not None:
+            visual = self._repeat_items(visual, expand_size)
+        expanded.update({name: value for name, value in visual.items() if value is not None})
+        return ids, expanded
+
+    def _repeat_items(self, visual: dict[str, Any], times: int) -> dict[str, Any]:
+        """Features and bounds of ``times`` copies of each row, copies of a row next to each other."""
+        features = visual["image_features"]
+        if features is None:
+            features = self.get_image_features(visual["patches"], visual["tgt_sizes"], visual["temporal_ids"])
+        bounds = visual["image_bound"].repeat_interleave(times, dim=0)
+        copies = torch.arange(times, device=bounds.device).repeat(len(visual["image_bound"]))
+        bounds = torch.cat([(bounds[:, 0] * times + copies)[:, None], bounds[:, 1:]], dim=1)
+        return {"image_features": features.repeat_interleave(times, dim=0), "image_bound": bounds}
+
+    def get_image_features(
+        self, patches: torch.Tensor, tgt_sizes: torch.Tensor, temporal_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Resampled features, (n, Q, E); given by the model."""
+        raise NotImplementedError

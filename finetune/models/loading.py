@@ -1,0 +1,116 @@
+"""Model folders and adapter folders become a model: completely, or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+
+from finetune.errors import CheckpointError
+from finetune.models.configuration import MiniCPMVConfig
+from finetune.models.folders import local_folder
+from finetune.models.minicpmv import MiniCPMV
+from finetune.models.strict import check_folder, check_whole, some
+from finetune.models.tokenization import check_tokens, load_tokenizer
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    base: str | Path | None = None,
+    tokenizer_required: bool = True,
+    **kwargs: Any,
+) -> MiniCPMV | PeftModel:
+    """Loads a full checkpoint, or an adapter on top of the base checkpoint that it names.
+
+    Every parameter of a loaded model requires gradients again; whoever trains it freezes what stays fixed afterwards.
+
+    Args:
+        model: local folder, or a hub id (the only case that may use the network).
+        dtype: of the weights; "auto" is the file's.
+        device_map: as in transformers ("auto", {"": 0}, ...).
+        attn_implementation: "sdpa", "eager" or "flash_attention_2"; None lets transformers choose.
+        revision: of the hub id.
+        base: folder of the checkpoint that an adapter is put on; None for the one that the adapter names.
+        tokenizer_required: also check that the tokenizer beside the weights has the tokens the family needs.
+        **kwargs: handed on to ``from_pretrained`` (offload_folder, quantization_config, ...).
+
+    Raises:
+        CheckpointError: no such folder, files are missing, or weights, config.json and tokenizer disagree.
+        UnknownFamilyError: a config.json of none of the supported generations.
+    """
+    folder = local_folder(str(model), revision)
+    options = {"dtype": dtype, "device_map": device_map, **kwargs}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if (folder / _ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        return _load_adapter(folder, None if base is None else Path(base), tokenizer_required, options)
+    if base is not None:
+        raise CheckpointError(f"{folder} is no adapter ({_ADAPTER_CONFIG} is missing): it cannot be put on {base}")
+    return _load_full(folder, tokenizer_required, options)
+
+
+def _load_full(folder: Path, tokenizer_required: bool, options: dict[str, Any]) -> MiniCPMV:
+    check_folder(folder)
+    config = MiniCPMVConfig.from_pretrained(folder)
+    family = config.family
+    if tokenizer_required:
+        check_tokens(load_tokenizer(folder), family, config.vocab_size, str(folder))
+    return MiniCPMV.from_pretrained(folder, **options)
+
+
+def _load_adapter(
+    folder: Path, base_folder: Path | None, tokenizer_required: bool, options: dict[str, Any]
+) -> PeftModel:
+    weights = folder / _ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(f"{folder} has {_ADAPTER_CONFIG} but not {_ADAPTER_WEIGHTS}")
+    check_whole(weights)
+    settings = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = _load_full(base_folder or _base_folder(folder, settings), tokenizer_required, options)
+    try:
+        adapted = PeftModel.from_pretrained(base, str(folder))
+    except KeyError as error:  # what peft raises for a module saved in full that lacks a tensor
+        raise CheckpointError(f"{weights} lacks tensors of the adapter: {error}") from error
+    with safe_open(str(weights), framework="pt") as file:
+        stored = set(file.keys())
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if missing := sorted(expected - stored):
+        raise CheckpointError(f"{weights} lacks tensors of the adapter: {some(missing)}")
+    if surplus := sorted(stored - expected):
+        raise CheckpointError(
+            f"{weights} has {len(surplus)} tensors that {_ADAPTER_CONFIG} does not describe: {some(surplus)}"
+        )
+    return adapted
+
+
+def _base_folder(adapter: Path, settings: dict[str, Any]) -> Path:
+    """The base checkpoint of an adapter; a relative path is looked up here, then beside the adapter.
+
+    Raises:
+        CheckpointError: it is recorded nowhere, or no longer where it was.
+    """
+    name = settings.get("base_model_name_or_path")
+    if not name:
+        raise CheckpointError(f"{adapter / _ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
+    for place in (Path(name).expanduser(), adapter / name):
+        if place.is_dir():
+            return place
+    try:
+        return local_folder(name, settings.get("revision"))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the base model {name} of adapter {adapter} is not there. Correct base_model_name_or_path in "
+            f"{_ADAPTER_CONFIG} ({error})"
+        ) from error

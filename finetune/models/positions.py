@@ -1,0 +1,76 @@
+"""Position rules of the vision part. All tables are computed when needed: a loaded model keeps only what files hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+Sizes = Sequence[tuple[int, int]]
+
+
+def _buckets(count: int, side: int) -> torch.Tensor:
+    """The (count,) bucket of each of ``count`` evenly spaced positions on a table with ``side`` entries.
+
+    The published arithmetic in its exact float32 form: the step is a float32 reciprocal, and neither ``arange(n) / n``
+    nor integer division gives the same ids at many lengths (25, 49, 50, 55, 58, ...).
+    """
+    step = (1 / torch.tensor(count, dtype=torch.float32, device="cpu")).item()
+    fractions = torch.arange(0, 1 - 1e-6, step, dtype=torch.float32, device="cpu")
+    boundaries = torch.arange(1 / side, 1.0, 1 / side, dtype=torch.float32, device="cpu")
+    return torch.bucketize(fractions, boundaries, right=True)
+
+
+def row_ids(sizes: Sizes, side: int) -> torch.Tensor:
+    """Rows of the position table, (patches,) int64, by the rule of MiniCPM-Llama3-V 2.5.
+
+    Its published code takes an item of h x w patches for one row of h * w, so only the first row of the table is used.
+    """
+    return torch.cat([_buckets(height * width, side) for height, width in sizes])
+
+
+def grid_ids(sizes: Sizes, side: int) -> torch.Tensor:
+    """Rows of the position table, (patches,) int64, by the two-dimensional rule (2.6 and later)."""
+    return torch.cat(
+        [(_buckets(height, side)[:, None] * side + _buckets(width, side)[None, :]).flatten() for height, width in sizes]
+    )
+
+
+POSITION_IDS: dict[str, Callable[[Sizes, int], torch.Tensor]] = {"row": row_ids, "grid": grid_ids}
+
+
+def resampled(table: torch.Tensor, sizes: Sizes, grid: tuple[int, int]) -> torch.Tensor:
+    """A learned (1, rows * columns, D) table of ``grid`` rows, columns brought to the size of each item.
+
+    Bicubic with antialiasing in float32, once per distinct size (V-2.0).
+
+    Returns:
+        (patches, D), in the dtype of ``table``.
+    """
+    # Only V-2.0 needs timm, and importing it takes a second.
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
+    by_size = {
+        size: resample_abs_pos_embed(table, list(size), old_size=list(grid), num_prefix_tokens=0)[0]
+        for size in dict.fromkeys(sizes)
+    }
+    return torch.cat([by_size[size] for size in sizes])
+
+
+def _sincos_axis(length: int, dim: int, device: torch.device) -> torch.Tensor:
+    """(length, dim) float32: the sines, then the cosines, of positions 0 .. length - 1 at dim / 2 frequencies."""
+    omega = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float32, device=device) / (dim // 2))
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos(sizes: Sizes, dim: int, device: torch.device) -> torch.Tensor:
+    """Two-dimensional sine-cosine positions, (patches, dim) float32, items one behind another, row by row.
+
+    The first half of the channels encodes the column, the second the row (the published order). The value at (row,
+    column) does not depend on the size of the grid.
+    """
+    rows = torch.cat([torch.arange(height).repeat_interleave(width) for height, width in sizes]).to(device)
+    columns = torch.cat([torch.arange(width).repeat(height) for height, width in sizes]).to(device)
+    axis = _sincos_axis(max(max(size) for size in sizes), dim // 2, device)
+    return torch.cat([axis[columns], axis[rows]], dim=1)

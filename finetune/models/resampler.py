@@ -1,0 +1,121 @@
+"""The resampler: a fixed number of learned queries reads the patches of each visual item."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from finetune.models.attention import split_attention
+from finetune.models.configuration import MiniCPMVConfig
+from finetune.models.initialization import STD
+from finetune.models.positions import Sizes, sincos
+
+_HEAD_DIM = 128
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention with the parameter names of torch's MultiheadAttention.
+
+    The packed projection is read by the module that owns it and ``out_proj`` runs as a module, so that both are whole
+    under ZeRO-3, on offloaded weights and under adapters.
+    """
+
+    def __init__(self, config: MiniCPMVConfig, size: int) -> None:
+        super().__init__()
+        self.config, self.size = config, size
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * size, size))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * size))
+        self.out_proj = nn.Linear(size, size)
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """Every item's patches seen by the same queries.
+
+        Args:
+            query: (Q, E).
+            key: (N, E).
+            value: (N, E).
+            lengths: rows of key and value that belong to each item.
+
+        Returns:
+            (items, Q, E).
+        """
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(-1, (-1, _HEAD_DIM))
+            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        )
+        items, queries = len(lengths), len(query)
+        q = q.repeat(items, 1, 1)
+        x = split_attention(q, k, v, [queries] * items, lengths, self.config._attn_implementation)
+        return self.out_proj(x.flatten(1)).unflatten(0, (items, queries))
+
+
+class Resampler(nn.Module):
+    """Cross attention from learned queries to patch features plus two-dimensional sine-cosine positions."""
+
+    def __init__(self, config: MiniCPMVConfig, input_size: int) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.size, self.queries = size, config.family.query_num(config.to_dict())
+        self.query = nn.Parameter(torch.empty(self.queries, size))
+        self.kv_proj = nn.Linear(input_size, size, bias=False)
+        self.attn = CrossAttention(config, size)
+        self.ln_q = nn.LayerNorm(size, eps=1e-6)
+        self.ln_kv = nn.LayerNorm(size, eps=1e-6)
+        self.ln_post = nn.LayerNorm(size, eps=1e-6)
+        self.proj = nn.Parameter(torch.empty(size, size))
+
+    def forward(self, features: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+        """Embeddings for the language model.
+
+        Args:
+            features: (N, D) vision features, items one behind another.
+            sizes: rows and columns of patches per item.
+
+        Returns:
+            (items, Q, E).
+        """
+        features = features.to(self.query.dtype)  # a trained resampler may be float32 on a 16 bit tower
+        value = self.ln_kv(self.kv_proj(features))
+        key = value + sincos(sizes, self.size, value.device).to(value.dtype)
+        x = self.attn(self._queries(), key, value, [height * width for height, width in sizes])
+        return self.ln_post(x) @ self.proj
+
+    def _queries(self) -> torch.Tensor:
+        return self.ln_q(self.query)
+
+    def initialize(self) -> None:
+        """Fills the parameters that belong to this module itself and those of its attention."""
+        init.trunc_normal_(self.query, std=STD)
+        init.normal_(self.proj, std=self.size**-0.5)
+        init.trunc_normal_(self.attn.in_proj_weight, std=STD)
+        init.zeros_(self.attn.in_proj_bias)
+
+
+class QueryPositionResampler(Resampler):
+    """Adds a position table, stored in the checkpoint, to the queries (V-2.0).
+
+    The table is a square sine-cosine grid and is never trained.
+    """
+
+    def __init__(self, config: MiniCPMVConfig, input_size: int) -> None:
+        super().__init__(config, input_size)
+        self.pos_embed = nn.Parameter(torch.empty(self.queries, self.size), requires_grad=False)
+
+    def _queries(self) -> torch.Tensor:
+        return self.ln_q(self.query) + self.pos_embed
+
+    def initialize(self) -> None:
+        """Fills the position table as well."""
+        super().initialize()
+        side = round(self.queries**0.5)
+        init.copy_(self.pos_embed, sincos([(side, side)], self.size, self.pos_embed.device))
+
+
+RESAMPLERS: dict[str, type[Resampler]] = {"plain": Resampler, "query_positions": QueryPositionResampler}

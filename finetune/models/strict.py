@@ -1,0 +1,110 @@
+"""Loading without guesses: every tensor comes from the file, or the load fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from finetune.errors import CheckpointError
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names of a list, for messages."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def check_folder(folder: Path) -> None:
+    """Checks that a local folder holds a configuration and safetensors weights.
+
+    Raises:
+        CheckpointError: naming what is missing and what is there.
+    """
+    if not (folder / "config.json").is_file():
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise CheckpointError(f"{folder} is no checkpoint: config.json is missing (found: {found})")
+    if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
+        for path in sorted(folder.glob("*.safetensors")):
+            check_whole(path)
+        return
+    if pickled := sorted(path.name for path in folder.glob("*.bin")):
+        raise CheckpointError(
+            f"{folder} has weights only as {pickled[0]}, which runs code when read; only safetensors are loaded: "
+            "convert the file, or download a revision with model.safetensors"
+        )
+    raise CheckpointError(f"{folder} has config.json but no weights: model*.safetensors is missing")
+
+
+def check_whole(path: Path) -> None:
+    """Checks by its header that a weights file is as long as it says; the weights are not read.
+
+    Raises:
+        CheckpointError: it is truncated, or no safetensors file (a pointer of Git LFS, an HTML page).
+    """
+    try:
+        with safe_open(str(path), framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is truncated or no safetensors file ({error}); copy or download it "
+            "again"
+        ) from error
+
+
+def check_loaded(name: str, info: dict[str, Any], allow_mismatched: bool) -> None:
+    """Checks transformers' report of a load.
+
+    Args:
+        name: the checkpoint, for the message.
+        info: what ``output_loading_info=True`` returns.
+        allow_mismatched: whether the caller accepted new weights for tensors of another shape.
+
+    Raises:
+        CheckpointError: listing the tensors that are missing, unknown or of another shape.
+    """
+    problems = []
+    mismatched = {key: (file, model) for key, file, model in info.get("mismatched_keys") or ()}
+    if missing := sorted(set[str](info.get("missing_keys") or ()) - set(mismatched)):
+        problems.append(f"{len(missing)} tensors are missing in the file: {some(missing)}")
+    if unexpected := sorted(set[str](info.get("unexpected_keys") or ())):
+        problems.append(f"{len(unexpected)} tensors in the file are unknown to the network: {some(unexpected)}")
+    if mismatched and not allow_mismatched:
+        shapes = [f"{key} is {tuple(a)} in the file, {tuple(b)} by config.json" for key, (a, b) in mismatched.items()]
+        problems.append(f"{len(shapes)} tensors have another shape: {some(sorted(shapes))}")
+    if errors := info.get("error_msgs"):
+        problems.append(f"errors while reading: {some(list(errors))}")
+    if problems:
+        raise CheckpointError(f"{name} does not fit its config.json. {'. '.join(problems)}")
+
+
+class StrictLoading(PreTrainedModel):
+    """Makes ``from_pretrained``, also through AutoModel, fail instead of filling gaps with random weights."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """As in transformers, from safetensors only and with every tensor accounted for.
+
+        Raises:
+            CheckpointError: the folder lacks files, or file and config.json disagree about a tensor.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        wants_info = kwargs.pop("output_loading_info", False)
+        name = str(pretrained_model_name_or_path)
+        folder = Path(name, kwargs.get("subfolder") or "")
+        if pretrained_model_name_or_path is not None and folder.is_dir() and kwargs["use_safetensors"]:
+            check_folder(folder)
+        allow_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with names
+            **kwargs,
+        )
+        model, info = loaded
+        check_loaded(name, info, allow_mismatched)
+        result: Any = (model, info) if wants_info else model
+        return result

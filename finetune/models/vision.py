@@ -1,0 +1,68 @@
+"""What the vision towers share, and the table of towers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from finetune.models.configuration import MiniCPMVConfig
+from finetune.models.initialization import initialize
+from finetune.models.positions import Sizes
+
+if TYPE_CHECKING:
+    from finetune.families.base import Network
+
+
+class VisionTower(PreTrainedModel):
+    """Patches of all items of a micro-batch in, features out, in one pass.
+
+    A PreTrainedModel so that ``model.vpm.gradient_checkpointing_enable()`` works on it alone. It shares the
+    configuration of the whole model, and with it the attention implementation.
+    """
+
+    config: MiniCPMVConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    config_class = MiniCPMVConfig
+    main_input_name = "patches"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    output_size: int
+    """Width of the features."""
+
+    def forward(self, patches: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+        """Features of the patches.
+
+        Args:
+            patches: (N, 3*P*P) uint8, rows in (channel, row, column) order, items one behind another.
+            sizes: rows and columns of patches per item.
+
+        Returns:
+            (N, output_size).
+        """
+        raise NotImplementedError
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialize(module)
+
+
+def normalize(patches: torch.Tensor, side: int, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes to numbers in [-1, 1]: (N, 3*P*P) uint8 to (N, 3, P, P), P = ``side``; mean and deviation 0.5."""
+    return patches.float().div(255).sub(0.5).div(0.5).to(dtype).unflatten(1, (3, side, side))
+
+
+def build_vision(config: MiniCPMVConfig, network: Network) -> VisionTower:
+    """The vision tower that a family names."""
+    from finetune.models.vision_navit import NavitSiglip
+    from finetune.models.vision_timm import TimmSiglip
+
+    towers: dict[str, Callable[[MiniCPMVConfig, str], VisionTower]] = {
+        "timm_siglip": TimmSiglip,
+        "navit_siglip": NavitSiglip,
+    }
+    return towers[network.vision](config, network.positions)

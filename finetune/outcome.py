@@ -1,0 +1,117 @@
+"""How a run ends: exit codes, the machine-readable last line, and signals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from finetune.errors import UserError
+
+OK = 0
+FAILED = 1
+USER_ERROR = 2
+NOT_VERIFIED = 3
+INTERRUPTED = 130
+
+
+def plain_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with null where a number is not finite: NaN and Infinity are no JSON."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
+
+
+def mean_train_loss(history: Iterable[Mapping[str, Any]]) -> float | None:
+    """Mean training loss over all logged steps that were finite, those before a resume included; None without any."""
+    total, steps, last = 0.0, 0, 0
+    for entry in history:
+        if "loss" in entry:
+            if math.isfinite(entry["loss"]):
+                total += entry["loss"] * (entry["step"] - last)
+                steps += entry["step"] - last
+            last = entry["step"]
+    return total / steps if steps else None
+
+
+def last_eval_loss(history: Iterable[Mapping[str, Any]]) -> float | None:
+    """The latest evaluation loss; None when nothing was evaluated."""
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return losses[-1] if losses else None
+
+
+def distinct_lines(path: Path) -> int:
+    """How many different lines a file has: every process of a run may note the same record. 0 without the file."""
+    return len(set(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else 0
+
+
+def report(status: str, **fields: Any) -> None:
+    """Prints the last line of a run, ``result={...}``, on rank 0; other ranks print nothing."""
+    if _is_main_process():
+        result = plain_numbers({"status": status, **fields})
+        # In one write: a launcher's other processes share this stream.
+        sys.stdout.write("result=" + json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.flush()
+
+
+def message_of(error: UserError) -> str:
+    """What the user reads; an error raised in a loader process carries that process' traceback in front of it."""
+    message = str(error)
+    return message.rpartition("Error: ")[2] if message.startswith("Caught ") else message
+
+
+def install() -> None:
+    """From here on every end of this process has its message, its last line and its exit code."""
+    sys.excepthook = _excepthook
+    _watch_sigterm()
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        _interrupted("interrupted")
+    traceback.print_exception(kind, error, trace)
+    report("error", exit_code=FAILED, message=f"{kind.__name__}: {error}")
+
+
+def _interrupted(message: str) -> None:
+    if _is_main_process():
+        sys.stderr.write(f"{message}; --resume_from_checkpoint auto continues from the last checkpoint\n")
+    report("interrupted", exit_code=INTERRUPTED, message=message)
+    sys.stderr.flush()
+    # Loader processes and collectives that wait for dead ranks would hold a normal exit up.
+    os._exit(INTERRUPTED)
+
+
+def _watch_sigterm() -> None:
+    """Ends the process at once when it is told to, even while its main thread waits inside a collective.
+
+    A Python handler runs only once the main thread is back in Python; torchrun would wait 30 seconds for that.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    owner = os.getpid()
+
+    def watch() -> None:
+        while True:
+            if signal.SIGTERM in os.read(reader, 1):
+                _interrupted("ended by SIGTERM (the job was stopped, or another process of the run failed)")
+
+    def ignore(number: int, frame: object) -> None:
+        if os.getpid() != owner:  # a loader process, made by fork, has no thread that watches
+            os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, ignore)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True, name="sigterm").start()

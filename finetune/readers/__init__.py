@@ -1,0 +1,24 @@
+"""Data files become samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.readers.official import OfficialDataset
+from finetune.sample import Sample
+
+__all__ = ["read"]
+
+
+def read(path: str | Path, *, image_root: str | Path | None = None) -> Sequence[Sample]:
+    """The samples of a data file in the official form; each is built, and may fail, when it is asked for.
+
+    Args:
+        path: a JSON array of records, or JSON Lines.
+        image_root: where relative image paths are looked for when they are not beside the data file.
+
+    Raises:
+        DataError: the file is missing, not UTF-8, not JSON (with line and cause), or holds no record.
+    """
+    return OfficialDataset(path, image_root=image_root)

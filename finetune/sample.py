@@ -1,0 +1,127 @@
+"""What a record means, whatever file format it came from: a conversation of ordered text and media parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MediaKind = Literal["image", "video", "audio"]
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class DataError(UserError):
+    """A record that cannot be used. The message says where it is, what disagrees and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a sample came from; printed in every error about it.
+
+    Attributes:
+        file: path of the data file, or a word such as "chat" for samples made in memory.
+        index: position of the record in the file, from 0.
+        id: the record's own id, empty when it has none.
+    """
+
+    file: str
+    index: int
+    id: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}, record {self.index}" + (f" (id {self.id!r})" if self.id else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A run of user text. Control tokens inside it are plain text, grounding marks such as <box> are not."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """One image, video or audio clip at its place in the conversation.
+
+    Attributes:
+        kind: "image", "video" or "audio".
+        data: a file path (resolved by the reader), or for images a decoded PIL image (chat).
+    """
+
+    kind: MediaKind
+    data: Path | Image.Image
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.data}" if isinstance(self.data, Path) else f"{self.kind} in memory"
+
+
+Part = Text | Media
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn.
+
+    Attributes:
+        role: one of ROLES.
+        parts: text and media in reading order.
+        train: whether this turn carries loss; only assistant turns may.
+        weight: weight of the turn's tokens in the loss; 1.0 is the plain mean over labelled tokens.
+    """
+
+    role: str
+    parts: tuple[Part, ...]
+    train: bool = False
+    weight: float = 1.0
+
+    @property
+    def text(self) -> str:
+        """The text parts, concatenated."""
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One conversation, validated on construction.
+
+    Raises:
+        DataError: no message, an unknown role, a trained turn that is not the assistant's, a system turn that is
+            not the first, or two turns in a row of user or of assistant.
+    """
+
+    id: str
+    source: Source
+    messages: tuple[Message, ...]
+
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise DataError(f"{self.source}: the conversation is empty; give at least one user turn")
+        previous = None
+        for turn, message in enumerate(self.messages):
+            if message.role not in ROLES:
+                known = ", ".join(ROLES)
+                raise DataError(f"{self.source}: turn {turn} has role {message.role!r}; known roles are {known}")
+            if message.train and message.role != "assistant":
+                raise DataError(
+                    f"{self.source}: turn {turn} is a {message.role} turn; only assistant turns are trained"
+                )
+            if message.role == "system" and turn > 0:
+                raise DataError(f"{self.source}: turn {turn} is a system turn; it must be the first")
+            if message.role == previous and message.role in ("user", "assistant"):
+                raise DataError(
+                    f"{self.source}: turns {turn - 1} and {turn} are both {message.role}; roles must alternate"
+                )
+            previous = message.role
+
+    def media(self, kind: MediaKind | None = None) -> Iterator[Media]:
+        """The media of the conversation in reading order, optionally of one kind."""
+        for message in self.messages:
+            for part in message.parts:
+                if isinstance(part, Media) and kind in (None, part.kind):
+                    yield part

@@ -1,0 +1,1 @@
+"""Conversation templates: a Sample becomes ids and labels."""

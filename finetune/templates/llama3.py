@@ -1,0 +1,53 @@
+"""Prompt of MiniCPM-Llama3-V 2.5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from finetune.media.slicing import Plan
+from finetune.sample import Sample
+from finetune.templates.placeholders import old_schema
+from finetune.templates.rendering import Rendered, Vocabulary
+from finetune.templates.turns import merged, turns
+
+ROLES = ("system", "user", "assistant")
+
+
+def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, query_num: int, generate: bool) -> Rendered:
+    """Header, trimmed content and end mark per turn, as the published inference template writes them.
+
+    Every trained answer and its end mark are labels, nothing else.
+
+    Args:
+        sample: the conversation.
+        plans: slice plan of every image, in reading order.
+        vocabulary: the tokenizer.
+        query_num: placeholders per visual item.
+        generate: end after the header of the answer instead of after the answer.
+
+    Raises:
+        DataError: turns that the template cannot express.
+    """
+    rendered = Rendered()
+    left = iter(plans)
+    end = [vocabulary.control("<|eot_id|>")]
+    rendered.add([vocabulary.control("<|begin_of_text|>")])
+    for message in turns(sample, ROLES, generate):
+        rendered.add(_header(message.role, vocabulary))
+        parts = merged(message.parts)
+        for index, part in enumerate(parts):
+            if not isinstance(part, str):
+                rendered.add_items(*old_schema(next(left), query_num, vocabulary))
+                continue
+            text = part.lstrip() if index == 0 else part
+            text = text.rstrip() if index == len(parts) - 1 else text
+            rendered.add(vocabulary.text(text), train=message.train)
+        rendered.add(end, train=message.train)
+    if generate:
+        rendered.add(_header("assistant", vocabulary))
+    return rendered
+
+
+def _header(role: str, vocabulary: Vocabulary) -> list[int]:
+    start, end = vocabulary.control("<|start_header_id|>"), vocabulary.control("<|end_header_id|>")
+    return [start, *vocabulary.fixed(role), end, *vocabulary.fixed("\n\n")]

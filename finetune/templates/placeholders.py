@@ -1,0 +1,46 @@
+"""What stands in the prompt for an image: runs of placeholders that the vision features overwrite."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from finetune.media.slicing import Plan
+from finetune.templates.rendering import Vocabulary
+
+
+class Block(NamedTuple):
+    """The ids of one image.
+
+    Attributes:
+        ids: token ids.
+        bounds: half-open range of the placeholders of each visual item, counted from the first id.
+    """
+
+    ids: list[int]
+    bounds: list[tuple[int, int]]
+
+
+def old_schema(plan: Plan, query_num: int, vocabulary: Vocabulary) -> Block:
+    """The form of MiniCPM-V 2.0 and 2.5: every item between image tokens, the grid between slice tokens.
+
+    Rows of the grid are separated by a newline, items of a row by nothing.
+    """
+    image, image_end, unknown = (vocabulary.control(token) for token in ("<image>", "</image>", "<unk>"))
+    block = Block([], [])
+
+    def item() -> None:
+        start = len(block.ids) + 1
+        block.ids.extend((image, *[unknown] * query_num, image_end))
+        block.bounds.append((start, start + query_num))
+
+    item()
+    if plan.grid is not None:
+        columns, rows = plan.grid
+        block.ids.append(vocabulary.control("<slice>"))
+        for row in range(rows):
+            if row:
+                block.ids.extend(vocabulary.fixed("\n"))
+            for _ in range(columns):
+                item()
+        block.ids.append(vocabulary.control("</slice>"))
+    return block

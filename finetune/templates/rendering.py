@@ -1,0 +1,59 @@
+"""What a template returns, and the tokenizer as a template sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+IGNORE = -100
+
+
+class Vocabulary(Protocol):
+    """Text to ids with the rule of the house: control tokens inside text are text, grounding marks are marks."""
+
+    def control(self, token: str) -> int:
+        """The id of a control token."""
+        ...
+
+    def text(self, text: str) -> list[int]:
+        """Ids of a piece of text that starts the prompt or follows a control token (no bos, no eos)."""
+        ...
+
+    def fixed(self, text: str) -> list[int]:
+        """As ``text``, remembered: for the words of the template itself."""
+        ...
+
+    def continuation(self, text: str) -> list[int]:
+        """Ids of text that goes on where other text stopped: without the word-start piece of sentencepiece."""
+        ...
+
+    def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As ``text``, with the half-open character range of every id."""
+        ...
+
+
+@dataclass(slots=True)
+class Rendered:
+    """Ids and labels of one conversation, born together.
+
+    Attributes:
+        input_ids: token ids.
+        labels: same length, unshifted, IGNORE where there is no loss.
+        image_bounds: half-open token range of the placeholders of each visual item, in item order.
+    """
+
+    input_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    image_bounds: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], *, train: bool = False) -> None:
+        """Appends ids that are their own labels when ``train``, and carry no loss otherwise."""
+        self.input_ids.extend(ids)
+        self.labels.extend(ids if train else [IGNORE] * len(ids))
+
+    def add_items(self, ids: Sequence[int], bounds: Sequence[tuple[int, int]]) -> None:
+        """Appends the placeholders of an image; ``bounds`` count from the first of ``ids``."""
+        start = len(self.input_ids)
+        self.add(ids)
+        self.image_bounds.extend((start + first, start + last) for first, last in bounds)

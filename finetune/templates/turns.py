@@ -1,0 +1,66 @@
+"""Which turns a template accepts; the same rules for every generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from finetune.sample import DataError, Media, Message, Sample, Text
+
+
+def turns(sample: Sample, roles: Sequence[str], generate: bool) -> tuple[Message, ...]:
+    """The turns to render: all for training; to generate, all untrained and without a final answer, the reference.
+
+    Raises:
+        DataError: a role that the template lacks, a first turn that is not the user's, media outside a user turn, no
+            answer to train on, or an empty one.
+    """
+    messages = sample.messages
+    for turn, message in enumerate(messages):
+        _check_turn(sample, turn, message, roles)
+    first = 1 if messages[0].role == "system" else 0
+    if first == len(messages) or messages[first].role != "user":
+        role = messages[first].role if first < len(messages) else "missing"
+        raise DataError(
+            f"{sample.source}: turn {first} is {role}, it must be user: a conversation starts with a question"
+        )
+    answered = messages[-1].role == "assistant"
+    if generate:
+        return tuple(replace(message, train=False) for message in (messages[:-1] if answered else messages))
+    if not answered:
+        raise DataError(
+            f"{sample.source}: no answer: the last turn ({len(messages) - 1}) is {messages[-1].role}, "
+            "training needs an assistant turn there"
+        )
+    return messages
+
+
+def _check_turn(sample: Sample, turn: int, message: Message, roles: Sequence[str]) -> None:
+    if message.role not in roles:
+        known = ", ".join(roles)
+        fix = "move its text to the first user turn" if message.role == "system" else "rename or remove the turn"
+        raise DataError(
+            f"{sample.source}: turn {turn} has role {message.role!r}, this model's prompt has {known}; {fix}"
+        )
+    if message.role != "user":
+        for part in message.parts:
+            if isinstance(part, Media):
+                raise DataError(
+                    f"{sample.source}: turn {turn} ({message.role}) contains {part}; media belong into user turns"
+                )
+    if message.train and not message.text.strip():
+        raise DataError(f"{sample.source}: turn {turn}: the answer is empty; fill it in or remove the record")
+
+
+def merged(parts: Sequence[Text | Media]) -> list[str | Media]:
+    """The parts with neighbouring texts joined and empty ones dropped."""
+    result: list[str | Media] = []
+    for part in parts:
+        if isinstance(part, Media):
+            result.append(part)
+        elif part.text:
+            if result and isinstance(result[-1], str):
+                result[-1] += part.text
+            else:
+                result.append(part.text)
+    return result

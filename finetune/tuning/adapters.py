@@ -1,0 +1,146 @@
+"""LoRA adapters: fresh ones from the flags, or a former one to go on from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from finetune.arguments import ArgumentError, LoraArguments
+from finetune.families.base import Family
+
+logger = logging.getLogger(__name__)
+
+# Only the LLM's linear layers are worth quantising; the rest is small, trained in full, or reads packed weights.
+_NOT_QUANTISED = ["vpm", "resampler", "lm_head", "apm", "audio_projection_layer", "tts"]
+# What decides the shape or the meaning of an adapter.
+_DECISIVE = ("r", "lora_alpha", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora")
+
+
+def quantisation(dtype: str) -> BitsAndBytesConfig:
+    """4 bit nf4 with double quantisation for the LLM's linear layers, computing in ``dtype``."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+        llm_int8_skip_modules=list(_NOT_QUANTISED),
+    )
+
+
+def add_lora(model: nn.Module, family: Family, saved: Sequence[str], lora: LoraArguments) -> PeftModel:
+    """The model with adapters.
+
+    Args:
+        model: the loaded network.
+        family: its generation; names the default targets.
+        saved: modules trained in full and saved with the adapter.
+        lora: the lora_* flags; with ``lora_weight_path`` the adapter there is gone on from.
+
+    Raises:
+        ArgumentError: targets or modules that the network does not have, or an adapter that does not fit the flags.
+    """
+    config = lora_config(model, family, saved, lora)
+    if lora.lora_weight_path is not None:
+        return _continue(model, config, Path(lora.lora_weight_path))
+    names = [name for name, _ in model.named_modules()]
+    for wanted in config.modules_to_save or []:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            raise ArgumentError(f"--lora_modules_to_save {wanted}: the network has no module of that name")
+    try:
+        return get_peft_model(model, config)  # pyright: ignore[reportReturnType, reportArgumentType]
+    except ValueError as error:
+        if "layers attribute" in str(error):
+            raise ArgumentError(f"--lora_layer_replication: peft cannot do it in this network ({error})") from error
+        if "target" not in str(error):
+            raise
+        layers = lora.lora_layers_to_transform
+        raise ArgumentError(
+            f"--lora_target_modules {lora.lora_target_modules or family.lora_targets!r} matches no module"
+            f"{'' if layers is None else f' in the layers {layers}'}; it is a regular expression that must match the "
+            f"whole name, such as {family.lora_targets}"
+        ) from error
+
+
+def lora_config(model: nn.Module, family: Family, saved: Sequence[str], lora: LoraArguments) -> LoraConfig:
+    """The peft configuration of the flags.
+
+    task_type stays None: AutoPeftModel refuses any other (the network is loaded by AutoModel).
+
+    Raises:
+        ArgumentError: a flag that cannot be read.
+    """
+    extra = [name.strip() for name in (lora.lora_modules_to_save or "").split(",") if name.strip()]
+    targets: str | list[str] = lora.lora_target_modules or family.lora_targets
+    pattern = None
+    if lora.lora_layers_to_transform is not None:
+        # peft takes layer numbers only with a list of names, and a list of plain names would match the vision tower;
+        # whole names it does not filter by layer.
+        pattern = lora.lora_layers_pattern or "layers"
+        numbers = "|".join(map(str, lora.lora_layers_to_transform))
+        layer = re.compile(rf"(.*\.)?{re.escape(pattern)}\.({numbers})\..*")
+        names = (name for name, _ in model.named_modules() if re.fullmatch(targets, name))
+        targets = [name for name in names if layer.fullmatch(name)]
+    elif lora.lora_layers_pattern is not None:
+        logger.warning("--lora_layers_pattern has no effect without --lora_layers_to_transform")
+    return LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        bias=lora.lora_bias,  # pyright: ignore[reportArgumentType]
+        modules_to_save=[*saved, *extra] or None,
+        layers_to_transform=lora.lora_layers_to_transform,
+        layers_pattern=pattern,
+        layer_replication=_replication(lora.lora_layer_replication),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+    )
+
+
+def _replication(given: str | None) -> list[tuple[int, int]] | None:
+    if given is None:
+        return None
+    try:
+        return [(int(start), int(end)) for start, end in json.loads(given)]
+    except (json.JSONDecodeError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"--lora_layer_replication {given!r}: pairs of layer numbers are wanted, such as [[0, 16], [8, 24]]"
+        ) from error
+
+
+def _continue(model: nn.Module, wanted: LoraConfig, folder: Path) -> PeftModel:
+    if not (folder / "adapter_config.json").is_file():
+        raise ArgumentError(f"--lora_weight_path {folder}: no adapter there (adapter_config.json is missing)")
+    found = LoraConfig.from_pretrained(str(folder))
+    assert isinstance(found, LoraConfig)
+    if _as_set(found.modules_to_save) != _as_set(wanted.modules_to_save):
+        raise ArgumentError(
+            f"--lora_weight_path {folder} saves {_names(found.modules_to_save)} in full, the flags train "
+            f"{_names(wanted.modules_to_save)}; set --tune_vision, --tune_resampler and --lora_modules_to_save alike"
+        )
+    for name in _DECISIVE:
+        here, there = getattr(wanted, name), getattr(found, name)
+        if name != "modules_to_save" and _comparable(here) != _comparable(there):
+            logger.warning("--lora_weight_path %s: its %s %s counts, not %s of the flags", folder, name, there, here)
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)  # pyright: ignore[reportArgumentType]
+
+
+def _comparable(value: Any) -> Any:
+    return frozenset(value) if isinstance(value, (list, set, tuple)) else value
+
+
+def _as_set(names: Sequence[str] | None) -> set[str]:
+    return set(names or ())
+
+
+def _names(names: Sequence[str] | None) -> str:
+    return ", ".join(sorted(names or ())) or "nothing"

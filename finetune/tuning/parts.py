@@ -1,0 +1,139 @@
+"""What trains: full or LoRA, per part. All freezing happens here, after loading, in one place.
+
+``from_pretrained`` makes every parameter trainable again, so nothing set before it counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import set_seed
+
+from finetune.arguments import LoraArguments, TrainingArguments
+from finetune.families.base import Family
+from finetune.tuning.adapters import add_lora
+
+# Part name -> the module of the network that it is.
+PARTS = {"vision": "vpm", "resampler": "resampler", "llm": "llm"}
+_MODULE_PARTS = {module: part for part, module in PARTS.items()}
+
+
+def part_of(name: str) -> str:
+    """The part ("vision", "resampler" or "llm") a parameter name belongs to, with or without peft's prefixes.
+
+    Raises:
+        ValueError: the name starts with none of the modules.
+    """
+    head = name.removeprefix("module.").removeprefix("base_model.model.").partition(".")[0]
+    if head not in _MODULE_PARTS:
+        raise ValueError(f"parameter {name!r} belongs to none of the parts {', '.join(PARTS)}")
+    return _MODULE_PARTS[head]
+
+
+def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: LoraArguments) -> nn.Module:
+    """Freezes what is not trained and, with LoRA, wraps the model with adapters.
+
+    Trainable 16-bit weights become fp32 (they run under autocast), unless DeepSpeed keeps fp32 masters itself.
+
+    Raises:
+        ArgumentError: the LoRA target matches no module of the network.
+    """
+    model.requires_grad_(False)
+    # Loading draws random numbers, another count of them under ZeRO-3; adapters must start the same in every mode.
+    set_seed(training.seed)
+    if training.use_lora:
+        model = add_lora(model, family, [PARTS[part] for part in full_parts(training)], lora)
+    else:
+        for part in full_parts(training):
+            model.get_submodule(PARTS[part]).requires_grad_(True)
+        # Not with LoRA: there peft trains a saved module whole, and so do the published counts (Trainable 733677856).
+        for name, parameter in model.named_parameters():
+            if name in family.fixed_parameters:
+                parameter.requires_grad_(False)
+    if not (training.deepspeed and (training.bf16 or training.fp16)):
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+    return model
+
+
+def full_parts(training: TrainingArguments) -> list[str]:
+    """The parts trained in full, in the order of PARTS."""
+    chosen = {"vision": training.tune_vision, "resampler": training.tune_resampler, "llm": training.tune_llm}
+    return [part for part in PARTS if chosen[part]]
+
+
+@dataclass(frozen=True, slots=True)
+class PartRow:
+    """One line of the table of what trains.
+
+    Attributes:
+        part: "vision", "resampler" or "llm".
+        mode: "frozen", "full", "LoRA r=..." or a mix such as "LoRA r=64 + embed_tokens".
+        total: parameters, copies of saved modules counted once.
+        trainable: those that train.
+        learning_rate: of the part; None when frozen.
+    """
+
+    part: str
+    mode: str
+    total: int
+    trainable: int
+    learning_rate: float | None
+
+
+def numel(parameter: nn.Parameter) -> int:
+    """Number of elements, also of a parameter that ZeRO-3 has partitioned (its local size is 0) or packed to 4 bit."""
+    packed = 2 if getattr(parameter, "quant_state", None) is not None else 1
+    return getattr(parameter, "ds_numel", parameter.numel()) * packed
+
+
+def counted(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters, leaving out the frozen originals that peft keeps beside the trained copies."""
+    for name, parameter in model.named_parameters():
+        if ".original_module." not in name:
+            yield name, parameter
+
+
+def part_rows(model: nn.Module, learning_rates: Mapping[str, float]) -> list[PartRow]:
+    """What trains, part by part, read off the model itself (not off the flags)."""
+    rows = []
+    for part in PARTS:
+        parameters = [(name, p) for name, p in counted(model) if part_of(name) == part]
+        trained = [(name, p) for name, p in parameters if p.requires_grad]
+        mode = _mode(model, [name for name, _ in trained])
+        rate = learning_rates[part] if trained else None
+        rows.append(PartRow(part, mode, _sum(parameters), _sum(trained), rate))
+    return rows
+
+
+def _sum(parameters: Iterable[tuple[str, nn.Parameter]]) -> int:
+    return sum(numel(parameter) for _, parameter in parameters)
+
+
+def _mode(model: nn.Module, trained: list[str]) -> str:
+    if not trained:
+        return "frozen"
+    adapters = [name for name in trained if ".lora_" in name]
+    if not adapters:
+        return "full"
+    assert isinstance(model, PeftModel)
+    config = model.peft_config[model.active_adapter]  # pyright: ignore[reportArgumentType]
+    saved = {name.split(".modules_to_save.")[0].rpartition(".")[2] for name in trained if ".modules_to_save." in name}
+    return " + ".join([f"LoRA r={getattr(config, 'r', '?')}", *sorted(saved)])
+
+
+def format_table(rows: list[PartRow]) -> str:
+    """The table as text, with a total line."""
+    lines = [f"{'part':<10} {'mode':<28} {'parameters':>15} {'trainable':>15} {'lr':>10}"]
+    for row in rows:
+        rate = "-" if row.learning_rate is None else f"{row.learning_rate:.2e}"
+        lines.append(f"{row.part:<10} {row.mode:<28} {row.total:>15,} {row.trainable:>15,} {rate:>10}")
+    total, trainable = sum(row.total for row in rows), sum(row.trainable for row in rows)
+    share = 100 * trainable / max(total, 1)
+    lines.append(f"{'all':<10} {f'{share:.2f} % trained':<28} {total:>15,} {trainable:>15,} {'':>10}")
+    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""What is written beside the trained weights, so that a result loads anywhere the official checkpoints load."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+import yaml
+from peft import PeftModel
+from safetensors import safe_open
+
+import finetune
+from finetune.arguments import Arguments
+from finetune.errors import UserError
+from finetune.tuning.checkpoint import FULL_FILES, SIDE_FILES, Checkpoint, copy_files
+
+# peft imports the class named here; its allow-list has transformers, which our registration then serves.
+_AUTO_MAPPING = {"base_model_class": "AutoModel", "parent_library": "transformers"}
+# What a former run leaves in an output folder.
+_RESULT_FILES = (
+    "checkpoint-*",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "trainer_state.json",
+    "all_results.json",
+    "run.yaml",
+    "loss.png",
+    "bad_samples.jsonl",
+    "trainer_log.jsonl",
+    "runs",
+)
+
+
+# What a run that saved nothing leaves; such a folder may be used again.
+_START_FILES = ("run.yaml", "runs")
+
+
+class OutputError(UserError):
+    """An output folder that must not be written to."""
+
+
+def prepare_output(folder: Path, *, resuming: bool, overwrite: bool) -> None:
+    """Makes the output folder; one with files in it is refused unless resuming or overwriting.
+
+    With ``overwrite`` the files of a former result are removed, others are left alone.
+
+    Raises:
+        OutputError: the folder is not empty and neither was asked for.
+    """
+    if folder.is_file():
+        raise OutputError(f"OUTPUT_DIR {folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not resuming:
+        if not overwrite and any(path.name not in _START_FILES for path in folder.iterdir()):
+            raise OutputError(
+                f"OUTPUT_DIR {folder} is not empty: choose another, continue its run with "
+                "--resume_from_checkpoint auto, or replace it with --overwrite_output_dir true"
+            )
+        for pattern in _RESULT_FILES:
+            for path in folder.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_run(args: Arguments, base: Checkpoint, folder: Path) -> None:
+    """Writes run.yaml: the flags that differ from their defaults, the base and the versions."""
+    run = {
+        "base": {"name": base.name, "revision": base.revision, "family": base.family.name},
+        "flags": args.non_defaults(),
+        "versions": {
+            "finetune": finetune.__version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+        },
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def finish_adapter(model: PeftModel, folder: Path, base: Checkpoint) -> None:
+    """Completes a saved adapter: loadable by AutoPeftModel, base recorded, tokenizer and processor of the base."""
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    config.base_model_name_or_path = base.name
+    config.revision = base.revision
+    config.auto_mapping = dict(_AUTO_MAPPING)
+    config.save_pretrained(str(folder))
+    copy_files(base.folder, folder, SIDE_FILES)
+    (folder / "README.md").write_text(_adapter_card(base), encoding="utf-8")
+    _tidy(folder)
+
+
+def finish_full(folder: Path, base: Checkpoint) -> None:
+    """Completes a saved full model: the base's own config.json, tokenizer, processor and code files.
+
+    transformers 5 re-serialises config.json in a layout that official code misreads (rope_theta moves), so the
+    original goes back; only torch_dtype follows the weights.
+    """
+    copy_files(base.folder, folder, FULL_FILES)
+    config: dict[str, Any] = dict(base.config)
+    dtype = _saved_dtype(folder)
+    if dtype is not None:
+        config["torch_dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_full_card(base), encoding="utf-8")
+    _tidy(folder)
+
+
+def _saved_dtype(folder: Path) -> str | None:
+    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                return names.get(file.get_slice(key).get_dtype())
+    return None
+
+
+def _tidy(folder: Path) -> None:
+    # A pickle; run.yaml says the same in plain text.
+    (folder / "training_args.bin").unlink(missing_ok=True)
+    # safetensors writes files that only their owner may read, whatever the umask.
+    readable = (folder / "README.md").stat().st_mode & 0o777
+    for path in folder.glob("*.safetensors"):
+        path.chmod(readable)
+
+
+def _adapter_card(base: Checkpoint) -> str:
+    revision = f" (revision {base.revision})" if base.revision else ""
+    return f"""---
+base_model: {base.name}
+library_name: peft
+---
+# LoRA adapter for {base.family.title}
+
+Base checkpoint: `{base.name}`{revision}. The flags of the run are in `run.yaml`.
+
+```python
+import finetune.models  # registers the network; no remote code is run
+from peft import AutoPeftModel
+
+model = AutoPeftModel.from_pretrained("path/to/this/folder", device_map="auto").eval()
+```
+"""
+
+
+def _full_card(base: Checkpoint) -> str:
+    return f"""---
+base_model: {base.name}
+---
+# Finetuned {base.family.title}
+
+All files besides the weights are those of `{base.name}`. The flags of the run are in `run.yaml`.
+
+```python
+import finetune.models  # registers the network; no remote code is run
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("path/to/this/folder", device_map="auto").eval()
+```
+"""

@@ -1,0 +1,112 @@
+"""Proof that a saved result is what was trained: loaded in a fresh process, its logits are compared."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+
+import finetune
+from finetune.encoding.collate import pad
+from finetune.encoding.example import Example
+
+# Logits kept per reference: the end of a sample has seen all of it.
+_KEPT = 64
+# Largest difference of logits, relative to their largest magnitude. 16-bit weights are rounded once more when
+# they are saved, and the fresh process may run on another device.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
+
+
+def take_reference(trainer: Trainer, example: Example, pad_id: int, dtype: str, quantised: bool) -> Path:
+    """Logits of the trained model on one example; every rank must call it (ZeRO-3 gathers).
+
+    Returns:
+        A safetensors file in a temporary folder (written by rank 0) with the batch, the last logits and the dtype.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    assert isinstance(model, torch.nn.Module)
+    batch = {key: value.to(trainer.args.device) for key, value in pad([example], pad_id).items()}
+    labels = batch.pop("labels")
+    model.eval()
+    with torch.no_grad(), trainer.accelerator.autocast():
+        logits = model(**batch, logits_to_keep=min(_KEPT, labels.shape[1])).logits
+    path = Path(tempfile.mkdtemp(prefix="verify-")) / "reference.safetensors"
+    if trainer.args.process_index == 0:
+        metadata = {"dtype": dtype, "quantised": str(quantised)}
+        tensors = {key: value.cpu().contiguous() for key, value in batch.items()}
+        save_file({**tensors, "logits": logits.float().cpu().contiguous()}, path, metadata=metadata)
+    return path
+
+
+def verify_in_fresh_process(folder: Path, reference: Path) -> int:
+    """Runs ``python -m finetune verify`` from another directory, without this run's distributed environment.
+
+    Returns:
+        Its exit status: 0 when the folder loads and its logits agree.
+    """
+    foreign = ("RANK", "LOCAL_", "WORLD_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+    source = str(Path(finetune.__file__).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, environment.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-m", "finetune", "verify", str(folder), "--reference", str(reference)]
+    return subprocess.run(command, cwd=reference.parent, env=environment, check=False).returncode
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How far a loaded model is from its reference.
+
+    Attributes:
+        difference: largest absolute difference of logits.
+        relative: the same over the largest magnitude of the reference.
+        tolerance: largest relative difference allowed.
+        base_difference: largest absolute difference with the adapter off; None for a full model.
+    """
+
+    difference: float
+    relative: float
+    tolerance: float
+    base_difference: float | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the loaded model is the trained one."""
+        return self.relative <= self.tolerance
+
+
+def compare(model: torch.nn.Module, reference: Path) -> Comparison:
+    """Runs the reference's batch through a loaded model."""
+    from peft import PeftModel
+
+    tensors = load_file(reference)
+    expected = tensors.pop("logits")
+    device = next(model.parameters()).device
+    batch = {key: value.to(device) for key, value in tensors.items()}
+    keep = expected.shape[1]
+    with torch.no_grad():
+        difference = _distance(model(**batch, logits_to_keep=keep).logits, expected)
+        base = None
+        if isinstance(model, PeftModel):
+            with model.disable_adapter():
+                base = _distance(model(**batch, logits_to_keep=keep).logits, expected)
+    relative = difference / max(expected.abs().max().item(), 1e-6)
+    return Comparison(difference, relative, TOLERANCES[reference_settings(reference)[0]], base)
+
+
+def reference_settings(reference: Path) -> tuple[str, bool]:
+    """The dtype the reference was computed in, e.g. "bfloat16", and whether the base was quantised (QLoRA)."""
+    with safe_open(reference, framework="pt") as file:
+        metadata = file.metadata()
+    return metadata["dtype"], metadata["quantised"] == "True"
+
+
+def _distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    return (logits.float().cpu() - expected).abs().max().item()

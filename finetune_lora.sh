@@ -1,0 +1,99 @@
+#!/bin/sh
+# LoRA with DeepSpeed: attention projections of the language model, and the resampler in full.
+#
+#   sh finetune_lora.sh [flags of finetune.py]     from any directory; DRY_RUN=1 prints the command instead
+#
+# Edit the variables or set them in the environment. Flags given on the command line win over everything here.
+set -eu
+
+# Three RTX 3090 (24 GB) are enough for MiniCPM-V 2.0 with the optimizer in CPU memory: uncomment these lines.
+# DeepSpeed compiles that optimizer once (g++, and the CUDA toolkit's headers). The older guide calls it cpu_low_memo.
+#export CUDA_VISIBLE_DEVICES=0,1,2
+#GPUS_PER_NODE=3
+#MODEL="openbmb/MiniCPM-V-2"
+#LLM_TYPE="minicpm"
+#DS_CONFIG="ds_config_zero2_offload.json"
+
+GPUS_PER_NODE=${GPUS_PER_NODE:-} # empty: the visible GPUs, or 2 CPU processes where there is none
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-localhost}
+MASTER_PORT=${MASTER_PORT:-} # empty: a free port on one node, 6001 on several
+
+MODEL=${MODEL:-"openbmb/MiniCPM-Llama3-V-2_5"} # or openbmb/MiniCPM-V-2, or a local folder
+DATA=${DATA:-"path/to/trainging_data"} # json file
+EVAL_DATA=${EVAL_DATA:-"path/to/test_data"} # json file; left as it is: no evaluation
+LLM_TYPE=${LLM_TYPE:-} # empty: detected; a value is only checked: llama3, for openbmb/MiniCPM-V-2 minicpm
+MODEL_MAX_Length=${MODEL_MAX_Length:-2048}
+OUTPUT_DIR=${OUTPUT_DIR:-"output/output_lora"}
+DS_CONFIG=${DS_CONFIG:-} # empty: ds_config_zero2.json; to save memory ds_config_zero3.json or one of the *_offload.json
+export CUDA_VISIBLE_DEVICES HF_HOME HF_ENDPOINT
+
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+PATH=$PATH:$here/.venv/bin # for torchrun and python3 where no environment is active
+problem() {
+  echo "$0: $1" >&2
+  [ "${DRY_RUN:-0}" != 0 ] || exit 2
+}
+
+# Check the files once here, before every process fails on its own. User paths belong to the caller's directory.
+[ "$EVAL_DATA" != "path/to/test_data" ] || EVAL_DATA=
+flag=
+for arg do
+  case $flag in --data_path) DATA=$arg ;; --eval_data_path) EVAL_DATA=$arg ;; esac
+  case $arg in --data_path=*) DATA=${arg#*=} ;; --eval_data_path=*) EVAL_DATA=${arg#*=} ;; esac
+  flag=$arg
+done
+[ -e "$DATA" ] || problem "no data file '$DATA'; set DATA at the top of the script or in the environment"
+[ -z "$EVAL_DATA" ] || [ -e "$EVAL_DATA" ] || problem "no data file '$EVAL_DATA'; set EVAL_DATA, or empty it to train without"
+case $DS_CONFIG in
+  "") DS_CONFIG=$here/ds_config_zero2.json ;;
+  cpu_low_memo) DS_CONFIG=$here/ds_config_zero2_offload.json ;; # its name in an older guide
+  *) [ -e "$DS_CONFIG" ] || [ ! -e "$here/$DS_CONFIG" ] || DS_CONFIG=$here/$DS_CONFIG ;;
+esac
+[ -e "$DS_CONFIG" ] || problem "no DeepSpeed configuration '$DS_CONFIG' here or in '$here'; set DS_CONFIG"
+
+# The method: what differs between finetune_ds.sh and finetune_lora.sh.
+set -- --tune_vision false --tune_llm false --use_lora true --learning_rate 1e-4 "$@"
+
+# Steps below 1 are a share of all steps: evaluated and saved ten times, whatever the size of the data.
+[ -n "$EVAL_DATA" ] || echo "$0: EVAL_DATA is not set: no evaluation" >&2
+[ -z "$EVAL_DATA" ] || set -- --eval_data_path "$EVAL_DATA" --do_eval true --eval_strategy steps --eval_steps 0.1 "$@"
+[ -z "$LLM_TYPE" ] || set -- --llm_type "$LLM_TYPE" "$@"
+set -- --model_name_or_path "$MODEL" --data_path "$DATA" --output_dir "$OUTPUT_DIR" --deepspeed "$DS_CONFIG" \
+  --do_train true --model_max_length "$MODEL_MAX_Length" --max_slice_nums 9 \
+  --num_train_epochs 3 --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --gradient_accumulation_steps 8 \
+  --weight_decay 0.1 --adam_beta2 0.95 --warmup_steps 0.01 --lr_scheduler_type cosine --gradient_checkpointing true \
+  --save_strategy steps --save_steps 0.1 --save_total_limit 2 --logging_steps 1 --report_to tensorboard \
+  --remove_unused_columns false --label_names labels "$@"
+
+# CUDA's own rule: the list of visible devices ends at the first negative one.
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+  gpus=$(echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | sed '/^ *-/,$d' | grep -c '[^ ]') || gpus=0
+else
+  gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU') || gpus=0
+fi
+if [ "$gpus" = 0 ]; then # one thread per process: more of them only get in each other's way
+  gpus=2
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+fi
+if [ -z "$MASTER_PORT" ]; then
+  MASTER_PORT=6001
+  find_port='import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+  [ "$NNODES" != 1 ] || MASTER_PORT=$("${PYTHON:-python3}" -c "$find_port")
+fi
+
+# "--" keeps torchrun from reading the script's flags as abbreviations of its own.
+set -- --nproc_per_node "${GPUS_PER_NODE:-$gpus}" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+  --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" -- "$here/finetune.py" "$@"
+if [ -n "${PYTHON:-}" ] && [ -z "${TORCHRUN:-}" ]; then
+  set -- "$PYTHON" -m torch.distributed.run "$@"
+else
+  set -- "${TORCHRUN:-torchrun}" "$@"
+fi
+command -v "$1" >/dev/null || problem "no $1; install with: python3 -m pip install -r '$here/requirements.txt'"
+[ "${DRY_RUN:-0}" != 0 ] || exec "$@"
+for arg do # quoted for the shell
+  printf "'%s' " "$(printf '%s' "$arg" | sed "s/'/'\\\\''/g")"
+done
+echo

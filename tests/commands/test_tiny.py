@@ -1,0 +1,168 @@
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from safetensors import safe_open
+from transformers import AutoModel, AutoTokenizer
+
+import finetune.models  # noqa: F401  registers the network and the tokenizer classes
+from finetune.commands import tiny, tiny_corpus
+from finetune.commands.demo_phrases import COLOURS
+from finetune.families import by_name, detect
+
+COMMON = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+FILES = {"v2_0": COMMON | {"tokenizer.model"}, "llama3_v2_5": COMMON}
+# What the published config.json holds; a tiny one may add sizes, never leave a key out.
+OFFICIAL_KEYS = {
+    "v2_0": "architectures attention_bias attention_dropout auto_map bos_token_id dim_model_base "
+    "drop_vision_last_layer eos_token_id hidden_act hidden_size image_size initializer_range intermediate_size "
+    "max_position_embeddings max_slice_nums mm_use_im_start_end model_type num_attention_heads num_hidden_layers "
+    "num_key_value_heads patch_size pretraining_tp query_num rms_norm_eps rope_scaling rope_theta scale_depth "
+    "scale_emb scale_resolution slice_mode tie_word_embeddings torch_dtype transformers_version use_cache "
+    "vision_encoder vocab_size",
+    "llama3_v2_5": "architectures attention_bias attention_dropout auto_map batch_vision_input bos_token_id "
+    "drop_vision_last_layer eos_token_id hidden_act hidden_size image_size initializer_range intermediate_size "
+    "max_position_embeddings mm_use_im_start_end model_type num_attention_heads num_hidden_layers "
+    "num_key_value_heads patch_size pretraining_tp query_num rms_norm_eps rope_scaling rope_theta slice_config "
+    "slice_mode tie_word_embeddings torch_dtype transformers_version use_cache version vision_config vocab_size",
+}
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("tiny") / request.param
+    return request.param, tiny.write_tiny_checkpoint(request.param, folder, seed=3)
+
+
+def test_folder_is_complete(checkpoint: tuple[str, Path]) -> None:
+    family, folder = checkpoint
+    assert {file.name for file in folder.iterdir()} == FILES[family]
+    config = json.loads((folder / "config.json").read_text())
+    assert set(OFFICIAL_KEYS[family].split()) <= set(config)
+    assert detect(config).name == family
+    assert by_name(family).slice_spec(config).scale_resolution == 112
+    # The names that official code looks up; loading here must work although none of these files exists.
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_minicpm.MiniCPMVConfig",
+        "AutoModel": "modeling_minicpmv.MiniCPMV",
+        "AutoModelForCausalLM": "modeling_minicpmv.MiniCPMV",
+    }
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    module = {"v2_0": "tokenization_minicpmv", "llama3_v2_5": "tokenization_minicpmv_fast"}[family]
+    assert tokenizer["auto_map"] == {"AutoTokenizer": [f"{module}.{tokenizer['tokenizer_class']}", None]}
+    preprocessor = json.loads((folder / "preprocessor_config.json").read_text())
+    assert preprocessor["image_feature_size"] == config["query_num"] == by_name(family).query_num(config)
+
+
+def test_equal_bytes_for_a_seed(checkpoint: tuple[str, Path], tmp_path: Path) -> None:
+    family, folder = checkpoint
+    torch.manual_seed(99)  # the state of the caller must not matter
+    drawn = torch.random.get_rng_state()
+    again = tiny.write_tiny_checkpoint(family, tmp_path / "again", seed=3)
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    other = tiny.write_tiny_checkpoint(family, tmp_path / "other", seed=4)
+    for name in FILES[family]:
+        assert (again / name).read_bytes() == (folder / name).read_bytes(), name
+        differs = (other / name).read_bytes() != (folder / name).read_bytes()
+        assert differs == (name in ("model.safetensors", "README.md")), name
+
+
+def test_loads_with_the_auto_classes(checkpoint: tuple[str, Path]) -> None:
+    _, folder = checkpoint
+    model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == "MiniCPMV"
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with safe_open(folder / "model.safetensors", "pt") as stored:
+        assert stored.metadata() == {"format": "pt"}
+        assert set(stored.keys()) == set(model.state_dict())
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, stored.get_tensor(name)), name
+            assert torch.isfinite(tensor).all(), name
+    # Text embeddings about as loud as image features: random, frozen and still of use to the demo.
+    assert 0.9 < model.embedding_scale * model.get_input_embeddings().weight.std() < 1.3
+
+
+def test_tokenizer_resolves_every_special_token(checkpoint: tuple[str, Path]) -> None:
+    family, folder = checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert type(tokenizer).__name__.startswith("MiniCPMVTokenizer")
+    assert len(tokenizer) <= config["vocab_size"]
+    tokens = by_name(family).required_tokens + by_name(family).stop_tokens
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
+    assert len(set(ids.values())) == len(set(tokens))
+    for token, index in ids.items():
+        assert tokenizer.encode(token, add_special_tokens=False) == [index]
+    assert tokenizer.bos_token_id == config["bos_token_id"] == tokenizer.encode("x")[0]
+    assert tokenizer.eos_token_id == config["eos_token_id"]
+    if family == "v2_0":
+        assert [ids[token] for token in ("<unk>", "<s>", "</s>", "<image>", "</image>")] == [0, 1, 2, 101, 102]
+        assert [ids[token] for token in ("<slice>", "</slice>")] == [111, 112]
+
+
+def test_answers_are_one_token_each(checkpoint: tuple[str, Path]) -> None:
+    family, folder = checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    before = "<AI>" if family == "v2_0" else "<|end_header_id|>\n\n"
+    prompt = tokenizer.encode(before)
+    answers = {tuple(tokenizer.encode(before + colour)[len(prompt) :]) for colour in COLOURS}
+    assert all(tokenizer.encode(before + colour)[: len(prompt)] == prompt for colour in COLOURS)
+    assert {len(answer) for answer in answers} == {1}
+    assert len(answers) == len(COLOURS)
+
+
+def test_sentencepiece_model_and_tokenizer_json_agree(tmp_path: Path) -> None:
+    folder = tiny.write_tiny_checkpoint("v2_0", tmp_path / "tiny")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))  # pyright: ignore
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for line in {*tiny_corpus.lines("<用户>", "<AI>"), "Unseen words, numbers 12345 and 鱼 €."}:
+        assert tokenizer.encode(line) == [1, *pieces.encode(line)], line
+
+
+def test_published_template_of_2_5(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny.write_tiny_checkpoint("llama3_v2_5", tmp_path / "tiny"))
+    messages = [{"role": "user", "content": " hi "}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+def test_stored_type(tmp_path: Path) -> None:
+    full = tiny.write_tiny_checkpoint("llama3_v2_5", tmp_path / "full")
+    half = tiny.write_tiny_checkpoint("llama3_v2_5", tmp_path / "half", dtype="bfloat16")
+    with safe_open(full / "model.safetensors", "pt") as one, safe_open(half / "model.safetensors", "pt") as other:
+        for name in one.keys():  # noqa: SIM118  not a dictionary
+            assert torch.equal(one.get_tensor(name).bfloat16(), other.get_tensor(name)), name
+    assert json.loads((half / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "tiny"
+    assert tiny.main(["--family", "llama3_v2_5", "--out", str(out)]) == 0
+    (out / "stale.txt").write_text("left over")
+    assert tiny.main(["--family", "llama3_v2_5", "--out", str(out)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert (out / "stale.txt").exists()
+    assert tiny.main(["--family", "llama3_v2_5", "--out", str(out), "--overwrite"]) == 0
+    assert {file.name for file in out.iterdir()} == COMMON
+    (out / "README.md").write_text("# Somebody's only copy")
+    assert tiny.main(["--family", "llama3_v2_5", "--out", str(out), "--overwrite"]) == 2
+    assert "was not written by this command" in capsys.readouterr().err
+    assert (out / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="no tiny checkpoint for family 'v9'"):
+        tiny.write_tiny_checkpoint("v9", tmp_path / "other")
+    with pytest.raises(FileExistsError, match="is a file"):
+        tiny.write_tiny_checkpoint("v2_0", out / "config.json")

@@ -1,0 +1,36 @@
+"""Fixtures: tiny checkpoints and the demo data, made once per session; no network, few threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Path of a tiny checkpoint by family name; callers must not write into it."""
+    from finetune.commands.tiny import write_tiny_checkpoint
+
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = write_tiny_checkpoint(family, tmp_path_factory.mktemp("tiny") / family)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with train.json (32 records) and eval.json (8); callers must not write into it."""
+    from finetune.commands.demo_data import write_demo_dataset
+
+    return write_demo_dataset(tmp_path_factory.mktemp("demo") / "data", train=32, eval=8)

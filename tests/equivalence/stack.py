@@ -1,0 +1,86 @@
+"""The stack of finetune.py, from flags to a trainer, without its output folder and its verification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import set_seed
+
+from dataset import make_supervised_data_module
+from finetune import distributed
+from finetune.arguments import parse_arguments
+from finetune.encoding.encoder import Encoder
+from finetune.models import load_model, load_tokenizer
+from finetune.tuning.checkpoint import resolve
+from finetune.tuning.parts import adapt
+from trainer import CPMTrainer
+
+RATE = 2e-4
+QUIET = (
+    *("--dataloader_num_workers", "0", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true"),
+    *("--train_sampling_strategy", "sequential", "--lr_scheduler_type", "constant", "--learning_rate", str(RATE)),
+    *("--max_slice_nums", "4", "--lora_dropout", "0"),
+)
+LORA = ("--use_lora", "true", "--lora_r", "8", "--tune_vision", "true")
+FAMILIES = ("v2_0", "llama3_v2_5")
+KINDS = {"full": (), "lora": LORA}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the log says about one optimizer step."""
+
+    loss: float
+    grad_norm: float
+
+
+def flags(base: Path, data: Path, output: Path, *more: str) -> list[str]:
+    """The flags of a run on the records of a folder."""
+    paths = ("--model_name_or_path", str(base), "--output_dir", str(output))
+    return [*paths, "--data_path", str(data / "train.json"), "--eval_data_path", str(data / "eval.json"), *QUIET, *more]
+
+
+def build(argv: Sequence[str]) -> CPMTrainer:
+    """The trainer of some flags, in the order of finetune.py."""
+    args = parse_arguments(argv)
+    base = resolve(args.model.model_name_or_path)
+    distributed.start(args.training)
+    set_seed(0)
+    tokenizer = load_tokenizer(base.folder)
+    model = load_model(base.folder, dtype=torch.float32)
+    model = adapt(model, base.family, args.training, args.lora)
+    encoder = Encoder.from_config(base.family, tokenizer, base.config, max_slice_nums=args.data.max_slice_nums)
+    rates = args.training.part_learning_rates
+    data = make_supervised_data_module(args.data, encoder)
+    return CPMTrainer(model=model, args=args.training, base=base, part_learning_rates=rates, **data)
+
+
+def steps(trainer: CPMTrainer) -> list[Step]:
+    """Loss and gradient norm of every step that was logged."""
+    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    return [Step(entry["loss"], float(entry["grad_norm"])) for entry in logs]
+
+
+def network(trainer: CPMTrainer) -> nn.Module:
+    """The trained network."""
+    assert isinstance(trainer.model, nn.Module)
+    return trainer.model
+
+
+def trained(trainer: CPMTrainer) -> dict[str, torch.Tensor]:
+    """Copies of the trained weights."""
+    return {n: p.detach().clone() for n, p in network(trainer).named_parameters() if p.requires_grad}
+
+
+def near(ours: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether weights after the same steps of Adam are the same.
+
+    Adam turns rounding where a gradient is nearly zero into a step of the learning rate's size: single weights may be
+    one step apart, all together not a tenth of one. A part that learnt otherwise would be several steps apart.
+    """
+    difference = (ours.float() - other.float()).abs()
+    return float(difference.max()) <= RATE and float(difference.mean()) <= RATE / 10

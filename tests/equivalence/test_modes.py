@@ -1,0 +1,90 @@
+"""One process, DDP, ZeRO-2 and ZeRO-3 are the same training, also when ranks hold other media at every step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from records import EVALUATED, STEPS, write_records
+from safetensors.torch import load_file
+from stack import FAMILIES, KINDS, near
+from worker import MODES, SHORT
+
+WORKER = Path(__file__).with_name("worker.py")
+# Measured: losses 2e-6, gradient norms 2e-6.
+LOSS, NORM = 1e-5, 2e-5
+WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory) -> Path:
+    """The folder with the results of every mode: one launch of two ranks, one of a single process."""
+    folder = tmp_path_factory.mktemp("equivalence")
+    data = write_records(folder / "data")
+    (folder / "models").mkdir()
+    for family in FAMILIES:
+        (folder / "models" / family).symlink_to(tiny(family))
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = ["--checkpoints", str(folder / "models"), "--data", str(data), "--out", str(folder)]
+    commands = ([*torchrun, str(WORKER), *paths, *MODES], [sys.executable, str(WORKER), *paths, "alone"])
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command in commands
+    ]
+    try:
+        for process in started:
+            # A rank that waits for another one is a hang: the limit is its only alarm.
+            output, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, output[-4000:]
+    finally:
+        for process in started:
+            process.terminate()  # torchrun passes it on to its ranks
+    return folder
+
+
+def result(runs: Path, mode: str, family: str, kind: str) -> dict:
+    return json.loads((runs / f"results-{mode}-{family}-{kind}.json").read_text())
+
+
+def weights(runs: Path, mode: str, family: str, kind: str) -> dict[str, torch.Tensor]:
+    return load_file(runs / f"{mode}-{family}-{kind}" / WEIGHTS[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_mode_equals_one_process(runs, mode, family, kind):
+    ours, alone = result(runs, mode, family, kind), result(runs, "alone", family, kind)
+    assert len(ours["steps"]) == len(alone["steps"]) == (STEPS if kind == "full" else SHORT)
+    for number, (step, expected) in enumerate(zip(ours["steps"], alone["steps"], strict=True), 1):
+        assert step[0] == pytest.approx(expected[0], abs=LOSS), f"loss of step {number}"
+        assert step[1] == pytest.approx(expected[1], rel=NORM), f"gradient norm of step {number}"
+    assert alone["steps"][-1][0] < alone["steps"][0][0]
+    loss, tokens = alone["eval"]
+    assert ours["eval"][1] == tokens, f"{EVALUATED} samples: what pads the last batch is counted once"
+    assert ours["eval"][0] == pytest.approx(loss, abs=LOSS)
+    assert (ours["partitioned"] > 0) == mode.startswith("zero3")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_saved_weights_are_complete_and_equal(runs, tiny, mode, family, kind):
+    ours, alone = weights(runs, mode, family, kind), weights(runs, "alone", family, kind)
+    assert ours.keys() == alone.keys()
+    for name, expected in alone.items():
+        assert expected.numel() > 0, name
+        assert ours[name].shape == expected.shape, name
+        assert near(ours[name], expected), name
+    if kind == "full":
+        base = load_file(tiny(family) / "model.safetensors")
+        assert {name: tensor.shape for name, tensor in ours.items()} == {n: tensor.shape for n, tensor in base.items()}
+        moved = {name.partition(".")[0] for name in base if not torch.equal(ours[name].float(), base[name].float())}
+        assert moved == {"llm", "vpm", "resampler"}

@@ -1,0 +1,88 @@
+"""Trains in several configurations one after another, alone or as a rank; results go to results-*.json in --out."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+import warnings
+from dataclasses import astuple
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+warnings.filterwarnings("ignore", category=FutureWarning)
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+
+import torch  # noqa: E402
+from records import PER_RANK, STEPS  # noqa: E402
+from stack import FAMILIES, KINDS, build, flags, network, steps  # noqa: E402
+
+ROOT = HERE.parents[1]
+MODES = ("ddp", "zero2", "zero3", "zero3-0")
+SHORT = 8
+
+
+def deepspeed_configs(folder: Path) -> dict[str, str]:
+    """DeepSpeed configuration by mode: the shipped ones, and ZeRO-3 that partitions every weight, however small."""
+    zero3 = json.loads((ROOT / "ds_config_zero3.json").read_text())
+    zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    everything = folder / "zero3-0.json"
+    everything.write_text(json.dumps(zero3))
+    shipped = {stage: str(ROOT / f"ds_config_{stage}.json") for stage in ("zero2", "zero3")}
+    return {**shipped, "zero3-0": str(everything)}
+
+
+def run(base: Path, data: Path, output: Path, *more: str) -> dict:
+    """Trains, evaluates and saves; what the log says."""
+    start = time.perf_counter()
+    trainer = build(flags(base, data, output, *more))
+    partitioned = sum(hasattr(parameter, "ds_shape") for parameter in network(trainer).parameters())
+    trainer.train()
+    evaluated = trainer.evaluate()
+    trainer.save_model()
+    return {
+        "steps": [astuple(step) for step in steps(trainer)],
+        "eval": (evaluated["eval_loss"], evaluated["eval_tokens"]),
+        "partitioned": partitioned,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoints", type=Path, required=True, help="folder with a checkpoint per family")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("modes", nargs="+")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    own = given.out / f"rank{rank}-of-{world}"
+    own.mkdir(parents=True)
+    configs = deepspeed_configs(own)
+    for mode in given.modes:
+        zero = ("--deepspeed", configs[mode]) if mode in configs else ()
+        for family in FAMILIES:
+            for kind, chosen in KINDS.items():
+                name = f"{mode}-{family}-{kind}"
+                batch = str(PER_RANK * 2 // world)
+                length = str(STEPS if kind == "full" else SHORT)
+                sizes = ("--per_device_train_batch_size", batch, "--per_device_eval_batch_size", batch)
+                result = run(
+                    given.checkpoints / family, given.data, given.out / name, *chosen, *zero, *sizes,
+                    "--max_steps", length,
+                )  # fmt: skip
+                gc.collect()
+                if rank == 0:
+                    (given.out / f"results-{name}.json").write_text(json.dumps(result))
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

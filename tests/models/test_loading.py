@@ -1,0 +1,280 @@
+"""Folders become models completely or not at all, and come back as they were."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from visual_batch import FAMILIES, GOLDEN, Row, make_batch, prompt, small_model
+
+from finetune.families import UnknownFamilyError
+from finetune.models import CheckpointError, MiniCPMV, MiniCPMVConfig, load_model
+
+ROWS: list[Row] = [(3, [(4, 6)], 5), (6, [], 3), (2, [(3, 3)], 4)]
+TOKENIZERS = {"v2_0": "minicpm", "llama3_v2_5": "llama3"}
+REMOTE = {
+    "AutoConfig": "configuration_minicpm.MiniCPMVConfig",
+    "AutoModel": "modeling_minicpmv.MiniCPMV",
+    "AutoModelForCausalLM": "modeling_minicpmv.MiniCPMV",
+}
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[str], Path]:
+    """A writable copy of a recorded network, without the cases."""
+
+    def make(family: str) -> Path:
+        ignore = shutil.ignore_patterns("cases.*")
+        return Path(shutil.copytree(GOLDEN / "forward" / family, tmp_path / family, ignore=ignore))
+
+    return make
+
+
+def edit_config(folder: Path, **values) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("trust", [None, True, False])
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+def test_auto_classes_need_no_remote_code(copy_of: Callable, family: str, trust: bool | None, auto: type) -> None:
+    """The folder names python files, as published ones do, and does not contain them."""
+    folder = copy_of(family)
+    edit_config(folder, auto_map=REMOTE)
+    options = {} if trust is None else {"trust_remote_code": trust}
+    assert type(AutoConfig.from_pretrained(folder, **options)) is MiniCPMVConfig
+    assert type(auto.from_pretrained(folder, **options)) is MiniCPMV
+
+
+def test_dtype_of_the_file_and_of_the_caller(copy_of: Callable) -> None:
+    folder = copy_of("llama3_v2_5")
+    assert {p.dtype for p in MiniCPMV.from_pretrained(folder).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in MiniCPMV.from_pretrained(folder, dtype=torch.float32).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("loader", [MiniCPMV, AutoModel])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("resampler.query"), "1 tensors are missing in the file: resampler.query"),
+        (lambda w: w.update({"apm.conv1.weight": torch.zeros(2)}), "unknown to the network: apm.conv1.weight"),
+        (lambda w: w.update({"resampler.query": torch.zeros(7, 256)}), r"resampler.query.*\b7\b.*\b8\b"),
+    ],
+    ids=["missing", "unexpected", "shape"],
+)
+def test_weights_that_do_not_fit_are_errors(copy_of: Callable, loader: type, change: Callable, message: str) -> None:
+    folder = copy_of("llama3_v2_5")
+    edit_weights(folder, change)
+    with pytest.raises((CheckpointError, RuntimeError), match="(?s)" + message):
+        loader.from_pretrained(folder)
+
+
+def test_mismatched_sizes_only_when_asked_for(copy_of: Callable) -> None:
+    folder = copy_of("llama3_v2_5")
+    edit_weights(folder, lambda w: w.update({"llm.lm_head.weight": torch.zeros(150, 256)}))
+    loaded: Any = MiniCPMV.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True)
+    model, info = loaded
+    assert isinstance(model, MiniCPMV)
+    assert len(info["mismatched_keys"]) == 1
+    edit_weights(folder, lambda w: w.pop("resampler.query"))
+    with pytest.raises(CheckpointError, match="resampler.query"):
+        MiniCPMV.from_pretrained(folder, ignore_mismatched_sizes=True)
+
+
+def test_tables_of_older_files_are_allowed(copy_of: Callable) -> None:
+    folder = copy_of("llama3_v2_5")
+    edit_weights(folder, lambda w: w.update({"resampler.pos_embed": torch.zeros(70, 70, 256)}))
+    assert isinstance(MiniCPMV.from_pretrained(folder), MiniCPMV)
+
+
+def test_position_table_of_v2_0_is_not_optional(copy_of: Callable) -> None:
+    folder = copy_of("v2_0")
+    edit_weights(folder, lambda w: w.pop("resampler.pos_embed"))
+    with pytest.raises(CheckpointError, match=r"resampler\.pos_embed"):
+        MiniCPMV.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("loader", [MiniCPMV.from_pretrained, AutoModel.from_pretrained, load_model])
+def test_folders_that_are_no_checkpoint(copy_of: Callable, loader: Callable) -> None:
+    folder = copy_of("v2_0")
+    (folder / "model.safetensors").rename(folder / "model.txt")
+    with pytest.raises(CheckpointError, match=r"no weights: model\*\.safetensors is missing"):
+        loader(folder)
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"only as pytorch_model\.bin.*convert"):
+        loader(folder)
+
+
+def test_what_load_model_says_about_wrong_paths(tmp_path: Path, copy_of: Callable) -> None:
+    with pytest.raises(CheckpointError, match="absent: no such folder"):
+        load_model(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"config\.json is missing \(found: nothing\)"):
+        load_model(tmp_path)
+    folder = copy_of("v2_0")
+    with pytest.raises(CheckpointError, match="is a file"):
+        load_model(folder / "config.json")
+    with pytest.raises(CheckpointError, match=r"no tokenizer: tokenizer\.json or tokenizer\.model"):
+        load_model(folder)
+    edit_config(folder, version=9.9)
+    with pytest.raises(UnknownFamilyError, match=r"version=9\.9"):
+        load_model(folder)
+
+
+def test_hub_ids_only_from_the_cache_when_offline() -> None:
+    with pytest.raises(CheckpointError, match="no folder here"):
+        load_model("nobody/nothing-of-this-name")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_required_tokens(copy_of: Callable, family: str) -> None:
+    folder = copy_of(family)
+    for file in (GOLDEN / "encode" / "tokenizers" / TOKENIZERS[family]).iterdir():
+        shutil.copy(file, folder)
+    with pytest.raises(CheckpointError, match=r"has id \d+ .* 160 embeddings"):
+        load_model(folder)  # the recorded network has fewer embeddings than this tokenizer
+    assert isinstance(load_model(folder, tokenizer_required=False), MiniCPMV)
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] != "<slice>"]
+    data["model"]["vocab"].pop("<slice>", None)
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = {k: v for k, v in settings.items() if k not in ("added_tokens_decoder", "additional_special_tokens")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").unlink()
+    with pytest.raises(CheckpointError, match="does not know <slice>"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_load_model_on_a_complete_folder(tiny: Callable[[str], Path], family: str) -> None:
+    model = load_model(tiny(family), dtype=torch.float32, attn_implementation="eager")
+    assert isinstance(model, MiniCPMV)
+    assert model.dtype == torch.float32
+    assert model.llm.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saving_keeps_names_values_and_layout(copy_of: Callable, tmp_path: Path, family: str) -> None:
+    folder = copy_of(family)
+    edit_config(folder, auto_map=REMOTE, rope_scaling=None, torch_dtype="bfloat16")
+    model = MiniCPMV.from_pretrained(folder, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="1MB")
+    shards = sorted((tmp_path / "saved").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    saved = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    original = load_file(folder / "model.safetensors")
+    assert set(saved) == set(original)
+    assert all(torch.equal(saved[name], tensor.float()) for name, tensor in original.items())
+    before = json.loads((folder / "config.json").read_text())
+    after = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert (after.pop("dtype"), before.pop("torch_dtype")) == ("float32", "bfloat16")
+    after.pop("transformers_version")
+    assert after == before
+    assert MiniCPMV.from_pretrained(tmp_path / "saved").config.family.name == family
+
+
+def test_configuration_keeps_a_scaled_rope_flat_and_hands_it_on() -> None:
+    rope = {"rope_type": "linear", "factor": 2.0}
+    config = json.loads((GOLDEN / "forward" / "llama3_v2_5" / "config.json").read_text())
+    read = MiniCPMVConfig(**config | {"rope_scaling": rope})
+    assert read.to_dict()["rope_scaling"] == rope
+    assert read.to_dict()["rope_theta"] == config["rope_theta"]
+    with torch.device("meta"):
+        llm = MiniCPMV(read).llm
+    assert dict(llm.config.rope_parameters or {}) == rope | {"rope_theta": config["rope_theta"]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_new_networks_have_sensible_weights(family: str) -> None:
+    """Built from a configuration: no parameter is left as it lay in memory."""
+    config = MiniCPMVConfig.from_pretrained(GOLDEN / "forward" / family)
+    torch.manual_seed(0)
+    one = MiniCPMV(config)
+    torch.manual_seed(0)
+    two = AutoModel.from_config(config)
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.isfinite(a).all(), name
+        assert a.abs().max() < 20, name
+        assert torch.equal(a, b), name
+        if "norm" in name or ".ln_" in name:
+            assert (a == (1 if name.endswith("weight") else 0)).all(), name
+        elif not name.endswith("bias"):
+            assert a.std() > 0, name
+    if family == "v2_0":
+        recorded = load_file(GOLDEN / "forward" / family / "model.safetensors")["resampler.pos_embed"]
+        assert torch.allclose(one.get_parameter("resampler.pos_embed"), recorded.float(), atol=1e-2)
+
+
+def greedy(model: MiniCPMV) -> list[list[int]]:
+    batch = make_batch(ROWS, model.query_num, side="left")
+    return model.generate(**prompt(batch), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0).tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_device_maps(tmp_path: Path, family: str) -> None:
+    expected = greedy(small_model(family))
+    assert greedy(small_model(family, device_map="auto")) == expected
+    assert greedy(small_model(family, device_map={"": "cpu"})) == expected
+    for parts in (("vpm", "resampler"), ("llm.model",)):
+        device_map = {name: "cpu" for name in ("vpm", "resampler", "llm.model", "llm.lm_head")}
+        device_map |= dict.fromkeys(parts, "disk")
+        model = small_model(family, device_map=device_map, offload_folder=tmp_path / parts[0])
+        assert next(model.get_submodule(parts[0]).parameters()).device.type == "meta"
+        assert greedy(model) == expected
+
+
+def test_offloaded_loss(tmp_path: Path) -> None:
+    """The loss reaches the output projection by itself; offloaded weights must be there then."""
+    batch = make_batch(ROWS, 8)
+    device_map = {"vpm": "cpu", "resampler": "cpu", "llm.model": "cpu", "llm.lm_head": "disk"}
+    model = small_model("llama3_v2_5", device_map=device_map, offload_folder=tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(model(**batch).loss, small_model("llama3_v2_5")(**batch).loss)
+
+
+def test_no_layer_is_split() -> None:
+    for family in FAMILIES:
+        kept = set(small_model(family)._no_split_modules or ())
+        assert "Resampler" in kept
+        assert kept & {"LlamaDecoderLayer", "GraniteDecoderLayer"}
+        assert kept & {"NavitLayer", "TimmBlock"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resized_embeddings(family: str, tmp_path: Path) -> None:
+    model = small_model(family)
+    batch = make_batch(ROWS, model.query_num)
+    before = model(**batch).loss.item()
+    old = model.llm.lm_head.weight.detach().clone()
+    model.resize_token_embeddings(170, mean_resizing=False)
+    assert model.config.vocab_size == model.llm.config.vocab_size == 170
+    assert model.llm.model.embed_tokens.weight.shape == model.llm.lm_head.weight.shape == (170, 256)
+    assert torch.equal(model.llm.lm_head.weight[:160], old)
+    after = model(**batch)
+    assert after.loss.item() >= before  # ten more classes
+    after.loss.backward()
+    model.save_pretrained(tmp_path)
+    assert MiniCPMV.from_pretrained(tmp_path).config.vocab_size == 170
+
+
+def test_embeddings_can_be_replaced() -> None:
+    model = small_model("llama3_v2_5")
+    table, head = torch.nn.Embedding(12, 256), torch.nn.Linear(256, 12, bias=False)
+    model.set_input_embeddings(table)
+    model.set_output_embeddings(head)
+    assert model.get_input_embeddings() is table is model.llm.model.embed_tokens
+    assert model.get_output_embeddings() is head is model.llm.lm_head

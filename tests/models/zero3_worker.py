@@ -1,0 +1,113 @@
+"""Trains each small network for a few steps, alone or as one rank of a ZeRO-3 run; results go to ``--out``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+import torch  # noqa: E402
+from transformers import Trainer, TrainingArguments, set_seed  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+
+from visual_batch import FAMILIES, Row, make_batch, small_model  # noqa: E402
+
+# Two rows per rank and step. Step 1: images of two sizes against text; 2: text against four items of three sizes;
+# 3: text only; 4: one item against two.
+ROWS: list[Row] = [
+    (3, [(4, 6)], 5), (2, [(3, 3)], 4), (6, [], 3), (4, [], 7),
+    (5, [], 6), (6, [], 4), (3, [(2, 2), (5, 3), (5, 3)], 5), (2, [(1, 7)], 3),
+    (4, [], 4), (3, [], 5), (7, [], 6), (2, [], 4),
+    (3, [], 9), (4, [(6, 4)], 5), (2, [(3, 3)], 6), (5, [(2, 6)], 4),
+]  # fmt: skip
+ZERO3 = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "zero_allow_untested_optimizer": True,
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": False,
+        "reduce_bucket_size": 1e6,
+        "stage3_prefetch_bucket_size": 1e5,
+        "stage3_param_persistence_threshold": 0,  # partition everything, however small
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *_, **__) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(ROWS)
+
+
+def train(family: str, out: Path, world: int) -> dict:
+    set_seed(0)
+    args = TrainingArguments(
+        output_dir=str(out),
+        max_steps=4,
+        per_device_train_batch_size=4 // world,
+        per_device_eval_batch_size=4 // world,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        deepspeed=ZERO3 if world > 1 else None,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    if world > 1:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")  # before the model: else it is not partitioned
+    model = small_model(family)
+    partitioned = sum(hasattr(parameter, "ds_shape") for parameter in model.parameters())
+    for name, parameter in model.named_parameters():
+        if name == "resampler.pos_embed":
+            parameter.requires_grad_(False)
+    queries = model.query_num
+    trainer = InOrder(
+        model=model,
+        args=args,
+        train_dataset=ROWS,  # pyright: ignore[reportArgumentType]
+        eval_dataset=ROWS[:8],  # pyright: ignore[reportArgumentType]
+        data_collator=lambda rows: make_batch(rows, queries),
+    )
+    trainer.train()
+    evaluated = trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(out / family))
+    history = [(entry["loss"], float(entry["grad_norm"])) for entry in trainer.state.log_history if "loss" in entry]
+    return {"history": history, "eval_loss": evaluated, "partitioned": partitioned}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    out = parser.parse_args().out
+    torch.set_num_threads(1)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        import deepspeed.ops
+
+        # no public switch keeps DeepSpeed from compiling its shared-memory operator
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
+    results = {family: train(family, out, world) for family in FAMILIES}
+    if int(os.environ.get("RANK", "0")) == 0:
+        (out / "results.json").write_text(json.dumps(results))
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Our encoding against recorded official slicing, pixels, prompts and training samples, one result per case."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from parity_result import Result
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.example import Example
+from finetune.families import FAMILIES
+from finetune.families.base import Family
+from finetune.media import image
+from finetune.media.slicing import SliceSpec, plan
+from finetune.readers import messages, read
+from finetune.sample import DataError, Media, Sample, Source
+from finetune.templates.rendering import IGNORE
+
+Json = Mapping[str, Any]
+_MARK_SPACE = re.compile(r"(</?(?:ref|box|quad|point)>) ")
+
+
+def check_folder(folder: Path) -> Iterator[Result]:
+    """Compares everything in ``folder`` that belongs to a family we know; what is missing there is not checked."""
+    if (folder / "slicing.json").exists():
+        yield from _slicing(_load(folder / "slicing.json"))
+    if (folder / "pixels" / "index.json").exists():
+        yield from _pixels(folder / "pixels")
+    for path in sorted(folder.glob("prompts_*.json")):
+        name = path.stem.removeprefix("prompts_")
+        family = next((family for family in FAMILIES if family.name == name), None)
+        yield from _skipped(path) if family is None else _prompts(folder, path, family)
+    for path in sorted(folder.glob("training_*.json")):
+        name = path.stem.removeprefix("training_")
+        family = next((family for family in FAMILIES if family.llm_type == name), None)
+        yield from _skipped(path) if family is None else _training(folder, path, family)
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _skipped(path: Path) -> Iterator[Result]:
+    yield Result(path.stem, True, "not compared: no such family here")
+
+
+def _slicing(data: Json) -> Iterator[Result]:
+    header = data["header"]
+    for row in data["entries"]:
+        most = row["max_slice_nums"]
+        width, height = row["size"]
+        cuts = plan(width, height, SliceSpec(most, header.get("scale_resolution", 448), header.get("patch_size", 14)))
+        ours = (list(cuts.thumbnail), cuts.grid and list(cuts.grid), cuts.slice and list(cuts.slice), cuts.items)
+        official = (row["thumbnail"], row["grid"], row["slice"], row["items"])
+        detail = "equal" if ours == official else f"official {official}, ours {ours}"
+        yield Result(f"slicing {width}x{height} max {most}", ours == official, detail)
+
+
+def _pixels(folder: Path) -> Iterator[Result]:
+    for row in _load(folder / "index.json")["entries"]:
+        media, source = Media("image", folder / row["image"]), Source(row["image"], 0)
+        decoded = image.load(media, source)
+        faults = []
+        if image.size(media, source) != tuple(row["size"]) or _sha(decoded) != row["sha256_of_rgb_bytes"]:
+            faults.append("source differs")
+        width, height = decoded.size
+        cuts = image.cut(decoded, plan(width, height, SliceSpec(row["max_slice_nums"], 448, 14)))
+        if len(cuts) != len(row["slices"]):
+            faults.append(f"{len(cuts)} items, official {len(row['slices'])}")
+        for cut, official in zip(cuts, row["slices"], strict=False):
+            faults += _pixel_faults(folder, cut, official)
+        yield Result(f"pixels {row['image']}", not faults, "; ".join(faults) or f"{len(cuts)} items bit-identical")
+
+
+def _pixel_faults(folder: Path, cut: Image.Image, official: Json) -> list[str]:
+    """Faults of one slice; the file recorded with Pillow 12 counts as well, its figures were not recorded."""
+    file = folder / official["file"]
+    if _sha(cut) != official["sha256_of_rgb_bytes"]:
+        older = file.with_suffix(".pillow12.png")
+        same = older.exists() and Image.open(older).convert("RGB").tobytes() == cut.tobytes()
+        return [] if same else [f"{official['file']} differs"]
+    rows, columns = official["tgt_size"]
+    patches = image.patchify([cut], 14)
+    # The official layout: (channel, row in the patch, patch x column in the patch).
+    strip = patches.reshape(-1, 3, 14, 14).transpose(1, 2, 0, 3).reshape(3, 14, -1)
+    values = (strip.astype(np.float64) / 255 - 0.5) / 0.5
+    faults = []
+    if len(patches) != rows * columns or list(strip.shape) != official["pixel_values_shape"]:
+        faults.append(f"{official['file']}: {strip.shape}, official {official['pixel_values_shape']}")
+    elif np.abs(values[0, 0, :5] - official["pixel_values_first5"]).max() > 1e-6:
+        faults.append(f"{official['file']}: first values {values[0, 0, :5]}")
+    elif abs(values.mean() - official["pixel_values_mean_f64"]) > 1e-6:
+        faults.append(f"{official['file']}: mean {values.mean()}")
+    return faults
+
+
+def _sha(picture: Image.Image) -> str:
+    return hashlib.sha256(picture.convert("RGB").tobytes()).hexdigest()
+
+
+def _encoder(folder: Path, family: Family, header: Json, options: Json) -> Encoder:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / header["tokenizer"])
+    most = options.get("max_slice_nums", header.get("defaults", {}).get("max_slice_nums", 9))
+    return Encoder(family, tokenizer, query_num=header["query_num"], slicing=SliceSpec(most, 448, 14), max_length=None)
+
+
+def _prompts(folder: Path, path: Path, family: Family) -> Iterator[Result]:
+    data = _load(path)
+    for case in data["cases"]:
+        name = f"{family.name} prompt {case['name']}"
+        encoder = _encoder(folder, family, data["header"], case["options"])
+        turns = [
+            {"role": turn["role"], "content": [_content(part) for part in turn["content"]]} for turn in case["messages"]
+        ]
+        sample = messages.sample(turns, system_prompt=case["options"].get("system_prompt"))
+        try:
+            example = encoder.encode(sample, generate=True)
+        except DataError as error:
+            yield Result(name, False, f"refused: {error}")
+            continue
+        yield _compare_prompt(name, case, example)
+
+
+def _content(part: str | Json) -> str | Image.Image:
+    return part if isinstance(part, str) else Image.new("RGB", tuple(part["image"]))
+
+
+def _compare_prompt(name: str, case: Json, example: Example) -> Result:
+    items = sum(entry["items"] for entry in case["images"])
+    if len(example.image_bound) != items:
+        return Result(name, False, f"{len(example.image_bound)} placeholder runs for {items} items")
+    result = case["result"]
+    if result is None:
+        return Result(name, True, f"encoded as plain text, {len(example.input_ids)} ids; the official code raises")
+    faults = [
+        f"{key}: {_first_difference(getattr(example, key).tolist(), result[key])}"
+        for key in ("input_ids", "image_bound", "tgt_sizes")
+        if getattr(example, key).tolist() != result[key]
+    ]
+    if faults and case["name"].startswith("literal_"):
+        return Result(name, True, f"differs on purpose, control tokens in text stay text ({faults[0]})")
+    return Result(name, not faults, "; ".join(faults) or f"{len(example.input_ids)} ids equal")
+
+
+def _first_difference(ours: list[Any], official: list[Any]) -> str:
+    at = next((n for n, pair in enumerate(zip(ours, official, strict=False)) if pair[0] != pair[1]), None)
+    if at is None:
+        return f"{len(ours)} values, official {len(official)}"
+    return f"position {at}: official {official[at]}, ours {ours[at]}"
+
+
+def _training(folder: Path, path: Path, family: Family) -> Iterator[Result]:
+    data = _load(path)
+    with tempfile.TemporaryDirectory() as scratch:
+        for case in data["cases"]:
+            name = f"{family.name} training {case['name']}"
+            encoder = _encoder(folder, family, data["header"], case.get("inference_options", {}))
+            try:
+                sample = _record(Path(scratch), case)
+                example = encoder.encode(sample)
+                prompt = encoder.encode(sample, generate=True)
+            except DataError as error:
+                refused = case["result"] is None
+                yield Result(name, refused, f"refused{', as officially' if refused else ''}: {error}")
+                continue
+            if case["result"] is None:
+                yield Result(name, True, f"encoded, {len(example.input_ids)} ids; the official code raises")
+                continue
+            faults = [*_prompt_faults(case, example, prompt, encoder, sample), *_label_faults(example, sample, encoder)]
+            # With several images the official code writes newlines that its inference does not.
+            if family.llm_type == "llama3" and len(case["images"]) <= 1:
+                faults += _official_faults(case["result"], example)
+            yield Result(name, not faults, "; ".join(faults) or f"{len(example.input_ids)} ids, labels exact")
+
+
+def _record(folder: Path, case: Json) -> Sample:
+    """The case through our reader, from files."""
+    paths = {}
+    for tag, (width, height) in case["images"].items():
+        paths[tag] = f"{width}x{height}.png"
+        if not (folder / paths[tag]).exists():
+            Image.new("RGB", (width, height)).save(folder / paths[tag], compress_level=1)
+    record: dict[str, Any] = {"id": case["name"], "conversations": case["conversations"]}
+    if paths:
+        record["image"] = paths["<image>"] if list(paths) == ["<image>"] else paths
+    file = folder / "data.json"
+    file.write_text(json.dumps([record], ensure_ascii=False), encoding="utf-8")
+    return read(file)[0]
+
+
+def _prompt_faults(case: Json, example: Example, prompt: Example, encoder: Encoder, sample: Sample) -> list[str]:
+    """Training ids are the inference prompt, the answer as a continuation, and the end of the turn."""
+    faults = []
+    ids, head = example.input_ids.tolist(), prompt.input_ids.tolist()
+    official = case.get("inference_prompt_ids")
+    if official is not None and head != official:
+        faults.append(f"prompt: {_first_difference(head, official)}")
+    end = encoder.vocabulary.control(encoder.family.stop_tokens[0])
+    answer = encoder.vocabulary.continuation(sample.messages[-1].text.strip())
+    if ids != [*head, *answer, end]:
+        faults.append("training ids are not prompt + answer + end")
+    if example.image_bound.tolist() != prompt.image_bound.tolist():
+        faults.append("placeholders move between prompt and training")
+    return faults
+
+
+def _label_faults(example: Example, sample: Sample, encoder: Encoder) -> list[str]:
+    """The labels, decoded, are the answers, each with the end token behind it, in order."""
+    ids, labels = example.input_ids.tolist(), example.labels.tolist()
+    tokenizer = encoder.tokenizer
+    end = encoder.vocabulary.control(encoder.family.stop_tokens[0])
+    found, start = [], 0
+    while start < len(labels):
+        if labels[start] == IGNORE:
+            start += 1
+            continue
+        stop = next((at for at in range(start, len(labels)) if labels[at] in (end, IGNORE)), len(labels))
+        if stop == len(labels) or labels[stop] != end:
+            return [f"the labels from {start} to {stop} have no end token"]
+        if labels[start:stop] != ids[start:stop]:
+            return [f"labels from {start} to {stop} are not the ids there"]
+        # Decoders drop a leading space; the token before the answer keeps it from being the leading one.
+        before = tokenizer.decode(ids[start - 1 : start], skip_special_tokens=False)
+        text = str(tokenizer.decode(ids[start - 1 : stop], skip_special_tokens=False))
+        found.append(_MARK_SPACE.sub(r"\1", text[len(before) :]))
+        start = stop + 1
+    answers = [message.text for message in sample.messages if message.role == "assistant"]
+    wanted = [_MARK_SPACE.sub(r"\1", answer) for answer in answers]
+    return [] if found == wanted else [f"labels say {found}, the answers are {wanted}"]
+
+
+def _official_faults(result: Json, example: Example) -> list[str]:
+    """Ids equal the official ones, and labels its targets, but for the second end token that it trains."""
+    faults = []
+    if example.input_ids.tolist() != result["input_ids"]:
+        faults.append(f"official ids: {_first_difference(example.input_ids.tolist(), result['input_ids'])}")
+    shifted = [*example.labels.tolist()[1:], IGNORE]
+    target = list(result["target"])
+    for position in result["repeated_end_positions"]:
+        target[position] = IGNORE
+    if shifted != target:
+        faults.append(f"official target: {_first_difference(shifted, target)}")
+    return faults

@@ -1,0 +1,220 @@
+"""Who may import whom (the table of the house), held by reading every import statement of the package."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "finetune"
+ROOT_SCRIPTS = {"dataset", "trainer", "chat"}
+
+# Room -> rooms it may import, besides itself. The first entry that fits a module counts.
+MODELS_OR_DATA = {"errors", "outcome", "sample", "arguments", "distributed"}
+MODELS_OR_DATA |= {"media", "families", "templates", "encoding", "models"}
+TABLE: dict[str, set[str]] = {
+    "__init__": set(),
+    "errors": set(),
+    "sample": {"errors"},
+    "legacy_flags": set(),
+    "outcome": {"errors"},
+    # distributed only inside a function: DeepSpeed's start on CPU
+    "arguments": {"errors", "legacy_flags", "distributed"},
+    "distributed": {"errors", "arguments"},
+    "media.slicing": set(),
+    "media": {"errors", "sample"},
+    "families.base": {"errors", "sample", "media.slicing", "templates.rendering"},
+    "families": {"errors", "sample", "media.slicing", "templates"},
+    "templates": {"errors", "sample", "media.slicing", "families.base"},
+    "readers": {"errors", "sample"},
+    "encoding": {"errors", "sample", "media", "templates", "families"},
+    "models": {"errors", "families"},
+    "tuning": MODELS_OR_DATA,
+    "evaluation": MODELS_OR_DATA,
+    "commands": MODELS_OR_DATA | {"readers", "tuning", "evaluation"},
+    "__main__": {"errors", "commands"},
+}
+
+# Modules that never import these packages, not even inside a function.
+TORCH = {"torch", "torchvision", "timm", "deepspeed", "accelerate", "peft"}
+WITHOUT: dict[str, set[str]] = {
+    "__init__": TORCH | {"transformers"},
+    "__main__": TORCH | {"transformers"},
+    "errors": TORCH | {"transformers"},
+    "legacy_flags": TORCH | {"transformers"},
+    "outcome": TORCH | {"transformers"},
+    "sample": TORCH | {"transformers"},
+    "arguments": TORCH,
+    "families": TORCH | {"transformers"},
+    "templates": TORCH,
+    "readers": TORCH | {"transformers"},
+    "media.slicing": TORCH | {"transformers", "numpy", "PIL"},
+    "encoding": TORCH - {"torch"},
+    "models": {"deepspeed", "accelerate", "PIL"},
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package without the leading ``finetune.``; a package is its ``__init__``."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
+    return found
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes below ``node``, also inside functions; not what only a type checker reads."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            continue
+        yield child
+        yield from statements(child)
+
+
+def imported(source: str) -> set[str]:
+    """Dotted names of everything that ``source`` imports; ``from a import b`` counts as ``a.b``."""
+    names: set[str] = set()
+    for node in statements(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import: {ast.unparse(node)}"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def within(name: str, room: str) -> bool:
+    return name == room or name.startswith(f"{room}.")
+
+
+def room_of(module: str) -> str:
+    return next((room for room in TABLE if within(module, room)), "nowhere")
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What ``module`` imports against the table."""
+    found = []
+    room = room_of(module)
+    banned = {package for where, packages in WITHOUT.items() if within(module, where) for package in packages}
+    for name in sorted(imported(source)):
+        top, _, rest = name.partition(".")
+        if top in ROOT_SCRIPTS:
+            found.append(f"{module} imports the root script {top}")
+        elif top in banned:
+            found.append(f"{module} imports {top}")
+        elif top == "finetune" and rest and rest != "__version__":
+            allowed = TABLE[room] | {room.partition(".")[0] if room != "media.slicing" else room}
+            if not any(within(rest, other) for other in allowed):
+                found.append(f"{module} imports finetune.{rest}; {room} may import {sorted(TABLE[room])}")
+    return found
+
+
+def branches_on_family(source: str) -> list[str]:
+    """Comparisons that ask which family it is, instead of asking the family."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+        elif isinstance(node, ast.Match):
+            operands = [node.subject]
+        else:
+            continue
+        if any(ast.unparse(operand).endswith("family.name") for operand in operands):
+            found.append(ast.unparse(node).splitlines()[0])
+    return found
+
+
+def test_every_module_has_a_room() -> None:
+    assert len(modules()) > 20
+    assert [module for module in modules() if room_of(module) == "nowhere"] == []
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports(module: str) -> None:
+    assert violations(module, modules()[module].read_text(encoding="utf-8")) == []
+
+
+def test_media_and_slicing_are_not_confused() -> None:
+    assert (room_of("media.slicing"), room_of("media.image"), room_of("media")) == ("media.slicing", "media", "media")
+    assert (room_of("families.base"), room_of("families.v2_0")) == ("families.base", "families")
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("models.vision", "from finetune.templates.rendering import Rendered"),
+        ("models.vision", "from finetune.readers import read"),
+        ("models.vision", "def f():\n    import finetune.encoding.encoder"),
+        ("models.vision", "from finetune import encoding"),
+        ("encoding.encoder", "from finetune.models import load_model"),
+        ("templates.llama3", "from finetune.models.items import x"),
+        ("templates.llama3", "from finetune.families import detect"),
+        ("readers.official", "from finetune.models import load_model"),
+        ("readers.official", "from finetune.families import detect"),
+        ("sample", "def f():\n    import torch"),
+        ("arguments", "from torch import nn"),
+        ("families.base", "import torch.nn as nn"),
+        ("families.v2_0", "import transformers"),
+        ("media.slicing", "from PIL import Image"),
+        ("media.slicing", "from finetune.media.image import x"),
+        ("tuning.parts", "from trainer import CPMTrainer"),
+        ("tuning.parts", "import dataset"),
+        ("tuning.parts", "from finetune.readers import read"),
+        ("tuning.parts", "from finetune.commands import tiny"),
+        ("evaluation.plots", "from finetune.tuning import parts"),
+    ],
+)
+def test_the_check_sees(module: str, source: str) -> None:
+    assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        (
+            "models.vision",
+            "from finetune.families.base import Family\nfrom finetune.models.items import x\nimport torch",
+        ),
+        ("sample", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
+        ("commands.demo", "import finetune\nfrom finetune.tuning.parts import x\nimport peft"),
+        ("tuning.saving", "from finetune import __version__"),
+        ("families.v2_0", "from finetune.families.base import Family"),
+    ],
+)
+def test_the_check_allows(module: str, source: str) -> None:
+    assert violations(module, source) == []
+
+
+def test_nothing_asks_for_the_name_of_a_family() -> None:
+    inside = [path for module, path in modules().items() if not within(module, "families")]
+    found = {path.name: branches_on_family(path.read_text(encoding="utf-8")) for path in [*inside, *ROOT.glob("*.py")]}
+    assert {name: branches for name, branches in found.items() if branches} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "if family.name == 'v2_0': pass",
+        "x = 1 if 'v2_0' != model.config.family.name else 2",
+        "y = self.family.name in ('v2_0',)",
+        "match family.name:\n    case 'v2_0': pass",
+    ],
+)
+def test_the_family_check_sees(source: str) -> None:
+    assert branches_on_family(source)
+
+
+def test_no_root_file_shadows_a_package() -> None:
+    """A root file called like an installed package would be imported in its place."""
+    taken = TORCH | {"transformers", "datasets", "evaluate", "tokenizers", "safetensors", "numpy", "yaml", "matplotlib"}
+    assert not taken & {path.stem for path in ROOT.glob("*.py")}
+
+
+def test_files_fit_a_sitting() -> None:
+    files = [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py")]
+    long = {path.name: lines for path in files if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400}
+    assert long == {}

@@ -1,0 +1,105 @@
+"""Exit codes and the last line, of processes that end in every way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune import outcome
+from finetune.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SLEEP = """
+import hashlib, time
+from finetune import outcome
+outcome.install()
+print("ready", flush=True)
+{wait}
+"""
+# The second waits in C, as a process whose peer died does inside a collective.
+WAITS = ("time.sleep(30)", "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)")
+
+
+def last(text: str) -> dict:
+    line = text.splitlines()[-1]
+    assert line.startswith("result=")
+    return json.loads(line.removeprefix("result="))
+
+
+@pytest.mark.parametrize(
+    ("number", "wait"), [(signal.SIGINT, WAITS[0]), (signal.SIGTERM, WAITS[0]), (signal.SIGTERM, WAITS[1])]
+)
+def test_interrupted(number, wait):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEP.format(wait=wait)],
+        cwd=ROOT,
+        env={**os.environ, "RANK": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background of a shell has SIGINT ignored, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == outcome.INTERRUPTED == 130
+    assert len(err.splitlines()) == 1, err
+    assert "--resume_from_checkpoint auto" in err
+    assert last(out)["status"] == "interrupted"
+
+
+def test_a_crash_keeps_its_traceback():
+    code = "from finetune import outcome; outcome.install(); raise RuntimeError('broken: \\u00fc')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == outcome.FAILED == 1
+    assert "Traceback" in done.stderr
+    assert last(done.stdout) == {"status": "error", "exit_code": 1, "message": "RuntimeError: broken: ü"}
+
+
+def test_a_data_error_has_its_last_line():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "finetune.py"), "--model_name_or_path", "no/such/folder", "--data_path", "x"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == outcome.USER_ERROR == 2
+    assert done.stderr.splitlines()[-1].startswith("error: no/such/folder")
+    assert last(done.stdout)["exit_code"] == 2
+
+
+def test_report(capsys, monkeypatch):
+    outcome.report("ok", train_loss=float("nan"), eval_loss=1.5)
+    assert capsys.readouterr().out == 'result={"status": "ok", "train_loss": null, "eval_loss": 1.5}\n'
+    monkeypatch.setenv("RANK", "1")
+    outcome.report("ok")
+    assert capsys.readouterr().out == ""
+
+
+def test_mean_train_loss_weights_by_steps():
+    history = [{"step": 2, "loss": 4.0}, {"step": 2, "eval_loss": 9.0}, {"step": 8, "loss": 2.0}, {"step": 8, "x": 1}]
+    assert outcome.mean_train_loss(history) == pytest.approx(2.5)
+    assert outcome.last_eval_loss(history) == 9.0
+    assert outcome.mean_train_loss([]) is outcome.last_eval_loss([]) is None
+
+
+def test_messages_of_loader_processes_lose_their_traceback():
+    text = "Caught DataError in DataLoader worker process 0.\nTraceback ...\nfinetune.sample.DataError: bad record"
+    assert outcome.message_of(UserError(text)) == "bad record"
+    assert outcome.message_of(UserError("plain")) == "plain"
+
+
+def test_distinct_lines(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    assert outcome.distinct_lines(path) == 0
+    path.write_text("a\nb\na\n")
+    assert outcome.distinct_lines(path) == 2

@@ -1,0 +1,65 @@
+"""The files around the code: requirement bounds, make targets, license."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def lines(name: str) -> list[str]:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return [line for line in (raw.partition("#")[0].strip() for raw in text.splitlines()) if line]
+
+
+def test_lowest_constraints_are_the_lower_bounds() -> None:
+    """``make test-lowest`` installs what requirements.txt promises, package by package."""
+    bounds = {}
+    for line in lines("requirements.txt"):
+        match = re.fullmatch(r"([a-z0-9-]+)>=([\d.]+),<([\d.]+)", line)
+        assert match, f"not a range with both ends: {line}"
+        bounds[match[1]] = match[2]
+    pins = dict(line.split("==") for line in lines("constraints-lowest.txt"))
+    assert list(pins) == list(bounds)
+    for package, pin in pins.items():
+        assert re.fullmatch(rf"{re.escape(bounds[package])}(\.0)*", pin), (package, bounds[package], pin)
+
+
+def test_the_card_is_required() -> None:
+    """The packages that the project is built on."""
+    named = {line.partition(">")[0] for line in lines("requirements.txt")}
+    assert {"torch", "transformers", "deepspeed", "peft", "accelerate", "pillow", "timm", "sentencepiece"} <= named
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["make", "--no-print-directory", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_train_runs_the_demo_with_the_python_of_the_project() -> None:
+    """Even if another python or torchrun is active."""
+    done = make("--dry-run", "train", "PYTHON=python3.99")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f'PYTHON="{ROOT}/.venv/bin/python" .venv/bin/python -m finetune demo'
+
+
+def test_old_python_is_refused(tmp_path: Path) -> None:
+    """The message names the version found and the way out, before anything is made."""
+    old = tmp_path / "python3.8"
+    # The same interpreter claiming to be older: runs the check with the version replaced.
+    old.write_text('#!/bin/sh\nexec python3 -c "import sys; sys.version_info = (3, 8, 1); $2"\n', encoding="utf-8")
+    old.chmod(0o755)
+    target = ".venv-lowest/bin/python"
+    done = make("--always-make", target, f"PYTHON={old}")
+    assert done.returncode != 0
+    assert "Python 3.11 or newer is needed" in done.stderr
+    assert "3.8" in done.stderr
+
+
+def test_license_is_apache() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License\n                           Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text

@@ -1,0 +1,157 @@
+"""Interrupted runs through the launchers, two processes: resumed, they end bit for bit as if never interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"lora": "finetune_lora.sh", "full": "finetune_ds.sh"}
+# Shuffled data and (LoRA) dropout 0.05, so that order and random numbers have to be restored as well.
+FLAGS = (
+    "--max_steps 4 --save_steps 2 --gradient_accumulation_steps 2 --gradient_checkpointing false --max_slice_nums 1 "
+    "--verify_adapter off --dataloader_num_workers 0 --learning_rate 1e-2 --report_to none --disable_tqdm true"
+)
+
+
+def start(method: str, base: Path, data: Path, output: Path, *flags: str, **env: str) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "MODEL": str(base),
+        "DATA": str(data / "train.json"),
+        "EVAL_DATA": "",
+        "OUTPUT_DIR": str(output),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        **env,
+    }
+    return subprocess.Popen(
+        ["sh", str(ROOT / SCRIPTS[method]), *FLAGS.split(), *flags],
+        cwd=output.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def launch(*args, **env: str) -> tuple[int, str, str]:
+    process = start(*args, **env)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def result_of(out: str) -> dict:
+    return json.loads(out.splitlines()[-1].removeprefix("result="))
+
+
+def losses(output: Path) -> list[tuple[int, float, float]]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
+
+
+def assert_same_result(one: Path, other: Path) -> None:
+    assert losses(one) == losses(other)
+    assert len(losses(one)) == 4
+    name = "adapter_model.safetensors" if (one / "adapter_model.safetensors").exists() else "model.safetensors"
+    expected, found = load_file(one / name), load_file(other / name)
+    assert set(expected) == set(found)
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny, demo_data, tmp_path_factory):
+    """Output folder of a run of four steps by method and ZeRO stage, made once; not to be written to."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def make(method: str, stage: int) -> Path:
+        if (method, stage) not in made:
+            output = tmp_path_factory.mktemp(f"{method}{stage}") / "out"
+            status, out, err = launch(
+                method, tiny("llama3_v2_5"), demo_data, output, DS_CONFIG=f"ds_config_zero{stage}.json"
+            )
+            assert status == 0, err
+            result = result_of(out)
+            assert (result["status"], result["steps"], result["verified"]) == ("ok", 4, None)
+            assert (output / "loss.png").is_file()
+            made[method, stage] = output
+        return made[method, stage]
+
+    return make
+
+
+@pytest.mark.parametrize(("method", "stage"), [("lora", 3), ("full", 2), ("full", 3)])
+def test_two_and_two_steps_are_four(uninterrupted, tiny, demo_data, tmp_path, method, stage):
+    """The newest checkpoint is damaged, so the one before is gone on from."""
+    whole, output = uninterrupted(method, stage), tmp_path / "out"
+    shutil.copytree(whole, output)
+    for path in [*output.glob("*.safetensors"), output / "trainer_state.json"]:
+        path.unlink()
+    part = next((output / "checkpoint-4").rglob("*optim_states.pt"))
+    part.write_bytes(part.read_bytes()[:-100])
+    resume = ("--resume_from_checkpoint", "auto")
+    config = {"DS_CONFIG": f"ds_config_zero{stage}.json"}
+    status, out, err = launch(method, tiny("llama3_v2_5"), demo_data, output, *resume, **config)
+    assert status == 0, err
+    assert "checkpoint-4 is not complete and is passed over: global_step4" in err
+    assert f"resuming from {output / 'checkpoint-2'} (step 2)" in err
+    assert_same_result(whole, output)
+    steps = [json.loads(line)["step"] for line in (output / "trainer_log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 4]
+    assert result_of(out)["train_loss"] == pytest.approx(sum(loss for _, loss, _ in losses(whole)) / 4)
+
+
+def test_killed_during_a_save(uninterrupted, tiny, demo_data, tmp_path):
+    """kill -9 as soon as the folder of the second checkpoint appears; the run goes on from the first."""
+    output = tmp_path / "out"
+    base = tiny("llama3_v2_5")
+    process = start("lora", base, demo_data, output, "--save_steps", "1")
+    first, second = output / "checkpoint-1" / "manifest.json", output / "checkpoint-2"
+    wait_for(first.is_file, process)
+    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    wait_for(second.is_dir, process)
+    for member in everyone:  # torchrun gives each worker a session of its own
+        member.send_signal(signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert second.is_dir(), err
+    assert not (second / "manifest.json").exists(), "it was not killed in time; the save has become faster"
+    assert (output / "checkpoint-1" / "manifest.json").is_file()
+    status, out, err = launch("lora", base, demo_data, output, "--save_steps", "1", "--resume_from_checkpoint", "auto")
+    assert status == 0, err
+    assert f"{second} is not complete and is passed over" in err
+    assert f"resuming from {output / 'checkpoint-1'} (step 1)" in err
+    assert result_of(out)["steps"] == 4
+    assert_same_result(uninterrupted("lora", 2), output)
+
+
+def test_another_number_of_processes_is_refused(uninterrupted, tiny, demo_data, tmp_path):
+    checkpoint = uninterrupted("full", 2) / "checkpoint-2"
+    resume = ("--resume_from_checkpoint", str(checkpoint))
+    status, out, err = launch("full", tiny("llama3_v2_5"), demo_data, tmp_path / "out", *resume, GPUS_PER_NODE="1")
+    assert status != 0
+    assert "was written by 2 processes, this run has 1" in err
+    assert f"MODEL={checkpoint}" in err
+    assert result_of(out)["exit_code"] == 2
+    assert not (tmp_path / "out").exists(), "nothing is made for a run that cannot start"

@@ -1,0 +1,101 @@
+"""CPMTrainer in one process: learning rates, evaluation, throughput, the check of the base loss."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import trainer as trainer_module
+from dataset import DataCollator, SupervisedDataset, make_supervised_data_module
+from finetune.arguments import parse_arguments
+from finetune.encoding.encoder import Encoder
+from finetune.models import load_model, load_tokenizer
+from finetune.tuning.checkpoint import resolve
+from finetune.tuning.parts import adapt
+from trainer import BaseLossError, CPMTrainer
+
+
+def make_trainer(base: Path, data: Path, output: Path, *flags: str) -> CPMTrainer:
+    paths = ["--model_name_or_path", str(base), "--data_path", str(data / "train.json")]
+    paths += ["--eval_data_path", str(data / "eval.json"), "--output_dir", str(output)]
+    quiet = ["--dataloader_num_workers", "0", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true"]
+    args = parse_arguments([*paths, *quiet, *flags])
+    checkpoint = resolve(str(base))
+    tokenizer = load_tokenizer(base)
+    torch.manual_seed(0)
+    model = load_model(base, dtype=torch.float32)
+    model = adapt(model, checkpoint.family, args.training, args.lora)
+    encoder = Encoder.from_config(checkpoint.family, tokenizer, checkpoint.config, max_length=2048)
+    return CPMTrainer(
+        model=model,
+        args=args.training,
+        base=checkpoint,
+        part_learning_rates=args.training.part_learning_rates,
+        **make_supervised_data_module(args.data, encoder),
+    )
+
+
+def network(made: CPMTrainer) -> torch.nn.Module:
+    assert isinstance(made.model, torch.nn.Module)
+    return made.model
+
+
+def test_every_part_has_its_learning_rate(tiny, demo_data, tmp_path):
+    rates = ("--learning_rate", "1e-3", "--vision_lr", "2e-3", "--resampler_lr", "3e-3", "--weight_decay", "0.1")
+    made = make_trainer(tiny("llama3_v2_5"), demo_data, tmp_path, *rates)
+    optimizer = made.create_optimizer()
+    names = {id(parameter): name for name, parameter in network(made).named_parameters()}
+    expected = {"vpm": 2e-3, "resampler": 3e-3, "llm": 1e-3}
+    seen = set()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert group["lr"] == expected[name.partition(".")[0]], name
+            assert (group["weight_decay"] == 0) == (name.endswith("bias") or "norm" in name or ".ln_" in name), name
+            seen.add(id(parameter))
+    assert seen == {id(parameter) for parameter in network(made).parameters() if parameter.requires_grad}
+
+
+def test_evaluation_is_weighted_by_tokens_at_any_batch_size(tiny, demo_data, tmp_path):
+    losses = []
+    for size in ("1", "3", "8"):
+        made = make_trainer(tiny("llama3_v2_5"), demo_data, tmp_path, "--per_device_eval_batch_size", size)
+        metrics = made.evaluate()
+        losses.append(metrics["eval_loss"])
+    examples, collator = made.eval_dataset, made.data_collator
+    assert isinstance(examples, SupervisedDataset)
+    assert isinstance(collator, DataCollator)
+    total = count = 0.0
+    for index in range(len(examples)):
+        batch = collator([examples[index]])
+        assert batch.pop("sources") == [examples[index].source]
+        with torch.no_grad():
+            nll, tokens = network(made).eval()(**batch).row_loss.sum(0).tolist()
+        total, count = total + nll, count + tokens
+    assert metrics["eval_tokens"] == count
+    for loss in losses:
+        assert loss == pytest.approx(total / count, abs=1e-5)
+
+
+def test_logs_carry_throughput_and_the_base_loss_is_reported(tiny, demo_data, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    made = make_trainer(tiny("v2_0"), demo_data, tmp_path, "--max_steps", "2", "--learning_rate", "1e-3")
+    made.train()
+    logs = [entry for entry in made.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    assert all(entry["samples_per_second"] > 0 and entry["tokens_per_second"] > 0 for entry in logs)
+    assert made.base_loss == pytest.approx(logs[0]["loss"], abs=1e-4)
+    assert f"base loss at step 0: {made.base_loss:.4f}" in caplog.text
+
+
+def test_a_pretrained_checkpoint_at_chance_stops(tiny, demo_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "_SMALLEST_PRETRAINED", 1000)
+    made = make_trainer(tiny("v2_0"), demo_data, tmp_path, "--max_steps", "1")
+    before = {name: parameter.detach().clone() for name, parameter in network(made).named_parameters()}
+    with pytest.raises(BaseLossError, match=rf"near ln\(vocabulary\) = {math.log(832):.2f}.*--check_base_loss off"):
+        made.train()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in network(made).named_parameters())

@@ -1,0 +1,207 @@
+"""CPMTrainer: the few methods of the Hugging Face Trainer that differ."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from finetune.errors import UserError
+from finetune.tuning.alarms import Alarms
+from finetune.tuning.checkpoint import Checkpoint
+from finetune.tuning.parts import counted, full_parts, numel, part_of
+from finetune.tuning.resume import NothingLeftCallback, NothingLeftError
+from finetune.tuning.saving import finish_adapter, finish_full
+
+logger = logging.getLogger(__name__)
+
+# A pretrained checkpoint predicts far better than chance; near ln(vocabulary) its weights are not what they should be.
+_CHANCE = 0.85
+# No published checkpoint is smaller; below, random weights are expected (demo, tests).
+_SMALLEST_PRETRAINED = 100_000_000
+
+
+class BaseLossError(UserError):
+    """The checkpoint predicts no better than chance before the first update."""
+
+
+class CPMTrainer(Trainer):
+    """Trainer with a learning rate per part, token-weighted evaluation and results that load anywhere.
+
+    Args:
+        base: the checkpoint the run started from; its tokenizer and processor files go into every save.
+        part_learning_rates: learning rate of "vision", "resampler" and "llm".
+        check_base_loss: stop before the first update when the loss of a pretrained checkpoint is near chance.
+        **kwargs: those of Trainer.
+    """
+
+    def __init__(
+        self, *, base: Checkpoint, part_learning_rates: dict[str, float], check_base_loss: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.add_callback(NothingLeftCallback())
+        self.base = base
+        self.part_learning_rates = part_learning_rates
+        self.check_base_loss = check_base_loss
+        self.base_loss: float | None = None
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self._samples = 0
+        self._clock = time.perf_counter()
+        self._paused = 0.0
+        trained = {part_of(name) for name, parameter in self._network().named_parameters() if parameter.requires_grad}
+        declared = trained.union(full_parts(self.args))  # pyright: ignore[reportArgumentType]
+        limit = self.args.max_nonfinite_steps  # pyright: ignore[reportAttributeAccessIssue]
+        self.alarms = Alarms(self._network(), self.accelerator, declared, limit)
+        self.add_callback(self.alarms)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Training; none when the checkpoint that was resumed from has all the steps already."""
+        try:
+            return super().train(*args, **kwargs)
+        except NothingLeftError:
+            logger.info("all %d steps were done before: nothing is trained", self.state.global_step)
+            return TrainOutput(self.state.global_step, math.nan, {})
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of the flags, its groups split by part so that each has its own learning rate."""
+        optimizer = super().create_optimizer(model)
+        source = self._network() if model is None else model
+        parts = {id(parameter): part_of(name) for name, parameter in source.named_parameters()}
+        groups = list(optimizer.param_groups)
+        optimizer.param_groups.clear()
+        for group in groups:
+            by_part: dict[str, list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                by_part[parts[id(parameter)]].append(parameter)
+            for part, parameters in by_part.items():
+                optimizer.add_param_group({**group, "params": parameters, "lr": self.part_learning_rates[part]})
+        return optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch, counted for the throughput of the log."""
+        self.alarms.begin(inputs)
+        self._samples += len(inputs["input_ids"])
+        self._tokens += inputs["attention_mask"].sum().to(self._tokens.device)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        # The Trainer sums losses and never gets rid of a NaN again; ``log`` puts it where it belongs.
+        return loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The network's own loss; the very first one is the loss of the base and is reported."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            self.alarms.note(outputs.row_loss)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.base_loss is None and model.training and self.state.global_step == 0:
+            self._report_base_loss(outputs.row_loss)  # pyright: ignore[reportAttributeAccessIssue]
+        return (loss, outputs) if return_outputs else loss
+
+    def _report_base_loss(self, row_loss: torch.Tensor) -> None:
+        total, count = self._sum_over_ranks(row_loss.detach().sum(0))
+        if not count:
+            return  # every row of this micro-batch holds the place of a sample that is left out
+        self.base_loss = base_loss = total / count
+        chance = math.log(self.base.config["vocab_size"])
+        pretrained = sum(numel(parameter) for _, parameter in counted(self._network())) > _SMALLEST_PRETRAINED
+        if self.is_world_process_zero():
+            logger.info("base loss at step 0: %.4f (chance is ln(vocabulary) = %.2f)", base_loss, chance)
+        if self.check_base_loss and pretrained and base_loss > _CHANCE * chance:
+            raise BaseLossError(
+                f"the base loss {base_loss:.2f} is near ln(vocabulary) = {chance:.2f}: {self.base.name} predicts "
+                "no better than chance. Its weights are probably not those of its config.json (a truncated download, "
+                "a folder of random weights), or its tokenizer is another one's. Pass --check_base_loss off if the "
+                "weights are meant to be random"
+            )
+
+    def _network(self) -> nn.Module:
+        model = self.accelerator.unwrap_model(self.model)
+        assert isinstance(model, nn.Module)
+        return model
+
+    def _sum_over_ranks(self, values: torch.Tensor) -> list[float]:
+        total = self.accelerator.reduce(values, reduction="sum")
+        assert isinstance(total, torch.Tensor)
+        return total.tolist()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds samples and tokens per second, over all ranks and without evaluation and saving, to training logs."""
+        if "loss" in logs:
+            logs["loss"] = math.nan if self.alarms.since_log else logs["loss"]
+            self.alarms.since_log = False
+            seconds = max(time.perf_counter() - self._clock - self._paused, 1e-9)
+            counts = torch.stack([torch.full_like(self._tokens, self._samples), self._tokens])
+            samples, tokens = self._sum_over_ranks(counts)
+            logs["samples_per_second"] = round(samples / seconds, 3)
+            logs["tokens_per_second"] = round(tokens / seconds, 1)
+            self._samples, self._paused, self._clock = 0, 0.0, time.perf_counter()
+            self._tokens.zero_()
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluation, whose time does not count as training time."""
+        start = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self._paused += time.perf_counter() - start
+        return metrics
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Per sample the sum of losses and the number of labelled tokens, (B, 2); no logits are kept."""
+        inputs.pop("sources", None)
+        loss, row_loss, _ = super().prediction_step(model, inputs, False, ["logits", "past_key_values"])
+        return loss, row_loss, row_loss
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The token-weighted loss: the same for every batch size and number of ranks."""
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        total, count = output.predictions.sum(axis=0)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        assert output.metrics is not None
+        output.metrics[f"{metric_key_prefix}_loss"] = float(total / count)
+        output.metrics[f"{metric_key_prefix}_tokens"] = int(count)
+        return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves weights, then what makes the folder loadable by itself."""
+        start = time.perf_counter()
+        folder = Path(output_dir or self.args.output_dir or ".")
+        checkpoint = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+        if folder == checkpoint and folder.is_dir() and self.args.should_save:
+            # A checkpoint of this step, from an interrupted or former run: none of its files may pass for new ones.
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            model = self._network()
+            if isinstance(model, PeftModel):
+                finish_adapter(model, folder, self.base)
+            else:
+                finish_full(folder, self.base)
+        self._paused += time.perf_counter() - start
