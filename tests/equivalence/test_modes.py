@@ -66,7 +66,6 @@ def test_mode_equals_one_process(runs, mode, family, kind):
     for number, (step, expected) in enumerate(zip(ours["steps"], alone["steps"], strict=True), 1):
         assert step[0] == pytest.approx(expected[0], abs=LOSS), f"loss of step {number}"
         assert step[1] == pytest.approx(expected[1], rel=NORM), f"gradient norm of step {number}"
-    assert alone["steps"][-1][0] < alone["steps"][0][0]
     loss, tokens = alone["eval"]
     assert ours["eval"][1] == tokens, f"{EVALUATED} samples: what pads the last batch is counted once"
     assert ours["eval"][0] == pytest.approx(loss, abs=LOSS)
@@ -88,3 +87,6 @@ def test_saved_weights_are_complete_and_equal(runs, tiny, mode, family, kind):
         assert {name: tensor.shape for name, tensor in ours.items()} == {n: tensor.shape for n, tensor in base.items()}
         moved = {name.partition(".")[0] for name in base if not torch.equal(ours[name].float(), base[name].float())}
         assert moved == {"llm", "vpm", "resampler"}
+    else:
+        # They start at zero.
+        assert all(tensor.any() for name, tensor in ours.items() if "lora_B" in name)
