@@ -23,7 +23,7 @@ from finetune.media import image
 from finetune.media.slicing import SliceSpec, plan
 from finetune.readers import messages, read
 from finetune.sample import DataError, Media, Sample, Source
-from finetune.templates.rendering import IGNORE
+from finetune.templates.rendering import IGNORE, Layout
 
 Json = Mapping[str, Any]
 _MARK_SPACE = re.compile(r"(</?(?:ref|box|quad|point)>) ")
@@ -110,7 +110,13 @@ def _sha(picture: Image.Image) -> str:
 def _encoder(folder: Path, family: Family, header: Json, options: Json) -> Encoder:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / header["tokenizer"])
     most = options.get("max_slice_nums", header.get("defaults", {}).get("max_slice_nums", 9))
-    return Encoder(family, tokenizer, query_num=header["query_num"], slicing=SliceSpec(most, 448, 14), max_length=None)
+    return Encoder(
+        family,
+        tokenizer,
+        layout=Layout(query_num=header["query_num"]),
+        slicing=SliceSpec(most, 448, 14),
+        max_length=None,
+    )
 
 
 def _prompts(folder: Path, path: Path, family: Family) -> Iterator[Result]:

@@ -116,7 +116,7 @@ def fingerprint(fitter: Fitter) -> str:
         "version": finetune.__version__,
         "family": encoder.family.name,
         "slicing": asdict(encoder.slicing),
-        "queries": encoder.query_num,
+        "layout": asdict(encoder.layout),
         "max_length": encoder.max_length,
         "max_pixels": encoder.max_pixels,
         "policy": fitter.policy,

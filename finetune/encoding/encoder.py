@@ -13,7 +13,7 @@ from finetune.families.base import Config, Family
 from finetune.media import image
 from finetune.media.slicing import Plan, SliceSpec, item_sizes, plan
 from finetune.sample import DataError, Sample
-from finetune.templates.rendering import IGNORE, Rendered
+from finetune.templates.rendering import IGNORE, Layout, Rendered
 from finetune.templates.tokens import TextError, Vocabulary
 
 _PATCH_COST = 0.1
@@ -51,7 +51,7 @@ class Encoder:
     Args:
         family: the generation.
         tokenizer: the checkpoint's fast tokenizer; it is not changed.
-        query_num: placeholders per visual item.
+        layout: how prompts are written.
         slicing: how images are cut.
         max_length: most tokens of a sample, or None for no limit; nothing is ever cut.
         max_pixels: most pixels of an image.
@@ -65,19 +65,19 @@ class Encoder:
         family: Family,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        query_num: int,
+        layout: Layout,
         slicing: SliceSpec,
         max_length: int | None,
         max_pixels: int = image.MAX_PIXELS,
     ) -> None:
         self.family = family
         self.tokenizer = tokenizer
-        self.query_num = query_num
+        self.layout = layout
         self.slicing = slicing
         self.max_length = max_length
         self.max_pixels = max_pixels
         self.vocabulary = Vocabulary(tokenizer, family.control_tokens, family.required_tokens)
-        self._placeholder = self.vocabulary.control("<unk>")
+        self._placeholder = self.vocabulary.control(family.placeholder)
         # Padding is masked, so any id serves a tokenizer that names none.
         self.pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
         self.stop_ids = [self.vocabulary.control(token) for token in family.stop_tokens]
@@ -100,7 +100,7 @@ class Encoder:
         return cls(
             family,
             tokenizer,
-            query_num=family.query_num(config),
+            layout=family.layout(config),
             slicing=slicing,
             max_length=max_length,
             max_pixels=image.MAX_PIXELS if max_pixels is None else max_pixels,
@@ -168,7 +168,7 @@ class Encoder:
             DataError: text the tokenizer cannot represent, or turns the template lacks.
         """
         try:
-            return self.family.render(sample, plans, self.vocabulary, self.query_num, generate)
+            return self.family.render(sample, plans, self.vocabulary, self.layout, generate)
         except TextError as error:
             raise DataError(f"{sample.source}: {error}") from error
 
@@ -222,7 +222,7 @@ class Encoder:
         """
         tokens, items = len(rendered.input_ids), len(rendered.image_bounds)
         if not self.fits(rendered):
-            visual = items * self.query_num
+            visual = sum(last - first for first, last in rendered.image_bounds)
             raise DataError(
                 f"{sample.source}: {tokens} tokens ({visual} of them for {items} image slices), the limit is "
                 f"{self.max_length}; raise model_max_length, lower max_slice_nums, or shorten or split the record"
@@ -237,10 +237,12 @@ class Encoder:
         faults = []
         if len(runs) != len(grids):
             faults.append(f"{len(runs)} runs of placeholders for {len(grids)} visual items")
-        if any(run != [self._placeholder] * self.query_num for run in runs):
-            faults.append(f"a run that is not {self.query_num} placeholders")
-        if (found := rendered.input_ids.count(self._placeholder)) != len(runs) * self.query_num:
-            faults.append(f"{found} placeholders, {len(runs) * self.query_num} of them in runs")
+        patch = self.slicing.patch_size
+        wanted = [self.layout.item_tokens(columns * patch, rows * patch) for rows, columns in grids]
+        if runs != [[self._placeholder] * count for count in wanted]:
+            faults.append(f"runs that are not of {wanted} placeholders")
+        if (found := rendered.input_ids.count(self._placeholder)) != sum(wanted):
+            faults.append(f"{found} placeholders, {sum(wanted)} of them in runs")
         if patches != expected:
             faults.append(f"{patches} patches where the image headers give {expected}")
         if len(rendered.labels) != len(rendered.input_ids) or rendered.labels[0] != IGNORE:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from finetune.errors import UserError
 from finetune.families.base import Config, Family
 from finetune.families.llama3_v2_5 import LLAMA3_V2_5
+from finetune.families.o2_6 import O2_6
+from finetune.families.o4_5 import O4_5
 from finetune.families.v2_0 import V2_0
+from finetune.families.v2_6 import V2_6
+from finetune.families.v4_0 import V4_0
+from finetune.families.v4_5 import V4_5
 
-FAMILIES: tuple[Family, ...] = (V2_0, LLAMA3_V2_5)
+FAMILIES: tuple[Family, ...] = (V2_0, LLAMA3_V2_5, V2_6, O2_6, V4_0, V4_5, O4_5)
 
 
 class UnknownFamilyError(UserError):

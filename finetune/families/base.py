@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.media.slicing import Plan, SliceSpec
 from finetune.sample import Sample
-from finetune.templates.rendering import Rendered, Vocabulary
+from finetune.templates.rendering import Layout, Rendered, Vocabulary
 
 Config = Mapping[str, Any]
 
@@ -22,12 +22,14 @@ class Network:
         positions: rule for the vision position ids.
         resampler: resampler variant.
         language: language backbone.
+        audio: audio tower, None for families that cannot hear.
     """
 
     vision: str
     positions: str
     resampler: str
     language: str
+    audio: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,14 +44,16 @@ class Family:
         matches: whether a config.json (as a dictionary) belongs to this family.
         network: the parts of the network.
         slice_spec: reads the slicing settings from a config.json.
-        query_num: reads the number of placeholders per visual item from a config.json.
+        layout: reads from a config.json how prompts are written.
         render: conversation and slice plans (one per image, reading order) to ids and labels, born together.
             With ``generate`` the ids end where the model has to answer.
         roles: roles its template has.
         control_tokens: tokens that steer the format; never produced by user text.
         required_tokens: tokens that must resolve to one id in the tokenizer, or loading fails.
         stop_tokens: generation stops on any of them.
-        lora_targets: default regular expression (full match on module names) of the LoRA layers.
+        placeholder: token of which visual features take the place.
+        parts: part of the network ("vision", "resampler", "llm", "audio") to the modules it consists of.
+        lora_targets: part to the regular expression (full match on module names) of its LoRA layers.
         fixed_parameters: names of parameters that are tables; full finetuning leaves them as they are.
     """
 
@@ -60,11 +64,13 @@ class Family:
     matches: Callable[[Config], bool]
     network: Network
     slice_spec: Callable[[Config], SliceSpec]
-    query_num: Callable[[Config], int]
-    render: Callable[[Sample, Sequence[Plan], Vocabulary, int, bool], Rendered]
+    layout: Callable[[Config], Layout]
+    render: Callable[[Sample, Sequence[Plan], Vocabulary, Layout, bool], Rendered]
     roles: tuple[str, ...]
     control_tokens: tuple[str, ...]
     required_tokens: tuple[str, ...]
     stop_tokens: tuple[str, ...]
-    lora_targets: str
+    parts: Mapping[str, tuple[str, ...]]
+    lora_targets: Mapping[str, str]
+    placeholder: str = "<unk>"
     fixed_parameters: tuple[str, ...] = ()

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from finetune.families.base import Config, Family, Network
-from finetune.media.slicing import SliceSpec
+from finetune.families.common import NAVIT_LORA, OWN_PARTS, SLICE_TOKENS, slice_config
 from finetune.templates.llama3 import ROLES, render
+from finetune.templates.rendering import Layout
 
-_IMAGE_TOKENS = ("<unk>", "<image>", "</image>", "<slice>", "</slice>")
 _TURN_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-
-
-def _slice_spec(config: Config) -> SliceSpec:
-    given = config.get("slice_config") or {}
-    return SliceSpec(
-        max_slice_nums=given.get("max_slice_nums", 1) if config.get("slice_mode", True) else 1,
-        scale_resolution=given.get("scale_resolution", 448),
-        patch_size=given.get("patch_size", config.get("patch_size", 14)),
-    )
 
 
 def _matches(config: Config) -> bool:
@@ -25,8 +16,8 @@ def _matches(config: Config) -> bool:
     return str(config.get("version", "2.5")) == "2.5"
 
 
-def _query_num(config: Config) -> int:
-    return config["query_num"]
+def _layout(config: Config) -> Layout:
+    return Layout(query_num=config["query_num"])
 
 
 LLAMA3_V2_5 = Family(
@@ -36,12 +27,13 @@ LLAMA3_V2_5 = Family(
     llm_type="llama3",
     matches=_matches,
     network=Network(vision="navit_siglip", positions="row", resampler="plain", language="llama"),
-    slice_spec=_slice_spec,
-    query_num=_query_num,
+    slice_spec=slice_config,
+    layout=_layout,
     render=render,
     roles=ROLES,
-    control_tokens=(*_IMAGE_TOKENS, *_TURN_TOKENS, "<|end_of_text|>"),
-    required_tokens=(*_IMAGE_TOKENS, *_TURN_TOKENS),
+    control_tokens=(*SLICE_TOKENS, *_TURN_TOKENS, "<|end_of_text|>"),
+    required_tokens=(*SLICE_TOKENS, *_TURN_TOKENS),
     stop_tokens=("<|eot_id|>", "<|end_of_text|>"),
-    lora_targets=r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)",
+    parts=OWN_PARTS,
+    lora_targets=NAVIT_LORA,
 )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from finetune.families.base import Config, Family, Network
+from finetune.families.common import OWN_PARTS, SLICE_TOKENS, TIMM_LORA
 from finetune.media.slicing import SliceSpec
 from finetune.templates.minicpm import ROLES, render
-
-_IMAGE_TOKENS = ("<unk>", "<image>", "</image>", "<slice>", "</slice>")
+from finetune.templates.rendering import Layout
 
 
 def _slice_spec(config: Config) -> SliceSpec:
@@ -25,8 +25,8 @@ def _matches(config: Config) -> bool:
     return "vision_encoder" in config and "slice_mode" in config
 
 
-def _query_num(config: Config) -> int:
-    return config["query_num"]
+def _layout(config: Config) -> Layout:
+    return Layout(query_num=config["query_num"])
 
 
 V2_0 = Family(
@@ -37,13 +37,14 @@ V2_0 = Family(
     matches=_matches,
     network=Network(vision="timm_siglip", positions="resampled", resampler="query_positions", language="minicpm"),
     slice_spec=_slice_spec,
-    query_num=_query_num,
+    layout=_layout,
     render=render,
     roles=ROLES,
-    control_tokens=(*_IMAGE_TOKENS, "<s>", "</s>"),
-    required_tokens=(*_IMAGE_TOKENS, "<s>", "</s>"),
+    control_tokens=(*SLICE_TOKENS, "<s>", "</s>"),
+    required_tokens=(*SLICE_TOKENS, "<s>", "</s>"),
     stop_tokens=("</s>",),
-    lora_targets=r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)",
+    parts=OWN_PARTS,
+    lora_targets=TIMM_LORA,
     # Sin-cos positions of the queries, stored in the checkpoint; a constant in the official network.
     fixed_parameters=("resampler.pos_embed",),
 )

@@ -62,7 +62,7 @@ class Resampler(nn.Module):
     def __init__(self, config: MiniCPMVConfig, input_size: int) -> None:
         super().__init__()
         size = config.hidden_size
-        self.size, self.queries = size, config.family.query_num(config.to_dict())
+        self.size, self.queries = size, config.read("query_num", 64)
         self.query = nn.Parameter(torch.empty(self.queries, size))
         self.kv_proj = nn.Linear(input_size, size, bias=False)
         self.attn = CrossAttention(config, size)

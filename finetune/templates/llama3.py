@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from finetune.media.slicing import Plan
 from finetune.sample import Sample
 from finetune.templates.placeholders import old_schema
-from finetune.templates.rendering import Rendered, Vocabulary
+from finetune.templates.rendering import Layout, Rendered, Vocabulary
 from finetune.templates.turns import merged, turns
 
 ROLES = ("system", "user", "assistant")
 
 
-def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, query_num: int, generate: bool) -> Rendered:
+def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, layout: Layout, generate: bool) -> Rendered:
     """Header, trimmed content and end mark per turn, as the published inference template writes them.
 
     Every trained answer and its end mark are labels, nothing else.
@@ -22,7 +22,7 @@ def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, query_
         sample: the conversation.
         plans: slice plan of every image, in reading order.
         vocabulary: the tokenizer.
-        query_num: placeholders per visual item.
+        layout: how the prompt is written.
         generate: end after the header of the answer instead of after the answer.
 
     Raises:
@@ -37,7 +37,7 @@ def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, query_
         parts = merged(message.parts)
         for index, part in enumerate(parts):
             if not isinstance(part, str):
-                rendered.add_items(*old_schema(next(left), query_num, vocabulary))
+                rendered.add_items(*old_schema(next(left), layout, vocabulary))
                 continue
             text = part.lstrip() if index == 0 else part
             text = text.rstrip() if index == len(parts) - 1 else text

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from finetune.media.slicing import Plan
 from finetune.sample import Sample
 from finetune.templates.placeholders import old_schema
-from finetune.templates.rendering import Rendered, Vocabulary
+from finetune.templates.rendering import Layout, Rendered, Vocabulary
 from finetune.templates.turns import merged, turns
 
 ROLES = ("user", "assistant")
 _MARK = {"user": "<用户>", "assistant": "<AI>"}
 
 
-def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, query_num: int, generate: bool) -> Rendered:
+def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, layout: Layout, generate: bool) -> Rendered:
     """One text of turn marks and contents, cut only by images, as the published inference code encodes it.
 
     The turn marks are plain text, and the end token stands after the last answer alone: after an earlier answer the
@@ -24,7 +24,7 @@ def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, query_
         sample: the conversation.
         plans: slice plan of every image, in reading order.
         vocabulary: the tokenizer.
-        query_num: placeholders per visual item.
+        layout: how the prompt is written.
         generate: end after the mark of the answer instead of after the answer.
 
     Raises:
@@ -44,7 +44,7 @@ def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, query_
                     run.add(part)
                 else:
                     run.flush()
-                    rendered.add_items(*old_schema(next(left), query_num, vocabulary))
+                    rendered.add_items(*old_schema(next(left), layout, vocabulary))
         elif turn < len(messages) - 1:
             run.add(message.text, train=message.train)
         else:

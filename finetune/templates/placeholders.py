@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from finetune.media.slicing import Plan
-from finetune.templates.rendering import Vocabulary
+from finetune.templates.rendering import Layout, Vocabulary
 
 
 class Block(NamedTuple):
@@ -20,12 +20,13 @@ class Block(NamedTuple):
     bounds: list[tuple[int, int]]
 
 
-def old_schema(plan: Plan, query_num: int, vocabulary: Vocabulary) -> Block:
+def old_schema(plan: Plan, layout: Layout, vocabulary: Vocabulary) -> Block:
     """The form of MiniCPM-V 2.0 and 2.5: every item between image tokens, the grid between slice tokens.
 
     Rows of the grid are separated by a newline, items of a row by nothing.
     """
     image, image_end, unknown = (vocabulary.control(token) for token in ("<image>", "</image>", "<unk>"))
+    query_num = layout.query_num
     block = Block([], [])
 
     def item() -> None:

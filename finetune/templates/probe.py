@@ -9,6 +9,7 @@ import jinja2
 from finetune.errors import UserError
 from finetune.families.base import Family
 from finetune.sample import Message, Sample, Source, Text
+from finetune.templates.rendering import Layout
 from finetune.templates.tokens import Vocabulary
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ def check_chat_template(family: Family, tokenizer: PreTrainedTokenizerBase) -> b
     messages = tuple(Message(role, (Text(text),)) for role, text in _TURNS)
     vocabulary = Vocabulary(tokenizer, family.control_tokens, family.required_tokens)
     probe = Sample(id="probe", source=Source("chat template probe", 0), messages=messages)
-    # Text only: no plan, and so no number of placeholders either.
-    our_ids = family.render(probe, (), vocabulary, 0, True).input_ids
+    our_ids = family.render(probe, (), vocabulary, Layout(), True).input_ids
     their_ids = tokenizer(theirs, add_special_tokens=False)["input_ids"]
     if our_ids == their_ids:
         return True

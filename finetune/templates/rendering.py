@@ -4,9 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 IGNORE = -100
+
+
+Thinking = Literal["keep", "mask", "strip"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a checkpoint's prompt is written, beyond the conversation itself.
+
+    Attributes:
+        query_num: placeholders per visual item, where every item has as many; else 0.
+        pixels_per_token: pixels of an item per placeholder, where the number depends on the item's size; else 0.
+        image_ids: whether every image is preceded by its number in the conversation.
+        thinking: what happens to the thinking of trained answers: kept with loss, kept without loss, or taken out.
+        enable_thinking: what the model is asked for when it answers; None writes neither form.
+    """
+
+    query_num: int = 0
+    pixels_per_token: int = 0
+    image_ids: bool = False
+    thinking: Thinking = "keep"
+    enable_thinking: bool | None = False
+
+    def item_tokens(self, width: int, height: int) -> int:
+        """Placeholders of a visual item of so many pixels."""
+        return self.query_num or width * height // self.pixels_per_token
 
 
 class Vocabulary(Protocol):

@@ -64,9 +64,9 @@ def add_lora(model: nn.Module, family: Family, saved: Sequence[str], lora: LoraA
             raise
         layers = lora.lora_layers_to_transform
         raise ArgumentError(
-            f"--lora_target_modules {lora.lora_target_modules or family.lora_targets!r} matches no module"
+            f"--lora_target_modules {lora.lora_target_modules or family.lora_targets['llm']!r} matches no module"
             f"{'' if layers is None else f' in the layers {layers}'}; it is a regular expression that must match the "
-            f"whole name, such as {family.lora_targets}"
+            f"whole name, such as {family.lora_targets['llm']}"
         ) from error
 
 
@@ -79,7 +79,7 @@ def lora_config(model: nn.Module, family: Family, saved: Sequence[str], lora: Lo
         ArgumentError: a flag that cannot be read.
     """
     extra = [name.strip() for name in (lora.lora_modules_to_save or "").split(",") if name.strip()]
-    targets: str | list[str] = lora.lora_target_modules or family.lora_targets
+    targets: str | list[str] = lora.lora_target_modules or family.lora_targets["llm"]
     pattern = None
     if lora.lora_layers_to_transform is not None:
         # peft takes layer numbers only with a list of names, and a list of plain names would match the vision tower;

@@ -14,6 +14,7 @@ from zoo import write_zoo
 from finetune.encoding.encoder import Encoder
 from finetune.families import by_name
 from finetune.media.slicing import SliceSpec
+from finetune.templates.rendering import Layout
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +44,11 @@ def write_records(zoo: Path, tmp_path: Path) -> Callable[..., Path]:
 def make_encoder() -> Callable[..., Encoder]:
     """An encoder of Llama3-V 2.5 with 4 placeholders per item; its vocabulary is shared."""
     first = Encoder(
-        by_name("llama3_v2_5"), tokenizer("llama3"), query_num=4, slicing=SliceSpec(9, 56, 14), max_length=None
+        by_name("llama3_v2_5"),
+        tokenizer("llama3"),
+        layout=Layout(query_num=4),
+        slicing=SliceSpec(9, 56, 14),
+        max_length=None,
     )
 
     def make(max_length: int | None = None) -> Encoder:

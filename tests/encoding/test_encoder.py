@@ -16,7 +16,7 @@ from finetune.media import image
 from finetune.media.slicing import Plan, SliceSpec
 from finetune.readers import messages, read
 from finetune.sample import DataError, Media, Message, Sample, Source, Text
-from finetune.templates.rendering import Rendered
+from finetune.templates.rendering import Layout, Rendered
 
 SOURCE = Source("data.json", 5, "q")
 NAMES = {"v2_0": "minicpm", "llama3_v2_5": "llama3"}
@@ -25,7 +25,7 @@ BOTH = pytest.mark.parametrize("family", NAMES)
 
 def encoder(family: str | Family, **options: Any) -> Encoder:
     chosen = by_name(family) if isinstance(family, str) else family
-    defaults = {"query_num": 4, "slicing": SliceSpec(9, 112, 14), "max_length": None}
+    defaults = {"layout": Layout(query_num=4), "slicing": SliceSpec(9, 112, 14), "max_length": None}
     return Encoder(chosen, tokenizer(NAMES[chosen.name]), **{**defaults, **options})
 
 
@@ -171,7 +171,7 @@ def test_from_config(family: str) -> None:
     config = {"query_num": 8, "max_slice_nums": 4, "slice_config": {"max_slice_nums": 4}, "patch_size": 14}
     chosen = by_name(family)
     made = Encoder.from_config(chosen, tokenizer(NAMES[family]), config)
-    assert (made.query_num, made.slicing, made.max_length) == (8, SliceSpec(4, 448, 14), None)
+    assert (made.layout.query_num, made.slicing, made.max_length) == (8, SliceSpec(4, 448, 14), None)
     assert made.max_pixels == image.MAX_PIXELS
     made = Encoder.from_config(chosen, tokenizer(NAMES[family]), config, max_slice_nums=1, max_length=9, max_pixels=5)
     assert (made.slicing.max_slice_nums, made.max_length, made.max_pixels) == (1, 9, 5)
@@ -191,7 +191,7 @@ def faulty(change: Callable[[Rendered], None]) -> Family:
 
 FAULTS: list[tuple[Callable[[Rendered], Any], str]] = [
     (lambda rendered: rendered.image_bounds.pop(), "0 runs of placeholders for 1 visual items"),
-    (lambda rendered: rendered.image_bounds.__setitem__(0, (4, 8)), "a run that is not 4 placeholders"),
+    (lambda rendered: rendered.image_bounds.__setitem__(0, (4, 8)), "runs that are not of"),
     (lambda rendered: rendered.add([0]), "5 placeholders, 4 of them in runs"),
     (lambda rendered: rendered.labels.pop(), "labels that do not match the ids"),
     (lambda rendered: rendered.labels.__setitem__(0, 1), "labels that do not match the ids"),

@@ -11,6 +11,7 @@ from finetune.encoding.fitting import POLICIES, Fitter, OverlongError
 from finetune.families import by_name
 from finetune.media.slicing import SliceSpec
 from finetune.sample import DataError, Media, Message, Part, Sample, Source, Text
+from finetune.templates.rendering import Layout
 
 SOURCE = Source("data.json", 5, "q")
 NAMES = {"v2_0": "minicpm", "llama3_v2_5": "llama3"}
@@ -25,7 +26,7 @@ def encoder(family: str, max_length: int | None = None) -> Encoder:
         MADE[family] = Encoder(
             by_name(family),
             tokenizer(NAMES[family]),
-            query_num=QUERIES,
+            layout=Layout(query_num=QUERIES),
             slicing=SliceSpec(9, 56, 14),
             max_length=None,
         )

@@ -21,7 +21,7 @@ ROWS: list[Row] = [(3, [(4, 6)], 5), (6, [], 4), (2, [(3, 3), (5, 2)], 6)]
 def trained(base: MiniCPMV, family: str, steps: int = 3, **options) -> PeftModel:
     """An adapter with the official target expression and the whole resampler, a few steps away from its base."""
     torch.manual_seed(0)
-    settings = {"r": 4, "target_modules": by_name(family).lora_targets, "modules_to_save": ["resampler"]}
+    settings = {"r": 4, "target_modules": by_name(family).lora_targets["llm"], "modules_to_save": ["resampler"]}
     model = get_peft_model(base, LoraConfig(**settings | options)).train()
     batch = make_batch(ROWS, base.query_num)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

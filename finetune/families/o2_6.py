@@ -1,0 +1,42 @@
+"""MiniCPM-o 2.6: the network of 2.6 and a Whisper encoder."""
+
+from __future__ import annotations
+
+from finetune.families.base import Config, Family, Network
+from finetune.families.common import (
+    AUDIO_TOKENS,
+    CHATML_TOKENS,
+    IMAGE_ID_TOKENS,
+    OMNI_LORA,
+    OMNI_PARTS,
+    SLICE_TOKENS,
+    numbered_layout,
+    published_as,
+    slice_config,
+)
+from finetune.templates.chatml import ROLES, render
+
+_TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
+
+
+def _matches(config: Config) -> bool:
+    return published_as(config, "minicpmo", "2.6")
+
+
+O2_6 = Family(
+    name="o2_6",
+    title="MiniCPM-o 2.6",
+    hub_id="openbmb/MiniCPM-o-2_6",
+    llm_type="qwen",
+    matches=_matches,
+    network=Network(vision="navit_siglip", positions="grid", resampler="plain", language="qwen2", audio="whisper"),
+    slice_spec=slice_config,
+    layout=numbered_layout,
+    render=render,
+    roles=ROLES,
+    control_tokens=(*_TOKENS, *AUDIO_TOKENS, "<|endoftext|>"),
+    required_tokens=_TOKENS,
+    stop_tokens=("<|im_end|>", "<|endoftext|>"),
+    parts=OMNI_PARTS,
+    lora_targets=OMNI_LORA,
+)

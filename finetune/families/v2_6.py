@@ -1,0 +1,41 @@
+"""MiniCPM-V 2.6: NaViT SigLIP with two-dimensional positions, 64 queries, Qwen2 7B, ChatML."""
+
+from __future__ import annotations
+
+from finetune.families.base import Config, Family, Network
+from finetune.families.common import (
+    CHATML_TOKENS,
+    IMAGE_ID_TOKENS,
+    NAVIT_LORA,
+    OWN_PARTS,
+    SLICE_TOKENS,
+    numbered_layout,
+    published_as,
+    slice_config,
+)
+from finetune.templates.chatml import ROLES, render
+
+_TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
+
+
+def _matches(config: Config) -> bool:
+    return published_as(config, "minicpmv", "2.6")
+
+
+V2_6 = Family(
+    name="v2_6",
+    title="MiniCPM-V 2.6",
+    hub_id="openbmb/MiniCPM-V-2_6",
+    llm_type="qwen",
+    matches=_matches,
+    network=Network(vision="navit_siglip", positions="grid", resampler="plain", language="qwen2"),
+    slice_spec=slice_config,
+    layout=numbered_layout,
+    render=render,
+    roles=ROLES,
+    control_tokens=(*_TOKENS, "<|endoftext|>"),
+    required_tokens=_TOKENS,
+    stop_tokens=("<|im_end|>", "<|endoftext|>"),
+    parts=OWN_PARTS,
+    lora_targets=NAVIT_LORA,
+)

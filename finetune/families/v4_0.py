@@ -1,0 +1,41 @@
+"""MiniCPM-V 4.0: the vision part of 2.6, MiniCPM4 3B in the shape of Llama, bare ChatML."""
+
+from __future__ import annotations
+
+from finetune.families.base import Config, Family, Network
+from finetune.families.common import (
+    CHATML_TOKENS,
+    IMAGE_ID_TOKENS,
+    NAVIT_LORA,
+    OWN_PARTS,
+    SLICE_TOKENS,
+    numbered_layout,
+    published_as,
+    slice_config,
+)
+from finetune.templates.chatml import ROLES, render
+
+_TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
+
+
+def _matches(config: Config) -> bool:
+    return published_as(config, "minicpmv", "4.0")
+
+
+V4_0 = Family(
+    name="v4_0",
+    title="MiniCPM-V 4.0",
+    hub_id="openbmb/MiniCPM-V-4",
+    llm_type="llama",
+    matches=_matches,
+    network=Network(vision="navit_siglip", positions="grid", resampler="plain", language="llama"),
+    slice_spec=slice_config,
+    layout=numbered_layout,
+    render=render,
+    roles=ROLES,
+    control_tokens=(*_TOKENS, "<s>", "</s>"),
+    required_tokens=_TOKENS,
+    stop_tokens=("<|im_end|>", "</s>"),
+    parts=OWN_PARTS,
+    lora_targets=NAVIT_LORA,
+)

@@ -1,0 +1,41 @@
+"""MiniCPM-V 4.5: a resampler that packs video frames, Qwen3 8B, ChatML with thinking."""
+
+from __future__ import annotations
+
+from finetune.families.base import Config, Family, Network
+from finetune.families.common import (
+    CHATML_TOKENS,
+    IMAGE_ID_TOKENS,
+    NAVIT_LORA,
+    OWN_PARTS,
+    SLICE_TOKENS,
+    numbered_layout,
+    published_as,
+    slice_config,
+)
+from finetune.templates.chatml_thinking import ROLES, render
+
+_TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
+
+
+def _matches(config: Config) -> bool:
+    return published_as(config, "minicpmv", "4.5")
+
+
+V4_5 = Family(
+    name="v4_5",
+    title="MiniCPM-V 4.5",
+    hub_id="openbmb/MiniCPM-V-4_5",
+    llm_type="qwen",
+    matches=_matches,
+    network=Network(vision="navit_siglip", positions="grid", resampler="temporal", language="qwen3"),
+    slice_spec=slice_config,
+    layout=numbered_layout,
+    render=render,
+    roles=ROLES,
+    control_tokens=(*_TOKENS, "<|endoftext|>"),
+    required_tokens=_TOKENS,
+    stop_tokens=("<|im_end|>", "<|endoftext|>"),
+    parts=OWN_PARTS,
+    lora_targets=NAVIT_LORA,
+)
