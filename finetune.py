@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     quantised: dict[str, Any] = {"quantization_config": quantisation(dtype)} if args.lora.q_lora else {}
     model = load_model(base.folder, dtype=dtype, attn_implementation=args.model.attn_implementation, **quantised)
     model = adapt(model, base.family, args.training, args.lora)
-    logger.info("%s\n%s", base.family.title, format_table(part_rows(model, args.training.part_learning_rates)))
+    rates = args.training.part_learning_rates
+    logger.info("%s\n%s", base.family.title, format_table(part_rows(model, base.family.parts, rates)))
 
     # Train, evaluate, save.
     from finetune.evaluation.plots import plot_loss
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         model=model,
         args=args.training,
         base=base,
-        part_learning_rates=args.training.part_learning_rates,
+        part_learning_rates=rates,
         check_base_loss=args.model.check_base_loss == "auto",
         callbacks=[ManifestCallback(), ProgressCallback()],
         **data,

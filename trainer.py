@@ -41,7 +41,7 @@ class CPMTrainer(Trainer):
 
     Args:
         base: the checkpoint the run started from; its tokenizer and processor files go into every save.
-        part_learning_rates: learning rate of "vision", "resampler" and "llm".
+        part_learning_rates: learning rate of every part of the network.
         check_base_loss: stop before the first update when the loss of a pretrained checkpoint is near chance.
         **kwargs: those of Trainer.
     """
@@ -59,10 +59,11 @@ class CPMTrainer(Trainer):
         self._samples = 0
         self._clock = time.perf_counter()
         self._paused = 0.0
-        trained = {part_of(name) for name, parameter in self._network().named_parameters() if parameter.requires_grad}
+        parts = base.family.parts
+        trained = {part_of(name, parts) for name, weight in self._network().named_parameters() if weight.requires_grad}
         declared = trained.union(full_parts(self.args))  # pyright: ignore[reportArgumentType]
         limit = self.args.max_nonfinite_steps  # pyright: ignore[reportAttributeAccessIssue]
-        self.alarms = Alarms(self._network(), self.accelerator, declared, limit)
+        self.alarms = Alarms(self._network(), parts, self.accelerator, declared, limit)
         self.add_callback(self.alarms)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -77,7 +78,7 @@ class CPMTrainer(Trainer):
         """The optimizer of the flags, its groups split by part so that each has its own learning rate."""
         optimizer = super().create_optimizer(model)
         source = self._network() if model is None else model
-        parts = {id(parameter): part_of(name) for name, parameter in source.named_parameters()}
+        parts = {id(weight): part_of(name, self.base.family.parts) for name, weight in source.named_parameters()}
         groups = list(optimizer.param_groups)
         optimizer.param_groups.clear()
         for group in groups:

@@ -18,7 +18,8 @@ import transformers
 from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_cuda_available
 
-from finetune.errors import UserError
+from finetune.errors import ArgumentError
+from finetune.flags import DataArguments, LoraArguments, ModelArguments
 from finetune.legacy_flags import translate
 
 logger = logging.getLogger(__name__)
@@ -32,113 +33,6 @@ _NOT_RECORDED = ("hub_token", "accelerator_config")
 
 # True and False are what older scripts pass.
 _RESUME_WORDS = {"none": None, "false": None, "auto": "auto", "true": "auto"}
-
-
-class ArgumentError(UserError):
-    """Flags that contradict each other or the machine."""
-
-
-@dataclass
-class ModelArguments:
-    """Which checkpoint is trained."""
-
-    model_name_or_path: str = field(
-        metadata={"help": "Folder of the checkpoint, or its hub id (a hub id is downloaded)."}
-    )
-    llm_type: str | None = field(
-        default=None,
-        metadata={"help": "Only checked: the family is read from the checkpoint; a wrong value is corrected."},
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa (default), flash_attention_2 or eager, for vision tower and LLM."}
-    )
-    check_base_loss: str = field(
-        default="auto",
-        metadata={
-            "help": "auto stops at step 0 when a pretrained checkpoint has a loss near ln(vocabulary); off does not.",
-            "choices": ["auto", "off"],
-        },
-    )
-
-
-@dataclass
-class DataArguments:
-    """What it is trained on."""
-
-    data_path: str = field(metadata={"help": "Training data: official JSON or JSON Lines."})
-    eval_data_path: str | None = field(default=None, metadata={"help": "Evaluation data, same format."})
-    image_root: str | None = field(
-        default=None, metadata={"help": "Folder that relative image paths may also be relative to."}
-    )
-    max_slice_nums: int | None = field(
-        default=None, metadata={"help": "Most slices per image. Default: the checkpoint's value."}
-    )
-    max_image_pixels: int | None = field(
-        default=None, metadata={"help": "Largest image accepted, in pixels (guards against decompression bombs)."}
-    )
-    overlong: str = field(
-        default="shrink",
-        metadata={
-            "help": "Samples above model_max_length: shrink cuts their images into fewer slices, then drops the oldest "
-            "turns; truncate shortens prompt text, then drops turns; drop leaves the sample out; error stops.",
-            "choices": ["shrink", "drop", "truncate", "error"],
-        },
-    )
-    on_bad_sample: str = field(
-        default="error",
-        metadata={
-            "help": "Records that cannot be used: error stops; skip leaves them out and lists them in "
-            "OUTPUT_DIR/bad_samples.jsonl.",
-            "choices": ["error", "skip"],
-        },
-    )
-    check: str | None = field(
-        default=None,
-        metadata={
-            "help": "Records looked at before step 1: full, sample (1000 of them) or off. Default: full up to 20000.",
-            "choices": ["full", "sample", "off"],
-        },
-    )
-
-
-@dataclass
-class LoraArguments:
-    """How LoRA adapters are made; only read with --use_lora."""
-
-    lora_r: int = field(default=64, metadata={"help": "Rank."})
-    lora_alpha: int = field(default=64, metadata={"help": "Scale; the update is multiplied by alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter input."})
-    lora_target_modules: str | None = field(
-        default=None,
-        metadata={
-            "help": "Regular expression over module names. Default: all attention projections of the LLM, "
-            r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)."
-        },
-    )
-    lora_bias: str = field(
-        default="none", metadata={"help": "Biases to train.", "choices": ["none", "all", "lora_only"]}
-    )
-    lora_modules_to_save: str | None = field(
-        default=None, metadata={"help": "Comma-separated modules trained in full and saved too, e.g. embed_tokens."}
-    )
-    lora_weight_path: str | None = field(
-        default=None, metadata={"help": "Adapter folder to start from; its rank, targets and saved modules count."}
-    )
-    lora_layers_to_transform: list[int] | None = field(
-        default=None, metadata={"help": "Only these layers of the LLM get adapters, e.g. 0 1 2."}
-    )
-    lora_layers_pattern: str | None = field(
-        default=None, metadata={"help": "Name of the layer list that lora_layers_to_transform counts in (layers)."}
-    )
-    lora_layer_replication: str | None = field(
-        default=None, metadata={"help": 'Ranges of layers to stack, as JSON: "[[0, 16], [8, 24]]".'}
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised LoRA: scale alpha / sqrt(r)."})
-    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
-    q_lora: bool = field(
-        default=False,
-        metadata={"help": "QLoRA: the LLM's linear layers are quantised to 4 bit (nf4, bitsandbytes) on loading."},
-    )
 
 
 @dataclass
@@ -160,20 +54,31 @@ class TrainingArguments(transformers.TrainingArguments):
     tune_vision: bool | None = field(
         default=None, metadata={"help": "Train the vision tower (in full). Default: true without LoRA, false with."}
     )
-    tune_resampler: bool = field(default=True, metadata={"help": "Train the resampler (in full)."})
+    tune_resampler: bool | None = field(
+        default=None, metadata={"help": "Train the resampler (in full). Default: true, unless lora_parts has it."}
+    )
+    tune_audio: bool = field(default=False, metadata={"help": "Train the audio tower (in full)."})
     tune_llm: bool | None = field(
         default=None, metadata={"help": "Train the LLM in full. Default: true without LoRA; refused with it."}
     )
-    use_lora: bool = field(default=False, metadata={"help": "Train LoRA adapters in the LLM."})
+    use_lora: bool = field(default=False, metadata={"help": "Train LoRA adapters in lora_parts."})
+    lora_parts: list[str] = field(
+        default_factory=lambda: ["llm"],
+        metadata={"help": "Parts that get adapters.", "choices": ["llm", "vision", "resampler", "audio"]},
+    )
     learning_rate: float = field(
         default=None,  # pyright: ignore[reportAssignmentType, reportArgumentType]
         metadata={"help": "Default: 1e-4 with LoRA, 1e-5 without."},
     )
     vision_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision tower. Default: a fifth of learning_rate."}
+        default=None,
+        metadata={"help": "Learning rate of the vision tower. Default: a fifth of learning_rate; all of it for LoRA."},
     )
     resampler_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the resampler. Default: learning_rate."}
+    )
+    audio_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the audio tower. Default: as vision_lr."}
     )
     bf16: bool = field(
         default=None,  # pyright: ignore[reportAssignmentType, reportArgumentType]
@@ -232,7 +137,15 @@ class TrainingArguments(transformers.TrainingArguments):
             )
         self.tune_llm = (not self.use_lora) if self.tune_llm is None else self.tune_llm
         self.tune_vision = (not self.use_lora) if self.tune_vision is None else self.tune_vision
-        if not (self.use_lora or self.tune_llm or self.tune_vision or self.tune_resampler):
+        adapted = set(self.lora_parts) if self.use_lora else set()
+        self.tune_resampler = "resampler" not in adapted if self.tune_resampler is None else self.tune_resampler
+        for part in sorted(adapted - {"llm"}):
+            if getattr(self, f"tune_{part}"):
+                raise ArgumentError(
+                    f"--lora_parts {part} trains adapters in the {part} part, --tune_{part} true trains it in full: "
+                    "choose one"
+                )
+        if not (self.use_lora or self.tune_llm or self._towers()):
             raise ArgumentError(
                 "nothing would be trained: set at least one of --use_lora, --tune_llm, --tune_vision, "
                 "--tune_resampler to true"
@@ -241,7 +154,7 @@ class TrainingArguments(transformers.TrainingArguments):
             logger.warning("--tune_llm false without LoRA: the LLM stays as it is, only %s is trained", self._towers())
 
     def _towers(self) -> str:
-        return " and ".join(n for n, on in (("vision", self.tune_vision), ("resampler", self.tune_resampler)) if on)
+        return " and ".join(part for part in ("vision", "resampler", "audio") if getattr(self, f"tune_{part}"))
 
     def _resolve_learning_rates(self) -> None:
         if self.learning_rate is None:
@@ -253,12 +166,13 @@ class TrainingArguments(transformers.TrainingArguments):
                 self.learning_rate,
                 LOW_LORA_LEARNING_RATE,
             )
-        for name, tuned in (("vision_lr", self.tune_vision), ("resampler_lr", self.tune_resampler)):
-            if getattr(self, name) is not None and not tuned:
-                part = name.removesuffix("_lr")
+        for part, share in (("vision", 5), ("resampler", 1), ("audio", 5)):
+            name = f"{part}_lr"
+            adapted = self.use_lora and part in self.lora_parts
+            if getattr(self, name) is None:
+                setattr(self, name, self.learning_rate if adapted else self.learning_rate / share)
+            elif not adapted and not getattr(self, f"tune_{part}"):
                 logger.warning("--%s has no effect: the %s is frozen (--tune_%s false)", name, part, part)
-        self.vision_lr = self.learning_rate / 5 if self.vision_lr is None else self.vision_lr
-        self.resampler_lr = self.learning_rate if self.resampler_lr is None else self.resampler_lr
 
     def _resolve_precision(self) -> None:
         if self.bf16 and self.fp16:
@@ -286,9 +200,8 @@ class TrainingArguments(transformers.TrainingArguments):
     def part_learning_rates(self) -> dict[str, float]:
         """Learning rate of each part, whether it is trained or not."""
         assert self.learning_rate is not None
-        assert self.vision_lr is not None
-        assert self.resampler_lr is not None
-        return {"llm": self.learning_rate, "vision": self.vision_lr, "resampler": self.resampler_lr}
+        rates = {part: getattr(self, f"{part}_lr") for part in ("vision", "resampler", "audio")}
+        return {"llm": self.learning_rate, **rates}
 
 
 def _load_deepspeed_config(config: dict | str | None) -> dict | str | None:

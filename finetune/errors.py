@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class CheckpointError(UserError):
     """A model folder that cannot be used: files or weights are missing, surplus or of another shape."""
+
+
+class ArgumentError(UserError):
+    """Flags that contradict each other, the checkpoint or the machine."""

@@ -14,13 +14,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from finetune.arguments import ArgumentError, LoraArguments
+from finetune.arguments import LoraArguments
+from finetune.errors import ArgumentError
 from finetune.families.base import Family
 
 logger = logging.getLogger(__name__)
 
 # Only the LLM's linear layers are worth quantising; the rest is small, trained in full, or reads packed weights.
 _NOT_QUANTISED = ["vpm", "resampler", "lm_head", "apm", "audio_projection_layer", "tts"]
+_ALL_LINEAR = ("all-linear", "all")
 # What decides the shape or the meaning of an adapter.
 _DECISIVE = ("r", "lora_alpha", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora")
 
@@ -36,7 +38,9 @@ def quantisation(dtype: str) -> BitsAndBytesConfig:
     )
 
 
-def add_lora(model: nn.Module, family: Family, saved: Sequence[str], lora: LoraArguments) -> PeftModel:
+def add_lora(
+    model: nn.Module, family: Family, saved: Sequence[str], lora: LoraArguments, parts: Sequence[str] = ("llm",)
+) -> PeftModel:
     """The model with adapters.
 
     Args:
@@ -44,11 +48,12 @@ def add_lora(model: nn.Module, family: Family, saved: Sequence[str], lora: LoraA
         family: its generation; names the default targets.
         saved: modules trained in full and saved with the adapter.
         lora: the lora_* flags; with ``lora_weight_path`` the adapter there is gone on from.
+        parts: the parts of the network that get adapters.
 
     Raises:
         ArgumentError: targets or modules that the network does not have, or an adapter that does not fit the flags.
     """
-    config = lora_config(model, family, saved, lora)
+    config = lora_config(model, family, saved, lora, parts)
     if lora.lora_weight_path is not None:
         return _continue(model, config, Path(lora.lora_weight_path))
     names = [name for name, _ in model.named_modules()]
@@ -62,15 +67,17 @@ def add_lora(model: nn.Module, family: Family, saved: Sequence[str], lora: LoraA
             raise ArgumentError(f"--lora_layer_replication: peft cannot do it in this network ({error})") from error
         if "target" not in str(error):
             raise
-        layers = lora.lora_layers_to_transform
+        layers, targets = lora.lora_layers_to_transform, lora.lora_target_modules or default_targets(family, parts)
         raise ArgumentError(
-            f"--lora_target_modules {lora.lora_target_modules or family.lora_targets['llm']!r} matches no module"
+            f"--lora_target_modules {targets!r} matches no module"
             f"{'' if layers is None else f' in the layers {layers}'}; it is a regular expression that must match the "
             f"whole name, such as {family.lora_targets['llm']}"
         ) from error
 
 
-def lora_config(model: nn.Module, family: Family, saved: Sequence[str], lora: LoraArguments) -> LoraConfig:
+def lora_config(
+    model: nn.Module, family: Family, saved: Sequence[str], lora: LoraArguments, parts: Sequence[str] = ("llm",)
+) -> LoraConfig:
     """The peft configuration of the flags.
 
     task_type stays None: AutoPeftModel refuses any other (the network is loaded by AutoModel).
@@ -79,7 +86,9 @@ def lora_config(model: nn.Module, family: Family, saved: Sequence[str], lora: Lo
         ArgumentError: a flag that cannot be read.
     """
     extra = [name.strip() for name in (lora.lora_modules_to_save or "").split(",") if name.strip()]
-    targets: str | list[str] = lora.lora_target_modules or family.lora_targets["llm"]
+    targets: str | list[str] = lora.lora_target_modules or default_targets(family, parts)
+    if targets in _ALL_LINEAR:
+        targets = all_linear(model, family, parts)
     pattern = None
     if lora.lora_layers_to_transform is not None:
         # peft takes layer numbers only with a list of names, and a list of plain names would match the vision tower;
@@ -104,6 +113,35 @@ def lora_config(model: nn.Module, family: Family, saved: Sequence[str], lora: Lo
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
     )
+
+
+def default_targets(family: Family, parts: Sequence[str]) -> str:
+    """The attention projections of some parts, as a regular expression.
+
+    Raises:
+        ArgumentError: a part that the family does not have.
+    """
+    for part in parts:
+        if part not in family.lora_targets:
+            known = ", ".join(family.lora_targets)
+            raise ArgumentError(f"--lora_parts {part}: {family.title} has no {part} part; it has {known}")
+    return "|".join(family.lora_targets[part] for part in parts)
+
+
+def all_linear(model: nn.Module, family: Family, parts: Sequence[str]) -> str:
+    """Every linear layer of some parts but the output layer, as a regular expression in which layers have no number.
+
+    Raises:
+        ArgumentError: a part that the family does not have.
+    """
+    default_targets(family, parts)
+    output = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    patterns: dict[str, None] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{prefix}.") for part in parts for prefix in family.parts[part])
+        if inside and isinstance(module, nn.Linear) and module is not output:
+            patterns[re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name))] = None
+    return "|".join(patterns)
 
 
 def _replication(given: str | None) -> list[tuple[int, int]] | None:

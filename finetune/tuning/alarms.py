@@ -19,13 +19,18 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.errors import UserError
-from finetune.tuning.parts import PARTS, part_of
+from finetune.tuning.parts import Parts, part_of
 
 logger = logging.getLogger(__name__)
 
 # LoRA's A has no gradient in the first step (B starts at zero), and one batch may be a coincidence.
 _STEPS = 2
-_TITLES = {"vision": "the vision tower", "resampler": "the resampler", "llm": "the LLM"}
+_TITLES = {
+    "vision": "the vision tower",
+    "resampler": "the resampler",
+    "llm": "the LLM",
+    "audio": "the audio tower",
+}
 # Samples and weights named in a message.
 _NAMED = 8
 
@@ -48,17 +53,18 @@ class GradientWatch:
 
     Args:
         model: the network, before it is wrapped.
-        parts: the parts that are declared trainable.
+        parts: the network's parts.
+        declared: those of them that are declared trainable.
     """
 
-    def __init__(self, model: nn.Module, parts: Iterable[str]) -> None:
-        self._handles: dict[str, list[RemovableHandle]] = {part: [] for part in PARTS if part in set(parts)}
+    def __init__(self, model: nn.Module, parts: Parts, declared: Iterable[str]) -> None:
+        self._handles: dict[str, list[RemovableHandle]] = {part: [] for part in parts if part in set(declared)}
         self._steps = dict.fromkeys(self._handles, 0)
         self._running: set[str] = set()
         self._used: set[str] = set()
         self._hit: dict[str, torch.Tensor] = {}
         for name, parameter in model.named_parameters():
-            part = part_of(name)
+            part = part_of(name, parts)
             if part in self._handles and parameter.requires_grad:
                 self._handles[part].append(parameter.register_hook(self._hook(part)))
 
@@ -74,9 +80,9 @@ class GradientWatch:
     def begin(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """Takes note of the parts that a micro-batch uses."""
         if self._handles:
-            unused = set() if shows_images(inputs) else {"vision", "resampler"}
             # Rows in place of samples that are left out have no label: they use nothing.
-            self._running = set(self._handles) - unused if (inputs["labels"] >= 0).any() else set()
+            labelled = bool((inputs["labels"] >= 0).any())
+            self._running = {part for part in self._handles if labelled and _uses(part, inputs)}
             self._used |= self._running
 
     def flags(self) -> list[float | torch.Tensor]:
@@ -104,9 +110,25 @@ class GradientWatch:
             raise DeadPartError(_dead(dead))
 
 
-def shows_images(inputs: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a visual item of the batch stands before a labelled token, so that the loss depends on it."""
-    bounds, labels = inputs.get("image_bound"), inputs["labels"]
+def _uses(part: str, inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the loss of the batch depends on the part."""
+    if part == "llm":
+        return True
+    if part == "audio":
+        return shown(inputs, "audio_bound")
+    if "target_sizes" in inputs:  # 4.6 and later: which row an image stands in is not said
+        return bool(len(inputs["target_sizes"])) and bool((inputs["labels"] >= 0).any(dim=1).all())
+    return shown(inputs, "image_bound")
+
+
+def shown(inputs: Mapping[str, torch.Tensor], key: str) -> bool:
+    """Whether a medium of the batch stands before a labelled token, so that the loss depends on it.
+
+    Args:
+        inputs: the batch.
+        key: of the (n, 3) ranges of its placeholders: batch row, start, end.
+    """
+    bounds, labels = inputs.get(key), inputs["labels"]
     if bounds is None or not len(bounds):
         return False
     positions = torch.arange(labels.shape[1], device=labels.device)
@@ -122,16 +144,19 @@ class Alarms(TrainerCallback):
 
     Args:
         model: the network, before it is wrapped.
+        parts: the network's parts.
         accelerator: of the Trainer.
-        parts: the parts that are declared trainable.
+        declared: the parts that are declared trainable.
         limit: stop after so many non-finite steps in a row; 0 never stops.
     """
 
-    def __init__(self, model: nn.Module, accelerator: Accelerator, parts: Iterable[str], limit: int) -> None:
+    def __init__(
+        self, model: nn.Module, parts: Parts, accelerator: Accelerator, declared: Iterable[str], limit: int
+    ) -> None:
         self.limit = limit
         self.since_log = False
         self._accelerator = accelerator
-        self._gradients = GradientWatch(model, parts)
+        self._gradients = GradientWatch(model, parts, declared)
         self._sources: list[list[str]] = []
         self._bad_rows: list[torch.Tensor] = []
         self._in_a_row = 0

@@ -14,24 +14,25 @@ from torch import nn
 from transformers import set_seed
 
 from finetune.arguments import LoraArguments, TrainingArguments
+from finetune.errors import ArgumentError
 from finetune.families.base import Family
 from finetune.tuning.adapters import add_lora
 
-# Part name -> the module of the network that it is.
-PARTS = {"vision": "vpm", "resampler": "resampler", "llm": "llm"}
-_MODULE_PARTS = {module: part for part, module in PARTS.items()}
+# Part of a network -> the modules it consists of (Family.parts).
+Parts = Mapping[str, tuple[str, ...]]
 
 
-def part_of(name: str) -> str:
-    """The part ("vision", "resampler" or "llm") a parameter name belongs to, with or without peft's prefixes.
+def part_of(name: str, parts: Parts) -> str:
+    """The part a parameter name belongs to, with or without peft's prefixes.
 
     Raises:
-        ValueError: the name starts with none of the modules.
+        ValueError: the name lies in none of the modules.
     """
-    head = name.removeprefix("module.").removeprefix("base_model.model.").partition(".")[0]
-    if head not in _MODULE_PARTS:
-        raise ValueError(f"parameter {name!r} belongs to none of the parts {', '.join(PARTS)}")
-    return _MODULE_PARTS[head]
+    inside = name.removeprefix("module.").removeprefix("base_model.model.")
+    for part, modules in parts.items():
+        if any(inside == module or inside.startswith(f"{module}.") for module in modules):
+            return part
+    raise ValueError(f"parameter {name!r} belongs to none of the parts {', '.join(parts)}")
 
 
 def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: LoraArguments) -> nn.Module:
@@ -40,16 +41,20 @@ def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: L
     Trainable 16-bit weights become fp32 (they run under autocast), unless DeepSpeed keeps fp32 masters itself.
 
     Raises:
-        ArgumentError: the LoRA target matches no module of the network.
+        ArgumentError: a part that the network does not have, or LoRA targets that match none of its modules.
     """
     model.requires_grad_(False)
     # Loading draws random numbers, another count of them under ZeRO-3; adapters must start the same in every mode.
     set_seed(training.seed)
+    full = full_parts(training)
+    if foreign := [part for part in full if part not in family.parts]:
+        raise ArgumentError(f"--tune_{foreign[0]} true: {family.title} has no {foreign[0]} part")
+    modules = [module for part in full for module in family.parts[part]]
     if training.use_lora:
-        model = add_lora(model, family, [PARTS[part] for part in full_parts(training)], lora)
+        model = add_lora(model, family, modules, lora, training.lora_parts)
     else:
-        for part in full_parts(training):
-            model.get_submodule(PARTS[part]).requires_grad_(True)
+        for module in modules:
+            model.get_submodule(module).requires_grad_(True)
         # Not with LoRA: there peft trains a saved module whole, and so do the published counts (Trainable 733677856).
         for name, parameter in model.named_parameters():
             if name in family.fixed_parameters:
@@ -62,9 +67,14 @@ def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: L
 
 
 def full_parts(training: TrainingArguments) -> list[str]:
-    """The parts trained in full, in the order of PARTS."""
-    chosen = {"vision": training.tune_vision, "resampler": training.tune_resampler, "llm": training.tune_llm}
-    return [part for part in PARTS if chosen[part]]
+    """The parts trained in full."""
+    chosen = {
+        "vision": training.tune_vision,
+        "resampler": training.tune_resampler,
+        "llm": training.tune_llm,
+        "audio": training.tune_audio,
+    }
+    return [part for part, tuned in chosen.items() if tuned]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +82,7 @@ class PartRow:
     """One line of the table of what trains.
 
     Attributes:
-        part: "vision", "resampler" or "llm".
+        part: "vision", "resampler", "llm" or "audio".
         mode: "frozen", "full", "LoRA r=..." or a mix such as "LoRA r=64 + embed_tokens".
         total: parameters, copies of saved modules counted once.
         trainable: those that train.
@@ -99,11 +109,11 @@ def counted(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-def part_rows(model: nn.Module, learning_rates: Mapping[str, float]) -> list[PartRow]:
+def part_rows(model: nn.Module, parts: Parts, learning_rates: Mapping[str, float]) -> list[PartRow]:
     """What trains, part by part, read off the model itself (not off the flags)."""
     rows = []
-    for part in PARTS:
-        parameters = [(name, p) for name, p in counted(model) if part_of(name) == part]
+    for part in parts:
+        parameters = [(name, p) for name, p in counted(model) if part_of(name, parts) == part]
         trained = [(name, p) for name, p in parameters if p.requires_grad]
         mode = _mode(model, [name for name, _ in trained])
         rate = learning_rates[part] if trained else None

@@ -16,7 +16,7 @@ from dataset import make_supervised_data_module
 from finetune.arguments import parse_arguments
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
-from finetune.tuning.alarms import DeadPartError, NonFiniteError, shows_images
+from finetune.tuning.alarms import DeadPartError, NonFiniteError, shown
 from finetune.tuning.checkpoint import resolve
 from finetune.tuning.parts import adapt
 from trainer import CPMTrainer
@@ -128,9 +128,9 @@ def test_text_alone_blames_no_tower(make, tmp_path):
 def test_an_image_behind_the_last_label_is_not_used():
     labels = torch.tensor([[-100, 5, -100, -100, -100], [-100, -100, -100, 5, -100]])
     none = torch.zeros(0, 3, dtype=torch.int64)
-    assert not shows_images({"labels": labels, "image_bound": none})
-    assert not shows_images({"labels": labels, "image_bound": torch.tensor([[0, 2, 4]])})
-    assert shows_images({"labels": labels, "image_bound": torch.tensor([[0, 2, 4], [1, 1, 3]])})
+    assert not shown({"labels": labels, "image_bound": none}, "image_bound")
+    assert not shown({"labels": labels, "image_bound": torch.tensor([[0, 2, 4]])}, "image_bound")
+    assert shown({"labels": labels, "image_bound": torch.tensor([[0, 2, 4], [1, 1, 3]])}, "image_bound")
 
 
 @pytest.mark.parametrize("fault", [spoil, spoil_gradient])

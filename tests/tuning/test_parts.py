@@ -13,6 +13,7 @@ from peft import PeftModel
 import finetune.models  # noqa: F401 - registers the network
 from finetune.arguments import ArgumentError, LoraArguments, TrainingArguments
 from finetune.families import by_name
+from finetune.families.common import OWN_PARTS
 from finetune.models import load_model
 from finetune.tuning.parts import adapt, counted, part_of, part_rows
 
@@ -52,6 +53,14 @@ FULL = [
     ({"use_lora": True}, {"vision": "frozen", "resampler": "full", "llm": "LoRA r=64"}),
     ({"use_lora": True, "tune_vision": True}, {"vision": "full", "resampler": "full", "llm": "LoRA r=64"}),
     ({"use_lora": True, "tune_resampler": False}, {"vision": "frozen", "resampler": "frozen", "llm": "LoRA r=64"}),
+    (
+        {"use_lora": True, "lora_parts": ["llm", "vision"]},
+        {"vision": "LoRA r=64", "resampler": "full", "llm": "LoRA r=64"},
+    ),
+    (
+        {"use_lora": True, "lora_parts": ["vision", "resampler"]},
+        {"vision": "LoRA r=64", "resampler": "LoRA r=64", "llm": "frozen"},
+    ),
 ]
 
 
@@ -60,7 +69,7 @@ FULL = [
 def test_flags_train_what_the_table_says(tiny, tmp_path, family, flags, modes):
     training = arguments(tmp_path, **flags)
     model = adapt(load_model(tiny(family), dtype=torch.float32), by_name(family), training, LoraArguments())
-    rows = part_rows(model, training.part_learning_rates)
+    rows = part_rows(model, OWN_PARTS, training.part_learning_rates)
     assert {row.part: row.mode for row in rows} == modes
 
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -76,10 +85,10 @@ def test_flags_train_what_the_table_says(tiny, tmp_path, family, flags, modes):
     # The key bias of an attention has a mathematically zero gradient, and unused rows of tables get none.
     still = {name for name in trained - moved if not name.endswith(("k_proj.bias", "pos_embed"))}
     assert not still, "declared trainable, but did not move"
-    assert {part_of(name) for name in moved} == {part for part, mode in modes.items() if mode != "frozen"}
+    assert {part_of(name, OWN_PARTS) for name in moved} == {part for part, mode in modes.items() if mode != "frozen"}
     if not training.use_lora:
         assert "resampler.pos_embed" not in trained, "a table is trained"
-    else:
+    elif training.lora_parts == ["llm"]:
         adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in trained if ".lora_" in name}
         assert adapted == set(ATTENTION)
         assert not any("embed_tokens" in name for name in trained)
@@ -91,8 +100,8 @@ def test_total_counts_saved_copies_once(tiny, tmp_path):
     training = arguments(tmp_path, use_lora=True, tune_vision=True)
     model = adapt(base, by_name("llama3_v2_5"), training, LoraArguments(lora_r=4, lora_modules_to_save="embed_tokens"))
     adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
-    assert sum(row.total for row in part_rows(model, training.part_learning_rates)) == size + adapters
-    assert part_rows(model, training.part_learning_rates)[2].mode == "LoRA r=4 + embed_tokens"
+    assert sum(row.total for row in part_rows(model, OWN_PARTS, training.part_learning_rates)) == size + adapters
+    assert part_rows(model, OWN_PARTS, training.part_learning_rates)[2].mode == "LoRA r=4 + embed_tokens"
 
 
 def test_published_log_of_v2_0(tmp_path):
@@ -109,16 +118,38 @@ def test_published_log_of_v2_0(tmp_path):
             lora_target_modules=r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj)", lora_modules_to_save="embed_tokens"
         )
         model = adapt(model, by_name("v2_0"), training, lora)
-    rows = part_rows(model, training.part_learning_rates)
+    rows = part_rows(model, OWN_PARTS, training.part_learning_rates)
     assert sum(row.total for row in rows) == 3_458_558_752
     assert sum(row.trainable for row in rows) == 733_677_856
 
 
 def test_contradictions_are_refused(tmp_path):
+    with pytest.raises(ArgumentError, match=r"lora_parts vision .* choose one"):
+        arguments(tmp_path, use_lora=True, lora_parts=["llm", "vision"], tune_vision=True)
     with pytest.raises(ArgumentError, match="choose one"):
         arguments(tmp_path, use_lora=True, tune_llm=True)
     with pytest.raises(ArgumentError, match="nothing would be trained"):
         arguments(tmp_path, tune_llm=False, tune_vision=False, tune_resampler=False)
+
+
+@pytest.mark.parametrize("family", ["v2_0", "llama3_v2_5"])
+def test_all_linear_layers_of_chosen_parts(tiny, tmp_path, family):
+    training = arguments(tmp_path, use_lora=True, lora_parts=["llm", "vision"])
+    model = load_model(tiny(family))
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    model = adapt(model, by_name(family), training, LoraArguments(lora_target_modules="all-linear"))
+    adapted = {
+        n.split(".lora_A")[0].removeprefix("base_model.model.") for n, _ in model.named_parameters() if "lora_A" in n
+    }
+    assert adapted == {name for name in linear if name.startswith(("llm.model.", "vpm."))}
+
+
+def test_a_part_that_the_family_lacks_is_refused(tiny, tmp_path):
+    model = load_model(tiny("v2_0"))
+    with pytest.raises(ArgumentError, match="has no audio part"):
+        adapt(model, by_name("v2_0"), arguments(tmp_path, use_lora=True, lora_parts=["audio"]), LoraArguments())
+    with pytest.raises(ArgumentError, match="has no audio part"):
+        adapt(model, by_name("v2_0"), arguments(tmp_path, tune_audio=True), LoraArguments())
 
 
 def test_a_target_that_matches_nothing_is_refused(tiny, tmp_path):

@@ -1,0 +1,124 @@
+"""The flags about the checkpoint, the data and the adapters; those about training are in ``arguments``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ModelArguments:
+    """Which checkpoint is trained."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Folder of the checkpoint, or its hub id (a hub id is downloaded)."}
+    )
+    llm_type: str | None = field(
+        default=None,
+        metadata={"help": "Only checked: the family is read from the checkpoint; a wrong value is corrected."},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa (default), flash_attention_2 or eager, for vision tower and LLM."}
+    )
+    check_base_loss: str = field(
+        default="auto",
+        metadata={
+            "help": "auto stops at step 0 when a pretrained checkpoint has a loss near ln(vocabulary); off does not.",
+            "choices": ["auto", "off"],
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    data_path: str = field(metadata={"help": "Training data: official JSON or JSON Lines."})
+    eval_data_path: str | None = field(default=None, metadata={"help": "Evaluation data, same format."})
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder that relative image paths may also be relative to."}
+    )
+    train_on: str = field(
+        default="all",
+        metadata={
+            "help": "Assistant turns that carry loss: all, or only the last of a conversation. A message with "
+            '"loss": 0 carries none either way.',
+            "choices": ["all", "last"],
+        },
+    )
+    thinking: str = field(
+        default="keep",
+        metadata={
+            "help": "What becomes of <think>...</think> in answers, for models that think: keep it and train on it, "
+            "mask it (kept without loss), or strip it. An empty block never carries loss.",
+            "choices": ["keep", "mask", "strip"],
+        },
+    )
+    max_slice_nums: int | None = field(
+        default=None, metadata={"help": "Most slices per image. Default: the checkpoint's value."}
+    )
+    max_image_pixels: int | None = field(
+        default=None, metadata={"help": "Largest image accepted, in pixels (guards against decompression bombs)."}
+    )
+    overlong: str = field(
+        default="shrink",
+        metadata={
+            "help": "Samples above model_max_length: shrink cuts their images into fewer slices, then drops the oldest "
+            "turns; truncate shortens prompt text, then drops turns; drop leaves the sample out; error stops.",
+            "choices": ["shrink", "drop", "truncate", "error"],
+        },
+    )
+    on_bad_sample: str = field(
+        default="error",
+        metadata={
+            "help": "Records that cannot be used: error stops; skip leaves them out and lists them in "
+            "OUTPUT_DIR/bad_samples.jsonl.",
+            "choices": ["error", "skip"],
+        },
+    )
+    check: str | None = field(
+        default=None,
+        metadata={
+            "help": "Records looked at before step 1: full, sample (1000 of them) or off. Default: full up to 20000.",
+            "choices": ["full", "sample", "off"],
+        },
+    )
+
+
+@dataclass
+class LoraArguments:
+    """How LoRA adapters are made; only read with --use_lora."""
+
+    lora_r: int = field(default=64, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=64, metadata={"help": "Scale; the update is multiplied by alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter input."})
+    lora_target_modules: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression over module names, or all-linear: every linear layer of lora_parts. Default: "
+            "the attention projections of lora_parts, by names that the checkpoint's generation has."
+        },
+    )
+    lora_bias: str = field(
+        default="none", metadata={"help": "Biases to train.", "choices": ["none", "all", "lora_only"]}
+    )
+    lora_modules_to_save: str | None = field(
+        default=None, metadata={"help": "Comma-separated modules trained in full and saved too, e.g. embed_tokens."}
+    )
+    lora_weight_path: str | None = field(
+        default=None, metadata={"help": "Adapter folder to start from; its rank, targets and saved modules count."}
+    )
+    lora_layers_to_transform: list[int] | None = field(
+        default=None, metadata={"help": "Only these layers of the LLM get adapters, e.g. 0 1 2."}
+    )
+    lora_layers_pattern: str | None = field(
+        default=None, metadata={"help": "Name of the layer list that lora_layers_to_transform counts in (layers)."}
+    )
+    lora_layer_replication: str | None = field(
+        default=None, metadata={"help": 'Ranges of layers to stack, as JSON: "[[0, 16], [8, 24]]".'}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised LoRA: scale alpha / sqrt(r)."})
+    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
+    q_lora: bool = field(
+        default=False,
+        metadata={"help": "QLoRA: the LLM's linear layers are quantised to 4 bit (nf4, bitsandbytes) on loading."},
+    )
