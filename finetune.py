@@ -15,6 +15,7 @@ from finetune import distributed, outcome
 from finetune.arguments import Arguments, parse_arguments
 from finetune.errors import UserError
 from finetune.families.base import Family
+from finetune.legacy_flags import LLM_TYPES
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -154,11 +155,11 @@ def report_samples(trainer: Trainer, train: SupervisedDataset, output: Path) -> 
 
 def check_llm_type(args: Arguments, family: Family) -> None:
     """Corrects a wrong --llm_type with a warning; the family is read from the checkpoint."""
-    given = args.model.llm_type
+    given = LLM_TYPES.get(args.model.llm_type or "", args.model.llm_type)
     if given is not None and given != family.llm_type:
         logger.warning(
             "LLM_TYPE %s does not fit: the checkpoint is %s, whose LLM_TYPE is %s; continuing with that",
-            given,
+            args.model.llm_type,
             family.title,
             family.llm_type,
         )

@@ -16,6 +16,8 @@ _RENAMED = {
     # A number of steps below 1 is a share of all steps.
     "warmup_ratio": "warmup_steps",
 }
+# Names of other scripts for the same language models.
+LLM_TYPES = {"qwen2": "qwen", "qwen2.5": "qwen", "qwen3": "qwen", "minicpm4": "llama"}
 _DROPPED = {
     "save_safetensors": "weights are always saved as safetensors",
     "prediction_loss_only": "evaluation keeps losses, never logits",

@@ -69,6 +69,32 @@ PUBLISHED = {
         "--per_device_eval_batch_size 5 --gradient_accumulation_steps 8 --save_strategy epoch --learning_rate 1e-6 "
         "--deepspeed ds_config_zero3.json",
     ),
+    "OpenBMB/MiniCPM-CookBook ft_language finetune_lora.sh": (
+        "llama3_v2_5",
+        "llama3",
+        # The published expression has a full-width bar.
+        BF16 + "--tune_vision false " + LORA + r"'llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj｜v_proj)' "  # noqa: RUF001
+        "--model_max_length 2048 --max_slice_nums 9 --num_train_epochs 3 --eval_steps 300 "
+        "--output_dir output/output_minicpmv2_lora --per_device_train_batch_size 2 --per_device_eval_batch_size 1 "
+        "--gradient_accumulation_steps 8 --save_strategy steps --save_steps 100 --learning_rate 1e-4 "
+        "--deepspeed ds_config_zero3.json",
+    ),
+    "OpenBMB/MiniCPM-CookBook OCR_Multimodal_Search and agent_auto_plan finetune_ds.sh": (
+        "v2_6",
+        "qwen2",
+        BF16 + "--tune_vision true --tune_llm true --model_max_length 2048 --max_slice_nums 9 --max_steps 10000 "
+        "--eval_steps 1000 --output_dir output/output_minicpmv26 --per_device_train_batch_size 1 "
+        "--per_device_eval_batch_size 1 --gradient_accumulation_steps 1 --save_strategy steps --save_steps 1000 "
+        "--learning_rate 1e-6 --deepspeed ds_config_zero2.json",
+    ),
+    "OpenBMB/MiniCPM-CookBook OCR_Multimodal_Search finetune_lora.sh": (
+        "v2_0",
+        "minicpm",
+        FP16 + "--tune_vision false --tune_llm false --use_lora true --model_max_length 700 --max_slice_nums 9 "
+        "--max_steps 10000 --eval_steps 1000 --output_dir output/output_lora --per_device_train_batch_size 12 "
+        "--per_device_eval_batch_size 1 --gradient_accumulation_steps 4 --save_strategy steps --save_steps 1000 "
+        "--learning_rate 1e-4 --deepspeed ds_config_zero2.json",
+    ),
     "OpenBMB/MiniCPM-CookBook agent_auto_plan finetune_lora.sh": (
         "v2_0",
         "qwen2",
@@ -114,4 +140,5 @@ def test_published_flags_run_unchanged(name, tiny, demo_data, tmp_path):
     assert "--warmup_ratio is now --warmup_steps" in text
     assert ("--fp16 is ignored, training runs in fp32 on the CPU" in text) == (FP16 in flags)
     assert ("low for LoRA" in text) == ("--use_lora true" in flags and "1e-6" in flags)
-    assert (f"LLM_TYPE {llm_type} does not fit" in text) == (llm_type == "qwen2")
+    assert (f"LLM_TYPE {llm_type} does not fit" in text) == (llm_type == "qwen2" and family == "v2_0")
+    assert ("is not ASCII" in text) == ("｜" in flags)  # noqa: RUF001

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def main(argv: list[str]) -> int:
 def train(model: Path, data: Path, adapter: Path, epochs: float) -> int:
     """Runs the LoRA launcher as a user would; its exit status includes the verification of the adapter."""
     environment = dict(os.environ)
+    # torchrun lies beside the interpreter, also where no environment is active.
+    environment["PATH"] = f"{environment.get('PATH', os.defpath)}{os.pathsep}{Path(sys.executable).parent}"
     environment.update(
         MODEL=str(model), DATA=str(data / "train.json"), EVAL_DATA=str(data / "eval.json"), OUTPUT_DIR=str(adapter)
     )

@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from finetune.commands import tiny_config, tiny_tokenizer
+from finetune.commands import tiny_chatml, tiny_config, tiny_tokenizer
 from finetune.commands.tiny_tokenizer import write_json
 
 FAMILIES = tuple(tiny_config.VOCABULARY)
@@ -62,6 +62,8 @@ def write_tiny_checkpoint(
     folder = start_folder(Path(out), _readme(family, seed, dtype), overwrite=overwrite)
     if family == "v2_0":
         length = tiny_tokenizer.write_minicpm(folder)
+    elif family in tiny_chatml.CHATML:
+        length = tiny_chatml.write_chatml(folder, family)
     else:
         length = tiny_tokenizer.write_llama3(folder, tiny_config.LLAMA3_CHAT_TEMPLATE)
     # peft grows the base when the tokenizer beside an adapter is longer than the embedding table.
@@ -140,4 +142,7 @@ def _write_weights(folder: Path, seed: int, dtype: str, factors: dict[str, float
         for name, tensor in model.state_dict().items()
     }
     assert set(factors) <= set(state), factors
+    if hasattr(config, "audio_config"):
+        # A speech part that nobody here reads; it must come through a finetuning unchanged.
+        state["tts.projector.weight"] = torch.arange(64, dtype=torch.bfloat16).reshape(8, 8)
     (folder / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))

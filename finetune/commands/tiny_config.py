@@ -12,16 +12,20 @@ LLAMA3_CHAT_TEMPLATE = (
     "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )
-VOCABULARY = {"v2_0": 832, "llama3_v2_5": 640}
+VOCABULARY = {
+    "v2_0": 832,
+    "llama3_v2_5": 640,
+    "v2_6": 640,
+    "o2_6": 640,
+    "v4_0": 640,
+    "v4_5": 640,
+    "o4_5": 640,
+}
 SCALE_RESOLUTION = 112
 # Factors on random weights, for the demo: text embeddings as loud as the image features they stand among, and logits
 # wide enough for a frozen output layer to be sure. In 2.0 scale_emb and hidden_size / dim_model_base do the same.
-LOUDER = {"v2_0": {}, "llama3_v2_5": {"llm.model.embed_tokens.weight": 10.0, "llm.lm_head.weight": 2.0}}
-_AUTO_MAP = {
-    "AutoConfig": "configuration_minicpm.MiniCPMVConfig",
-    "AutoModel": "modeling_minicpmv.MiniCPMV",
-    "AutoModelForCausalLM": "modeling_minicpmv.MiniCPMV",
-}
+_LOUDER = {"llm.model.embed_tokens.weight": 10.0, "llm.lm_head.weight": 2.0}
+LOUDER = {family: {} if family == "v2_0" else _LOUDER for family in VOCABULARY}
 # Sizes on which the demo learns within a minute. A frozen random LLM needs the wide initialisation: with the usual
 # 0.02 its logits are so flat that training takes four times the steps.
 _LANGUAGE = {
@@ -91,15 +95,53 @@ _LLAMA3_V2_5 = {
         "patch_size": 14,
     },
 }
+_SINCE_2_6 = {
+    **_LLAMA3_V2_5,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 32768,
+    "vision_config": {**_LLAMA3_V2_5["vision_config"], "model_type": "siglip"},
+}
+_V2_6 = {**_SINCE_2_6, "version": 2.6, "sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 2}
+_V4_5 = {**_SINCE_2_6, "version": 4.5, "head_dim": 32, "batch_3d_resampler": True, "transformers_version": "4.51.0"}
+_AUDIO = {
+    "audio_chunk_length": 1.0,
+    "audio_config": {
+        "d_model": 64,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 256,
+        "encoder_layers": 2,
+        "model_type": "whisper",
+    },
+    "init_audio": True,
+    "init_tts": True,
+    "init_vision": True,
+}
+_CONFIGS = {
+    "v2_0": _V2_0,
+    "llama3_v2_5": _LLAMA3_V2_5,
+    "v2_6": _V2_6,
+    "o2_6": {**_V2_6, **_AUDIO, "audio_pool_step": 2, "chunk_input": True},
+    "v4_0": {**_SINCE_2_6, "version": 4.0, "rope_theta": 10000.0, "transformers_version": "4.46.3"},
+    "v4_5": _V4_5,
+    "o4_5": {**_V4_5, **_AUDIO, "audio_pool_step": 5, "batch_3d_resampler": False, "stream_input": False},
+}
 
 
 def config(family: str, bos: int, eos: int, dtype: str) -> dict[str, Any]:
     """config.json of a family in the layout of the published one, with tiny sizes."""
-    own = {"v2_0": _V2_0, "llama3_v2_5": _LLAMA3_V2_5}[family]
+    own = _CONFIGS[family]
+    letter = "o" if "audio_config" in own else "v"
+    name = f"MiniCPM{letter.upper()}"
+    modeling = f"modeling_minicpm{letter}.{name}"
     return {
-        "architectures": ["MiniCPMV"],
-        "auto_map": _AUTO_MAP,
-        "model_type": "minicpmv",
+        "architectures": [name],
+        "auto_map": {
+            "AutoConfig": f"configuration_minicpm.{name}Config",
+            "AutoModel": modeling,
+            "AutoModelForCausalLM": modeling,
+        },
+        "model_type": f"minicpm{letter}",
         **dict(sorted({**_LANGUAGE, **own}.items())),
         "bos_token_id": bos,
         "eos_token_id": eos,
@@ -120,7 +162,9 @@ def generation_config(bos: int, eos: int, version: str) -> dict[str, Any]:
 
 def preprocessor_config(family: str, query_num: int) -> dict[str, Any]:
     """preprocessor_config.json of a family in the layout of the published one."""
-    version = {"v2_0": {}, "llama3_v2_5": {"version": 2.5}}[family]
+    version = {"v2_0": {}, "llama3_v2_5": {"version": 2.5}, "o4_5": {"version": 4.5}}.get(family, {"version": 2.6})
+    if family not in ("v2_0", "llama3_v2_5"):
+        version |= {"im_id_start": "<image_id>", "im_id_end": "</image_id>", "slice_mode": True, "use_image_id": True}
     return {
         "image_processor_type": "MiniCPMVImageProcessor",
         "auto_map": {

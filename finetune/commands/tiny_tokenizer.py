@@ -34,7 +34,7 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_TOKEN_FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+TOKEN_FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 
 
 def llama3_tokenizer() -> Tokenizer:
@@ -55,7 +55,7 @@ def llama3_tokenizer() -> Tokenizer:
         raise ValueError(f"the corpus gives {tokenizer.get_vocab_size()} tokens instead of {BASE_SIZE}")
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in LLAMA3_SPECIALS])
     tokenizer.post_processor = processors.Sequence(
-        [processors.ByteLevel(trim_offsets=True), _bos_template("<|begin_of_text|>", BASE_SIZE)]
+        [processors.ByteLevel(trim_offsets=True), bos_template("<|begin_of_text|>", BASE_SIZE)]
     )
     return tokenizer
 
@@ -103,7 +103,7 @@ def minicpm_tokenizer(model: bytes) -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in MINICPM_SPECIALS])
-    tokenizer.post_processor = _bos_template("<s>", 1)
+    tokenizer.post_processor = bos_template("<s>", 1)
     return tokenizer
 
 
@@ -113,7 +113,7 @@ def write_llama3(folder: Path, chat_template: str) -> int:
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|end_of_text|>"}
     config = {
-        "added_tokens_decoder": _decoder(tokenizer, LLAMA3_SPECIALS),
+        "added_tokens_decoder": added_tokens_decoder(tokenizer, LLAMA3_SPECIALS),
         "additional_special_tokens": list(MARKS),
         "auto_map": {"AutoTokenizer": ["tokenization_minicpmv_fast.MiniCPMVTokenizerFast", None]},
         **names,
@@ -125,7 +125,7 @@ def write_llama3(folder: Path, chat_template: str) -> int:
         "unk_token": "<unk>",
     }
     write_json(folder / "tokenizer_config.json", config)
-    specials = {name: {"content": token, **_TOKEN_FLAGS} for name, token in {**names, "unk_token": "<unk>"}.items()}
+    specials = {name: {"content": token, **TOKEN_FLAGS} for name, token in {**names, "unk_token": "<unk>"}.items()}
     write_json(folder / "special_tokens_map.json", {"additional_special_tokens": list(MARKS), **specials})
     return tokenizer.get_vocab_size()
 
@@ -140,7 +140,7 @@ def write_minicpm(folder: Path) -> int:
     config = {
         "add_bos_token": True,
         "add_eos_token": False,
-        "added_tokens_decoder": _decoder(tokenizer, MINICPM_SPECIALS),
+        "added_tokens_decoder": added_tokens_decoder(tokenizer, MINICPM_SPECIALS),
         "additional_special_tokens": list(MARKS),
         "auto_map": {"AutoTokenizer": ["tokenization_minicpmv.MiniCPMVTokenizer", None]},
         "bos_token": "<s>",
@@ -158,7 +158,7 @@ def write_minicpm(folder: Path) -> int:
         "use_default_system_prompt": False,
     }
     write_json(folder / "tokenizer_config.json", config)
-    specials = {name: {"content": token, **_TOKEN_FLAGS} for name, token in names.items()}
+    specials = {name: {"content": token, **TOKEN_FLAGS} for name, token in names.items()}
     marks = {"additional_special_tokens": list(MARKS), "pad_token": "<unk>"}
     write_json(folder / "special_tokens_map.json", {**marks, **specials})
     return tokenizer.get_vocab_size()
@@ -169,12 +169,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _decoder(tokenizer: Tokenizer, tokens: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def added_tokens_decoder(tokenizer: Tokenizer, tokens: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """The ``added_tokens_decoder`` entry: id as a string to content and flags."""
-    return {str(tokenizer.token_to_id(token)): {"content": token, **_TOKEN_FLAGS, "special": True} for token in tokens}
+    return {str(tokenizer.token_to_id(token)): {"content": token, **TOKEN_FLAGS, "special": True} for token in tokens}
 
 
-def _bos_template(token: str, index: int) -> processors.TemplateProcessing:
+def bos_template(token: str, index: int) -> processors.TemplateProcessing:
     """A post-processor that puts the bos token in front of every sequence."""
     return processors.TemplateProcessing(
         single=f"{token} $A", pair=f"{token} $A {token}:1 $B:1", special_tokens=[(token, index)]

@@ -87,6 +87,8 @@ def lora_config(
     """
     extra = [name.strip() for name in (lora.lora_modules_to_save or "").split(",") if name.strip()]
     targets: str | list[str] = lora.lora_target_modules or default_targets(family, parts)
+    if odd := sorted({character for character in targets if not character.isascii()}):
+        logger.warning("--lora_target_modules %s: %s is not ASCII and matches no module name", targets, " ".join(odd))
     if targets in _ALL_LINEAR:
         targets = all_linear(model, family, parts)
     pattern = None
