@@ -39,7 +39,13 @@ def quantisation(dtype: str) -> BitsAndBytesConfig:
 
 
 def add_lora(
-    model: nn.Module, family: Family, saved: Sequence[str], lora: LoraArguments, parts: Sequence[str] = ("llm",)
+    model: nn.Module,
+    family: Family,
+    saved: Sequence[str],
+    lora: LoraArguments,
+    parts: Sequence[str] = ("llm",),
+    *,
+    in_fp32: bool = True,
 ) -> PeftModel:
     """The model with adapters.
 
@@ -49,19 +55,23 @@ def add_lora(
         saved: modules trained in full and saved with the adapter.
         lora: the lora_* flags; with ``lora_weight_path`` the adapter there is gone on from.
         parts: the parts of the network that get adapters.
+        in_fp32: adapters on 16-bit weights are fp32; False where DeepSpeed keeps fp32 masters, as ZeRO-3 demands that
+            all trained weights have one type.
 
     Raises:
         ArgumentError: targets or modules that the network does not have, or an adapter that does not fit the flags.
     """
     config = lora_config(model, family, saved, lora, parts)
     if lora.lora_weight_path is not None:
-        return _continue(model, config, Path(lora.lora_weight_path))
+        return _continue(model, config, Path(lora.lora_weight_path), in_fp32)
     names = [name for name, _ in model.named_modules()]
     for wanted in config.modules_to_save or []:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
             raise ArgumentError(f"--lora_modules_to_save {wanted}: the network has no module of that name")
     try:
-        return get_peft_model(model, config)  # pyright: ignore[reportReturnType, reportArgumentType]
+        base: Any = model
+        adapted: Any = get_peft_model(base, config, autocast_adapter_dtype=in_fp32)
+        return adapted
     except ValueError as error:
         if "layers attribute" in str(error):
             raise ArgumentError(f"--lora_layer_replication: peft cannot do it in this network ({error})") from error
@@ -157,7 +167,7 @@ def _replication(given: str | None) -> list[tuple[int, int]] | None:
         ) from error
 
 
-def _continue(model: nn.Module, wanted: LoraConfig, folder: Path) -> PeftModel:
+def _continue(model: nn.Module, wanted: LoraConfig, folder: Path, in_fp32: bool) -> PeftModel:
     if not (folder / "adapter_config.json").is_file():
         raise ArgumentError(f"--lora_weight_path {folder}: no adapter there (adapter_config.json is missing)")
     found = LoraConfig.from_pretrained(str(folder))
@@ -171,7 +181,8 @@ def _continue(model: nn.Module, wanted: LoraConfig, folder: Path) -> PeftModel:
         here, there = getattr(wanted, name), getattr(found, name)
         if name != "modules_to_save" and _comparable(here) != _comparable(there):
             logger.warning("--lora_weight_path %s: its %s %s counts, not %s of the flags", folder, name, there, here)
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)  # pyright: ignore[reportArgumentType]
+    base: Any = model
+    return PeftModel.from_pretrained(base, str(folder), is_trainable=True, autocast_adapter_dtype=in_fp32)
 
 
 def _comparable(value: Any) -> Any:

@@ -50,8 +50,9 @@ def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: L
     if foreign := [part for part in full if part not in family.parts]:
         raise ArgumentError(f"--tune_{foreign[0]} true: {family.title} has no {foreign[0]} part")
     modules = [module for part in full for module in family.parts[part]]
+    masters = bool(training.deepspeed and (training.bf16 or training.fp16))
     if training.use_lora:
-        model = add_lora(model, family, modules, lora, training.lora_parts)
+        model = add_lora(model, family, modules, lora, training.lora_parts, in_fp32=not masters)
     else:
         for module in modules:
             model.get_submodule(module).requires_grad_(True)
@@ -59,7 +60,7 @@ def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: L
         for name, parameter in model.named_parameters():
             if name in family.fixed_parameters:
                 parameter.requires_grad_(False)
-    if not (training.deepspeed and (training.bf16 or training.fp16)):
+    if not masters:
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
