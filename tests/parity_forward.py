@@ -11,7 +11,7 @@ from parity_result import Result
 from safetensors.torch import load_file
 
 from finetune.families import UnknownFamilyError, detect
-from finetune.models import CheckpointError, MiniCPMV
+from finetune.models import CheckpointError, MiniCPMV, load_model
 
 ABSOLUTE = 1e-4
 LOSS = 1e-5
@@ -26,17 +26,29 @@ def to_patches(image: torch.Tensor, side: int = 14) -> torch.Tensor:
     return grid.permute(1, 3, 0, 2, 4).reshape(-1, channels * side * side)
 
 
-def batch_of(tensors: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
-    """The batch contract for recorded case ``index``, without labels."""
-    bounds = tensors[f"{index}.image_bound"].to(torch.int64).reshape(-1, 2)
-    images = [tensors[f"{index}.image.{j}"] for j in range(len(bounds))]
+def batch_of(tensors: dict[str, torch.Tensor], case: dict) -> dict[str, torch.Tensor]:
+    """The batch contract for a recorded case, without labels."""
+    index = case["index"]
     batch = {"input_ids": tensors[f"{index}.input_ids"].to(torch.int64)[None]}
-    if images:
-        batch["patches"] = torch.cat([to_patches(image) for image in images])
-        batch["tgt_sizes"] = tensors[f"{index}.tgt_sizes"].to(torch.int64).reshape(-1, 2)
-        batch["image_bound"] = torch.cat([torch.zeros(len(bounds), 1, dtype=torch.int64), bounds], dim=1)
-        batch["temporal_ids"] = torch.full((len(bounds),), -1)
+    sizes = tensors[f"{index}.tgt_sizes"].to(torch.int64).reshape(-1, 2)
+    if len(sizes):
+        batch["patches"] = torch.cat([to_patches(tensors[f"{index}.image.{j}"]) for j in range(len(sizes))])
+        batch["tgt_sizes"] = sizes
+        batch["image_bound"] = _in_row_0(tensors[f"{index}.image_bound"])
+        groups = case.get("temporal_ids") or [[-1]] * len(sizes)
+        batch["temporal_ids"] = torch.tensor([time for group in groups for time in group])
+        batch["group_sizes"] = torch.tensor([len(group) for group in groups])
+    if f"{index}.audio_bound" in tensors:
+        batch["audio_bound"] = _in_row_0(tensors[f"{index}.audio_bound"])
+        clips = [tensors[f"{index}.mel.{j}"].T for j in range(len(batch["audio_bound"]))]
+        batch["audio_features"] = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True).transpose(1, 2)
+        batch["audio_lengths"] = torch.tensor([len(clip) for clip in clips])
     return batch
+
+
+def _in_row_0(bounds: torch.Tensor) -> torch.Tensor:
+    bounds = bounds.to(torch.int64).reshape(-1, 2)
+    return torch.cat([torch.zeros(len(bounds), 1, dtype=torch.int64), bounds], dim=1)
 
 
 def check_folder(folder: Path) -> Iterator[Result]:
@@ -46,7 +58,7 @@ def check_folder(folder: Path) -> Iterator[Result]:
         detect(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))["cases"]
         tensors = load_file(folder / "cases.safetensors")
-        model = MiniCPMV.from_pretrained(folder, dtype=torch.float32)
+        model = load_model(folder, dtype=torch.float32, tokenizer_required=False)
     except (OSError, UnknownFamilyError, CheckpointError) as error:
         yield Result(label, False, f"{type(error).__name__}: {error}")
         return
@@ -61,12 +73,13 @@ def check_folder(folder: Path) -> Iterator[Result]:
 
 def _check_case(model: MiniCPMV, tensors: dict[str, torch.Tensor], case: dict, name: str) -> Result:
     index = case["index"]
-    batch = batch_of(tensors, index)
+    batch = batch_of(tensors, case)
     with torch.no_grad():
         logits = _difference(model(**batch).logits[0], tensors[f"{index}.expected.logits"])
         vision = 0.0
         if "patches" in batch:
-            embeds = model.get_image_features(batch["patches"], batch["tgt_sizes"])
+            names = ("patches", "tgt_sizes", "temporal_ids", "group_sizes")
+            embeds = model.get_image_features(*(batch[name] for name in names))
             vision = _difference(embeds, tensors[f"{index}.expected.vision_embeds"])
     labels = tensors[f"{index}.labels"].to(torch.int64)[None]
     model.zero_grad()

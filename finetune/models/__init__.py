@@ -5,14 +5,25 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from finetune.errors import CheckpointError
-from finetune.models.configuration import MiniCPMVConfig
+from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
 from finetune.models.loading import load_model
+from finetune.models.minicpmo import MiniCPMO
 from finetune.models.minicpmv import MiniCPMV, MiniCPMVOutput
 from finetune.models.tokenization import load_tokenizer, register
 
-AutoConfig.register(MiniCPMVConfig.model_type, MiniCPMVConfig)
-AutoModel.register(MiniCPMVConfig, MiniCPMV)
-AutoModelForCausalLM.register(MiniCPMVConfig, MiniCPMV)
+for _config, _model in ((MiniCPMVConfig, MiniCPMV), (MiniCPMOConfig, MiniCPMO)):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    AutoModelForCausalLM.register(_config, _model)
 register()
 
-__all__ = ["CheckpointError", "MiniCPMV", "MiniCPMVConfig", "MiniCPMVOutput", "load_model", "load_tokenizer"]
+__all__ = [
+    "CheckpointError",
+    "MiniCPMO",
+    "MiniCPMOConfig",
+    "MiniCPMV",
+    "MiniCPMVConfig",
+    "MiniCPMVOutput",
+    "load_model",
+    "load_tokenizer",
+]

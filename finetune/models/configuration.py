@@ -1,4 +1,4 @@
-"""The configuration of a MiniCPM-V checkpoint, flat as published."""
+"""The configuration of a MiniCPM-V or MiniCPM-o checkpoint, flat as published."""
 
 from __future__ import annotations
 
@@ -42,3 +42,9 @@ class MiniCPMVConfig(PretrainedConfig):
         """The value of an official key, or ``default`` when it is absent or null."""
         value = getattr(self, key, None)
         return default if value is None else value
+
+
+class MiniCPMOConfig(MiniCPMVConfig):
+    """The same of a checkpoint that can hear."""
+
+    model_type: ClassVar[str] = "minicpmo"

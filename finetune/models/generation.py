@@ -1,4 +1,4 @@
-"""What ``generate`` has to know about images."""
+"""What ``generate`` has to know about images and sound."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
-_VISUAL = ("patches", "tgt_sizes", "image_bound", "temporal_ids", "image_features")
+from finetune.models.items import repeat_bounds
+
+_VISUAL = ("patches", "tgt_sizes", "image_bound", "temporal_ids", "group_sizes", "image_features")
+_AUDIO = ("audio_features", "audio_lengths", "audio_bound", "audio_embeds")
 
 
-class VisualGeneration(PreTrainedModel, GenerationMixin):
-    """Feeds images in the first step only, and copies whole items when rows are copied."""
+class MediaGeneration(PreTrainedModel, GenerationMixin):
+    """Feeds images and sound in the first step only, and copies whole items when rows are copied."""
 
     if TYPE_CHECKING:  # the declared type of ``self`` there fits no model
 
@@ -28,8 +31,8 @@ class VisualGeneration(PreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,  # generate looks for this very name before it accepts inputs such as attention_mask
     ) -> dict[str, Any]:
-        """Inputs of one decoding step; without a cache every step sees the images again."""
-        visual = {name: kwargs.pop(name, None) for name in _VISUAL}
+        """Inputs of one decoding step; without a cache every step sees and hears everything again."""
+        media = {name: kwargs.pop(name, None) for name in (*_VISUAL, *_AUDIO)}
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -40,7 +43,7 @@ class VisualGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         if is_first_iteration or not kwargs.get("use_cache", True):
-            inputs.update({name: value for name, value in visual.items() if value is not None})
+            inputs.update({name: value for name, value in media.items() if value is not None})
         return inputs
 
     def _expand_inputs_for_generation(
@@ -52,29 +55,39 @@ class VisualGeneration(PreTrainedModel, GenerationMixin):
     ) -> tuple[Any, dict[str, Any]]:
         """Repeats every row for beams and several returned sequences.
 
-        The default would repeat single patches. Here each image is encoded once, before the rows are repeated.
+        The default would repeat single patches. Here each item is encoded once, before the rows are repeated.
         """
         visual = {name: model_kwargs.pop(name, None) for name in _VISUAL}
+        audio = {name: model_kwargs.pop(name, None) for name in _AUDIO}
         ids, expanded = super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if expand_size > 1 and visual["image_bound"] is not None:
             visual = self._repeat_items(visual, expand_size)
-        expanded.update({name: value for name, value in visual.items() if value is not None})
+        if expand_size > 1 and audio["audio_bound"] is not None:
+            audio = self._repeat_audio(audio, expand_size)
+        expanded.update({name: value for name, value in (visual | audio).items() if value is not None})
         return ids, expanded
 
     def _repeat_items(self, visual: dict[str, Any], times: int) -> dict[str, Any]:
         """Features and bounds of ``times`` copies of each row, copies of a row next to each other."""
         features = visual["image_features"]
         if features is None:
-            features = self.get_image_features(visual["patches"], visual["tgt_sizes"], visual["temporal_ids"])
-        bounds = visual["image_bound"].repeat_interleave(times, dim=0)
-        copies = torch.arange(times, device=bounds.device).repeat(len(visual["image_bound"]))
-        bounds = torch.cat([(bounds[:, 0] * times + copies)[:, None], bounds[:, 1:]], dim=1)
+            inputs = (visual[name] for name in ("patches", "tgt_sizes", "temporal_ids", "group_sizes"))
+            features = self.get_image_features(*inputs)
+        bounds = repeat_bounds(visual["image_bound"], times)
         return {"image_features": features.repeat_interleave(times, dim=0), "image_bound": bounds}
 
+    def _repeat_audio(self, audio: dict[str, Any], times: int) -> dict[str, Any]:
+        """The same of sound; a model that cannot hear says so when it is called."""
+        return audio
+
     def get_image_features(
-        self, patches: torch.Tensor, tgt_sizes: torch.Tensor, temporal_ids: torch.Tensor | None = None
+        self,
+        patches: torch.Tensor,
+        tgt_sizes: torch.Tensor,
+        temporal_ids: torch.Tensor | None = None,
+        group_sizes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Resampled features, (n, Q, E); given by the model."""
+        """Resampled features, (g, Q, E); given by the model."""
         raise NotImplementedError

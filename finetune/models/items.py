@@ -1,4 +1,4 @@
-"""The visual part of a batch, checked: which patches make an item and where its features go."""
+"""The visual part of a batch, checked: which patches make an item, and where features go among the text."""
 
 from __future__ import annotations
 
@@ -9,32 +9,77 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Items:
-    """The n visual items of a micro-batch.
+    """The n visual items of a micro-batch, in g groups of neighbours.
 
     Attributes:
         patches: (N, 3*P*P) uint8, all items one behind another.
         sizes: rows and columns of patches per item.
-        rows: (n,) batch row of each item.
-        starts: (n,) first placeholder of each item.
+        times: time index per item, -1 for stills.
+        groups: number of items per group; they add up to n. One group gets one run of placeholders.
     """
 
     patches: torch.Tensor
     sizes: list[tuple[int, int]]
-    rows: torch.Tensor
-    starts: torch.Tensor
+    times: list[int]
+    groups: list[int]
 
 
-def dummy_patches(width: int, device: torch.device) -> torch.Tensor:
+def dummy_items(width: int, device: torch.device) -> Items:
     """A grey picture of 2 x 2 patches, (4, width) uint8, for batches without images."""
-    return torch.full((4, width), 127, dtype=torch.uint8, device=device)
+    patches = torch.full((4, width), 127, dtype=torch.uint8, device=device)
+    return Items(patches=patches, sizes=[(2, 2)], times=[-1], groups=[1])
 
 
-def check_patches(patches: torch.Tensor, sizes: list[tuple[int, int]], width: int) -> None:
-    """Checks that patches and sizes belong together.
+def read_items(
+    patches: torch.Tensor,
+    tgt_sizes: torch.Tensor,
+    temporal_ids: torch.Tensor | None,
+    group_sizes: torch.Tensor | None,
+    *,
+    width: int,
+    temporal: bool,
+) -> Items:
+    """The visual items of a batch, possibly none.
+
+    Args:
+        patches: (N, 3*P*P) uint8.
+        tgt_sizes: (n, 2) rows, columns.
+        temporal_ids: (n,), -1 for stills; None for stills only.
+        group_sizes: (g,) number of items per group; None when every item is its own.
+        width: 3*P*P.
+        temporal: whether the network has temporal positions.
 
     Raises:
-        ValueError: wrong type or width, or another number of patches than the sizes add up to.
+        ValueError: the parts do not agree, or the network cannot read packed frames.
     """
+    sizes = [(height, columns) for height, columns in tgt_sizes.tolist()]
+    times = [-1] * len(sizes) if temporal_ids is None else temporal_ids.tolist()
+    groups = [1] * len(sizes) if group_sizes is None else group_sizes.tolist()
+    if len(times) != len(sizes):
+        raise ValueError(f"{len(sizes)} visual items, but {len(times)} temporal_ids")
+    if any(count < 1 for count in groups) or sum(groups) != len(sizes):
+        raise ValueError(f"group_sizes {groups} must be positive and add up to the {len(sizes)} visual items")
+    if wrong := [time for time in times if time < -1]:
+        raise ValueError(f"temporal_ids has {wrong[0]}: a time index is 0 or more, -1 marks a still")
+    if not temporal:
+        _refuse_packing(times, groups)
+    _check_patches(patches, sizes, width)
+    return Items(patches=patches, sizes=sizes, times=times, groups=groups)
+
+
+def _refuse_packing(times: list[int], groups: list[int]) -> None:
+    if packed := [time for time in times if time != -1]:
+        raise ValueError(
+            f"temporal_ids has {packed[0]}, but this model has no temporal positions: every id must be -1 (give video "
+            "frames as single images)"
+        )
+    if packed := [count for count in groups if count != 1]:
+        raise ValueError(
+            f"group_sizes has {packed[0]}, but this model has no temporal positions: every item is a group of its own"
+        )
+
+
+def _check_patches(patches: torch.Tensor, sizes: list[tuple[int, int]], width: int) -> None:
     if patches.dtype != torch.uint8:
         raise ValueError(f"patches must be uint8 pixel values, got {patches.dtype}; the network normalises them itself")
     if patches.ndim != 2 or patches.shape[1] != width:
@@ -46,93 +91,74 @@ def check_patches(patches: torch.Tensor, sizes: list[tuple[int, int]], width: in
         raise ValueError(f"tgt_sizes add up to {expected} patches, but {len(patches)} were given")
 
 
-def check_bounds(bounds: list[list[int]], items: int, queries: int, shape: tuple[int, int]) -> None:
-    """Checks that there is one run of placeholders of the right length per item, inside the batch.
+def given_together(**tensors: torch.Tensor | None) -> bool:
+    """Whether all of these inputs are there.
+
+    Raises:
+        ValueError: some are, with content, and others are not.
+    """
+    missing = [name for name, tensor in tensors.items() if tensor is None]
+    present = [name for name, tensor in tensors.items() if tensor is not None and len(tensor)]
+    if missing and present:
+        raise ValueError(f"{' and '.join(present)} given without {' and '.join(missing)}")
+    return not missing
+
+
+def check_bounds(bounds: list[list[int]], groups: int, queries: int, embeddings: torch.Tensor) -> None:
+    """Checks that there is one run of placeholders of the right length per group of items, inside the batch.
 
     Args:
         bounds: batch row, start and end of each run.
-        items: number of visual items.
-        queries: placeholders per item.
-        shape: rows and length of the batch.
+        groups: number of groups (of visual items, where none are packed).
+        queries: placeholders per group.
+        embeddings: (B, T, E).
 
     Raises:
         ValueError: naming the two numbers that disagree.
     """
-    if len(bounds) != items:
-        raise ValueError(f"{items} visual items, but image_bound has {len(bounds)} rows: one run of placeholders each")
-    for index, (row, start, end) in enumerate(bounds):
+    if len(bounds) != groups:
+        raise ValueError(f"{groups} visual items, but image_bound has {len(bounds)} rows: one run of placeholders each")
+    for index, (_, start, end) in enumerate(bounds):
         if end - start != queries:
             raise ValueError(f"visual item {index} needs {queries} placeholders, but its image_bound has {end - start}")
-        if not (0 <= row < shape[0] and start >= 0 and end <= shape[1]):
+    check_inside(bounds, "image_bound", embeddings)
+
+
+def check_inside(bounds: list[list[int]], name: str, embeddings: torch.Tensor) -> None:
+    """Checks that every run of placeholders lies inside the batch.
+
+    Raises:
+        ValueError: naming the first that does not.
+    """
+    rows, length = embeddings.shape[:2]
+    for index, (row, start, end) in enumerate(bounds):
+        if not (0 <= row < rows and 0 <= start <= end <= length):
             raise ValueError(
-                f"image_bound of visual item {index} is row {row}, {start} to {end}, but the batch has {shape[0]} rows "
-                f"of {shape[1]} tokens"
+                f"{name} {index} is row {row}, {start} to {end}, but the batch has {rows} rows of {length} tokens"
             )
 
 
-def check_temporal(temporal_ids: list[int] | None, items: int) -> None:
-    """Checks the time indices of a network that has no temporal positions.
-
-    Raises:
-        ValueError: another number of ids than items, or a packed video frame.
-    """
-    if temporal_ids is None:
-        return
-    if len(temporal_ids) != items:
-        raise ValueError(f"{items} visual items, but {len(temporal_ids)} temporal_ids")
-    if packed := [value for value in temporal_ids if value != -1]:
-        raise ValueError(
-            f"temporal_ids has {packed[0]}, but this model has no temporal positions: every id must be -1 (give video "
-            "frames as single images)"
-        )
-
-
-def read_items(
-    patches: torch.Tensor | None,
-    tgt_sizes: torch.Tensor | None,
-    image_bound: torch.Tensor | None,
-    temporal_ids: torch.Tensor | None,
-    *,
-    queries: int,
-    width: int,
-    shape: tuple[int, int],
-) -> Items | None:
-    """The visual items of a batch, or None when it has none.
-
-    Args:
-        patches: (N, 3*P*P) uint8.
-        tgt_sizes: (n, 2) rows, columns.
-        image_bound: (n, 3) batch row, start, end (half open).
-        temporal_ids: (n,), -1 for stills.
-        queries: placeholders per item.
-        width: 3*P*P.
-        shape: rows and length of the batch.
-
-    Raises:
-        ValueError: the parts do not agree.
-    """
-    if patches is None or tgt_sizes is None or image_bound is None:
-        given = {"patches": patches, "tgt_sizes": tgt_sizes, "image_bound": image_bound}
-        missing = [name for name, tensor in given.items() if tensor is None]
-        present = [name for name, tensor in given.items() if tensor is not None and len(tensor)]
-        if present:
-            raise ValueError(f"{' and '.join(present)} given without {' and '.join(missing)}")
-        return None
-    sizes = [(height, columns) for height, columns in tgt_sizes.tolist()]
-    check_bounds(image_bound.tolist(), len(sizes), queries, shape)
-    check_temporal(None if temporal_ids is None else temporal_ids.tolist(), len(sizes))
-    check_patches(patches, sizes, width)
-    if not sizes:
-        return None
-    return Items(patches=patches, sizes=sizes, rows=image_bound[:, 0], starts=image_bound[:, 1])
-
-
-def merge(embeddings: torch.Tensor, features: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """Text embeddings (B, T, E) with the features (n, Q, E) of each item in place of its placeholders.
+def merge(embeddings: torch.Tensor, features: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """Text embeddings (B, T, E) with features (S, E) in place of the S placeholders of all bounds, in their order.
 
     Out of place: the embeddings may be a leaf that requires a gradient (adapters with checkpointing).
+
+    Args:
+        embeddings: (B, T, E).
+        features: (S, E).
+        bounds: (m, 3) batch row, start, end; their lengths add up to S.
     """
-    rows, starts = rows.to(embeddings.device), starts.to(embeddings.device)
-    columns = starts[:, None] + torch.arange(features.shape[1], device=embeddings.device)
-    features = features.to(device=embeddings.device, dtype=embeddings.dtype)
-    return embeddings.index_put((rows[:, None].expand_as(columns), columns), features)
+    device, total = embeddings.device, len(features)
+    rows, starts, ends = bounds.to(device).unbind(1)
+    lengths = ends - starts
+    offsets = starts - (lengths.cumsum(0) - lengths)
+    rows = rows.repeat_interleave(lengths, output_size=total)
+    columns = offsets.repeat_interleave(lengths, output_size=total) + torch.arange(total, device=device)
+    return embeddings.index_put((rows, columns), features.to(device=device, dtype=embeddings.dtype))
+
+
+def repeat_bounds(bounds: torch.Tensor, times: int) -> torch.Tensor:
+    """Bounds (m, 3) when every batch row is copied ``times`` times, copies of a row next to each other."""
+    copies = torch.arange(times, device=bounds.device).repeat(len(bounds))
+    bounds = bounds.repeat_interleave(times, dim=0)
+    return torch.cat([(bounds[:, 0] * times + copies)[:, None], bounds[:, 1:]], dim=1)

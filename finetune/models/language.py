@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from finetune.models.configuration import MiniCPMVConfig
 
-CausalLM = GraniteForCausalLM | LlamaForCausalLM
+CausalLM = GraniteForCausalLM | LlamaForCausalLM | Qwen2ForCausalLM | Qwen3ForCausalLM
 
 _KEYS = (
     "vocab_size",
@@ -35,20 +44,11 @@ _KEYS = (
     "rope_theta",
     "rope_scaling",
     "rope_parameters",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Language:
-    """One kind of language model.
-
-    Attributes:
-        build: makes it, with random weights.
-        embedding_scale: factor on the text embeddings, which the image features do not get.
-    """
-
-    build: Callable[[MiniCPMVConfig], CausalLM]
-    embedding_scale: Callable[[MiniCPMVConfig], float]
 
 
 def _keys(config: MiniCPMVConfig) -> dict[str, Any]:
@@ -56,13 +56,21 @@ def _keys(config: MiniCPMVConfig) -> dict[str, Any]:
     return {key: value for key in _KEYS if (value := config.read(key)) is not None}
 
 
-def _prepared(part: LlamaConfig | GraniteConfig, config: MiniCPMVConfig) -> Any:
+def _prepared(part: PretrainedConfig, config: MiniCPMVConfig) -> Any:
     part._attn_implementation = config._attn_implementation  # not handed down to configurations made here
     return part
 
 
 def _llama(config: MiniCPMVConfig) -> LlamaForCausalLM:
     return LlamaForCausalLM(_prepared(LlamaConfig(**_keys(config)), config))
+
+
+def _qwen2(config: MiniCPMVConfig) -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM(_prepared(Qwen2Config(**_keys(config)), config))
+
+
+def _qwen3(config: MiniCPMVConfig) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(_prepared(Qwen3Config(**_keys(config)), config))
 
 
 def _minicpm(config: MiniCPMVConfig) -> GraniteForCausalLM:
@@ -81,10 +89,17 @@ def _minicpm(config: MiniCPMVConfig) -> GraniteForCausalLM:
     return GraniteForCausalLM(_prepared(part, config))
 
 
-LANGUAGES: dict[str, Language] = {
-    "llama": Language(build=_llama, embedding_scale=lambda config: 1.0),
-    "minicpm": Language(build=_minicpm, embedding_scale=lambda config: float(config.scale_emb)),
+LANGUAGES: dict[str, Callable[[MiniCPMVConfig], CausalLM]] = {
+    "llama": _llama,
+    "minicpm": _minicpm,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
 }
+
+
+def embedding_scale(config: MiniCPMVConfig) -> float:
+    """Factor on the text embeddings, which image features do not get; 1 unless config.json has one."""
+    return float(config.read("scale_emb", 1))
 
 
 def logits_of(llm: CausalLM, hidden: torch.Tensor) -> torch.Tensor:

@@ -11,14 +11,18 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
 from finetune.errors import CheckpointError
-from finetune.models.configuration import MiniCPMVConfig
+from finetune.families import detect
+from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
 from finetune.models.folders import local_folder
+from finetune.models.minicpmo import MiniCPMO
 from finetune.models.minicpmv import MiniCPMV
 from finetune.models.strict import check_folder, check_whole, some
 from finetune.models.tokenization import check_tokens, load_tokenizer
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# By the model_type of config.json.
+NETWORKS: dict[str, type[MiniCPMV]] = {MiniCPMVConfig.model_type: MiniCPMV, MiniCPMOConfig.model_type: MiniCPMO}
 
 
 def load_model(
@@ -63,11 +67,11 @@ def load_model(
 
 def _load_full(folder: Path, tokenizer_required: bool, options: dict[str, Any]) -> MiniCPMV:
     check_folder(folder)
-    config = MiniCPMVConfig.from_pretrained(folder)
-    family = config.family
+    config, _ = MiniCPMVConfig.get_config_dict(folder)
+    family = detect(config)
     if tokenizer_required:
-        check_tokens(load_tokenizer(folder), family, config.vocab_size, str(folder))
-    return MiniCPMV.from_pretrained(folder, **options)
+        check_tokens(load_tokenizer(folder), family, config["vocab_size"], str(folder))
+    return NETWORKS[config["model_type"]].from_pretrained(folder, **options)
 
 
 def _load_adapter(

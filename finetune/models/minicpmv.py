@@ -12,20 +12,11 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from finetune.models.configuration import MiniCPMVConfig
-from finetune.models.generation import VisualGeneration
+from finetune.models.generation import MediaGeneration
 from finetune.models.initialization import initialize
-from finetune.models.items import (
-    Items,
-    check_bounds,
-    check_patches,
-    check_temporal,
-    dummy_patches,
-    merge,
-    read_items,
-)
-from finetune.models.language import LANGUAGES, logits_of
+from finetune.models.items import Items, check_bounds, dummy_items, given_together, merge, read_items
+from finetune.models.language import LANGUAGES, embedding_scale, logits_of
 from finetune.models.losses import supervised_loss
-from finetune.models.positions import Sizes
 from finetune.models.resampler import RESAMPLERS, Resampler
 from finetune.models.strict import StrictLoading
 from finetune.models.vision import build_vision
@@ -53,7 +44,7 @@ class MiniCPMVOutput(ModelOutput):
     row_loss: torch.Tensor | None = None
 
 
-class MiniCPMV(VisualGeneration, StrictLoading, GenerationMixin):
+class MiniCPMV(MediaGeneration, StrictLoading, GenerationMixin):
     """A MiniCPM-V network assembled from the parts that its family names.
 
     Raises:
@@ -68,21 +59,23 @@ class MiniCPMV(VisualGeneration, StrictLoading, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["Resampler", "QueryPositionResampler"]
+    _no_split_modules = ["Resampler", "QueryPositionResampler", "TemporalResampler"]
     _skip_keys_device_placement = ["past_key_values"]
     _keys_to_ignore_on_load_unexpected = [r"^resampler\.pos_embed$"]
 
     def __init__(self, config: MiniCPMVConfig) -> None:
         super().__init__(config)
+        self._add_parts(config)
+        self.post_init()
+
+    def _add_parts(self, config: MiniCPMVConfig) -> None:
         network = config.family.network
-        language = LANGUAGES[network.language]
-        self.llm = language.build(config)
-        self.embedding_scale = language.embedding_scale(config)
+        self.llm = LANGUAGES[network.language](config)
+        self.embedding_scale = embedding_scale(config)
         self.vpm = build_vision(config, network)
         self.resampler = RESAMPLERS[network.resampler](config, self.vpm.output_size)
-        self.query_num = self.resampler.queries
+        self.query_num, self.temporal = self.resampler.queries, self.resampler.temporal
         self.patch_width = 3 * config.read("patch_size", 14) ** 2
-        self.post_init()
 
     def forward(
         self,
@@ -96,7 +89,12 @@ class MiniCPMV(VisualGeneration, StrictLoading, GenerationMixin):
         tgt_sizes: torch.Tensor | None = None,
         image_bound: torch.Tensor | None = None,
         temporal_ids: torch.Tensor | None = None,
+        group_sizes: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        audio_features: torch.Tensor | None = None,
+        audio_lengths: torch.Tensor | None = None,
+        audio_bound: torch.Tensor | None = None,
+        audio_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -113,23 +111,32 @@ class MiniCPMV(VisualGeneration, StrictLoading, GenerationMixin):
             labels: (B, T) int64, unshifted, -100 = no loss.
             patches: (N, 3*P*P) uint8, one row per patch in (channel, row, column) order, all items concatenated.
             tgt_sizes: (n, 2) int64, rows and columns of patches per item.
-            image_bound: (n, 3) int64, batch row, start and end (half open) of each item's placeholders.
-            temporal_ids: (n,) int64, -1 for stills.
-            image_features: (n, Q, E) from ``get_image_features``, in place of patches, tgt_sizes and temporal_ids.
+            image_bound: (g, 3) int64, batch row, start and end (half open) of each group's placeholders.
+            temporal_ids: (n,) int64, time index of a packed video frame, -1 for stills.
+            group_sizes: (g,) int64, number of consecutive items per group; the items of a group (frames packed
+                together, never of two rows) share one run of placeholders. None when every item is a group, g = n.
+            image_features: (g, Q, E) from ``get_image_features``, in place of patches, tgt_sizes, temporal_ids and
+                group_sizes.
+            audio_features: (clips, mel bins, T) float log-mel, padded with 0, clips in the order of the rows.
+            audio_lengths: (clips,) int64, mel frames per clip.
+            audio_bound: (m, 3) int64, batch row, start and end (half open) of each run of audio placeholders, in the
+                order of the rows. The clips of a row fill its runs one after another: one run per clip, or several.
+            audio_embeds: (S, E) from ``get_audio_embeds``, in place of audio_features and audio_lengths: the tokens
+                that fill the runs of audio_bound in their order.
             use_cache: None means no cache when there are labels or packed rows.
             num_items_in_batch: divisor of the summed loss; None takes the mean over the labelled tokens.
             logits_to_keep: number of last positions, or their indices; 0 keeps all. Only without labels.
             **kwargs: handed on to the language model (cu_seq_lens_q, output_attentions, ...).
 
         Raises:
-            ValueError: the visual inputs do not agree; the message names both numbers.
+            ValueError: the inputs do not agree; the message names both numbers. Or sound for a model that cannot hear.
         """
         embeddings = self._embed_text(input_ids) if inputs_embeds is None else inputs_embeds
-        if image_features is None:
-            items = self._read_items(embeddings, patches, tgt_sizes, image_bound, temporal_ids)
-            embeddings = self._embed_items(embeddings, items, dummy=self.training or labels is not None)
-        else:
-            embeddings = self._embed_features(embeddings, image_features, image_bound)
+        dummy = self.training or labels is not None
+        visual = (patches, tgt_sizes, temporal_ids, group_sizes)
+        embeddings = self._embed_items(embeddings, visual, image_bound, image_features, dummy=dummy)
+        audio = (audio_features, audio_lengths, audio_bound, audio_embeds)
+        embeddings = self._embed_audio(embeddings, *audio, dummy=dummy)
         if use_cache is None and (labels is not None or "cu_seq_lens_q" in kwargs):
             use_cache = False  # with a cache, transformers silently lets packed segments see each other
         kwargs.update(inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids)
@@ -144,27 +151,27 @@ class MiniCPMV(VisualGeneration, StrictLoading, GenerationMixin):
         return _output(out, loss=loss, row_loss=row_loss)
 
     def get_image_features(
-        self, patches: torch.Tensor, tgt_sizes: torch.Tensor, temporal_ids: torch.Tensor | None = None
+        self,
+        patches: torch.Tensor,
+        tgt_sizes: torch.Tensor,
+        temporal_ids: torch.Tensor | None = None,
+        group_sizes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeddings of visual items.
 
         Args:
             patches: (N, 3*P*P) uint8, all items concatenated.
             tgt_sizes: (n, 2) rows and columns of patches per item.
-            temporal_ids: (n,), -1 for stills.
+            temporal_ids: (n,) time index of a packed video frame, -1 for stills.
+            group_sizes: (g,) items per group; None when every item is a group, g = n.
 
         Returns:
-            (n, Q, E).
+            (g, Q, E).
 
         Raises:
             ValueError: patches, sizes and ids do not agree.
         """
-        sizes = [(height, width) for height, width in tgt_sizes.tolist()]
-        check_temporal(None if temporal_ids is None else temporal_ids.tolist(), len(sizes))
-        check_patches(patches, sizes, self.patch_width)
-        if not sizes:
-            return torch.zeros(0, self.query_num, self.config.hidden_size, dtype=self.dtype, device=patches.device)
-        return self._encode(patches, sizes)
+        return self._encode(self._read_items(patches, tgt_sizes, temporal_ids, group_sizes))
 
     def _embed_text(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         if input_ids is None:
@@ -172,43 +179,62 @@ class MiniCPMV(VisualGeneration, StrictLoading, GenerationMixin):
         embeddings = self.get_input_embeddings()(input_ids)
         return embeddings if self.embedding_scale == 1 else embeddings * self.embedding_scale
 
-    def _read_items(self, embeddings: torch.Tensor, *visual: torch.Tensor | None) -> Items | None:
-        shape = (embeddings.shape[0], embeddings.shape[1])
-        return read_items(*visual, queries=self.query_num, width=self.patch_width, shape=shape)
+    def _read_items(self, patches: torch.Tensor, tgt_sizes: torch.Tensor, *packing: torch.Tensor | None) -> Items:
+        return read_items(patches, tgt_sizes, *packing, width=self.patch_width, temporal=self.temporal)
 
-    def _embed_items(self, embeddings: torch.Tensor, items: Items | None, *, dummy: bool) -> torch.Tensor:
+    def _embed_items(
+        self,
+        embeddings: torch.Tensor,
+        visual: tuple[torch.Tensor | None, ...],
+        image_bound: torch.Tensor | None,
+        features: torch.Tensor | None,
+        *,
+        dummy: bool,
+    ) -> torch.Tensor:
         """Text embeddings with the images in their places.
 
         A batch without images still runs every layer once when ``dummy`` is set, with a result of zero: the ranks of a
         distributed run must all call the same layers, in training and in evaluation.
         """
-        if items is not None:
-            return merge(embeddings, self._encode(items.patches, items.sizes), items.rows, items.starts)
+        if features is not None:
+            if image_bound is None:
+                raise ValueError("image_features given without image_bound")
+            check_bounds(image_bound.tolist(), len(features), self.query_num, embeddings)
+            return merge(embeddings, features.flatten(0, 1), image_bound)
+        patches, tgt_sizes, *packing = visual
+        given_together(patches=patches, tgt_sizes=tgt_sizes, image_bound=image_bound)
+        if patches is not None and tgt_sizes is not None and image_bound is not None:
+            items = self._read_items(patches, tgt_sizes, *packing)
+            check_bounds(image_bound.tolist(), len(items.groups), self.query_num, embeddings)
+            if items.groups:
+                return merge(embeddings, self._encode(items).flatten(0, 1), image_bound)
         if dummy:
-            features = self._encode(dummy_patches(self.patch_width, embeddings.device), [(2, 2)])
-            return embeddings + (features.mean() * 0).to(device=embeddings.device, dtype=embeddings.dtype)
+            features = self._encode(dummy_items(self.patch_width, embeddings.device))
+            return embeddings + (features.mean() * 0).to(embeddings)
         return embeddings
 
-    def _embed_features(
-        self, embeddings: torch.Tensor, features: torch.Tensor, image_bound: torch.Tensor | None
-    ) -> torch.Tensor:
-        if image_bound is None:
-            raise ValueError("image_features given without image_bound")
-        shape = (embeddings.shape[0], embeddings.shape[1])
-        check_bounds(image_bound.tolist(), len(features), self.query_num, shape)
-        return merge(embeddings, features, image_bound[:, 0], image_bound[:, 1])
+    def _embed_audio(self, embeddings: torch.Tensor, *audio: torch.Tensor | None, dummy: bool) -> torch.Tensor:
+        """Embeddings with the sound in its places, with a dummy as for images; here there is no audio tower."""
+        if any(tensor is not None and len(tensor) for tensor in audio):
+            raise ValueError(
+                f"{self.config.family.title} cannot hear: the batch has audio, but the network no audio part"
+            )
+        return embeddings
 
-    def _encode(self, patches: torch.Tensor, sizes: Sizes) -> torch.Tensor:
-        """Vision tower and resampler, each called once: (n, Q, E).
+    def _encode(self, items: Items) -> torch.Tensor:
+        """Vision tower and resampler, each called once: (g, Q, E).
 
         Parts without a trainable parameter run without a graph, so that a hook which makes inputs require gradients
         does not buy a backward pass through a frozen tower.
         """
+        if not items.groups:
+            shape = (0, self.query_num, self.config.hidden_size)
+            return torch.zeros(shape, dtype=self.dtype, device=items.patches.device)
         trained = torch.is_grad_enabled()
-        with torch.set_grad_enabled(trained and _trainable(self.vpm)):
-            features = self.vpm(patches, sizes)
-        with torch.set_grad_enabled(trained and (features.requires_grad or _trainable(self.resampler))):
-            return self.resampler(features, sizes)
+        with torch.set_grad_enabled(trained and trainable(self.vpm)):
+            features = self.vpm(items.patches, items.sizes)
+        with torch.set_grad_enabled(trained and (features.requires_grad or trainable(self.resampler))):
+            return self.resampler(features, items.sizes, items.times, items.groups)
 
     def get_input_embeddings(self) -> nn.Module:
         """The text embedding table."""
@@ -245,5 +271,6 @@ def _output(out: Any, **values: torch.Tensor) -> MiniCPMVOutput:
     )
 
 
-def _trainable(module: nn.Module) -> bool:
+def trainable(module: nn.Module) -> bool:
+    """Whether any parameter of a part is being trained."""
     return any(parameter.requires_grad for parameter in module.parameters())

@@ -57,10 +57,10 @@ def resampled(table: torch.Tensor, sizes: Sizes, grid: tuple[int, int]) -> torch
     return torch.cat([by_size[size] for size in sizes])
 
 
-def _sincos_axis(length: int, dim: int, device: torch.device) -> torch.Tensor:
-    """(length, dim) float32: the sines, then the cosines, of positions 0 .. length - 1 at dim / 2 frequencies."""
-    omega = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float32, device=device) / (dim // 2))
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * omega
+def _sincos_of(positions: torch.Tensor, dim: int) -> torch.Tensor:
+    """(n, dim) float32: the sines, then the cosines, of float32 positions (n,) at dim / 2 frequencies."""
+    omega = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float32, device=positions.device) / (dim // 2))
+    angles = positions[:, None] * omega
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -72,5 +72,15 @@ def sincos(sizes: Sizes, dim: int, device: torch.device) -> torch.Tensor:
     """
     rows = torch.cat([torch.arange(height).repeat_interleave(width) for height, width in sizes]).to(device)
     columns = torch.cat([torch.arange(width).repeat(height) for height, width in sizes]).to(device)
-    axis = _sincos_axis(max(max(size) for size in sizes), dim // 2, device)
+    longest = max(max(size) for size in sizes)
+    axis = _sincos_of(torch.arange(longest, dtype=torch.float32, device=device), dim // 2)
     return torch.cat([axis[columns], axis[rows]], dim=1)
+
+
+def sincos_times(times: Sequence[int], dim: int) -> torch.Tensor:
+    """One-dimensional sine-cosine positions of time indices, (items, dim) float32; zeros for stills (-1).
+
+    Computed on the CPU: a late time multiplies the last bit in which devices differ about a frequency.
+    """
+    indices = torch.tensor(times, dtype=torch.float32, device="cpu")
+    return _sincos_of(indices, dim) * (indices >= 0)[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from transformers import initialization as init
 from finetune.models.attention import split_attention
 from finetune.models.configuration import MiniCPMVConfig
 from finetune.models.initialization import STD
-from finetune.models.positions import Sizes, sincos
+from finetune.models.positions import Sizes, sincos, sincos_times
 
 _HEAD_DIM = 128
 
@@ -34,30 +35,32 @@ class CrossAttention(nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
     ) -> torch.Tensor:
-        """Every item's patches seen by the same queries.
+        """Every group's patches seen by the same queries.
 
         Args:
             query: (Q, E).
             key: (N, E).
             value: (N, E).
-            lengths: rows of key and value that belong to each item.
+            lengths: rows of key and value that belong to each group of items.
 
         Returns:
-            (items, Q, E).
+            (groups, Q, E).
         """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q, k, v = (
             F.linear(x, weight, bias).unflatten(-1, (-1, _HEAD_DIM))
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
-        items, queries = len(lengths), len(query)
-        q = q.repeat(items, 1, 1)
-        x = split_attention(q, k, v, [queries] * items, lengths, self.config._attn_implementation)
-        return self.out_proj(x.flatten(1)).unflatten(0, (items, queries))
+        groups, queries = len(lengths), len(query)
+        q = q.repeat(groups, 1, 1)
+        x = split_attention(q, k, v, [queries] * groups, lengths, self.config._attn_implementation)
+        return self.out_proj(x.flatten(1)).unflatten(0, (groups, queries))
 
 
 class Resampler(nn.Module):
     """Cross attention from learned queries to patch features plus two-dimensional sine-cosine positions."""
+
+    temporal = False  # whether it can tell packed video frames apart
 
     def __init__(self, config: MiniCPMVConfig, input_size: int) -> None:
         super().__init__()
@@ -71,21 +74,29 @@ class Resampler(nn.Module):
         self.ln_post = nn.LayerNorm(size, eps=1e-6)
         self.proj = nn.Parameter(torch.empty(size, size))
 
-    def forward(self, features: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    def forward(
+        self, features: torch.Tensor, sizes: Sizes, times: Sequence[int], groups: Sequence[int]
+    ) -> torch.Tensor:
         """Embeddings for the language model.
 
         Args:
             features: (N, D) vision features, items one behind another.
             sizes: rows and columns of patches per item.
+            times: time index per item, -1 for stills.
+            groups: items per group of neighbours that share one block of queries; they add up to the items.
 
         Returns:
-            (items, Q, E).
+            (groups, Q, E).
         """
         features = features.to(self.query.dtype)  # a trained resampler may be float32 on a 16 bit tower
         value = self.ln_kv(self.kv_proj(features))
-        key = value + sincos(sizes, self.size, value.device).to(value.dtype)
-        x = self.attn(self._queries(), key, value, [height * width for height, width in sizes])
+        key = value + self._positions(sizes, times, value.device).to(value.dtype)
+        patches = iter([height * width for height, width in sizes])
+        x = self.attn(self._queries(), key, value, [sum(islice(patches, count)) for count in groups])
         return self.ln_post(x) @ self.proj
+
+    def _positions(self, sizes: Sizes, times: Sequence[int], device: torch.device) -> torch.Tensor:
+        return sincos(sizes, self.size, device)
 
     def _queries(self) -> torch.Tensor:
         return self.ln_q(self.query)
@@ -118,4 +129,22 @@ class QueryPositionResampler(Resampler):
         init.copy_(self.pos_embed, sincos([(side, side)], self.size, self.pos_embed.device))
 
 
-RESAMPLERS: dict[str, type[Resampler]] = {"plain": Resampler, "query_positions": QueryPositionResampler}
+class TemporalResampler(Resampler):
+    """Tells the frames of packed video apart by a one-dimensional sine-cosine position of their time (4.5)."""
+
+    temporal = True
+
+    def _positions(self, sizes: Sizes, times: Sequence[int], device: torch.device) -> torch.Tensor:
+        positions = super()._positions(sizes, times, device)
+        if max(times) < 0:
+            return positions
+        lengths = torch.tensor([height * width for height, width in sizes], device=device)
+        moments = sincos_times(times, self.size).to(device)
+        return positions + moments.repeat_interleave(lengths, dim=0, output_size=len(positions))
+
+
+RESAMPLERS: dict[str, type[Resampler]] = {
+    "plain": Resampler,
+    "query_positions": QueryPositionResampler,
+    "temporal": TemporalResampler,
+}

@@ -15,7 +15,7 @@ from visual_batch import FAMILIES, GOLDEN
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forward_parity(family: str) -> None:
     results = list(check_folder(GOLDEN / "forward" / family))
-    assert len(results) == 3
+    assert len(results) == (4 if family == "v4_5" else 3)
     assert all(result.ok for result in results), "\n".join(map(str, results))
 
 
@@ -39,7 +39,7 @@ def test_a_wrong_gradient_norm_fails(tmp_path: Path) -> None:
 
 
 def test_unsupported_and_incomplete_folders_fail_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "minicpmo", "version": 2.6}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "minicpmo", "version": 9.9}))
     (result,) = check_folder(tmp_path)
     assert not result.ok
     assert "unknown checkpoint" in result.detail

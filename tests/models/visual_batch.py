@@ -6,10 +6,13 @@ from pathlib import Path
 
 import torch
 
-from finetune.models import MiniCPMV
+from finetune.models import MiniCPMV, load_model
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-FAMILIES = ("v2_0", "llama3_v2_5")
+FAMILIES = ("v2_0", "llama3_v2_5", "v2_6", "o2_6", "v4_0", "v4_5", "o4_5")
+OMNI = ("o2_6", "o4_5")
+# Families of which ``tiny`` writes a checkpoint with a tokenizer.
+TINY = ("v2_0", "llama3_v2_5")
 VOCABULARY = 160
 SIDE = 14
 
@@ -19,7 +22,10 @@ Row = tuple[int, list[tuple[int, int]], int]
 
 def small_model(family: str, **options) -> MiniCPMV:
     """The recorded tiny network of a family, float32."""
-    return MiniCPMV.from_pretrained(GOLDEN / "forward" / family, dtype=torch.float32, **options)
+    folder = GOLDEN / "forward" / family
+    model = load_model(folder, dtype=torch.float32, tokenizer_required=False, **options)
+    assert isinstance(model, MiniCPMV)
+    return model.eval()
 
 
 def pixels(size: tuple[int, int], seed: int) -> torch.Tensor:
