@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"lora": "finetune_lora.sh", "full": "finetune_ds.sh"}
 # Shuffled data and (LoRA) dropout 0.05, so that order and random numbers have to be restored as well.
 FLAGS = (
-    "--max_steps 4 --save_steps 2 --gradient_accumulation_steps 2 --gradient_checkpointing false --max_slice_nums 1 "
+    "--max_steps 10 --save_steps 5 --gradient_accumulation_steps 2 --gradient_checkpointing false --max_slice_nums 1 "
     "--verify_adapter off --dataloader_num_workers 0 --learning_rate 1e-2 --report_to none --disable_tqdm true"
 )
 
@@ -66,7 +66,7 @@ def losses(output: Path) -> list[tuple[int, float, float]]:
 
 def assert_same_result(one: Path, other: Path) -> None:
     assert losses(one) == losses(other)
-    assert len(losses(one)) == 4
+    assert len(losses(one)) == 10
     name = "adapter_model.safetensors" if (one / "adapter_model.safetensors").exists() else "model.safetensors"
     expected, found = load_file(one / name), load_file(other / name)
     assert set(expected) == set(found)
@@ -83,7 +83,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny, demo_data, tmp_path_factory):
-    """Output folder of a run of four steps by method and ZeRO stage, made once; not to be written to."""
+    """Output folder of a run of ten steps by method and ZeRO stage, made once; not to be written to."""
     made: dict[tuple[str, int], Path] = {}
 
     def make(method: str, stage: int) -> Path:
@@ -94,7 +94,7 @@ def uninterrupted(tiny, demo_data, tmp_path_factory):
             )
             assert status == 0, err
             result = result_of(out)
-            assert (result["status"], result["steps"], result["verified"]) == ("ok", 4, None)
+            assert (result["status"], result["steps"], result["verified"]) == ("ok", 10, None)
             assert (output / "loss.png").is_file()
             made[method, stage] = output
         return made[method, stage]
@@ -103,24 +103,24 @@ def uninterrupted(tiny, demo_data, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("method", "stage"), [("lora", 3), ("full", 2), ("full", 3)])
-def test_two_and_two_steps_are_four(uninterrupted, tiny, demo_data, tmp_path, method, stage):
+def test_five_and_five_steps_are_ten(uninterrupted, tiny, demo_data, tmp_path, method, stage):
     """The newest checkpoint is damaged, so the one before is gone on from."""
     whole, output = uninterrupted(method, stage), tmp_path / "out"
     shutil.copytree(whole, output)
     for path in [*output.glob("*.safetensors"), output / "trainer_state.json"]:
         path.unlink()
-    part = next((output / "checkpoint-4").rglob("*optim_states.pt"))
+    part = next((output / "checkpoint-10").rglob("*optim_states.pt"))
     part.write_bytes(part.read_bytes()[:-100])
     resume = ("--resume_from_checkpoint", "auto")
     config = {"DS_CONFIG": f"ds_config_zero{stage}.json"}
     status, out, err = launch(method, tiny("llama3_v2_5"), demo_data, output, *resume, **config)
     assert status == 0, err
-    assert "checkpoint-4 is not complete and is passed over: global_step4" in err
-    assert f"resuming from {output / 'checkpoint-2'} (step 2)" in err
+    assert "checkpoint-10 is not complete and is passed over: global_step10" in err
+    assert f"resuming from {output / 'checkpoint-5'} (step 5)" in err
     assert_same_result(whole, output)
     steps = [json.loads(line)["step"] for line in (output / "trainer_log.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4, 4]
-    assert result_of(out)["train_loss"] == pytest.approx(sum(loss for _, loss, _ in losses(whole)) / 4)
+    assert steps == [*range(1, 11), 10]
+    assert result_of(out)["train_loss"] == pytest.approx(sum(loss for _, loss, _ in losses(whole)) / 10)
 
 
 def test_killed_during_a_save(uninterrupted, tiny, demo_data, tmp_path):
@@ -142,12 +142,12 @@ def test_killed_during_a_save(uninterrupted, tiny, demo_data, tmp_path):
     assert status == 0, err
     assert f"{second} is not complete and is passed over" in err
     assert f"resuming from {output / 'checkpoint-1'} (step 1)" in err
-    assert result_of(out)["steps"] == 4
+    assert result_of(out)["steps"] == 10
     assert_same_result(uninterrupted("lora", 2), output)
 
 
 def test_another_number_of_processes_is_refused(uninterrupted, tiny, demo_data, tmp_path):
-    checkpoint = uninterrupted("full", 2) / "checkpoint-2"
+    checkpoint = uninterrupted("full", 2) / "checkpoint-5"
     resume = ("--resume_from_checkpoint", str(checkpoint))
     status, out, err = launch("full", tiny("llama3_v2_5"), demo_data, tmp_path / "out", *resume, GPUS_PER_NODE="1")
     assert status != 0

@@ -17,9 +17,9 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     from peft import AutoPeftModel
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    import finetune.models  # noqa: F401 - registers the network
+    from finetune.models import load_model
     from finetune.tuning.adapters import quantisation
     from finetune.tuning.verification import compare, reference_settings
 
@@ -27,8 +27,8 @@ def main(argv: list[str]) -> int:
     dtype, quantised = reference_settings(args.reference) if args.reference else ("auto", False)
     options: dict[str, Any] = {"quantization_config": quantisation(dtype)} if quantised else {}
     device = _device(args.folder, adapter) if args.device == "auto" else args.device
-    loader = AutoPeftModel if adapter else AutoModel
-    model = loader.from_pretrained(str(args.folder), dtype=dtype, device_map={"": device}, **options).eval()
+    loader = AutoPeftModel.from_pretrained if adapter else load_model
+    model = loader(str(args.folder), dtype=dtype, device_map={"": device}, **options).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(args.folder))
     print(f"loaded {args.folder} on {device}: {type(model).__name__}, {type(tokenizer).__name__}")
     if args.reference is None:

@@ -14,10 +14,10 @@ from trainer import CPMTrainer
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_and_two_steps_are_four(tiny, demo_data, tmp_path, kind):
+def test_five_and_five_steps_are_ten(tiny, demo_data, tmp_path, kind):
     def made(output: Path, *more: str) -> CPMTrainer:
         shuffled = ("--train_sampling_strategy", "random", "--lora_dropout", "0.05", "--max_slice_nums", "1")
-        saved = ("--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--lr_scheduler_type", "cosine")
+        saved = ("--max_steps", "10", "--save_strategy", "steps", "--save_steps", "5", "--lr_scheduler_type", "cosine")
         dropout = shuffled if kind == "lora" else (*shuffled[:2], *shuffled[4:])
         trainer = build(flags(tiny("llama3_v2_5"), demo_data, output, *KINDS[kind], *dropout, *saved, *more))
         trainer.add_callback(ManifestCallback())
@@ -25,16 +25,16 @@ def test_two_and_two_steps_are_four(tiny, demo_data, tmp_path, kind):
 
     whole = made(tmp_path / "out")
     whole.train()
-    second = tmp_path / "out" / "checkpoint-2"
-    resumed = made(tmp_path / "again", "--resume_from_checkpoint", str(second))
+    first = tmp_path / "out" / "checkpoint-5"
+    resumed = made(tmp_path / "again", "--resume_from_checkpoint", str(first))
     chosen = choose_checkpoint(resumed.args, tmp_path / "again")  # pyright: ignore[reportArgumentType]
-    assert chosen == second
+    assert chosen == first
     resumed.train(resume_from_checkpoint=str(chosen))
     assert steps(resumed) == steps(whole)
     expected = trained(whole)
     assert [name for name, value in trained(resumed).items() if not torch.equal(value, expected[name])] == []
     # Once more from the end: there is nothing left to do, and nothing is done.
     done = made(tmp_path / "done")
-    done.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
-    assert done.state.global_step == 4
+    done.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-10"))
+    assert done.state.global_step == 10
     assert [name for name, value in trained(done).items() if not torch.equal(value, expected[name])] == []

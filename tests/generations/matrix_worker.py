@@ -1,0 +1,100 @@
+"""Trains every given family in every way through finetune.py (``train``), or loads every result anew (``reload``).
+
+One process does all of it, as starting one costs more than two steps of a tiny model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore", category=FutureWarning)
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+KINDS = {"full": (), "lora": ("--use_lora", "true", "--lora_r", "4", "--learning_rate", "1e-2")}
+DATA = ("text", "image", "several")
+FLAGS = (
+    "--max_steps 2 --per_device_train_batch_size 2 --save_strategy no --report_to none --disable_tqdm true "
+    "--dataloader_num_workers 0 --max_slice_nums 4 --learning_rate 1e-3 --check off --do_eval true --use_cpu true"
+)
+
+
+def train(families: list[str], models: Path, data: Path, out: Path) -> None:
+    """Runs finetune.py's main per family, way of training and data; writes runs.json with the last line of each."""
+    spec = importlib.util.spec_from_file_location("launched", ROOT / "finetune.py")
+    assert spec is not None
+    assert spec.loader is not None
+    launched = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launched)
+    from finetune.tuning import verification
+
+    references: list[Path] = []
+    # Its process is the one that reloads everything.
+    verification.verify_in_fresh_process = lambda _, reference: references.append(reference) or 0
+    runs = {}
+    for family in families:
+        for kind, chosen in KINDS.items():
+            for records in DATA:
+                name = f"{family}-{kind}-{records}"
+                argv = ["--model_name_or_path", str(models / family), "--output_dir", str(out / name)]
+                argv += [
+                    "--data_path",
+                    str(data / f"{records}.json"),
+                    "--eval_data_path",
+                    str(data / f"{records}.json"),
+                ]
+                said = io.StringIO()
+                with contextlib.redirect_stdout(said):
+                    status = launched.main([*argv, *FLAGS.split(), *chosen])
+                assert status == 0, (name, said.getvalue())
+                result = json.loads(said.getvalue().splitlines()[-1].removeprefix("result="))
+                runs[name] = {"result": result, "reference": str(references[-1])}
+                (out / "runs.json").write_text(json.dumps(runs))
+
+
+def reload(models: Path, data: Path, out: Path) -> None:
+    """Loads every result, compares logits with the trained network's and generates; writes reloaded.json."""
+    from finetune.commands import verify
+    from finetune.encoding.encoder import Encoder
+    from finetune.evaluation.generation import generate_answers, split_answer
+    from finetune.models import load_model, load_tokenizer
+    from finetune.readers import read
+    from finetune.tuning.checkpoint import resolve
+
+    found = {}
+    for name, run in json.loads((out / "runs.json").read_text()).items():
+        family, _, records = name.split("-")
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            status = verify.main([str(out / name), "--reference", run["reference"], "--device", "cpu"])
+        base = resolve(str(models / family))
+        model, tokenizer = load_model(out / name).eval(), load_tokenizer(out / name)
+        encoder = Encoder.from_config(base.family, tokenizer, base.config, max_slice_nums=4)
+        prompts = [split_answer(sample)[0] for sample in read(data / f"{records}.json")][:2]
+        answers = generate_answers(model, tokenizer, encoder, prompts, max_new_tokens=4)  # pyright: ignore[reportArgumentType]
+        found[name] = {"status": status, "said": said.getvalue(), "answers": answers}
+        (out / "reloaded.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("action", choices=["train", "reload"])
+    parser.add_argument("--models", type=Path, required=True, help="folder with a checkpoint per family")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--families", nargs="*", default=[])
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.action == "train":
+        train(given.families, given.models, given.data, given.out)
+    else:
+        reload(given.models, given.data, given.out)

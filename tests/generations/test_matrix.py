@@ -1,0 +1,71 @@
+"""Every generation, full and LoRA, on text, one image and several: two steps, saved, loaded anew, asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matrix_worker import DATA, KINDS
+from PIL import Image
+
+from finetune.families import FAMILIES
+
+WORKER = Path(__file__).with_name("matrix_worker.py")
+NAMES = [family.name for family in FAMILIES]
+RUNS = [f"{family}-{kind}-{records}" for family in NAMES for kind in KINDS for records in DATA]
+
+
+def write_data(folder: Path) -> Path:
+    """text.json, image.json and several.json, four records each; the first image is cut into slices."""
+    folder.mkdir()
+    for index, size in enumerate(((224, 112), (112, 112), (60, 150))):
+        Image.effect_noise(size, 80).convert("RGB").save(folder / f"{index}.png")
+    records: dict[str, list[dict]] = {name: [] for name in DATA}
+    for index in range(4):
+        answer = {"role": "assistant", "content": f"It is number {index}."}
+        plain = [{"role": "user", "content": "Which number?"}, answer]
+        marked = [{"role": "user", "content": "<image>\nWhich number?"}, answer]
+        both = [{"role": "user", "content": "<image_00>\nThe first, then <image_01>: which?"}, answer]
+        both += [{"role": "user", "content": "And this?\n<image_02>"}, {"role": "assistant", "content": "Three."}]
+        several = {f"<image_0{place}>": f"{place}.png" for place in range(3)}
+        records["text"].append({"id": str(index), "conversations": plain})
+        records["image"].append({"id": str(index), "image": f"{index % 3}.png", "conversations": marked})
+        records["several"].append({"id": str(index), "image": several, "conversations": both})
+    for name, content in records.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def matrix(tiny, tmp_path_factory) -> Path:
+    """The folder of all results: trained by one process, then loaded by another."""
+    folder = tmp_path_factory.mktemp("generations")
+    data = write_data(folder / "data")
+    (folder / "models").mkdir()
+    (folder / "out").mkdir()
+    for name in NAMES:
+        (folder / "models" / name).symlink_to(tiny(name))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    paths = ["--models", str(folder / "models"), "--data", str(data), "--out", str(folder / "out")]
+    for action in ("train", "reload"):
+        command = [sys.executable, str(WORKER), action, *paths, "--families", *NAMES]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    return folder / "out"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_trained_saved_loaded_asked(matrix, name):
+    result = json.loads((matrix / "runs.json").read_text())[name]["result"]
+    assert (result["status"], result["steps"]) == ("ok", 2)
+    assert result["train_loss"] > 0
+    assert result["eval_loss"] > 0
+    reloaded = json.loads((matrix / "reloaded.json").read_text())[name]
+    assert reloaded["status"] == 0, reloaded["said"]
+    assert "logit_difference=0.000e+00" in reloaded["said"], reloaded["said"]
+    assert len(reloaded["answers"]) == 2
+    assert all(isinstance(answer, str) for answer in reloaded["answers"])
