@@ -11,7 +11,7 @@ from torch import nn
 from transformers import set_seed
 
 from dataset import make_supervised_data_module
-from finetune import distributed
+from finetune import distributed, families
 from finetune.arguments import parse_arguments
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
@@ -26,7 +26,9 @@ QUIET = (
     *("--max_slice_nums", "4", "--lora_dropout", "0"),
 )
 LORA = ("--use_lora", "true", "--lora_r", "8", "--tune_vision", "true")
+# Those that every mode is tried on; the other generations are compared in fewer steps and modes.
 FAMILIES = ("v2_0", "llama3_v2_5")
+OTHERS = tuple(family.name for family in families.FAMILIES if family.name not in FAMILIES)
 KINDS = {"full": (), "lora": LORA}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from records import write_records
-from stack import FAMILIES, KINDS, build, flags, near, network, steps, trained
+from stack import FAMILIES, KINDS, OTHERS, build, flags, near, network, steps, trained
 
 from dataset import DataCollator, SupervisedDataset
 from finetune.models import MiniCPMV
@@ -41,6 +41,12 @@ def make(request, tiny, data, tmp_path):
     return made
 
 
+@pytest.fixture(params=OTHERS)
+def make_other(request, tiny, data, tmp_path):
+    """As ``make``, for the other generations, in full."""
+    return lambda *more: build(flags(tiny(request.param), data, tmp_path / "out", *more))
+
+
 def assert_equal(ours: CPMTrainer, other: CPMTrainer, loss: float, norm: float) -> None:
     assert len(steps(ours)) == len(steps(other)) == 4
     for number, (step, expected) in enumerate(zip(steps(ours), steps(other), strict=True), 1):
@@ -71,7 +77,23 @@ def test_accumulation_equals_a_batch_and_is_the_mean_over_tokens(make):
     assert_equal(single, batch, loss=1e-5, norm=2e-5)
 
 
+def test_accumulation_equals_a_batch_in_every_generation(make_other):
+    batch = make_other(*FOUR)
+    batch.train()
+    single = make_other("--max_steps", "4", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4")
+    single.train()
+    assert_equal(single, batch, loss=1e-5, norm=2e-5)
+
+
+def test_checkpointing_changes_nothing_in_any_generation(make_other):
+    check_checkpointing(make_other)
+
+
 def test_checkpointing_changes_nothing(make):
+    check_checkpointing(make)
+
+
+def check_checkpointing(make):
     plain, recomputed = make(*FOUR), make(*FOUR, "--gradient_checkpointing", "true")
     plain.train()
     recomputed.train()

@@ -6,15 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from records import EVALUATED, STEPS, write_records
 from safetensors.torch import load_file
-from stack import FAMILIES, KINDS, near
-from worker import MODES, SHORT
+from stack import FAMILIES, KINDS, OTHERS, near
+from worker import BRIEF, MODES, SHORT
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 WORKER = Path(__file__).with_name("worker.py")
 # Measured: losses 2e-6, gradient norms 2e-6.
 LOSS, NORM = 1e-5, 2e-5
@@ -25,15 +27,34 @@ WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
 def runs(tiny, tmp_path_factory) -> Path:
     """The folder with the results of every mode: one launch of two ranks, one of a single process."""
     folder = tmp_path_factory.mktemp("equivalence")
+    paths = prepare(folder, FAMILIES, tiny)
+    launch([*TORCHRUN, str(WORKER), *paths, *MODES], [sys.executable, str(WORKER), *paths, "alone"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def brief_runs(tiny, tmp_path_factory) -> Path:
+    """The same of the other generations: DDP and ZeRO-3."""
+    folder = tmp_path_factory.mktemp("brief")
+    paths = prepare(folder, OTHERS, tiny)
+    launch([*TORCHRUN, str(WORKER), *paths, "ddp", "zero3-0"])
+    return folder
+
+
+def prepare(folder: Path, families: Sequence[str], tiny: Callable[[str], Path]) -> list[str]:
+    """Writes the records and lays out the checkpoints; the worker's flags."""
     data = write_records(folder / "data")
     (folder / "models").mkdir()
-    for family in FAMILIES:
+    for family in families:
         (folder / "models" / family).symlink_to(tiny(family))
+    where = ["--checkpoints", str(folder / "models"), "--data", str(data), "--out", str(folder)]
+    return [*where, "--families", *families, "--"]
+
+
+def launch(*commands: list[str]) -> None:
+    """Runs commands side by side until all have ended well."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    paths = ["--checkpoints", str(folder / "models"), "--data", str(data), "--out", str(folder)]
-    commands = ([*torchrun, str(WORKER), *paths, *MODES], [sys.executable, str(WORKER), *paths, "alone"])
     started = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for command in commands
@@ -46,7 +67,6 @@ def runs(tiny, tmp_path_factory) -> Path:
     finally:
         for process in started:
             process.terminate()  # torchrun passes it on to its ranks
-    return folder
 
 
 def result(runs: Path, mode: str, family: str, kind: str) -> dict:
@@ -70,6 +90,21 @@ def test_mode_equals_one_process(runs, mode, family, kind):
     assert ours["eval"][1] == tokens, f"{EVALUATED} samples: what pads the last batch is counted once"
     assert ours["eval"][0] == pytest.approx(loss, abs=LOSS)
     assert (ours["partitioned"] > 0) == mode.startswith("zero3")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", OTHERS)
+def test_zero3_equals_ddp_in_every_generation(brief_runs, family, kind):
+    ours, ddp = result(brief_runs, "zero3-0", family, kind), result(brief_runs, "ddp", family, kind)
+    assert len(ours["steps"]) == len(ddp["steps"]) == BRIEF
+    for number, (step, expected) in enumerate(zip(ours["steps"], ddp["steps"], strict=True), 1):
+        assert step[0] == pytest.approx(expected[0], abs=LOSS), f"loss of step {number}"
+        assert step[1] == pytest.approx(expected[1], rel=NORM), f"gradient norm of step {number}"
+    assert ours["eval"] == pytest.approx(ddp["eval"], abs=LOSS)
+    assert ours["partitioned"] > 0
+    gathered, whole = weights(brief_runs, "zero3-0", family, kind), weights(brief_runs, "ddp", family, kind)
+    assert gathered.keys() == whole.keys()
+    assert [name for name, expected in whole.items() if not near(gathered[name], expected)] == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

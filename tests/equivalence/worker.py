@@ -24,6 +24,7 @@ from stack import FAMILIES, KINDS, build, flags, network, steps  # noqa: E402
 ROOT = HERE.parents[1]
 MODES = ("ddp", "zero2", "zero3", "zero3-0")
 SHORT = 8
+BRIEF = 4
 
 
 def deepspeed_configs(folder: Path) -> dict[str, str]:
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, required=True, help="folder with a checkpoint per family")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--families", nargs="+", default=FAMILIES)
     parser.add_argument("modes", nargs="+")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -66,11 +68,11 @@ def main() -> None:
     configs = deepspeed_configs(own)
     for mode in given.modes:
         zero = ("--deepspeed", configs[mode]) if mode in configs else ()
-        for family in FAMILIES:
+        for family in given.families:
             for kind, chosen in KINDS.items():
                 name = f"{mode}-{family}-{kind}"
                 batch = str(PER_RANK * 2 // world)
-                length = str(STEPS if kind == "full" else SHORT)
+                length = str(BRIEF if family not in FAMILIES else STEPS if kind == "full" else SHORT)
                 sizes = ("--per_device_train_batch_size", batch, "--per_device_eval_batch_size", batch)
                 result = run(
                     given.checkpoints / family, given.data, given.out / name, *chosen, *zero, *sizes,
