@@ -39,4 +39,6 @@ O2_6 = Family(
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
     parts=OMNI_PARTS,
     lora_targets=OMNI_LORA,
+    # Whisper's sine-cosine positions, stored in the checkpoint; a constant in the official network.
+    fixed_parameters=("apm.embed_positions.weight",),
 )

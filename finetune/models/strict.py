@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +11,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from finetune.errors import CheckpointError
+from finetune.families import detect
+
+# What quantisers write beside the weights (GPTQ, AWQ), and what only quantised layers have (those and bitsandbytes).
+_QUANTISED_FILES = ("quant_config.json", "quantize_config.json")
+_QUANTISED_TENSORS = (".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".nested_absmax", ".SCB")
 
 
 def some(names: Sequence[str]) -> str:
@@ -21,14 +27,13 @@ def check_folder(folder: Path) -> None:
     """Checks that a local folder holds a configuration and safetensors weights.
 
     Raises:
-        CheckpointError: naming what is missing and what is there.
+        CheckpointError: naming what is missing and what is there, or what is quantised.
     """
+    check_unquantised(folder)
     if not (folder / "config.json").is_file():
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(f"{folder} is no checkpoint: config.json is missing (found: {found})")
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
-        for path in sorted(folder.glob("*.safetensors")):
-            check_whole(path)
         return
     if pickled := sorted(path.name for path in folder.glob("*.bin")):
         raise CheckpointError(
@@ -36,6 +41,51 @@ def check_folder(folder: Path) -> None:
             "convert the file, or download a revision with model.safetensors"
         )
     raise CheckpointError(f"{folder} has config.json but no weights: model*.safetensors is missing")
+
+
+def check_unquantised(folder: Path) -> None:
+    """Checks that the weights of a local folder are not quantised; folders without weights pass.
+
+    Raises:
+        CheckpointError: they are; it names the published checkpoint to use instead.
+    """
+    reason = _quantised(folder)
+    if reason is None:
+        return
+    config = _config_of(folder)
+    name = detect(config).hub_id if config else "the unquantised checkpoint"
+    raise CheckpointError(
+        f"{folder} is quantised ({reason}): such weights can neither be trained nor be merged with an adapter. Use "
+        f"{name} instead; --q_lora true loads it in 4 bit"
+    )
+
+
+def _quantised(folder: Path) -> str | None:
+    """What shows that the weights of a folder are quantised."""
+    if _config_of(folder).get("quantization_config"):
+        return "config.json has quantization_config"
+    for name in _QUANTISED_FILES:
+        if (folder / name).is_file():
+            return f"it has {name}"
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights and (packed := sorted(path.name for path in folder.glob("*.gguf"))):
+        return f"its weights are {packed[0]}"
+    for path in weights:
+        check_whole(path)
+        with safe_open(str(path), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                if name.endswith(_QUANTISED_TENSORS) or ".quant_state." in name:
+                    return f"{path.name} has {name}"
+    return None
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """config.json, empty when it is missing; what is not JSON is left to those who need it."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def check_whole(path: Path) -> None:

@@ -12,6 +12,7 @@ from finetune.errors import CheckpointError
 from finetune.families import detect
 from finetune.families.base import Family
 from finetune.models.folders import local_folder
+from finetune.models.strict import check_unquantised
 
 # Tokenizer, processor and generation settings: copied byte for byte, never re-serialised.
 SIDE_FILES = (
@@ -53,7 +54,7 @@ def resolve(model_name_or_path: str) -> Checkpoint:
     """Finds the checkpoint; a hub id (no such folder, form "owner/name") is downloaded.
 
     Raises:
-        CheckpointError: no such folder, or a folder without config.json.
+        CheckpointError: no such folder, or a folder without config.json or with quantised weights.
         UnknownFamilyError: a config.json of none of the supported generations.
     """
     folder = local_folder(model_name_or_path)
@@ -63,6 +64,7 @@ def resolve(model_name_or_path: str) -> Checkpoint:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is an adapter; training starts from its base checkpoint")
     config = read_config(folder)
+    check_unquantised(folder)
     return Checkpoint(folder, name, revision, config, detect(config))
 
 

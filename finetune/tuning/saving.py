@@ -18,6 +18,7 @@ from safetensors import safe_open
 import finetune
 from finetune.arguments import Arguments
 from finetune.errors import UserError
+from finetune.tuning.carrying import carry
 from finetune.tuning.checkpoint import FULL_FILES, SIDE_FILES, Checkpoint, copy_files
 
 # peft imports the class named here; its allow-list has transformers, which our registration then serves.
@@ -101,6 +102,7 @@ def finish_adapter(model: PeftModel, folder: Path, base: Checkpoint) -> None:
 def finish_full(folder: Path, base: Checkpoint) -> None:
     """Completes a saved full model: the base's own config.json, tokenizer, processor and code files.
 
+    Tensors of the base that the network does not have (the speech output of MiniCPM-o) are added to the weights.
     transformers 5 re-serialises config.json in a layout that official code misreads (rope_theta moves), so the
     original goes back; only torch_dtype follows the weights.
     """
@@ -110,6 +112,7 @@ def finish_full(folder: Path, base: Checkpoint) -> None:
     if dtype is not None:
         config["torch_dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    carry(base.folder, folder)
     (folder / "README.md").write_text(_full_card(base), encoding="utf-8")
     _tidy(folder)
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.modeling_layers import GradientCheckpointingLayer
 from visual_batch import Row, gradients, make_batch
 
-from finetune.models import MiniCPMV
+from finetune.models import MiniCPMO, MiniCPMV
 
 ROWS: list[Row] = [(3, [(4, 6)], 5), (6, [], 4), (2, [(3, 3), (5, 2)], 6)]
 
@@ -39,7 +39,7 @@ def test_full(model: MiniCPMV, reentrant: bool) -> None:
     plain = loss_and_gradients(model, batch)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    assert layers_on(model) == {"llm", "vpm"}
+    assert layers_on(model) == {"llm", "vpm", *(["apm"] if isinstance(model, MiniCPMO) else [])}
     assert_equal(plain, loss_and_gradients(model, batch))
 
 

@@ -80,7 +80,7 @@ def test_logits_to_keep(model: MiniCPMV) -> None:
     batch = make_batch(ROWS, model.query_num)
     del batch["labels"]
     with torch.no_grad():
-        assert torch.equal(model(**batch, logits_to_keep=2).logits, model(**batch).logits[:, -2:])
+        assert torch.allclose(model(**batch, logits_to_keep=2).logits, model(**batch).logits[:, -2:], atol=1e-5)
 
 
 def test_text_batch_reaches_every_parameter_with_zero(model: MiniCPMV) -> None:
@@ -89,9 +89,9 @@ def test_text_batch_reaches_every_parameter_with_zero(model: MiniCPMV) -> None:
     model(**text).loss.backward()
     grads = gradients(model)
     assert set(grads) == {name for name, p in model.named_parameters() if p.requires_grad}
-    visual = [grad for name, grad in grads.items() if name.startswith(("vpm.", "resampler."))]
-    assert visual
-    assert all((grad == 0).all() for grad in visual)
+    media = [grad for name, grad in grads.items() if not name.startswith("llm.")]
+    assert media
+    assert all((grad == 0).all() for grad in media)
     assert grads["llm.lm_head.weight"].abs().sum() > 0
 
 
@@ -120,9 +120,9 @@ def test_one_call_per_tower_whatever_the_sizes(model: MiniCPMV) -> None:
         if not name.startswith("llm"):
             module.register_forward_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
     model(**make_batch(ROWS, model.query_num))
-    leaves = {n: c for n, c in calls.items() if n.startswith(("vpm", "resampler"))}
-    assert len(leaves) > 20
-    assert set(leaves.values()) == {1}
+    calls.pop("", None)
+    assert len(calls) > 20
+    assert set(calls.values()) == {1}
 
 
 def test_frozen_tower_has_no_graph_even_with_input_hooks(model: MiniCPMV) -> None:
@@ -140,7 +140,7 @@ def test_frozen_tower_has_no_graph_even_with_input_hooks(model: MiniCPMV) -> Non
 
 def test_eager_equals_sdpa(model: MiniCPMV) -> None:
     batch = make_batch(ROWS, model.query_num)
-    eager = small_model("v2_0" if model.config.read("scale_emb") else "llama3_v2_5", attn_implementation="eager")
+    eager = small_model(model.config.family.name, attn_implementation="eager")
     assert eager.llm.config._attn_implementation == eager.config._attn_implementation == "eager"
     assert model.llm.config._attn_implementation == "sdpa"
     assert torch.allclose(full_logits(model, batch), full_logits(eager, batch), atol=1e-4)
@@ -193,7 +193,9 @@ def test_sixteen_bit_weights_with_and_without_float32_parts(model: MiniCPMV) -> 
     model.llm.requires_grad_(False)
     model.resampler.float()
     assert model(**batch).loss.item() == pytest.approx(exact, abs=0.1)
-    model.vpm.float()
+    towers = [part for name, part in model.named_children() if name != "llm"]
+    for tower in towers:
+        tower.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model.train()(**batch).loss
     loss.backward()
@@ -201,7 +203,7 @@ def test_sixteen_bit_weights_with_and_without_float32_parts(model: MiniCPMV) -> 
     assert loss.item() == pytest.approx(exact, abs=0.1)
     grads = gradients(model)
     assert {grad.dtype for grad in grads.values()} == {torch.float32}
-    assert {name.split(".")[0] for name in grads} == {"vpm", "resampler"}
+    assert len({name.split(".")[0] for name in grads}) == len(towers)
 
 
 def wrong(batch: dict[str, torch.Tensor], queries: int) -> dict[str, tuple[dict, str]]:
@@ -215,11 +217,14 @@ def wrong(batch: dict[str, torch.Tensor], queries: int) -> dict[str, tuple[dict,
     total = len(batch["patches"])
     return {
         "patches": ({"tgt_sizes": size}, f"{total + 6} patches, but {total} were given"),
-        "items": ({"tgt_sizes": batch["tgt_sizes"][:-1]}, "3 visual items, but image_bound has 4 rows"),
+        "items": ({"image_bound": batch["image_bound"][:-1]}, "4 visual items, but image_bound has 3 rows"),
         "queries": ({"image_bound": short}, f"needs {queries} placeholders, but its image_bound has {queries - 1}"),
         "outside": ({"image_bound": outside}, "batch has 3 rows"),
         "temporal": ({"temporal_ids": ids}, "temporal_ids has 3"),
         "temporal count": ({"temporal_ids": ids[:2]}, "4 visual items, but 2 temporal_ids"),
+        "groups": ({"group_sizes": torch.tensor([1, 2, 1])}, "group_sizes has 2, but this model has no temporal"),
+        "group count": ({"group_sizes": torch.tensor([1, 1])}, r"\[1, 1\] must be positive and add up to the 4"),
+        "sound": ({"audio_features": torch.zeros(1, 80, 60)}, "cannot hear"),
         "floats": ({"patches": batch["patches"].float()}, "must be uint8"),
         "width": ({"patches": batch["patches"][:, :-1]}, r"must be \(N, 588\)"),
         "no sizes": ({"tgt_sizes": None}, "patches and image_bound given without tgt_sizes"),

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from visual_batch import FAMILIES, GOLDEN, Row, make_batch, prompt, small_model
+from visual_batch import FAMILIES, GOLDEN, OMNI, TINY, Row, make_batch, prompt, small_model
 
 from finetune.families import UnknownFamilyError
-from finetune.models import CheckpointError, MiniCPMV, MiniCPMVConfig, load_model
+from finetune.models import CheckpointError, MiniCPMO, MiniCPMOConfig, MiniCPMV, MiniCPMVConfig, load_model
+from finetune.tuning.checkpoint import resolve
 
 ROWS: list[Row] = [(3, [(4, 6)], 5), (6, [], 3), (2, [(3, 3)], 4)]
 TOKENIZERS = {"v2_0": "minicpm", "llama3_v2_5": "llama3"}
@@ -56,8 +57,9 @@ def test_auto_classes_need_no_remote_code(copy_of: Callable, family: str, trust:
     folder = copy_of(family)
     edit_config(folder, auto_map=REMOTE)
     options = {} if trust is None else {"trust_remote_code": trust}
-    assert type(AutoConfig.from_pretrained(folder, **options)) is MiniCPMVConfig
-    assert type(auto.from_pretrained(folder, **options)) is MiniCPMV
+    config, network = (MiniCPMOConfig, MiniCPMO) if family in OMNI else (MiniCPMVConfig, MiniCPMV)
+    assert type(AutoConfig.from_pretrained(folder, **options)) is config
+    assert type(auto.from_pretrained(folder, **options)) is network
 
 
 def test_dtype_of_the_file_and_of_the_caller(copy_of: Callable) -> None:
@@ -139,7 +141,7 @@ def test_hub_ids_only_from_the_cache_when_offline() -> None:
         load_model("nobody/nothing-of-this-name")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TINY)
 def test_required_tokens(copy_of: Callable, family: str) -> None:
     folder = copy_of(family)
     for file in (GOLDEN / "encode" / "tokenizers" / TOKENIZERS[family]).iterdir():
@@ -159,7 +161,7 @@ def test_required_tokens(copy_of: Callable, family: str) -> None:
         load_model(folder)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TINY)
 def test_load_model_on_a_complete_folder(tiny: Callable[[str], Path], family: str) -> None:
     model = load_model(tiny(family), dtype=torch.float32, attn_implementation="eager")
     assert isinstance(model, MiniCPMV)
@@ -171,7 +173,7 @@ def test_load_model_on_a_complete_folder(tiny: Callable[[str], Path], family: st
 def test_saving_keeps_names_values_and_layout(copy_of: Callable, tmp_path: Path, family: str) -> None:
     folder = copy_of(family)
     edit_config(folder, auto_map=REMOTE, rope_scaling=None, torch_dtype="bfloat16")
-    model = MiniCPMV.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     model.save_pretrained(tmp_path / "saved", max_shard_size="1MB")
     shards = sorted((tmp_path / "saved").glob("model-*.safetensors"))
     assert len(shards) > 1
@@ -184,7 +186,7 @@ def test_saving_keeps_names_values_and_layout(copy_of: Callable, tmp_path: Path,
     assert (after.pop("dtype"), before.pop("torch_dtype")) == ("float32", "bfloat16")
     after.pop("transformers_version")
     assert after == before
-    assert MiniCPMV.from_pretrained(tmp_path / "saved").config.family.name == family
+    assert AutoModel.from_pretrained(tmp_path / "saved").config.family.name == family
 
 
 def test_configuration_keeps_a_scaled_rope_flat_and_hands_it_on() -> None:
@@ -201,9 +203,9 @@ def test_configuration_keeps_a_scaled_rope_flat_and_hands_it_on() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_new_networks_have_sensible_weights(family: str) -> None:
     """Built from a configuration: no parameter is left as it lay in memory."""
-    config = MiniCPMVConfig.from_pretrained(GOLDEN / "forward" / family)
+    config = AutoConfig.from_pretrained(GOLDEN / "forward" / family)
     torch.manual_seed(0)
-    one = MiniCPMV(config)
+    one = AutoModelForCausalLM.from_config(config)
     torch.manual_seed(0)
     two = AutoModel.from_config(config)
     for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
@@ -214,9 +216,9 @@ def test_new_networks_have_sensible_weights(family: str) -> None:
             assert (a == (1 if name.endswith("weight") else 0)).all(), name
         elif not name.endswith("bias"):
             assert a.std() > 0, name
-    if family == "v2_0":
-        recorded = load_file(GOLDEN / "forward" / family / "model.safetensors")["resampler.pos_embed"]
-        assert torch.allclose(one.get_parameter("resampler.pos_embed"), recorded.float(), atol=1e-2)
+    for name in one.config.family.fixed_parameters:
+        recorded = load_file(GOLDEN / "forward" / family / "model.safetensors")[name]
+        assert torch.allclose(one.get_parameter(name), recorded.float(), atol=1e-2)
 
 
 def greedy(model: MiniCPMV) -> list[list[int]]:
@@ -229,8 +231,9 @@ def test_device_maps(tmp_path: Path, family: str) -> None:
     expected = greedy(small_model(family))
     assert greedy(small_model(family, device_map="auto")) == expected
     assert greedy(small_model(family, device_map={"": "cpu"})) == expected
-    for parts in (("vpm", "resampler"), ("llm.model",)):
-        device_map = {name: "cpu" for name in ("vpm", "resampler", "llm.model", "llm.lm_head")}
+    media = [name for name, _ in small_model(family).named_children() if name != "llm"]
+    for parts in (media, ["llm.model"]):
+        device_map = {name: "cpu" for name in (*media, "llm.model", "llm.lm_head")}
         device_map |= dict.fromkeys(parts, "disk")
         model = small_model(family, device_map=device_map, offload_folder=tmp_path / parts[0])
         assert next(model.get_submodule(parts[0]).parameters()).device.type == "meta"
@@ -249,9 +252,10 @@ def test_offloaded_loss(tmp_path: Path) -> None:
 def test_no_layer_is_split() -> None:
     for family in FAMILIES:
         kept = set(small_model(family)._no_split_modules or ())
-        assert "Resampler" in kept
-        assert kept & {"LlamaDecoderLayer", "GraniteDecoderLayer"}
+        assert {"Resampler", "TemporalResampler"} <= kept
+        assert kept & {f"{name}DecoderLayer" for name in ("Llama", "Granite", "Qwen2", "Qwen3")}
         assert kept & {"NavitLayer", "TimmBlock"}
+        assert ("WhisperEncoderLayer" in kept) == ("AudioProjection" in kept) == (family in OMNI)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -268,7 +272,71 @@ def test_resized_embeddings(family: str, tmp_path: Path) -> None:
     assert after.loss.item() >= before  # ten more classes
     after.loss.backward()
     model.save_pretrained(tmp_path)
-    assert MiniCPMV.from_pretrained(tmp_path).config.vocab_size == 170
+    assert AutoModel.from_pretrained(tmp_path).config.vocab_size == 170
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda f: edit_config(f, quantization_config={"quant_method": "bitsandbytes"}), "has quantization_config"),
+        (lambda f: (f / "quant_config.json").write_text("{}"), "it has quant_config.json"),
+        (lambda f: (f / "model.safetensors").rename(f / "Q4.gguf"), "its weights are Q4.gguf"),
+        (
+            lambda f: edit_weights(f, lambda w: w.update({"llm.model.layers.0.mlp.up_proj.qweight": torch.zeros(1)})),
+            "has llm.model.layers.0.mlp.up_proj.qweight",
+        ),
+    ],
+    ids=["bitsandbytes", "AWQ", "GGUF", "GPTQ"],
+)
+@pytest.mark.parametrize("loader", [AutoModel.from_pretrained, load_model, lambda folder: resolve(str(folder))])
+def test_quantised_folders_are_refused(copy_of: Callable, loader: Callable, change: Callable, reason: str) -> None:
+    folder = copy_of("v2_6")
+    change(folder)
+    with pytest.raises(CheckpointError, match=f"{reason}.*openbmb/MiniCPM-V-2_6"):
+        loader(folder)
+
+
+def test_weights_in_4_bit_beside_whole_ones_do_not_matter(copy_of: Callable) -> None:
+    folder = copy_of("v2_6")
+    (folder / "Q4.gguf").write_bytes(b"GGUF")
+    assert isinstance(AutoModel.from_pretrained(folder), MiniCPMV)
+
+
+def test_published_sliding_window_is_handed_on_and_stays_off() -> None:
+    config = json.loads((GOLDEN / "forward" / "v2_6" / "config.json").read_text())
+    published = {"sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28}
+    read = MiniCPMVConfig(**config | published)
+    assert MiniCPMV(read).llm.config.sliding_window is None
+    read = MiniCPMVConfig(**config | published | {"use_sliding_window": True, "max_window_layers": 1})
+    llm = MiniCPMV(read).llm
+    assert llm.config.sliding_window == 131072
+    assert llm.config.layer_types == ["full_attention", "sliding_attention"]
+
+
+def test_long_rope_and_embedding_scale_come_from_the_json() -> None:
+    config = json.loads((GOLDEN / "forward" / "v4_0" / "config.json").read_text())
+    factors = {"long_factor": [float(i + 2) for i in range(32)], "short_factor": [1.5] * 32}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 64, **factors}
+    torch.manual_seed(0)
+    plain = MiniCPMV(MiniCPMVConfig(**config)).eval()
+    scaled = MiniCPMV(MiniCPMVConfig(**config | {"rope_scaling": rope, "scale_emb": 12})).eval()
+    assert plain.embedding_scale == 1
+    assert scaled.embedding_scale == 12
+    base = plain.llm.model.rotary_emb.inv_freq
+    assert torch.allclose(scaled.llm.model.rotary_emb.inv_freq, base / 1.5)
+    with torch.no_grad():  # beyond the original length the other factors apply
+        scaled(input_ids=torch.ones(1, 80, dtype=torch.int64), position_ids=torch.arange(80)[None])
+    assert torch.allclose(scaled.llm.model.rotary_emb.inv_freq, base / torch.tensor(factors["long_factor"]))
+
+
+def test_speech_output_is_passed_over_and_only_that(copy_of: Callable) -> None:
+    folder = copy_of("o2_6")
+    edit_weights(folder, lambda w: w.update({"tts.emb_text.weight": torch.zeros(3)}))
+    model = load_model(folder, tokenizer_required=False)
+    assert not any(name.startswith("tts") for name, _ in model.named_parameters())
+    edit_weights(folder, lambda w: w.update({"ttx.weight": torch.zeros(3)}))
+    with pytest.raises(CheckpointError, match=r"unknown to the network: ttx\.weight"):
+        load_model(folder, tokenizer_required=False)
 
 
 def test_embeddings_can_be_replaced() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from visual_batch import FAMILIES, small_model
-
-from finetune.models import MiniCPMV
+from transformers import AutoModel
+from visual_batch import small_model
+from zero3_worker import FAMILIES
 
 WORKER = Path(__file__).with_name("zero3_worker.py")
 
@@ -47,7 +47,7 @@ def test_zero3_equals_one_process(tmp_path: Path) -> None:
         for step, expected in zip(ours["history"], reference["history"], strict=True):
             assert step == pytest.approx(expected, rel=2e-5)
         assert ours["eval_loss"] > 0
-        saved, alone = (MiniCPMV.from_pretrained(tmp_path / name / family).state_dict() for name in commands)
+        saved, alone = (AutoModel.from_pretrained(tmp_path / name / family).state_dict() for name in commands)
         for name in base:
             assert torch.allclose(saved[name], alone[name], atol=2e-4), name
         assert not torch.equal(saved["resampler.query"], base["resampler.query"])

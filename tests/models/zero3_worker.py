@@ -18,7 +18,10 @@ from transformers import Trainer, TrainingArguments, set_seed  # noqa: E402
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
-from visual_batch import FAMILIES, Row, make_batch, small_model  # noqa: E402
+from visual_batch import Row, make_batch, small_model  # noqa: E402
+
+# Every vision tower, resampler and language model, and the audio tower on batches without sound.
+FAMILIES = ("v2_0", "llama3_v2_5", "v4_5", "o2_6")
 
 # Two rows per rank and step. Step 1: images of two sizes against text; 2: text against four items of three sizes;
 # 3: text only; 4: one item against two.
