@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from finetune.encoding.example import Example
+from finetune.encoding.inputs import INPUTS
 from finetune.templates.rendering import IGNORE
 
 
@@ -20,10 +21,15 @@ def pad(examples: Sequence[Example], pad_id: int, side: Literal["right", "left"]
         side: "right" for training, "left" for generation.
 
     Returns:
-        input_ids, attention_mask, position_ids, labels: (B, T) int64, padding 0 in mask and positions, -100 in labels;
-        patches: (N, 3*P*P) uint8, all items of the batch; tgt_sizes: (n, 2) int64; image_bound: (n, 3) int64, batch
-        row, start, end (half open, in padded positions); temporal_ids: (n,) int64. input_ids comes first: the HF
-        Trainer reads the batch size off the first tensor.
+        input_ids, attention_mask, labels: (B, T) int64, padding 0 in the mask, -100 in labels. input_ids comes first:
+        the HF Trainer reads the batch size off the first tensor. The rest by the ``inputs`` of the examples:
+
+        * "patches": position_ids: (B, T) int64, padding 0; patches: (N, 3*P*P) uint8, all items of the batch;
+          tgt_sizes: (n, 2) int64; image_bound: (n, 3) int64, batch row, start, end (half open, in padded positions);
+          temporal_ids: (n,) int64.
+        * "packed": with images pixel_values: (1, 3, P, N*P) float32, all patches of the batch side by side, and
+          target_sizes: (n, 2) int64.
+        * "canvas": as "packed", and mm_token_type_ids: (B, T) int64, 1 for placeholders of images.
 
     Raises:
         ValueError: no example, or one whose first label is not -100 (nothing predicts the first token).
@@ -35,24 +41,16 @@ def pad(examples: Sequence[Example], pad_id: int, side: Literal["right", "left"]
     batch = {
         "input_ids": torch.full(shape, pad_id, dtype=torch.int64),
         "attention_mask": torch.zeros(shape, dtype=torch.int64),
-        "position_ids": torch.zeros(shape, dtype=torch.int64),
         "labels": torch.full(shape, IGNORE, dtype=torch.int64),
     }
-    bounds = []
+    starts = []
     for row, example in enumerate(examples):
         if example.labels[0] != IGNORE:
             raise ValueError(f"{example.source}: the first token carries a label, but nothing predicts it")
         size = len(example.input_ids)
-        start = 0 if side == "right" else length - size
-        place = slice(start, start + size)
+        starts.append(0 if side == "right" else length - size)
+        place = slice(starts[row], starts[row] + size)
         batch["input_ids"][row, place] = example.input_ids
         batch["attention_mask"][row, place] = 1
-        batch["position_ids"][row, place] = example.position_ids
         batch["labels"][row, place] = example.labels
-        rows = torch.full((len(example.image_bound), 1), row, dtype=torch.int64)
-        bounds.append(torch.cat([rows, example.image_bound + start], dim=1))
-    batch["patches"] = torch.cat([example.patches for example in examples])
-    batch["tgt_sizes"] = torch.cat([example.tgt_sizes for example in examples])
-    batch["image_bound"] = torch.cat(bounds)
-    batch["temporal_ids"] = torch.cat([example.temporal_ids for example in examples])
-    return batch
+    return batch | INPUTS[examples[0].inputs].collect(examples, starts, shape)

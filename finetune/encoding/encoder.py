@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from finetune.encoding.example import Example
+from finetune.encoding.inputs import INPUTS, Grids
 from finetune.families.base import Config, Family
 from finetune.media import image
 from finetune.media.slicing import Plan, SliceSpec, item_sizes, plan
@@ -77,6 +78,7 @@ class Encoder:
         self.max_length = max_length
         self.max_pixels = max_pixels
         self.vocabulary = Vocabulary(tokenizer, family.control_tokens, family.required_tokens)
+        self._inputs = INPUTS[family.inputs]
         self._placeholder = self.vocabulary.control(family.placeholder)
         # Padding is masked, so any id serves a tokenizer that names none.
         self.pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
@@ -179,12 +181,11 @@ class Encoder:
             DataError: an image that cannot be decoded.
             AlignmentError: placeholders, items and patches disagree.
         """
-        items = []
-        for media, cuts in zip(sample.media("image"), plans, strict=True):
-            items += image.cut(image.load(media, sample.source, self.max_pixels), cuts)
-        patches = torch.from_numpy(image.patchify(items, self.slicing.patch_size))
+        media = zip(sample.media("image"), plans, strict=True)
+        pictures = ((image.load(picture, sample.source, self.max_pixels), cuts) for picture, cuts in media)
+        patches, cut = self._inputs.cut(pictures, self.slicing)
         grids = self._grids(plans)
-        self._check_alignment(sample, rendered, grids, len(patches))
+        self._check_alignment(sample, rendered, grids, cut)
         return Example(
             input_ids=torch.tensor(rendered.input_ids),
             labels=torch.tensor(rendered.labels),
@@ -194,9 +195,24 @@ class Encoder:
             image_bound=torch.tensor(rendered.image_bounds, dtype=torch.int64).reshape(-1, 2),
             temporal_ids=torch.full((len(grids),), -1),
             source=str(sample.source),
+            inputs=self.family.inputs,
         )
 
-    def _grids(self, plans: Sequence[Plan]) -> list[tuple[int, int]]:
+    def empty(self, source: str) -> Example:
+        """An example of one padding token that teaches nothing and has no image."""
+        return Example(
+            input_ids=torch.tensor([self.pad_id]),
+            labels=torch.tensor([IGNORE]),
+            position_ids=torch.zeros(1, dtype=torch.int64),
+            patches=torch.zeros(0, 3 * self.slicing.patch_size**2, dtype=self._inputs.dtype),
+            tgt_sizes=torch.zeros(0, 2, dtype=torch.int64),
+            image_bound=torch.zeros(0, 2, dtype=torch.int64),
+            temporal_ids=torch.zeros(0, dtype=torch.int64),
+            source=source,
+            inputs=self.family.inputs,
+        )
+
+    def _grids(self, plans: Sequence[Plan]) -> Grids:
         """(rows, columns) in patches of every visual item."""
         patch = self.slicing.patch_size
         return [(height // patch, width // patch) for cuts in plans for width, height in item_sizes(cuts)]
@@ -228,11 +244,8 @@ class Encoder:
                 f"{self.max_length}; raise model_max_length, lower max_slice_nums, or shorten or split the record"
             )
 
-    def _check_alignment(
-        self, sample: Sample, rendered: Rendered, grids: Sequence[tuple[int, int]], patches: int
-    ) -> None:
+    def _check_alignment(self, sample: Sample, rendered: Rendered, grids: Grids, cut: Grids) -> None:
         """Every item has its run of placeholders and its patches, and no placeholder stands elsewhere."""
-        expected = sum(rows * columns for rows, columns in grids)
         runs = [rendered.input_ids[first:last] for first, last in rendered.image_bounds]
         faults = []
         if len(runs) != len(grids):
@@ -243,8 +256,8 @@ class Encoder:
             faults.append(f"runs that are not of {wanted} placeholders")
         if (found := rendered.input_ids.count(self._placeholder)) != sum(wanted):
             faults.append(f"{found} placeholders, {sum(wanted)} of them in runs")
-        if patches != expected:
-            faults.append(f"{patches} patches where the image headers give {expected}")
+        if cut != grids:
+            faults.append(f"items cut into {cut} patches where the image headers give {grids}")
         if len(rendered.labels) != len(rendered.input_ids) or rendered.labels[0] != IGNORE:
             faults.append("labels that do not match the ids")
         if faults:

@@ -15,12 +15,14 @@ class Example:
         input_ids: (L,) int64.
         labels: (L,) int64, unshifted, -100 = no loss; the first one is always -100.
         position_ids: (L,) int64, from 0.
-        patches: (N, 3*P*P) uint8, P = patch size; each row one patch in (channel, row, column) order, items one after
-            another, patches of an item row by row. The network normalises them: x / 255, mean 0.5, std 0.5.
+        patches: (N, 3*P*P), P = patch size; each row one patch in (channel, row, column) order, items one after
+            another, patches of an item row by row. uint8, which the network normalises: x / 255, mean 0.5, std 0.5; or
+            float32, normalised, where the family keeps the pixels of a published processor.
         tgt_sizes: (n, 2) int64, rows and columns of patches per item; their products add up to N.
         image_bound: (n, 2) int64, half-open token range of each item's placeholders.
         temporal_ids: (n,) int64, time index of a packed video frame, -1 for a still image.
         source: where the sample came from, for messages.
+        inputs: how the images reach the network, a key of the table in ``finetune.encoding.inputs``.
     """
 
     input_ids: torch.Tensor
@@ -31,3 +33,4 @@ class Example:
     image_bound: torch.Tensor
     temporal_ids: torch.Tensor
     source: str
+    inputs: str = "patches"

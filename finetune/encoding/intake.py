@@ -9,13 +9,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
 from finetune.encoding.fitting import OUTCOMES, Fitter, OverlongError
 from finetune.sample import DataError, Sample, Source
-from finetune.templates.rendering import IGNORE
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +69,7 @@ class Intake:
                 raise
             self._note(index, error)
             self._count("left out")
-            return filler(self.fitter.encoder, str(self.source(index)))
+            return self.fitter.encoder.empty(str(self.source(index)))
         self._count(outcome)
         return example
 
@@ -135,21 +132,6 @@ def source_of(samples: Sequence[Sample], index: int) -> Source:
         return samples[index].source
     except DataError:
         return Source("samples in memory", index)
-
-
-def filler(encoder: Encoder, source: str) -> Example:
-    """An example that teaches nothing and has no image: it holds the place of a sample that is left out."""
-    patch = encoder.slicing.patch_size
-    return Example(
-        input_ids=torch.tensor([encoder.pad_id]),
-        labels=torch.tensor([IGNORE]),
-        position_ids=torch.zeros(1, dtype=torch.int64),
-        patches=torch.zeros(0, 3 * patch**2, dtype=torch.uint8),
-        tgt_sizes=torch.zeros(0, 2, dtype=torch.int64),
-        image_bound=torch.zeros(0, 2, dtype=torch.int64),
-        temporal_ids=torch.zeros(0, dtype=torch.int64),
-        source=source,
-    )
 
 
 def describe_counts(counts: Sequence[int]) -> str:

@@ -49,8 +49,7 @@ def generate_answers(
     for start in tqdm(range(0, len(order), batch_size), desc=description, leave=False):
         chosen = order[start : start + batch_size]
         batch = pad([encoder.encode(prompts[index], generate=True) for index in chosen], pad_id, side="left")
-        del batch["labels"], batch["position_ids"]
-        batch = {key: value.to(device) for key, value in batch.items()}
+        batch = {key: value.to(device) for key, value in batch.items() if key not in ("labels", "position_ids")}
         with torch.no_grad():
             output = model.generate(  # pyright: ignore[reportCallIssue]
                 **batch, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id

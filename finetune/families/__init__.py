@@ -11,8 +11,10 @@ from finetune.families.v2_0 import V2_0
 from finetune.families.v2_6 import V2_6
 from finetune.families.v4_0 import V4_0
 from finetune.families.v4_5 import V4_5
+from finetune.families.v4_6 import V4_6
+from finetune.families.v4_7 import V4_7
 
-FAMILIES: tuple[Family, ...] = (V2_0, LLAMA3_V2_5, V2_6, O2_6, V4_0, V4_5, O4_5)
+FAMILIES: tuple[Family, ...] = (V2_0, LLAMA3_V2_5, V2_6, O2_6, V4_0, V4_5, O4_5, V4_6, V4_7)
 
 
 class UnknownFamilyError(UserError):

@@ -17,6 +17,8 @@ Config = Mapping[str, Any]
 class Network:
     """Names of the parts that ``finetune.models`` assembles; each is a key of a builder table there.
 
+    Where transformers has the whole network as one class, the names only say what is in it.
+
     Attributes:
         vision: vision tower.
         positions: rule for the vision position ids.
@@ -52,8 +54,10 @@ class Family:
         required_tokens: tokens that must resolve to one id in the tokenizer, or loading fails.
         stop_tokens: generation stops on any of them.
         placeholder: token of which visual features take the place.
+        inputs: how images reach the network; a key of the table in ``finetune.encoding.inputs``.
         parts: part of the network ("vision", "resampler", "llm", "audio") to the modules it consists of.
         lora_targets: part to the regular expression (full match on module names) of its LoRA layers.
+        auto_mapping: class and module by which peft finds the base of an adapter.
         fixed_parameters: names of parameters that are tables; full finetuning leaves them as they are.
     """
 
@@ -73,4 +77,6 @@ class Family:
     parts: Mapping[str, tuple[str, ...]]
     lora_targets: Mapping[str, str]
     placeholder: str = "<unk>"
+    inputs: str = "patches"
+    auto_mapping: tuple[str, str] = ("AutoModel", "transformers")
     fixed_parameters: tuple[str, ...] = ()

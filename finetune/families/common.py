@@ -43,3 +43,51 @@ def numbered_layout(config: Config) -> Layout:
 def published_as(config: Config, model_type: str, version: str) -> bool:
     """Whether config.json has this model_type and version (a number or a string)."""
     return config.get("model_type") == model_type and str(config.get("version")) == version
+
+
+# The generations that transformers brings (4.6 and later).
+WHOLE_PARTS = {
+    "vision": ("model.vision_tower",),
+    "resampler": ("model.merger",),
+    "llm": ("model.language_model", "lm_head"),
+}
+# Three layers of four have linear attention; of it only the projections, not the two small ones of its gates.
+WHOLE_LORA = {
+    "llm": (
+        r"model\.language_model\.layers\.\d+\."
+        r"(self_attn\.(q_proj|k_proj|v_proj|o_proj)|linear_attn\.(in_proj_qkv|in_proj_z|out_proj))"
+    ),
+    "vision": r"model\.vision_tower\.(encoder\.layers\.\d+|vit_merger)\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
+    "resampler": r"model\.merger\.mlp\.\d+\.(linear_1|linear_2)",
+}
+MARK_TOKENS = ("<image>", "</image>", "<slice>", "</slice>")
+
+
+def vocab_size(config: Config) -> int:
+    """Rows of the embedding table; 4.6 and later describe the language model in a part of its own."""
+    return (config.get("text_config") or config)["vocab_size"]
+
+
+def merged_slices(config: Config) -> SliceSpec:
+    """The slicing settings of 4.6 and later: every side is whole where 4 x 4 patches (2 x 2 in "4x") become a token.
+
+    They are those of the published image processor, which ``image_processor`` may replace.
+    """
+    given = config.get("image_processor") or {}
+    return SliceSpec(
+        max_slice_nums=given.get("max_slice_nums", 9) if given.get("slice_mode", True) else 1,
+        scale_resolution=given.get("scale_resolution", 448),
+        patch_size=given.get("patch_size", 14),
+        merge=_merge(config),
+    )
+
+
+def merged_layout(config: Config) -> Layout:
+    """4.6 and later: placeholders by the size of the item, numbered images."""
+    given = config.get("image_processor") or {}
+    side = given.get("patch_size", 14) * _merge(config)
+    return Layout(pixels_per_token=side * side, image_ids=given.get("use_image_id", True))
+
+
+def _merge(config: Config) -> int:
+    return 2 if config.get("downsample_mode", "16x") == "4x" else 4

@@ -13,12 +13,14 @@ class SliceSpec:
     Attributes:
         max_slice_nums: most slices besides the thumbnail; 1 means the thumbnail alone.
         scale_resolution: side in pixels of the square whose area a slice should have.
-        patch_size: side in pixels of a vision patch; every side is a multiple of it.
+        patch_size: side in pixels of a vision patch.
+        merge: patches that become one along a side; every side is a multiple of so many patches.
     """
 
     max_slice_nums: int
     scale_resolution: int
     patch_size: int
+    merge: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def plan(width: int, height: int, spec: SliceSpec) -> Plan:
 
     An image that covers more than one square of ``scale_resolution`` is cut into about as many slices as squares fit
     into its area, in the grid whose aspect is nearest its own; the whole image is always kept as a thumbnail.
-    The rule is the published one of MiniCPM-V 2.0 to 4.5, and so are the roundings.
+    The rule is the published one of MiniCPM-V, and so are the roundings.
 
     >>> nine = SliceSpec(max_slice_nums=9, scale_resolution=448, patch_size=14)
     >>> plan(448, 448, nine)
@@ -111,11 +113,12 @@ def crop_boxes(cuts: Plan) -> list[tuple[int, int, int, int]]:
 
 
 def _fit(width: float, height: float, spec: SliceSpec) -> tuple[int, int]:
-    """The size with about the same aspect and the area of one square, both sides multiples of the patch."""
+    """The size with about the same aspect and the area of one square, both sides multiples of merged patches."""
     aspect = width / height
     # Truncated, height first, width from the truncated height: the published order, it decides the last pixel.
     fitted = int(spec.scale_resolution / math.sqrt(aspect))
-    return _nearest(int(fitted * aspect), spec.patch_size), _nearest(fitted, spec.patch_size)
+    step = spec.patch_size * spec.merge
+    return _nearest(int(fitted * aspect), step), _nearest(fitted, step)
 
 
 def _nearest(length: float, step: int) -> int:

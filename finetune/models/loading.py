@@ -9,20 +9,27 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
+from transformers import PreTrainedModel
 
 from finetune.errors import CheckpointError
 from finetune.families import detect
+from finetune.families.common import vocab_size
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
 from finetune.models.folders import local_folder
 from finetune.models.minicpmo import MiniCPMO
 from finetune.models.minicpmv import MiniCPMV
 from finetune.models.strict import check_folder, check_whole, some
 from finetune.models.tokenization import check_tokens, load_tokenizer
+from finetune.models.whole import WHOLE_NETWORKS
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # By the model_type of config.json.
-NETWORKS: dict[str, type[MiniCPMV]] = {MiniCPMVConfig.model_type: MiniCPMV, MiniCPMOConfig.model_type: MiniCPMO}
+NETWORKS: dict[str, type[PreTrainedModel]] = {
+    MiniCPMVConfig.model_type: MiniCPMV,
+    MiniCPMOConfig.model_type: MiniCPMO,
+    **WHOLE_NETWORKS,
+}
 
 
 def load_model(
@@ -35,7 +42,7 @@ def load_model(
     base: str | Path | None = None,
     tokenizer_required: bool = True,
     **kwargs: Any,
-) -> MiniCPMV | PeftModel:
+) -> PreTrainedModel | PeftModel:
     """Loads a full checkpoint, or an adapter on top of the base checkpoint that it names.
 
     Every parameter of a loaded model requires gradients again; whoever trains it freezes what stays fixed afterwards.
@@ -65,12 +72,12 @@ def load_model(
     return _load_full(folder, tokenizer_required, options)
 
 
-def _load_full(folder: Path, tokenizer_required: bool, options: dict[str, Any]) -> MiniCPMV:
+def _load_full(folder: Path, tokenizer_required: bool, options: dict[str, Any]) -> PreTrainedModel:
     check_folder(folder)
     config, _ = MiniCPMVConfig.get_config_dict(folder)
     family = detect(config)
     if tokenizer_required:
-        check_tokens(load_tokenizer(folder), family, config["vocab_size"], str(folder))
+        check_tokens(load_tokenizer(folder), family, vocab_size(config), str(folder))
     return NETWORKS[config["model_type"]].from_pretrained(folder, **options)
 
 

@@ -1,0 +1,90 @@
+"""How images reach the network: pixels of a sample, and their place in a batch; one entry per kind of network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from finetune.encoding.example import Example
+from finetune.media import image, processor
+from finetune.media.slicing import Plan, SliceSpec
+
+Pictures = Iterable[tuple[Image.Image, Plan]]
+Grids = list[tuple[int, int]]
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """One way for images into a network.
+
+    Attributes:
+        dtype: of the patches.
+        cut: RGB images with their plans to patches (N, 3*P*P), and rows and columns of patches of every item.
+        collect: what a batch has besides ids, mask and labels, from its examples, the first position of each in its
+            row, and the shape (B, T).
+    """
+
+    dtype: torch.dtype
+    cut: Callable[[Pictures, SliceSpec], tuple[torch.Tensor, Grids]]
+    collect: Callable[[Sequence[Example], Sequence[int], tuple[int, int]], Batch]
+
+
+def _cut_bytes(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
+    items = [item for picture, cuts in pictures for item in image.cut(picture, cuts)]
+    side = spec.patch_size
+    grids = [(item.height // side, item.width // side) for item in items]
+    return torch.from_numpy(image.patchify(items, side)), grids
+
+
+def _cut_floats(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
+    cut = [processor.patch_rows(picture, cuts, spec) for picture, cuts in pictures]
+    if not cut:
+        return torch.zeros(0, 3 * spec.patch_size**2), []
+    return torch.cat([rows for rows, _ in cut]), [size for _, grids in cut for size in grids]
+
+
+def _bounded(examples: Sequence[Example], starts: Sequence[int], shape: tuple[int, int]) -> Batch:
+    """Patches as they are, and where each item's placeholders stand."""
+    positions = torch.zeros(shape, dtype=torch.int64)
+    bounds = []
+    for row, (example, start) in enumerate(zip(examples, starts, strict=True)):
+        positions[row, start : start + len(example.position_ids)] = example.position_ids
+        rows = torch.full((len(example.image_bound), 1), row, dtype=torch.int64)
+        bounds.append(torch.cat([rows, example.image_bound + start], dim=1))
+    return {
+        "position_ids": positions,
+        "patches": torch.cat([example.patches for example in examples]),
+        "tgt_sizes": torch.cat([example.tgt_sizes for example in examples]),
+        "image_bound": torch.cat(bounds),
+        "temporal_ids": torch.cat([example.temporal_ids for example in examples]),
+    }
+
+
+def _packed(examples: Sequence[Example], starts: Sequence[int], shape: tuple[int, int]) -> Batch:
+    """All patches of the batch side by side; without images nothing, as transformers has it."""
+    patches = torch.cat([example.patches for example in examples])
+    if not len(patches):
+        return {}
+    side = round((patches.shape[1] / 3) ** 0.5)
+    pixels = patches.reshape(-1, 3, side, side).permute(1, 2, 0, 3).reshape(1, 3, side, -1)
+    return {"pixel_values": pixels, "target_sizes": torch.cat([example.tgt_sizes for example in examples])}
+
+
+def _typed(examples: Sequence[Example], starts: Sequence[int], shape: tuple[int, int]) -> Batch:
+    """As packed, and which positions are an image's: from them the network computes its own position ids."""
+    types = torch.zeros(shape, dtype=torch.int64)
+    for row, (example, start) in enumerate(zip(examples, starts, strict=True)):
+        for first, last in example.image_bound.tolist():
+            types[row, start + first : start + last] = 1
+    return {"mm_token_type_ids": types, **_packed(examples, starts, shape)}
+
+
+INPUTS = {
+    "patches": Inputs(torch.uint8, _cut_bytes, _bounded),
+    "packed": Inputs(torch.float32, _cut_floats, _packed),
+    "canvas": Inputs(torch.float32, _cut_floats, _typed),
+}

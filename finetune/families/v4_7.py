@@ -1,0 +1,43 @@
+"""MiniCPM-V 4.7: the network of 4.6, its positions laid out on the canvas of the image."""
+
+from __future__ import annotations
+
+from finetune.families.base import Config, Family, Network
+from finetune.families.common import (
+    CHATML_TOKENS,
+    IMAGE_ID_TOKENS,
+    MARK_TOKENS,
+    WHOLE_LORA,
+    WHOLE_PARTS,
+    merged_layout,
+    merged_slices,
+)
+from finetune.templates.chatml_merged import IMAGE_PAD, ROLES, VIDEO_PAD, render
+
+_TOKENS = (*MARK_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS, IMAGE_PAD)
+
+
+def _matches(config: Config) -> bool:
+    return config.get("model_type") == "minicpmv4_7"
+
+
+V4_7 = Family(
+    name="v4_7",
+    title="MiniCPM-V 4.7",
+    hub_id="openbmb/MiniCPM-V-4.7-1B",
+    llm_type="qwen",
+    matches=_matches,
+    network=Network(vision="navit_siglip", positions="grid", resampler="merger", language="qwen3_5"),
+    slice_spec=merged_slices,
+    layout=merged_layout,
+    render=render,
+    roles=ROLES,
+    control_tokens=(*_TOKENS, VIDEO_PAD, "<|endoftext|>"),
+    required_tokens=_TOKENS,
+    stop_tokens=("<|im_end|>", "<|endoftext|>"),
+    parts=WHOLE_PARTS,
+    lora_targets=WHOLE_LORA,
+    placeholder=IMAGE_PAD,
+    inputs="canvas",
+    auto_mapping=("MiniCPMV4_7ForConditionalGeneration", "transformers.models.minicpmv4_7.modeling_minicpmv4_7"),
+)

@@ -1,0 +1,192 @@
+"""The networks that transformers has as one class (4.6, 4.7), with the loss and the care of ours.
+
+A class here has the name of its parent, so that what it saves names the class that everybody has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from finetune.models.losses import supervised_loss
+from finetune.models.merging import merge_patches
+from finetune.models.minicpmv import MiniCPMVOutput
+from finetune.models.strict import StrictLoading
+
+# Rows and columns of the smallest picture that can be merged twice.
+_DUMMY = (4, 4)
+
+
+class Whole(StrictLoading):
+    """Forward of the networks below: our loss, and every part called once per batch, the same on every rank."""
+
+    accepts_loss_kwargs = True
+    model: Any
+    lm_head: nn.Linear
+
+    def forward(  # every input by name: ``generate`` looks for the names before it prepares them
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        target_sizes: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        target_sizes_videos: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        downsample_mode: str | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> MiniCPMVOutput:
+        """Loss of a labelled batch, logits of any other.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, T).
+            position_ids: (B, T), or (3 or 4, B, T) as 4.7 has them; None in training.
+            past_key_values: cache of earlier steps.
+            inputs_embeds: (B, T, E) in place of ``input_ids``.
+            labels: (B, T) int64, unshifted, -100 = no loss.
+            pixel_values: (1, 3, P, N*P) float, the patches of all items side by side.
+            target_sizes: (n, 2) rows and columns of patches per item.
+            pixel_values_videos: as pixel_values, of videos.
+            target_sizes_videos: as target_sizes, of videos.
+            mm_token_type_ids: (B, T) 1 for placeholders of images; 4.7 computes its positions from them.
+            mm_encoder_outputs: features by kind of medium, in place of pixel values.
+            downsample_mode: "16x" or "4x"; None for that of config.json, as the placeholders were counted.
+            use_cache: None means no cache when there are labels.
+            num_items_in_batch: divisor of the summed loss; None takes the mean over the labelled tokens.
+            logits_to_keep: number of last positions, or their indices; 0 keeps all. Only without labels.
+            **kwargs: handed on to the language model.
+
+        Raises:
+            ValueError: pixels, sizes and placeholders do not agree.
+        """
+        mode = downsample_mode or self.config.downsample_mode
+        features = dict(mm_encoder_outputs or {})
+        for kind, pixels, sizes in (
+            ("image", pixel_values, target_sizes),
+            ("video", pixel_values_videos, target_sizes_videos),
+        ):
+            if pixels is not None:
+                features[kind] = _pooled(self._features(pixels, sizes, mode))
+        if not features and (self.training or labels is not None):
+            # A batch without images runs every layer too, with a result of zero: ranks must call the same layers.
+            idle = torch.cat(self._features(*self._dummy(), mode)).mean() * 0
+            embedded = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            inputs_embeds = embedded + idle.to(device=embedded.device, dtype=embedded.dtype)
+        if mm_token_type_ids is not None:  # 4.6 does not know it
+            kwargs["mm_token_type_ids"] = mm_token_type_ids
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            target_sizes=target_sizes,
+            target_sizes_videos=target_sizes_videos,
+            mm_encoder_outputs=features,
+            downsample_mode=mode,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
+            **kwargs,
+        )
+        hidden = out.last_hidden_state
+        more = {name: getattr(out, name, None) for name in ("past_key_values", "hidden_states", "attentions")}
+        if labels is not None:
+            loss, row_loss = supervised_loss(hidden, labels, self.lm_head, num_items_in_batch)
+            return MiniCPMVOutput(loss=loss, row_loss=row_loss, **more)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return MiniCPMVOutput(logits=self.lm_head(hidden[:, kept]), **more)
+
+    def _dummy(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels and size of a grey picture."""
+        embeddings = self.model.vision_tower.embeddings
+        sizes = torch.tensor([_DUMMY], device=self.device)
+        width = _DUMMY[0] * _DUMMY[1] * embeddings.patch_size
+        return torch.zeros(1, 3, embeddings.patch_size, width, device=self.device), sizes
+
+    def _features(self, pixel_values: torch.Tensor, target_sizes: torch.Tensor | None, mode: str) -> list[torch.Tensor]:
+        """Vision tower and merger, each called once: (tokens, E) per item.
+
+        Parts without a trainable parameter run without a graph.
+        """
+        tower, merger = self.model.vision_tower, self.model.merger
+        windows = mode != "4x"
+        sizes = _checked_sizes(pixel_values, target_sizes, 4 if windows else 2)
+        trained = torch.is_grad_enabled()
+        with torch.set_grad_enabled(trained and _trainable(tower)):
+            pixels = pixel_values.to(dtype=tower.dtype)
+            hidden = tower(pixels, target_sizes=target_sizes, use_vit_merger=windows).last_hidden_state
+            if not windows and torch.is_grad_enabled():
+                hidden = hidden + _idle(tower.vit_merger, hidden)
+        if windows:
+            sizes = [(rows // 2, columns // 2) for rows, columns in sizes]
+        with torch.set_grad_enabled(trained and (hidden.requires_grad or _trainable(merger))):
+            return merge_patches(merger, hidden[0], sizes)
+
+
+def _pooled(features: list[torch.Tensor]) -> BaseModelOutputWithPooling:
+    return BaseModelOutputWithPooling(pooler_output=features)  # pyright: ignore[reportArgumentType]
+
+
+def _idle(window_merger: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Zero that depends on the merger which "4x" leaves out: distributed training wants a gradient everywhere."""
+    return window_merger(hidden[:, :4].detach(), torch.tensor([[2, 2]], device=hidden.device)).sum() * 0
+
+
+def _trainable(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _checked_sizes(pixel_values: torch.Tensor, target_sizes: torch.Tensor | None, merge: int) -> list[tuple[int, int]]:
+    """Rows and columns of every item.
+
+    Raises:
+        ValueError: no sizes, pixels that are not packed or of another number, sides that cannot be merged.
+    """
+    if target_sizes is None:
+        raise ValueError("pixel_values given without target_sizes")
+    if pixel_values.ndim != 4 or len(pixel_values) != 1:
+        raise ValueError(
+            f"pixel_values must be (1, 3, P, N*P), all items side by side, got {tuple(pixel_values.shape)}"
+        )
+    sizes = [(rows, columns) for rows, columns in target_sizes.tolist()]
+    given, expected = pixel_values.shape[3] // pixel_values.shape[2], sum(rows * columns for rows, columns in sizes)
+    if given != expected:
+        raise ValueError(f"target_sizes add up to {expected} patches, but {given} were given")
+    if uneven := [size for size in sizes if size[0] % merge or size[1] % merge]:
+        raise ValueError(
+            f"an item of {uneven[0][0]} x {uneven[0][1]} patches cannot be merged by {merge}: were the images cut with "
+            "another downsample_mode than that of config.json?"
+        )
+    return sizes
+
+
+class MiniCPMV4_6ForConditionalGeneration(  # noqa: N801 - the parent's name
+    Whole, transformers.MiniCPMV4_6ForConditionalGeneration
+):
+    """MiniCPM-V 4.6."""
+
+
+class MiniCPMV4_7ForConditionalGeneration(  # noqa: N801 - the parent's name
+    Whole, transformers.MiniCPMV4_7ForConditionalGeneration
+):
+    """MiniCPM-V 4.7."""
+
+
+WHOLE_NETWORKS: dict[str, type[PreTrainedModel]] = {
+    "minicpmv4_6": MiniCPMV4_6ForConditionalGeneration,
+    "minicpmv4_7": MiniCPMV4_7ForConditionalGeneration,
+}
