@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     encoder = Encoder.from_config(
         base.family,
         tokenizer,
-        base.config,
+        base.settings,
         max_slice_nums=args.data.max_slice_nums,
         max_length=args.training.model_max_length,
         max_pixels=args.data.max_image_pixels,

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
         encoder = Encoder.from_config(
             base.family,
             load_tokenizer(base.folder),
-            base.config,
+            base.settings,
             max_slice_nums=given.max_slice_nums,
             max_length=given.model_max_length,
             max_pixels=given.max_image_pixels,

@@ -81,7 +81,7 @@ def report(adapter: Path, data: Path) -> tuple[float, float]:
     tokenizer = load_tokenizer(adapter)
 
     def answer(file: str, what: str, slices: int | None = None) -> list[str]:
-        encoder = Encoder.from_config(base.family, tokenizer, base.config, max_slice_nums=slices)
+        encoder = Encoder.from_config(base.family, tokenizer, base.settings, max_slice_nums=slices)
         prompts = [split_answer(sample)[0] for sample in read(data / file)]
         return generate_answers(model, tokenizer, encoder, prompts, max_new_tokens=8, description=what)
 

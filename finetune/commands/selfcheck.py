@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     print(f"runs on    {device}, {str(dtype).removeprefix('torch.')}")
 
     tokenizer = load_tokenizer(base.folder)
-    encoder = Encoder.from_config(base.family, tokenizer, base.config)
+    encoder = Encoder.from_config(base.family, tokenizer, base.settings)
     ids = encoder.encode(_sample(None), generate=True).input_ids.tolist()
     print(f"prompt     {tokenizer.decode(ids)!r}\n           {_short(ids)}")
     agrees = check_chat_template(base.family, tokenizer)
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     print(f"picture    a red circle on white, STOP below it; {encoder.measure(prompt).items} visual items")
     answers = generate_answers(model, tokenizer, encoder, [prompt], max_new_tokens=args.max_new_tokens)
     print(f"caption    {answers[0]!r}")
-    _compare_captions(model, encoder, picture, math.log(base.config["vocab_size"]))
+    _compare_captions(model, encoder, picture, math.log(base.vocab_size))
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from finetune.errors import CheckpointError
 from finetune.families import detect
 from finetune.families.base import Family
+from finetune.families.common import vocab_size
 from finetune.models.folders import local_folder
 from finetune.models.strict import check_unquantised
 
@@ -49,6 +50,20 @@ class Checkpoint:
     config: dict[str, Any]
     family: Family
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """config.json and, where the folder describes an image processor, its settings as ``image_processor``."""
+        whole, part = self.folder / "preprocessor_config.json", self.folder / "processor_config.json"
+        given = _read_json(part).get("image_processor") if part.is_file() else None
+        if given is None and whole.is_file():
+            given = _read_json(whole)
+        return self.config if given is None else {**self.config, "image_processor": given}
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return vocab_size(self.config)
+
 
 def resolve(model_name_or_path: str) -> Checkpoint:
     """Finds the checkpoint; a hub id (no such folder, form "owner/name") is downloaded.
@@ -77,6 +92,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json; it is not a model folder")
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

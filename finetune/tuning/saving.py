@@ -21,8 +21,6 @@ from finetune.errors import UserError
 from finetune.tuning.carrying import carry
 from finetune.tuning.checkpoint import FULL_FILES, SIDE_FILES, Checkpoint, copy_files
 
-# peft imports the class named here; its allow-list has transformers, which our registration then serves.
-_AUTO_MAPPING = {"base_model_class": "AutoModel", "parent_library": "transformers"}
 # What a former run leaves in an output folder.
 _RESULT_FILES = (
     "checkpoint-*",
@@ -92,7 +90,9 @@ def finish_adapter(model: PeftModel, folder: Path, base: Checkpoint) -> None:
     config.inference_mode = True
     config.base_model_name_or_path = base.name
     config.revision = base.revision
-    config.auto_mapping = dict(_AUTO_MAPPING)
+    # peft imports the class named here; its allow-list has transformers, which our registration then serves.
+    base_class, library = base.family.auto_mapping
+    config.auto_mapping = {"base_model_class": base_class, "parent_library": library}
     config.save_pretrained(str(folder))
     copy_files(base.folder, folder, SIDE_FILES)
     (folder / "README.md").write_text(_adapter_card(base), encoding="utf-8")
@@ -110,7 +110,7 @@ def finish_full(folder: Path, base: Checkpoint) -> None:
     config: dict[str, Any] = dict(base.config)
     dtype = _saved_dtype(folder)
     if dtype is not None:
-        config["torch_dtype"] = dtype
+        config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     carry(base.folder, folder)
     (folder / "README.md").write_text(_full_card(base), encoding="utf-8")
@@ -164,8 +164,8 @@ All files besides the weights are those of `{base.name}`. The flags of the run a
 
 ```python
 import finetune.models  # registers the network; no remote code is run
-from transformers import AutoModel
+from transformers import {base.family.auto_mapping[0]}
 
-model = AutoModel.from_pretrained("path/to/this/folder", device_map="auto").eval()
+model = {base.family.auto_mapping[0]}.from_pretrained("path/to/this/folder", device_map="auto").eval()
 ```
 """
