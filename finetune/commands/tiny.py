@@ -11,10 +11,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from finetune.commands import tiny_chatml, tiny_config, tiny_tokenizer
+from finetune.commands import tiny_chatml, tiny_config, tiny_native, tiny_tokenizer
 from finetune.commands.tiny_tokenizer import write_json
 
-FAMILIES = tuple(tiny_config.VOCABULARY)
+FAMILIES = (*tiny_config.VOCABULARY, *tiny_native.NATIVE)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -60,6 +60,10 @@ def write_tiny_checkpoint(
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     folder = start_folder(Path(out), _readme(family, seed, dtype), overwrite=overwrite)
+    if family in tiny_native.NATIVE:
+        tiny_native.write_native(family, folder)
+        _write_weights(folder, seed, dtype, {})
+        return folder
     if family == "v2_0":
         length = tiny_tokenizer.write_minicpm(folder)
     elif family in tiny_chatml.CHATML:
@@ -128,7 +132,7 @@ def _write_weights(folder: Path, seed: int, dtype: str, factors: dict[str, float
     # Imported late: the tokenizer part and --help need no torch.
     import torch
     from safetensors.torch import save
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
     import finetune.models  # noqa: F401  registers the network
 
@@ -136,10 +140,14 @@ def _write_weights(folder: Path, seed: int, dtype: str, factors: dict[str, float
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Drawn in float32 whatever is stored, so that the types differ by rounding alone.
-        model = AutoModel.from_config(config, dtype=torch.float32)
+        # AutoModel gives a network without output layer for 4.6 and 4.7.
+        maker = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModel
+        model = maker.from_config(config, dtype=torch.float32)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     state = {
         name: (tensor.detach() * factors.get(name, 1.0)).to(getattr(torch, dtype)).contiguous()
         for name, tensor in model.state_dict().items()
+        if name not in tied
     }
     assert set(factors) <= set(state), factors
     if hasattr(config, "audio_config"):

@@ -5,7 +5,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors import safe_open
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer
 
 import finetune.models  # noqa: F401  registers the network and the tokenizer classes
 from finetune.commands import tiny, tiny_corpus
@@ -22,7 +22,13 @@ COMMON = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-FILES = {"v2_0": COMMON | {"tokenizer.model"}, "llama3_v2_5": COMMON}
+_SPLIT = COMMON - {"tokenizer.json"} | {"vocab.json", "merges.txt", "added_tokens.json"}
+_NATIVE = COMMON - {"preprocessor_config.json", "special_tokens_map.json"} | {
+    "chat_template.jinja",
+    "processor_config.json",
+}
+FILES = {family: COMMON for family in tiny.FAMILIES}
+FILES |= {"v2_0": COMMON | {"tokenizer.model"}, "v4_5": _SPLIT, "o4_5": _SPLIT, "v4_6": _NATIVE, "v4_7": _NATIVE}
 # What the published config.json holds; a tiny one may add sizes, never leave a key out.
 OFFICIAL_KEYS = {
     "v2_0": "architectures attention_bias attention_dropout auto_map bos_token_id dim_model_base "
@@ -37,6 +43,8 @@ OFFICIAL_KEYS = {
     "num_key_value_heads patch_size pretraining_tp query_num rms_norm_eps rope_scaling rope_theta slice_config "
     "slice_mode tie_word_embeddings torch_dtype transformers_version use_cache version vision_config vocab_size",
 }
+NATIVE = ("v4_6", "v4_7")
+OWN = tuple(family for family in tiny.FAMILIES if family not in NATIVE)
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
@@ -49,20 +57,26 @@ def test_folder_is_complete(checkpoint: tuple[str, Path]) -> None:
     family, folder = checkpoint
     assert {file.name for file in folder.iterdir()} == FILES[family]
     config = json.loads((folder / "config.json").read_text())
-    assert set(OFFICIAL_KEYS[family].split()) <= set(config)
     assert detect(config).name == family
+    if family in NATIVE:
+        assert json.loads((folder / "processor_config.json").read_text())["image_processor"]["scale_resolution"] == 112
+        return
+    assert set(OFFICIAL_KEYS.get(family, OFFICIAL_KEYS["llama3_v2_5"]).split()) <= set(config)
     assert by_name(family).slice_spec(config).scale_resolution == 112
     # The names that official code looks up; loading here must work although none of these files exists.
+    letter = family[0] if family[0] == "o" else "v"
+    name = f"MiniCPM{letter.upper()}"
+    assert config["architectures"] == [name]
     assert config["auto_map"] == {
-        "AutoConfig": "configuration_minicpm.MiniCPMVConfig",
-        "AutoModel": "modeling_minicpmv.MiniCPMV",
-        "AutoModelForCausalLM": "modeling_minicpmv.MiniCPMV",
+        "AutoConfig": f"configuration_minicpm.{name}Config",
+        "AutoModel": f"modeling_minicpm{letter}.{name}",
+        "AutoModelForCausalLM": f"modeling_minicpm{letter}.{name}",
     }
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    module = {"v2_0": "tokenization_minicpmv", "llama3_v2_5": "tokenization_minicpmv_fast"}[family]
+    module = "tokenization_minicpmv" if family == "v2_0" else "tokenization_minicpmv_fast"
     assert tokenizer["auto_map"] == {"AutoTokenizer": [f"{module}.{tokenizer['tokenizer_class']}", None]}
     preprocessor = json.loads((folder / "preprocessor_config.json").read_text())
-    assert preprocessor["image_feature_size"] == config["query_num"] == by_name(family).query_num(config)
+    assert preprocessor["image_feature_size"] == config["query_num"] == by_name(family).layout(config).query_num
 
 
 def test_equal_bytes_for_a_seed(checkpoint: tuple[str, Path], tmp_path: Path) -> None:
@@ -79,17 +93,23 @@ def test_equal_bytes_for_a_seed(checkpoint: tuple[str, Path], tmp_path: Path) ->
 
 
 def test_loads_with_the_auto_classes(checkpoint: tuple[str, Path]) -> None:
-    _, folder = checkpoint
-    model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
-    assert type(model).__name__ == "MiniCPMV"
+    family, folder = checkpoint
+    loader = AutoModelForImageTextToText if family in NATIVE else AutoModel
+    model, info = loader.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0]
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+    speech = {"tts.projector.weight"} if family.startswith("o") else set()
     with safe_open(folder / "model.safetensors", "pt") as stored:
         assert stored.metadata() == {"format": "pt"}
-        assert set(stored.keys()) == set(model.state_dict())
-        for name, tensor in model.state_dict().items():
+        state = {name: tensor for name, tensor in model.state_dict().items() if name in stored.keys()}  # noqa: SIM118
+        assert set(stored.keys()) - speech == set(state)
+        assert set(model.state_dict()) - set(state) == ({"lm_head.weight"} if family in NATIVE else set())
+        for name, tensor in state.items():
             assert torch.equal(tensor, stored.get_tensor(name)), name
             assert torch.isfinite(tensor).all(), name
+    if family in NATIVE:
+        return
     # Text embeddings about as loud as image features: random, frozen and still of use to the demo.
     assert 0.9 < model.embedding_scale * model.get_input_embeddings().weight.std() < 1.3
 
@@ -98,15 +118,20 @@ def test_tokenizer_resolves_every_special_token(checkpoint: tuple[str, Path]) ->
     family, folder = checkpoint
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    assert type(tokenizer).__name__.startswith("MiniCPMVTokenizer")
-    assert len(tokenizer) <= config["vocab_size"]
+    if family not in NATIVE:
+        named = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
+        assert type(tokenizer).__name__.removesuffix("Fast") == named.removesuffix("Fast")
+    assert len(tokenizer) <= config.get("text_config", config)["vocab_size"]
     tokens = by_name(family).required_tokens + by_name(family).stop_tokens
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
     assert len(set(ids.values())) == len(set(tokens))
     for token, index in ids.items():
         assert tokenizer.encode(token, add_special_tokens=False) == [index]
-    assert tokenizer.bos_token_id == config["bos_token_id"] == tokenizer.encode("x")[0]
-    assert tokenizer.eos_token_id == config["eos_token_id"]
+    if family in ("v2_0", "llama3_v2_5", "v4_0"):
+        assert tokenizer.bos_token_id == tokenizer.encode("x")[0]
+    if family in OWN:
+        assert tokenizer.bos_token_id == config["bos_token_id"]
+        assert tokenizer.eos_token_id == config["eos_token_id"]
     if family == "v2_0":
         assert [ids[token] for token in ("<unk>", "<s>", "</s>", "<image>", "</image>")] == [0, 1, 2, 101, 102]
         assert [ids[token] for token in ("<slice>", "</slice>")] == [111, 112]
@@ -115,7 +140,7 @@ def test_tokenizer_resolves_every_special_token(checkpoint: tuple[str, Path]) ->
 def test_answers_are_one_token_each(checkpoint: tuple[str, Path]) -> None:
     family, folder = checkpoint
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    before = "<AI>" if family == "v2_0" else "<|end_header_id|>\n\n"
+    before = {"v2_0": "<AI>", "llama3_v2_5": "<|end_header_id|>\n\n"}.get(family, "<|im_start|>assistant\n")
     prompt = tokenizer.encode(before)
     answers = {tuple(tokenizer.encode(before + colour)[len(prompt) :]) for colour in COLOURS}
     assert all(tokenizer.encode(before + colour)[: len(prompt)] == prompt for colour in COLOURS)
