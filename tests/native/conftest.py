@@ -1,0 +1,46 @@
+"""Tiny folders of 4.6 and 4.7 with weights that the class of transformers has drawn and saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from finetune.commands.tiny_native import NATIVE, write_native
+
+Native = Callable[..., Path]
+
+
+@pytest.fixture(params=NATIVE)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Native:
+    """Path of a tiny folder by family name and downsample mode; callers must not write into it."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(family: str, mode: str = "16x") -> Path:
+        if (family, mode) not in made:
+            made[family, mode] = _write(family, mode, tmp_path_factory.mktemp("native") / f"{family}-{mode}")
+        return made[family, mode]
+
+    return make
+
+
+def _write(family: str, mode: str, folder: Path) -> Path:
+    folder.mkdir()
+    write_native(family, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "downsample_mode": mode}, indent=2))
+    as_written = path.read_bytes()
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    model.save_pretrained(folder)
+    path.write_bytes(as_written)
+    return folder
