@@ -118,7 +118,7 @@ class CPMTrainer(Trainer):
         if not count:
             return  # every row of this micro-batch holds the place of a sample that is left out
         self.base_loss = base_loss = total / count
-        chance = math.log(self.base.config["vocab_size"])
+        chance = math.log(self.base.vocab_size)
         pretrained = sum(numel(parameter) for _, parameter in counted(self._network())) > _SMALLEST_PRETRAINED
         if self.is_world_process_zero():
             logger.info("base loss at step 0: %.4f (chance is ln(vocabulary) = %.2f)", base_loss, chance)
