@@ -75,7 +75,7 @@ class AudioTower(WhisperEncoder):
 
     def _init_weights(self, module: nn.Module) -> None:
         if module is self.embed_positions:  # by the configuration: under ZeRO-3 the tensor is empty here
-            init.copy_(module.weight, sinusoids(self.config.max_source_positions, self.config.d_model))
+            init.copy_(self.embed_positions.weight, sinusoids(self.config.max_source_positions, self.config.d_model))
         else:
             super()._init_weights(module)
 

@@ -17,15 +17,15 @@ from finetune.models.audio import (
 )
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
 from finetune.models.items import check_inside, given_together, merge, repeat_bounds
-from finetune.models.minicpmv import MiniCPMV, trainable
+from finetune.models.minicpmv import OLD_TABLE, WHOLE_MODULES, MiniCPMV, trainable
 
 
 class MiniCPMO(MiniCPMV):
     """A MiniCPM-o network; its speech output (``tts.*`` in published files) is not built and not trained."""
 
     config_class = MiniCPMOConfig
-    _no_split_modules = [*MiniCPMV._no_split_modules, "AudioProjection"]
-    _keys_to_ignore_on_load_unexpected = [*MiniCPMV._keys_to_ignore_on_load_unexpected, r"^tts\."]
+    _no_split_modules = [*WHOLE_MODULES, "AudioProjection"]
+    _keys_to_ignore_on_load_unexpected = [OLD_TABLE, r"^tts\."]
 
     def _add_parts(self, config: MiniCPMVConfig) -> None:
         super()._add_parts(config)
@@ -51,8 +51,7 @@ class MiniCPMO(MiniCPMV):
     def _embed_audio(
         self,
         embeddings: torch.Tensor,
-        audio_features: torch.Tensor | None,
-        audio_lengths: torch.Tensor | None,
+        audio: tuple[torch.Tensor | None, torch.Tensor | None],
         audio_bound: torch.Tensor | None,
         audio_embeds: torch.Tensor | None,
         *,
@@ -66,6 +65,7 @@ class MiniCPMO(MiniCPMV):
             if (places := sum(end - start for _, start, end in bounds)) != len(audio_embeds):
                 raise ValueError(f"audio_embeds has {len(audio_embeds)} tokens, but audio_bound {places} placeholders")
             return merge(embeddings, audio_embeds, audio_bound)
+        audio_features, audio_lengths = audio
         given_together(audio_features=audio_features, audio_lengths=audio_lengths, audio_bound=audio_bound)
         if audio_features is not None and audio_lengths is not None and audio_bound is not None:
             clips = self._read_clips(audio_features, audio_lengths)

@@ -21,6 +21,11 @@ from finetune.models.resampler import RESAMPLERS, Resampler
 from finetune.models.strict import StrictLoading
 from finetune.models.vision import build_vision
 
+# Modules that stay on one device.
+WHOLE_MODULES = ("Resampler", "QueryPositionResampler", "TemporalResampler")
+# Position table in some 2.5 files; it is computed here.
+OLD_TABLE = r"^resampler\.pos_embed$"
+
 
 @dataclass
 class MiniCPMVOutput(ModelOutput):
@@ -59,9 +64,9 @@ class MiniCPMV(MediaGeneration, StrictLoading, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["Resampler", "QueryPositionResampler", "TemporalResampler"]
+    _no_split_modules = [*WHOLE_MODULES]
     _skip_keys_device_placement = ["past_key_values"]
-    _keys_to_ignore_on_load_unexpected = [r"^resampler\.pos_embed$"]
+    _keys_to_ignore_on_load_unexpected = [OLD_TABLE]
 
     def __init__(self, config: MiniCPMVConfig) -> None:
         super().__init__(config)
@@ -135,8 +140,8 @@ class MiniCPMV(MediaGeneration, StrictLoading, GenerationMixin):
         dummy = self.training or labels is not None
         visual = (patches, tgt_sizes, temporal_ids, group_sizes)
         embeddings = self._embed_items(embeddings, visual, image_bound, image_features, dummy=dummy)
-        audio = (audio_features, audio_lengths, audio_bound, audio_embeds)
-        embeddings = self._embed_audio(embeddings, *audio, dummy=dummy)
+        audio = (audio_features, audio_lengths)
+        embeddings = self._embed_audio(embeddings, audio, audio_bound, audio_embeds, dummy=dummy)
         if use_cache is None and (labels is not None or "cu_seq_lens_q" in kwargs):
             use_cache = False  # with a cache, transformers silently lets packed segments see each other
         kwargs.update(inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids)
@@ -185,7 +190,7 @@ class MiniCPMV(MediaGeneration, StrictLoading, GenerationMixin):
     def _embed_items(
         self,
         embeddings: torch.Tensor,
-        visual: tuple[torch.Tensor | None, ...],
+        visual: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
         image_bound: torch.Tensor | None,
         features: torch.Tensor | None,
         *,
@@ -213,12 +218,18 @@ class MiniCPMV(MediaGeneration, StrictLoading, GenerationMixin):
             return embeddings + (features.mean() * 0).to(embeddings)
         return embeddings
 
-    def _embed_audio(self, embeddings: torch.Tensor, *audio: torch.Tensor | None, dummy: bool) -> torch.Tensor:
+    def _embed_audio(
+        self,
+        embeddings: torch.Tensor,
+        audio: tuple[torch.Tensor | None, torch.Tensor | None],
+        audio_bound: torch.Tensor | None,
+        audio_embeds: torch.Tensor | None,
+        *,
+        dummy: bool,
+    ) -> torch.Tensor:
         """Embeddings with the sound in its places, with a dummy as for images; here there is no audio tower."""
-        if any(tensor is not None and len(tensor) for tensor in audio):
-            raise ValueError(
-                f"{self.config.family.title} cannot hear: the batch has audio, but the network no audio part"
-            )
+        if any(tensor is not None and len(tensor) for tensor in (*audio, audio_bound, audio_embeds)):
+            raise ValueError(f"{self.config.family.title} cannot hear: the batch has audio, the network no audio part")
         return embeddings
 
     def _encode(self, items: Items) -> torch.Tensor:

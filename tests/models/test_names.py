@@ -7,7 +7,7 @@ import hashlib
 import pytest
 import torch
 
-from finetune.models import MiniCPMV, MiniCPMVConfig
+from finetune.models import MiniCPMO, MiniCPMOConfig, MiniCPMV, MiniCPMVConfig
 
 V2_0 = {
     "model_type": "minicpmv",
@@ -57,6 +57,46 @@ LLAMA3_V2_5 = {
         "patch_size": 14,
     },
 }
+SIGLIP = {**LLAMA3_V2_5["vision_config"], "model_type": "siglip"}
+V2_6 = {
+    "model_type": "minicpmv",
+    "version": 2.6,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 151666,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "sliding_window": 131072,
+    "use_sliding_window": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "query_num": 64,
+    "slice_mode": True,
+    "patch_size": 14,
+    "drop_vision_last_layer": False,
+    "vision_config": SIGLIP,
+}
+V4_5 = {
+    **V2_6,
+    "version": 4.5,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "attention_bias": False,
+    "vocab_size": 151748,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "sliding_window": None,
+    "rope_scaling": None,
+}
+WHISPER_MEDIUM = {"d_model": 1024, "encoder_layers": 24, "encoder_attention_heads": 16, "encoder_ffn_dim": 4096}
 WB = (".weight", ".bias")
 
 
@@ -92,8 +132,19 @@ def navit_names(layers: int) -> set[str]:
     return names | {"vpm.embeddings.position_embedding.weight"}
 
 
+def audio_names(layers: int) -> set[str]:
+    parts = [f"self_attn.{p}_proj{s}" for p in ("q", "v", "out") for s in WB] + ["self_attn.k_proj.weight"]
+    parts += [f"{part}{s}" for part in ("self_attn_layer_norm", "final_layer_norm", "fc1", "fc2") for s in WB]
+    names = {f"apm.layers.{i}.{part}" for i in range(layers) for part in parts}
+    names |= {f"apm.{m}{s}" for m in ("conv1", "conv2", "layer_norm") for s in WB}
+    names |= {f"audio_projection_layer.linear{i}{s}" for i in (1, 2) for s in WB}
+    return names | {"apm.embed_positions.weight"}
+
+
 def on_meta(config: dict) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
+        if config["model_type"] == "minicpmo":
+            return MiniCPMO(MiniCPMOConfig(**config)).state_dict()
         return MiniCPMV(MiniCPMVConfig(**config)).state_dict()
 
 
@@ -115,13 +166,39 @@ def test_names_and_bytes_are_the_published_ones(config: dict, names: set[str], s
     assert sum(tensor.numel() * 2 for tensor in state.values()) == size
 
 
-def test_names_of_v2_0_are_those_of_the_published_index() -> None:
-    names = "\n".join(sorted(on_meta(V2_0)))
-    assert hashlib.sha256(names.encode()).hexdigest() == INDEX_SHA256
+# sha256 of the sorted keys of weight_map in the published model.safetensors.index.json, joined by newlines
+INDEX_SHA256 = {
+    "v2_0": "42f50e253be62d1116e7d759c1490f52c0f2baa113eb71003e0de67e0df84e4c",
+    "v2_6": "0c5eeccf6a356e7bbce397cd57a1e3101aff36e0d5752d10a0d34e4b3d3a3e48",
+    "v4_5": "8ccff7b8ee0b0ef6e04b87da21e447b95f995989d2b307fbaa7a6eb77735bfc8",
+}
 
 
-# sha256 of the sorted keys of weight_map in openbmb/MiniCPM-V-2's model.safetensors.index.json, joined by newlines
-INDEX_SHA256 = "42f50e253be62d1116e7d759c1490f52c0f2baa113eb71003e0de67e0df84e4c"
+@pytest.mark.parametrize(
+    ("config", "count", "size", "digest"),
+    [
+        pytest.param(V2_0, 694, 6_869_931_584, INDEX_SHA256["v2_0"], id="v2_0"),
+        pytest.param(V2_6, 789, 16_198_350_304, INDEX_SHA256["v2_6"], id="v2_6"),
+        pytest.param(V4_5, 849, 17_391_790_560, INDEX_SHA256["v4_5"], id="v4_5"),
+    ],
+)
+def test_names_are_those_of_the_published_index(config: dict, count: int, size: int, digest: str) -> None:
+    state = on_meta(config)
+    assert len(state) == count
+    assert sum(tensor.numel() * 2 for tensor in state.values()) == size
+    assert hashlib.sha256("\n".join(sorted(state)).encode()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("base", [V2_6, V4_5], ids=["o2_6", "o4_5"])
+def test_what_hearing_adds(base: dict) -> None:
+    audio = {"model_type": "minicpmo", "audio_config": WHISPER_MEDIUM, "audio_pool_step": 2}
+    state = on_meta(base | audio)
+    assert set(state) - set(on_meta(base)) == audio_names(24)
+    assert state["apm.conv1.weight"].shape == (1024, 80, 3)
+    assert state["apm.conv2.weight"].shape == (1024, 1024, 3)
+    assert state["apm.embed_positions.weight"].shape == (1500, 1024)
+    assert state["audio_projection_layer.linear1.weight"].shape == (base["hidden_size"], 1024)
+    assert state["audio_projection_layer.linear2.weight"].shape == (base["hidden_size"], base["hidden_size"])
 
 
 def test_shapes_of_the_unusual_tensors() -> None:
