@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict, Unpack
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,11 +15,19 @@ from finetune.families.base import Config, Family
 from finetune.media import image
 from finetune.media.slicing import Plan, SliceSpec, item_sizes, plan
 from finetune.sample import DataError, Sample
-from finetune.templates.rendering import IGNORE, Layout, Rendered
+from finetune.templates.probe import complete_layout
+from finetune.templates.rendering import IGNORE, Layout, Rendered, Thinking
 from finetune.templates.tokens import TextError, Vocabulary
 
 _PATCH_COST = 0.1
 """Cost of a patch in tokens: the vision tower has about a tenth of the parameters that a token passes."""
+
+
+class PromptOptions(TypedDict, total=False):
+    """How prompts are written, where the user has a say; see ``Layout``."""
+
+    thinking: Thinking
+    enable_thinking: bool | None
 
 
 class AlignmentError(RuntimeError):
@@ -52,13 +61,14 @@ class Encoder:
     Args:
         family: the generation.
         tokenizer: the checkpoint's fast tokenizer; it is not changed.
-        layout: how prompts are written.
+        layout: how prompts are written; what only the checkpoint's chat template can tell is taken from there.
         slicing: how images are cut.
         max_length: most tokens of a sample, or None for no limit; nothing is ever cut.
         max_pixels: most pixels of an image.
 
     Raises:
         MissingTokenError: the tokenizer lacks a token that the family needs.
+        TemplateMismatchError: its chat template begins in a way that the family's prompt cannot.
     """
 
     def __init__(
@@ -73,7 +83,7 @@ class Encoder:
     ) -> None:
         self.family = family
         self.tokenizer = tokenizer
-        self.layout = layout
+        self.layout = complete_layout(family, layout, tokenizer)
         self.slicing = slicing
         self.max_length = max_length
         self.max_pixels = max_pixels
@@ -94,15 +104,19 @@ class Encoder:
         max_slice_nums: int | None = None,
         max_length: int | None = None,
         max_pixels: int | None = None,
+        **prompt: Unpack[PromptOptions],
     ) -> Encoder:
-        """The encoder of a checkpoint from its config.json (as a dictionary); None keeps the checkpoint's value."""
+        """The encoder of a checkpoint from its config.json (as a dictionary); None keeps the checkpoint's value.
+
+        Further options replace fields of the layout of the same name; to leave one out keeps the family's value.
+        """
         slicing = family.slice_spec(config)
         if max_slice_nums is not None:
             slicing = replace(slicing, max_slice_nums=max_slice_nums)
         return cls(
             family,
             tokenizer,
-            layout=family.layout(config),
+            layout=replace(family.layout(config), **prompt),
             slicing=slicing,
             max_length=max_length,
             max_pixels=image.MAX_PIXELS if max_pixels is None else max_pixels,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from finetune.families.base import Config, Family, Network
 from finetune.families.common import (
     AUDIO_TOKENS,
@@ -15,12 +17,19 @@ from finetune.families.common import (
     slice_config,
 )
 from finetune.templates.chatml import ROLES, render
+from finetune.templates.rendering import Layout
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
 
 
 def _matches(config: Config) -> bool:
     return published_as(config, "minicpmo", "2.6")
+
+
+def _layout(config: Config) -> Layout:
+    # Reported, not published where we could read it: the checkpoint's own chat template decides.
+    system = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    return replace(numbered_layout(config), default_system=system, assumed=("default_system",))
 
 
 O2_6 = Family(
@@ -31,7 +40,7 @@ O2_6 = Family(
     matches=_matches,
     network=Network(vision="navit_siglip", positions="grid", resampler="plain", language="qwen2", audio="whisper"),
     slice_spec=slice_config,
-    layout=numbered_layout,
+    layout=_layout,
     render=render,
     roles=ROLES,
     control_tokens=(*_TOKENS, *AUDIO_TOKENS, "<|endoftext|>"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from finetune.families.base import Config, Family, Network
 from finetune.families.common import (
     AUDIO_TOKENS,
@@ -15,12 +17,17 @@ from finetune.families.common import (
     slice_config,
 )
 from finetune.templates.chatml_thinking import ROLES, render
+from finetune.templates.rendering import Layout
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
 
 
 def _matches(config: Config) -> bool:
     return published_as(config, "minicpmo", "4.5")
+
+
+def _layout(config: Config) -> Layout:
+    return replace(numbered_layout(config), thinking_prefill=False)
 
 
 O4_5 = Family(
@@ -31,7 +38,7 @@ O4_5 = Family(
     matches=_matches,
     network=Network(vision="navit_siglip", positions="grid", resampler="plain", language="qwen3", audio="whisper"),
     slice_spec=slice_config,
-    layout=numbered_layout,
+    layout=_layout,
     render=render,
     roles=ROLES,
     control_tokens=(*_TOKENS, *AUDIO_TOKENS, "<|endoftext|>"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from finetune.families.base import Config, Family, Network
 from finetune.families.common import (
     CHATML_TOKENS,
@@ -14,12 +16,17 @@ from finetune.families.common import (
     slice_config,
 )
 from finetune.templates.chatml import ROLES, render
+from finetune.templates.rendering import Layout
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
 
 
 def _matches(config: Config) -> bool:
     return published_as(config, "minicpmv", "2.6")
+
+
+def _layout(config: Config) -> Layout:
+    return replace(numbered_layout(config), default_system="You are a helpful assistant.")
 
 
 V2_6 = Family(
@@ -30,7 +37,7 @@ V2_6 = Family(
     matches=_matches,
     network=Network(vision="navit_siglip", positions="grid", resampler="plain", language="qwen2"),
     slice_spec=slice_config,
-    layout=numbered_layout,
+    layout=_layout,
     render=render,
     roles=ROLES,
     control_tokens=(*_TOKENS, "<|endoftext|>"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from finetune.families.base import Config, Family, Network
 from finetune.families.common import (
     CHATML_TOKENS,
@@ -14,12 +16,18 @@ from finetune.families.common import (
     slice_config,
 )
 from finetune.templates.chatml import ROLES, render
+from finetune.templates.rendering import Layout
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
 
 
 def _matches(config: Config) -> bool:
     return published_as(config, "minicpmv", "4.0")
+
+
+def _layout(config: Config) -> Layout:
+    # Reported, not published where we could read it: the checkpoint's own tokenizer and chat template decide.
+    return replace(numbered_layout(config), bos="<s>", assumed=("bos",))
 
 
 V4_0 = Family(
@@ -30,7 +38,7 @@ V4_0 = Family(
     matches=_matches,
     network=Network(vision="navit_siglip", positions="grid", resampler="plain", language="llama"),
     slice_spec=slice_config,
-    layout=numbered_layout,
+    layout=_layout,
     render=render,
     roles=ROLES,
     control_tokens=(*_TOKENS, "<s>", "</s>"),

@@ -1,16 +1,103 @@
-"""Prompt of the ChatML generations."""
+"""Prompt of the ChatML generations that think before they answer: MiniCPM-V 4.5 and MiniCPM-o 4.5."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import takewhile
 
 from finetune.media.slicing import Plan
-from finetune.sample import Sample
+from finetune.sample import DataError, Message, Sample, Text
+from finetune.templates.chatml import add_prompt, begin, close_turn, open_answer
 from finetune.templates.rendering import Layout, Rendered, Vocabulary
+from finetune.templates.turns import turns
 
 ROLES = ("system", "user", "assistant", "tool")
+_OPEN, _NO_THOUGHT = "<think>\n", "<think>\n\n</think>\n\n"
+# At the start of the answer; the opening mark may be missing, because the prompt that asked for thinking wrote it.
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>|((?:(?!<think>).)*?)</think>", re.DOTALL)
 
 
 def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, layout: Layout, generate: bool) -> Rendered:
-    """Not written yet."""
-    raise NotImplementedError
+    """Role, content as it is and end mark per turn; the last answer has a think block, empty where it has no thought.
+
+    Of answers to earlier questions the thinking is left out. Answers between the last question and the last answer,
+    which call tools, have a block only where they have a thought. Trained are answer and end mark, and a thought when
+    the layout keeps it, with its marks; an empty block is a prompt.
+
+    Args:
+        sample: the conversation.
+        plans: slice plan of every image, in reading order.
+        vocabulary: the tokenizer.
+        layout: how the prompt is written.
+        generate: end where the answer begins instead of after the answer.
+
+    Raises:
+        DataError: turns that the template cannot express, or a trained answer that is nothing but thinking.
+    """
+    rendered = Rendered()
+    images = enumerate(plans)
+    messages = turns(sample, ROLES, generate)
+    begin(rendered, messages, vocabulary, layout)
+    question = max((turn for turn, message in enumerate(messages) if _is_question(message)), default=len(messages) - 1)
+    for turn, message in enumerate(messages):
+        if message.role == "assistant":
+            thought, answer = _split(sample, turn, message)
+            open_answer(rendered, vocabulary)
+            if turn > question and thought and layout.thinking != "strip":
+                _think(rendered, thought, vocabulary, train=message.train and layout.thinking == "keep")
+            elif question < turn == len(messages) - 1:
+                rendered.add(vocabulary.fixed(_NO_THOUGHT))
+                answer = answer.lstrip("\n")
+            rendered.add(vocabulary.continuation(answer), train=message.train)
+            close_turn(rendered, vocabulary, train=message.train)
+        elif message.role == "tool":
+            if messages[turn - 1].role != "tool":
+                _add_results(rendered, messages[turn:], vocabulary)
+        else:
+            add_prompt(rendered, message, images, vocabulary, layout)
+    if generate:
+        open_answer(rendered, vocabulary)
+        if layout.enable_thinking is False:
+            rendered.add(vocabulary.fixed(_NO_THOUGHT))
+        elif layout.enable_thinking and layout.thinking_prefill:
+            rendered.add(vocabulary.fixed(_OPEN))
+    return rendered
+
+
+def _is_question(message: Message) -> bool:
+    """Whether it is a user turn that is more than the result of a tool."""
+    if message.role != "user" or not message.parts:
+        return message.role == "user"
+    first, last = message.parts[0], message.parts[-1]
+    opened = isinstance(first, Text) and first.text.startswith("<tool_response>")
+    return not (opened and isinstance(last, Text) and last.text.endswith("</tool_response>"))
+
+
+def _split(sample: Sample, turn: int, message: Message) -> tuple[str, str]:
+    """The thought of an answer, empty where it has none, and the answer itself."""
+    found = _THOUGHT.match(message.text)
+    if found is None:
+        if message.train and message.text.lstrip().startswith("<think>"):
+            raise DataError(f"{sample.source}: turn {turn}: <think> is never closed; put </think> behind the thinking")
+        return "", message.text
+    thought = found.group(1) if found.group(1) is not None else found.group(2)
+    answer = message.text[found.end() :].lstrip("\n")
+    if message.train and not answer.strip():
+        raise DataError(f"{sample.source}: turn {turn}: no answer behind </think>; fill it in or remove the record")
+    return thought.strip("\n"), answer
+
+
+def _think(rendered: Rendered, thought: str, vocabulary: Vocabulary, *, train: bool) -> None:
+    # The opening is encoded on its own: a prompt may end with it.
+    rendered.add(vocabulary.fixed(_OPEN), train=train)
+    rendered.add(vocabulary.continuation(f"{thought}\n</think>\n\n"), train=train)
+
+
+def _add_results(rendered: Rendered, messages: Sequence[Message], vocabulary: Vocabulary) -> None:
+    """The tool turns at the start of ``messages``, as one user turn."""
+    text = "user"
+    for message in takewhile(lambda message: message.role == "tool", messages):
+        text += f"\n<tool_response>\n{message.text}\n</tool_response>"
+    rendered.add([vocabulary.control("<|im_start|>"), *vocabulary.text(text)])
+    close_turn(rendered, vocabulary)

@@ -45,3 +45,31 @@ def old_schema(plan: Plan, layout: Layout, vocabulary: Vocabulary) -> Block:
                 item()
         block.ids.append(vocabulary.control("</slice>"))
     return block
+
+
+def new_schema(plan: Plan, number: int, layout: Layout, vocabulary: Vocabulary) -> Block:
+    """The form of MiniCPM-V 2.6 and later: number, thumbnail, slices; rows of the grid are separated by a newline.
+
+    Every image has its number where the layout has numbers, sliced or not, as in the published inference code.
+    """
+    block = Block([], [])
+    unknown = vocabulary.control("<unk>")
+    if layout.image_ids:
+        opening, closing = vocabulary.control("<image_id>"), vocabulary.control("</image_id>")
+        block.ids.extend((opening, *vocabulary.fixed(str(number)), closing))
+
+    def item(kind: str) -> None:
+        start = len(block.ids) + 1
+        run = [unknown] * layout.query_num
+        block.ids.extend((vocabulary.control(f"<{kind}>"), *run, vocabulary.control(f"</{kind}>")))
+        block.bounds.append((start, start + layout.query_num))
+
+    item("image")
+    if plan.grid is not None:
+        columns, rows = plan.grid
+        for row in range(rows):
+            if row:
+                block.ids.extend(vocabulary.fixed("\n"))
+            for _ in range(columns):
+                item("slice")
+    return block

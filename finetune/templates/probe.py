@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import jinja2
@@ -15,15 +19,59 @@ from finetune.templates.tokens import Vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 _TURNS = (("user", "First question?"), ("assistant", "First answer."), ("user", "Second question?"))
+# What stands before the first user turn of ChatML: nothing, or a system turn.
+_HEAD = re.compile(r"(?:<\|im_start\|>system\n(?P<system>.*)<\|im_end\|>\n)?", re.DOTALL)
+_FIRST_TURN = "<|im_start|>user\n"
 
 
 class TemplateMismatchError(UserError):
     """The checkpoint's chat template and ours give different prompts."""
 
 
-def check_chat_template(family: Family, tokenizer: PreTrainedTokenizerBase) -> bool:
+def complete_layout(family: Family, layout: Layout, tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """The layout with everything that only the checkpoint's own files can tell.
+
+    Asked are the chat template (default system turn, bos) and the tokenizer (bos). What neither of them tells stays as
+    the family assumes it, remains named in ``assumed``, and is logged once.
+
+    Raises:
+        TemplateMismatchError: the chat template begins in a way that this family's prompt cannot.
+    """
+    unknown = set(layout.assumed)
+    if not unknown:
+        return layout
+    head = _head(family, tokenizer)
+    if "bos" in unknown:
+        adds = tokenizer("a")["input_ids"][:1] == [tokenizer.convert_tokens_to_ids(layout.bos)]
+        writes = head is not None and head.startswith(layout.bos)
+        if adds or head is not None:
+            unknown.remove("bos")
+            head = head.removeprefix(layout.bos) if head else head
+            layout = replace(layout, bos=layout.bos if adds or writes else "")
+    if head is not None and "default_system" in unknown:
+        found = _HEAD.fullmatch(head)
+        if found is None:
+            raise TemplateMismatchError(
+                f"the chat template of {tokenizer.name_or_path!r} begins with {head!r}, the prompt of {family.title} "
+                f"with a system turn or none; put the published chat_template of {family.hub_id} back"
+            )
+        unknown.remove("default_system")
+        layout = replace(layout, default_system=found["system"])
+    for name in sorted(unknown):
+        _say(f"{tokenizer.name_or_path!r} has no chat template: {family.title} gets {name} {getattr(layout, name)!r}")
+    return replace(layout, assumed=tuple(sorted(unknown)))
+
+
+def check_chat_template(family: Family, tokenizer: PreTrainedTokenizerBase, layout: Layout | None = None) -> bool:
     """Renders a short conversation by the tokenizer's chat template and by ours, and compares the ids.
+
+    Args:
+        family: the generation.
+        tokenizer: the checkpoint's tokenizer.
+        layout: how prompts are written, as ``Encoder.layout`` has it; None for the family's own.
 
     Returns:
         Whether there was a template to compare with.
@@ -33,28 +81,55 @@ def check_chat_template(family: Family, tokenizer: PreTrainedTokenizerBase) -> b
     """
     if not tokenizer.chat_template:
         return False
-    conversation = [{"role": role, "content": text} for role, text in _TURNS]
-    try:
-        theirs = str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
-    except jinja2.TemplateError as error:
-        raise TemplateMismatchError(
-            f"the chat template of {tokenizer.name_or_path!r} cannot render user, assistant, user: {error}; "
-            f"put the published tokenizer_config.json of {family.hub_id} back"
-        ) from error
+    # The conversation has no image, so what config.json says about images does not matter.
+    layout = complete_layout(family, layout or family.layout({"query_num": 1}), tokenizer)
+    theirs = _apply(family, tokenizer, _TURNS, layout)
     messages = tuple(Message(role, (Text(text),)) for role, text in _TURNS)
     vocabulary = Vocabulary(tokenizer, family.control_tokens, family.required_tokens)
     probe = Sample(id="probe", source=Source("chat template probe", 0), messages=messages)
-    our_ids = family.render(probe, (), vocabulary, Layout(), True).input_ids
-    their_ids = tokenizer(theirs, add_special_tokens=False)["input_ids"]
-    if our_ids == their_ids:
+    our_ids = family.render(probe, (), vocabulary, layout, True).input_ids
+    # A bos token may also come from the tokenizer.
+    text = theirs if theirs.startswith(layout.bos) else layout.bos + theirs
+    if our_ids == tokenizer(text, add_special_tokens=False)["input_ids"]:
         return True
     ours = str(tokenizer.decode(our_ids, skip_special_tokens=False))
     raise TemplateMismatchError(
         f"the chat template of {tokenizer.name_or_path!r} does not write the prompt of {family.title}: "
-        f"{_difference(ours, theirs)}.\n  template: {theirs!r}\n  ours:     {ours!r}\n"
+        f"{_difference(ours, text)}.\n  template: {theirs!r}\n  ours:     {ours!r}\n"
         "A model trained on one and asked with the other answers badly. Put the published chat_template "
         f"(tokenizer_config.json of {family.hub_id}) back; the official scripts replace it for training."
     )
+
+
+def _apply(
+    family: Family, tokenizer: PreTrainedTokenizerBase, turns: tuple[tuple[str, str], ...], layout: Layout
+) -> str:
+    """The conversation as the tokenizer's chat template writes it, up to where the answer begins."""
+    conversation = [{"role": role, "content": text} for role, text in turns]
+    options = {} if layout.enable_thinking is None else {"enable_thinking": layout.enable_thinking}
+    try:
+        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **options))
+    except jinja2.TemplateError as error:
+        roles = ", ".join(role for role, _ in turns)
+        raise TemplateMismatchError(
+            f"the chat template of {tokenizer.name_or_path!r} cannot render {roles}: {error}; "
+            f"put the published tokenizer_config.json of {family.hub_id} back"
+        ) from error
+
+
+def _head(family: Family, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What the chat template writes before the first user turn; None without a template."""
+    if not tokenizer.chat_template:
+        return None
+    written = _apply(family, tokenizer, _TURNS[:1], Layout())
+    before, turn, _ = written.partition(_FIRST_TURN + _TURNS[0][1])
+    # Without such a turn the prompts differ altogether; comparing them says how.
+    return before if turn else ""
+
+
+@cache
+def _say(message: str) -> None:
+    logger.warning("%s; put the published chat_template beside its tokenizer if that is wrong", message)
 
 
 def _difference(ours: str, theirs: str) -> str:

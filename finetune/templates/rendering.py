@@ -8,7 +8,6 @@ from typing import Literal, Protocol
 
 IGNORE = -100
 
-
 Thinking = Literal["keep", "mask", "strip"]
 
 
@@ -22,6 +21,10 @@ class Layout:
         image_ids: whether every image is preceded by its number in the conversation.
         thinking: what happens to the thinking of trained answers: kept with loss, kept without loss, or taken out.
         enable_thinking: what the model is asked for when it answers; None writes neither form.
+        thinking_prefill: whether a prompt that asks for thinking ends with the opening mark.
+        bos: token in front of everything, empty for none.
+        default_system: text of the system turn of a conversation without one, None for no such turn.
+        assumed: names of fields that only the checkpoint's own files can tell; see ``probe.complete_layout``.
     """
 
     query_num: int = 0
@@ -29,6 +32,10 @@ class Layout:
     image_ids: bool = False
     thinking: Thinking = "keep"
     enable_thinking: bool | None = False
+    thinking_prefill: bool = True
+    bos: str = ""
+    default_system: str | None = None
+    assumed: tuple[str, ...] = ()
 
     def item_tokens(self, width: int, height: int) -> int:
         """Placeholders of a visual item of so many pixels."""
