@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from finetune.media import image
 from finetune.media.slicing import SliceSpec, plan
 from finetune.readers import messages, read
 from finetune.sample import DataError, Media, Sample, Source
-from finetune.templates.rendering import IGNORE, Layout
+from finetune.templates.rendering import IGNORE
 
 Json = Mapping[str, Any]
 _MARK_SPACE = re.compile(r"(</?(?:ref|box|quad|point)>) ")
@@ -40,9 +41,8 @@ def check_folder(folder: Path) -> Iterator[Result]:
         family = next((family for family in FAMILIES if family.name == name), None)
         yield from _skipped(path) if family is None else _prompts(folder, path, family)
     for path in sorted(folder.glob("training_*.json")):
-        name = path.stem.removeprefix("training_")
-        family = next((family for family in FAMILIES if family.llm_type == name), None)
-        yield from _skipped(path) if family is None else _training(folder, path, family)
+        known = {family.llm_type for family in FAMILIES}
+        yield from _skipped(path) if path.stem.removeprefix("training_") not in known else _training(folder, path)
 
 
 def _load(path: Path) -> Any:
@@ -109,12 +109,13 @@ def _sha(picture: Image.Image) -> str:
 
 def _encoder(folder: Path, family: Family, header: Json, options: Json) -> Encoder:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / header["tokenizer"])
-    most = options.get("max_slice_nums", header.get("defaults", {}).get("max_slice_nums", 9))
+    options = {**header.get("defaults", {}), **options}
+    layout = family.layout({"query_num": header["query_num"], "use_image_id": options.get("use_image_id", True)})
     return Encoder(
         family,
         tokenizer,
-        layout=Layout(query_num=header["query_num"]),
-        slicing=SliceSpec(most, 448, 14),
+        layout=replace(layout, enable_thinking=options.get("enable_thinking", False)),
+        slicing=SliceSpec(options.get("max_slice_nums", 9), 448, 14),
         max_length=None,
     )
 
@@ -123,6 +124,9 @@ def _prompts(folder: Path, path: Path, family: Family) -> Iterator[Result]:
     data = _load(path)
     for case in data["cases"]:
         name = f"{family.name} prompt {case['name']}"
+        if "temporal_ids" in case["options"]:
+            yield Result(name, True, "not compared: video packing")
+            continue
         encoder = _encoder(folder, family, data["header"], case["options"])
         turns = [
             {"role": turn["role"], "content": [_content(part) for part in turn["content"]]} for turn in case["messages"]
@@ -154,6 +158,8 @@ def _compare_prompt(name: str, case: Json, example: Example) -> Result:
     ]
     if faults and case["name"].startswith("literal_"):
         return Result(name, True, f"differs on purpose, control tokens in text stay text ({faults[0]})")
+    if faults and case["messages"][-1]["role"] == "assistant":
+        return Result(name, True, f"differs on purpose, a last answer is the one to give ({faults[0]})")
     return Result(name, not faults, "; ".join(faults) or f"{len(example.input_ids)} ids equal")
 
 
@@ -164,10 +170,11 @@ def _first_difference(ours: list[Any], official: list[Any]) -> str:
     return f"position {at}: official {official[at]}, ours {ours[at]}"
 
 
-def _training(folder: Path, path: Path, family: Family) -> Iterator[Result]:
+def _training(folder: Path, path: Path) -> Iterator[Result]:
     data = _load(path)
     with tempfile.TemporaryDirectory() as scratch:
         for case in data["cases"]:
+            family = _family_of(path, case)
             name = f"{family.name} training {case['name']}"
             encoder = _encoder(folder, family, data["header"], case.get("inference_options", {}))
             try:
@@ -182,10 +189,39 @@ def _training(folder: Path, path: Path, family: Family) -> Iterator[Result]:
                 yield Result(name, True, f"encoded, {len(example.input_ids)} ids; the official code raises")
                 continue
             faults = [*_prompt_faults(case, example, prompt, encoder, sample), *_label_faults(example, sample, encoder)]
-            # With several images the official code writes newlines that its inference does not.
-            if family.llm_type == "llama3" and len(case["images"]) <= 1:
+            deviation = _deviation(family, case)
+            if deviation is None:
                 faults += _official_faults(case["result"], example)
-            yield Result(name, not faults, "; ".join(faults) or f"{len(example.input_ids)} ids, labels exact")
+            elif family.llm_type == "qwen":
+                faults += _answer_faults(case["result"], example, encoder)
+                if len(case["images"]) == 1:
+                    faults += _unnumbered_faults(case["result"], example, encoder)
+            detail = f"{len(example.input_ids)} ids, labels exact"
+            detail += "" if deviation is None else f"; official ids differ: {deviation}"
+            yield Result(name, not faults, "; ".join(faults) or detail)
+
+
+def _family_of(path: Path, case: Json) -> Family:
+    """The family of a training case: the one it names, else the one whose LLM_TYPE the file names."""
+    llm_type = path.stem.removeprefix("training_")
+    return next(
+        family
+        for family in FAMILIES
+        if family.llm_type == llm_type and case.get("template", family.name) == family.name
+    )
+
+
+def _deviation(family: Family, case: Json) -> str | None:
+    """Where the official training code does not write the prompt of its own inference; None where it does."""
+    if family.llm_type == "minicpm":
+        return "pieces encoded one by one, without <s>"
+    if len(case["images"]) > 1:
+        return "newlines around every tag"
+    if family.llm_type == "qwen" and case["images"]:
+        width, height = next(iter(case["images"].values()))
+        if plan(width, height, SliceSpec(9, 448, 14)).grid is None:
+            return "no number on an image that is not sliced"
+    return None
 
 
 def _record(folder: Path, case: Json) -> Sample:
@@ -210,9 +246,13 @@ def _prompt_faults(case: Json, example: Example, prompt: Example, encoder: Encod
     official = case.get("inference_prompt_ids")
     if official is not None and head != official:
         faults.append(f"prompt: {_first_difference(head, official)}")
-    end = encoder.vocabulary.control(encoder.family.stop_tokens[0])
-    answer = encoder.vocabulary.continuation(sample.messages[-1].text.strip())
-    if ids != [*head, *answer, end]:
+    end = [encoder.vocabulary.control(encoder.family.stop_tokens[0])]
+    # ChatML has a newline behind the end of a turn.
+    end += encoder.vocabulary.fixed("\n") if case.get("template") else []
+    # A prompt that asks for thinking ends with the opening mark.
+    text = sample.messages[-1].text.strip()
+    text = text.removeprefix("<think>\n") if encoder.layout.enable_thinking else text
+    if ids != [*head, *encoder.vocabulary.continuation(text), *end]:
         faults.append("training ids are not prompt + answer + end")
     if example.image_bound.tolist() != prompt.image_bound.tolist():
         faults.append("placeholders move between prompt and training")
@@ -240,8 +280,32 @@ def _label_faults(example: Example, sample: Sample, encoder: Encoder) -> list[st
         found.append(_MARK_SPACE.sub(r"\1", text[len(before) :]))
         start = stop + 1
     answers = [message.text for message in sample.messages if message.role == "assistant"]
+    if "tool" in encoder.family.roles:
+        # Of earlier answers the thinking is left out.
+        answers = [*(answer.rsplit("</think>\n\n", 1)[-1] for answer in answers[:-1]), answers[-1]]
     wanted = [_MARK_SPACE.sub(r"\1", answer) for answer in answers]
     return [] if found == wanted else [f"labels say {found}, the answers are {wanted}"]
+
+
+def _answer_faults(result: Json, example: Example, encoder: Encoder) -> list[str]:
+    """The labels are the ids of the official answers."""
+    labels = [label for label in example.labels.tolist() if label != IGNORE]
+    official = [token for first, last in result["answer_spans"] for token in result["input_ids"][first:last]]
+    # The official code takes an answer with the word "assistant" for a header, and trains the empty think block.
+    block = encoder.vocabulary.fixed("<think>\n\n</think>\n\n")
+    official = official[len(block) :] if official[: len(block)] == block else official
+    return [] if labels == official else [f"answers: {_first_difference(labels, official)}"]
+
+
+def _unnumbered_faults(result: Json, example: Example, encoder: Encoder) -> list[str]:
+    """Without the number of its only image the ids are the official ones."""
+    ids = example.input_ids.tolist()
+    number = [encoder.vocabulary.control("<image_id>"), *encoder.vocabulary.fixed("0")]
+    at = ids.index(number[0])
+    rest = ids[:at] + ids[at + len(number) + 1 :]
+    if ids[at : at + len(number)] == number and rest == result["input_ids"]:
+        return []
+    return [f"ids without the number: {_first_difference(rest, result['input_ids'])}"]
 
 
 def _official_faults(result: Json, example: Example) -> list[str]:
