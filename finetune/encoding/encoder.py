@@ -89,7 +89,7 @@ class Encoder:
         self.max_pixels = max_pixels
         self.vocabulary = Vocabulary(tokenizer, family.control_tokens, family.required_tokens)
         self._inputs = INPUTS[family.inputs]
-        self._placeholder = self.vocabulary.control(family.placeholder)
+        self._placeholder = self.vocabulary.control(layout.placeholder)
         # Padding is masked, so any id serves a tokenizer that names none.
         self.pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
         self.stop_ids = [self.vocabulary.control(token) for token in family.stop_tokens]

@@ -53,7 +53,6 @@ class Family:
         control_tokens: tokens that steer the format; never produced by user text.
         required_tokens: tokens that must resolve to one id in the tokenizer, or loading fails.
         stop_tokens: generation stops on any of them.
-        placeholder: token of which visual features take the place.
         inputs: how images reach the network; a key of the table in ``finetune.encoding.inputs``.
         parts: part of the network ("vision", "resampler", "llm", "audio") to the modules it consists of.
         lora_targets: part to the regular expression (full match on module names) of its LoRA layers.
@@ -76,7 +75,6 @@ class Family:
     stop_tokens: tuple[str, ...]
     parts: Mapping[str, tuple[str, ...]]
     lora_targets: Mapping[str, str]
-    placeholder: str = "<unk>"
     inputs: str = "patches"
     auto_mapping: tuple[str, str] = ("AutoModel", "transformers")
     fixed_parameters: tuple[str, ...] = ()

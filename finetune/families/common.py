@@ -61,6 +61,7 @@ WHOLE_LORA = {
     "resampler": r"model\.merger\.mlp\.\d+\.(linear_1|linear_2)",
 }
 MARK_TOKENS = ("<image>", "</image>", "<slice>", "</slice>")
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 
 
 def vocab_size(config: Config) -> int:
@@ -83,10 +84,17 @@ def merged_slices(config: Config) -> SliceSpec:
 
 
 def merged_layout(config: Config) -> Layout:
-    """4.6 and later: placeholders by the size of the item, numbered images."""
+    """4.6 and later: placeholders by the size of the item, numbered images, turns as Qwen3.5 writes them."""
     given = config.get("image_processor") or {}
     side = given.get("patch_size", 14) * _merge(config)
-    return Layout(pixels_per_token=side * side, image_ids=given.get("use_image_id", True))
+    return Layout(
+        pixels_per_token=side * side,
+        placeholder=IMAGE_PAD,
+        image_ids=given.get("use_image_id", True),
+        trim=True,
+        # Reported, not published where we could read it: the checkpoint's own chat template decides.
+        assumed=("default_system", "trim"),
+    )
 
 
 def _merge(config: Config) -> int:

@@ -6,13 +6,15 @@ from finetune.families.base import Config, Family, Network
 from finetune.families.common import (
     CHATML_TOKENS,
     IMAGE_ID_TOKENS,
+    IMAGE_PAD,
     MARK_TOKENS,
+    VIDEO_PAD,
     WHOLE_LORA,
     WHOLE_PARTS,
     merged_layout,
     merged_slices,
 )
-from finetune.templates.chatml_merged import IMAGE_PAD, ROLES, VIDEO_PAD, render
+from finetune.templates.chatml_thinking import ROLES, render
 
 _TOKENS = (*MARK_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS, IMAGE_PAD)
 
@@ -37,7 +39,6 @@ V4_6 = Family(
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
     parts=WHOLE_PARTS,
     lora_targets=WHOLE_LORA,
-    placeholder=IMAGE_PAD,
     inputs="packed",
     auto_mapping=("MiniCPMV4_6ForConditionalGeneration", "transformers.models.minicpmv4_6.modeling_minicpmv4_6"),
 )

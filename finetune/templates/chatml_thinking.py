@@ -1,4 +1,4 @@
-"""Prompt of the ChatML generations that think before they answer: MiniCPM-V 4.5 and MiniCPM-o 4.5."""
+"""Prompt of the ChatML generations that think before they answer: MiniCPM-V 4.5 and later, MiniCPM-o 4.5."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _THOUGHT = re.compile(r"\s*<think>(.*?)</think>|((?:(?!<think>).)*?)</think>", r
 
 
 def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, layout: Layout, generate: bool) -> Rendered:
-    """Role, content as it is and end mark per turn; the last answer has a think block, empty where it has no thought.
+    """Role, content and end mark per turn; the last answer has a think block, empty where it has no thought.
 
     Of answers to earlier questions the thinking is left out. Answers between the last question and the last answer,
     which call tools, have a block only where they have a thought. Trained are answer and end mark, and a thought when
@@ -37,7 +37,7 @@ def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, layout
     """
     rendered = Rendered()
     images = enumerate(plans)
-    messages = turns(sample, ROLES, generate)
+    messages = turns(sample, ROLES, generate, trim=layout.trim)
     begin(rendered, messages, vocabulary, layout)
     question = max((turn for turn, message in enumerate(messages) if _is_question(message)), default=len(messages) - 1)
     for turn, message in enumerate(messages):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from finetune.media.slicing import Plan
+from finetune.media.slicing import Plan, item_sizes
 from finetune.templates.rendering import Layout, Vocabulary
 
 
@@ -53,23 +53,22 @@ def new_schema(plan: Plan, number: int, layout: Layout, vocabulary: Vocabulary) 
     Every image has its number where the layout has numbers, sliced or not, as in the published inference code.
     """
     block = Block([], [])
-    unknown = vocabulary.control("<unk>")
+    placeholder = vocabulary.control(layout.placeholder)
     if layout.image_ids:
         opening, closing = vocabulary.control("<image_id>"), vocabulary.control("</image_id>")
         block.ids.extend((opening, *vocabulary.fixed(str(number)), closing))
 
-    def item(kind: str) -> None:
-        start = len(block.ids) + 1
-        run = [unknown] * layout.query_num
+    def item(kind: str, size: tuple[int, int]) -> None:
+        start, tokens = len(block.ids) + 1, layout.item_tokens(*size)
+        run = [placeholder] * tokens
         block.ids.extend((vocabulary.control(f"<{kind}>"), *run, vocabulary.control(f"</{kind}>")))
-        block.bounds.append((start, start + layout.query_num))
+        block.bounds.append((start, start + tokens))
 
-    item("image")
-    if plan.grid is not None:
-        columns, rows = plan.grid
-        for row in range(rows):
-            if row:
-                block.ids.extend(vocabulary.fixed("\n"))
-            for _ in range(columns):
-                item("slice")
+    thumbnail, *slices = item_sizes(plan)
+    item("image", thumbnail)
+    columns = plan.grid[0] if plan.grid else 1
+    for index, size in enumerate(slices):
+        if index and index % columns == 0:
+            block.ids.extend(vocabulary.fixed("\n"))
+        item("slice", size)
     return block

@@ -34,8 +34,8 @@ class TemplateMismatchError(UserError):
 def complete_layout(family: Family, layout: Layout, tokenizer: PreTrainedTokenizerBase) -> Layout:
     """The layout with everything that only the checkpoint's own files can tell.
 
-    Asked are the chat template (default system turn, bos) and the tokenizer (bos). What neither of them tells stays as
-    the family assumes it, remains named in ``assumed``, and is logged once.
+    Asked are the chat template (default system turn, bos, trimming) and the tokenizer (bos). What neither of them tells
+    stays as the family assumes it, remains named in ``assumed``, and is logged once.
 
     Raises:
         TemplateMismatchError: the chat template begins in a way that this family's prompt cannot.
@@ -60,6 +60,10 @@ def complete_layout(family: Family, layout: Layout, tokenizer: PreTrainedTokeniz
             )
         unknown.remove("default_system")
         layout = replace(layout, default_system=found["system"])
+    if "trim" in unknown and tokenizer.chat_template:
+        unknown.remove("trim")
+        spaced = " " + _TURNS[0][1]
+        layout = replace(layout, trim=spaced not in _apply(family, tokenizer, (("user", spaced),), layout))
     for name in sorted(unknown):
         _say(f"{tokenizer.name_or_path!r} has no chat template: {family.title} gets {name} {getattr(layout, name)!r}")
     return replace(layout, assumed=tuple(sorted(unknown)))

@@ -18,22 +18,26 @@ class Layout:
     Attributes:
         query_num: placeholders per visual item, where every item has as many; else 0.
         pixels_per_token: pixels of an item per placeholder, where the number depends on the item's size; else 0.
+        placeholder: token of which visual features take the place.
         image_ids: whether every image is preceded by its number in the conversation.
         thinking: what happens to the thinking of trained answers: kept with loss, kept without loss, or taken out.
         enable_thinking: what the model is asked for when it answers; None writes neither form.
         thinking_prefill: whether a prompt that asks for thinking ends with the opening mark.
         bos: token in front of everything, empty for none.
+        trim: whether turns lose the white space around them.
         default_system: text of the system turn of a conversation without one, None for no such turn.
         assumed: names of fields that only the checkpoint's own files can tell; see ``probe.complete_layout``.
     """
 
     query_num: int = 0
     pixels_per_token: int = 0
+    placeholder: str = "<unk>"
     image_ids: bool = False
     thinking: Thinking = "keep"
     enable_thinking: bool | None = False
     thinking_prefill: bool = True
     bos: str = ""
+    trim: bool = False
     default_system: str | None = None
     assumed: tuple[str, ...] = ()
 

@@ -8,8 +8,10 @@ from dataclasses import replace
 from finetune.sample import DataError, Media, Message, Sample, Text
 
 
-def turns(sample: Sample, roles: Sequence[str], generate: bool) -> tuple[Message, ...]:
+def turns(sample: Sample, roles: Sequence[str], generate: bool, *, trim: bool = False) -> tuple[Message, ...]:
     """The turns to render: all for training; to generate, all untrained and without a final answer, the reference.
+
+    With ``trim`` they lose the white space around them.
 
     Raises:
         DataError: a role that the template lacks, a first turn that is not the user's, media outside a user turn, no
@@ -18,6 +20,8 @@ def turns(sample: Sample, roles: Sequence[str], generate: bool) -> tuple[Message
     messages = sample.messages
     for turn, message in enumerate(messages):
         _check_turn(sample, turn, message, roles)
+    if trim:
+        messages = tuple(_trimmed(message) for message in messages)
     first = 1 if messages[0].role == "system" else 0
     if first == len(messages) or messages[first].role != "user":
         role = messages[first].role if first < len(messages) else "missing"
@@ -50,6 +54,16 @@ def _check_turn(sample: Sample, turn: int, message: Message, roles: Sequence[str
                 )
     if message.train and not message.text.strip():
         raise DataError(f"{sample.source}: turn {turn}: the answer is empty; fill it in or remove the record")
+
+
+def _trimmed(message: Message) -> Message:
+    """The turn without the white space at its beginning and end; a medium there is left as it is."""
+    parts = list(message.parts)
+    if parts and isinstance(parts[0], Text):
+        parts[0] = Text(parts[0].text.lstrip())
+    if parts and isinstance(parts[-1], Text):
+        parts[-1] = Text(parts[-1].text.rstrip())
+    return replace(message, parts=tuple(parts))
 
 
 def merged(parts: Sequence[Text | Media]) -> list[str | Media]:

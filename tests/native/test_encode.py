@@ -58,7 +58,7 @@ def test_labels_are_the_trained_answers(native, family: str) -> None:
 
     assert labelled("sliced") == "Done.<|im_end|>"
     assert labelled("turns") == "One.<|im_end|>Three.<|im_end|>"
-    assert labelled("thinking") == "Because.<|im_end|>I look again.\n</think>\n\nYes.<|im_end|>"
+    assert labelled("thinking") == "Because.<|im_end|><think>\nI look again.\n</think>\n\nYes.<|im_end|>"
 
 
 def test_training_is_prompt_answer_and_end(native, family: str) -> None:
