@@ -10,31 +10,53 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from finetune.errors import CheckpointError
 from finetune.families.base import Family
+from finetune.models.bytes_tokenizer import from_vocabulary
 from finetune.models.sentencepiece_tokenizer import from_sentencepiece
 
-_FILES = ("tokenizer.json", "tokenizer.model")
+# Any of these is a tokenizer.
+_FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
 
 
 class MiniCPMVTokenizerFast(PreTrainedTokenizerFast):
-    """The class that published tokenizer_config.json files name; it adds nothing to what tokenizer.json says."""
+    """The class that published tokenizer_config.json files name; it adds nothing to what the folder's files say."""
 
-    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
+    vocab_files_names: ClassVar[dict[str, str]] = {
+        "vocab_file": "vocab.json",
+        "merges_file": "merges.txt",
+        "tokenizer_file": "tokenizer.json",
+        "model_file": "tokenizer.model",
+    }
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """Builds the tokenizer from tokenizer.model when there is no tokenizer.json."""
-        model, ready = kwargs.get("vocab_file"), kwargs.get("tokenizer_file")
-        if ready is None and model is not None and Path(model).is_file():
+        """Builds the tokenizer from vocab.json and merges.txt, or tokenizer.model, when there is no tokenizer.json.
+
+        Raises:
+            CheckpointError: the files contradict each other.
+        """
+        vocabulary, merges, model = (kwargs.pop(key, None) for key in ("vocab_file", "merges_file", "model_file"))
+        if kwargs.get("tokenizer_file") is None:
             added = kwargs.get("added_tokens_decoder") or {}
-            special = {token["content"] if isinstance(token, dict) else str(token) for token in added.values()}
-            add_bos = kwargs.get("add_bos_token", True)
-            kwargs["tokenizer_object"] = from_sentencepiece(Path(model), special, add_bos=add_bos)
-            return kwargs
+            if vocabulary is not None and merges is not None:
+                kwargs["tokenizer_object"] = from_vocabulary(Path(vocabulary), Path(merges), added)
+                return kwargs
+            if model is not None:
+                special = {str(token) for token in added.values()}
+                add_bos = kwargs.get("add_bos_token", True)
+                kwargs["tokenizer_object"] = from_sentencepiece(Path(model), special, add_bos=add_bos)
+                return kwargs
         return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
+
+
+class MiniCPMOTokenizerFast(MiniCPMVTokenizerFast):
+    """The same under the name that the o models use."""
 
 
 class MiniCPMVTokenizer(MiniCPMVTokenizerFast):
     """The same under the name that V-2.0 uses."""
+
+
+_CLASSES = {chosen.__name__: chosen for chosen in (MiniCPMVTokenizerFast, MiniCPMOTokenizerFast, MiniCPMVTokenizer)}
 
 
 class _TokenizerOnly(PretrainedConfig):
@@ -46,29 +68,36 @@ class _TokenizerOnly(PretrainedConfig):
     model_type: ClassVar[str] = "minicpmv_tokenizer_only"
 
 
+class _OmniTokenizerOnly(_TokenizerOnly):
+    """A configuration carries two classes at most."""
+
+    model_type: ClassVar[str] = "minicpmo_tokenizer_only"
+
+
 def register() -> None:
     """Makes AutoTokenizer know the classes by name, which serves model and adapter folders alike."""
     AutoTokenizer.register(
         _TokenizerOnly, slow_tokenizer_class=MiniCPMVTokenizer, fast_tokenizer_class=MiniCPMVTokenizerFast
     )
+    AutoTokenizer.register(_OmniTokenizerOnly, fast_tokenizer_class=MiniCPMOTokenizerFast)
 
 
 def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a model or adapter folder, or of a hub id.
 
     Args:
-        folder: local folder with tokenizer.json or tokenizer.model, or a hub id.
+        folder: local folder with tokenizer.json, vocab.json and merges.txt, or tokenizer.model; or a hub id.
         **kwargs: handed on to ``from_pretrained`` (revision, cache_dir, ...).
 
     Raises:
-        CheckpointError: the folder has no tokenizer files.
+        CheckpointError: the folder has no tokenizer files, or they contradict each other.
     """
     path = Path(folder)
-    if path.is_dir() and not any((path / name).is_file() for name in _FILES):
-        raise CheckpointError(f"{path} has no tokenizer: {' or '.join(_FILES)} is missing")
+    if path.is_dir() and not any(all((path / name).is_file() for name in form) for form in _FORMS):
+        forms = ", ".join(" with ".join(form) for form in _FORMS)
+        raise CheckpointError(f"{path} has no tokenizer: it needs one of {forms}")
     named = _declared_class(path) if path.is_dir() else ""
-    chosen = MiniCPMVTokenizer if named == "MiniCPMVTokenizer" else MiniCPMVTokenizerFast
-    return chosen.from_pretrained(folder, **kwargs)
+    return _CLASSES.get(named, MiniCPMVTokenizerFast).from_pretrained(folder, **kwargs)
 
 
 def _declared_class(folder: Path) -> str:

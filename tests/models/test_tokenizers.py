@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 from visual_batch import GOLDEN
 
 from finetune.families import by_name
 from finetune.models import CheckpointError, load_tokenizer
 from finetune.models.sentencepiece_tokenizer import from_sentencepiece
-from finetune.models.tokenization import MiniCPMVTokenizer, MiniCPMVTokenizerFast, check_tokens
+from finetune.models.tokenization import (
+    MiniCPMOTokenizerFast,
+    MiniCPMVTokenizer,
+    MiniCPMVTokenizerFast,
+    check_tokens,
+)
 
 TOKENIZERS = GOLDEN / "encode" / "tokenizers"
 INDEX = json.loads((TOKENIZERS / "index.json").read_text())["tokenizers"]
@@ -64,6 +70,78 @@ def test_auto_tokenizer_fast(published: Callable[..., Path], options: dict, conf
     tokenizer = AutoTokenizer.from_pretrained(published("llama3", "MiniCPMVTokenizerFast", config=config), **options)
     assert type(tokenizer) is MiniCPMVTokenizerFast
     assert_recorded(tokenizer, "llama3")
+
+
+def split(folder: Path) -> Path:
+    """The folder with vocab.json and merges.txt in place of tokenizer.json, as V-4.5 has them."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    lines = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]))
+    return folder
+
+
+@pytest.mark.parametrize("options", TRUST)
+@pytest.mark.parametrize("model_type", ["minicpmv", "minicpmo", None])
+@pytest.mark.parametrize("kind", [MiniCPMVTokenizerFast, MiniCPMOTokenizerFast])
+@pytest.mark.parametrize("files", ["one", "several"])
+def test_auto_tokenizer_qwen(
+    published: Callable[..., Path], options: dict, model_type: str | None, kind: type, files: str
+) -> None:
+    """Base folders of both model types and an adapter folder, with tokenizer.json and with its parts."""
+    config = None if model_type is None else BASE | {"model_type": model_type, "auto_map": {"AutoConfig": "a.B"}}
+    folder = published("qwen", kind.__name__, config=config)
+    if files == "several":
+        split(folder)
+    loaded = AutoTokenizer.from_pretrained(folder, **options)
+    assert type(loaded) is type(load_tokenizer(folder)) is kind
+    assert_recorded(loaded, "qwen")
+
+
+def test_split_files_equal_the_class_of_transformers(published: Callable[..., Path]) -> None:
+    folder = split(published("qwen", "MiniCPMVTokenizerFast"))
+    ours, theirs = load_tokenizer(folder), Qwen2Tokenizer.from_pretrained(folder)
+    chance = random.Random(0)
+    pieces = [
+        *map(chr, range(32, 127)),
+        *"\n\r\t\u00a0\u3000\u0301é你好☃😀ﬁ٣",
+        "'ll",
+        "<image>",
+        "<unk>",
+        "<think>",
+        "\n\n",
+        "  ",
+    ]
+    texts = ["".join(chance.choices(pieces, k=chance.randint(1, 50))) for _ in range(500)]
+    texts += ["I'm you'LL 12345 3.14", "é é Å", "\u3000全角ＡＢＣ", "def f():\n    return 1\n\n\n", "\x00\x7f", ""]
+    for text in texts:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text), text
+        assert ours.decode(ids) == theirs.decode(ids)
+    assert ours.all_special_tokens == theirs.all_special_tokens
+    assert (ours.eos_token, ours.pad_token) == (theirs.eos_token, theirs.pad_token)
+
+
+def test_added_tokens_from_their_own_file(published: Callable[..., Path]) -> None:
+    """Older folders have added_tokens.json and no list in tokenizer_config.json."""
+    folder = split(published("qwen", "MiniCPMVTokenizerFast"))
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    listed = settings.pop("added_tokens_decoder")
+    file.write_text(json.dumps(settings))
+    (folder / "added_tokens.json").write_text(json.dumps({each["content"]: int(at) for at, each in listed.items()}))
+    assert_recorded(load_tokenizer(folder), "qwen")
+
+
+def test_added_tokens_that_do_not_belong(published: Callable[..., Path]) -> None:
+    folder = split(published("qwen", "MiniCPMVTokenizerFast"))
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings["added_tokens_decoder"].pop("703")
+    file.write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="'<think>' has id 704 in tokenizer_config.json .* give it 703; these"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("options", TRUST)
@@ -124,7 +202,10 @@ def test_a_sentencepiece_model_with_other_rules_is_refused(tmp_path: Path) -> No
 
 
 def test_folder_without_tokenizer_files(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no tokenizer: tokenizer\.json or tokenizer\.model is missing"):
+    with pytest.raises(CheckpointError, match=r"no tokenizer: it needs one of tokenizer\.json, vocab\.json with"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no tokenizer.*vocab\.json with merges\.txt"):
         load_tokenizer(tmp_path)
 
 
