@@ -134,3 +134,10 @@ def test_flags_named_in_the_readme_exist():
     text = README + (ROOT / "docs/data.md").read_text()
     named = set(re.findall(r"--([a-z0-9_]+)", re.sub(r"python -m finetune[^\n`]*", "", text))) - {"help"}
     assert named <= known, named - known
+
+
+def test_every_generation_is_in_the_table():
+    from finetune.families import FAMILIES
+
+    for family in FAMILIES:
+        assert f"| {family.title} | `{family.hub_id}` |" in README
