@@ -82,11 +82,14 @@ class Whole(StrictLoading):
         ):
             if pixels is not None:
                 features[kind] = _pooled(self._features(pixels, sizes, mode))
+        idle = None
         if not features and (self.training or labels is not None):
             # A batch without images runs every layer too, with a result of zero: ranks must call the same layers.
             idle = torch.cat(self._features(*self._dummy(), mode)).mean() * 0
-            embedded = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            inputs_embeds = embedded + idle.to(device=embedded.device, dtype=embedded.dtype)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if idle is not None:
+            inputs_embeds = inputs_embeds + idle.to(device=inputs_embeds.device, dtype=inputs_embeds.dtype)
         if mm_token_type_ids is not None:  # 4.6 does not know it
             kwargs["mm_token_type_ids"] = mm_token_type_ids
         out = self.model(

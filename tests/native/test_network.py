@@ -104,8 +104,7 @@ def test_each_layer_is_called_once(native, family: str) -> None:
     model = ours(folder).train()
     calls: list[str] = []
     for name, module in model.named_modules():
-        if not list(module.children()) and list(module.parameters()):
-            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
     orders = []
     for names in (MIXED, ("text",), ("whole",)):
         calls.clear()
