@@ -72,13 +72,11 @@ class Message:
         role: one of ROLES.
         parts: text and media in reading order.
         train: whether this turn carries loss; only assistant turns may.
-        weight: weight of the turn's tokens in the loss; 1.0 is the plain mean over labelled tokens.
     """
 
     role: str
     parts: tuple[Part, ...]
     train: bool = False
-    weight: float = 1.0
 
     @property
     def text(self) -> str:

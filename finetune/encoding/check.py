@@ -117,7 +117,7 @@ def check(samples: Sequence[Sample], fitter: Fitter, level: str | None = None, *
     chosen = _chosen(len(samples), level)
     report = Report(source_of(samples, 0).file, len(samples), len(chosen))
     report.duplicates = _duplicates(samples)
-    cache = CheckCache(Path(report.file), fingerprint(fitter)) if cached else None
+    cache = CheckCache(Path(report.file), fingerprint(fitter, samples)) if cached else None
     chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
     with (
         _threads() as pool,

@@ -6,12 +6,14 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import finetune
 from finetune.encoding.fitting import Fitter, Outcome
+from finetune.sample import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +109,8 @@ def signature(path: Path) -> Signature:
     return str(path), state.st_mtime_ns, state.st_size
 
 
-def fingerprint(fitter: Fitter) -> str:
-    """All settings that decide what becomes of a record."""
+def fingerprint(fitter: Fitter, samples: Sequence[Sample]) -> str:
+    """All settings that decide what becomes of a record; readers may have one of their own."""
     encoder = fitter.encoder
     backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
     assert backend is not None  # the encoder's vocabulary is made from it
@@ -120,6 +122,7 @@ def fingerprint(fitter: Fitter) -> str:
         "max_length": encoder.max_length,
         "max_pixels": encoder.max_pixels,
         "policy": fitter.policy,
+        "train_on": getattr(samples, "train_on", None),
         "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
     }
     return json.dumps(values, sort_keys=True)

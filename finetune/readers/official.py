@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 from finetune.readers.json_file import load_records
 from finetune.sample import DataError, Media, Message, Part, Sample, Source, Text
 
 _TAG = re.compile(r"<image(?:_\d+)?>")
+TrainOn = Literal["all", "last"]
+TRAIN_ON: tuple[TrainOn, ...] = get_args(TrainOn)
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _FOREIGN = ("images", "video", "videos", "audio", "audios")
+
+
+class _Turn(NamedTuple):
+    """One turn of a record; ``loss`` is whether an answer may be trained."""
+
+    role: str
+    content: str
+    loss: bool
 
 
 class OfficialDataset(Sequence[Sample]):
@@ -22,18 +33,24 @@ class OfficialDataset(Sequence[Sample]):
     from ``<image_00>``, ``<image_01>``, ... to paths (each tag once, anywhere), or absent. Without any tag the images
     stand in front of the first user turn, each followed by a newline; otherwise the text around a tag stays as it is.
     Tags count in user turns only: in other turns they are plain text. Turns have ``role`` and ``content``, or
-    ``from`` and ``value`` (human, gpt). Every assistant turn is trained.
+    ``from`` and ``value`` (human, gpt). Every assistant turn is trained, or with ``train_on`` "last" the last
+    one of the conversation, unless it has ``loss`` 0.
 
     Args:
         path: a JSON array, or JSON Lines.
         image_root: second place to look for relative image paths; the first is the folder of the data file, the last
             the current directory.
+        train_on: one of TRAIN_ON.
 
     Raises:
         DataError: the file cannot be read as JSON records.
+        ValueError: no such ``train_on``.
     """
 
-    def __init__(self, path: str | Path, *, image_root: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path, *, image_root: str | Path | None = None, train_on: TrainOn = "all") -> None:
+        if train_on not in TRAIN_ON:
+            raise ValueError(f"no train_on {train_on!r}; there are {', '.join(TRAIN_ON)}")
+        self.train_on: TrainOn = train_on
         self._file = Path(path)
         self._records = load_records(self._file)
         # Resolved now: a later change of directory must not move the data.
@@ -55,7 +72,7 @@ class OfficialDataset(Sequence[Sample]):
         """
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        return _sample(self._records[index], self.source(range(len(self))[index]), self._places)
+        return _sample(self._records[index], self.source(range(len(self))[index]), self._places, self.train_on)
 
     def source(self, index: int) -> Source:
         """Where record ``index`` is and what its id is, whether or not it makes a sample."""
@@ -64,7 +81,7 @@ class OfficialDataset(Sequence[Sample]):
         return Source(str(self._file), index, "" if identity is None else str(identity))
 
 
-def _sample(record: Any, source: Source, places: Sequence[Path]) -> Sample:
+def _sample(record: Any, source: Source, places: Sequence[Path], train_on: TrainOn) -> Sample:
     if not isinstance(record, dict):
         raise DataError(f"{source}: is {_type(record)}, not an object with 'conversations'")
     for key in _FOREIGN:
@@ -73,14 +90,17 @@ def _sample(record: Any, source: Source, places: Sequence[Path]) -> Sample:
     turns = _turns(record, source)
     images = _images(record.get("image"), source, places)
     placed = _place(turns, images, source)
+    answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+    trained = answers if train_on == "all" else answers[-1:]
     messages = tuple(
-        Message(role, content, train=role == "assistant") for (role, _), content in zip(turns, placed, strict=True)
+        Message(turn.role, content, train=index in trained and turn.loss)
+        for index, (turn, content) in enumerate(zip(turns, placed, strict=True))
     )
     return Sample(id=source.id or str(source.index), source=source, messages=messages)
 
 
-def _turns(record: dict[str, Any], source: Source) -> list[tuple[str, str]]:
-    """(role, content) of every turn."""
+def _turns(record: dict[str, Any], source: Source) -> list[_Turn]:
+    """Every turn, its values checked."""
     key = next((name for name in ("conversations", "messages") if name in record), None)
     if key is None:
         found = ", ".join(map(repr, record)) or "nothing"
@@ -100,8 +120,23 @@ def _turns(record: dict[str, Any], source: Source) -> list[tuple[str, str]]:
                 )
                 raise DataError(f"{source}: turn {number}: {name!r} {state}; it must be a string")
         role = turn[names[0]]
-        result.append((_SHAREGPT.get(role, role) if names[0] == "from" else role, turn[names[1]]))
+        role = _SHAREGPT.get(role, role) if names[0] == "from" else role
+        result.append(_Turn(role, turn[names[1]], _loss(turn, role, number, source)))
     return result
+
+
+def _loss(turn: dict[str, Any], role: str, number: int, source: Source) -> bool:
+    """Whether the turn may be trained: its ``loss``, 1 where it has none."""
+    loss = turn.get("loss", 1)
+    if not isinstance(loss, int) or loss not in (0, 1):
+        raise DataError(
+            f"{source}: turn {number}: 'loss' is {json.dumps(loss)}; it must be 1 (train the answer) or 0 (do not)"
+        )
+    if turn.get("loss") and role != "assistant":
+        raise DataError(
+            f"{source}: turn {number}: 'loss' is 1 in a {role} turn; only answers are trained, remove it there"
+        )
+    return bool(loss)
 
 
 def _images(given: Any, source: Source, places: Sequence[Path]) -> dict[str, Path] | list[Path]:
@@ -130,18 +165,16 @@ def _find(path: Any, source: Source, places: Sequence[Path]) -> Path:
     )
 
 
-def _place(
-    turns: Sequence[tuple[str, str]], images: dict[str, Path] | list[Path], source: Source
-) -> list[tuple[Part, ...]]:
+def _place(turns: Sequence[_Turn], images: dict[str, Path] | list[Path], source: Source) -> list[tuple[Part, ...]]:
     """The parts of every turn, with the images at their tags or in front of the first user turn."""
-    found = [tag for role, content in turns if role == "user" for tag in _TAG.findall(content)]
+    found = [tag for turn in turns if turn.role == "user" for tag in _TAG.findall(turn.content)]
     if not found and images:
         if isinstance(images, list):
             return _in_front(turns, images, source)
         if list(images) == ["<image>"]:
             return _in_front(turns, list(images.values()), source)
     paths = iter(_match(found, images, source))
-    return [_split(content, paths) if role == "user" else (Text(content),) for role, content in turns]
+    return [_split(turn.content, paths) if turn.role == "user" else (Text(turn.content),) for turn in turns]
 
 
 def _match(found: list[str], images: dict[str, Path] | list[Path], source: Source) -> list[Path]:
@@ -177,11 +210,11 @@ def _match(found: list[str], images: dict[str, Path] | list[Path], source: Sourc
     return images
 
 
-def _in_front(turns: Sequence[tuple[str, str]], images: Sequence[Path], source: Source) -> list[tuple[Part, ...]]:
-    first = next((turn for turn, (role, _) in enumerate(turns) if role == "user"), None)
+def _in_front(turns: Sequence[_Turn], images: Sequence[Path], source: Source) -> list[tuple[Part, ...]]:
+    first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
     if first is None:
         raise DataError(f"{source}: has images but no user turn to put them in; add the question")
-    result: list[tuple[Part, ...]] = [(Text(content),) for _, content in turns]
+    result: list[tuple[Part, ...]] = [(Text(turn.content),) for turn in turns]
     lead = [part for path in images for part in (Media("image", path), Text("\n"))]
     result[first] = (*lead, *result[first])
     return result

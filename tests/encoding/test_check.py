@@ -141,6 +141,7 @@ def test_second_check_is_remembered_until_a_file_changes(
     assert look(path, make_encoder(99)).reused == 0
     assert look(path, make_encoder(100), "drop").reused == 0
     assert look(path, make_encoder(100), cached=False).reused == 0
+    assert check(read(path, train_on="last"), Fitter(make_encoder(100), "shrink")).reused == 0
     (tmp_path / "mine.png").write_bytes(b"")
     third = look(path, make_encoder(100))
     assert (third.reused, len(third.problems)) == (1, 2)

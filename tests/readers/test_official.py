@@ -136,6 +136,37 @@ def test_samples_are_built_on_access_and_images_never_opened(folder: Path) -> No
         samples[3]
 
 
+TWO = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+
+
+def with_loss(*values: Any) -> list[dict[str, Any]]:
+    """Two exchanges with this ``loss`` in each turn, None for none."""
+    pairs = zip(TWO, values, strict=True)
+    return [turn if value is None else {**turn, "loss": value} for turn, value in pairs]
+
+
+@pytest.mark.parametrize(
+    ("losses", "train_on", "trained"),
+    [
+        ((None, None, None, None), "all", [1, 3]),
+        ((None, None, None, None), "last", [3]),
+        ((None, 0, None, None), "all", [3]),
+        ((0, 1, 0, 1), "all", [1, 3]),
+        ((None, True, None, False), "all", [1]),
+        ((None, 1, None, 1), "last", [3]),
+        ((None, 1, None, 0), "last", []),
+    ],
+)
+def test_which_answers_are_trained(folder: Path, losses: tuple[Any, ...], train_on: Any, trained: list[int]) -> None:
+    sample = one(folder, {"conversations": with_loss(*losses)}, train_on=train_on)
+    assert [index for index, message in enumerate(sample.messages) if message.train] == trained
+
+
+def test_unknown_train_on(folder: Path) -> None:
+    with pytest.raises(ValueError, match="no train_on 'first'; there are all, last"):
+        read(write(folder, {"conversations": TWO}), train_on="first")  # pyright: ignore[reportArgumentType]
+
+
 USER = {"role": "user", "content": "Hi"}
 TAGGED = {"role": "user", "content": "<image_00> <image_01>"}
 BAD: list[tuple[Any, str]] = [
@@ -174,6 +205,11 @@ BAD: list[tuple[Any, str]] = [
     ({"image": "", "conversations": TURNS}, "an image path is an empty string; give a path, or leave 'image' out"),
     ({"image": 3, "conversations": TURNS}, "an image path is a number"),
     ({"image": "a.png", "conversations": [ANSWER]}, "has images but no user turn"),
+    *(
+        ({"conversations": with_loss(None, value, None, None)}, f"turn 1: 'loss' is {shown}; it must be 1 .* or 0")
+        for value, shown in ((2, "2"), (0.5, "0.5"), ("1", '"1"'), ([], r"\[\]"), (-1, "-1"), (1.0, "1.0"))
+    ),
+    ({"conversations": with_loss(1, None, None, None)}, "turn 0: 'loss' is 1 in a user turn; only answers are trained"),
     ({"images": ["a.png"], "conversations": TURNS}, "has 'images', which this format does not know; .* under 'image'"),
 ]
 
