@@ -1,0 +1,68 @@
+"""What a metric is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.errors import UserError
+
+# Prediction and accepted answers to figures; the first figure is the score.
+Score = Callable[[str, Sequence[str]], dict[str, float]]
+
+
+class MetricError(UserError):
+    """A metric that is not there, or a function that gives no number."""
+
+
+def mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of every figure over all samples."""
+    return {key: sum(score[key] for score in scores) / len(scores) for key in scores[0]}
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A way to score answers.
+
+    Attributes:
+        name: of the metric and of its first figure.
+        score: (prediction, accepted answers) to figures of one sample; the first is called like the metric.
+        higher: whether more is better.
+        combine: figures of all samples to those of the whole; the mean unless said otherwise.
+    """
+
+    name: str
+    score: Score
+    higher: bool = True
+    combine: Callable[[Sequence[Mapping[str, float]]], dict[str, float]] = mean
+
+    def badness(self, score: Mapping[str, float]) -> float:
+        """A sort key: the worst sample has the largest."""
+        return -score[self.name] if self.higher else score[self.name]
+
+
+def best(name: str, function: Callable[[str, str], float]) -> Score:
+    """The score of the reference that fits best, for rules that compare with one."""
+
+    def score(prediction: str, references: Sequence[str]) -> dict[str, float]:
+        return {name: max(float(function(prediction, reference)) for reference in references)}
+
+    return score
+
+
+def own(name: str, function: Callable[[str, list[str]], Any]) -> Metric:
+    """A metric of the user's function, which gives a number or a dictionary of numbers whose first is the score."""
+
+    def score(prediction: str, references: Sequence[str]) -> dict[str, float]:
+        value = function(prediction, list(references))
+        figures = dict(value) if isinstance(value, Mapping) else {name: value}
+        if not figures or not all(isinstance(figure, (bool, int, float)) for figure in figures.values()):
+            raise MetricError(
+                f"metric {name!r} gave {value!r} for {prediction!r} and {list(references)!r}; "
+                "it must give a number or a dictionary of numbers"
+            )
+        first = next(iter(figures.values()))
+        return {name: float(first), **{key: float(figure) for key, figure in figures.items()}}
+
+    return Metric(name, score)
