@@ -12,7 +12,6 @@ from finetune.media.slicing import Plan, SliceSpec, plan
 
 if TYPE_CHECKING:
     import torch
-    from transformers import MiniCPMV4_6ImageProcessor
 
 # Patches along a side that become one token, by the processor's name for it.
 _MODES = {2: "4x", 4: "16x"}
@@ -31,7 +30,7 @@ def patch_rows(image: Image.Image, cuts: Plan, spec: SliceSpec) -> tuple[torch.T
         of every item, as the processor has cut it.
     """
     most = _slices_of(cuts, *image.size, spec)
-    given: Any = _processor()(
+    given = _processor()(
         images=[image],
         max_slice_nums=most,
         scale_resolution=spec.scale_resolution,
@@ -53,7 +52,7 @@ def _slices_of(cuts: Plan, width: int, height: int, spec: SliceSpec) -> int:
 
 
 @lru_cache(maxsize=1)
-def _processor() -> MiniCPMV4_6ImageProcessor:
+def _processor() -> Any:
     from transformers import MiniCPMV4_6ImageProcessor
 
     return MiniCPMV4_6ImageProcessor()

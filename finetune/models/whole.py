@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from finetune.models.chatting import Chatting
 from finetune.models.losses import supervised_loss
 from finetune.models.merging import merge_patches
 from finetune.models.minicpmv import MiniCPMVOutput
@@ -23,7 +24,7 @@ from finetune.models.strict import StrictLoading
 _DUMMY = (4, 4)
 
 
-class Whole(StrictLoading):
+class Whole(Chatting, StrictLoading):
     """Forward of the networks below: our loss, and every part called once per batch, the same on every rank."""
 
     accepts_loss_kwargs = True
@@ -86,10 +87,9 @@ class Whole(StrictLoading):
         if not features and (self.training or labels is not None):
             # A batch without images runs every layer too, with a result of zero: ranks must call the same layers.
             idle = torch.cat(self._features(*self._dummy(), mode)).mean() * 0
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        embedded: torch.Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if idle is not None:
-            inputs_embeds = inputs_embeds + idle.to(device=inputs_embeds.device, dtype=inputs_embeds.dtype)
+            embedded = embedded + idle.to(device=embedded.device, dtype=embedded.dtype)
         if mm_token_type_ids is not None:  # 4.6 does not know it
             kwargs["mm_token_type_ids"] = mm_token_type_ids
         out = self.model(
@@ -97,7 +97,7 @@ class Whole(StrictLoading):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embedded,
             target_sizes=target_sizes,
             target_sizes_videos=target_sizes_videos,
             mm_encoder_outputs=features,
@@ -177,13 +177,13 @@ def _checked_sizes(pixel_values: torch.Tensor, target_sizes: torch.Tensor | None
     return sizes
 
 
-class MiniCPMV4_6ForConditionalGeneration(  # noqa: N801 - the parent's name
+class MiniCPMV4_6ForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethodOverride]
     Whole, transformers.MiniCPMV4_6ForConditionalGeneration
 ):
     """MiniCPM-V 4.6."""
 
 
-class MiniCPMV4_7ForConditionalGeneration(  # noqa: N801 - the parent's name
+class MiniCPMV4_7ForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethodOverride]
     Whole, transformers.MiniCPMV4_7ForConditionalGeneration
 ):
     """MiniCPM-V 4.7."""

@@ -49,6 +49,10 @@ def trained(folder: Path, data: Path, output: Path, *flags: str) -> CPMTrainer:
     return made
 
 
+def network(made: CPMTrainer) -> Any:
+    return made.accelerator.unwrap_model(made.model)
+
+
 def batch_of(folder: Path) -> dict[str, torch.Tensor]:
     made = encoder(folder)
     batch = pad([made.encode(sample(CONVERSATIONS[name])) for name in ("sliced", "text", "several")], made.pad_id)
@@ -65,7 +69,7 @@ def test_a_full_result_is_the_trained_network(native, demo_data: Path, family: s
     folder = native(family)
     made = trained(folder, demo_data, tmp_path, *FLAGS["full"])
     reference = take_reference(made, encoder(folder).encode(sample(CONVERSATIONS["sliced"])), 0, "float32", False)
-    batch, wanted = batch_of(folder), logits(made.model, batch_of(folder))
+    batch, wanted = batch_of(folder), logits(network(made), batch_of(folder))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
     base = json.loads((folder / "config.json").read_text())
@@ -74,7 +78,7 @@ def test_a_full_result_is_the_trained_network(native, demo_data: Path, family: s
     stock = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(stock).__module__.startswith("transformers.")
     state = stock.state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in made.model.state_dict().items())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network(made).state_dict().items())
     torch.testing.assert_close(logits(stock, batch), wanted, rtol=1e-4, atol=1e-4)
     again = load_model(tmp_path)
     assert torch.equal(logits(again, batch), wanted)
@@ -88,25 +92,26 @@ def test_a_full_result_is_the_trained_network(native, demo_data: Path, family: s
 def test_an_adapter_is_the_trained_network(native, demo_data: Path, family: str, tmp_path: Path, kind: str) -> None:
     folder = native(family)
     made = trained(folder, demo_data, tmp_path, *FLAGS[kind])
-    batch, wanted = batch_of(folder), logits(made.model, batch_of(folder))
+    batch, wanted = batch_of(folder), logits(network(made), batch_of(folder))
     assert not torch.allclose(wanted, logits(load_model(folder), batch), atol=1e-3)
     again, anywhere = load_model(tmp_path), AutoPeftModel.from_pretrained(tmp_path)
     assert torch.equal(logits(again, batch), wanted)
     assert isinstance(anywhere, PeftModel)
-    assert type(anywhere.get_base_model()).__module__.startswith("transformers.")
+    assert type(anywhere.base_model.model).__module__.startswith("transformers.")
     torch.testing.assert_close(logits(anywhere, batch), wanted, rtol=1e-4, atol=1e-4)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
-    name = type(made.accelerator.unwrap_model(made.model).get_base_model()).__name__
+    name = type(network(made).get_base_model()).__name__
     module = f"transformers.models.minicpm{family}.modeling_minicpm{family}"
     assert written["auto_mapping"] == {"base_model_class": name, "parent_library": module}
-    merged = load_model(tmp_path).merge_and_unload()
+    assert isinstance(again, PeftModel)
+    merged = again.merge_and_unload()  # pyright: ignore[reportCallIssue]
     assert type(merged).__name__ == name
     torch.testing.assert_close(logits(merged, batch), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_adapters_wrap_both_kinds_of_attention(native, demo_data: Path, family: str, tmp_path: Path) -> None:
     made = trained(native(family), demo_data, tmp_path, *FLAGS["lora"])
-    names = {name for name, weight in made.model.named_parameters() if weight.requires_grad}
+    names = {name for name, weight in network(made).named_parameters() if weight.requires_grad}
     for inside in ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.out_proj", "self_attn.q_proj"):
         assert any(f"language_model.layers.{layer}.{inside}.lora_B" in name for name in names for layer in (0, 1)), (
             inside
