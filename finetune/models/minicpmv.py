@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
+from finetune.models.chatting import Chatting
 from finetune.models.configuration import MiniCPMVConfig
 from finetune.models.generation import MediaGeneration
 from finetune.models.initialization import initialize
@@ -49,7 +50,7 @@ class MiniCPMVOutput(ModelOutput):
     row_loss: torch.Tensor | None = None
 
 
-class MiniCPMV(MediaGeneration, StrictLoading, GenerationMixin):
+class MiniCPMV(Chatting, MediaGeneration, StrictLoading, GenerationMixin):
     """A MiniCPM-V network assembled from the parts that its family names.
 
     Raises:
