@@ -119,7 +119,7 @@ def _turns(record: dict[str, Any], source: Source) -> list[_Turn]:
                     f"is {_type(turn[name])}" if name in turn else f"is missing (found {', '.join(map(repr, turn))})"
                 )
                 raise DataError(f"{source}: turn {number}: {name!r} {state}; it must be a string")
-        role = turn[names[0]]
+        role: str = turn[names[0]]
         role = _SHAREGPT.get(role, role) if names[0] == "from" else role
         result.append(_Turn(role, turn[names[1]], _loss(turn, role, number, source)))
     return result

@@ -6,7 +6,7 @@ import logging
 import re
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
@@ -110,7 +110,7 @@ def _apply(
 ) -> str:
     """The conversation as the tokenizer's chat template writes it, up to where the answer begins."""
     conversation = [{"role": role, "content": text} for role, text in turns]
-    options = {} if layout.enable_thinking is None else {"enable_thinking": layout.enable_thinking}
+    options: dict[str, Any] = {} if layout.enable_thinking is None else {"enable_thinking": layout.enable_thinking}
     try:
         return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **options))
     except jinja2.TemplateError as error:
