@@ -55,11 +55,12 @@ def generate_answers(
                 **batch, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id
             )
         for index, row in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            answers[index] = _text(tokenizer, row, stops)
+            answers[index] = answer_text(tokenizer, row, stops)
     return answers
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> str:
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> str:
+    """The text of generated ids up to the first stop token, without the white space around it."""
     end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
     # Grounding marks are special tokens of the tokenizer but part of the answer, so nothing is skipped.
     return str(tokenizer.decode(ids[:end], skip_special_tokens=False)).strip()

@@ -47,4 +47,5 @@ V2_0 = Family(
     lora_targets=TIMM_LORA,
     # Sin-cos positions of the queries, stored in the checkpoint; a constant in the official network.
     fixed_parameters=("resampler.pos_embed",),
+    chat_gives_context=True,
 )

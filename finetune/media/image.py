@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,22 @@ _SWAPS_SIDES = (5, 6, 7, 8)
 # What Pillow raises for damaged data, by format: none of its decoders wraps these.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def decode(data: bytes, source: Source) -> Image.Image:
+    """A picture from the bytes of a file, with its header read.
+
+    Raises:
+        DataError: they are not an image, or one with far too many pixels.
+    """
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise DataError(f"{source}: the image ({len(data)} bytes) is in no format that Pillow reads") from error
+    except _BOMB as error:
+        raise DataError(f"{source}: the image has too many pixels ({error}); shrink it") from error
+    except _DAMAGED as error:
+        raise DataError(f"{source}: the image ({len(data)} bytes) cannot be decoded ({error})") from error
 
 
 def size(media: Media, source: Source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
