@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": "train, save, verify and question a tiny model: proof that the installation works",
     "check": "look at the records of a data file as training will, and report every problem",
     "selfcheck": "load a checkpoint and try it out: prompt, caption, loss; the first thing to do with real weights",
+    "evaluate": "ask a model the questions of a data file and score its answers",
     "verify": "load a saved adapter or model in this process and compare it with its training",
 }
 

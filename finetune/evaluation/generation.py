@@ -27,6 +27,52 @@ def split_answer(sample: Sample) -> tuple[Sample, str]:
     return replace(sample, messages=tuple(before)), last.text
 
 
+def batches_by_length(encoder: Encoder, prompts: Sequence[Sample], batch_size: int) -> list[list[int]]:
+    """Positions of the prompts in batches, the longest first, so that little is padded and memory runs out at once."""
+    order = sorted(range(len(prompts)), key=lambda index: -encoder.measure(prompts[index], generate=True).tokens)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def answer_batch(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    prompts: Sequence[Sample],
+    *,
+    max_new_tokens: int = 64,
+    synced: bool = False,
+) -> list[str]:
+    """Greedy answers to conversations that end with a user turn, from one left-padded batch.
+
+    Args:
+        model: the network, or a PeftModel around it; it is left in the mode it was in.
+        tokenizer: of the checkpoint.
+        encoder: of the checkpoint.
+        prompts: at least one.
+        max_new_tokens: most tokens of an answer.
+        synced: go on until every rank has finished, as ZeRO-3 needs; every rank must then call this.
+    """
+    stops, pad_id = encoder.stop_ids, encoder.pad_id
+    device = next(model.parameters()).device
+    batch = pad([encoder.encode(prompt, generate=True) for prompt in prompts], pad_id, side="left")
+    batch = {key: value.to(device) for key, value in batch.items() if key not in ("labels", "position_ids")}
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        output = model.generate(  # pyright: ignore[reportCallIssue]
+            **batch,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,  # some checkpoints bring another, which also counts the prompt
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stops,
+            pad_token_id=pad_id,
+            synced_gpus=synced,
+        )
+    model.train(training)
+    return [answer_text(tokenizer, row, stops) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
+
+
 def generate_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -41,21 +87,12 @@ def generate_answers(
 
     Batches are left-padded and sorted by length, so that little is padded; the order of the answers is the prompts'.
     """
-    stops, pad_id = encoder.stop_ids, encoder.pad_id
-    device = next(model.parameters()).device
-    order = sorted(range(len(prompts)), key=lambda index: -encoder.measure(prompts[index]).tokens)
     answers = [""] * len(prompts)
-    model.eval()
-    for start in tqdm(range(0, len(order), batch_size), desc=description, leave=False):
-        chosen = order[start : start + batch_size]
-        batch = pad([encoder.encode(prompts[index], generate=True) for index in chosen], pad_id, side="left")
-        batch = {key: value.to(device) for key, value in batch.items() if key not in ("labels", "position_ids")}
-        with torch.no_grad():
-            output = model.generate(  # pyright: ignore[reportCallIssue]
-                **batch, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id
-            )
-        for index, row in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            answers[index] = answer_text(tokenizer, row, stops)
+    for chosen in tqdm(batches_by_length(encoder, prompts, batch_size), desc=description, leave=False):
+        batch = [prompts[index] for index in chosen]
+        texts = answer_batch(model, tokenizer, encoder, batch, max_new_tokens=max_new_tokens)
+        for index, text in zip(chosen, texts, strict=True):
+            answers[index] = text
     return answers
 
 

@@ -1,0 +1,295 @@
+"""Asks a model the questions of a data file and scores its answers: predictions.jsonl, metrics.json, report.html.
+
+The last answer of every record is what is asked for; the turns before it are given. A record may list several accepted
+answers under "answers". Started again, it goes on where it was; under torchrun the processes share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import UserError
+from finetune.sample import DataError, Sample
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from finetune.encoding.encoder import Encoder
+    from finetune.evaluation.predictions import Predictions
+
+# By position in the data file: the conversation up to the question, and the accepted answers.
+Questions = dict[int, tuple[Sample, list[str]]]
+
+
+def main(argv: list[str]) -> int:
+    """Run ``python -m finetune evaluate``; 0 when every question was asked, UserError says what stands against it."""
+    given = _parser().parse_args(argv)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if given.batch_size < 1 or given.max_new_tokens < 1:
+        raise UserError("--batch_size and --max_new_tokens must be at least 1")
+
+    from finetune.evaluation.metrics import resolve_metric
+    from finetune.evaluation.predictions import Predictions, start_folder
+
+    source = _source(given.model, given.adapter, given.compare)
+    questions = read_questions(given.data, given.image_root, given.limit)
+    metric, why = resolve_metric(given.metric, [references for _, references in questions.values()])
+    out = Path(given.out) if given.out else Path("output") / f"evaluate-{Path(given.data).stem}"
+    with _processes(world):
+        if rank == 0:
+            start_folder(out, _settings(given, source), overwrite=given.overwrite)
+            print(f"metric     {metric.name} ({why}); {len(questions)} questions of {given.data}")
+        _wait(world)
+        store = Predictions(out, rank)
+        _wait(world)
+        start = time.monotonic()
+        Asking(given, questions, store, rank, world).everything(source)
+        _wait(world)
+        if rank == 0:
+            facts = {"why": why, "model": str(source.model), "adapter": str(source.adapter or ""), "data": given.data}
+            facts |= {"compared_with": given.compare or "", "seconds": str(round(time.monotonic() - start, 1))}
+            _finish(given, metric, questions, store, facts)
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where the model comes from: its folder, the adapter on it, and the checkpoint it is compared with."""
+
+    model: Path
+    adapter: Path | None
+    other: Path | None
+
+
+def _source(model: str, adapter: str | None, compare: str | None) -> ModelSource:
+    """The folders, from a model and an adapter or from an adapter alone, which names its base.
+
+    Raises:
+        UserError: a folder is missing, or there is nothing that "base" could mean.
+    """
+    from finetune.models.folders import local_folder
+
+    folder = local_folder(model)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        if adapter is not None:
+            raise UserError(f"--model {model} is an adapter, and --adapter {adapter} another one; give one of them")
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        adapter, folder = str(folder), local_folder(settings.get("base_model_name_or_path") or "")
+    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
+        raise UserError(f"--adapter {adapter}: no adapter_config.json there; give the folder that training wrote")
+    if compare == "base" and adapter is None:
+        raise UserError("--compare base means the model without its adapter: give --adapter, or --compare FOLDER")
+    other = local_folder(compare) if compare not in (None, "base") else None
+    return ModelSource(folder, None if adapter is None else Path(adapter).resolve(), other)
+
+
+def read_questions(data: str, image_root: str | None, limit: int | None) -> Questions:
+    """The samples of a data file as questions and accepted answers ("answers" of a record, else its last answer).
+
+    Raises:
+        DataError: a record that cannot be used, or "answers" that is not a list of strings.
+    """
+    from finetune.evaluation.generation import split_answer
+    from finetune.readers import read
+    from finetune.readers.json_file import load_records
+
+    samples = read(data, image_root=image_root)
+    records = load_records(Path(data)) if Path(data).is_file() else []
+    questions: Questions = {}
+    for index in range(len(samples) if limit is None else min(limit, len(samples))):
+        prompt, answer = split_answer(samples[index])
+        record = records[index] if len(records) == len(samples) else None
+        answers = record.get("answers") if isinstance(record, dict) else None
+        if answers is not None and not (
+            isinstance(answers, list) and answers and all(isinstance(each, str) for each in answers)
+        ):
+            raise DataError(f"{prompt.source}: 'answers' must be a list of strings, the accepted answers")
+        questions[index] = (prompt, answers or [answer])
+    return questions
+
+
+def _settings(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
+    """What the answers depend on; an evaluation that goes on must have the same."""
+    from finetune.evaluation.predictions import fingerprint
+
+    folders = {"model": source.model, "adapter": source.adapter, "compared_with": source.other}
+    return {
+        **{name: None if path is None else str(path) for name, path in folders.items()},
+        "data": str(Path(given.data).resolve()),
+        "max_new_tokens": given.max_new_tokens,
+        "max_slice_nums": given.max_slice_nums,
+        "dtype": given.dtype,
+        "states": [fingerprint(path) for path in (*folders.values(), Path(given.data)) if path is not None],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """One process's share of the questions.
+
+    Attributes:
+        given: the command line.
+        questions: all of them.
+        store: where answers go.
+        rank: of this process.
+        world: number of processes.
+    """
+
+    given: argparse.Namespace
+    questions: Questions
+    store: Predictions
+    rank: int
+    world: int
+
+    def everything(self, source: ModelSource) -> None:
+        """Asks what has no answer yet, of the model and of what it is compared with."""
+        from finetune.evaluation.predictions import MAIN
+        from finetune.evaluation.scoring import BASE
+        from finetune.models import load_model
+
+        adapter_off = self.given.compare == "base"
+        main = self.store.missing(self.questions)
+        base = self.store.missing(self.questions, BASE) if self.given.compare is not None else []
+        options: dict[str, Any] = {"dtype": self.given.dtype, "device_map": {"": _device(self.given.device)}}
+        if main or (adapter_off and base):
+            model = load_model(source.adapter or source.model, base=source.model if source.adapter else None, **options)
+            encoder = self._encoder(source.model)
+            self._ask(model, encoder, main, MAIN, "answers")
+            if adapter_off:
+                with model.disable_adapter():  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues]
+                    self._ask(model, encoder, base, BASE, "answers of the base")
+            del model
+        if source.other is not None and base:
+            self._ask(
+                load_model(source.other, **options), self._encoder(source.other), base, BASE, "answers to compare"
+            )
+
+    def _encoder(self, folder: Path) -> Encoder:
+        from finetune.encoding.encoder import Encoder
+        from finetune.models import load_tokenizer
+        from finetune.tuning.checkpoint import resolve
+
+        checkpoint = resolve(str(folder))
+        return Encoder.from_config(
+            checkpoint.family,
+            load_tokenizer(folder),
+            checkpoint.settings,
+            max_slice_nums=self.given.max_slice_nums,
+        )
+
+    def _ask(self, model: nn.Module, encoder: Encoder, wanted: Sequence[int], key: str, what: str) -> None:
+        from tqdm.auto import tqdm
+
+        from finetune.evaluation.generation import answer_batch, batches_by_length
+
+        prompts = [self.questions[index][0] for index in wanted]
+        # Dealt out like cards: every rank gets as many long batches as short ones.
+        batches = batches_by_length(encoder, prompts, self.given.batch_size)[self.rank :: self.world]
+        longest = self.given.max_new_tokens
+        with tqdm(total=sum(map(len, batches)), desc=what, unit="sample", disable=self.rank > 0) as bar:
+            for batch in batches:
+                chosen = [prompts[place] for place in batch]
+                texts = answer_batch(model, encoder.tokenizer, encoder, chosen, max_new_tokens=longest)
+                self.store.add([wanted[place] for place in batch], texts, key)
+                bar.update(len(batch))
+
+
+def _finish(
+    given: argparse.Namespace, metric: Any, questions: Questions, store: Predictions, facts: dict[str, str]
+) -> None:
+    """Scores, writes the three files and prints the figures."""
+    from finetune.evaluation.report import build
+    from finetune.evaluation.scoring import BASE, make_rows, summarise
+    from finetune.media.image import MAX_PIXELS
+    from finetune.outcome import plain_numbers
+
+    answers = store.collect(list(questions))
+    base = store.collect(list(questions), BASE) if given.compare is not None else None
+    rows = make_rows(metric, questions, answers, base)
+    summary = {**summarise(metric, rows), **facts}
+    out = store.folder
+    written = json.dumps(plain_numbers(summary), indent=2, ensure_ascii=False)
+    (out / "metrics.json").write_text(written + "\n", encoding="utf-8")
+    page = build(
+        metric,
+        rows,
+        summary,
+        title=f"{metric.name} on {Path(given.data).name}",
+        most=given.report_rows,
+        max_pixels=MAX_PIXELS,
+    )
+    (out / "report.html").write_text(page, encoding="utf-8")
+    store.replace(row.as_json() for row in rows)
+    for name, value in summary["scores"].items():
+        print(f"{name:<12} {value:.4f}" + (f"   base {summary['base'][name]:.4f}" if base is not None else ""))
+    if base is not None:
+        print(f"{summary['better']} better, {summary['worse']} worse, {summary['other_answer']} answers differ")
+    print(f"written    {out / 'predictions.jsonl'}, metrics.json, report.html")
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    if asked != "auto":
+        return asked
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _processes(world: int) -> AbstractContextManager[None]:
+    """Connects the processes of torchrun; they only wait for each other, so the CPU backend does."""
+    if world == 1:
+        return nullcontext()
+    from contextlib import contextmanager
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    @contextmanager
+    def connected() -> Any:
+        # A rank may have the long answers.
+        dist.init_process_group("gloo", timeout=timedelta(days=2))
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    return connected()
+
+
+def _wait(world: int) -> None:
+    if world > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="checkpoint folder, hub id, or adapter (it names its base)")
+    parser.add_argument("--adapter", help="adapter on the model")
+    parser.add_argument("--data", required=True, help="data file in the form of the training data")
+    parser.add_argument("--metric", default="auto", help="auto, a name, package.module:function or file.py:function")
+    parser.add_argument("--compare", help="base (the adapter off), or the folder of another checkpoint")
+    parser.add_argument("--out", help="folder of the results (default: output/evaluate-<data>)")
+    parser.add_argument("--overwrite", action="store_true", help="ask everything again")
+    parser.add_argument("--limit", type=int, help="only the first so many records")
+    parser.add_argument("--image_root", help="folder that relative image paths may also be relative to")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
+    parser.add_argument("--max_slice_nums", type=int, help="most slices per image (default: the checkpoint's)")
+    parser.add_argument("--report_rows", type=int, default=300, help="samples shown in report.html, the worst")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, ...")
+    parser.add_argument("--dtype", default="auto", help="auto (the file's), bfloat16, float16, float32")
+    return parser

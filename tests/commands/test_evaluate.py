@@ -1,0 +1,157 @@
+"""python -m finetune evaluate on tiny checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from finetune.commands import evaluate
+from finetune.encoding.encoder import Encoder
+from finetune.errors import UserError
+from finetune.evaluation.generation import answer_batch, generate_answers, split_answer
+from finetune.models import load_model, load_tokenizer
+from finetune.readers import read
+from finetune.tuning.checkpoint import resolve
+
+SHORT = ["--max_new_tokens", "6", "--dtype", "float32", "--device", "cpu"]
+
+
+def run(*words: object) -> None:
+    assert evaluate.main([str(word) for word in words] + SHORT) == 0
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, tmp_path_factory) -> Path:
+    """A LoRA adapter with random weights that change answers."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=r"llm\..*q_proj", init_lora_weights=False)
+    model = get_peft_model(load_model(tiny("llama3_v2_5"), dtype=torch.float32), config)
+    model.peft_config["default"].base_model_name_or_path = str(tiny("llama3_v2_5"))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.5)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def test_answers_are_those_of_one_by_one_generation(tiny, demo_data, tmp_path, capsys):
+    run("--model", tiny("v2_0"), "--data", demo_data / "eval.json", "--out", tmp_path, "--batch_size", 3)
+    base = resolve(str(tiny("v2_0")))
+    tokenizer = load_tokenizer(base.folder)
+    encoder = Encoder.from_config(base.family, tokenizer, base.settings)
+    model = load_model(base.folder, dtype=torch.float32)
+    pairs = [split_answer(sample) for sample in read(demo_data / "eval.json")]
+    prompts = [prompt for prompt, _ in pairs]
+    single = [generate_answers(model, tokenizer, encoder, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+    rows = lines(tmp_path)
+    assert [row["prediction"] for row in rows] == single
+    assert [row["references"] for row in rows] == [[answer] for _, answer in pairs]
+    assert [row["index"] for row in rows] == list(range(len(pairs)))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["metric"] == "normalised"
+    assert metrics["why"].startswith("auto: short references")
+    assert metrics["samples"] == len(pairs)
+    shown = capsys.readouterr().out
+    assert "normalised (auto: short references" in shown
+    assert (tmp_path / "report.html").read_text().count("<img") >= len(pairs)
+
+
+def test_a_stopped_evaluation_goes_on(tiny, demo_data, tmp_path, monkeypatch):
+    data = demo_data / "eval.json"
+    words = ("--model", tiny("v2_0"), "--data", data, "--out", tmp_path, "--batch_size", 2)
+    calls = []
+
+    def stopping(*args, **kwargs):
+        calls.append(len(args[3]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answer_batch(*args, **kwargs)
+
+    monkeypatch.setattr("finetune.evaluation.generation.answer_batch", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(*words)
+    assert len(lines(tmp_path)) == 4
+    assert not (tmp_path / "metrics.json").exists()
+    run(*words)
+    assert sum(calls[3:]) == 4
+    calls.clear()
+    run(*words, "--metric", "cer")
+    assert calls == [], "another metric asks nothing again"
+    assert json.loads((tmp_path / "metrics.json").read_text())["metric"] == "cer"
+    with pytest.raises(UserError, match="max_slice_nums was None and is 1"):
+        run(*words, "--max_slice_nums", 1)
+
+
+def test_comparison_with_the_base(tiny, demo_data, adapter, tmp_path):
+    data = demo_data / "eval.json"
+    run("--model", adapter, "--data", data, "--out", tmp_path / "a", "--compare", "base", "--metric", "cer")
+    run("--model", tiny("llama3_v2_5"), "--data", data, "--out", tmp_path / "b")
+    rows, plain = lines(tmp_path / "a"), lines(tmp_path / "b")
+    assert [row["prediction_base"] for row in rows] == [row["prediction"] for row in plain]
+    changed = sum(row["prediction"] != row["prediction_base"] for row in rows)
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert 0 < changed == metrics["other_answer"]
+    assert metrics["base"]["cer"] != metrics["scores"]["cer"]
+    assert "<th>base</th>" in (tmp_path / "a" / "report.html").read_text()
+    base = tiny("llama3_v2_5")
+    run("--model", base, "--adapter", adapter, "--data", data, "--out", tmp_path / "c", "--compare", base, "--limit", 2)
+    assert [row["prediction_base"] for row in lines(tmp_path / "c")] == [row["prediction"] for row in plain[:2]]
+
+
+def test_what_cannot_be_is_said(tiny, demo_data, adapter, tmp_path):
+    data = demo_data / "eval.json"
+    with pytest.raises(UserError, match="--compare base means the model without its adapter"):
+        run("--model", tiny("v2_0"), "--data", data, "--out", tmp_path, "--compare", "base")
+    with pytest.raises(UserError, match="give one of them"):
+        run("--model", adapter, "--adapter", adapter, "--data", data, "--out", tmp_path)
+    with pytest.raises(UserError, match="no metric is called 'exat'; did you mean 'exact'"):
+        run("--model", tiny("v2_0"), "--data", data, "--out", tmp_path, "--metric", "exat")
+    record = {"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "data.json").write_text(json.dumps([{**record, "answers": "b"}]))
+    with pytest.raises(UserError, match="'answers' must be a list of strings"):
+        run("--model", tiny("v2_0"), "--data", tmp_path / "data.json", "--out", tmp_path)
+
+
+def test_several_accepted_answers(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns, "answers": ["b", "c"]}]))
+    questions = evaluate.read_questions(str(tmp_path / "data.json"), None, None)
+    assert [references for _, references in questions.values()] == [["b", "c"]]
+
+
+def test_two_processes_share_the_work(tiny, demo_data, tmp_path):
+    run("--model", tiny("v2_0"), "--data", demo_data / "eval.json", "--out", tmp_path / "one", "--metric", "cer")
+    words = ["--model", str(tiny("v2_0")), "--data", str(demo_data / "eval.json"), "--out", str(tmp_path / "two")]
+    words += [*SHORT, "--batch_size", "2", "--metric", "cer"]
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "finetune", "evaluate", *words],
+            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": ""},
+            cwd=Path(evaluate.__file__).parents[2],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    shown = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert lines(tmp_path / "one") == lines(tmp_path / "two")
+    assert [text.count("written") for text in shown] == [1, 0]
+    assert not list((tmp_path / "two").glob("*rank*"))
