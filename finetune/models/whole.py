@@ -76,17 +76,18 @@ class Whole(Chatting, StrictLoading):
             ValueError: pixels, sizes and placeholders do not agree.
         """
         mode = downsample_mode or self.config.downsample_mode
+        in_step = self.training or labels is not None
         features = dict(mm_encoder_outputs or {})
         for kind, pixels, sizes in (
             ("image", pixel_values, target_sizes),
             ("video", pixel_values_videos, target_sizes_videos),
         ):
             if pixels is not None:
-                features[kind] = _pooled(self._features(pixels, sizes, mode))
+                features[kind] = _pooled(self._features(pixels, sizes, mode, in_step=in_step))
         idle = None
-        if not features and (self.training or labels is not None):
+        if not features and in_step:
             # A batch without images runs every layer too, with a result of zero: ranks must call the same layers.
-            idle = torch.cat(self._features(*self._dummy(), mode)).mean() * 0
+            idle = torch.cat(self._features(*self._dummy(), mode, in_step=True)).mean() * 0
         embedded: torch.Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if idle is not None:
             embedded = embedded + idle.to(device=embedded.device, dtype=embedded.dtype)
@@ -120,10 +121,14 @@ class Whole(Chatting, StrictLoading):
         width = _DUMMY[0] * _DUMMY[1] * embeddings.patch_size
         return torch.zeros(1, 3, embeddings.patch_size, width, device=self.device), sizes
 
-    def _features(self, pixel_values: torch.Tensor, target_sizes: torch.Tensor | None, mode: str) -> list[torch.Tensor]:
-        """Vision tower and merger, each called once: (tokens, E) per item.
+    def _features(
+        self, pixel_values: torch.Tensor, target_sizes: torch.Tensor | None, mode: str, *, in_step: bool
+    ) -> list[torch.Tensor]:
+        """Vision tower and merger: (tokens, E) per item.
 
-        Parts without a trainable parameter run without a graph.
+        With ``in_step`` each is called once, whatever the items; else the merger works item by item, as the stock class
+        has it, and the logits are the stock ones to the last bit. Parts without a trainable parameter run without a
+        graph.
         """
         tower, merger = self.model.vision_tower, self.model.merger
         windows = mode != "4x"
@@ -137,7 +142,9 @@ class Whole(Chatting, StrictLoading):
         if windows:
             sizes = [(rows // 2, columns // 2) for rows, columns in sizes]
         with torch.set_grad_enabled(trained and (hidden.requires_grad or _trainable(merger))):
-            return merge_patches(merger, hidden[0], sizes)
+            if in_step:
+                return merge_patches(merger, hidden[0], sizes)
+            return merger(hidden, torch.tensor(sizes, device=hidden.device))
 
 
 def _pooled(features: list[torch.Tensor]) -> BaseModelOutputWithPooling:

@@ -20,8 +20,10 @@ from finetune.families.base import Family
 
 logger = logging.getLogger(__name__)
 
-# Only the LLM's linear layers are worth quantising; the rest is small, trained in full, or reads packed weights.
+# Only the LLM's linear layers are worth quantising; the rest is small, trained in full, or reads packed weights. Of its
+# linear attention the two projections of the gates stay: a few rows, which a CPU cannot hold in 4 bit.
 _NOT_QUANTISED = ["vpm", "resampler", "lm_head", "apm", "audio_projection_layer", "tts"]
+_NOT_QUANTISED += ["model.vision_tower", "model.merger", "in_proj_a", "in_proj_b"]
 _ALL_LINEAR = ("all-linear", "all")
 # What decides the shape or the meaning of an adapter.
 _DECISIVE = ("r", "lora_alpha", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from conversations import CONVERSATIONS, as_published, encoder, sample
 from transformers import AutoProcessor, MiniCPMV4_6ImageProcessor
 
 from finetune.encoding.collate import pad
-from finetune.encoding.encoder import AlignmentError
+from finetune.encoding.encoder import AlignmentError, Encoder
 from finetune.encoding.fitting import Fitter
 from finetune.media import processor as processor_module
 from finetune.media.slicing import SliceSpec, plan
@@ -120,6 +121,30 @@ def test_several_rows(native, family: str) -> None:
 def test_the_chat_template_agrees(native, family: str) -> None:
     base = resolve(str(native(family)))
     assert check_chat_template(base.family, load_tokenizer(base.folder))
+
+
+@pytest.mark.parametrize("change", ["as it is", "no trimming", "default system"])
+@pytest.mark.parametrize("name", ["sliced", "turns", "system", "thinking"])
+def test_the_prompt_follows_the_template_of_the_checkpoint(native, family: str, change: str, name: str) -> None:
+    base = resolve(str(native(family)))
+    tokenizer = load_tokenizer(base.folder)
+    template = str(tokenizer.chat_template)
+    if change == "no trimming":
+        template = template.replace("shown(message.content) | trim", "shown(message.content)")
+    elif change == "default system":
+        head = (
+            "{%- if messages[0].role != 'system' -%}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' -}}{%- endif -%}"
+        )
+        template = head + template
+    tokenizer.chat_template = template
+    made = Encoder.from_config(base.family, tokenizer, base.settings)
+    messages = CONVERSATIONS[name][:-1]
+    prompt = made.encode(sample(messages), generate=True)
+    wanted = str(tokenizer.apply_chat_template(as_published(messages), tokenize=False, add_generation_prompt=True))
+    text = str(tokenizer.decode(prompt.input_ids))
+    written = re.sub(r"<image_id>.*?</image_id>", "", text)
+    written = re.sub(r"<image>(<.image_pad.>)+</image>(\n?<slice>(<.image_pad.>)+</slice>)*", "<|image_pad|>", written)
+    assert written == wanted
 
 
 def test_slicing_rule() -> None:
