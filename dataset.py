@@ -74,7 +74,7 @@ def make_supervised_data_module(data: DataArguments, encoder: Encoder, output: P
     """
 
     def dataset(path: str) -> SupervisedDataset:
-        samples = read(path, image_root=data.image_root)
+        samples = read(path, image_root=data.image_root, train_on=data.train_on)
         report = None if output is None else output / BAD_SAMPLES
         intake = Intake(samples, encoder, overlong=data.overlong, on_bad_sample=data.on_bad_sample, report=report)
         return SupervisedDataset(samples, encoder, intake)

@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     set_seed(args.training.seed)
     tokenizer = load_tokenizer(base.folder)
     check_chat_template(base.family, tokenizer)
+    if args.data.thinking != "keep" and "<think>" not in tokenizer.get_vocab():
+        logger.warning("--thinking %s has no effect: %s does not think", args.data.thinking, base.family.title)
 
     # Data: records, one encoder for training and evaluation; looked at before a device is used.
     from dataset import make_supervised_data_module
@@ -73,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         max_slice_nums=args.data.max_slice_nums,
         max_length=args.training.model_max_length,
         max_pixels=args.data.max_image_pixels,
+        thinking=args.data.thinking,
     )
     data = make_supervised_data_module(args.data, encoder, output)
     train, evaluation = data["train_dataset"], data["eval_dataset"]

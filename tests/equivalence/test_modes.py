@@ -20,7 +20,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 WORKER = Path(__file__).with_name("worker.py")
 # Measured: losses 2e-6, gradient norms 2e-6.
 LOSS, NORM = 1e-5, 2e-5
-WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
+WEIGHTS = {"full": "model*.safetensors", "lora": "adapter_model.safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,8 @@ def result(runs: Path, mode: str, family: str, kind: str) -> dict:
 
 
 def weights(runs: Path, mode: str, family: str, kind: str) -> dict[str, torch.Tensor]:
-    return load_file(runs / f"{mode}-{family}-{kind}" / WEIGHTS[kind])
+    files = (runs / f"{mode}-{family}-{kind}").glob(WEIGHTS[kind])
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
