@@ -12,7 +12,7 @@ from peft import PeftModel
 
 import finetune.models  # noqa: F401 - registers the network
 from finetune.arguments import ArgumentError, LoraArguments, TrainingArguments
-from finetune.families import by_name
+from finetune.families import FAMILIES, by_name
 from finetune.families.common import OWN_PARTS
 from finetune.models import load_model
 from finetune.tuning.parts import adapt, counted, part_of, part_rows
@@ -142,6 +142,17 @@ def test_all_linear_layers_of_chosen_parts(tiny, tmp_path, family):
         n.split(".lora_A")[0].removeprefix("base_model.model.") for n, _ in model.named_parameters() if "lora_A" in n
     }
     assert adapted == {name for name in linear if name.startswith(("llm.model.", "vpm."))}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_adapters_in_every_part_of_every_generation(tiny, tmp_path, family):
+    parts = list(family.lora_targets)
+    assert set(parts) == set(family.parts)
+    training = arguments(tmp_path, use_lora=True, lora_parts=parts)
+    for targets in (None, "all-linear"):
+        model = adapt(load_model(tiny(family.name)), family, training, LoraArguments(lora_target_modules=targets))
+        modes = {row.part: row.mode for row in part_rows(model, family.parts, training.part_learning_rates)}
+        assert modes == dict.fromkeys(parts, "LoRA r=64")
 
 
 def test_a_part_that_the_family_lacks_is_refused(tiny, tmp_path):
