@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from finetune.errors import CheckpointError
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
-from finetune.models.loading import load_model
+from finetune.models.loading import add_adapter, base_of, load_model
 from finetune.models.minicpmo import MiniCPMO
 from finetune.models.minicpmv import MiniCPMV, MiniCPMVOutput
 from finetune.models.tokenization import load_tokenizer, register
@@ -24,6 +24,8 @@ __all__ = [
     "MiniCPMV",
     "MiniCPMVConfig",
     "MiniCPMVOutput",
+    "add_adapter",
+    "base_of",
     "load_model",
     "load_tokenizer",
 ]

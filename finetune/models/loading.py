@@ -7,23 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from finetune.errors import CheckpointError
 from finetune.families import detect
 from finetune.families.common import vocab_size
+from finetune.models.adapters import ADAPTER_CONFIG, put_adapter
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
 from finetune.models.folders import local_folder
 from finetune.models.minicpmo import MiniCPMO
 from finetune.models.minicpmv import MiniCPMV
-from finetune.models.strict import check_folder, check_whole, some
+from finetune.models.strict import check_folder
 from finetune.models.tokenization import check_tokens, load_tokenizer
 from finetune.models.whole import WHOLE_NETWORKS
 
-_ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # By the model_type of config.json.
 NETWORKS: dict[str, type[PreTrainedModel]] = {
     MiniCPMVConfig.model_type: MiniCPMV,
@@ -40,10 +38,13 @@ def load_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     base: str | Path | None = None,
+    adapter_name: str = "default",
     tokenizer_required: bool = True,
     **kwargs: Any,
 ) -> PreTrainedModel | PeftModel:
     """Loads a full checkpoint, or an adapter on top of the base checkpoint that it names.
+
+    Adapters of the first published scripts (vpm_resampler_embedtokens.pt beside the adapter) are loaded whole.
 
     Every parameter of a loaded model requires gradients again; whoever trains it freezes what stays fixed afterwards.
 
@@ -54,6 +55,7 @@ def load_model(
         attn_implementation: "sdpa", "eager" or "flash_attention_2"; None lets transformers choose.
         revision: of the hub id.
         base: folder of the checkpoint that an adapter is put on; None for the one that the adapter names.
+        adapter_name: under which an adapter can be chosen, where ``add_adapter`` puts more on the same base.
         tokenizer_required: also check that the tokenizer beside the weights has the tokens the family needs.
         **kwargs: handed on to ``from_pretrained`` (offload_folder, quantization_config, ...).
 
@@ -65,11 +67,32 @@ def load_model(
     options = {"dtype": dtype, "device_map": device_map, **kwargs}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    if (folder / _ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        return _load_adapter(folder, None if base is None else Path(base), tokenizer_required, options)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        return _load_adapter(folder, None if base is None else Path(base), adapter_name, tokenizer_required, options)
     if base is not None:
-        raise CheckpointError(f"{folder} is no adapter ({_ADAPTER_CONFIG} is missing): it cannot be put on {base}")
+        raise CheckpointError(f"{folder} is no adapter ({ADAPTER_CONFIG} is missing): it cannot be put on {base}")
     return _load_full(folder, tokenizer_required, options)
+
+
+def add_adapter(model: PeftModel, adapter: str | Path, name: str) -> None:
+    """Puts another adapter on a loaded one; ``model.set_adapter(name)`` makes it the active one.
+
+    Raises:
+        CheckpointError: as ``load_model``, and an adapter of another family or size.
+    """
+    put_adapter(model, local_folder(str(adapter)), name)
+
+
+def base_of(adapter: str | Path) -> Path:
+    """The folder of the base checkpoint that an adapter names.
+
+    Raises:
+        CheckpointError: it is no adapter, or its base is not there.
+    """
+    folder = local_folder(str(adapter))
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{folder} is no adapter: {ADAPTER_CONFIG} is missing")
+    return _base_folder(folder, json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
 
 
 def _load_full(folder: Path, tokenizer_required: bool, options: dict[str, Any]) -> PreTrainedModel:
@@ -82,28 +105,11 @@ def _load_full(folder: Path, tokenizer_required: bool, options: dict[str, Any]) 
 
 
 def _load_adapter(
-    folder: Path, base_folder: Path | None, tokenizer_required: bool, options: dict[str, Any]
+    folder: Path, base_folder: Path | None, name: str, tokenizer_required: bool, options: dict[str, Any]
 ) -> PeftModel:
-    weights = folder / _ADAPTER_WEIGHTS
-    if not weights.is_file():
-        raise CheckpointError(f"{folder} has {_ADAPTER_CONFIG} but not {_ADAPTER_WEIGHTS}")
-    check_whole(weights)
-    settings = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = _load_full(base_folder or _base_folder(folder, settings), tokenizer_required, options)
-    try:
-        adapted = PeftModel.from_pretrained(base, str(folder))
-    except KeyError as error:  # what peft raises for a module saved in full that lacks a tensor
-        raise CheckpointError(f"{weights} lacks tensors of the adapter: {error}") from error
-    with safe_open(str(weights), framework="pt") as file:
-        stored = set(file.keys())
-    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    if missing := sorted(expected - stored):
-        raise CheckpointError(f"{weights} lacks tensors of the adapter: {some(missing)}")
-    if surplus := sorted(stored - expected):
-        raise CheckpointError(
-            f"{weights} has {len(surplus)} tensors that {_ADAPTER_CONFIG} does not describe: {some(surplus)}"
-        )
-    return adapted
+    return put_adapter(base, folder, name)
 
 
 def _base_folder(adapter: Path, settings: dict[str, Any]) -> Path:
@@ -114,7 +120,7 @@ def _base_folder(adapter: Path, settings: dict[str, Any]) -> Path:
     """
     name = settings.get("base_model_name_or_path")
     if not name:
-        raise CheckpointError(f"{adapter / _ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
+        raise CheckpointError(f"{adapter / ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
     for place in (Path(name).expanduser(), adapter / name):
         if place.is_dir():
             return place
@@ -123,5 +129,5 @@ def _base_folder(adapter: Path, settings: dict[str, Any]) -> Path:
     except CheckpointError as error:
         raise CheckpointError(
             f"the base model {name} of adapter {adapter} is not there. Correct base_model_name_or_path in "
-            f"{_ADAPTER_CONFIG} ({error})"
+            f"{ADAPTER_CONFIG} ({error})"
         ) from error

@@ -1,0 +1,226 @@
+"""Adapters on a network: looked at before anything is touched, completely loaded or not at all."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from finetune.errors import CheckpointError, UserError
+from finetune.families import by_name, detect
+from finetune.families.base import Family
+from finetune.models.strict import check_whole, some
+
+ADAPTER_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+# The first published scripts left what was trained in full beside the adapter, under the names of their training.
+_FIRST_WEIGHTS = "vpm_resampler_embedtokens.pt"
+_FIRST_PARTS = ("vpm", "resampler", "embed_tokens")
+_PREFIX = "base_model.model."
+_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+
+
+def put_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "default") -> PeftModel:
+    """Puts an adapter on a network, beside those that it has already.
+
+    The first one is active; ``set_adapter(name)`` changes that, and ``disable_adapter()`` gives the base.
+
+    Args:
+        model: the base, or the same with other adapters.
+        folder: adapter_config.json with adapter_model.safetensors; of the first published scripts also
+            vpm_resampler_embedtokens.pt.
+        name: under which the adapter can be chosen.
+
+    Raises:
+        CheckpointError: files are missing or damaged, the name is taken, or the adapter belongs to a network of
+            another family or size.
+    """
+    if isinstance(model, PeftModel) and name in model.peft_config:
+        raise CheckpointError(f"{folder}: there is an adapter called {name!r} already; give it another name")
+    settings = _settings(folder)
+    weights = folder / _WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(f"{folder} has {ADAPTER_CONFIG} but not {_WEIGHTS}")
+    check_whole(weights)
+    beside = _beside(folder)
+    shapes = _shapes(weights) | {name: tuple(tensor.shape) for name, tensor in beside.items()}
+    _check_fit(model, folder, settings, shapes)
+    if beside:
+        return _put_first_generation(model, folder, beside, name)
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), adapter_name=name)
+            adapted = model
+        else:
+            adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    except KeyError as error:  # what peft raises for a module saved in full that lacks a tensor
+        raise CheckpointError(f"{weights} lacks tensors of the adapter: {error}") from error
+    _check_complete(adapted, weights, set(shapes), name)
+    return adapted
+
+
+def network_of(model: PreTrainedModel | PeftModel) -> Any:
+    """The network itself, without adapters around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file():
+        raise CheckpointError(f"{folder} is no adapter: {ADAPTER_CONFIG} is missing")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+
+
+def _shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(str(weights), framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
+def _beside(folder: Path) -> dict[str, torch.Tensor]:
+    """What the first scripts saved beside the adapter, under the names that an adapter file has.
+
+    Raises:
+        CheckpointError: the file is not one of plain tensors, or holds other parts.
+    """
+    file = folder / _FIRST_WEIGHTS
+    if not file.is_file():
+        return {}
+    try:
+        given: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{file} is damaged, or holds more than tensors and is not read: {error}") from error
+    result = {}
+    for name, tensor in given.items():
+        if ".original_module." in name:  # the base's own, which peft keeps beside a module trained in full
+            continue
+        plain = name.removeprefix(_PREFIX).replace(".modules_to_save.default.", ".")
+        if not any(f".{part}." in f".{plain}" for part in _FIRST_PARTS) or not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{file} has {name}, which is not of {', '.join(_FIRST_PARTS)}")
+        if not tensor.numel():
+            raise CheckpointError(f"{file}: {name} is empty, as ZeRO-3 leaves it when weights are not gathered")
+        result[_PREFIX + plain] = tensor
+    return result
+
+
+def _put_first_generation(
+    model: PreTrainedModel | PeftModel, folder: Path, beside: dict[str, torch.Tensor], name: str
+) -> PeftModel:
+    """As modules saved with the adapter, so that switching it off gives the base back."""
+    config = LoraConfig.from_pretrained(str(folder))
+    assert isinstance(config, LoraConfig)
+    parts = {part for part in _FIRST_PARTS if any(f".{part}." in key for key in beside)}
+    config.modules_to_save = sorted(parts | set(config.modules_to_save or ()))
+    config.inference_mode = True
+    network = network_of(model)
+    inside = {
+        _PREFIX + key: tensor
+        for key, tensor in _tensors(network).items()
+        if any(f".{part}." in f".{key}" for part in config.modules_to_save)
+    }
+    state = {**inside, **load_file(folder / _WEIGHTS), **beside}
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+        adapted = model
+    else:
+        adapted = PeftModel(model, config, adapter_name=name)
+    set_peft_model_state_dict(adapted, state, adapter_name=name)
+    adapted.eval()
+    _check_complete(adapted, folder / _WEIGHTS, set(state), name)
+    return adapted
+
+
+def _check_complete(adapted: PeftModel, weights: Path, stored: set[str], name: str) -> None:
+    expected = set(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
+    if missing := sorted(expected - stored):
+        raise CheckpointError(f"{weights} lacks tensors of the adapter: {some(missing)}")
+    if surplus := sorted(stored - expected):
+        raise CheckpointError(
+            f"{weights} has {len(surplus)} tensors that {ADAPTER_CONFIG} does not describe: {some(surplus)}"
+        )
+
+
+def _tensors(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The network's own tensors under their own names, whatever adapters have been put around them."""
+    return {
+        _own_name(name): tensor
+        for name, tensor in network.state_dict().items()
+        if ".lora_" not in name and ".modules_to_save." not in name
+    }
+
+
+def _own_name(name: str) -> str:
+    return f"{name}.".replace(".base_layer.", ".").replace(".original_module.", ".")[:-1]
+
+
+def _check_fit(
+    model: PreTrainedModel | PeftModel, folder: Path, settings: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Refuses an adapter of another family or size before peft changes the network.
+
+    Raises:
+        CheckpointError: with the names of both.
+    """
+    network = network_of(model)
+    family = detect(network.config.to_dict())
+    theirs = _trained_on(folder, settings)
+    misfit = None
+    if theirs is not None and theirs.name != family.name:
+        misfit = "they are different networks"
+    elif not settings.get("layer_replication"):  # which gives layers other numbers
+        misfit = _misfit(network, shapes)
+    if misfit:
+        title = f"{theirs.title}, " if theirs else ""
+        raise CheckpointError(
+            f"the adapter {folder} was trained on {title}{settings.get('base_model_name_or_path') or 'an unnamed base'}"
+            f" and does not fit {family.title}, {network.name_or_path or 'this network'}: {misfit}"
+        )
+
+
+def _trained_on(folder: Path, settings: dict[str, Any]) -> Family | None:
+    """The family that an adapter was trained on, where its run or its base says so."""
+    run = folder / "run.yaml"
+    base = Path(str(settings.get("base_model_name_or_path") or "."))
+    try:
+        if run.is_file():
+            return by_name(yaml.safe_load(run.read_text(encoding="utf-8"))["base"]["family"])
+        for place in (base, folder / base):
+            if (config := place / "config.json").is_file():
+                return detect(json.loads(config.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, yaml.YAMLError, json.JSONDecodeError, UserError):
+        return None  # a run.yaml or a base of something else; the shapes decide
+    return None
+
+
+def _misfit(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """The first tensor of an adapter that has no place in the network, in words."""
+    modules = {_own_name(name): module for name, module in network.named_modules()}
+    own = {name: tuple(tensor.shape) for name, tensor in _tensors(network).items() if tensor.is_floating_point()}
+    for name, shape in sorted(shapes.items()):
+        plain = name.removeprefix(_PREFIX)
+        found = _LORA.fullmatch(plain)
+        if found is None:
+            if plain in own and own[plain] != shape:
+                return f"{plain} is {shape} there, {own[plain]} here"
+            continue
+        module = modules.get(found["module"])
+        if module is None:
+            return f"it has no {found['module']}"
+        there = shape[1] if found["side"] == "A" else shape[0]
+        here = getattr(module, "in_features" if found["side"] == "A" else "out_features", there)
+        if here != there:
+            side = "takes" if found["side"] == "A" else "gives"
+            return f"{found['module']} {side} {there} values there, {here} here"
+    return None
