@@ -114,13 +114,13 @@ class Whole(Chatting, StrictLoading):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return MiniCPMVOutput(logits=self.lm_head(hidden[:, kept]), **more)
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, with the names of the weights as they are here: the published ones.
 
         After a load under ZeRO-3, transformers 5.23 would undo renamings that it never did.
         """
         kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(*args, **kwargs)
 
     def _dummy(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels and size of a grey picture."""

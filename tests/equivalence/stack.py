@@ -55,7 +55,7 @@ def build(argv: Sequence[str]) -> CPMTrainer:
     tokenizer = load_tokenizer(base.folder)
     model = load_model(base.folder, dtype=torch.float32)
     model = adapt(model, base.family, args.training, args.lora)
-    encoder = Encoder.from_config(base.family, tokenizer, base.config, max_slice_nums=args.data.max_slice_nums)
+    encoder = Encoder.from_config(base.family, tokenizer, base.settings, max_slice_nums=args.data.max_slice_nums)
     rates = args.training.part_learning_rates
     data = make_supervised_data_module(args.data, encoder)
     return CPMTrainer(model=model, args=args.training, base=base, part_learning_rates=rates, **data)

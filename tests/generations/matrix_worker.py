@@ -78,7 +78,7 @@ def reload(models: Path, data: Path, out: Path) -> None:
             status = verify.main([str(out / name), "--reference", run["reference"], "--device", "cpu"])
         base = resolve(str(models / family))
         model, tokenizer = load_model(out / name).eval(), load_tokenizer(out / name)
-        encoder = Encoder.from_config(base.family, tokenizer, base.config, max_slice_nums=4)
+        encoder = Encoder.from_config(base.family, tokenizer, base.settings, max_slice_nums=4)
         prompts = [split_answer(sample)[0] for sample in read(data / f"{records}.json")][:2]
         answers = generate_answers(model, tokenizer, encoder, prompts, max_new_tokens=4)  # pyright: ignore[reportArgumentType]
         found[name] = {"status": status, "said": said.getvalue(), "answers": answers}

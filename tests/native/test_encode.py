@@ -132,9 +132,7 @@ def test_the_prompt_follows_the_template_of_the_checkpoint(native, family: str, 
     if change == "no trimming":
         template = template.replace("shown(message.content) | trim", "shown(message.content)")
     elif change == "default system":
-        head = (
-            "{%- if messages[0].role != 'system' -%}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' -}}{%- endif -%}"
-        )
+        head = "{%- if messages[0].role != 'system' -%}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' -}}{%- endif -%}"
         template = head + template
     tokenizer.chat_template = template
     made = Encoder.from_config(base.family, tokenizer, base.settings)
