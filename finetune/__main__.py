@@ -17,6 +17,8 @@ COMMANDS = {
     "check": "look at the records of a data file as training will, and report every problem",
     "selfcheck": "load a checkpoint and try it out: prompt, caption, loss; the first thing to do with real weights",
     "evaluate": "ask a model the questions of a data file and score its answers",
+    "guicourse": "convert the GUICourse data sets, and score predictions as they are scored",
+    "chat": "talk to a model in the terminal, with and without its adapters",
     "verify": "load a saved adapter or model in this process and compare it with its training",
 }
 

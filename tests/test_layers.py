@@ -35,8 +35,10 @@ TABLE: dict[str, set[str]] = {
     "models": {"errors", "families"},
     "tuning": MODELS_OR_DATA,
     "evaluation": MODELS_OR_DATA,
+    # only the rules of boxes and words
+    "guicourse": {"errors", "sample", "evaluation.metrics"},
     "chat": MODELS_OR_DATA | {"tuning", "evaluation"},
-    "commands": MODELS_OR_DATA | {"readers", "tuning", "evaluation", "chat"},
+    "commands": MODELS_OR_DATA | {"readers", "tuning", "evaluation", "chat", "guicourse"},
     "__main__": {"errors", "commands"},
 }
 
@@ -60,6 +62,7 @@ WITHOUT: dict[str, set[str]] = {
     "families": TORCH | {"transformers"},
     "templates": TORCH,
     "readers": TORCH | {"transformers"},
+    "guicourse": TORCH | {"transformers"},
     "media.slicing": TORCH | {"transformers", "numpy", "PIL"},
     "encoding": TORCH - {"torch"},
     "models": {"deepspeed", "accelerate", "PIL"},
