@@ -47,6 +47,9 @@ def put_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "d
     """
     if isinstance(model, PeftModel) and name in model.peft_config:
         raise CheckpointError(f"{folder}: there is an adapter called {name!r} already; give it another name")
+    pieces = {piece for path, _ in network_of(model).named_modules() for piece in path.split(".")}
+    if not name or "." in name or name in pieces:  # peft looks for names between the dots of a path
+        raise CheckpointError(f"{folder}: {name!r} cannot be the name of an adapter; give another")
     settings = _settings(folder)
     weights = folder / _WEIGHTS
     if not weights.is_file():

@@ -1,0 +1,121 @@
+"""A base with its adapters, of which one or none speaks at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from finetune.chat.guide import best_device
+from finetune.chat.talker import Decoding, Prompting, Talker
+from finetune.errors import ArgumentError
+from finetune.models import add_adapter, base_of, load_model
+from finetune.sample import Sample
+
+OFF = "off"
+
+
+class Room:
+    """A loaded base, and adapters that are switched by name.
+
+    Args:
+        model: folder or hub id of a full checkpoint, or of an adapter, which then is the first; None for the base of
+            the first adapter.
+        adapters: folders, or NAME=FOLDER; without a name the folder's name counts.
+        device: "cuda", "mps", "cpu"; None for the best there is.
+        dtype: of the weights; "auto" is the file's.
+
+    Attributes:
+        adapters: folder by name.
+        active: name of the adapter that speaks, or OFF.
+
+    Raises:
+        ArgumentError: neither model nor adapter is given, or two adapters have one name.
+        CheckpointError: a folder cannot be loaded, or an adapter belongs to another network.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        adapters: Sequence[str] = (),
+        *,
+        device: str | None = None,
+        dtype: torch.dtype | str = "auto",
+    ) -> None:
+        if model is not None and _is_adapter(Path(model)):
+            model, adapters = None, (model, *adapters)
+        self.adapters = _named(adapters)
+        if model is None and not adapters:
+            raise ArgumentError("nothing to talk to: give --model, or --adapter, which knows its base")
+        options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device or best_device()}}
+        loaded: PreTrainedModel | PeftModel | None = None
+        for name, folder in self.adapters.items():
+            if loaded is None:
+                loaded = load_model(folder, base=model or base_of(folder), adapter_name=name, **options)
+            else:
+                assert isinstance(loaded, PeftModel)
+                add_adapter(loaded, folder, name)
+        self.model = loaded or load_model(str(model), **options)
+        self.model.eval()
+        self.active = next(iter(self.adapters), OFF)
+        self.talker = Talker(self.model)
+        self._lock = Lock()
+
+    def choose(self, name: str) -> None:
+        """Makes an adapter the one that speaks, or none of them (OFF).
+
+        Raises:
+            ArgumentError: there is no such adapter.
+        """
+        if name != OFF and name not in self.adapters:
+            raise ArgumentError(f"no adapter {name!r}; there are {', '.join([*self.adapters, OFF])}")
+        self.active = name
+
+    def stream(
+        self, sample: Sample, prompting: Prompting, decoding: Decoding, name: str | None = None
+    ) -> Iterator[str]:
+        """The answer in pieces, of the active adapter or the one called ``name``.
+
+        Raises:
+            DataError: a conversation or an image that cannot be used.
+            ArgumentError: settings that do not fit.
+        """
+        with self._speaking(self.active if name is None else name):
+            yield from self.talker.stream(sample, prompting, decoding)
+
+    @contextmanager
+    def _speaking(self, name: str) -> Iterator[None]:
+        # The network has one state: nobody may switch while an answer is being made.
+        with self._lock:
+            if not isinstance(self.model, PeftModel):
+                yield
+            elif name == OFF:
+                with self.model.disable_adapter():
+                    yield
+            else:
+                self.model.set_adapter(name)
+                yield
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def _named(adapters: Sequence[str]) -> dict[str, str]:
+    """Folders by name."""
+    found: dict[str, str] = {}
+    for given in adapters:
+        name, equals, folder = given.partition("=")
+        if not equals or Path(given).exists():
+            # peft's names have no dots.
+            name, folder = Path(given).expanduser().resolve().name.replace(".", "_"), given
+        if name in found or name == OFF:
+            raise ArgumentError(f"--adapter {given}: the name {name!r} is taken; give NAME={folder}")
+        found[name] = folder
+    return found
