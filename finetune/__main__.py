@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "ask a model the questions of a data file and score its answers",
     "guicourse": "convert the GUICourse data sets, and score predictions as they are scored",
     "chat": "talk to a model in the terminal, with and without its adapters",
+    "restore-template": "give a 2.5 checkpoint of the old scripts its inference chat template back",
     "verify": "load a saved adapter or model in this process and compare it with its training",
 }
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetune.families.llama3_v2_5 import LLAMA3_V2_5
+
 # The template of the published inference tokenizer: it always ends with the header of the answer.
-LLAMA3_CHAT_TEMPLATE = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-    "+ message['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
-)
+LLAMA3_CHAT_TEMPLATE = LLAMA3_V2_5.inference_template
 VOCABULARY = {
     "v2_0": 832,
     "llama3_v2_5": 640,

@@ -58,6 +58,8 @@ class Family:
         lora_targets: part to the regular expression (full match on module names) of its LoRA layers.
         auto_mapping: class and module by which peft finds the base of an adapter.
         fixed_parameters: names of parameters that are tables; full finetuning leaves them as they are.
+        inference_template: the chat template of the published checkpoint, where the published training scripts leave
+            another one in their results; else empty.
         chat_gives_context: whether ``model.chat`` returns answer, context and history instead of the answer alone.
     """
 
@@ -79,4 +81,5 @@ class Family:
     inputs: str = "patches"
     auto_mapping: tuple[str, str] = ("AutoModel", "transformers")
     fixed_parameters: tuple[str, ...] = ()
+    inference_template: str = ""
     chat_gives_context: bool = False

@@ -8,6 +8,13 @@ from finetune.templates.llama3 import ROLES, render
 from finetune.templates.rendering import Layout
 
 _TURN_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+_INFERENCE_TEMPLATE = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
 
 
 def _matches(config: Config) -> bool:
@@ -36,4 +43,5 @@ LLAMA3_V2_5 = Family(
     stop_tokens=("<|eot_id|>", "<|end_of_text|>"),
     parts=OWN_PARTS,
     lora_targets=NAVIT_LORA,
+    inference_template=_INFERENCE_TEMPLATE,
 )

@@ -1,0 +1,98 @@
+"""``python -m finetune restore-template DIR``: the published chat template back into a result of the old scripts.
+
+Those of MiniCPM-Llama3-V 2.5 replace the template for training and leave it replaced, so that their checkpoints are
+asked with another prompt than the published one. What this project trains never needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ArgumentError, CheckpointError
+from finetune.families import detect
+from finetune.families.base import Family
+
+_SETTINGS = "tokenizer_config.json"
+# Newer libraries write the template here, and look here first.
+_BESIDE = "chat_template.jinja"
+
+
+def main(argv: list[str]) -> int:
+    """Restores the template and checks the prompt; the files as they were stay beside, with .bak at the end."""
+    parser = argparse.ArgumentParser(prog="python -m finetune restore-template", description=__doc__)
+    parser.add_argument("folder", type=Path, help="full checkpoint or adapter, trained by the old scripts")
+    folder = parser.parse_args(argv).folder.expanduser()
+
+    from finetune.models import load_tokenizer
+    from finetune.templates.probe import check_chat_template
+
+    family = _family(folder)
+    if not family.inference_template:
+        raise ArgumentError(
+            f"{folder} is {family.title}: only the scripts of MiniCPM-Llama3-V 2.5 left another template behind, "
+            "there is nothing to restore"
+        )
+    backups = restore(folder, family.inference_template)
+    check_chat_template(family, load_tokenizer(folder))
+    if backups:
+        print(f"restored the chat template of {folder}; as it was: {', '.join(path.name for path in backups)}")
+    else:
+        print(f"{folder} has the published chat template already; nothing changed")
+    return 0
+
+
+def restore(folder: Path, template: str) -> list[Path]:
+    """Writes the template into tokenizer_config.json, and puts another one beside it away.
+
+    Returns:
+        The backups made, empty when nothing had to change.
+
+    Raises:
+        CheckpointError: tokenizer_config.json is missing or not JSON.
+    """
+    file, beside = folder / _SETTINGS, folder / _BESIDE
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no {_SETTINGS}; give the folder of a checkpoint or an adapter")
+    settings = _read(file)
+    backups = []
+    if settings.get("chat_template") != template:
+        backups.append(_free(file))
+        backups[-1].write_bytes(file.read_bytes())
+        settings["chat_template"] = template
+        # Replaced in one step: an interruption leaves the old file or the new one.
+        new = file.with_name(f"{file.name}.new")
+        new.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(new, file)
+    if beside.is_file() and beside.read_text(encoding="utf-8") != template:
+        backups.append(_free(beside))
+        beside.rename(backups[-1])
+    return backups
+
+
+def _family(folder: Path) -> Family:
+    """The family of a checkpoint, or of the base of an adapter."""
+    if (folder / "config.json").is_file():
+        return detect(_read(folder / "config.json"))
+    if not (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{folder} is neither a checkpoint (config.json) nor an adapter (adapter_config.json)")
+    from finetune.models import base_of
+
+    return detect(_read(base_of(folder) / "config.json"))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+
+
+def _free(file: Path) -> Path:
+    """A name for a backup that no earlier one has."""
+    first = file.with_name(f"{file.name}.bak")
+    later = (file.with_name(f"{file.name}.bak{number}") for number in range(2, 1000))
+    return first if not first.exists() else next(path for path in later if not path.exists())
