@@ -18,8 +18,10 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from finetune.errors import UserError
+from finetune.evaluation.in_training import GeneratedMetric
 from finetune.tuning.alarms import Alarms
 from finetune.tuning.checkpoint import Checkpoint
+from finetune.tuning.manifest import zero_stage
 from finetune.tuning.parts import counted, full_parts, numel, part_of
 from finetune.tuning.resume import NothingLeftCallback, NothingLeftError
 from finetune.tuning.saving import finish_adapter, finish_full
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 _CHANCE = 0.85
 # No published checkpoint is smaller; below, random weights are expected (demo, tests).
 _SMALLEST_PRETRAINED = 100_000_000
+# The ZeRO stage in which no rank has whole weights.
+_SHARDED = 3
 
 
 class BaseLossError(UserError):
@@ -59,6 +63,7 @@ class CPMTrainer(Trainer):
         self._samples = 0
         self._clock = time.perf_counter()
         self._paused = 0.0
+        self._generated = self._generated_metric()
         parts = base.family.parts
         trained = {part_of(name, parts) for name, weight in self._network().named_parameters() if weight.requires_grad}
         declared = trained.union(full_parts(self.args))  # pyright: ignore[reportArgumentType]
@@ -187,7 +192,40 @@ class CPMTrainer(Trainer):
         assert output.metrics is not None
         output.metrics[f"{metric_key_prefix}_loss"] = float(total / count)
         output.metrics[f"{metric_key_prefix}_tokens"] = int(count)
+        figures = self._generate()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
+
+    def _generated_metric(self) -> GeneratedMetric | None:
+        """The metric of --eval_generate; made before training, so that a wrong name is told in time."""
+        args: Any = self.args
+        dataset: Any = self.eval_dataset
+        if not args.eval_generate or dataset is None:
+            return None
+        if zero_stage(args.deepspeed) == _SHARDED and not args.eval_generate_zero3:
+            logger.warning(
+                "--eval_generate is left out: under ZeRO-3 every generated token gathers all weights; "
+                "--eval_generate_zero3 true does it all the same"
+            )
+            return None
+        return GeneratedMetric(
+            dataset.samples,
+            dataset.intake.fitter.encoder,
+            count=args.eval_generate,
+            metric=args.eval_metric,
+            max_new_tokens=args.eval_max_new_tokens,
+            batch_size=args.per_device_eval_batch_size,
+            skip_bad=dataset.intake.on_bad_sample == "skip",
+        )
+
+    def _generate(self) -> dict[str, float]:
+        """The figures of --eval_generate, the same on every rank."""
+        if self._generated is None:
+            return {}
+        args: Any = self.args
+        synced = args.world_size > 1 and zero_stage(args.deepspeed) == _SHARDED
+        with self.compute_loss_context_manager():
+            return self._generated(self._network(), rank=args.process_index, world=args.world_size, synced=synced)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves weights, then what makes the folder loadable by itself."""

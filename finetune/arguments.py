@@ -91,6 +91,19 @@ class TrainingArguments(transformers.TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept for official launchers; stays false."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Samples per device and micro-batch."})
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "The same in evaluation."})
+    eval_generate: int = field(
+        default=0,
+        metadata={"help": "Evaluation samples that the model answers at every evaluation, scored by eval_metric."},
+    )
+    eval_metric: str = field(
+        default="auto",
+        metadata={"help": "Metric of eval_generate, logged as eval_<metric>; a name or a function as in evaluate."},
+    )
+    eval_max_new_tokens: int = field(default=64, metadata={"help": "Longest answer of eval_generate, in tokens."})
+    eval_generate_zero3: bool = field(
+        default=False,
+        metadata={"help": "eval_generate under ZeRO-3 too: right, but slow, as every token gathers all weights."},
+    )
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps (below 1: share of all)."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "No effect: NaN is logged as NaN."})
     max_nonfinite_steps: int = field(
@@ -276,6 +289,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
             logger.warning("%s: no effect without --use_lora true", ", ".join(given))
     if training.do_eval and data.eval_data_path is None:
         raise ArgumentError("evaluation is on (--do_eval or --eval_strategy) but --eval_data_path is not given")
+    if training.eval_generate < 0 or training.eval_max_new_tokens < 1:
+        raise ArgumentError("--eval_generate must be at least 0, --eval_max_new_tokens at least 1")
+    if training.eval_generate and data.eval_data_path is None:
+        raise ArgumentError(f"--eval_generate {training.eval_generate} asks evaluation samples: give --eval_data_path")
     if data.max_slice_nums is not None and data.max_slice_nums < 1:
         raise ArgumentError(f"--max_slice_nums {data.max_slice_nums}: the smallest value is 1 (the thumbnail alone)")
     return Arguments(model, data, training, lora)

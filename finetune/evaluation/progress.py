@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.evaluation.plots import plot_loss
+from finetune.evaluation.plots import metric_names, plot_loss
 from finetune.outcome import plain_numbers
 
 LOG_NAME = "trainer_log.jsonl"
@@ -29,8 +29,9 @@ _FIGURES = {
 class ProgressCallback(TrainerCallback):
     """Writes both files into the output folder, on the main process.
 
-    A line of trainer_log.jsonl has step, total_steps, epoch, elapsed and eta (seconds) and those of ``_FIGURES`` that
-    were measured; numbers that are not finite are null. A resumed run keeps the lines up to its checkpoint.
+    A line of trainer_log.jsonl has step, total_steps, epoch, elapsed and eta (seconds), those of ``_FIGURES`` that
+    were measured, and the metric of --eval_generate as ``eval_<metric>``; numbers that are not finite are null. A
+    resumed run keeps the lines up to its checkpoint.
     """
 
     def __init__(self) -> None:
@@ -61,6 +62,7 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         """One line per log event."""
         figures = {ours: logs[theirs] for theirs, ours in _FIGURES.items() if logs and theirs in logs}
+        figures |= {name: logs[name] for name in metric_names(logs or {}) if logs}
         if not figures or not state.is_world_process_zero:
             return
         running = time.monotonic() - self._clock

@@ -51,7 +51,7 @@ def _rate(name: str, units: Callable[[str], Sequence[str]]) -> Metric:
 
     def combine(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
         edits, length = (sum(score[key] for score in scores) for key in ("edits", "length"))
-        return {name: edits / max(length, 1), "edits": edits, "length": length}
+        return {name: edits / max(length, 1)}
 
     return Metric(name, score, higher=False, combine=combine)
 
