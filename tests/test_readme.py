@@ -67,6 +67,8 @@ def test_commands(place, demo_data):
             assert all(word in printed for word in words[2:]), command
         elif words[:2] == ["python", "finetune.py"]:
             assert "--lora_modules_to_save" in run([sys.executable, str(ROOT / "finetune.py"), *words[2:]], place)
+        elif words[:2] == ["python", "examples/guicourse/make_data.py"]:
+            run([sys.executable, str(ROOT / words[1]), *words[2:]], place)
         elif words[:2] == ["python", "tests/parity.py"]:
             what = words[2]
             folders = (
