@@ -22,7 +22,7 @@ from finetune.sample import DataError, Sample
 if TYPE_CHECKING:
     from torch import nn
 
-    from finetune.encoding.encoder import Encoder
+    from finetune.encoding.encoder import Encoder, PromptOptions
     from finetune.evaluation.predictions import Predictions
 
 # By position in the data file: the conversation up to the question, and the accepted answers.
@@ -126,6 +126,7 @@ def _settings(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
         "data": str(Path(given.data).resolve()),
         "max_new_tokens": given.max_new_tokens,
         "max_slice_nums": given.max_slice_nums,
+        "enable_thinking": given.enable_thinking,
         "dtype": given.dtype,
         "states": [fingerprint(path) for path in (*folders.values(), Path(given.data)) if path is not None],
     }
@@ -178,11 +179,15 @@ class Asking:
         from finetune.tuning.checkpoint import resolve
 
         checkpoint = resolve(str(folder))
+        asked = self.given.enable_thinking
+        # None would be an answer too: left out, the generation's own default holds.
+        thinking: PromptOptions = {} if asked is None else {"enable_thinking": asked == "true"}
         return Encoder.from_config(
             checkpoint.family,
             load_tokenizer(folder),
             checkpoint.settings,
             max_slice_nums=self.given.max_slice_nums,
+            **thinking,
         )
 
     def _ask(self, model: nn.Module, encoder: Encoder, wanted: Sequence[int], key: str, what: str) -> None:
@@ -289,6 +294,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
     parser.add_argument("--max_slice_nums", type=int, help="most slices per image (default: the checkpoint's)")
+    parser.add_argument(
+        "--enable_thinking", choices=["true", "false"], help="for models that think (default: the generation's)"
+    )
     parser.add_argument("--report_rows", type=int, default=300, help="samples shown in report.html, the worst")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, ...")
     parser.add_argument("--dtype", default="auto", help="auto (the file's), bfloat16, float16, float32")

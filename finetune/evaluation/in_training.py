@@ -99,5 +99,5 @@ class GeneratedMetric:
             )
             if number < len(batches) and rank < len(self._pairs):
                 answers = zip(texts, (mine[place][1] for place in batch), strict=True)
-                scores += [dict(self.metric.score(text, [reference])) for text, reference in answers]
+                scores += [self.metric.figures(text, [reference]) for text, reference in answers]
         return self.metric.combine(gather_object(scores) if world > 1 else scores)

@@ -57,7 +57,7 @@ def build(
 
 def _summary(summary: Mapping[str, Any]) -> str:
     scores, base = summary["scores"], summary.get("base", {})
-    plain = {key: value for key, value in summary.items() if isinstance(value, (str, int, float)) and key != "metric"}
+    plain = {key: value for key, value in summary.items() if isinstance(value, (str, int, float)) and value != ""}
     facts = "".join(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in plain.items())
     head = "<tr><th></th><th>model</th>" + ("<th>base</th>" if base else "") + "</tr>"
     figures = "".join(

@@ -57,9 +57,9 @@ def make_rows(
     """A row for every sample: (prompt, references) by position, the answers in the same order."""
     rows = []
     for number, (index, (prompt, references)) in enumerate(samples.items()):
-        row = Row(index, prompt, references, predictions[number], dict(metric.score(predictions[number], references)))
+        row = Row(index, prompt, references, predictions[number], metric.figures(predictions[number], references))
         if base is not None:
-            row.base, row.base_scores = base[number], dict(metric.score(base[number], references))
+            row.base, row.base_scores = base[number], metric.figures(base[number], references)
         rows.append(row)
     return rows
 

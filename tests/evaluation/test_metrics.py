@@ -154,6 +154,11 @@ def test_auto(references, expected):
     assert reason.startswith("auto: ")
 
 
+def test_thinking_is_not_scored():
+    assert METRICS["exact"].figures("<think>\nIs it red?\n</think>\n\nblue", ["<think>x</think>blue"]) == {"exact": 1}
+    assert METRICS["exact"].figures("blue", ["blue"]) == {"exact": 1}
+
+
 def test_own_functions(tmp_path, monkeypatch):
     file = tmp_path / "mine.py"
     file.write_text(

@@ -12,6 +12,9 @@ from finetune.errors import UserError
 Score = Callable[[str, Sequence[str]], dict[str, float]]
 
 
+_THOUGHT_ENDS = "</think>"
+
+
 class MetricError(UserError):
     """A metric that is not there, or a function that gives no number."""
 
@@ -37,9 +40,17 @@ class Metric:
     higher: bool = True
     combine: Callable[[Sequence[Mapping[str, float]]], dict[str, float]] = mean
 
+    def figures(self, prediction: str, references: Sequence[str]) -> dict[str, float]:
+        """The score of what is answered: of an answer that begins with thinking, what stands behind it."""
+        return dict(self.score(_answered(prediction), [_answered(reference) for reference in references]))
+
     def badness(self, score: Mapping[str, float]) -> float:
         """A sort key: the worst sample has the largest."""
         return -score[self.name] if self.higher else score[self.name]
+
+
+def _answered(text: str) -> str:
+    return text.rpartition(_THOUGHT_ENDS)[2].strip()
 
 
 def best(name: str, function: Callable[[str, str], float]) -> Score:
