@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -56,9 +57,8 @@ def lora(request, tiny, demo_data, tmp_path_factory) -> tuple[Run, Path]:
     """A LoRA run of each family with ZeRO-2, from a directory with a space in its name."""
     base = tiny(request.param)
     folder = tmp_path_factory.mktemp("a folder")
-    return launch(
-        "finetune_lora.sh", base, demo_data, folder / "out", "--save_strategy", "steps", "--save_steps", "1"
-    ), base
+    saved = ("--save_strategy", "steps", "--save_steps", "1")
+    return launch("finetune_lora.sh", base, demo_data, folder / "out", *saved, TMPDIR=str(folder)), base
 
 
 def test_lora_run_ends_well(lora):
@@ -134,21 +134,22 @@ def test_adapter_loads_in_a_new_process_and_directory(lora, tmp_path):
     assert done.stdout.endswith("loaded\n"), done.stderr
 
 
-def test_a_damaged_adapter_is_not_verified(tiny, demo_data, tmp_path):
+def test_a_damaged_adapter_is_not_verified(lora, tmp_path):
     """The check fails when what was saved is not what was trained."""
+    run, _ = lora
+    output = tmp_path / "out"
+    shutil.copytree(run.output, output)
     from safetensors.torch import load_file, save_file
 
     from finetune.commands.verify import main
 
-    run = launch("finetune_lora.sh", tiny("llama3_v2_5"), demo_data, tmp_path / "out", TMPDIR=str(tmp_path))
-    assert run.status == 0, run.text
-    reference = next(tmp_path.glob("verify-*/reference.safetensors"))
-    assert main([str(run.output), "--reference", str(reference), "--device", "cpu"]) == 0
-    weights = load_file(run.output / "adapter_model.safetensors")
+    reference = next(run.output.parent.glob("verify-*/reference.safetensors"))
+    assert main([str(output), "--reference", str(reference), "--device", "cpu"]) == 0
+    weights = load_file(output / "adapter_model.safetensors")
     name = next(name for name in weights if name.endswith("resampler.proj"))
     weights[name].zero_()
-    save_file(weights, run.output / "adapter_model.safetensors", metadata={"format": "pt"})
-    assert main([str(run.output), "--reference", str(reference), "--device", "cpu"]) == 3
+    save_file(weights, output / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert main([str(output), "--reference", str(reference), "--device", "cpu"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_full_run_saves_an_official_folder(tiny, demo_data, tmp_path, family, co
         assert {name: new.get_slice(name).get_shape() for name in new.keys()} == shapes  # noqa: SIM118
 
 
-def test_a_used_output_folder_is_refused(tiny, demo_data, tmp_path):
+def test_a_used_output_folder_is_refused_and_a_wrong_llm_type_corrected(tiny, demo_data, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
     (output / "mine.txt").write_text("keep")
@@ -184,16 +185,12 @@ def test_a_used_output_folder_is_refused(tiny, demo_data, tmp_path):
     assert run.status != 0
     assert "is not empty" in run.text
     assert "Traceback" not in run.text.split("error: OUTPUT_DIR")[0]
-    run = launch("finetune_lora.sh", tiny("llama3_v2_5"), demo_data, output, "--overwrite_output_dir", "true")
-    assert run.status == 0, run.text
-    assert (output / "mine.txt").read_text() == "keep"
-    assert not (output / "model.safetensors").exists(), "a former result was left beside the new one"
-
-
-def test_wrong_llm_type_is_corrected(tiny, demo_data, tmp_path):
-    run = launch("finetune_lora.sh", tiny("llama3_v2_5"), demo_data, tmp_path / "out", LLM_TYPE="minicpm")
+    again = ("--overwrite_output_dir", "true")
+    run = launch("finetune_lora.sh", tiny("llama3_v2_5"), demo_data, output, *again, LLM_TYPE="minicpm")
     assert run.status == 0, run.text
     assert "LLM_TYPE minicpm does not fit: the checkpoint is MiniCPM-Llama3-V 2.5" in run.text
+    assert (output / "mine.txt").read_text() == "keep"
+    assert not (output / "model.safetensors").exists(), "a former result was left beside the new one"
 
 
 def test_a_bad_sample_stops_the_run_with_file_record_and_cause(tiny, demo_data, tmp_path):

@@ -123,9 +123,11 @@ def score(given: argparse.Namespace) -> int:
     predictions = read_predictions(given.pred)
     parquets = given.images
     beside = given.data.with_name(given.data.name.removesuffix(_DATA) + _IMAGES)
-    if not parquets and "actions_label" in labels[0] and beside.is_file():
+    if not parquets and beside.is_file():
         parquets = [beside]
-    pages = elements(parquets, {record["image_id"] for record in labels}) if parquets else None
+    # Taps and texts need no page, and the files are large.
+    on_elements = {record["image_id"] for record in labels if "'element'" in str(record.get("actions_label"))}
+    pages = elements(parquets, on_elements) if parquets and on_elements else None
     try:
         scores = score_file(labels, predictions, pages, given.position)
     except ElementsMissingError as error:

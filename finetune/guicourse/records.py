@@ -120,7 +120,7 @@ def _act(record: Mapping[str, Any], form: str) -> list[dict[str, str]]:
 
 
 def _chat(record: Mapping[str, Any], form: str) -> list[dict[str, str]]:
-    """GUIChat: a conversation about a page, its places already in thousandths."""
+    """GUIChat: a conversation about a page, its places in thousandths already, or in shares."""
     turns = []
     for number, turn in enumerate(record["text"]):
         role = _ROLES.get(str(turn.get("from")))
@@ -138,6 +138,8 @@ def _chat(record: Mapping[str, Any], form: str) -> list[dict[str, str]]:
 
 def _mark(name: str, inner: str, form: str) -> str:
     values = numbers(inner, 4 if name == "box" else 2)
+    if all(value <= 1 for value in values) and any(value % 1 for value in values):
+        values = tuple(value * _THOUSAND for value in values)
     return box(values, form) if name == "box" else point(values, form)
 
 

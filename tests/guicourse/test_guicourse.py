@@ -18,6 +18,7 @@ from pyarrow import parquet
 from finetune.commands import guicourse
 from finetune.errors import UserError
 from finetune.guicourse.actions import Action, from_label, read, write
+from finetune.guicourse.records import RecordError, to_training
 from finetune.guicourse.scoring import clean, region_scores, step_score, text_scores
 from finetune.readers import read as read_data
 
@@ -73,6 +74,25 @@ def test_conversion_gives_the_form_of_the_assignment(published, tmp_path):
     merged = read_data(tmp_path / "all.json")
     assert len(merged) == 28
     assert [len(list(sample.media("image"))) for sample in merged] == [1] * len(merged)
+
+
+def test_conversations_keep_their_places_and_images():
+    turns = [
+        {"from": "human", "value": "<image>a</image>\nLook at <box>0.1, 0.2, 0.3, 0.45</box> and <point>7 8</point>."},
+        {"from": "gpt", "value": "Yes."},
+        {"from": "human", "value": "And <image>b</image>?"},
+        {"from": "gpt", "value": "No."},
+    ]
+    record = to_training({"uid": "u", "image_id": "a", "text": turns}, {"a": "a.png", "b": "b.png"})
+    assert record["image"] == ["a.png", "b.png"]
+    first, _, third, _ = (turn["content"] for turn in record["conversations"])
+    assert first == "<image>\nLook at <box>(100,200),(300,450)</box> and <point>(7,8)</point>."
+    assert third == "And <image>?"
+    plain = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi <box>1 2 3 4</box>"}]
+    record = to_training({"uid": "u", "image_id": "a", "text": plain}, {"a": "a.png"}, "plain")
+    assert [turn["content"] for turn in record["conversations"]] == ["<image>\nHello", "Hi <box>1 2 3 4</box>"]
+    with pytest.raises(RecordError, match="not question and answer in turn"):
+        to_training({"uid": "u", "image_id": "a", "text": plain[:1]}, {"a": "a.png"})
 
 
 def test_images_are_written_once(published, tmp_path):
