@@ -59,17 +59,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--families", nargs="+", default=FAMILIES)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("modes", nargs="+")
     given = parser.parse_args()
     torch.set_num_threads(1)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     own = given.out / f"rank{rank}-of-{world}"
-    own.mkdir(parents=True)
+    own.mkdir(parents=True, exist_ok=True)
     configs = deepspeed_configs(own)
     for mode in given.modes:
         zero = ("--deepspeed", configs[mode]) if mode in configs else ()
         for family in given.families:
-            for kind, chosen in KINDS.items():
+            for kind in given.kinds:
+                chosen = KINDS[kind]
                 name = f"{mode}-{family}-{kind}"
                 batch = str(PER_RANK * 2 // world)
                 length = str(BRIEF if family not in FAMILIES else STEPS if kind == "full" else SHORT)
