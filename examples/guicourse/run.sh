@@ -24,7 +24,9 @@ fi
 if [ -z "$MODEL" ]; then
   MODEL=$OUT/model
   [ -e "$MODEL" ] || "$PYTHON" -m finetune tiny --family llama3_v2_5 --out "$MODEL"
-  set -- --learning_rate 1e-3 --num_train_epochs 3 --gradient_checkpointing false "$@"
+  # What makes a tiny model learn the form of the answers; a real one keeps the launchers' defaults.
+  set -- --learning_rate 2e-3 --num_train_epochs 20 --warmup_steps 0.1 --gradient_checkpointing false \
+    --gradient_accumulation_steps 1 --per_device_train_batch_size 8 --logging_steps 20 "$@"
 fi
 
 # GUIEnv is trained on its second stage, as in the published preparation.

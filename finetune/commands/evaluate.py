@@ -40,13 +40,17 @@ def main(argv: list[str]) -> int:
     from finetune.evaluation.predictions import Predictions, start_folder
 
     source = _source(given.model, given.adapter, given.compare)
-    questions = read_questions(given.data, given.image_root, given.limit)
+    questions, skipped = read_questions(
+        given.data, given.image_root, given.limit, skip_bad=given.on_bad_sample == "skip"
+    )
     metric, why = resolve_metric(given.metric, [references for _, references in questions.values()])
     out = Path(given.out) if given.out else Path("output") / f"evaluate-{Path(given.data).stem}"
     with _processes(world):
         if rank == 0:
             start_folder(out, _settings(given, source), overwrite=given.overwrite)
             print(f"metric     {metric.name} ({why}); {len(questions)} questions of {given.data}")
+            for message in skipped:
+                print(f"left out   {message}")
         _wait(world)
         store = Predictions(out, rank)
         _wait(world)
@@ -55,6 +59,7 @@ def main(argv: list[str]) -> int:
         _wait(world)
         if rank == 0:
             facts = {"why": why, "model": str(source.model), "adapter": str(source.adapter or ""), "data": given.data}
+            facts |= {"left_out": str(len(skipped))} if skipped else {}
             facts |= {"compared_with": given.compare or "", "seconds": str(round(time.monotonic() - start, 1))}
             _finish(given, metric, questions, store, facts)
     return 0
@@ -91,29 +96,58 @@ def _source(model: str, adapter: str | None, compare: str | None) -> ModelSource
     return ModelSource(folder, None if adapter is None else Path(adapter).resolve(), other)
 
 
-def read_questions(data: str, image_root: str | None, limit: int | None) -> Questions:
+def read_questions(
+    data: str, image_root: str | None, limit: int | None, *, skip_bad: bool = False
+) -> tuple[Questions, list[str]]:
     """The samples of a data file as questions and accepted answers ("answers" of a record, else its last answer).
 
+    Args:
+        data: the file.
+        image_root: as in ``readers.read``.
+        limit: only the first so many records.
+        skip_bad: leave out records that cannot be used, images that cannot be decoded included.
+
+    Returns:
+        The questions, and what is wrong with each record left out.
+
     Raises:
-        DataError: a record that cannot be used, or "answers" that is not a list of strings.
+        DataError: a record that cannot be used, or none that can.
     """
-    from finetune.evaluation.generation import split_answer
+    from finetune.media import image
     from finetune.readers import read
     from finetune.readers.json_file import load_records
 
     samples = read(data, image_root=image_root)
     records = load_records(Path(data)) if Path(data).is_file() else []
     questions: Questions = {}
+    skipped = []
     for index in range(len(samples) if limit is None else min(limit, len(samples))):
-        prompt, answer = split_answer(samples[index])
-        record = records[index] if len(records) == len(samples) else None
-        answers = record.get("answers") if isinstance(record, dict) else None
-        if answers is not None and not (
-            isinstance(answers, list) and answers and all(isinstance(each, str) for each in answers)
-        ):
-            raise DataError(f"{prompt.source}: 'answers' must be a list of strings, the accepted answers")
-        questions[index] = (prompt, answers or [answer])
-    return questions
+        try:
+            question = _question(samples[index], records[index] if len(records) == len(samples) else None)
+            if skip_bad:
+                for media in question[0].media("image"):
+                    image.load(media, question[0].source)
+        except DataError as error:
+            if not skip_bad:
+                raise
+            skipped.append(str(error))
+        else:
+            questions[index] = question
+    if not questions:
+        raise DataError(f"{data}: no record can be used; the first: {skipped[0]}" if skipped else f"{data}: no record")
+    return questions, skipped
+
+
+def _question(sample: Sample, record: Any) -> tuple[Sample, list[str]]:
+    from finetune.evaluation.generation import split_answer
+
+    prompt, answer = split_answer(sample)
+    answers = record.get("answers") if isinstance(record, dict) else None
+    if answers is None:
+        return prompt, [answer]
+    if not isinstance(answers, list) or not answers or not all(isinstance(each, str) for each in answers):
+        raise DataError(f"{prompt.source}: 'answers' must be a list of strings, the accepted answers")
+    return prompt, answers
 
 
 def _settings(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
@@ -290,6 +324,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", help="folder of the results (default: output/evaluate-<data>)")
     parser.add_argument("--overwrite", action="store_true", help="ask everything again")
     parser.add_argument("--limit", type=int, help="only the first so many records")
+    parser.add_argument(
+        "--on_bad_sample", choices=["error", "skip"], default="error", help="records that cannot be used"
+    )
     parser.add_argument("--image_root", help="folder that relative image paths may also be relative to")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")

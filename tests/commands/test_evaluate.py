@@ -128,8 +128,25 @@ def test_what_cannot_be_is_said(tiny, demo_data, adapter, tmp_path):
 def test_several_accepted_answers(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns, "answers": ["b", "c"]}]))
-    questions = evaluate.read_questions(str(tmp_path / "data.json"), None, None)
+    questions, _ = evaluate.read_questions(str(tmp_path / "data.json"), None, None)
     assert [references for _, references in questions.values()] == [["b", "c"]]
+
+
+def test_bad_records_are_left_out_only_when_asked(tiny, tmp_path, capsys):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "empty.png").write_bytes(b"")
+    records = [{"image": "empty.png", "conversations": turns}, {"conversations": turns}, {"conversations": turns[:1]}]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    words = ("--model", tiny("v2_0"), "--data", tmp_path / "data.json", "--out", tmp_path / "out")
+    with pytest.raises(UserError, match=r"data\.json, record"):
+        run(*words)
+    run(*words, "--on_bad_sample", "skip")
+    assert [row["index"] for row in lines(tmp_path / "out")] == [1]
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["left_out"] == "2"
+    assert capsys.readouterr().out.count("left out   ") == 2
+    (tmp_path / "data.json").write_text(json.dumps(records[:1]))
+    with pytest.raises(UserError, match="no record can be used"):
+        run(*words, "--on_bad_sample", "skip")
 
 
 def test_two_processes_share_the_work(tiny, demo_data, tmp_path):
