@@ -37,7 +37,10 @@ def main(argv: list[str]) -> int:
     from finetune.chat.dialogue import Dialogue
     from finetune.chat.room import Room
     from finetune.chat.talker import read_options
+    from finetune.chat.web import Page, gradio, serve
 
+    if args.web:
+        gradio()  # missing, it is missed before a model is loaded
     if args.seed is not None:
         torch.manual_seed(args.seed)
     names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "max_slice_nums")
@@ -49,6 +52,9 @@ def main(argv: list[str]) -> int:
     device = None if args.device == "auto" else args.device
     room = Room(args.model, args.adapter, device=device, dtype=args.dtype)
     room.talker.encoder(prompting)  # settings that do not fit are refused now
+    if args.web:
+        serve(Page(room, prompting, decoding, args.system), args.port)
+        return 0
     return Terminal(room, dialogue, prompting, decoding).run()
 
 
@@ -75,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--thinking", action=argparse.BooleanOptionalAction, help="let the model think first, where it can"
     )
+    parser.add_argument("--web", action="store_true", help="a page in the browser, adapters and base side by side")
+    parser.add_argument("--port", type=int, default=7860, help="of the page, on this machine only (%(default)s)")
     parser.add_argument("--seed", type=int, help="of the drawing")
     parser.add_argument("--device", default="auto", help="auto (the best there is), cpu, cuda, mps, ...")
     parser.add_argument("--dtype", default="auto", help="auto (the file's), bfloat16, float16, float32")

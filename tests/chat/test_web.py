@@ -1,0 +1,96 @@
+"""What the page does, without a browser; with gradio, that the page can be built."""
+
+from __future__ import annotations
+
+import html
+import sys
+from typing import Any
+
+import pytest
+from zoo import gradient
+
+from finetune.__main__ import main
+from finetune.chat.room import Room
+from finetune.chat.talker import Decoding, Prompting
+from finetune.chat.web import Page, build, shown
+from finetune.errors import ArgumentError, UserError
+from finetune.models import load_model
+
+OPTIONS: dict[str, Any] = {"sampling": False, "max_new_tokens": 5}
+
+
+@pytest.fixture
+def page(tiny) -> Page:
+    return Page(Room(str(tiny("llama3_v2_5")), device="cpu"), Prompting(max_slice_nums=1), Decoding(**OPTIONS))
+
+
+@pytest.fixture
+def both(tiny, page, tmp_path) -> Page:
+    """A page with an adapter beside the base."""
+    from peft import LoraConfig, get_peft_model
+
+    base: Any = load_model(tiny("llama3_v2_5"))
+    config = LoraConfig(r=4, target_modules=r"llm\..*\.q_proj", init_lora_weights=False)
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data *= 8
+    model.save_pretrained(str(tmp_path / "tuned"))
+    room = Room(str(tiny("llama3_v2_5")), [str(tmp_path / "tuned")], device="cpu")
+    return Page(room, page.prompting, page.decoding)
+
+
+def test_adapter_and_base_answer_side_by_side(tiny, both, tmp_path):
+    gradient().save(tmp_path / "a.png")
+    assert both.voices == ("tuned", "off")
+    dialogues = both.start()
+    steps = list(both.ask(" What? ", str(tmp_path / "a.png"), dialogues))
+    tuned, base = steps[-1]
+    assert [turn["role"] for turn in tuned] == ["user", "user", "assistant"]
+    assert tuned[0]["content"] == {"path": str((tmp_path / "a.png").resolve())}
+    assert tuned[1]["content"] == "What?"
+    model: Any = load_model(tiny("llama3_v2_5"))
+    msgs = [{"role": "user", "content": "What?"}]
+    answer = model.chat(image=gradient(), msgs=msgs, max_slice_nums=1, **OPTIONS)
+    assert base[-1]["content"] == html.escape(answer, quote=False)
+    assert tuned[-1]["content"] != base[-1]["content"]
+    assert len(steps) >= 4
+    for earlier, later in zip(steps, steps[1:], strict=False):  # text only grows
+        assert all(
+            later[column][-1]["content"].startswith(turns[-1]["content"])
+            for column, turns in enumerate(earlier)
+            if turns[-1]["role"] == "assistant"
+        )
+    list(both.ask("More?", None, dialogues))
+    assert [len(dialogue.turns) for dialogue in dialogues] == [4, 4]
+
+
+def test_what_cannot_be_used_is_forgotten(page, tmp_path):
+    dialogues = page.start()
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    for question, picture in (("  ", None), ("What?", "/none.png"), ("What?", str(tmp_path / "broken.png"))):
+        with pytest.raises(UserError):
+            list(page.ask(question, picture, dialogues))
+        assert (dialogues[0].turns, dialogues[0].pictures) == ([], [])
+    left = page.ask("What?", None, dialogues)
+    next(left)
+    left.close()
+    assert shown(dialogues[0]) == []
+    assert shown_answer(page, dialogues)
+
+
+def shown_answer(page: Page, dialogues: list[Any]) -> str:
+    return list(page.ask("What?", None, dialogues))[-1][0][-1]["content"]
+
+
+def test_without_gradio_the_extra_is_named(page, monkeypatch, tiny, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ArgumentError, match=r"pip install -e '\.\[web\]'"):
+        build(page)
+    assert main(["chat", "--web", "--model", str(tiny("llama3_v2_5")), "--device", "cpu"]) == 2
+    assert "needs gradio" in capsys.readouterr().err
+
+
+def test_the_page_is_built(page):
+    pytest.importorskip("gradio")
+    assert build(page) is not None
