@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -37,20 +38,18 @@ class DataArguments:
     image_root: str | None = field(
         default=None, metadata={"help": "Folder that relative image paths may also be relative to."}
     )
-    train_on: str = field(
+    train_on: Literal["all", "last"] = field(
         default="all",
         metadata={
             "help": "Assistant turns that carry loss: all, or only the last of a conversation. A message with "
             '"loss": 0 carries none either way.',
-            "choices": ["all", "last"],
         },
     )
-    thinking: str = field(
+    thinking: Literal["keep", "mask", "strip"] = field(
         default="keep",
         metadata={
             "help": "What becomes of <think>...</think> in answers, for models that think: keep it and train on it, "
             "mask it (kept without loss), or strip it. An empty block never carries loss.",
-            "choices": ["keep", "mask", "strip"],
         },
     )
     max_slice_nums: int | None = field(

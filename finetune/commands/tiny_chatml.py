@@ -157,7 +157,7 @@ def write_chatml(folder: Path, family: str) -> int:
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in kind.plain])
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in kind.special])
     if family == "v4_0":
-        tokenizer.post_processor = bos_template("<s>", tokenizer.token_to_id("<s>"))
+        tokenizer.post_processor = bos_template("<s>", tokenizer.get_vocab()["<s>"])
     special = (*kind.base, *kind.special)
     decoder = added_tokens_decoder(tokenizer, special) | {
         str(tokenizer.token_to_id(token)): {"content": token, **TOKEN_FLAGS, "special": False} for token in kind.plain

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -95,7 +96,8 @@ def test_equal_bytes_for_a_seed(checkpoint: tuple[str, Path], tmp_path: Path) ->
 def test_loads_with_the_auto_classes(checkpoint: tuple[str, Path]) -> None:
     family, folder = checkpoint
     loader = AutoModelForImageTextToText if family in NATIVE else AutoModel
-    model, info = loader.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = loader.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
     assert type(model).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0]
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
