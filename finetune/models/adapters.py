@@ -139,9 +139,10 @@ def _put_first_generation(
         adapted = model
     else:
         adapted = PeftModel(model, config, adapter_name=name)
-    set_peft_model_state_dict(adapted, state, adapter_name=name)
+    stored = set(state)
+    set_peft_model_state_dict(adapted, state, adapter_name=name)  # peft 0.20 takes entries out of the dictionary
     adapted.eval()
-    _check_complete(adapted, folder / _WEIGHTS, set(state), name)
+    _check_complete(adapted, folder / _WEIGHTS, stored, name)
     return adapted
 
 
