@@ -1,6 +1,7 @@
 # make train         installs everything into .venv and trains the built-in demo (two CPU processes, or the GPUs)
 # make test          runs the tests
 # make test-lowest   runs them with the oldest supported packages, in .venv-lowest
+# make test-web      runs the tests of the chat page in headless Chromium, in .venv-web
 # make lint          ruff and pyright
 # make install, make clean (keeps output/)
 #
@@ -10,7 +11,7 @@ PYTHON ?= python3
 PYTEST ?=
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: train test test-lowest lint install install-dev clean
+.PHONY: train test test-lowest test-web lint install install-dev clean
 
 train: install
 	PYTHON="$(CURDIR)/.venv/bin/python" .venv/bin/python -m finetune demo
@@ -26,6 +27,9 @@ LOWEST := tests/commands tests/encoding tests/media tests/models tests/readers t
 test-lowest: .venv-lowest/installed
 	.venv-lowest/bin/python -m pytest $(LOWEST) --ignore tests/models/test_zero3.py $(PYTEST)
 	.venv-lowest/bin/python -m pytest tests/test_end_to_end.py -k "lora_run_ends_well or adapter_loads" $(PYTEST)
+
+test-web: .venv-web/installed
+	.venv-web/bin/python -m pytest tests/chat/test_web.py tests/chat/test_browser.py $(PYTEST)
 
 lint: install-dev
 	.venv/bin/ruff check
@@ -48,10 +52,15 @@ install-dev: .venv/installed-dev
 	.venv-lowest/bin/python $(PIP_INSTALL) --constraint constraints-lowest.txt --editable '.[dev]'
 	touch $@
 
-.venv/bin/python .venv-lowest/bin/python:
+# gradio asks for an older Pillow than the newest that the rest is tested with.
+.venv-web/installed: requirements.txt pyproject.toml | .venv-web/bin/python
+	.venv-web/bin/python $(PIP_INSTALL) --editable '.[dev,web]' playwright
+	touch $@
+
+.venv/bin/python .venv-lowest/bin/python .venv-web/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, $(PYTHON) is %d.%d; try: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(@D:/bin=)
 
 clean:
-	rm -rf .venv .venv-lowest build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-web build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find finetune tests -name __pycache__ -exec rm -rf {} +

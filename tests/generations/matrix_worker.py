@@ -63,6 +63,7 @@ def train(families: list[str], models: Path, data: Path, out: Path) -> None:
 
 def reload(models: Path, data: Path, out: Path) -> None:
     """Loads every result, compares logits with the trained network's and generates; writes reloaded.json."""
+    from chat import MiniCPMVChat, img2base64
     from finetune.commands import verify
     from finetune.encoding.encoder import Encoder
     from finetune.evaluation.generation import generate_answers, split_answer
@@ -82,6 +83,10 @@ def reload(models: Path, data: Path, out: Path) -> None:
         prompts = [split_answer(sample)[0] for sample in read(data / f"{records}.json")][:2]
         answers = generate_answers(model, tokenizer, encoder, prompts, max_new_tokens=4)  # pyright: ignore[reportArgumentType]
         found[name] = {"status": status, "said": said.getvalue(), "answers": answers}
+        if records == "image":
+            question = json.dumps([{"role": "user", "content": "Which number?"}])
+            asked = {"image": img2base64(str(data / "0.png")), "question": question}
+            found[name]["chat"] = MiniCPMVChat(str(out / name)).chat(asked, max_new_tokens=4)
         (out / "reloaded.json").write_text(json.dumps(found))
 
 

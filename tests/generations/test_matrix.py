@@ -71,3 +71,4 @@ def test_trained_saved_loaded_asked(matrix, name):
     assert other or "logit_difference=0.000e+00" in reloaded["said"], reloaded["said"]
     assert len(reloaded["answers"]) == 2
     assert all(isinstance(answer, str) for answer in reloaded["answers"])
+    assert isinstance(reloaded.get("chat"), str) == name.endswith("image")
