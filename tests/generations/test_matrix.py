@@ -66,9 +66,7 @@ def test_trained_saved_loaded_asked(matrix, name):
     assert result["eval_loss"] > 0
     reloaded = json.loads((matrix / "reloaded.json").read_text())[name]
     assert reloaded["status"] == 0, reloaded["said"]
-    # An adapter of 4.6 and later loads on the class of transformers, whose vision tower adds up in another order.
-    other = "lora" in name and name.startswith(("v4_6", "v4_7"))
-    assert other or "logit_difference=0.000e+00" in reloaded["said"], reloaded["said"]
+    assert "logit_difference=0.000e+00" in reloaded["said"], reloaded["said"]
     assert len(reloaded["answers"]) == 2
     assert all(isinstance(answer, str) for answer in reloaded["answers"])
     assert isinstance(reloaded.get("chat"), str) == name.endswith("image")
