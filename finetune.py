@@ -57,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
 
     set_seed(args.training.seed)
     tokenizer = load_tokenizer(base.folder)
-    check_chat_template(base.family, tokenizer)
     if args.data.thinking != "keep" and "<think>" not in tokenizer.get_vocab():
         logger.warning("--thinking %s has no effect: %s does not think", args.data.thinking, base.family.title)
 
@@ -77,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         max_pixels=args.data.max_image_pixels,
         thinking=args.data.thinking,
     )
+    check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
     data = make_supervised_data_module(args.data, encoder, output)
     train, evaluation = data["train_dataset"], data["eval_dataset"]
     if distributed.is_main_process():

@@ -69,13 +69,19 @@ def complete_layout(family: Family, layout: Layout, tokenizer: PreTrainedTokeniz
     return replace(layout, assumed=tuple(sorted(unknown)))
 
 
-def check_chat_template(family: Family, tokenizer: PreTrainedTokenizerBase, layout: Layout | None = None) -> bool:
+def check_chat_template(
+    family: Family,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: Layout | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> bool:
     """Renders a short conversation by the tokenizer's chat template and by ours, and compares the ids.
 
     Args:
         family: the generation.
         tokenizer: the checkpoint's tokenizer.
         layout: how prompts are written, as ``Encoder.layout`` has it; None for the family's own.
+        vocabulary: ``Encoder.vocabulary``, where there is one: a second copy of a real tokenizer takes a second.
 
     Returns:
         Whether there was a template to compare with.
@@ -89,7 +95,8 @@ def check_chat_template(family: Family, tokenizer: PreTrainedTokenizerBase, layo
     layout = complete_layout(family, layout or family.layout({"query_num": 1}), tokenizer)
     theirs = _apply(family, tokenizer, _TURNS, layout)
     messages = tuple(Message(role, (Text(text),)) for role, text in _TURNS)
-    vocabulary = Vocabulary(tokenizer, family.control_tokens, family.required_tokens)
+    if vocabulary is None:
+        vocabulary = Vocabulary(tokenizer, family.control_tokens, family.required_tokens)
     probe = Sample(id="probe", source=Source("chat template probe", 0), messages=messages)
     our_ids = family.render(probe, (), vocabulary, layout, True).input_ids
     # A bos token may also come from the tokenizer.
