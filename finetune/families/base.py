@@ -44,7 +44,7 @@ class Family:
         hub_id: the published checkpoint.
         llm_type: the official LLM_TYPE value.
         matches: whether a config.json (as a dictionary) belongs to this family.
-        network: the parts of the network.
+        network: the parts of our own network; None where transformers has the network as one class.
         slice_spec: reads the slicing settings from a config.json.
         layout: reads from a config.json how prompts are written.
         render: conversation and slice plans (one per image, reading order) to ids and labels, born together.
@@ -68,7 +68,7 @@ class Family:
     hub_id: str
     llm_type: str
     matches: Callable[[Config], bool]
-    network: Network
+    network: Network | None = None
     slice_spec: Callable[[Config], SliceSpec]
     layout: Callable[[Config], Layout]
     render: Callable[[Sample, Sequence[Plan], Vocabulary, Layout, bool], Rendered]

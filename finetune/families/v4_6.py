@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.families.base import Config, Family, Network
+from finetune.families.base import Config, Family
 from finetune.families.common import (
     CHATML_TOKENS,
     IMAGE_ID_TOKENS,
@@ -29,7 +29,6 @@ V4_6 = Family(
     hub_id="openbmb/MiniCPM-V-4.6",
     llm_type="qwen",
     matches=_matches,
-    network=Network(vision="navit_siglip", positions="grid", resampler="merger", language="qwen3_5"),
     slice_spec=merged_slices,
     layout=merged_layout,
     render=render,

@@ -76,6 +76,7 @@ class MiniCPMV(Chatting, MediaGeneration, StrictLoading, GenerationMixin):
 
     def _add_parts(self, config: MiniCPMVConfig) -> None:
         network = config.family.network
+        assert network is not None, config.family
         self.llm = LANGUAGES[network.language](config)
         self.embedding_scale = embedding_scale(config)
         self.vpm = build_vision(config, network)
