@@ -79,6 +79,7 @@ def make_supervised_data_module(data: DataArguments, encoder: Encoder, output: P
         intake = Intake(samples, encoder, overlong=data.overlong, on_bad_sample=data.on_bad_sample, report=report)
         return SupervisedDataset(samples, encoder, intake)
 
+    assert data.data_path is not None  # parse_arguments sees to it
     train = dataset(data.data_path)
     evaluation = None if data.eval_data_path is None else dataset(data.eval_data_path)
     logger.info("%d training samples, %d evaluation samples", len(train), len(evaluation or ()))

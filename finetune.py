@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     )
     trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()
-    if args.data.eval_data_path is not None:
+    if evaluation is not None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
         logger.info("eval_loss %.4f over %d answer tokens", metrics["eval_loss"], metrics["eval_tokens"])

@@ -287,15 +287,34 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         given = [f"--{entry.name}" for entry in fields(lora) if getattr(lora, entry.name) != entry.default]
         if given:
             logger.warning("%s: no effect without --use_lora true", ", ".join(given))
-    if training.do_eval and data.eval_data_path is None:
-        raise ArgumentError("evaluation is on (--do_eval or --eval_strategy) but --eval_data_path is not given")
+    _check_data(data, training)
+    return Arguments(model, data, training, lora)
+
+
+def _check_data(data: DataArguments, training: TrainingArguments) -> None:
+    if (data.data_path is None) == (data.dataset is None):
+        given = "both are given" if data.dataset else "neither is given"
+        raise ArgumentError(f"{given}: --data_path (a file) or --dataset (names in dataset_info.json); give one")
+    evaluation = [name for name in ("eval_data_path", "eval_dataset", "val_size") if getattr(data, name)]
+    if len(evaluation) > 1:
+        raise ArgumentError(f"--{' and --'.join(evaluation)} both say what evaluation data are; give one of them")
+    if training.do_eval and not evaluation:
+        raise ArgumentError(
+            "evaluation is on (--do_eval or --eval_strategy) but none of --eval_data_path, --eval_dataset and "
+            "--val_size is given"
+        )
     if training.eval_generate < 0 or training.eval_max_new_tokens < 1:
         raise ArgumentError("--eval_generate must be at least 0, --eval_max_new_tokens at least 1")
-    if training.eval_generate and data.eval_data_path is None:
+    if training.eval_generate and not evaluation:
         raise ArgumentError(f"--eval_generate {training.eval_generate} asks evaluation samples: give --eval_data_path")
     if data.max_slice_nums is not None and data.max_slice_nums < 1:
         raise ArgumentError(f"--max_slice_nums {data.max_slice_nums}: the smallest value is 1 (the thumbnail alone)")
-    return Arguments(model, data, training, lora)
+    if data.max_samples is not None and data.max_samples < 1:
+        raise ArgumentError(f"--max_samples {data.max_samples}: at least 1 record is needed")
+    if data.val_size < 0 or (data.val_size > 1 and data.val_size != int(data.val_size)):
+        raise ArgumentError(f"--val_size {data.val_size:g}: a share below 1, or a whole number of records")
+    if data.streaming and training.max_steps < 1:
+        raise ArgumentError("--streaming true reads on and on: say with --max_steps when training ends")
 
 
 def _check_q_lora(training: TrainingArguments) -> None:

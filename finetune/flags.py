@@ -33,8 +33,36 @@ class ModelArguments:
 class DataArguments:
     """What it is trained on."""
 
-    data_path: str = field(metadata={"help": "Training data: official JSON or JSON Lines."})
-    eval_data_path: str | None = field(default=None, metadata={"help": "Evaluation data, same format."})
+    data_path: str | None = field(
+        default=None, metadata={"help": "Training data: a file (json, jsonl, parquet, arrow, csv) or a folder of them."}
+    )
+    eval_data_path: str | None = field(default=None, metadata={"help": "Evaluation data, in the same forms."})
+    data_format: Literal["auto", "official", "sharegpt", "alpaca", "openai"] = field(
+        default="auto", metadata={"help": "Form of the records of data_path; auto looks at the first ones and says it."}
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of data sets in dataset_dir/dataset_info.json, separated by commas, instead of data_path. "
+            "a:0.3 takes a random 30 percent of a, a:2 every record of a twice per epoch."
+        },
+    )
+    eval_dataset: str | None = field(default=None, metadata={"help": "The same for evaluation."})
+    dataset_dir: str = field(default="data", metadata={"help": "Folder of dataset_info.json and its files."})
+    media_dir: str | None = field(
+        default=None, metadata={"help": "Folder that media paths of dataset are relative to. Default: dataset_dir."}
+    )
+    max_samples: int | None = field(default=None, metadata={"help": "At most so many records of every data set."})
+    val_size: float = field(
+        default=0.0,
+        metadata={"help": "Part of the training data kept for evaluation: a share below 1, or a number of records."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read parquet and jsonl from front to back instead of at random; needs max_steps."},
+    )
+    buffer_size: int = field(default=16384, metadata={"help": "Records that streaming draws from at random."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Make the index of the data files anew."})
     image_root: str | None = field(
         default=None, metadata={"help": "Folder that relative image paths may also be relative to."}
     )
@@ -81,6 +109,12 @@ class DataArguments:
             "choices": ["full", "sample", "off"],
         },
     )
+
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are evaluation data."""
+        return bool(self.eval_data_path or self.eval_dataset or self.val_size)
 
 
 @dataclass
