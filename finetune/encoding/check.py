@@ -16,7 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from finetune.encoding.check_cache import CheckCache, Looked, fingerprint, signature
+from finetune.cache import signature
+from finetune.encoding.check_cache import CheckCache, Looked, fingerprint
 from finetune.encoding.fitting import OUTCOMES, Fitter, OverlongError
 from finetune.encoding.intake import Intake, source_of
 from finetune.sample import DataError, Sample

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import finetune
+from finetune.cache import Signature, folder, signature
 from finetune.encoding.fitting import Fitter, Outcome
 from finetune.sample import Sample
 
 logger = logging.getLogger(__name__)
-
-Signature = tuple[str, int, int]
 
 
 class Looked(NamedTuple):
@@ -94,21 +93,6 @@ class CheckCache:
         return stored["records"] if self._state is not None and stored["data"] == self._state else {}
 
 
-def folder() -> Path:
-    """Where results are kept: ~/.cache/minicpmv-finetune, or under XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minicpmv-finetune"
-
-
-def signature(path: Path) -> Signature:
-    """State of a file: path, time of its last change, size.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    state = path.stat()
-    return str(path), state.st_mtime_ns, state.st_size
-
-
 def fingerprint(fitter: Fitter, samples: Sequence[Sample]) -> str:
     """All settings that decide what becomes of a record; readers may have one of their own."""
     encoder = fitter.encoder
@@ -121,6 +105,7 @@ def fingerprint(fitter: Fitter, samples: Sequence[Sample]) -> str:
         "layout": asdict(encoder.layout),
         "max_length": encoder.max_length,
         "max_pixels": encoder.max_pixels,
+        "shrink_pixels": encoder.shrink_pixels,
         "policy": fitter.policy,
         "train_on": getattr(samples, "train_on", None),
         "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),

@@ -1,91 +1,181 @@
-"""JSON files as people write them: arrays or lines, and an exact word on what is wrong with them."""
+"""JSON files as people write them: arrays or lines, whose records are found once and parsed when they are asked for."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import os
+import struct
+import tempfile
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO
 
+from finetune import cache
+from finetune.readers.json_errors import unreadable
+from finetune.readers.json_scan import scan
 from finetune.sample import DataError
 
+logger = logging.getLogger(__name__)
 
-def load_records(path: Path) -> list[Any]:
-    """The records of a JSON array or of JSON Lines (told apart by the first character), as plain Python values.
+# What the index of a smaller file saves is not worth a file of its own.
+_SMALL = 1 << 20
+_MAGIC = b"mcpvidx1"
+# Magic, size and time of the data file, number of records; behind it first byte and end of each record.
+_HEADER = struct.Struct("=8sqqq")
+_SPAN = struct.Struct("=qq")
+
+
+class JsonRecords(Sequence[Any]):
+    """Records of a JSON array or of JSON Lines.
+
+    When a file is opened for the first time, each record is parsed once and its place is noted in an index in the
+    cache folder, which counts as long as path, size and time of change of the file stay the same. Later only the
+    records asked for are read. Both files are read at offsets rather than mapped: no memory grows with them, and a data
+    file that is cut short while it is open gives an error instead of ending the process. Processes may share an object;
+    a pickled one opens its file again.
+
+    Args:
+        path: the data file.
+        rebuild: make the index anew.
 
     Raises:
         DataError: the file is missing, not UTF-8, not JSON (with line and cause), or holds no record.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such data file (looked from {Path.cwd()}); correct the path") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}); give a JSON or JSON Lines file") from error
-    start = text.lstrip()[:1]
-    if start == "[":
-        records = _parse(path, text)
-    elif start == "{":
-        records = _lines(path, text)
-    elif not start:
-        raise DataError(f"{path}: the file is empty; it should hold a JSON array of records")
-    else:
-        raise DataError(f"{path}, line 1: starts with {start!r}; expected a JSON array ([) or JSON Lines ({{)")
-    if not records:
-        raise DataError(f"{path}: the array has no record; training and evaluation need at least one")
-    return records
 
-
-def _lines(path: Path, text: str) -> list[Any]:
-    records = []
-    # Only \n ends a line of JSON Lines: other line breaks that Python knows may stand inside a string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    def __init__(self, path: Path, *, rebuild: bool = False) -> None:
+        self._path = path
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if not records and line.strip() == "{":
-                raise DataError(
-                    f"{path}, line {number}: one object over several lines is neither a JSON array nor JSON Lines; "
-                    "put [ in front of the first record and ] behind the last, or one record on each line"
-                ) from error
-            _explain(path, line, error, number - 1)
+            self._file = path.open("rb")
+        except OSError as error:
+            raise unreadable(path, error) from error
+        self._index = _open_index(path, self._file, rebuild=rebuild)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self._path.resolve(), _state(self._file), self._path)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The record at ``index``, as plain Python values.
+
+        Raises:
+            DataError: the file has changed since it was opened.
+        """
+        start, end = self._index.span(range(len(self))[index])
+        data = os.pread(self._file.fileno(), end - start, start)
+        try:
+            return json.loads(data.decode())
+        except ValueError as error:
+            # It was valid when the index was made.
+            raise DataError(
+                f"{self._path}, record {index}: the file has changed during the run; start again"
+            ) from error
+
+
+def _reopen(resolved: Path, state: tuple[int, int], path: Path) -> JsonRecords:
+    """A pickled object in another process, which must find the same records."""
+    records = JsonRecords(resolved)
+    records._path = path
+    if _state(records._file) != state:
+        raise DataError(f"{path}: the file has changed during the run; start again")
     return records
 
 
-def _parse(path: Path, text: str) -> list[Any]:
+class _MemoryIndex:
+    def __init__(self, spans: array[int]) -> None:
+        self._spans = spans
+
+    def __len__(self) -> int:
+        return len(self._spans) // 2
+
+    def span(self, index: int) -> tuple[int, int]:
+        """First byte and end of a record."""
+        return self._spans[2 * index], self._spans[2 * index + 1]
+
+
+class _FileIndex:
+    def __init__(self, file: BinaryIO, count: int) -> None:
+        self._file, self._count = file, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def span(self, index: int) -> tuple[int, int]:
+        """First byte and end of a record."""
+        data = os.pread(self._file.fileno(), _SPAN.size, _HEADER.size + _SPAN.size * index)
+        start, end = _SPAN.unpack(data)
+        return start, end
+
+
+def _open_index(path: Path, file: BinaryIO, *, rebuild: bool) -> _MemoryIndex | _FileIndex:
+    """The index of a data file: that of the cache, or a new one."""
+    size, time = _state(file)
+    if size >= _SMALL:
+        place = cache.folder() / f"index-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.bin"
+        known = None if rebuild else _known(place, size, time)
+        if known is None and _write(place, path, file):
+            known = _known(place, size, time)
+        if known is not None:
+            return known
+    spans: array[int] = array("q")
+    for some in scan(path, file):
+        spans.extend(some)
+    return _MemoryIndex(spans)
+
+
+def _known(place: Path, size: int, time: int) -> _FileIndex | None:
+    """The index in the cache when it is of this state of the data file."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        _explain(path, text, error, 0)
+        file = place.open("rb")
+    except OSError:
+        return None
+    header = file.read(_HEADER.size)
+    if len(header) == _HEADER.size:
+        magic, *state, count = _HEADER.unpack(header)
+        whole = os.fstat(file.fileno()).st_size == _HEADER.size + _SPAN.size * count
+        if (magic, *state) == (_MAGIC, size, time) and whole:
+            return _FileIndex(file, count)
+    file.close()
+    return None
 
 
-def _explain(path: Path, text: str, error: json.JSONDecodeError, lines_before: int) -> NoReturn:
-    """Raises the parser's complaint with the line and, where it can be told, the habit behind it."""
-    at = error.pos
-    here = text[at : at + 1]
-    before = text[:at].rstrip()
-    if here == "," and text[at + 1 :].lstrip()[:1] in ("]", "}"):
-        before, here = text[: at + 1], text[at + 1 :].lstrip()[:1]
-    if before.endswith(",") and here in ("]", "}"):
-        # The comma is the fault, and it may stand lines above the bracket at which the parser stops.
-        at = len(before) - 1
-        cause = f"trailing comma before {here!r}; remove the comma"
-    elif here == "'":
-        cause = f"JSON needs double quotes, not single ones: {_excerpt(text, at)}"
-    elif text.startswith(("None", "True", "False"), at):
-        cause = f"{_excerpt(text, at)} is Python; JSON has null, true and false"
-    elif text.startswith(("//", "#"), at):
-        cause = "JSON has no comments; remove it"
-    elif not text[at:].strip():
-        cause = "the file ends in the middle of a record; was it copied completely?"
-    else:
-        cause = f"{error.msg} at {_excerpt(text, at)}"
-    line = lines_before + text.count("\n", 0, at) + 1
-    raise DataError(f"{path}, line {line}: not valid JSON: {cause}") from error
+def _write(place: Path, path: Path, file: BinaryIO) -> bool:
+    """Puts a new index into the cache; False when the cache cannot be written, which is no reason to stop."""
+    state = _state(file)
+    logger.info("%s: finding the records (%.1f GB); this is done once", path, state[0] / 1e9)
+    partial = None
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # Several ranks may do so at once: each writes a file of its own, and the last one stays.
+        with tempfile.NamedTemporaryFile(dir=place.parent, prefix="index-", delete=False) as target:
+            partial = Path(target.name)
+            target.write(bytes(_HEADER.size))
+            count = 0
+            for spans in scan(path, file):
+                target.write(spans)
+                count += len(spans) // 2
+            target.seek(0)
+            target.write(_HEADER.pack(_MAGIC, *state, count))
+        partial.replace(place)
+    except OSError as error:
+        logger.warning("the index of %s is not kept: %s", path, error)
+        return False
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+    return True
 
 
-def _excerpt(text: str, at: int) -> str:
-    return text[at : at + 40].split("\n")[0].rstrip() or repr(text[at : at + 1])
+def _state(file: BinaryIO) -> tuple[int, int]:
+    """Size and time of change."""
+    state = os.fstat(file.fileno())
+    return state.st_size, state.st_mtime_ns
+
+
+def load_records(path: Path) -> list[Any]:
+    """The records of a JSON file, all at once."""
+    return list(JsonRecords(path))

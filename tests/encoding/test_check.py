@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from finetune.cache import folder
 from finetune.encoding import check as checking
 from finetune.encoding.check import CheckError, Report, check, check_before_training, shape
-from finetune.encoding.check_cache import folder
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.fitting import Fitter
 from finetune.encoding.intake import Intake

@@ -1,0 +1,134 @@
+"""Records of data files of every kind, each parsed when it is asked for."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from finetune.readers.json_errors import unreadable
+from finetune.readers.json_file import JsonRecords
+from finetune.readers.tables import TABLES, open_table
+from finetune.sample import DataError
+
+_JSON = (".json", ".jsonl")
+# Beside the Arrow files of Dataset.save_to_disk; no data.
+_NO_DATA = ("dataset_info.json", "state.json")
+_SPLIT = re.compile(r"train(?:\[(?:(-?\d+)(%?))?(:)(?:(-?\d+)(%?))?\])?")
+
+
+def open_records(path: Path, *, rebuild: bool = False) -> Sequence[Any]:
+    """Records of a data file, or of a folder of files of one kind in the order of their names.
+
+    A file is Parquet, Arrow or CSV by its ending; every other one is JSON, an array or JSON Lines by its first
+    character. Records are plain Python values: of tables dictionaries by column, without the keys that are None, and
+    with text of CSV cells that begins with [ or { parsed as JSON. Images embedded in Parquet or Arrow come undecoded,
+    as dictionaries with ``bytes``, ``path`` or both. The result may be shared with, or pickled to, other processes.
+
+    Args:
+        path: the file or folder.
+        rebuild: make what is remembered about the files anew.
+
+    Raises:
+        DataError: missing, malformed (with line and cause) or without records; or a folder of files of several kinds.
+    """
+    if path.is_dir():
+        files = data_files(path)
+        if files[0].suffix.lower() in TABLES:
+            return open_table(files, rebuild=rebuild)
+        return Chain([JsonRecords(file, rebuild=rebuild) for file in files])
+    if path.suffix.lower() in TABLES:
+        return open_table([path], rebuild=rebuild)
+    return JsonRecords(path, rebuild=rebuild)
+
+
+def data_files(path: Path) -> list[Path]:
+    """The file itself, or the data files of a folder in the order of their names.
+
+    Raises:
+        DataError: the folder has none, or several kinds.
+    """
+    if not path.is_dir():
+        return [path]
+    try:
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in (*_JSON, *TABLES))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    files = [file for file in found if file.is_file() and not file.name.startswith(".") and file.name not in _NO_DATA]
+    kinds = {".json" if file.suffix.lower() in _JSON else file.suffix.lower() for file in files}
+    if not kinds:
+        raise DataError(f"{path}: the folder has no data file; these count: {', '.join((*_JSON, *TABLES))}")
+    if len(kinds) > 1:
+        raise DataError(
+            f"{path}: the folder has data files of several kinds ({', '.join(sorted(kinds))}); keep one, or name a file"
+        )
+    return files
+
+
+class Chain(Sequence[Any]):
+    """Several sequences as one."""
+
+    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The record at ``index`` of all."""
+        index = range(len(self))[index]
+        part = bisect_right(self._ends, index)
+        return self._parts[part][index - (self._ends[part - 1] if part else 0)]
+
+
+class Part(Sequence[Any]):
+    """Some neighbouring records of a sequence."""
+
+    def __init__(self, records: Sequence[Any], chosen: range) -> None:
+        self._records, self._chosen = records, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The record at ``index`` of the part."""
+        return self._records[self._chosen[index]]
+
+
+def take_split(records: Sequence[Any], split: str, where: str) -> Sequence[Any]:
+    """The records that a split such as ``train[:10%]`` names, parsed when asked for.
+
+    Args:
+        records: all of them.
+        split: ``train``, or ``train[a:b]`` with positions, or percentages rounded to the nearest record; negative ones
+            count from the end. Local files have no split but ``train``.
+        where: what errors name, such as the entry of dataset_info.json.
+
+    Raises:
+        DataError: another form, or a part that has no record or more than there are.
+    """
+    found = _SPLIT.fullmatch(re.sub(r"\s", "", split))
+    if found is None:
+        raise DataError(
+            f"{where}: split {split!r} is not understood; local files have 'train', and parts of it such as "
+            "'train[:1000]', 'train[10%:20%]', 'train[-5%:]'"
+        )
+    if found[3] is None:
+        return records
+    count = len(records)
+    start = _boundary(found[1], found[2], count, 0)
+    stop = _boundary(found[4], found[5], count, count)
+    if not 0 <= start < stop <= count:
+        raise DataError(f"{where}: split {split!r} is records {start} to {stop} of {count}; name a part that is there")
+    return Part(records, range(start, stop))
+
+
+def _boundary(number: str | None, percent: str | None, count: int, absent: int) -> int:
+    if number is None:
+        return absent
+    at = round(int(number) * count / 100) if percent else int(number)
+    return at + count if number.startswith("-") else at

@@ -1,0 +1,137 @@
+"""Parquet, Arrow and CSV files, through the ``datasets`` library, which keeps them memory-mapped."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from finetune import cache
+from finetune.readers.json_errors import unreadable
+from finetune.sample import DataError
+
+logger = logging.getLogger(__name__)
+
+TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+"""What the library calls files with these endings."""
+
+
+class TableRecords(Sequence[Any]):
+    """Rows of a table as plain dictionaries.
+
+    Args:
+        rows: a ``datasets.Dataset``.
+        name: named in errors.
+        cells: whether text may hold JSON, as in the cells of CSV.
+    """
+
+    def __init__(self, rows: Any, name: str, *, cells: bool) -> None:
+        self._rows, self._name, self._cells = rows, name, cells
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The row at ``index``.
+
+        Raises:
+            DataError: a cell that begins like JSON and is not.
+        """
+        row = self._rows[range(len(self))[index]]
+        if self._cells:
+            row = {column: _cell(value, f"{self._name}, record {index}: {column!r}") for column, value in row.items()}
+        return present(row)
+
+
+def open_table(files: Sequence[Path], *, rebuild: bool = False) -> TableRecords:
+    """Rows of files of one kind, converted once to Arrow files in the cache folder.
+
+    Args:
+        files: Parquet, Arrow or CSV files.
+        rebuild: convert them anew.
+
+    Raises:
+        DataError: a file is missing, is not of its kind, or there is no row.
+    """
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    for file in files:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise unreadable(file, error) from error
+    name = str(files[0] if len(files) == 1 else files[0].parent)
+    kind = TABLES[files[0].suffix.lower()]
+    with quiet():
+        try:
+            rows = datasets.load_dataset(
+                kind,
+                data_files=[glob.escape(str(file.resolve())) for file in files],
+                split="train",
+                cache_dir=str(cache.folder() / "tables"),
+                download_mode="force_redownload" if rebuild else None,
+            )
+        except (DatasetsError, OSError, ValueError) as error:
+            raise DataError(f"{name}: cannot be read as {kind}: {_reason(error)}") from error
+    if not len(rows):
+        raise DataError(f"{name}: the table has no row; training and evaluation need at least one")
+    return TableRecords(_undecoded(rows), name, cells=kind == "csv")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of the library, and no word to its makers about what is loaded."""
+    from datasets import are_progress_bars_disabled, config, disable_progress_bars, enable_progress_bars
+
+    bars, counts = are_progress_bars_disabled(), config.HF_UPDATE_DOWNLOAD_COUNTS
+    disable_progress_bars()
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        if not bars:
+            enable_progress_bars()
+
+
+def present(value: Any) -> Any:
+    """The value without the keys that are None: Arrow gives all objects of a column the keys of all of them."""
+    if isinstance(value, dict):
+        return {key: present(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [present(item) for item in value]
+    return value
+
+
+def _undecoded(rows: Any) -> Any:
+    """The rows with embedded images as they are stored: decoding, and its errors, are not the reader's."""
+    import datasets
+
+    for column, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            rows = rows.cast_column(column, datasets.List(datasets.Image(decode=False)))
+    return rows
+
+
+def _cell(value: Any, where: str) -> Any:
+    """A cell of CSV; text that begins like JSON is JSON."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} begins like JSON and is not: {error.msg} at character {error.pos}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the complaint behind an error of the library."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().split("\n")[0] or type(error).__name__
