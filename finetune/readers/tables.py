@@ -80,7 +80,7 @@ def open_table(files: Sequence[Path], *, rebuild: bool = False) -> TableRecords:
             raise DataError(f"{name}: cannot be read as {kind}: {_reason(error)}") from error
     if not len(rows):
         raise DataError(f"{name}: the table has no row; training and evaluation need at least one")
-    return TableRecords(_undecoded(rows), name, cells=kind == "csv")
+    return TableRecords(undecoded(rows), name, cells=kind == "csv")
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def present(value: Any) -> Any:
     return value
 
 
-def _undecoded(rows: Any) -> Any:
+def undecoded(rows: Any) -> Any:
     """The rows with embedded images as they are stored: decoding, and its errors, are not the reader's."""
     import datasets
 
