@@ -15,7 +15,7 @@ from finetune import distributed, outcome
 from finetune.arguments import Arguments, parse_arguments
 from finetune.errors import UserError
 from finetune.families.base import Family
-from finetune.legacy_flags import LLM_TYPES
+from finetune.legacy_flags import LLM_TYPES, TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -37,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
 
     # Base checkpoint: what it is, read from the folder.
     base = resolve(args.model.model_name_or_path)
-    check_llm_type(args, base.family)
+    check_names(args, base.family)
     resume = None
     if distributed.is_main_process():
         resume = choose_checkpoint(args.training, output)
         going_on = args.training.resume_from_checkpoint == "auto" or (resume is not None and resume.parent == output)
         prepare_output(output, resuming=going_on, overwrite=args.training.overwrite_output_dir)
         write_run(args, base, output)
+        logger.info("%s", args.describe())
 
     # Tokenizer.
     distributed.start(args.training)
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     from finetune.models import load_model, load_tokenizer
     from finetune.templates.probe import check_chat_template
     from finetune.tuning.adapters import quantisation
-    from finetune.tuning.parts import adapt, format_table, part_rows
+    from finetune.tuning.parts import adapt, describe_parameters, format_table, part_rows
 
     set_seed(args.training.seed)
     tokenizer = load_tokenizer(base.folder)
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         max_slice_nums=args.data.max_slice_nums,
         max_length=args.training.model_max_length,
         max_pixels=args.data.max_image_pixels,
+        shrink_pixels=args.data.image_max_pixels,
         thinking=args.data.thinking,
     )
     check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
@@ -90,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     model = adapt(model, base.family, args.training, args.lora)
     rates = args.training.part_learning_rates
     logger.info("%s\n%s", base.family.title, format_table(part_rows(model, base.family.parts, rates)))
+    if args.model.print_param_status:
+        logger.info("%s", describe_parameters(model))
 
     # Train, evaluate, save.
     from finetune.evaluation.plots import plot_loss
@@ -156,8 +160,13 @@ def report_samples(trainer: Trainer, train: SupervisedDataset, output: Path) -> 
         logger.warning("%s", bad)
 
 
-def check_llm_type(args: Arguments, family: Family) -> None:
-    """Corrects a wrong --llm_type with a warning; the family is read from the checkpoint."""
+def check_names(args: Arguments, family: Family) -> None:
+    """Corrects a wrong --llm_type or --template with a warning; the family is read from the checkpoint."""
+    template = args.model.template
+    if template is not None and family.name not in TEMPLATES.get(template, ()):
+        logger.warning(
+            "template %s does not fit: the checkpoint is %s, and its own prompt format is used", template, family.title
+        )
     given = LLM_TYPES.get(args.model.llm_type or "", args.model.llm_type)
     if given is not None and given != family.llm_type:
         logger.warning(

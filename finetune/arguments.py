@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
+import yaml
 from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_cuda_available
 
+from finetune.config.deepspeed import load_deepspeed
+from finetune.config.resolve import resolve
 from finetune.errors import ArgumentError
 from finetune.flags import DataArguments, LoraArguments, ModelArguments
-from finetune.legacy_flags import translate
 
 logger = logging.getLogger(__name__)
 
 # Below this LoRA hardly moves: the adapters start at zero and most published failures used 1e-6.
 LOW_LORA_LEARNING_RATE = 1e-5
 
+
+# What PyYAML puts behind a single value.
+_DOCUMENT_END = "\n...\n"
 
 # Secrets, and objects that transformers derives from other flags.
 _NOT_RECORDED = ("hub_token", "accelerator_config")
@@ -60,6 +63,13 @@ class TrainingArguments(transformers.TrainingArguments):
     tune_audio: bool = field(default=False, metadata={"help": "Train the audio tower (in full)."})
     tune_llm: bool | None = field(
         default=None, metadata={"help": "Train the LLM in full. Default: true without LoRA; refused with it."}
+    )
+    tune_llm_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of the LLM train only the last so many layers (a negative number: the first), in full; without "
+            "embeddings and output layer."
+        },
     )
     use_lora: bool = field(default=False, metadata={"help": "Train LoRA adapters in lora_parts."})
     lora_parts: list[str] = field(
@@ -126,7 +136,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.resume_from_checkpoint = _RESUME_WORDS.get(
             (self.resume_from_checkpoint or "none").lower(), self.resume_from_checkpoint
         )
-        self.deepspeed = _load_deepspeed_config(self.deepspeed)
+        self.deepspeed = load_deepspeed(self.deepspeed)
         if self.remove_unused_columns:
             # With true, transformers would drop our batch keys it cannot find in a wrapped forward.
             logger.warning("--remove_unused_columns true has no meaning here and is set to false")
@@ -147,6 +157,11 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ArgumentError(
                 "--use_lora true trains adapters in the LLM, --tune_llm true trains the LLM in full: "
                 "choose one (LoRA wants --tune_llm false)"
+            )
+        if self.tune_llm_layers is not None and (self.use_lora or self.tune_llm is False or not self.tune_llm_layers):
+            raise ArgumentError(
+                f"--tune_llm_layers {self.tune_llm_layers} trains so many layers of the LLM in full: it goes neither "
+                "with --use_lora true (adapters) nor with --tune_llm false (nothing there), nor with 0"
             )
         self.tune_llm = (not self.use_lora) if self.tune_llm is None else self.tune_llm
         self.tune_vision = (not self.use_lora) if self.tune_vision is None else self.tune_vision
@@ -217,27 +232,12 @@ class TrainingArguments(transformers.TrainingArguments):
         return {"llm": self.learning_rate, **rates}
 
 
-def _load_deepspeed_config(config: dict | str | None) -> dict | str | None:
-    """The DeepSpeed configuration as a dictionary, without the blocks that would override our flags."""
-    if not isinstance(config, str) or config.startswith("{"):
-        return config
-    path, shipped = Path(config), Path(__file__).resolve().parent.parent / config
-    if not path.is_file() and shipped.is_file():
-        path = shipped
-    if not path.is_file():
-        raise ArgumentError(f"--deepspeed {config}: no such file in {Path.cwd()} or {shipped.parent}")
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ArgumentError(f"--deepspeed {config}: not valid JSON ({error})") from error
-    for block, flags in (
-        ("optimizer", "--learning_rate, --vision_lr, --weight_decay"),
-        ("scheduler", "--lr_scheduler_type"),
-    ):
-        if loaded.pop(block, None) is not None:
-            logger.warning("%s: its %r block is ignored, it would override %s", config, block, flags)
-            loaded["zero_allow_untested_optimizer"] = True
-    return loaded
+_GROUPS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
+
+
+def flags_of(groups: Sequence[Any]) -> dict[str, bool]:
+    """The flags of some dataclasses, and whether they take several words."""
+    return {entry.name: "list" in str(entry.type) for group in groups for entry in fields(group)}
 
 
 class Arguments(NamedTuple):
@@ -247,16 +247,43 @@ class Arguments(NamedTuple):
     data: DataArguments
     training: TrainingArguments
     lora: LoraArguments
+    origins: Mapping[str, str] = {}
+    """Where each flag was given; flags that are missing here have their default, or follow from others."""
 
     def non_defaults(self) -> dict[str, Any]:
         """Every flag whose resolved value differs from its default, by name, in plain YAML types."""
         values: dict[str, Any] = {}
-        for group in self:
+        for group in (self.model, self.data, self.training, self.lora):
             for entry in fields(group):
                 value = getattr(group, entry.name)
                 if value != entry.default and value not in (None, [], "") and entry.name not in _NOT_RECORDED:
                     values[entry.name] = _plain(value)
         return values
+
+    def origin(self, name: str) -> str:
+        """Where the value of a flag comes from."""
+        return self.origins.get(name, "follows from the others and the machine")
+
+    def describe(self) -> str:
+        """The flags that differ from their defaults, one on each line, with their origins."""
+        values = self.non_defaults()
+        width = max(map(len, values), default=0)
+        lines = [f"  {name:<{width}}  {_short(value)}  ({self.origin(name)})" for name, value in values.items()]
+        return "\n".join(["flags that are not at their defaults:", *lines])
+
+    def to_yaml(self) -> str:
+        """The same as YAML that a run takes again; what follows from other flags and the machine is in comments."""
+        lines = []
+        for name, value in self.non_defaults().items():
+            text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=sys.maxsize)
+            remark = "" if name in self.origins else "# "
+            lines.append(f"  {remark}{name}: {text.removesuffix(_DOCUMENT_END).strip()}  # {self.origin(name)}")
+        return "\n".join(["flags:", *lines, ""])
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _plain(value: Any) -> Any:
@@ -270,17 +297,27 @@ def _plain(value: Any) -> Any:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
-    """Parses and validates the command line.
+    """Parses and validates the command line, which may begin with a YAML file of flags.
 
     Raises:
         ArgumentError: unknown or contradicting flags.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, LoraArguments))  # pyright: ignore[reportArgumentType]
-    words = translate(sys.argv[1:] if argv is None else argv)
-    *groups, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    parser = HfArgumentParser(_GROUPS)  # pyright: ignore[reportArgumentType]
+    known = flags_of(_GROUPS)
+    resolved = resolve(sys.argv[1:] if argv is None else argv, known)
+    *groups, unknown = parser.parse_args_into_dataclasses(resolved.words, return_remaining_strings=True)
     if unknown:
-        raise ArgumentError(_unknown_flags(unknown, _known_flags()))
+        raise ArgumentError(_unknown_flags(unknown, [f"--{name}" for name in known]))
     model, data, training, lora = groups
+    if "do_train" in resolved.origins and not training.do_train:
+        raise ArgumentError(
+            f"{resolved.origins['do_train']} false: this trains; `python -m finetune evaluate` evaluates"
+        )
+    if training.do_predict:
+        raise ArgumentError(
+            "--do_predict true is not part of training: `python -m finetune evaluate` predicts and scores"
+        )
+    _resolve_attention(model)
     if lora.q_lora:
         _check_q_lora(training)
     if not training.use_lora:
@@ -288,7 +325,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         if given:
             logger.warning("%s: no effect without --use_lora true", ", ".join(given))
     _check_data(data, training)
-    return Arguments(model, data, training, lora)
+    return Arguments(model, data, training, lora, resolved.origins)
+
+
+def _resolve_attention(model: ModelArguments) -> None:
+    """FlashAttention where the machine has it."""
+    if model.attn_implementation != "flash_attention_2":
+        return
+    lacks = "no GPU" if not is_torch_cuda_available() else "no flash-attn (pip install flash-attn)"
+    if not is_torch_cuda_available() or importlib.util.find_spec("flash_attn") is None:
+        logger.warning("flash_attention_2 is asked for but there is %s: sdpa is used instead", lacks)
+        model.attn_implementation = "sdpa"
 
 
 def _check_data(data: DataArguments, training: TrainingArguments) -> None:
@@ -329,11 +376,6 @@ def _check_q_lora(training: TrainingArguments) -> None:
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ArgumentError("--q_lora true needs bitsandbytes: pip install 'bitsandbytes>=0.49,<0.51'")
-
-
-def _known_flags() -> list[str]:
-    groups = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
-    return [f"--{entry.name}" for group in groups for entry in fields(group)]
 
 
 def _unknown_flags(unknown: list[str], known: list[str]) -> str:

@@ -17,6 +17,12 @@ class ModelArguments:
         default=None,
         metadata={"help": "Only checked: the family is read from the checkpoint; a wrong value is corrected."},
     )
+    template: str | None = field(
+        default=None, metadata={"help": "Only checked, as llm_type: LLaMA-Factory's name for a prompt format."}
+    )
+    print_param_status: bool = field(
+        default=False, metadata={"help": "List every parameter with its shape, type and whether it is trained."}
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa (default), flash_attention_2 or eager, for vision tower and LLM."}
     )
@@ -86,6 +92,10 @@ class DataArguments:
     max_image_pixels: int | None = field(
         default=None, metadata={"help": "Largest image accepted, in pixels (guards against decompression bombs)."}
     )
+    image_max_pixels: int | None = field(
+        default=None,
+        metadata={"help": "Larger images are shrunk to so many pixels before they are cut. Default: none is."},
+    )
     overlong: str = field(
         default="shrink",
         metadata={
@@ -109,7 +119,6 @@ class DataArguments:
             "choices": ["full", "sample", "off"],
         },
     )
-
 
     @property
     def evaluates(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypedDict, Unpack
 
 import torch
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from finetune.encoding.example import Example
@@ -14,7 +15,7 @@ from finetune.encoding.inputs import INPUTS, Grids
 from finetune.families.base import Config, Family
 from finetune.media import image
 from finetune.media.slicing import Plan, SliceSpec, item_sizes, plan
-from finetune.sample import DataError, Sample
+from finetune.sample import DataError, Media, Sample
 from finetune.templates.probe import complete_layout
 from finetune.templates.rendering import IGNORE, Layout, Rendered, Thinking
 from finetune.templates.tokens import TextError, Vocabulary
@@ -65,6 +66,7 @@ class Encoder:
         slicing: how images are cut.
         max_length: most tokens of a sample, or None for no limit; nothing is ever cut.
         max_pixels: most pixels of an image.
+        shrink_pixels: images of more pixels are shrunk to about so many before they are cut; None for none.
 
     Raises:
         MissingTokenError: the tokenizer lacks a token that the family needs.
@@ -80,6 +82,7 @@ class Encoder:
         slicing: SliceSpec,
         max_length: int | None,
         max_pixels: int = image.MAX_PIXELS,
+        shrink_pixels: int | None = None,
     ) -> None:
         self.family = family
         self.tokenizer = tokenizer
@@ -87,6 +90,7 @@ class Encoder:
         self.slicing = slicing
         self.max_length = max_length
         self.max_pixels = max_pixels
+        self.shrink_pixels = shrink_pixels
         self.vocabulary = Vocabulary(tokenizer, family.control_tokens, family.required_tokens)
         self._inputs = INPUTS[family.inputs]
         self._placeholder = self.vocabulary.control(layout.placeholder)
@@ -104,6 +108,7 @@ class Encoder:
         max_slice_nums: int | None = None,
         max_length: int | None = None,
         max_pixels: int | None = None,
+        shrink_pixels: int | None = None,
         **prompt: Unpack[PromptOptions],
     ) -> Encoder:
         """The encoder of a checkpoint from its config.json (as a dictionary); None keeps the checkpoint's value.
@@ -120,10 +125,11 @@ class Encoder:
             slicing=slicing,
             max_length=max_length,
             max_pixels=image.MAX_PIXELS if max_pixels is None else max_pixels,
+            shrink_pixels=shrink_pixels,
         )
 
     def sizes(self, sample: Sample) -> tuple[tuple[int, int], ...]:
-        """(width, height) in pixels of every image, in reading order, from the image headers.
+        """(width, height) in pixels of every image as it is cut, in reading order, from the image headers.
 
         Raises:
             DataError: an image that cannot be read, or media that this family has no input for.
@@ -134,7 +140,8 @@ class Encoder:
                     f"{sample.source}: {media}: {self.family.title} takes images and text, no {media.kind}; "
                     "use a model that does, or remove the record"
                 )
-        return tuple(image.size(media, sample.source, self.max_pixels) for media in sample.media("image"))
+        sizes = (image.size(media, sample.source, self.max_pixels) for media in sample.media("image"))
+        return tuple(image.shrunk(size, self.shrink_pixels) for size in sizes)
 
     def plans(self, sizes: Sequence[tuple[int, int]], max_slice_nums: int | None = None) -> tuple[Plan, ...]:
         """The slice plan of images of these sizes; None for the encoder's own most slices."""
@@ -196,7 +203,7 @@ class Encoder:
             AlignmentError: placeholders, items and patches disagree.
         """
         media = zip(sample.media("image"), plans, strict=True)
-        pictures = ((image.load(picture, sample.source, self.max_pixels), cuts) for picture, cuts in media)
+        pictures = ((self._picture(picture, sample), cuts) for picture, cuts in media)
         patches, cut = self._inputs.cut(pictures, self.slicing)
         grids = self._grids(plans)
         self._check_alignment(sample, rendered, grids, cut)
@@ -211,6 +218,12 @@ class Encoder:
             source=str(sample.source),
             inputs=self.family.inputs,
         )
+
+    def _picture(self, media: Media, sample: Sample) -> Image.Image:
+        """A decoded image in the size in which it is cut."""
+        picture = image.load(media, sample.source, self.max_pixels)
+        size = image.shrunk(picture.size, self.shrink_pixels)
+        return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
 
     def empty(self, source: str) -> Example:
         """An example of one padding token that teaches nothing and has no image."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,18 @@ def size(media: Media, source: Source, max_pixels: int = MAX_PIXELS) -> tuple[in
     with _opened(media, source, max_pixels) as image:
         width, height = image.size
         return (height, width) if _orientation(image) in _SWAPS_SIDES else (width, height)
+
+
+def shrunk(size: tuple[int, int], most: int | None) -> tuple[int, int]:
+    """(width, height) of an image of at most so many pixels in the same proportions, each side rounded down.
+
+    The rule of LLaMA-Factory's image_max_pixels.
+    """
+    width, height = size
+    if most is None or width * height <= most:
+        return size
+    factor = math.sqrt(most / (width * height))
+    return max(int(width * factor), 1), max(int(height * factor), 1)
 
 
 def load(media: Media, source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
 from pathlib import Path
 
 from finetune.errors import CheckpointError
 
+# What makes a folder one that could have been meant.
+_CONFIGS = ("adapter_config.json", "config.json")
+# Folders that are looked into for a hint.
+_LOOKED_INTO = 2000
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Weights as safetensors only, never pickled; code files are copied into full results, not run.
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
@@ -28,7 +34,7 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     if folder.exists():
         raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
     if name.startswith(".") or not _HUB_ID.fullmatch(name):
-        raise CheckpointError(f"{name}: no such folder (looked in {Path.cwd()})")
+        raise CheckpointError(f"{name}: no such folder (looked in {Path.cwd()}){nearest_folders(folder)}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -39,3 +45,26 @@ def local_folder(name: str, revision: str | None = None) -> Path:
             f"{name} is no folder here ({Path.cwd()}) and could not be fetched from the hub: {error}. Download it once "
             "with network access, or give a folder (HF_HOME and HF_ENDPOINT are respected)"
         ) from error
+
+
+def nearest_folders(missing: Path) -> str:
+    """The model and adapter folders whose paths are most like one that is not there, as the end of a message.
+
+    They are looked for below the lowest folder of the path that exists, or below its name most like the one given.
+    """
+    root = missing.absolute()
+    while not root.is_dir():
+        root = root.parent
+    if root == Path(root.anchor):
+        return ""
+    found = []
+    for number, (folder, folders, files) in enumerate(os.walk(root)):
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and name not in ("node_modules", "__pycache__")
+        ]
+        if any(name in files for name in _CONFIGS):
+            found.append(folder)
+        if number > _LOOKED_INTO:
+            break
+    near = difflib.get_close_matches(str(missing.absolute()), found, n=3, cutoff=0.5)
+    return f"; the nearest that exist are {', '.join(near)}" if near else ""

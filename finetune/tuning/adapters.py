@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig
 from finetune.arguments import LoraArguments
 from finetune.errors import ArgumentError
 from finetune.families.base import Family
+from finetune.models.folders import nearest_folders
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 _NOT_QUANTISED = ["vpm", "resampler", "lm_head", "apm", "audio_projection_layer", "tts"]
 _NOT_QUANTISED += ["model.vision_tower", "model.merger", "in_proj_a", "in_proj_b"]
 _ALL_LINEAR = ("all-linear", "all")
+# Names of modules, not a pattern: q_proj,v_proj
+_NAMES = re.compile(r"[A-Za-z_][\w.]*(\s*,\s*[A-Za-z_][\w.]*)*")
 # What decides the shape or the meaning of an adapter.
 _DECISIVE = ("r", "lora_alpha", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora")
 
@@ -103,6 +106,8 @@ def lora_config(
         logger.warning("--lora_target_modules %s: %s is not ASCII and matches no module name", targets, " ".join(odd))
     if targets in _ALL_LINEAR:
         targets = all_linear(model, family, parts)
+    elif _NAMES.fullmatch(targets):
+        targets = named_targets(model, family, parts, targets)
     pattern = None
     if lora.lora_layers_to_transform is not None:
         # peft takes layer numbers only with a list of names, and a list of plain names would match the vision tower;
@@ -148,14 +153,48 @@ def all_linear(model: nn.Module, family: Family, parts: Sequence[str]) -> str:
     Raises:
         ArgumentError: a part that the family does not have.
     """
+    return "|".join(dict.fromkeys(_any_layer(name) for name in _linear(model, family, parts)))
+
+
+def named_targets(model: nn.Module, family: Family, parts: Sequence[str], given: str) -> str:
+    """The linear layers of some parts whose names end in one of some names, as a regular expression.
+
+    A name that is a whole module name is taken as it is.
+
+    Raises:
+        ArgumentError: a name that no linear layer of those parts has, or a part that the family does not have.
+    """
+    names = [name.strip() for name in given.split(",")]
+    whole = {name for name, _ in model.named_modules()}
+    inside = _linear(model, family, parts)
+    patterns: dict[str, None] = {}
+    for wanted in names:
+        found = [wanted] if wanted in whole else [name for name in inside if f".{name}".endswith(f".{wanted}")]
+        if not found:
+            known = sorted({name.rpartition(".")[2] for name in inside})
+            raise ArgumentError(
+                f"--lora_target_modules {given}: no linear layer of {', '.join(parts)} is called {wanted}; there are "
+                f"{', '.join(known)}"
+            )
+        patterns.update(dict.fromkeys(re.escape(wanted) if wanted in whole else _any_layer(name) for name in found))
+    return "|".join(patterns)
+
+
+def _linear(model: nn.Module, family: Family, parts: Sequence[str]) -> list[str]:
+    """Names of the linear layers of some parts, without the output layer."""
     default_targets(family, parts)
     output = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    patterns: dict[str, None] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{prefix}.") for part in parts for prefix in family.parts[part])
-        if inside and isinstance(module, nn.Linear) and module is not output:
-            patterns[re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name))] = None
-    return "|".join(patterns)
+    prefixes = tuple(f"{prefix}." for part in parts for prefix in family.parts[part])
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(prefixes) and isinstance(module, nn.Linear) and module is not output
+    ]
+
+
+def _any_layer(name: str) -> str:
+    """A module name as a pattern that fits the same module of every layer."""
+    return re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name))
 
 
 def _replication(given: str | None) -> list[tuple[int, int]] | None:
@@ -171,7 +210,9 @@ def _replication(given: str | None) -> list[tuple[int, int]] | None:
 
 def _continue(model: nn.Module, wanted: LoraConfig, folder: Path, in_fp32: bool) -> PeftModel:
     if not (folder / "adapter_config.json").is_file():
-        raise ArgumentError(f"--lora_weight_path {folder}: no adapter there (adapter_config.json is missing)")
+        raise ArgumentError(
+            f"--lora_weight_path {folder}: no adapter there (adapter_config.json is missing){nearest_folders(folder)}"
+        )
     found = LoraConfig.from_pretrained(str(folder))
     assert isinstance(found, LoraConfig)
     if _as_set(found.modules_to_save) != _as_set(wanted.modules_to_save):

@@ -56,6 +56,8 @@ def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: L
     else:
         for module in modules:
             model.get_submodule(module).requires_grad_(True)
+        if training.tune_llm_layers is not None:
+            _leave_layers(model, family, training.tune_llm_layers)
         # Not with LoRA: there peft trains a saved module whole, and so do the published counts (Trainable 733677856).
         for name, parameter in model.named_parameters():
             if name in family.fixed_parameters:
@@ -65,6 +67,24 @@ def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: L
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
     return model
+
+
+def _leave_layers(model: nn.Module, family: Family, count: int) -> None:
+    """Of the LLM only the last ``count`` layers (a negative count: the first) go on requiring gradients.
+
+    Raises:
+        ArgumentError: it does not have so many.
+    """
+    inside = tuple(f"{module}." for module in family.parts["llm"])
+    named = model.named_modules()
+    layers = next(m for name, m in named if name.startswith(inside) and name.endswith(".layers"))
+    assert isinstance(layers, nn.ModuleList)
+    if abs(count) > len(layers):
+        raise ArgumentError(f"--tune_llm_layers {count}: the LLM of {family.title} has {len(layers)} layers")
+    for module in family.parts["llm"]:
+        model.get_submodule(module).requires_grad_(False)
+    for layer in layers[-count:] if count > 0 else layers[:-count]:
+        layer.requires_grad_(True)
 
 
 def full_parts(training: TrainingArguments) -> list[str]:
@@ -120,6 +140,15 @@ def part_rows(model: nn.Module, parts: Parts, learning_rates: Mapping[str, float
         rate = learning_rates[part] if trained else None
         rows.append(PartRow(part, mode, _sum(parameters), _sum(trained), rate))
     return rows
+
+
+def describe_parameters(model: nn.Module) -> str:
+    """Every parameter with its shape, type and whether it is trained, one on each line."""
+    return "\n".join(
+        f"{name}: {tuple(parameter.shape)}, {str(parameter.dtype).removeprefix('torch.')}, "
+        f"{'trained' if parameter.requires_grad else 'frozen'}"
+        for name, parameter in model.named_parameters()
+    )
 
 
 def _sum(parameters: Iterable[tuple[str, nn.Parameter]]) -> int:

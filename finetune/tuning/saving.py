@@ -70,10 +70,9 @@ def prepare_output(folder: Path, *, resuming: bool, overwrite: bool) -> None:
 
 
 def write_run(args: Arguments, base: Checkpoint, folder: Path) -> None:
-    """Writes run.yaml: the flags that differ from their defaults, the base and the versions."""
+    """Writes run.yaml, which finetune.py runs again: flags that differ from their defaults, the base, the versions."""
     run = {
         "base": {"name": base.name, "revision": base.revision, "family": base.family.name},
-        "flags": args.non_defaults(),
         "versions": {
             "finetune": finetune.__version__,
             "torch": str(torch.__version__),
@@ -81,7 +80,8 @@ def write_run(args: Arguments, base: Checkpoint, folder: Path) -> None:
             "peft": peft.__version__,
         },
     }
-    (folder / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = args.to_yaml() + yaml.safe_dump(run, sort_keys=False, allow_unicode=True)
+    (folder / "run.yaml").write_text(text, encoding="utf-8")
 
 
 def finish_adapter(model: PeftModel, folder: Path, base: Checkpoint) -> None:

@@ -165,13 +165,14 @@ def test_a_part_that_the_family_lacks_is_refused(tiny, tmp_path):
 
 def test_a_target_that_matches_nothing_is_refused(tiny, tmp_path):
     model = load_model(tiny("llama3_v2_5"))
-    with pytest.raises(ArgumentError, match="matches no module"):
-        adapt(
-            model,
-            by_name("llama3_v2_5"),
-            arguments(tmp_path, use_lora=True),
-            LoraArguments(lora_target_modules="q_proj"),
-        )
+    for targets, message in ((r"llm\..*\.q_prj", "matches no module"), ("v_proj,q_prj", "is called q_prj; there are")):
+        with pytest.raises(ArgumentError, match=message):
+            adapt(
+                model,
+                by_name("llama3_v2_5"),
+                arguments(tmp_path, use_lora=True),
+                LoraArguments(lora_target_modules=targets),
+            )
     with pytest.raises(ArgumentError, match="no module of that name"):
         adapt(
             model,
