@@ -15,6 +15,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
 from finetune.encoding.intake import BAD_SAMPLES, Intake
 from finetune.readers import read
+from finetune.readers.mixture import Mixture, read_named
 from finetune.sample import Sample
 
 logger = logging.getLogger(__name__)
@@ -66,21 +67,53 @@ class DataModule(TypedDict):
     data_collator: DataCollator
 
 
-def make_supervised_data_module(data: DataArguments, encoder: Encoder, output: Path | None = None) -> DataModule:
-    """Training and evaluation set of the flags; records left out are listed in a file in ``output``.
+def make_supervised_data_module(
+    data: DataArguments, encoder: Encoder, output: Path | None = None, seed: int = 42
+) -> DataModule:
+    """Training and evaluation set of the flags.
+
+    Args:
+        data: the flags.
+        encoder: the encoder of the run.
+        output: folder of the file that lists records left out; None for no file.
+        seed: of what is drawn at random: shares of data sets, the evaluation part of the training data.
 
     Raises:
-        DataError: a file that is missing or malformed, or without records.
+        DataError: a file that is missing or malformed, or without records; a data set that is not described.
     """
 
-    def dataset(path: str) -> SupervisedDataset:
-        samples = read(path, image_root=data.image_root, train_on=data.train_on)
+    def dataset(samples: Sequence[Sample]) -> SupervisedDataset:
         report = None if output is None else output / BAD_SAMPLES
         intake = Intake(samples, encoder, overlong=data.overlong, on_bad_sample=data.on_bad_sample, report=report)
         return SupervisedDataset(samples, encoder, intake)
 
-    assert data.data_path is not None  # parse_arguments sees to it
-    train = dataset(data.data_path)
-    evaluation = None if data.eval_data_path is None else dataset(data.eval_data_path)
+    samples = _samples(data, data.data_path, data.dataset, seed)
+    assert samples is not None  # parse_arguments sees to it
+    if data.val_size:
+        samples, kept = samples.split(data.val_size, seed)
+    else:
+        kept = _samples(data, data.eval_data_path, data.eval_dataset, seed)
+    train = dataset(samples)
+    evaluation = None if kept is None else dataset(kept)
     logger.info("%d training samples, %d evaluation samples", len(train), len(evaluation or ()))
     return DataModule(train_dataset=train, eval_dataset=evaluation, data_collator=DataCollator(encoder.pad_id))
+
+
+def _samples(data: DataArguments, path: str | None, names: str | None, seed: int) -> Mixture | None:
+    """The samples of a data file, or of data sets by name."""
+    rebuild = data.overwrite_cache
+    if names is not None:
+        return read_named(
+            names,
+            data.dataset_dir,
+            media_dir=data.media_dir,
+            image_root=data.image_root,
+            train_on=data.train_on,
+            max_samples=data.max_samples,
+            seed=seed,
+            rebuild=rebuild,
+        )
+    if path is None:
+        return None
+    file = read(path, image_root=data.image_root, train_on=data.train_on, data_format=data.data_format, rebuild=rebuild)
+    return Mixture([file]).first(data.max_samples)

@@ -39,7 +39,7 @@ class Report:
     """What a check found.
 
     Attributes:
-        file: the data file.
+        file: the data file, or the names of the data sets.
         records: records in the data set.
         looked_at: records that were checked.
         seconds: time it took.
@@ -116,9 +116,9 @@ def check(samples: Sequence[Sample], fitter: Fitter, level: str | None = None, *
     """
     started = time.perf_counter()
     chosen = _chosen(len(samples), level)
-    report = Report(source_of(samples, 0).file, len(samples), len(chosen))
-    report.duplicates = _duplicates(samples)
-    cache = CheckCache(Path(report.file), fingerprint(fitter, samples)) if cached else None
+    report = Report(_title(samples), len(samples), len(chosen))
+    report.duplicates = _duplicates(samples, chosen)
+    cache = CheckCache(getattr(samples, "files", [Path(report.file)]), fingerprint(fitter, samples)) if cached else None
     chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
     with (
         _threads() as pool,
@@ -193,11 +193,18 @@ def _enter(report: Report, result: Looked | DataError) -> None:
         report.longest = max(report.longest, result.tokens)
 
 
-def _duplicates(samples: Sequence[Sample]) -> dict[str, int]:
+def _title(samples: Sequence[Sample]) -> str:
+    """The name of a data set, else its file."""
+    return getattr(samples, "title", None) or source_of(samples, 0).file
+
+
+def _duplicates(samples: Sequence[Sample], chosen: Sequence[int]) -> dict[str, int]:
+    """Ids that different records of a file share, of those that are looked at: an id may need its record parsed."""
     if getattr(samples, "source", None) is None:
         return {}  # only readers know ids without building samples
-    ids = Counter(source_of(samples, index).id for index in range(len(samples)))
-    return {identity: count for identity, count in ids.items() if identity and count > 1}
+    sources = {source_of(samples, index) for index in chosen}
+    ids = Counter((source.file, source.id) for source in sources)
+    return {identity: count for (_, identity), count in ids.items() if identity and count > 1}
 
 
 def _lines(report: Report) -> Iterator[str]:

@@ -34,21 +34,22 @@ class Looked(NamedTuple):
 
 
 class CheckCache:
-    """Good records of one data file under one setting.
+    """Good records of one data set under one setting.
 
     Problems are not remembered: what mends them (an image put in its place) need not change the data file. Threads may
     share an object; each record is looked at by one of them.
 
     Args:
-        data: the data file.
+        data: the data files; no result is remembered where there is none, or one cannot be read.
         setting: everything else the results depend on; see ``fingerprint``.
     """
 
-    def __init__(self, data: Path, setting: str) -> None:
+    def __init__(self, data: Sequence[Path], setting: str) -> None:
         # Relative image paths are also looked for in the current directory.
-        key = f"{data.resolve()}\n{Path.cwd()}\n{setting}"
+        key = "\n".join([*(str(path.resolve()) for path in data), str(Path.cwd()), setting])
         self._path = folder() / f"check-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-        self._state = list(signature(data)) if data.is_file() else None
+        readable = data and all(path.is_file() for path in data)
+        self._state = [list(signature(path)) for path in data] if readable else None
         self._known = self._read()
         self._fresh: dict[str, list] = {}
         self.reused = 0
@@ -108,6 +109,7 @@ def fingerprint(fitter: Fitter, samples: Sequence[Sample]) -> str:
         "shrink_pixels": encoder.shrink_pixels,
         "policy": fitter.policy,
         "train_on": getattr(samples, "train_on", None),
+        "meaning": getattr(samples, "meaning", None),
         "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
     }
     return json.dumps(values, sort_keys=True)

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
 from pathlib import Path
 
-from finetune.readers.official import TRAIN_ON, OfficialDataset, TrainOn
-from finetune.sample import Sample
+from finetune.readers.conversation import TRAIN_ON, TrainOn
+from finetune.readers.detection import DATA_FORMATS, DataFormat, choose, first_records
+from finetune.readers.media import places
+from finetune.readers.records import open_records
+from finetune.readers.samples import SampleFile
 
-__all__ = ["TRAIN_ON", "TrainOn", "read"]
+__all__ = ["DATA_FORMATS", "TRAIN_ON", "DataFormat", "SampleFile", "TrainOn", "read"]
+
+logger = logging.getLogger(__name__)
 
 
-def read(path: str | Path, *, image_root: str | Path | None = None, train_on: TrainOn = "all") -> Sequence[Sample]:
-    """The samples of a data file in the official form; each is built, and may fail, when it is asked for.
+def read(
+    path: str | Path,
+    *,
+    image_root: str | Path | None = None,
+    train_on: TrainOn = "all",
+    data_format: DataFormat = "auto",
+    rebuild: bool = False,
+) -> SampleFile:
+    """The samples of a data file; each is built, and may fail, when it is asked for.
 
     Args:
-        path: a JSON array of records, or JSON Lines.
-        image_root: where relative image paths are looked for when they are not beside the data file.
+        path: a JSON array of records, JSON Lines, Parquet, Arrow, CSV, or a folder of such files.
+        image_root: where relative media paths are looked for when they are not beside the data file.
         train_on: "all" to train every answer, "last" for the last of a conversation; ``"loss": 0`` in a turn leaves
             that turn out in either case.
+        data_format: the form of the records, "auto" to tell it from the first ones.
+        rebuild: make the index of the file anew.
 
     Raises:
-        DataError: the file is missing, not UTF-8, not JSON (with line and cause), or holds no record.
-        ValueError: no such ``train_on``.
+        DataError: the file is missing, not UTF-8, not JSON (with line and cause), or holds no record, or the first
+            records fit no form.
+        ValueError: no such ``train_on`` or ``data_format``.
     """
-    return OfficialDataset(path, image_root=image_root, train_on=train_on)
+    file = Path(path)
+    records = open_records(file, rebuild=rebuild)
+    form, why = choose(first_records(records), str(path), data_format)
+    logger.info("%s: %d records in the %s form (%s)", path, len(records), form.name, why)
+    beside = file if file.is_dir() else file.resolve().parent
+    return SampleFile(records, path, form, places(beside, image_root), train_on)

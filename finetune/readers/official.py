@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, overload
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from finetune.readers.json_file import load_records
-from finetune.sample import DataError, Media, Message, Part, Sample, Source, Text
+from finetune.readers.conversation import TrainOn, assemble, loss, turn_list
+from finetune.readers.media import Places, is_embedded, json_type, one
+from finetune.readers.sharegpt import state
+from finetune.sample import DataError, Media, Part, Sample, Source, Text
 
 _TAG = re.compile(r"<image(?:_\d+)?>")
-TrainOn = Literal["all", "last"]
-TRAIN_ON: tuple[TrainOn, ...] = get_args(TrainOn)
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
-_FOREIGN = ("images", "video", "videos", "audio", "audios")
+FOREIGN = ("images", "video", "videos", "audio", "audios")
+"""Keys of media that other forms use."""
 
 
 class _Turn(NamedTuple):
@@ -26,8 +25,8 @@ class _Turn(NamedTuple):
     loss: bool
 
 
-class OfficialDataset(Sequence[Sample]):
-    """A data file; records are parsed at once, samples are built when asked for, images are never opened here.
+def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: TrainOn) -> Sample:
+    """The sample of a record.
 
     ``image`` is a path (its place is ``<image>``), a list of paths (``<image>`` once per path, in order), a dictionary
     from ``<image_00>``, ``<image_01>``, ... to paths (each tag once, anywhere), or absent. Without any tag the images
@@ -36,136 +35,59 @@ class OfficialDataset(Sequence[Sample]):
     ``from`` and ``value`` (human, gpt). Every assistant turn is trained, or with ``train_on`` "last" the last
     one of the conversation, unless it has ``loss`` 0.
 
-    Args:
-        path: a JSON array, or JSON Lines.
-        image_root: second place to look for relative image paths; the first is the folder of the data file, the last
-            the current directory.
-        train_on: one of TRAIN_ON.
-
     Raises:
-        DataError: the file cannot be read as JSON records.
-        ValueError: no such ``train_on``.
+        DataError: the record is not of the official form, or an image file does not exist.
     """
-
-    def __init__(self, path: str | Path, *, image_root: str | Path | None = None, train_on: TrainOn = "all") -> None:
-        if train_on not in TRAIN_ON:
-            raise ValueError(f"no train_on {train_on!r}; there are {', '.join(TRAIN_ON)}")
-        self.train_on: TrainOn = train_on
-        self._file = Path(path)
-        self._records = load_records(self._file)
-        # Resolved now: a later change of directory must not move the data.
-        places = [self._file.resolve().parent, *([Path(image_root).resolve()] if image_root else []), Path.cwd()]
-        self._places = list(dict.fromkeys(places))
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        """The sample at ``index``.
-
-        Raises:
-            DataError: the record is not of the official form, or an image file does not exist.
-        """
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        return _sample(self._records[index], self.source(range(len(self))[index]), self._places, self.train_on)
-
-    def source(self, index: int) -> Source:
-        """Where record ``index`` is and what its id is, whether or not it makes a sample."""
-        record = self._records[index]
-        identity = record.get("id") if isinstance(record, dict) else None
-        return Source(str(self._file), index, "" if identity is None else str(identity))
-
-
-def _sample(record: Any, source: Source, places: Sequence[Path], train_on: TrainOn) -> Sample:
-    if not isinstance(record, dict):
-        raise DataError(f"{source}: is {_type(record)}, not an object with 'conversations'")
-    for key in _FOREIGN:
+    for key in FOREIGN:
         if record.get(key):
-            raise DataError(f"{source}: has {key!r}, which this format does not know; image paths belong under 'image'")
+            raise DataError(
+                f"{source}: has {key!r}, which the official form does not know; image paths belong under 'image'"
+            )
     turns = _turns(record, source)
-    images = _images(record.get("image"), source, places)
+    images = _images(record.get("image"), source, where)
     placed = _place(turns, images, source)
-    answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-    trained = answers if train_on == "all" else answers[-1:]
-    messages = tuple(
-        Message(turn.role, content, train=index in trained and turn.loss)
-        for index, (turn, content) in enumerate(zip(turns, placed, strict=True))
+    return assemble(
+        [(turn.role, parts, turn.loss) for turn, parts in zip(turns, placed, strict=True)], source, train_on
     )
-    return Sample(id=source.id or str(source.index), source=source, messages=messages)
 
 
-def _turns(record: dict[str, Any], source: Source) -> list[_Turn]:
+def _turns(record: Mapping[str, Any], source: Source) -> list[_Turn]:
     """Every turn, its values checked."""
-    key = next((name for name in ("conversations", "messages") if name in record), None)
-    if key is None:
-        found = ", ".join(map(repr, record)) or "nothing"
-        raise DataError(f"{source}: has no 'conversations' (found {found}); add the list of turns")
-    turns = record[key]
-    if not isinstance(turns, list):
-        raise DataError(f"{source}: {key!r} is {_type(turns)}; it must be a list of turns")
+    key = "messages" if record.get("conversations") is None and record.get("messages") is not None else "conversations"
     result = []
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            raise DataError(f"{source}: turn {number} is {_type(turn)}; it must be an object with 'role' and 'content'")
-        names = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+    for number, turn in enumerate(turn_list(record, key, source)):
+        # Files of columns have every key in every turn, null where it is not used.
+        tagged = turn.get("from") is not None and turn.get("role") is None
+        names = ("from", "value") if tagged else ("role", "content")
         for name in names:
             if not isinstance(turn.get(name), str):
-                state = (
-                    f"is {_type(turn[name])}" if name in turn else f"is missing (found {', '.join(map(repr, turn))})"
-                )
-                raise DataError(f"{source}: turn {number}: {name!r} {state}; it must be a string")
+                raise DataError(f"{source}: turn {number}: {state(turn, name)}; it must be a string")
         role: str = turn[names[0]]
-        role = _SHAREGPT.get(role, role) if names[0] == "from" else role
-        result.append(_Turn(role, turn[names[1]], _loss(turn, role, number, source)))
+        role = _SHAREGPT.get(role, role) if tagged else role
+        result.append(_Turn(role, turn[names[1]], loss(turn, role, number, source)))
     return result
 
 
-def _loss(turn: dict[str, Any], role: str, number: int, source: Source) -> bool:
-    """Whether the turn may be trained: its ``loss``, 1 where it has none."""
-    loss = turn.get("loss", 1)
-    if not isinstance(loss, int) or loss not in (0, 1):
-        raise DataError(
-            f"{source}: turn {number}: 'loss' is {json.dumps(loss)}; it must be 1 (train the answer) or 0 (do not)"
-        )
-    if turn.get("loss") and role != "assistant":
-        raise DataError(
-            f"{source}: turn {number}: 'loss' is 1 in a {role} turn; only answers are trained, remove it there"
-        )
-    return bool(loss)
-
-
-def _images(given: Any, source: Source, places: Sequence[Path]) -> dict[str, Path] | list[Path]:
-    """The image files by tag when the record names tags, else in order."""
+def _images(given: Any, source: Source, where: Places) -> dict[str, Media] | list[Media]:
+    """The images by tag when the record names tags, else in order."""
     if given is None:
         return []
-    if isinstance(given, dict):
+    if isinstance(given, dict) and not is_embedded(given):
         for tag in given:
             if not _TAG.fullmatch(tag):
                 raise DataError(f"{source}: 'image' has the key {tag!r}; keys must look like <image_00>")
-        return {tag: _find(path, source, places) for tag, path in given.items()}
-    return [_find(path, source, places) for path in (given if isinstance(given, list) else [given])]
+        return {tag: _medium(path, source, where) for tag, path in given.items() if path is not None}
+    return [_medium(path, source, where) for path in (given if isinstance(given, (list, tuple)) else [given])]
 
 
-def _find(path: Any, source: Source, places: Sequence[Path]) -> Path:
-    if not isinstance(path, str) or not path:
-        what = "an empty string" if path == "" else _type(path)
+def _medium(given: Any, source: Source, where: Places) -> Media:
+    if not is_embedded(given) and (not isinstance(given, str) or not given):
+        what = "an empty string" if given == "" else json_type(given)
         raise DataError(f"{source}: an image path is {what}; give a path, or leave 'image' out of a text-only record")
-    tried = [place / path for place in places] if not Path(path).is_absolute() else [Path(path)]
-    for candidate in tried:
-        if candidate.exists():
-            return candidate
-    looked = ", ".join(str(candidate) for candidate in tried)
-    raise DataError(
-        f"{source}: image {path!r} does not exist (looked for {looked}); correct the path or give --image_root"
-    )
+    return one(given, "image", "image", source, where)
 
 
-def _place(turns: Sequence[_Turn], images: dict[str, Path] | list[Path], source: Source) -> list[tuple[Part, ...]]:
+def _place(turns: Sequence[_Turn], images: dict[str, Media] | list[Media], source: Source) -> list[tuple[Part, ...]]:
     """The parts of every turn, with the images at their tags or in front of the first user turn."""
     found = [tag for turn in turns if turn.role == "user" for tag in _TAG.findall(turn.content)]
     if not found and images:
@@ -173,11 +95,11 @@ def _place(turns: Sequence[_Turn], images: dict[str, Path] | list[Path], source:
             return _in_front(turns, images, source)
         if list(images) == ["<image>"]:
             return _in_front(turns, list(images.values()), source)
-    paths = iter(_match(found, images, source))
-    return [_split(turn.content, paths) if turn.role == "user" else (Text(turn.content),) for turn in turns]
+    files = iter(_match(found, images, source))
+    return [_split(turn.content, files) if turn.role == "user" else (Text(turn.content),) for turn in turns]
 
 
-def _match(found: list[str], images: dict[str, Path] | list[Path], source: Source) -> list[Path]:
+def _match(found: list[str], images: dict[str, Media] | list[Media], source: Source) -> list[Media]:
     """The file of every tag in reading order; tags and files must agree one to one."""
     if isinstance(images, dict):
         known = list(images)
@@ -210,26 +132,20 @@ def _match(found: list[str], images: dict[str, Path] | list[Path], source: Sourc
     return images
 
 
-def _in_front(turns: Sequence[_Turn], images: Sequence[Path], source: Source) -> list[tuple[Part, ...]]:
+def _in_front(turns: Sequence[_Turn], images: Sequence[Media], source: Source) -> list[tuple[Part, ...]]:
     first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
     if first is None:
         raise DataError(f"{source}: has images but no user turn to put them in; add the question")
     result: list[tuple[Part, ...]] = [(Text(turn.content),) for turn in turns]
-    lead = [part for path in images for part in (Media("image", path), Text("\n"))]
+    lead = [part for image in images for part in (image, Text("\n"))]
     result[first] = (*lead, *result[first])
     return result
 
 
-def _split(content: str, paths: Iterator[Path]) -> tuple[Part, ...]:
+def _split(content: str, files: Iterator[Media]) -> tuple[Part, ...]:
     """The content with its tags replaced by the next files."""
     texts = _TAG.split(content)
     parts: list[Part] = [Text(texts[0])]
     for text in texts[1:]:
-        parts += [Media("image", next(paths)), Text(text)]
+        parts += [next(files), Text(text)]
     return tuple(part for part in parts if not isinstance(part, Text) or part.text)
-
-
-def _type(value: Any) -> str:
-    """The JSON name of a value's type, with its article."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names[type(value)]

@@ -210,7 +210,10 @@ BAD: list[tuple[Any, str]] = [
         for value, shown in ((2, "2"), (0.5, "0.5"), ("1", '"1"'), ([], r"\[\]"), (-1, "-1"), (1.0, "1.0"))
     ),
     ({"conversations": with_loss(1, None, None, None)}, "turn 0: 'loss' is 1 in a user turn; only answers are trained"),
-    ({"images": ["a.png"], "conversations": TURNS}, "has 'images', which this format does not know; .* under 'image'"),
+    (
+        {"images": ["a.png"], "conversations": TURNS},
+        "has 'images', which the official form does not know; .* under 'image'",
+    ),
 ]
 
 
@@ -220,7 +223,7 @@ def test_bad_records(folder: Path, record: Any, message: str) -> None:
         record = {"id": "q9", **record}
     place = r"train.json, record 1( \(id 'q9'\))?: .*"
     with pytest.raises(DataError, match=place + message):
-        read(write(folder, {"conversations": [USER, ANSWER]}, record))[1]
+        read(write(folder, {"conversations": [USER, ANSWER]}, record), data_format="official")[1]
 
 
 def test_missing_image_lists_the_places(folder: Path, tmp_path: Path) -> None:

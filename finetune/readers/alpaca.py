@@ -1,0 +1,70 @@
+"""Records of the alpaca form: one exchange in columns, earlier exchanges as pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from finetune.readers.conversation import TrainOn, Turn, build, refuse_tools, system_text
+from finetune.readers.forms import Form
+from finetune.readers.media import Places, json_type
+from finetune.sample import DataError, Sample, Source
+
+
+def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: TrainOn, form: Form) -> Sample:
+    """The sample of a record: history, then prompt and query in one turn, then the response; all answers are trained.
+
+    Raises:
+        DataError: the record is not of the form, its tags and files differ in number, or a file is missing.
+    """
+    columns = form.columns
+    refuse_tools(record, columns.tools, source)
+    turns = list(_history(record, columns.history, source))
+    asked = [_text(record, column, source) for column in (columns.prompt, columns.query)]
+    question = "\n".join(text for text in asked if text)
+    if not question:
+        named = " and ".join(repr(column) for column in (columns.prompt, columns.query) if column) or "no column"
+        raise DataError(
+            f"{source}: {named} for the prompt: empty or missing (found {_keys(record)}); give the question"
+        )
+    if columns.response is None:
+        raise DataError(f"{source}: no column is named for the answer; name it under columns: response")
+    answer = record.get(columns.response)
+    if not isinstance(answer, str):
+        state = f"is {json_type(answer)}" if columns.response in record else f"is missing (found {_keys(record)})"
+        raise DataError(f"{source}: {columns.response!r} {state}; it must be the answer, a string")
+    turns += [Turn("user", question), Turn("assistant", answer)]
+    system = system_text(record, columns.system, source)
+    if system:
+        turns.insert(0, Turn("system", system))
+    text_column = columns.prompt or columns.query or "prompt"
+    return build(turns, record, columns, text_column, source, where, train_on)
+
+
+def _text(record: Mapping[str, Any], column: str | None, source: Source) -> str:
+    value = None if column is None else record.get(column)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{source}: {column!r} is {json_type(value)}; it must be a string")
+    return value
+
+
+def _history(record: Mapping[str, Any], column: str | None, source: Source) -> Iterator[Turn]:
+    pairs = None if column is None else record.get(column)
+    if not pairs:
+        return
+    if not isinstance(pairs, (list, tuple)):
+        raise DataError(f"{source}: {column!r} is {json_type(pairs)}; it must be a list of [prompt, response] pairs")
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise DataError(
+                f"{source}: {column!r}, entry {number} is {str(pair)[:60]}; it must be a pair of strings, [prompt, "
+                "response]"
+            )
+        yield Turn("user", pair[0])
+        yield Turn("assistant", pair[1])
+
+
+def _keys(record: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, record)) or "nothing"

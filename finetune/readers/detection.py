@@ -1,0 +1,181 @@
+"""Which form the records of a file have, told from the first of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+from finetune.readers.forms import (
+    FORMS,
+    FROM_VALUE,
+    MEDIA_COLUMNS,
+    OWN_NAMES,
+    RANKING,
+    ROLE_CONTENT,
+    WANTED,
+    Columns,
+    Form,
+    FormName,
+    Tags,
+)
+from finetune.sample import DataError
+
+DataFormat = Literal["auto", "official", "sharegpt", "alpaca", "openai"]
+DATA_FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
+
+LOOKED_AT = 20
+"""Records that decide."""
+
+_CONVERSATION = ("messages", "conversations")
+
+
+def first_records(records: Sequence[Any]) -> list[Any]:
+    """The records that decide about the form."""
+    return [records[index] for index in range(min(LOOKED_AT, len(records)))]
+
+
+def choose(records: Sequence[Any], where: str, asked: DataFormat = "auto") -> tuple[Form, str]:
+    """The form of records that nobody described, and why, in words.
+
+    Args:
+        records: the first ones.
+        where: the file, named in errors.
+        asked: a form, or "auto".
+
+    Raises:
+        DataError: the records fit no form, or several that exclude each other.
+        ValueError: no such form.
+    """
+    if asked not in DATA_FORMATS:
+        raise ValueError(f"no data_format {asked!r}; there are {', '.join(DATA_FORMATS)}")
+    objects = [record for record in records if isinstance(record, dict)]
+    if asked == "auto":
+        name, why = _by_signs(objects, where, len(records))
+    else:
+        name, why = asked, "as asked for"
+    if name == "official":
+        return Form("official"), why
+    columns = replace(OWN_NAMES, messages=conversation_column(objects))
+    return Form(name, columns, vocabulary(objects, columns.messages)), why
+
+
+def conversation_column(records: Sequence[Mapping[str, Any]]) -> str:
+    """The key under which the turns are."""
+    return next((key for record in records for key in _CONVERSATION if record.get(key) is not None), "messages")
+
+
+def vocabulary(records: Sequence[Mapping[str, Any]], column: str | None) -> Tags:
+    """The tags that the turns of some records use: role and content, or from and value."""
+    turns = [turn for record in records for turn in _turns(record, column)]
+    has_role = any(turn.get("role") is not None for turn in turns)
+    has_from = any(turn.get("from") is not None for turn in turns)
+    return ROLE_CONTENT if has_role or not has_from else FROM_VALUE
+
+
+def _turns(record: Mapping[str, Any], column: str | None) -> list[Mapping[str, Any]]:
+    turns = None if column is None else record.get(column)
+    return [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, (list, tuple)) else []
+
+
+def _by_signs(records: Sequence[Mapping[str, Any]], where: str, looked_at: int) -> tuple[FormName, str]:
+    """The form that the keys of the records speak for; plain turns are official."""
+    signs: dict[FormName, str] = {}
+    plain = weak = None
+    for record in records:
+        _refuse_ranking(record, where)
+        for name, sign in _signs(record):
+            signs.setdefault(name, sign)
+        turns = next((key for key in _CONVERSATION if record.get(key) is not None), None)
+        plain = plain or turns
+        weak = weak or next((key for key in ("tools", "system") if turns and record.get(key)), None)
+    if "openai" in signs:
+        signs.pop("sharegpt", None)  # it has the same columns
+    if plain and not signs and weak:
+        signs["sharegpt"] = repr(weak)
+    if plain and "alpaca" in signs:
+        signs.setdefault("official", repr(plain))
+    if len(signs) > 1:
+        found = ", ".join(f"{sign} ({name})" for name, sign in signs.items())
+        raise DataError(
+            f"{where}: the first {looked_at} records have {found}, which do not go together; {WANTED}; split the file, "
+            "or say which form it has with --data_format"
+        )
+    if signs:
+        ((name, sign),) = signs.items()
+        return name, f"the records have {sign}"
+    if plain:
+        return "official", "plain turns"
+    found = ", ".join(map(repr, dict.fromkeys(key for record in records for key in record))) or "no object"
+    raise DataError(f"{where}: the first {looked_at} records fit no form (found {found}); {WANTED}")
+
+
+def _signs(record: Mapping[str, Any]) -> Iterator[tuple[FormName, str]]:
+    """Keys of a record that only one form has."""
+    if all(record.get(key) is None for key in _CONVERSATION):
+        for key in ("instruction", "output"):
+            if record.get(key) is not None:
+                yield "alpaca", repr(key)
+        return
+    if record.get("image") is not None:
+        yield "official", "'image'"
+    for key in filter(record.get, MEDIA_COLUMNS.values()):
+        yield "sharegpt", repr(key)
+    for turn in (turn for key in _CONVERSATION for turn in _turns(record, key)):
+        if isinstance(turn.get("content"), (list, tuple)):
+            yield "openai", "content as a list of parts"
+        if turn.get("tool_calls"):
+            yield "openai", "'tool_calls'"
+        word = turn.get("from") or turn.get("role")
+        if word in ("observation", "function_call"):
+            yield "sharegpt", f"turns of {word!r}"
+
+
+def _refuse_ranking(record: Mapping[str, Any], where: str) -> None:
+    found = [key for key in RANKING if record.get(key) is not None]
+    if found == ["kto_tag"] or len(found) > 1:
+        raise DataError(
+            f"{where}: records have {' and '.join(map(repr, found))}, answers that are compared; only supervised "
+            "finetuning is done here: keep the answer to be learnt (in 'output' or as the last turn)"
+        )
+
+
+def check_columns(records: Sequence[Any], columns: Columns, form: FormName, where: str) -> list[str]:
+    """Warnings about described columns: those that no record has, and known ones that nobody named.
+
+    Args:
+        records: the first ones.
+        columns: as described.
+        form: as described.
+        where: the data set, named in errors.
+
+    Raises:
+        DataError: a column that every record needs is in none, or another is in none and looks like a slip.
+    """
+    keys = list(dict.fromkeys(key for record in records if isinstance(record, dict) for key in record))
+    used = ("prompt", "query", "response", "history") if form == "alpaca" else ("messages",)
+    warnings = []
+    for name in (*used, "system", "tools", *MEDIA_COLUMNS.values()):
+        column = getattr(columns, name)
+        if column is None or column in keys:
+            continue
+        close = difflib.get_close_matches(column, keys, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        text = f"{where}: no record has {column!r}, named as {name} under columns (found {', '.join(map(repr, keys))})"
+        needed = name in ("messages", "response") or (name == "prompt" and columns.query not in keys)
+        if needed or close:
+            raise DataError(f"{text}{hint or '; correct the columns in dataset_info.json'}")
+        warnings.append(f"{text.replace('no record', f'none of the first {len(records)} records')}{hint}")
+    named = {getattr(columns, name) for name in (*used, "system", "tools", *MEDIA_COLUMNS.values())}
+    ours = {"system", "tools", *MEDIA_COLUMNS.values(), *({"input", "history"} if form == "alpaca" else ())}
+    filled = [key for key in keys if key in ours - named and any(isinstance(r, dict) and r.get(key) for r in records)]
+    if filled:
+        warnings.append(
+            f"{where}: records have {', '.join(map(repr, filled))}, not used, as dataset_info.json does not name them "
+            "under columns"
+        )
+    return warnings
+
+
+__all__ = ["DATA_FORMATS", "FORMS", "DataFormat", "check_columns", "choose", "first_records", "vocabulary"]

@@ -1,0 +1,243 @@
+"""Several data sets as one: which records, how often, and which are kept for evaluation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from finetune.readers.conversation import TrainOn
+from finetune.readers.registry import find_entry, open_entry
+from finetune.readers.samples import SampleFile
+from finetune.sample import DataError, Sample, Source
+
+logger = logging.getLogger(__name__)
+
+
+class Mixture(Sequence[Sample]):
+    """Records of some files in an order of their own.
+
+    Args:
+        files: whose records are numbered one file after another.
+        order: those numbers; None for all of them as they come.
+    """
+
+    def __init__(self, files: Sequence[SampleFile], order: np.ndarray | None = None) -> None:
+        self._files = list(files)
+        self._ends = list(accumulate(map(len, self._files)))
+        self._order = order
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._order is None else len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        """The sample at ``index``.
+
+        Raises:
+            DataError: the record is not of its form, or a media file does not exist.
+        """
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        file, number = self._locate(index)
+        return file[number]
+
+    def record(self, index: int) -> Any:
+        """Record ``index`` as it stands in its file."""
+        file, number = self._locate(index)
+        return file.record(number)
+
+    def source(self, index: int) -> Source:
+        """Which record of which file stands at ``index``, whether or not it makes a sample."""
+        file, number = self._locate(index)
+        return file.source(number)
+
+    def form_of(self, index: int) -> str:
+        """The name of the form of the record at ``index``."""
+        return self._locate(index)[0].form.name
+
+    @property
+    def train_on(self) -> TrainOn:
+        """Which answers are trained."""
+        return self._files[0].train_on
+
+    @property
+    def files(self) -> list[Path]:
+        """The data files, on which remembered results depend."""
+        return list(dict.fromkeys(path for file in self._files for path in file.files))
+
+    @property
+    def meaning(self) -> str:
+        """All that decides which records there are and what they mean, as text that changes with it."""
+        state = 0 if self._order is None else zlib.crc32(self._order.tobytes())
+        return json.dumps([[str(file.path), file.meaning] for file in self._files] + [[len(self), state]])
+
+    @property
+    def title(self) -> str:
+        """Names of the data sets, or the path of the file."""
+        return ", ".join(file.name or str(file.path) for file in self._files)
+
+    def _locate(self, index: int) -> tuple[SampleFile, int]:
+        number = range(len(self))[index]
+        if self._order is not None:
+            number = int(self._order[number])
+        place = bisect_right(self._ends, number)
+        return self._files[place], number - (self._ends[place - 1] if place else 0)
+
+    def first(self, limit: int | None) -> Mixture:
+        """The first so many records."""
+        if limit is None or limit >= len(self):
+            return self
+        return Mixture(self._files, self._numbers()[:limit])
+
+    def split(self, share: float, seed: int) -> tuple[Mixture, Mixture]:
+        """Training and evaluation records, drawn at random; no record of a file is in both, the order is kept.
+
+        Args:
+            share: a share below 1 of the records, or their number.
+            seed: of the draw.
+
+        Raises:
+            DataError: nothing would be left on one side.
+        """
+        numbers = self._numbers()
+        same = self._same_record(numbers)
+        records, first_places = np.unique(same, return_index=True)
+        count = round(share * len(records)) if share < 1 else int(share)
+        if not 0 < count < len(records):
+            raise DataError(
+                f"--val_size {share:g} of {len(records)} records keeps {count} for evaluation and "
+                f"{len(records) - count} for training; both sides need at least one"
+            )
+        held = np.random.default_rng([seed, 1]).choice(len(records), count, replace=False)
+        kept = ~np.isin(same, records[held])
+        return Mixture(self._files, numbers[kept]), Mixture(self._files, numbers[np.sort(first_places[held])])
+
+    def _numbers(self) -> np.ndarray:
+        return np.arange(len(self)) if self._order is None else self._order
+
+    def _same_record(self, numbers: np.ndarray) -> np.ndarray:
+        """The numbers with those of a file that stands here twice replaced by those of its first place."""
+        result = numbers.copy()
+        first: dict[Path, int] = {}
+        start = 0
+        for file, end in zip(self._files, self._ends, strict=True):
+            origin = first.setdefault(file.path.resolve(), start)
+            result[(numbers >= start) & (numbers < end)] -= start - origin
+            start = end
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """One data set of a list such as ``a,b:0.3``, with its weight."""
+
+    name: str
+    weight: float = 1.0
+
+
+def parse_names(text: str) -> list[Named]:
+    """The data sets of a list.
+
+    Raises:
+        DataError: a name is missing or named twice, or a weight is not a number above 0.
+    """
+    found: list[Named] = []
+    for part in text.split(","):
+        name, colon, weight = (piece.strip() for piece in part.partition(":"))
+        if not name:
+            raise DataError(f"data sets {text!r}: a name is missing; write names separated by commas, such as a,b:0.3")
+        try:
+            number = float(weight) if colon else 1.0
+        except ValueError:
+            number = 0.0
+        if not 0 < number < float("inf"):
+            raise DataError(
+                f"data sets {text!r}: the weight of {name!r} is {weight!r}; it must be a number above 0: 0.3 takes "
+                "30 % of the records, 2 takes each twice"
+            )
+        if name in (named.name for named in found):
+            raise DataError(f"data sets {text!r}: {name!r} is named twice; to take its records twice write {name}:2")
+        found.append(Named(name, number))
+    return found
+
+
+def read_named(
+    names: str,
+    dataset_dir: str | Path = "data",
+    *,
+    media_dir: str | Path | None = None,
+    image_root: str | Path | None = None,
+    train_on: TrainOn = "all",
+    max_samples: int | None = None,
+    seed: int = 42,
+    rebuild: bool = False,
+) -> Mixture:
+    """The records of registered data sets, one set after another.
+
+    Args:
+        names: such as ``a,b:0.3``: a weight below 1 takes a random share, at least one record; above 1 every record as
+            often as its whole part, and a random share for the rest.
+        dataset_dir: folder of ``dataset_info.json``.
+        media_dir: where media paths are looked for first; ``dataset_dir`` by default.
+        image_root: another place for them.
+        train_on: one of TRAIN_ON.
+        max_samples: only the first so many records of every set, before weights.
+        seed: of all draws; what is drawn of a set does not depend on the others.
+        rebuild: make the indices of the files anew.
+
+    Raises:
+        DataError: a name is not registered, its description cannot be used, or its file cannot be read.
+    """
+    files: list[SampleFile] = []
+    chosen: list[Numbers] = []
+    for each in parse_names(names):
+        entry = find_entry(each.name, dataset_dir)
+        file = open_entry(entry, media_dir=media_dir, image_root=image_root, train_on=train_on, rebuild=rebuild)
+        random = np.random.default_rng([seed, zlib.crc32(each.name.encode())])
+        files.append(file)
+        chosen.append(_weighted(_drawn(len(file), entry.num_samples, random)[:max_samples], each.weight, random))
+    total = sum(map(len, chosen))
+    for file, numbers in zip(files, chosen, strict=True):
+        share = 100 * len(numbers) / total
+        logger.info("data set %s: %d samples, %.1f %% of %d", file.name, len(numbers), share, total)
+    starts = [0, *accumulate(map(len, files))]
+    if all(isinstance(numbers, range) for numbers in chosen) and total == starts[-1]:
+        return Mixture(files)  # no list of numbers to keep in memory
+    shifted = [np.asarray(numbers) + start for numbers, start in zip(chosen, starts, strict=False)]
+    return Mixture(files, np.concatenate(shifted))
+
+
+Numbers = range | np.ndarray
+
+
+def _drawn(records: int, number: int | None, random: np.random.Generator) -> Numbers:
+    """So many records at random: each once, then some again when there are not as many."""
+    if number is None:
+        return range(records)
+    once = random.permutation(records)[:number]
+    return np.concatenate([once, random.integers(0, records, number - len(once))])
+
+
+def _weighted(numbers: Numbers, weight: float, random: np.random.Generator) -> Numbers:
+    """The records as often as their weight says, the rest of a weight as a random share, in order."""
+    whole, rest = divmod(weight, 1)
+    if weight == 1:
+        return numbers
+    times = np.full(len(numbers), int(whole))
+    count = round(rest * len(numbers))
+    if whole == 0:
+        count = max(count, 1)
+    times[random.choice(len(numbers), count, replace=False)] += 1
+    return np.repeat(np.asarray(numbers), times)

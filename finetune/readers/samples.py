@@ -1,0 +1,98 @@
+"""The records of one data file as samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, overload
+
+from finetune.readers import alpaca, official, openai, sharegpt
+from finetune.readers.conversation import TRAIN_ON, TrainOn
+from finetune.readers.forms import Form
+from finetune.readers.media import Places, json_type
+from finetune.readers.records import data_files
+from finetune.sample import DataError, Sample, Source
+
+_READERS = {"sharegpt": sharegpt.sample, "alpaca": alpaca.sample, "openai": openai.sample}
+_TURNS = {"official": "'conversations'", "alpaca": "'instruction' and 'output'"}
+
+
+class SampleFile(Sequence[Sample]):
+    """Samples are built, and may fail, when they are asked for; images are never opened here.
+
+    Args:
+        records: parsed records, in order.
+        path: the file or folder they come from, or the address of a data set; named in errors.
+        form: how they are read.
+        where: places of media files.
+        train_on: "all" to train every answer, "last" for the last of a conversation.
+        name: of the data set, "" for a file without one.
+
+    Raises:
+        ValueError: no such ``train_on``.
+    """
+
+    def __init__(
+        self, records: Sequence[Any], path: str | Path, form: Form, where: Places, train_on: TrainOn, name: str = ""
+    ) -> None:
+        if train_on not in TRAIN_ON:
+            raise ValueError(f"no train_on {train_on!r}; there are {', '.join(TRAIN_ON)}")
+        self.form = form
+        self.train_on: TrainOn = train_on
+        self.name = name
+        self.path = Path(path)
+        self._file = str(path)
+        self._records = records
+        self._where = where
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        """The sample at ``index``.
+
+        Raises:
+            DataError: the record is not of the form, or a media file does not exist.
+        """
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        record = self._records[number]
+        source = self._source(record, number)
+        name = self.form.name
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{source}: is {json_type(record)}, not an object with {_TURNS.get(name, repr('messages'))}"
+            )
+        if name == "official":
+            return official.sample(record, source, self._where, self.train_on)
+        return _READERS[name](record, source, self._where, self.train_on, self.form)
+
+    def record(self, index: int) -> Any:
+        """Record ``index`` as it stands in the file."""
+        return self._records[index]
+
+    def source(self, index: int) -> Source:
+        """Where record ``index`` is and what its id is, whether or not it makes a sample."""
+        number = range(len(self))[index]
+        return self._source(self._records[number], number)
+
+    @property
+    def files(self) -> list[Path]:
+        """The data files, on which remembered results depend."""
+        return data_files(self.path) if self.path.exists() else []
+
+    @property
+    def meaning(self) -> str:
+        """All that decides what a record means, as text that changes with it."""
+        return json.dumps([asdict(self.form), [str(folder) for folder in self._where.folders]])
+
+    def _source(self, record: Any, number: int) -> Source:
+        identity = record.get("id") if isinstance(record, dict) else None
+        return Source(self._file, number, "" if identity is None else str(identity))
