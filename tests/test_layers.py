@@ -40,7 +40,8 @@ TABLE: dict[str, set[str]] = {
     # only the rules of boxes and words
     "guicourse": {"errors", "sample", "evaluation.metrics"},
     "chat": MODELS_OR_DATA | {"tuning", "evaluation"},
-    "commands": MODELS_OR_DATA | {"readers", "tuning", "evaluation", "chat", "guicourse"},
+    "export": MODELS_OR_DATA | {"tuning"},
+    "commands": MODELS_OR_DATA | {"export", "readers", "tuning", "evaluation", "chat", "guicourse"},
     "__main__": {"errors", "commands"},
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import yaml
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -22,11 +22,11 @@ from finetune.families.base import Family
 from finetune.models.strict import check_whole, some
 
 ADAPTER_CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # The first published scripts left what was trained in full beside the adapter, under the names of their training.
 _FIRST_WEIGHTS = "vpm_resampler_embedtokens.pt"
 _FIRST_PARTS = ("vpm", "resampler", "embed_tokens")
-_PREFIX = "base_model.model."
+ADAPTER_PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -50,14 +50,14 @@ def put_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "d
     pieces = {piece for path, _ in network_of(model).named_modules() for piece in path.split(".")}
     if not name or "." in name or name in pieces:  # peft looks for names between the dots of a path
         raise CheckpointError(f"{folder}: {name!r} cannot be the name of an adapter; give another")
-    settings = _settings(folder)
-    weights = folder / _WEIGHTS
+    settings = settings_of(folder)
+    weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
-        raise CheckpointError(f"{folder} has {ADAPTER_CONFIG} but not {_WEIGHTS}")
+        raise CheckpointError(f"{folder} has {ADAPTER_CONFIG} but not {ADAPTER_WEIGHTS}")
     check_whole(weights)
-    beside = _beside(folder)
-    shapes = _shapes(weights) | {name: tuple(tensor.shape) for name, tensor in beside.items()}
-    _check_fit(model, folder, settings, shapes)
+    beside = trained_beside(folder)
+    shapes = stored_shapes(weights) | {name: tuple(tensor.shape) for name, tensor in beside.items()}
+    check_fit(model, folder, settings, shapes)
     if beside:
         return _put_first_generation(model, folder, beside, name)
     try:
@@ -68,7 +68,7 @@ def put_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "d
             adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
     except KeyError as error:  # what peft raises for a module saved in full that lacks a tensor
         raise CheckpointError(f"{weights} lacks tensors of the adapter: {error}") from error
-    _check_complete(adapted, weights, set(shapes), name)
+    check_complete(adapted, weights, set(shapes), name)
     return adapted
 
 
@@ -77,7 +77,12 @@ def network_of(model: PreTrainedModel | PeftModel) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def settings_of(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a folder.
+
+    Raises:
+        CheckpointError: it is missing or not JSON.
+    """
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
         raise CheckpointError(f"{folder} is no adapter: {ADAPTER_CONFIG} is missing")
@@ -87,12 +92,13 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
 
 
-def _shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+def stored_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a safetensors file, by name."""
     with safe_open(str(weights), framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
-def _beside(folder: Path) -> dict[str, torch.Tensor]:
+def trained_beside(folder: Path) -> dict[str, torch.Tensor]:
     """What the first scripts saved beside the adapter, under the names that an adapter file has.
 
     Raises:
@@ -109,31 +115,46 @@ def _beside(folder: Path) -> dict[str, torch.Tensor]:
     for name, tensor in given.items():
         if ".original_module." in name:  # the base's own, which peft keeps beside a module trained in full
             continue
-        plain = name.removeprefix(_PREFIX).replace(".modules_to_save.default.", ".")
+        plain = name.removeprefix(ADAPTER_PREFIX).replace(".modules_to_save.default.", ".")
         if not any(f".{part}." in f".{plain}" for part in _FIRST_PARTS) or not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{file} has {name}, which is not of {', '.join(_FIRST_PARTS)}")
         if not tensor.numel():
             raise CheckpointError(f"{file}: {name} is empty, as ZeRO-3 leaves it when weights are not gathered")
-        result[_PREFIX + plain] = tensor
+        result[ADAPTER_PREFIX + plain] = tensor
     return result
+
+
+def lora_config_of(folder: Path, beside: dict[str, torch.Tensor]) -> LoraConfig:
+    """The configuration of a LoRA adapter, to compute with and not to train.
+
+    Args:
+        folder: with adapter_config.json.
+        beside: what ``trained_beside`` found: it counts as modules saved with the adapter.
+
+    Raises:
+        CheckpointError: it is another kind of adapter.
+    """
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise CheckpointError(f"{folder} is no LoRA adapter but {config.peft_type}")
+    parts = {part for part in _FIRST_PARTS if any(f".{part}." in key for key in beside)}
+    config.modules_to_save = sorted(parts | set(config.modules_to_save or ())) or None
+    config.inference_mode = True
+    return config
 
 
 def _put_first_generation(
     model: PreTrainedModel | PeftModel, folder: Path, beside: dict[str, torch.Tensor], name: str
 ) -> PeftModel:
     """As modules saved with the adapter, so that switching it off gives the base back."""
-    config = LoraConfig.from_pretrained(str(folder))
-    assert isinstance(config, LoraConfig)
-    parts = {part for part in _FIRST_PARTS if any(f".{part}." in key for key in beside)}
-    config.modules_to_save = sorted(parts | set(config.modules_to_save or ()))
-    config.inference_mode = True
+    config = lora_config_of(folder, beside)
     network = network_of(model)
     inside = {
-        _PREFIX + key: tensor
+        ADAPTER_PREFIX + key: tensor
         for key, tensor in _tensors(network).items()
-        if any(f".{part}." in f".{key}" for part in config.modules_to_save)
+        if any(f".{part}." in f".{key}" for part in config.modules_to_save or ())
     }
-    state = {**inside, **load_file(folder / _WEIGHTS), **beside}
+    state = {**inside, **load_file(folder / ADAPTER_WEIGHTS), **beside}
     if isinstance(model, PeftModel):
         model.add_adapter(name, config)
         adapted = model
@@ -142,11 +163,16 @@ def _put_first_generation(
     stored = set(state)
     set_peft_model_state_dict(adapted, state, adapter_name=name)  # peft 0.20 takes entries out of the dictionary
     adapted.eval()
-    _check_complete(adapted, folder / _WEIGHTS, stored, name)
+    check_complete(adapted, folder / ADAPTER_WEIGHTS, stored, name)
     return adapted
 
 
-def _check_complete(adapted: PeftModel, weights: Path, stored: set[str], name: str) -> None:
+def check_complete(adapted: PeftModel, weights: Path, stored: set[str], name: str) -> None:
+    """Checks that an adapter's files have the tensors that its configuration describes, and no others.
+
+    Raises:
+        CheckpointError: naming those that are missing or surplus.
+    """
     expected = set(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
     if missing := sorted(expected - stored):
         raise CheckpointError(f"{weights} lacks tensors of the adapter: {some(missing)}")
@@ -159,17 +185,18 @@ def _check_complete(adapted: PeftModel, weights: Path, stored: set[str], name: s
 def _tensors(network: nn.Module) -> dict[str, torch.Tensor]:
     """The network's own tensors under their own names, whatever adapters have been put around them."""
     return {
-        _own_name(name): tensor
+        own_name(name): tensor
         for name, tensor in network.state_dict().items()
         if ".lora_" not in name and ".modules_to_save." not in name
     }
 
 
-def _own_name(name: str) -> str:
+def own_name(name: str) -> str:
+    """The name of a module or tensor of the base, without what adapters around it add."""
     return f"{name}.".replace(".base_layer.", ".").replace(".original_module.", ".")[:-1]
 
 
-def _check_fit(
+def check_fit(
     model: PreTrainedModel | PeftModel, folder: Path, settings: dict[str, Any], shapes: dict[str, tuple[int, ...]]
 ) -> None:
     """Refuses an adapter of another family or size before peft changes the network.
@@ -210,10 +237,10 @@ def _trained_on(folder: Path, settings: dict[str, Any]) -> Family | None:
 
 def _misfit(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str | None:
     """The first tensor of an adapter that has no place in the network, in words."""
-    modules = {_own_name(name): module for name, module in network.named_modules()}
+    modules = {own_name(name): module for name, module in network.named_modules()}
     own = {name: tuple(tensor.shape) for name, tensor in _tensors(network).items() if tensor.is_floating_point()}
     for name, shape in sorted(shapes.items()):
-        plain = name.removeprefix(_PREFIX)
+        plain = name.removeprefix(ADAPTER_PREFIX)
         found = _LORA.fullmatch(plain)
         if found is None:
             if plain in own and own[plain] != shape:

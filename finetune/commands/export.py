@@ -1,0 +1,225 @@
+"""``python -m finetune export``: a base and its adapters become one model folder, or what a server wants of them.
+
+The merge goes through the weights one layer at a time and needs little memory; the result is complete, loads offline
+and is compared with the adapted model before it takes its place. Flags have LLaMA-Factory's names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import UserError
+from finetune.outcome import NOT_VERIFIED, OK
+
+if TYPE_CHECKING:
+    from finetune.export.checking import Agreement
+    from finetune.export.merging import Merged
+    from finetune.tuning.checkpoint import Checkpoint
+
+_DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def main(argv: list[str]) -> int:
+    """Exports; 0 when the result is in its place, 3 when its logits are not those of the adapted model."""
+    given = _parser().parse_args(command_words(argv))
+    if given.export_legacy_format == "true":
+        raise UserError("--export_legacy_format true: weights are written as safetensors only; leave the flag out")
+    if not given.export_size > 0:
+        raise UserError("--export_size must be more than 0 GB")
+    if given.push_to_hub == "true" and given.export_hub_model_id is None:
+        raise UserError("--push_to_hub true needs --export_hub_model_id OWNER/NAME")
+
+    from finetune.export.folder import check_target
+
+    sources = resolve_sources(given.model_name_or_path, given.adapter_name_or_path)
+    out = Path(given.export_dir).expanduser().absolute()
+    check_target(out, sources.folders, overwrite=given.overwrite_output_dir == "true")
+    for line in sources.notes:
+        print(line)
+    agreement = _export(given, sources, out)
+    if agreement is not None and not agreement.ok:
+        print(
+            f"error: {out} does not give the logits of the adapted model. The folder was kept; do not use it before "
+            "the difference is understood"
+        )
+        return NOT_VERIFIED
+    _upload(given, out)
+    return OK
+
+
+def command_words(argv: list[str]) -> list[str]:
+    """The flags of the command line."""
+    return argv
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What an export reads: the base, the adapters in their order, and what there is to say about them."""
+
+    base: Checkpoint
+    adapters: list[Path]
+    notes: list[str]
+
+    @property
+    def folders(self) -> list[Path]:
+        """All folders that are read."""
+        return [self.base.folder, *self.adapters]
+
+
+def resolve_sources(model: str | None, adapters: str | None) -> Sources:
+    """The base and the adapters; a model that is left out, or is an adapter itself, is the one that the adapter names.
+
+    Raises:
+        UserError: neither is given, or a folder is missing.
+    """
+    from finetune.models.folders import local_folder
+
+    names = [name.strip() for name in (adapters or "").split(",") if name.strip()]
+    folders = [local_folder(name) for name in names]
+    if model is not None and _is_adapter(found := local_folder(model)):
+        folders, model = [found, *folders], None
+    if model is None and not folders:
+        raise UserError("export needs --model_name_or_path, --adapter_name_or_path or both")
+    if wrong := next((folder for folder in folders if not (folder / "adapter_config.json").is_file()), None):
+        raise UserError(f"--adapter_name_or_path {wrong}: no adapter_config.json there; give the folder of an adapter")
+    from finetune.models import base_of
+    from finetune.tuning.checkpoint import resolve
+
+    base = resolve(str(base_of(folders[0])) if model is None else model)
+    notes = [f"base       {base.name}, {base.family.title}"]
+    for folder in folders:
+        notes += [f"adapter    {folder}", *_notes(folder, base)]
+    return Sources(base, folders, notes)
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def _notes(adapter: Path, base: Checkpoint) -> list[str]:
+    """What a user should know about an adapter on this base."""
+    import yaml
+
+    from finetune.models.adapters import settings_of
+
+    notes = []
+    named = str(settings_of(adapter).get("base_model_name_or_path") or "a base without a name")
+    if named != base.name and Path(named).expanduser().resolve() != base.folder:
+        notes.append(f"           it was trained on {named}; family and shapes are compared, the weights cannot be")
+    run = adapter / "run.yaml"
+    flags: Any = (yaml.safe_load(run.read_text(encoding="utf-8")) or {}).get("flags", {}) if run.is_file() else {}
+    if flags.get("q_lora"):
+        notes.append("           it was trained on the base in 4 bit (QLoRA); it is merged into the unquantised base")
+    return notes
+
+
+def _export(given: argparse.Namespace, sources: Sources, out: Path) -> Agreement | None:
+    """Writes and checks the folder in a place of its own, then puts it where it belongs."""
+    import torch
+
+    import finetune
+    from finetune.export.folder import model_card, unfinished, write_model, write_record
+    from finetune.export.merging import Base, Merged, empty_network
+    from finetune.export.writing import WeightFiles
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    base, adapters = sources.base, sources.adapters
+    device = _device(given.export_device)
+    weights: Base | Merged = Base(base.folder)
+    for adapter in adapters:
+        weights = Merged(weights, empty_network(base.folder), adapter, device=device)
+    dtype = None if given.infer_dtype == "auto" else getattr(torch, given.infer_dtype)
+    files = WeightFiles(weights, dtype=dtype, shard_size=round(given.export_size * 1e9))
+    record = {
+        "base": {"name": base.name, "revision": base.revision, "family": base.family.name},
+        "adapters": [str(adapter) for adapter in adapters],
+        "infer_dtype": given.infer_dtype,
+        "finetune": finetune.__version__,
+    }
+    with unfinished(out, sources.folders, overwrite=given.overwrite_output_dir == "true") as folder:
+        card = model_card(base, [adapter.name for adapter in adapters])
+        count = write_model(folder, base, files, dtype=dtype, card=card)
+        write_record(folder, adapters, record)
+        print(f"written    {files.total_size / 1e9:.2f} GB in {count} file(s), {len(weights.changed)} tensors changed")
+        agreement = _verify(given, sources, folder) if given.verify == "auto" else None
+    verified = "" if agreement is None else _in_words(agreement)
+    print(f"merged={out}{verified}")
+    return agreement
+
+
+def _verify(given: argparse.Namespace, sources: Sources, folder: Path) -> Agreement:
+    from finetune.export.checking import answers_of, compare, make_prompts
+
+    prompts = make_prompts(sources.base)
+    device = _device(given.export_device)
+    adapted = answers_of(sources.base.folder, sources.adapters, prompts, dtype=given.infer_dtype, device=device)
+    return compare(adapted, answers_of(folder, (), prompts, dtype="auto", device=device))
+
+
+def _in_words(agreement: Agreement) -> str:
+    effect = "" if agreement.effect is None else f" base_difference={agreement.effect:.3e}"
+    return (
+        f" verified={str(agreement.ok).lower()} logit_difference={agreement.difference:.3e} "
+        f"relative={agreement.relative:.1e} tolerance={agreement.tolerance:.0e}{effect}"
+    )
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--export_device cuda: there is no GPU here; cpu and auto merge without one")
+    return asked
+
+
+def _upload(given: argparse.Namespace, folder: Path) -> None:
+    """Sends the folder to the hub when that was asked for; nothing else does."""
+    name = given.export_hub_model_id
+    if given.push_to_hub != "true":
+        if name is not None:
+            print(f"note: nothing was uploaded; --push_to_hub true sends {folder} to {name}")
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(f"{folder} is complete but could not be sent to {name}: {error}") from error
+    print(f"uploaded   {name}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    yes = {"choices": ["true", "false"], "nargs": "?", "const": "true", "default": "false"}
+    parser.add_argument("--model_name_or_path", help="base: folder or hub id; left out, the one that the adapter names")
+    parser.add_argument("--adapter_name_or_path", help="adapter, or several with commas, merged one after another")
+    parser.add_argument("--export_dir", required=True, help="folder of the result")
+    parser.add_argument("--export_size", type=float, default=5, help="most GB per weight file (default: 5)")
+    parser.add_argument(
+        "--export_device", choices=["cpu", "auto", "cuda"], default="cpu", help="where layers are computed"
+    )
+    parser.add_argument(
+        "--infer_dtype", choices=_DTYPES, default="auto", help="type of the result (default: the base's)"
+    )
+    parser.add_argument(
+        "--verify", choices=["auto", "off"], default="auto", help="compare logits with the adapted model"
+    )
+    parser.add_argument("--overwrite_output_dir", **yes, help="replace the model that --export_dir holds")
+    parser.add_argument("--export_legacy_format", **yes, help="refused: weights are written as safetensors only")
+    parser.add_argument("--export_hub_model_id", help="OWNER/NAME on the hub, private when it is new")
+    parser.add_argument("--push_to_hub", **yes, help="upload the result; nothing is ever sent without it")
+    return parser
