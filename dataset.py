@@ -14,8 +14,7 @@ from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
 from finetune.encoding.intake import BAD_SAMPLES, Intake
-from finetune.readers import read
-from finetune.readers.mixture import Mixture, read_named
+from finetune.readers.mixture import Mixture, open_data
 from finetune.sample import Sample
 
 logger = logging.getLogger(__name__)
@@ -87,33 +86,26 @@ def make_supervised_data_module(
         intake = Intake(samples, encoder, overlong=data.overlong, on_bad_sample=data.on_bad_sample, report=report)
         return SupervisedDataset(samples, encoder, intake)
 
-    samples = _samples(data, data.data_path, data.dataset, seed)
-    assert samples is not None  # parse_arguments sees to it
+    def opened(path: str | None, names: str | None) -> Mixture:
+        return open_data(
+            path,
+            names,
+            dataset_dir=data.dataset_dir,
+            media_dir=data.media_dir,
+            image_root=data.image_root,
+            train_on=data.train_on,
+            data_format=data.data_format,
+            max_samples=data.max_samples,
+            seed=seed,
+            rebuild=data.overwrite_cache,
+        )
+
+    samples, kept = opened(data.data_path, data.dataset), None
     if data.val_size:
         samples, kept = samples.split(data.val_size, seed)
-    else:
-        kept = _samples(data, data.eval_data_path, data.eval_dataset, seed)
+    elif data.eval_data_path or data.eval_dataset:
+        kept = opened(data.eval_data_path, data.eval_dataset)
     train = dataset(samples)
     evaluation = None if kept is None else dataset(kept)
     logger.info("%d training samples, %d evaluation samples", len(train), len(evaluation or ()))
     return DataModule(train_dataset=train, eval_dataset=evaluation, data_collator=DataCollator(encoder.pad_id))
-
-
-def _samples(data: DataArguments, path: str | None, names: str | None, seed: int) -> Mixture | None:
-    """The samples of a data file, or of data sets by name."""
-    rebuild = data.overwrite_cache
-    if names is not None:
-        return read_named(
-            names,
-            data.dataset_dir,
-            media_dir=data.media_dir,
-            image_root=data.image_root,
-            train_on=data.train_on,
-            max_samples=data.max_samples,
-            seed=seed,
-            rebuild=rebuild,
-        )
-    if path is None:
-        return None
-    file = read(path, image_root=data.image_root, train_on=data.train_on, data_format=data.data_format, rebuild=rebuild)
-    return Mixture([file]).first(data.max_samples)

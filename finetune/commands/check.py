@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     from finetune.encoding.encoder import Encoder
     from finetune.encoding.fitting import Fitter
     from finetune.models import load_tokenizer
-    from finetune.readers import read
+    from finetune.readers.mixture import open_data, parse_names
     from finetune.tuning.checkpoint import resolve
 
     problems = 0
@@ -33,8 +33,16 @@ def main(argv: list[str]) -> int:
             max_length=given.model_max_length,
             max_pixels=given.max_image_pixels,
         )
-        for path in given.data:
-            samples = read(path, image_root=given.image_root)
+        named = [named.name for named in parse_names(given.dataset)] if given.dataset else []
+        for path, name in [*((path, None) for path in given.data or ()), *((None, name) for name in named)]:
+            samples = open_data(
+                path,
+                name,
+                dataset_dir=given.dataset_dir,
+                media_dir=given.media_dir,
+                image_root=given.image_root,
+                data_format=given.data_format,
+            )
             report = check(samples, Fitter(encoder, given.overlong), given.check, cached=not given.no_cache)
             print(report)
             problems += len(report.problems)
@@ -49,7 +57,17 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m finetune check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id: its tokenizer and slicing count")
-    parser.add_argument("--data", required=True, nargs="+", help="data files")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data", nargs="+", help="data files")
+    data.add_argument("--dataset", metavar="NAMES", help="data sets of dataset_info.json, separated by commas")
+    parser.add_argument("--dataset_dir", default="data", help="folder of dataset_info.json (default: data)")
+    parser.add_argument("--media_dir", help="folder of the media of --dataset (default: dataset_dir)")
+    parser.add_argument(
+        "--data_format",
+        choices=["auto", "official", "sharegpt", "alpaca", "openai"],
+        default="auto",
+        help="form of the records of --data (default: told from the first ones)",
+    )
     parser.add_argument("--image_root", help="folder that relative image paths may also be relative to")
     parser.add_argument("--max_slice_nums", type=int, help="most slices per image (default: the checkpoint's)")
     parser.add_argument("--max_image_pixels", type=int, help="largest image accepted, in pixels")

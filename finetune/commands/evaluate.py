@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from finetune.encoding.encoder import Encoder, PromptOptions
     from finetune.evaluation.predictions import Predictions
+    from finetune.readers.mixture import Mixture
 
 # By position in the data file: the conversation up to the question, and the accepted answers.
 Questions = dict[int, tuple[Sample, list[str]]]
@@ -40,15 +42,16 @@ def main(argv: list[str]) -> int:
     from finetune.evaluation.predictions import Predictions, start_folder
 
     source = _source(given.model, given.adapter, given.compare)
-    questions, skipped = read_questions(
-        given.data, given.image_root, given.limit, skip_bad=given.on_bad_sample == "skip"
-    )
+    samples = _samples(given)
+    questions, skipped = read_questions(samples, given.limit, skip_bad=given.on_bad_sample == "skip")
+    title = given.data or given.dataset
     metric, why = resolve_metric(given.metric, [references for _, references in questions.values()])
-    out = Path(given.out) if given.out else Path("output") / f"evaluate-{Path(given.data).stem}"
+    folder = Path(given.data).stem if given.data else "-".join(re.findall(r"[\w.]+", given.dataset))
+    out = Path(given.out) if given.out else Path("output") / f"evaluate-{folder}"
     with _processes(world):
         if rank == 0:
-            start_folder(out, _settings(given, source), overwrite=given.overwrite)
-            print(f"metric     {metric.name} ({why}); {len(questions)} questions of {given.data}")
+            start_folder(out, _settings(given, source, samples), overwrite=given.overwrite)
+            print(f"metric     {metric.name} ({why}); {len(questions)} questions of {title}")
             for message in skipped:
                 print(f"left out   {message}")
         _wait(world)
@@ -58,7 +61,7 @@ def main(argv: list[str]) -> int:
         Asking(given, questions, store, rank, world).everything(source)
         _wait(world)
         if rank == 0:
-            facts = {"why": why, "model": str(source.model), "adapter": str(source.adapter or ""), "data": given.data}
+            facts = {"why": why, "model": str(source.model), "adapter": str(source.adapter or ""), "data": title}
             facts |= {"left_out": str(len(skipped))} if skipped else {}
             facts |= {"compared_with": given.compare or "", "seconds": str(round(time.monotonic() - start, 1))}
             _finish(given, metric, questions, store, facts)
@@ -96,14 +99,18 @@ def _source(model: str, adapter: str | None, compare: str | None) -> ModelSource
     return ModelSource(folder, None if adapter is None else Path(adapter).resolve(), other)
 
 
-def read_questions(
-    data: str, image_root: str | None, limit: int | None, *, skip_bad: bool = False
-) -> tuple[Questions, list[str]]:
-    """The samples of a data file as questions and accepted answers ("answers" of a record, else its last answer).
+def _samples(given: argparse.Namespace) -> Mixture:
+    from finetune.readers.mixture import open_data
+
+    places = {"dataset_dir": given.dataset_dir, "media_dir": given.media_dir, "image_root": given.image_root}
+    return open_data(given.data, given.dataset, data_format=given.data_format, **places)
+
+
+def read_questions(samples: Mixture, limit: int | None, *, skip_bad: bool = False) -> tuple[Questions, list[str]]:
+    """Samples as questions and accepted answers: the last answer, or "answers" of a record in the official form.
 
     Args:
-        data: the file.
-        image_root: as in ``readers.read``.
+        samples: the data.
         limit: only the first so many records.
         skip_bad: leave out records that cannot be used, images that cannot be decoded included.
 
@@ -114,16 +121,12 @@ def read_questions(
         DataError: a record that cannot be used, or none that can.
     """
     from finetune.media import image
-    from finetune.readers import read
-    from finetune.readers.json_file import load_records
 
-    samples = read(data, image_root=image_root)
-    records = load_records(Path(data)) if Path(data).is_file() else []
     questions: Questions = {}
     skipped = []
     for index in range(len(samples) if limit is None else min(limit, len(samples))):
         try:
-            question = _question(samples[index], records[index] if len(records) == len(samples) else None)
+            question = _question(samples, index)
             if skip_bad:
                 for media in question[0].media("image"):
                     image.load(media, question[0].source)
@@ -134,15 +137,18 @@ def read_questions(
         else:
             questions[index] = question
     if not questions:
-        raise DataError(f"{data}: no record can be used; the first: {skipped[0]}" if skipped else f"{data}: no record")
+        title = samples.title
+        raise DataError(
+            f"{title}: no record can be used; the first: {skipped[0]}" if skipped else f"{title}: no record"
+        )
     return questions, skipped
 
 
-def _question(sample: Sample, record: Any) -> tuple[Sample, list[str]]:
+def _question(samples: Mixture, index: int) -> tuple[Sample, list[str]]:
     from finetune.evaluation.generation import split_answer
 
-    prompt, answer = split_answer(sample)
-    answers = record.get("answers") if isinstance(record, dict) else None
+    prompt, answer = split_answer(samples[index])
+    answers = samples.record(index).get("answers") if samples.form_of(index) == "official" else None
     if answers is None:
         return prompt, [answer]
     if not isinstance(answers, list) or not answers or not all(isinstance(each, str) for each in answers):
@@ -150,19 +156,19 @@ def _question(sample: Sample, record: Any) -> tuple[Sample, list[str]]:
     return prompt, answers
 
 
-def _settings(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
+def _settings(given: argparse.Namespace, source: ModelSource, samples: Mixture) -> dict[str, Any]:
     """What the answers depend on; an evaluation that goes on must have the same."""
     from finetune.evaluation.predictions import fingerprint
 
     folders = {"model": source.model, "adapter": source.adapter, "compared_with": source.other}
     return {
         **{name: None if path is None else str(path) for name, path in folders.items()},
-        "data": str(Path(given.data).resolve()),
+        "data": str(Path(given.data).resolve()) if given.data else samples.meaning,
         "max_new_tokens": given.max_new_tokens,
         "max_slice_nums": given.max_slice_nums,
         "enable_thinking": given.enable_thinking,
         "dtype": given.dtype,
-        "states": [fingerprint(path) for path in (*folders.values(), Path(given.data)) if path is not None],
+        "states": [fingerprint(path) for path in (*folders.values(), *samples.files) if path is not None],
     }
 
 
@@ -261,7 +267,7 @@ def _finish(
         metric,
         rows,
         summary,
-        title=f"{metric.name} on {Path(given.data).name}",
+        title=f"{metric.name} on {Path(given.data).name if given.data else given.dataset}",
         most=given.report_rows,
         max_pixels=MAX_PIXELS,
     )
@@ -318,7 +324,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="checkpoint folder, hub id, or adapter (it names its base)")
     parser.add_argument("--adapter", help="adapter on the model")
-    parser.add_argument("--data", required=True, help="data file in the form of the training data")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data", help="data file in a form of the training data")
+    data.add_argument("--dataset", metavar="NAMES", help="data sets of dataset_info.json, separated by commas")
+    parser.add_argument("--dataset_dir", default="data", help="folder of dataset_info.json (default: data)")
+    parser.add_argument("--media_dir", help="folder of the media of --dataset (default: dataset_dir)")
+    parser.add_argument(
+        "--data_format",
+        choices=["auto", "official", "sharegpt", "alpaca", "openai"],
+        default="auto",
+        help="form of the records of --data (default: told from the first ones)",
+    )
     parser.add_argument("--metric", default="auto", help="auto, a name, package.module:function or file.py:function")
     parser.add_argument("--compare", help="base (the adapter off), or the folder of another checkpoint")
     parser.add_argument("--out", help="folder of the results (default: output/evaluate-<data>)")

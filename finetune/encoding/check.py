@@ -115,6 +115,7 @@ def check(samples: Sequence[Sample], fitter: Fitter, level: str | None = None, *
         cached: remember good records by the state of their files, so that a second check is fast.
     """
     started = time.perf_counter()
+    samples = getattr(samples, "once", samples)
     chosen = _chosen(len(samples), level)
     report = Report(_title(samples), len(samples), len(chosen))
     report.duplicates = _duplicates(samples, chosen)

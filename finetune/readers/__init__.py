@@ -9,9 +9,9 @@ from finetune.readers.conversation import TRAIN_ON, TrainOn
 from finetune.readers.detection import DATA_FORMATS, DataFormat, choose, first_records
 from finetune.readers.media import places
 from finetune.readers.records import open_records
-from finetune.readers.samples import SampleFile
+from finetune.readers.samples import Reading, SampleFile
 
-__all__ = ["DATA_FORMATS", "TRAIN_ON", "DataFormat", "SampleFile", "TrainOn", "read"]
+__all__ = ["DATA_FORMATS", "TRAIN_ON", "DataFormat", "Reading", "SampleFile", "TrainOn", "read"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,4 +44,4 @@ def read(
     form, why = choose(first_records(records), str(path), data_format)
     logger.info("%s: %d records in the %s form (%s)", path, len(records), form.name, why)
     beside = file if file.is_dir() else file.resolve().parent
-    return SampleFile(records, path, form, places(beside, image_root), train_on)
+    return SampleFile(records, path, Reading(form, places(beside, image_root), train_on))

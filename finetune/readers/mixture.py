@@ -14,7 +14,9 @@ from typing import Any, overload
 
 import numpy as np
 
+from finetune.readers import read
 from finetune.readers.conversation import TrainOn
+from finetune.readers.detection import DataFormat
 from finetune.readers.registry import find_entry, open_entry
 from finetune.readers.samples import SampleFile
 from finetune.sample import DataError, Sample, Source
@@ -65,7 +67,7 @@ class Mixture(Sequence[Sample]):
 
     def form_of(self, index: int) -> str:
         """The name of the form of the record at ``index``."""
-        return self._locate(index)[0].form.name
+        return self._locate(index)[0].reading.form.name
 
     @property
     def train_on(self) -> TrainOn:
@@ -94,6 +96,14 @@ class Mixture(Sequence[Sample]):
             number = int(self._order[number])
         place = bisect_right(self._ends, number)
         return self._files[place], number - (self._ends[place - 1] if place else 0)
+
+    @property
+    def once(self) -> Mixture:
+        """The same records, each only once."""
+        if self._order is None:
+            return self
+        _, places = np.unique(self._order, return_index=True)
+        return self if len(places) == len(self) else Mixture(self._files, self._order[np.sort(places)])
 
     def first(self, limit: int | None) -> Mixture:
         """The first so many records."""
@@ -137,6 +147,42 @@ class Mixture(Sequence[Sample]):
             result[(numbers >= start) & (numbers < end)] -= start - origin
             start = end
         return result
+
+
+Numbers = range | np.ndarray
+
+
+def open_data(
+    path: str | Path | None,
+    names: str | None,
+    *,
+    dataset_dir: str | Path = "data",
+    media_dir: str | Path | None = None,
+    image_root: str | Path | None = None,
+    train_on: TrainOn = "all",
+    data_format: DataFormat = "auto",
+    max_samples: int | None = None,
+    seed: int = 42,
+    rebuild: bool = False,
+) -> Mixture:
+    """The samples of a data file, as ``readers.read``, or where there is none of data sets by name, as ``read_named``.
+
+    Raises:
+        DataError: as they do.
+    """
+    if path is not None:
+        file = read(path, image_root=image_root, train_on=train_on, data_format=data_format, rebuild=rebuild)
+        return Mixture([file]).first(max_samples)
+    return read_named(
+        names or "",
+        dataset_dir,
+        media_dir=media_dir,
+        image_root=image_root,
+        train_on=train_on,
+        max_samples=max_samples,
+        seed=seed,
+        rebuild=rebuild,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +263,6 @@ def read_named(
         return Mixture(files)  # no list of numbers to keep in memory
     shifted = [np.asarray(numbers) + start for numbers, start in zip(chosen, starts, strict=False)]
     return Mixture(files, np.concatenate(shifted))
-
-
-Numbers = range | np.ndarray
 
 
 def _drawn(records: int, number: int | None, random: np.random.Generator) -> Numbers:

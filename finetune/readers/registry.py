@@ -27,7 +27,7 @@ from finetune.readers.forms import (
 )
 from finetune.readers.media import json_type, places
 from finetune.readers.records import open_records, take_split
-from finetune.readers.samples import SampleFile
+from finetune.readers.samples import Reading, SampleFile
 from finetune.sample import DataError
 
 logger = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ def open_entry(
     form, why = _form(entry, first)
     logger.info("data set %s: %d records of %s in the %s form (%s)", entry.name, len(records), path, form.name, why)
     where = places(media_dir or entry.info.parent, beside, image_root, flag="--media_dir")
-    return SampleFile(records, path, form, where, train_on, entry.name)
+    return SampleFile(records, path, Reading(form, where, train_on), entry.name)
 
 
 def _form(entry: Entry, first: Sequence[Any]) -> tuple[Form, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,33 +19,61 @@ _READERS = {"sharegpt": sharegpt.sample, "alpaca": alpaca.sample, "openai": open
 _TURNS = {"official": "'conversations'", "alpaca": "'instruction' and 'output'"}
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How records become samples.
+
+    Attributes:
+        form: of the records.
+        where: places of media files.
+        train_on: "all" to train every answer, "last" for the last of a conversation.
+    """
+
+    form: Form
+    where: Places
+    train_on: TrainOn
+
+    def sample(self, record: Any, source: Source) -> Sample:
+        """The sample of a record.
+
+        Raises:
+            DataError: the record is not of the form, or a media file does not exist.
+        """
+        name = self.form.name
+        if not isinstance(record, dict):
+            wanted = _TURNS.get(name, repr(self.form.columns.messages))
+            raise DataError(f"{source}: is {json_type(record)}, not an object with {wanted}")
+        if name == "official":
+            return official.sample(record, source, self.where, self.train_on)
+        return _READERS[name](record, source, self.where, self.train_on, self.form)
+
+    @property
+    def meaning(self) -> str:
+        """All that decides what a record means, as text that changes with it."""
+        return json.dumps([asdict(self.form), [str(folder) for folder in self.where.folders]])
+
+
 class SampleFile(Sequence[Sample]):
     """Samples are built, and may fail, when they are asked for; images are never opened here.
 
     Args:
         records: parsed records, in order.
         path: the file or folder they come from, or the address of a data set; named in errors.
-        form: how they are read.
-        where: places of media files.
-        train_on: "all" to train every answer, "last" for the last of a conversation.
+        reading: what they mean.
         name: of the data set, "" for a file without one.
 
     Raises:
         ValueError: no such ``train_on``.
     """
 
-    def __init__(
-        self, records: Sequence[Any], path: str | Path, form: Form, where: Places, train_on: TrainOn, name: str = ""
-    ) -> None:
-        if train_on not in TRAIN_ON:
-            raise ValueError(f"no train_on {train_on!r}; there are {', '.join(TRAIN_ON)}")
-        self.form = form
-        self.train_on: TrainOn = train_on
+    def __init__(self, records: Sequence[Any], path: str | Path, reading: Reading, name: str = "") -> None:
+        if reading.train_on not in TRAIN_ON:
+            raise ValueError(f"no train_on {reading.train_on!r}; there are {', '.join(TRAIN_ON)}")
+        self.reading = reading
         self.name = name
         self.path = Path(path)
         self._file = str(path)
         self._records = records
-        self._where = where
 
     def __len__(self) -> int:
         return len(self._records)
@@ -64,15 +92,7 @@ class SampleFile(Sequence[Sample]):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]
         record = self._records[number]
-        source = self._source(record, number)
-        name = self.form.name
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{source}: is {json_type(record)}, not an object with {_TURNS.get(name, repr('messages'))}"
-            )
-        if name == "official":
-            return official.sample(record, source, self._where, self.train_on)
-        return _READERS[name](record, source, self._where, self.train_on, self.form)
+        return self.reading.sample(record, self._source(record, number))
 
     def record(self, index: int) -> Any:
         """Record ``index`` as it stands in the file."""
@@ -89,9 +109,14 @@ class SampleFile(Sequence[Sample]):
         return data_files(self.path) if self.path.exists() else []
 
     @property
+    def train_on(self) -> TrainOn:
+        """Which answers are trained."""
+        return self.reading.train_on
+
+    @property
     def meaning(self) -> str:
         """All that decides what a record means, as text that changes with it."""
-        return json.dumps([asdict(self.form), [str(folder) for folder in self._where.folders]])
+        return self.reading.meaning
 
     def _source(self, record: Any, number: int) -> Source:
         identity = record.get("id") if isinstance(record, dict) else None

@@ -19,6 +19,7 @@ from finetune.errors import UserError
 from finetune.evaluation.generation import answer_batch, generate_answers, split_answer
 from finetune.models import load_model, load_tokenizer
 from finetune.readers import read
+from finetune.readers.mixture import Mixture
 from finetune.tuning.checkpoint import resolve
 
 SHORT = ["--max_new_tokens", "6", "--dtype", "float32", "--device", "cpu"]
@@ -128,7 +129,7 @@ def test_what_cannot_be_is_said(tiny, demo_data, adapter, tmp_path):
 def test_several_accepted_answers(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns, "answers": ["b", "c"]}]))
-    questions, _ = evaluate.read_questions(str(tmp_path / "data.json"), None, None)
+    questions, _ = evaluate.read_questions(Mixture([read(tmp_path / "data.json")]), None)
     assert [references for _, references in questions.values()] == [["b", "c"]]
 
 
