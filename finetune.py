@@ -15,7 +15,7 @@ from finetune import distributed, outcome
 from finetune.arguments import Arguments, parse_arguments
 from finetune.errors import UserError
 from finetune.families.base import Family
-from finetune.legacy_flags import LLM_TYPES, TEMPLATES
+from finetune.legacy_flags import LLM_TYPES, template_fits
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         thinking=args.data.thinking,
     )
     check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
-    data = make_supervised_data_module(args.data, encoder, output)
+    seed = args.training.seed if args.training.data_seed is None else args.training.data_seed
+    data = make_supervised_data_module(args.data, encoder, output, seed)
     train, evaluation = data["train_dataset"], data["eval_dataset"]
     if distributed.is_main_process():
         check_before_training([part.intake for part in (train, evaluation) if part is not None], args.data.check)
@@ -162,10 +163,11 @@ def report_samples(trainer: Trainer, train: SupervisedDataset, output: Path) -> 
 
 def check_names(args: Arguments, family: Family) -> None:
     """Corrects a wrong --llm_type or --template with a warning; the family is read from the checkpoint."""
-    template = args.model.template
-    if template is not None and family.name not in TEMPLATES.get(template, ()):
+    if args.model.template is not None and not template_fits(args.model.template, family.name):
         logger.warning(
-            "template %s does not fit: the checkpoint is %s, and its own prompt format is used", template, family.title
+            "template %s does not fit: the checkpoint is %s, and its own prompt format is used",
+            args.model.template,
+            family.title,
         )
     given = LLM_TYPES.get(args.model.llm_type or "", args.model.llm_type)
     if given is not None and given != family.llm_type:

@@ -144,10 +144,12 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             # Every part runs in every micro-batch (text-only ones run a dummy image), so nothing is ever unused.
             self.ddp_find_unused_parameters = False
-        if self.deepspeed and self.use_cpu:
-            from finetune.distributed import prepare_deepspeed_on_cpu
+        if self.deepspeed:
+            from finetune.distributed import prepare_deepspeed_on_cpu, prepare_lone_process
 
-            prepare_deepspeed_on_cpu()
+            prepare_lone_process()
+            if self.use_cpu:
+                prepare_deepspeed_on_cpu()
         # gradient_checkpointing is the name of all published launchers; transformers is renaming it.
         warnings.filterwarnings("ignore", message="`gradient_checkpointing")
         super().__post_init__()
@@ -262,7 +264,7 @@ class Arguments(NamedTuple):
 
     def origin(self, name: str) -> str:
         """Where the value of a flag comes from."""
-        return self.origins.get(name, "follows from the others and the machine")
+        return self.origins.get(name, "derived")
 
     def describe(self) -> str:
         """The flags that differ from their defaults, one on each line, with their origins."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import socket
 import sys
 import warnings
 
@@ -54,6 +55,17 @@ def prepare_deepspeed_on_cpu() -> None:
     # Otherwise every CPU start builds a shared-memory all-reduce with a C++ compiler; gloo serves as well. There is
     # no public switch for it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def prepare_lone_process() -> None:
+    """Makes a process that no launcher has started rank 0 of 1, which DeepSpeed would otherwise ask MPI about."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: value for name, value in alone.items() if name not in os.environ})
 
 
 def start(training: TrainingArguments) -> None:

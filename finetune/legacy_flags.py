@@ -19,7 +19,7 @@ _RENAMED = {
 # Names of other scripts for the same language models.
 LLM_TYPES = {"qwen2": "qwen", "qwen2.5": "qwen", "qwen3": "qwen", "minicpm4": "llama"}
 # LLaMA-Factory's names for prompt formats, and the families that a published guide or its own list gives them to.
-TEMPLATES = {
+_TEMPLATES = {
     "minicpm_v": ("v2_6", "o2_6", "v4_0", "v4_5", "o4_5"),
     "minicpm_o": ("o2_6", "o4_5"),
     "minicpm_v_4_6": ("v4_6", "v4_7"),
@@ -47,6 +47,11 @@ _DROPPED = {
     "dispatch_batches": "use --accelerator_config",
     "split_batches": "use --accelerator_config",
 }
+
+
+def template_fits(template: str, family: str) -> bool:
+    """Whether LLaMA-Factory or a published guide gives a family this prompt format."""
+    return family in _TEMPLATES.get(template, ())
 
 
 def legacy_names() -> list[str]:

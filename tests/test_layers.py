@@ -41,7 +41,7 @@ TABLE: dict[str, set[str]] = {
     "guicourse": {"errors", "sample", "evaluation.metrics"},
     "chat": MODELS_OR_DATA | {"tuning", "evaluation"},
     "export": MODELS_OR_DATA | {"tuning"},
-    "commands": MODELS_OR_DATA | {"export", "readers", "tuning", "evaluation", "chat", "guicourse"},
+    "commands": MODELS_OR_DATA | {"config", "legacy_flags", "export", "readers", "tuning", "evaluation", "chat", "guicourse"},
     "__main__": {"errors", "commands"},
 }
 

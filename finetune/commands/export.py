@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
+from finetune.legacy_flags import template_fits
 from finetune.outcome import NOT_VERIFIED, OK
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> int:
     check_target(out, sources.folders, overwrite=given.overwrite_output_dir == "true")
     for line in sources.notes:
         print(line)
+    if given.template is not None and not template_fits(given.template, sources.base.family.name):
+        print(f"note: template {given.template} does not fit {sources.base.family.title}; nothing depends on it")
     agreement = _export(given, sources, out)
     if agreement is not None and not agreement.ok:
         print(
@@ -52,8 +55,11 @@ def main(argv: list[str]) -> int:
 
 
 def command_words(argv: list[str]) -> list[str]:
-    """The flags of the command line."""
-    return argv
+    """The flags of the command line, behind those of a YAML file where it begins with one."""
+    from finetune.config.resolve import resolve
+
+    known = vars(_parser().parse_args(["--export_dir", ""]))
+    return resolve(argv, dict.fromkeys(known, False), "export").words
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     yes = {"choices": ["true", "false"], "nargs": "?", "const": "true", "default": "false"}
     parser.add_argument("--model_name_or_path", help="base: folder or hub id; left out, the one that the adapter names")
     parser.add_argument("--adapter_name_or_path", help="adapter, or several with commas, merged one after another")
+    parser.add_argument("--template", help="only checked: LLaMA-Factory's name for a prompt format")
     parser.add_argument("--export_dir", required=True, help="folder of the result")
     parser.add_argument("--export_size", type=float, default=5, help="most GB per weight file (default: 5)")
     parser.add_argument(
