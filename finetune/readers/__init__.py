@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from finetune.readers.conversation import TRAIN_ON, TrainOn
-from finetune.readers.detection import DATA_FORMATS, DataFormat, choose, first_records
+from finetune.readers.detection import DATA_FORMATS, DataFormat, choose, some_records
 from finetune.readers.media import places
 from finetune.readers.records import open_records
 from finetune.readers.samples import Reading, SampleFile
@@ -41,7 +41,7 @@ def read(
     """
     file = Path(path)
     records = open_records(file, rebuild=rebuild)
-    form, why = choose(first_records(records), str(path), data_format)
+    form, why = choose(some_records(records), str(path), data_format)
     logger.info("%s: %d records in the %s form (%s)", path, len(records), form.name, why)
     beside = file if file.is_dir() else file.resolve().parent
     return SampleFile(records, path, Reading(form, places(beside, image_root), train_on))

@@ -1,4 +1,4 @@
-"""Which form the records of a file have, told from the first of them."""
+"""Which form the records of a file have, told from some of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from finetune.readers.forms import (
-    FORMS,
     FROM_VALUE,
     MEDIA_COLUMNS,
     OWN_NAMES,
@@ -26,21 +25,23 @@ DataFormat = Literal["auto", "official", "sharegpt", "alpaca", "openai"]
 DATA_FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
 
 LOOKED_AT = 20
-"""Records that decide."""
+"""Records from the start that decide, with as many evenly spaced ones of the rest."""
 
 _CONVERSATION = ("messages", "conversations")
 
 
-def first_records(records: Sequence[Any]) -> list[Any]:
+def some_records(records: Sequence[Any]) -> list[Any]:
     """The records that decide about the form."""
-    return [records[index] for index in range(min(LOOKED_AT, len(records)))]
+    rest = max(len(records) - LOOKED_AT, 0)
+    later = {LOOKED_AT + number * rest // LOOKED_AT for number in range(LOOKED_AT if rest else 0)}
+    return [records[index] for index in [*range(min(LOOKED_AT, len(records))), *sorted(later)]]
 
 
 def choose(records: Sequence[Any], where: str, asked: DataFormat = "auto") -> tuple[Form, str]:
     """The form of records that nobody described, and why, in words.
 
     Args:
-        records: the first ones.
+        records: some, from ``some_records``.
         where: the file, named in errors.
         asked: a form, or "auto".
 
@@ -99,8 +100,8 @@ def _by_signs(records: Sequence[Mapping[str, Any]], where: str, looked_at: int) 
     if len(signs) > 1:
         found = ", ".join(f"{sign} ({name})" for name, sign in signs.items())
         raise DataError(
-            f"{where}: the first {looked_at} records have {found}, which do not go together; {WANTED}; split the file, "
-            "or say which form it has with --data_format"
+            f"{where}: the {looked_at} records looked at have {found}, which do not go together; {WANTED}; split the "
+            "file, or say which form it has with --data_format"
         )
     if signs:
         ((name, sign),) = signs.items()
@@ -108,7 +109,7 @@ def _by_signs(records: Sequence[Mapping[str, Any]], where: str, looked_at: int) 
     if plain:
         return "official", "plain turns"
     found = ", ".join(map(repr, dict.fromkeys(key for record in records for key in record))) or "no object"
-    raise DataError(f"{where}: the first {looked_at} records fit no form (found {found}); {WANTED}")
+    raise DataError(f"{where}: the {looked_at} records looked at fit no form (found {found}); {WANTED}")
 
 
 def _signs(record: Mapping[str, Any]) -> Iterator[tuple[FormName, str]]:
@@ -145,7 +146,7 @@ def check_columns(records: Sequence[Any], columns: Columns, form: FormName, wher
     """Warnings about described columns: those that no record has, and known ones that nobody named.
 
     Args:
-        records: the first ones.
+        records: some, from ``some_records``.
         columns: as described.
         form: as described.
         where: the data set, named in errors.
@@ -160,13 +161,14 @@ def check_columns(records: Sequence[Any], columns: Columns, form: FormName, wher
         column = getattr(columns, name)
         if column is None or column in keys:
             continue
-        close = difflib.get_close_matches(column, keys, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        text = f"{where}: no record has {column!r}, named as {name} under columns (found {', '.join(map(repr, keys))})"
-        needed = name in ("messages", "response") or (name == "prompt" and columns.query not in keys)
-        if needed or close:
-            raise DataError(f"{text}{hint or '; correct the columns in dataset_info.json'}")
-        warnings.append(f"{text.replace('no record', f'none of the first {len(records)} records')}{hint}")
+        close = difflib.get_close_matches(column, keys, 1, cutoff=0.8)
+        text = f"{where}: none of the {len(records)} records looked at has {column!r}, the column of {name}"
+        found = f"(found {', '.join(map(repr, keys))})"
+        if close or name in ("messages", "response") or (name == "prompt" and columns.query not in keys):
+            hint = f"did you mean {close[0]!r}? Name it" if close else "name the right one"
+            raise DataError(f"{text} {found}; {hint} under columns")
+        # Other records may have it, or it is a column of a table without a value.
+        warnings.append(f"{text} {found}")
     named = {getattr(columns, name) for name in (*used, "system", "tools", *MEDIA_COLUMNS.values())}
     ours = {"system", "tools", *MEDIA_COLUMNS.values(), *({"input", "history"} if form == "alpaca" else ())}
     filled = [key for key in keys if key in ours - named and any(isinstance(r, dict) and r.get(key) for r in records)]
@@ -176,6 +178,3 @@ def check_columns(records: Sequence[Any], columns: Columns, form: FormName, wher
             "under columns"
         )
     return warnings
-
-
-__all__ = ["DATA_FORMATS", "FORMS", "DataFormat", "check_columns", "choose", "first_records", "vocabulary"]

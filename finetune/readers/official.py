@@ -41,7 +41,8 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
     for key in FOREIGN:
         if record.get(key):
             raise DataError(
-                f"{source}: has {key!r}, which the official form does not know; image paths belong under 'image'"
+                f"{source}: has {key!r}, which the official form does not know; image paths belong under 'image' "
+                "(or the file is of another form: --data_format sharegpt)"
             )
     turns = _turns(record, source)
     images = _images(record.get("image"), source, where)

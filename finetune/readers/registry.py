@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.readers.conversation import TrainOn
-from finetune.readers.detection import check_columns, choose, first_records, vocabulary
+from finetune.readers.detection import check_columns, choose, some_records, vocabulary
 from finetune.readers.forms import (
     COLUMN_NAMES,
     FORMS,
@@ -148,6 +148,9 @@ def _entry(name: str, info: Path, given: Any) -> Entry:
             )
         formatting = "alpaca"
     file, hub = _place(given, info, where)
+    for key in ("subset", "folder"):
+        if hub is None and given.get(key):
+            logger.warning("%s: %r has no effect on a file", where, key)
     number = given.get("num_samples")
     if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
         raise DataError(f"{where}: 'num_samples' is {json.dumps(number)}; it must be a number of records, at least 1")
@@ -235,7 +238,7 @@ def open_entry(
     else:
         records = _from_hub(entry)
         path, beside = entry.hub or "", None
-    first = first_records(records)
+    first = some_records(records)
     form, why = _form(entry, first)
     logger.info("data set %s: %d records of %s in the %s form (%s)", entry.name, len(records), path, form.name, why)
     where = places(media_dir or entry.info.parent, beside, image_root, flag="--media_dir")
