@@ -20,6 +20,7 @@ COMMANDS = {
     "guicourse": "convert the GUICourse data sets, and score predictions as they are scored",
     "chat": "talk to a model in the terminal, with and without its adapters",
     "restore-template": "give a 2.5 checkpoint of the old scripts its inference chat template back",
+    "consolidate": "make a model or an adapter of the parts that an interrupted run with ZeRO left",
     "export": "merge adapters into their base: a complete model folder, checked, in shards",
     "verify": "load a saved adapter or model in this process and compare it with its training",
 }

@@ -18,7 +18,7 @@ from finetune.outcome import NOT_VERIFIED, OK
 
 if TYPE_CHECKING:
     from finetune.export.checking import Agreement
-    from finetune.export.merging import Merged
+    from finetune.export.merging import Base, Merged
     from finetune.tuning.checkpoint import Checkpoint
 
 _DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -127,43 +127,83 @@ def _export(given: argparse.Namespace, sources: Sources, out: Path) -> Agreement
     """Writes and checks the folder in a place of its own, then puts it where it belongs."""
     import torch
 
-    import finetune
     from finetune.export.folder import model_card, unfinished, write_model, write_record
-    from finetune.export.merging import Base, Merged, empty_network
     from finetune.export.writing import WeightFiles
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     base, adapters = sources.base, sources.adapters
-    device = _device(given.export_device)
-    weights: Base | Merged = Base(base.folder)
-    for adapter in adapters:
-        weights = Merged(weights, empty_network(base.folder), adapter, device=device)
+    weights = _weights(given, sources)
     dtype = None if given.infer_dtype == "auto" else getattr(torch, given.infer_dtype)
     files = WeightFiles(weights, dtype=dtype, shard_size=round(given.export_size * 1e9))
-    record = {
-        "base": {"name": base.name, "revision": base.revision, "family": base.family.name},
-        "adapters": [str(adapter) for adapter in adapters],
-        "infer_dtype": given.infer_dtype,
-        "finetune": finetune.__version__,
-    }
     with unfinished(out, sources.folders, overwrite=given.overwrite_output_dir == "true") as folder:
-        card = model_card(base, [adapter.name for adapter in adapters])
-        count = write_model(folder, base, files, dtype=dtype, card=card)
-        write_record(folder, adapters, record)
+        model, left = folder, []
+        if given.format == "vllm":
+            model, left = folder / "base", [folder / "adapter"]
+            model.mkdir()
+        count = write_model(model, base, files, dtype=dtype, card=model_card(base, [each.name for each in adapters]))
         print(f"written    {files.total_size / 1e9:.2f} GB in {count} file(s), {len(weights.changed)} tensors changed")
-        agreement = _verify(given, sources, folder) if given.verify == "auto" else None
-    verified = "" if agreement is None else _in_words(agreement)
-    print(f"merged={out}{verified}")
+        if left:
+            _write_served(weights, base, left[0], out)
+        write_record(folder, adapters, _record(given, sources))
+        agreement = _verify(given, sources, model, left) if given.verify == "auto" else None
+    print(f"merged={out}{'' if agreement is None else _in_words(agreement)}")
     return agreement
 
 
-def _verify(given: argparse.Namespace, sources: Sources, folder: Path) -> Agreement:
+def _weights(given: argparse.Namespace, sources: Sources) -> Base | Merged:
+    """The tensors of the result, computed when they are read."""
+    from finetune.export.merging import Base, Merged, empty_network
+    from finetune.export.serving import check_servable, stays
+
+    base, device = sources.base, _device(given.export_device)
+    weights: Base | Merged = Base(base.folder)
+    if given.format == "vllm":
+        if len(sources.adapters) != 1:
+            raise UserError("--format vllm needs exactly one adapter; merge the earlier ones first")
+        served = Merged(
+            weights, empty_network(base.folder), sources.adapters[0], device=device, keep=stays(base.family)
+        )
+        check_servable(sources.adapters[0], served.config)
+        return served
+    for adapter in sources.adapters:
+        weights = Merged(weights, empty_network(base.folder), adapter, device=device)
+    return weights
+
+
+def _write_served(weights: Base | Merged, base: Checkpoint, folder: Path, out: Path) -> None:
+    from finetune.export.merging import Merged
+    from finetune.export.serving import write_served_adapter
+
+    assert isinstance(weights, Merged)
+    folder.mkdir()
+    rank = write_served_adapter(folder, weights, base, str(out / "base"))
+    most = max(8, 1 << (rank - 1).bit_length())
+    print(
+        f"serve with vllm serve {out / 'base'} --trust-remote-code --enable-lora --max-lora-rank {most} "
+        f"--lora-modules tuned={out / folder.name}"
+    )
+
+
+def _record(given: argparse.Namespace, sources: Sources) -> dict[str, Any]:
+    import finetune
+
+    base = sources.base
+    return {
+        "base": {"name": base.name, "revision": base.revision, "family": base.family.name},
+        "adapters": [str(adapter) for adapter in sources.adapters],
+        "format": given.format,
+        "infer_dtype": given.infer_dtype,
+        "finetune": finetune.__version__,
+    }
+
+
+def _verify(given: argparse.Namespace, sources: Sources, model: Path, left: list[Path]) -> Agreement:
     from finetune.export.checking import answers_of, compare, make_prompts
 
     prompts = make_prompts(sources.base)
     device = _device(given.export_device)
     adapted = answers_of(sources.base.folder, sources.adapters, prompts, dtype=given.infer_dtype, device=device)
-    return compare(adapted, answers_of(folder, (), prompts, dtype="auto", device=device))
+    return compare(adapted, answers_of(model, left, prompts, dtype="auto", device=device))
 
 
 def _in_words(agreement: Agreement) -> str:
@@ -215,6 +255,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter_name_or_path", help="adapter, or several with commas, merged one after another")
     parser.add_argument("--template", help="only checked: LLaMA-Factory's name for a prompt format")
     parser.add_argument("--export_dir", required=True, help="folder of the result")
+    parser.add_argument(
+        "--format",
+        choices=["hf", "vllm"],
+        default="hf",
+        help="hf: one model folder; vllm: base/ and adapter/, with LoRA of the language model alone (docs/export.md)",
+    )
     parser.add_argument("--export_size", type=float, default=5, help="most GB per weight file (default: 5)")
     parser.add_argument(
         "--export_device", choices=["cpu", "auto", "cuda"], default="cpu", help="where layers are computed"

@@ -97,13 +97,14 @@ class Merged:
     ) -> None:
         self._below, self._folder, self._device = below, folder, device
         self._file = folder / ADAPTER_WEIGHTS
-        ties = _ties(network)
+        ties = ties_of(network)
         self._beside = trained_beside(folder)
         self.config = lora_config_of(folder, self._beside)
         _check_kind(folder, self.config)
         self._model = self._outline(network)
         self._lies = stored_in([self._file])
-        self._keys = self._file_keys()
+        present = set(self._lies) | set(self._beside)
+        self._keys = {name: key for name, key in _names(self._model).items() if key in present}
         self._layers: dict[str, tuple[str, LoraLayer]] = {}
         self.kept: dict[str, LoraLayer] = {}
         for path, module in self._model.named_modules():
@@ -162,15 +163,6 @@ class Merged:
         check_complete(model, self._file, stored, _NAME)
         return model
 
-    def _file_keys(self) -> dict[str, str]:
-        """Name of a tensor in the outline -> its name in the adapter's files."""
-        present = set(self._lies) | set(self._beside)
-        owners: dict[int, list[str]] = {}
-        for name, tensor in self._model.state_dict(keep_vars=True).items():
-            owners.setdefault(id(tensor), []).append(name)
-        described = {key: tensor for key, tensor in _described(self._model).items() if key in present}
-        return {name: key for key, tensor in described.items() for name in owners[id(tensor)]}
-
     def _change(self, name: str) -> str | None:
         """What the adapter makes of a tensor; the same for the same change, None for none."""
         return self._layers[name][0] if name in self._layers else self._replaced.get(name)
@@ -221,6 +213,26 @@ def empty_network(folder: Path) -> PreTrainedModel:
         return NETWORKS[config.model_type](config)
 
 
+def adapter_names(network: PreTrainedModel, folder: Path, beside: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Names of a LoRA adapter's tensors: in training -> in its file.
+
+    Args:
+        network: of the base, without weights; it is used up.
+        folder: with adapter_config.json.
+        beside: as for ``lora_config_of``.
+    """
+    config = lora_config_of(folder, dict(beside))
+    return _names(PeftModel(network, config, adapter_name=_NAME, low_cpu_mem_usage=True))
+
+
+def _names(model: PeftModel) -> dict[str, str]:
+    """Name of a tensor in the outline -> its name in the adapter's files; tied ones have the same."""
+    owners: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owners.setdefault(id(tensor), []).append(name)
+    return {name: key for key, tensor in _described(model).items() for name in owners[id(tensor)]}
+
+
 def _described(model: PeftModel) -> dict[str, torch.Tensor]:
     """The outline's own tensors under the names of an adapter's file."""
     return get_peft_model_state_dict(
@@ -228,7 +240,7 @@ def _described(model: PeftModel) -> dict[str, torch.Tensor]:
     )
 
 
-def _ties(network: PreTrainedModel) -> list[list[str]]:
+def ties_of(network: PreTrainedModel) -> list[list[str]]:
     """Groups of names that stand for the same tensor."""
     groups: dict[int, list[str]] = {}
     for name, tensor in network.state_dict(keep_vars=True).items():

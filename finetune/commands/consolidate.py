@@ -1,0 +1,94 @@
+"""``python -m finetune consolidate CHECKPOINT OUT``: the parts that ZeRO's processes wrote become a model or adapter.
+
+For a run that ended before its weights were gathered, or with stage3_gather_16bit_weights_on_model_save off. The parts
+are pickles, which run code when they are read: give folders of your own runs only.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import finetune
+from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from finetune.tuning.checkpoint import Checkpoint
+
+_DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def main(argv: list[str]) -> int:
+    """Consolidates; 0 when the folder is complete and loads."""
+    given = _parser().parse_args(argv)
+    checkpoint, out = given.checkpoint.expanduser(), given.out.expanduser().absolute()
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint}: no such folder; give the checkpoint-N folder of a run, from this machine")
+
+    import torch
+
+    from finetune.export.consolidation import Gathered, base_named_by, read_parts, write_adapter
+    from finetune.export.folder import check_target, model_card, unfinished, write_model, write_record
+    from finetune.export.writing import WeightFiles
+    from finetune.models import load_model
+    from finetune.tuning.checkpoint import resolve
+
+    checkpoint = checkpoint.resolve()
+    name = given.model_name_or_path or base_named_by(checkpoint)
+    if name is None:
+        raise UserError(f"{checkpoint} does not say which base it was trained on: give --model_name_or_path")
+    base = resolve(name)
+    lora = (checkpoint / "adapter_config.json").is_file()
+    sources = [base.folder, checkpoint]
+    check_target(out, sources, overwrite=given.overwrite_output_dir == "true")
+    print(f"reading    {checkpoint}, pickles of your own run; base {base.name}, {base.family.title}")
+    state = read_parts(checkpoint, trained_only=lora)
+    with unfinished(out, sources, overwrite=given.overwrite_output_dir == "true") as folder:
+        if lora:
+            count = write_adapter(folder, checkpoint, base, state)
+        else:
+            dtype = None if given.infer_dtype == "auto" else getattr(torch, given.infer_dtype)
+            files = WeightFiles(Gathered(base, state), dtype=dtype, shard_size=round(given.export_size * 1e9))
+            write_model(folder, base, files, dtype=dtype, card=model_card(base, []))
+            count = len(state)
+        del state
+        write_record(folder, [], _record(base, checkpoint))
+        if given.verify == "auto":
+            load_model(folder, base=base.folder if lora else None)
+    print(f"consolidated={out} tensors={count}{' loads=true' if given.verify == 'auto' else ''}")
+    return 0
+
+
+def _record(base: Checkpoint, checkpoint: Path) -> dict[str, Any]:
+    return {
+        "base": {"name": base.name, "revision": base.revision, "family": base.family.name},
+        "parts": str(checkpoint),
+        "finetune": finetune.__version__,
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune consolidate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", type=Path, help="checkpoint-N folder of a run with ZeRO-2 or ZeRO-3")
+    parser.add_argument("out", type=Path, help="folder of the result: an adapter of a LoRA run, else a model")
+    parser.add_argument("--model_name_or_path", help="base of the run (default: what its run.yaml or adapter names)")
+    parser.add_argument("--export_size", type=float, default=5, help="most GB per weight file (default: 5)")
+    parser.add_argument(
+        "--infer_dtype", choices=_DTYPES, default="auto", help="type of a full model (default: the base's)"
+    )
+    parser.add_argument("--verify", choices=["auto", "off"], default="auto", help="load the result, tensor for tensor")
+    parser.add_argument(
+        "--overwrite_output_dir",
+        choices=["true", "false"],
+        nargs="?",
+        const="true",
+        default="false",
+        help="replace the model that OUT holds",
+    )
+    return parser
