@@ -28,14 +28,16 @@ class Source:
         file: path of the data file, or a word such as "chat" for samples made in memory.
         index: position of the record in the file, from 0.
         id: the record's own id, empty when it has none.
+        unit: what the position counts: "record", or "byte" for a line of a file that is read from the middle.
     """
 
     file: str
     index: int
     id: str = ""
+    unit: str = "record"
 
     def __str__(self) -> str:
-        return f"{self.file}, record {self.index}" + (f" (id {self.id!r})" if self.id else "")
+        return f"{self.file}, {self.unit} {self.index}" + (f" (id {self.id!r})" if self.id else "")
 
 
 @dataclass(frozen=True, slots=True)

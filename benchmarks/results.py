@@ -1,0 +1,45 @@
+"""The table of all figures measured: a row per case in results.csv, with versions and hardware."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+FILE = Path(__file__).resolve().parent / "results.csv"
+COLUMNS = ("date", "benchmark", "case", "ours", "theirs", "ratio", "unit", "versions", "hardware")
+
+Row = tuple[str, float, float, float, str]
+"""Case, our figure, the other one, their ratio, unit."""
+
+
+def append(benchmark: str, rows: Iterable[Row], packages: Sequence[str], hardware: str | None = None) -> None:
+    """Adds rows to results.csv.
+
+    Args:
+        benchmark: name of the benchmark.
+        rows: what it measured.
+        packages: their versions are noted, with that of Python.
+        hardware: what it ran on; this machine's processor when None.
+    """
+    versions = " ".join([f"python={platform.python_version()}", *(f"{name}={version(name)}" for name in packages)])
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    new = not FILE.exists()
+    with FILE.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(COLUMNS)
+        for case, ours, theirs, ratio, unit in rows:
+            figures = [f"{figure:.4g}" for figure in (ours, theirs, ratio)]
+            writer.writerow([today, benchmark, case, *figures, unit, versions, hardware or processor()])
+
+
+def processor() -> str:
+    """Name and usable cores of the processor."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{len(os.sched_getaffinity(0))} cores, {name}"

@@ -1,0 +1,235 @@
+"""Records of JSON Lines and Parquet files read from front to back, each by one of several readers, in a mixed order."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from finetune.readers.json_errors import explain_line, not_utf8, unreadable
+from finetune.readers.records import data_files
+from finetune.readers.tables import TABLES, present
+from finetune.sample import DataError, Source
+
+HEAD = 1_000
+"""Records at the beginning that are looked at before training."""
+
+# Larger pieces only make the order less mixed. A reader has several in every pass: then all have about as much to do.
+_PIECE = 1 << 26
+_PIECES_PER_READER = 16
+# Rows of Parquet that are decoded at once.
+_ROWS = 64
+_BOM = b"\xef\xbb\xbf"
+
+
+class Piece(NamedTuple):
+    """Part of a file that one reader reads.
+
+    Attributes:
+        file: the file.
+        start: first byte of JSON Lines, where lines that begin in the piece belong to it; first row of Parquet.
+        stop: byte or row behind the last.
+        group: row group of Parquet; -1 in JSON Lines.
+        skip: rows of the group before the piece.
+    """
+
+    file: Path
+    start: int
+    stop: int
+    group: int = -1
+    skip: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """A record that has been read and not yet parsed; many of them wait in a buffer.
+
+    Attributes:
+        file: where it stands.
+        at: first byte of its line in JSON Lines, number of its row in Parquet.
+        data: its line, or its columns.
+    """
+
+    file: Path
+    at: int
+    data: bytes | dict[str, Any]
+
+    def source(self) -> Source:
+        """Where it stands, whether or not it can be parsed."""
+        return Source(str(self.file), self.at, unit="byte" if isinstance(self.data, bytes) else "record")
+
+    def parse(self) -> Any:
+        """The record as plain Python values.
+
+        Raises:
+            DataError: its line is not JSON.
+        """
+        if isinstance(self.data, dict):
+            return present(self.data)
+        try:
+            return json.loads(self.data.decode())
+        except UnicodeDecodeError as error:
+            raise not_utf8(self.file, self.at + error.start) from error
+        except json.JSONDecodeError as error:
+            with self.file.open("rb") as file:
+                raise explain_line(
+                    self.file, file, self.at, self.at + len(self.data.rstrip(b"\n")), alone=self.at <= len(_BOM)
+                ) from error
+
+
+class Stream:
+    """A data file, or a folder of files of one kind, read from front to back.
+
+    Files are cut into pieces without reading them: JSON Lines by bytes, Parquet by row groups and rows. In every pass
+    the pieces are dealt to the readers in an order that all of them know, so that together they read every record
+    exactly once; each draws its records at random from a buffer. The next pass has another order.
+
+    Args:
+        path: the file or folder.
+        seed: of all orders.
+        buffer_size: records that a reader draws from.
+
+    Raises:
+        DataError: a file is missing, of another kind, or a JSON array; or there is no record.
+    """
+
+    def __init__(self, path: Path, *, seed: int = 0, buffer_size: int = 16384) -> None:
+        self.path, self.seed, self.buffer_size = path, seed, buffer_size
+        self._files = data_files(path)
+        self._parquet = self._files[0].suffix.lower() == ".parquet"
+        for file in self._files:
+            _check_kind(file)
+        self._sizes = [_rows_of_groups(file) if self._parquet else [_bytes_of(file)] for file in self._files]
+
+    def head(self, limit: int = HEAD) -> list[Streamed]:
+        """The first records in the order of the files.
+
+        Raises:
+            DataError: there is none.
+        """
+        found = list(islice(chain.from_iterable(map(_read, self._pieces(1))), limit))
+        if not found:
+            raise DataError(f"{self.path}: holds no record; training needs at least one")
+        return found
+
+    def endless(self, reader: int, readers: int) -> Iterator[Streamed]:
+        """What one of several readers reads in pass after pass."""
+        for number in count():
+            yield from self.one_pass(number, reader, readers)
+
+    def one_pass(self, number: int, reader: int, readers: int) -> Iterator[Streamed]:
+        """What one of several readers reads in a pass."""
+        pieces = self._pieces(readers)
+        # Of fewer pieces than readers each reader gets one in some pass: none waits for ever.
+        dealt = list(range(max(len(pieces), readers)))
+        random.Random(f"{self.seed} {number}").shuffle(dealt)
+        mine = [pieces[place] for place in dealt[reader::readers] if place < len(pieces)]
+        chance = random.Random(f"{self.seed} {number} {reader} {readers}")
+        buffer: list[Streamed] = []
+        for record in chain.from_iterable(map(_read, mine)):
+            if len(buffer) < self.buffer_size:
+                buffer.append(record)
+            else:
+                place = chance.randrange(len(buffer))
+                yield buffer[place]
+                buffer[place] = record
+        chance.shuffle(buffer)
+        yield from buffer
+
+    def _pieces(self, readers: int) -> list[Piece]:
+        wanted = readers * _PIECES_PER_READER
+        if not self._parquet:
+            size = max(min(sum(map(sum, self._sizes)) // wanted, _PIECE), 1)
+            ranges = [(file, sizes[0]) for file, sizes in zip(self._files, self._sizes, strict=True)]
+            return [Piece(file, at, min(at + size, end)) for file, end in ranges for at in range(0, end, size)]
+        cuts = -(-wanted // max(sum(map(len, self._sizes)), 1))
+        return [
+            piece for file, sizes in zip(self._files, self._sizes, strict=True) for piece in _rows(file, sizes, cuts)
+        ]
+
+
+def _rows(file: Path, sizes: Sequence[int], cuts: int) -> Iterator[Piece]:
+    """The row groups of a Parquet file, each cut into so many pieces."""
+    first = 0
+    for group, rows in enumerate(sizes):
+        size = max(-(-rows // cuts), 1)
+        for at in range(0, rows, size):
+            yield Piece(file, first + at, first + min(at + size, rows), group, at)
+        first += rows
+
+
+def _read(piece: Piece) -> Iterator[Streamed]:
+    return _read_lines(piece) if piece.group < 0 else _read_rows(piece)
+
+
+def _read_lines(piece: Piece) -> Iterator[Streamed]:
+    with piece.file.open("rb") as file:
+        if piece.start:
+            # The line that begins before the piece belongs to the one before, unless it ends just there.
+            file.seek(piece.start - 1)
+            file.readline()
+        elif file.read(len(_BOM)) != _BOM:
+            file.seek(0)
+        at = file.tell()
+        while at < piece.stop and (line := file.readline()):
+            if line.strip():
+                yield Streamed(piece.file, at, line)
+            at += len(line)
+
+
+def _read_rows(piece: Piece) -> Iterator[Streamed]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(piece.file) as file:
+            skip, number = piece.skip, piece.start
+            for batch in file.iter_batches(batch_size=_ROWS, row_groups=[piece.group]):
+                for row in batch.slice(skip, piece.stop - number).to_pylist():
+                    yield Streamed(piece.file, number, row)
+                    number += 1
+                if number == piece.stop:
+                    return
+                skip = max(skip - len(batch), 0)
+    except ArrowException as error:
+        raise DataError(f"{piece.file}, row group {piece.group}: cannot be read as parquet: {error}") from error
+
+
+def _check_kind(file: Path) -> None:
+    """Makes sure that a file can be read from front to back."""
+    kind = TABLES.get(file.suffix.lower(), "json")
+    if kind == "parquet":
+        return
+    if kind != "json":
+        raise DataError(f"{file}: --streaming true reads JSON Lines and Parquet; convert it, or leave --streaming out")
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(1 << 16).removeprefix(_BOM).lstrip()[:1]
+    except OSError as error:
+        raise unreadable(file, error) from error
+    if start == b"[":
+        raise DataError(
+            f"{file}: a JSON array cannot be read from the middle, as --streaming true does; make JSON Lines of it "
+            f"(jq -c '.[]' {file.name} > {file.stem}.jsonl), or leave --streaming out"
+        )
+
+
+def _bytes_of(file: Path) -> int:
+    return file.stat().st_size
+
+
+def _rows_of_groups(file: Path) -> list[int]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(file) as opened:
+            return [opened.metadata.row_group(group).num_rows for group in range(opened.metadata.num_row_groups)]
+    except OSError as error:
+        raise unreadable(file, error) from error
+    except ArrowException as error:
+        raise DataError(f"{file}: cannot be read as parquet: {error}") from error
