@@ -234,7 +234,7 @@ class TrainingArguments(transformers.TrainingArguments):
         return {"llm": self.learning_rate, **rates}
 
 
-_GROUPS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
+GROUPS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
 
 
 def flags_of(groups: Sequence[Any]) -> dict[str, bool]:
@@ -304,8 +304,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     Raises:
         ArgumentError: unknown or contradicting flags.
     """
-    parser = HfArgumentParser(_GROUPS)  # pyright: ignore[reportArgumentType]
-    known = flags_of(_GROUPS)
+    parser = HfArgumentParser(GROUPS)  # pyright: ignore[reportArgumentType]
+    known = flags_of(GROUPS)
     resolved = resolve(sys.argv[1:] if argv is None else argv, known)
     *groups, unknown = parser.parse_args_into_dataclasses(resolved.words, return_remaining_strings=True)
     if unknown:

@@ -25,13 +25,15 @@ def load_deepspeed(config: dict | str | None) -> dict | None:
     """The DeepSpeed configuration as a dictionary (None for none), without the blocks that would override our flags.
 
     Args:
-        config: a path, which may also be that of a file beside finetune.py; or the configuration itself.
+        config: a path, which may also be that of a file beside finetune.py; the configuration itself; or none.
 
     Raises:
         ArgumentError: no such file, or no JSON.
     """
     if not isinstance(config, str):
         return config
+    if config.lower() == "none":  # takes back what a file says
+        return None
     text = config
     if not config.startswith("{"):
         path = _find(config)

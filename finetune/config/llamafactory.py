@@ -40,13 +40,14 @@ def is_foreign(key: str, flags: set[str]) -> bool:
     return key in rows() and key not in flags
 
 
-def defaults(given: Keys) -> Flags:
+def defaults(given: Keys, command: str) -> Flags:
     """What a file in LLaMA-Factory's keys leaves to its defaults, as keys of layer 0."""
     method = _value(given, "finetuning_type", "lora")
     known: Flags = {}
     for row in rows().values():
         words = default_words(row.default)
-        if words is None or row.key in given or row.only_export or (row.flag is None and row.rule is None):
+        counts = row.export if command == "export" else not row.only_export
+        if words is None or row.key in given or not counts or (row.flag is None and row.rule is None):
             continue
         if row.ours is not None:
             logger.info("%s is not set: %s (%s there)", row.key, row.ours, row.default)

@@ -63,9 +63,9 @@ def resolve(argv: Sequence[str], known: Mapping[str, bool], command: str = "trai
         _sort_out(written, _FILE, str(path), ours, theirs, keys, flags)
     _sort_out(typed, _COMMAND_LINE, "command line", ours, theirs, keys, flags)
     if theirs:
-        logger.info("%s uses LLaMA-Factory's keys: what it leaves out takes LLaMA-Factory's defaults", path)
-        keys = {**llamafactory.defaults(keys), **keys}
+        keys = {**llamafactory.defaults(keys, command), **keys}
         if command == "train":
+            logger.info("%s uses LLaMA-Factory's keys: what it leaves out takes LLaMA-Factory's defaults", path)
             flags = {**llamafactory.training_defaults(), **flags}
     chosen = _choose(llamafactory.translate(keys, command), flags)
     if theirs and command == "train":

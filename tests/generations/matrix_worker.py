@@ -13,6 +13,8 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +24,14 @@ import torch  # noqa: E402
 
 KINDS = {"full": (), "lora": ("--use_lora", "true", "--lora_r", "4", "--learning_rate", "1e-2")}
 DATA = ("text", "image", "several")
+# Recipes that no family of its own has, and the family that each is for.
+EXAMPLES = {
+    "full": "v2_6",
+    "qlora": "llama3_v2_5",
+    "three_24gb": "v2_0",
+    "multi_node": "v4_5",
+    "guicourse": "v2_0",
+}
 FLAGS = (
     "--max_steps 2 --per_device_train_batch_size 2 --save_strategy no --report_to none --disable_tqdm true "
     "--dataloader_num_workers 0 --max_slice_nums 4 --learning_rate 1e-3 --check off --do_eval true --use_cpu true"
@@ -40,7 +50,7 @@ def train(families: list[str], models: Path, data: Path, out: Path) -> None:
     references: list[Path] = []
     # Its process is the one that reloads everything.
     verification.verify_in_fresh_process = lambda _, reference: references.append(reference) or 0
-    runs = {}
+    runs, examples = {}, {}
     for family in families:
         for kind, chosen in KINDS.items():
             for records in DATA:
@@ -52,13 +62,26 @@ def train(families: list[str], models: Path, data: Path, out: Path) -> None:
                     "--eval_data_path",
                     str(data / f"{records}.json"),
                 ]
-                said = io.StringIO()
-                with contextlib.redirect_stdout(said):
-                    status = launched.main([*argv, *FLAGS.split(), *chosen])
-                assert status == 0, (name, said.getvalue())
-                result = json.loads(said.getvalue().splitlines()[-1].removeprefix("result="))
+                if (kind, records) == ("lora", "image"):
+                    argv = [str(ROOT / "examples" / "lora" / f"{family}.yaml"), *argv, "--deepspeed", "none"]
+                result = run(launched, [*argv, *FLAGS.split(), *chosen])
                 runs[name] = {"result": result, "reference": str(references[-1])}
                 (out / "runs.json").write_text(json.dumps(runs))
+    for name, family in EXAMPLES.items():
+        argv = [str(ROOT / "examples" / f"{name}.yaml"), "--model_name_or_path", str(models / family)]
+        argv += ["--data_path", str(data / "image.json"), "--eval_data_path", str(data / "image.json")]
+        argv += ["--output_dir", str(out / name), "--deepspeed", "none", "--verify_adapter", "off", *FLAGS.split()]
+        examples[name] = run(launched, [*argv, "--max_steps", "1"])
+        (out / "examples.json").write_text(json.dumps(examples))
+
+
+def run(launched: ModuleType, argv: list[str]) -> dict[str, Any]:
+    """The last line of a run through finetune.py's main."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        status = launched.main(argv)
+    assert status == 0, (argv, said.getvalue())
+    return json.loads(said.getvalue().splitlines()[-1].removeprefix("result="))
 
 
 def reload(models: Path, data: Path, out: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from matrix_worker import DATA, KINDS
+from matrix_worker import DATA, EXAMPLES, KINDS
 from PIL import Image
 
 from finetune.families import FAMILIES
@@ -70,3 +70,23 @@ def test_trained_saved_loaded_asked(matrix, name):
     assert len(reloaded["answers"]) == 2
     assert all(isinstance(answer, str) for answer in reloaded["answers"])
     assert isinstance(reloaded.get("chat"), str) == name.endswith("image")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_makes_a_step(matrix, name):
+    """Those with LoRA for a family are runs of the matrix."""
+    result = json.loads((matrix / "examples.json").read_text())[name]
+    assert (result["status"], result["steps"]) == ("ok", 1)
+
+
+def test_there_are_no_other_examples():
+    folder = WORKER.parents[2] / "examples"
+    assert {path.stem for path in folder.glob("*.yaml")} == set(EXAMPLES)
+    assert {path.stem for path in (folder / "lora").glob("*.yaml")} == set(NAMES)
+
+
+@pytest.mark.parametrize("path", sorted((WORKER.parents[2] / "examples").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_example_says_what_it_is_for_how_it_is_launched_and_what_it_needs(path):
+    head = path.read_text().split("\n\n")[0]
+    assert f"finetune.py examples/{path.relative_to(WORKER.parents[2] / 'examples')}" in head
+    assert "# Memory: " in head
