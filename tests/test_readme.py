@@ -106,6 +106,7 @@ def test_json_records_are_readable(tmp_path):
     from finetune.readers import read
 
     docs = re.findall(r"```json\n(.*?)```", (ROOT / "docs/data.md").read_text(), flags=re.DOTALL)
+    docs = [body for body in docs if "file_name" not in body]  # descriptions of data sets are no records
     (tmp_path / "path/to").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / "path/to/image_0.jpg")
     assert blocks("json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -178,6 +179,17 @@ def test_the_form_is_told_from_the_records_and_said(
     assert samples.reading.form.name == form
     assert f"data.json: {len(samples)} records in the {form} form (the records have {why})" in caplog.text
     assert shown(samples[-1])[0] == ("user", "[a.png]Who?")
+
+
+def test_the_examples_of_the_documentation_are_one_conversation(folder: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| (\w+) \| .* \| `(\{.*\})` \|$", text, flags=re.MULTILINE))
+    assert list(table) == ["official", "sharegpt", "openai", "alpaca"]
+    Image.new("RGB", (8, 8)).save(folder / "1.jpg")
+    for form, example in table.items():
+        samples = read(write(folder, json.loads(example)))
+        assert samples.reading.form.name == form
+        assert shown(samples[0]) == [("user", "[1.jpg]Who?"), ("assistant", "Thomas.")]
 
 
 def test_a_late_record_decides_too(folder: Path) -> None:
