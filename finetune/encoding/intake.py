@@ -6,7 +6,7 @@ import json
 import logging
 import multiprocessing
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from finetune.encoding.encoder import Encoder
@@ -52,7 +52,7 @@ class Intake:
         self.fitter = Fitter(encoder, overlong)
         self.on_bad_sample = on_bad_sample
         self._report = report
-        self._reported: set[int] = set()
+        self._reported: set[tuple[str, int]] = set()
         # Shared with the loader processes, which do the counting.
         self._counts = multiprocessing.Array("q", len(_COUNTED))
 
@@ -62,14 +62,26 @@ class Intake:
         Raises:
             DataError: the sample cannot be used and is not left out.
         """
+        return self.encode(lambda: self.samples[index], lambda: self.source(index))
+
+    def encode(self, build: Callable[[], Sample], source: Callable[[], Source]) -> Example:
+        """The example of a sample, or a filler.
+
+        Args:
+            build: makes the sample.
+            source: tells where its record is, whether or not it makes a sample.
+
+        Raises:
+            DataError: the sample cannot be used and is not left out.
+        """
         try:
-            example, outcome = self.fitter.encode(self.samples[index])
+            example, outcome = self.fitter.encode(build())
         except DataError as error:
             if not self.leaves_out(error):
                 raise
-            self._note(index, error)
+            self._note(source(), error)
             self._count("left out")
-            return self.fitter.encoder.empty(str(self.source(index)))
+            return self.fitter.encoder.empty(str(source()))
         self._count(outcome)
         return example
 
@@ -108,14 +120,13 @@ class Intake:
         with self._counts.get_lock():
             self._counts[_COUNTED.index(outcome)] += 1
 
-    def _note(self, index: int, error: DataError) -> None:
-        if index in self._reported:
+    def _note(self, source: Source, error: DataError) -> None:
+        if (source.file, source.index) in self._reported:
             return
-        self._reported.add(index)
+        self._reported.add((source.file, source.index))
         logger.warning("an empty row in place of %s", error)
         if self._report is None:
             return
-        source = self.source(index)
         line = {"file": source.file, "record": source.index, "id": source.id}
         line |= {"exception": type(error).__name__, "message": str(error)}
         # One write of one line in append mode: the lines of several processes do not mix.

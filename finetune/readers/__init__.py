@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from finetune.readers.conversation import TRAIN_ON, TrainOn
 from finetune.readers.detection import DATA_FORMATS, DataFormat, choose, some_records
@@ -23,6 +25,7 @@ def read(
     train_on: TrainOn = "all",
     data_format: DataFormat = "auto",
     rebuild: bool = False,
+    records: Sequence[Any] | None = None,
 ) -> SampleFile:
     """The samples of a data file; each is built, and may fail, when it is asked for.
 
@@ -33,6 +36,7 @@ def read(
             that turn out in either case.
         data_format: the form of the records, "auto" to tell it from the first ones.
         rebuild: make the index of the file anew.
+        records: those of the file that are read already, instead of all of them.
 
     Raises:
         DataError: the file is missing, not UTF-8, not JSON (with line and cause), or holds no record, or the first
@@ -40,7 +44,7 @@ def read(
         ValueError: no such ``train_on`` or ``data_format``.
     """
     file = Path(path)
-    records = open_records(file, rebuild=rebuild)
+    records = open_records(file, rebuild=rebuild) if records is None else records
     form, why = choose(some_records(records), str(path), data_format)
     logger.info("%s: %d records in the %s form (%s)", path, len(records), form.name, why)
     beside = file if file.is_dir() else file.resolve().parent

@@ -218,6 +218,7 @@ def open_entry(
     image_root: str | Path | None = None,
     train_on: TrainOn = "all",
     rebuild: bool = False,
+    records: Sequence[Any] | None = None,
 ) -> SampleFile:
     """The samples of a registered data set; ``num_samples`` is not applied yet.
 
@@ -227,12 +228,14 @@ def open_entry(
         image_root: another place for them.
         train_on: one of TRAIN_ON.
         rebuild: make the index of its file anew.
+        records: those of its file that are read already, instead of all of them.
 
     Raises:
         DataError: its file cannot be read, or its records are not as described.
     """
     if entry.file is not None:
-        records = take_split(open_records(entry.file, rebuild=rebuild), entry.split, entry.where)
+        if records is None:
+            records = take_split(open_records(entry.file, rebuild=rebuild), entry.split, entry.where)
         path: str | Path = entry.file
         beside = entry.file if entry.file.is_dir() else entry.file.parent
     else:

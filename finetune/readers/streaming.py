@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice
@@ -35,6 +36,7 @@ class Piece(NamedTuple):
         stop: byte or row behind the last.
         group: row group of Parquet; -1 in JSON Lines.
         skip: rows of the group before the piece.
+        which: number of its path in the stream.
     """
 
     file: Path
@@ -42,6 +44,7 @@ class Piece(NamedTuple):
     stop: int
     group: int = -1
     skip: int = 0
+    which: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +55,13 @@ class Streamed:
         file: where it stands.
         at: first byte of its line in JSON Lines, number of its row in Parquet.
         data: its line, or its columns.
+        which: number of its path in the stream.
     """
 
     file: Path
     at: int
     data: bytes | dict[str, Any]
+    which: int = 0
 
     def source(self) -> Source:
         """Where it stands, whether or not it can be parsed."""
@@ -82,14 +87,14 @@ class Streamed:
 
 
 class Stream:
-    """A data file, or a folder of files of one kind, read from front to back.
+    """Data files, or folders of files of one kind, read from front to back.
 
     Files are cut into pieces without reading them: JSON Lines by bytes, Parquet by row groups and rows. In every pass
     the pieces are dealt to the readers in an order that all of them know, so that together they read every record
     exactly once; each draws its records at random from a buffer. The next pass has another order.
 
     Args:
-        path: the file or folder.
+        paths: the files or folders.
         seed: of all orders.
         buffer_size: records that a reader draws from.
 
@@ -97,23 +102,26 @@ class Stream:
         DataError: a file is missing, of another kind, or a JSON array; or there is no record.
     """
 
-    def __init__(self, path: Path, *, seed: int = 0, buffer_size: int = 16384) -> None:
-        self.path, self.seed, self.buffer_size = path, seed, buffer_size
-        self._files = data_files(path)
-        self._parquet = self._files[0].suffix.lower() == ".parquet"
-        for file in self._files:
-            _check_kind(file)
-        self._sizes = [_rows_of_groups(file) if self._parquet else [_bytes_of(file)] for file in self._files]
+    def __init__(self, paths: Sequence[Path], *, seed: int = 0, buffer_size: int = 16384) -> None:
+        self.paths, self.seed, self.buffer_size = list(paths), seed, buffer_size
+        self._parts = [part for which, path in enumerate(paths) for part in _parts(path, which)]
 
-    def head(self, limit: int = HEAD) -> list[Streamed]:
-        """The first records in the order of the files.
+    @property
+    def state(self) -> str:
+        """All that decides which records come when, as text that changes with it; but not the number of readers."""
+        sizes = [[part.file.name, *part.sizes] for part in self._parts]
+        return json.dumps([self.seed, self.buffer_size, zlib.crc32(json.dumps(sizes).encode())])
+
+    def head(self, which: int = 0, limit: int = HEAD) -> list[Streamed]:
+        """The first records of a path.
 
         Raises:
             DataError: there is none.
         """
-        found = list(islice(chain.from_iterable(map(_read, self._pieces(1))), limit))
+        pieces = [piece for piece in self._pieces(1) if piece.which == which]
+        found = list(islice(chain.from_iterable(map(_read, pieces)), limit))
         if not found:
-            raise DataError(f"{self.path}: holds no record; training needs at least one")
+            raise DataError(f"{self.paths[which]}: holds no record; training needs at least one")
         return found
 
     def endless(self, reader: int, readers: int) -> Iterator[Streamed]:
@@ -142,23 +150,42 @@ class Stream:
 
     def _pieces(self, readers: int) -> list[Piece]:
         wanted = readers * _PIECES_PER_READER
-        if not self._parquet:
-            size = max(min(sum(map(sum, self._sizes)) // wanted, _PIECE), 1)
-            ranges = [(file, sizes[0]) for file, sizes in zip(self._files, self._sizes, strict=True)]
-            return [Piece(file, at, min(at + size, end)) for file, end in ranges for at in range(0, end, size)]
-        cuts = -(-wanted // max(sum(map(len, self._sizes)), 1))
-        return [
-            piece for file, sizes in zip(self._files, self._sizes, strict=True) for piece in _rows(file, sizes, cuts)
-        ]
+        texts = sum(sum(part.sizes) for part in self._parts if not part.groups)
+        groups = sum(len(part.sizes) for part in self._parts if part.groups)
+        size = max(min(texts // wanted, _PIECE), 1)
+        cuts = -(-wanted // max(groups, 1))
+        return [piece for part in self._parts for piece in (_rows(part, cuts) if part.groups else _ranges(part, size))]
 
 
-def _rows(file: Path, sizes: Sequence[int], cuts: int) -> Iterator[Piece]:
+class _Part(NamedTuple):
+    """A file of a stream: its bytes, or the rows of its row groups."""
+
+    file: Path
+    which: int
+    groups: bool
+    sizes: list[int]
+
+
+def _parts(path: Path, which: int) -> Iterator[_Part]:
+    for file in data_files(path):
+        _check_kind(file)
+        groups = file.suffix.lower() == ".parquet"
+        yield _Part(file, which, groups, _rows_of_groups(file) if groups else [file.stat().st_size])
+
+
+def _ranges(part: _Part, size: int) -> Iterator[Piece]:
+    end = part.sizes[0]
+    for at in range(0, end, size):
+        yield Piece(part.file, at, min(at + size, end), which=part.which)
+
+
+def _rows(part: _Part, cuts: int) -> Iterator[Piece]:
     """The row groups of a Parquet file, each cut into so many pieces."""
     first = 0
-    for group, rows in enumerate(sizes):
+    for group, rows in enumerate(part.sizes):
         size = max(-(-rows // cuts), 1)
         for at in range(0, rows, size):
-            yield Piece(file, first + at, first + min(at + size, rows), group, at)
+            yield Piece(part.file, first + at, first + min(at + size, rows), group, at, part.which)
         first += rows
 
 
@@ -177,7 +204,7 @@ def _read_lines(piece: Piece) -> Iterator[Streamed]:
         at = file.tell()
         while at < piece.stop and (line := file.readline()):
             if line.strip():
-                yield Streamed(piece.file, at, line)
+                yield Streamed(piece.file, at, line, piece.which)
             at += len(line)
 
 
@@ -190,7 +217,7 @@ def _read_rows(piece: Piece) -> Iterator[Streamed]:
             skip, number = piece.skip, piece.start
             for batch in file.iter_batches(batch_size=_ROWS, row_groups=[piece.group]):
                 for row in batch.slice(skip, piece.stop - number).to_pylist():
-                    yield Streamed(piece.file, number, row)
+                    yield Streamed(piece.file, number, row, piece.which)
                     number += 1
                 if number == piece.stop:
                     return
@@ -216,10 +243,6 @@ def _check_kind(file: Path) -> None:
             f"{file}: a JSON array cannot be read from the middle, as --streaming true does; make JSON Lines of it "
             f"(jq -c '.[]' {file.name} > {file.stem}.jsonl), or leave --streaming out"
         )
-
-
-def _bytes_of(file: Path) -> int:
-    return file.stat().st_size
 
 
 def _rows_of_groups(file: Path) -> list[int]:

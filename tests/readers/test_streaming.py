@@ -44,20 +44,20 @@ def ids(stream: Stream, number: int, reader: int, readers: int) -> list[str]:
 @pytest.mark.parametrize("kind", ["jsonl", "bom", "folder", "parquet"])
 @pytest.mark.parametrize("readers", [1, 2, 7])
 def test_a_pass_sees_every_record_once(tmp_path: Path, kind: str, readers: int) -> None:
-    stream = Stream(place(tmp_path, kind), seed=3, buffer_size=20)
+    stream = Stream([place(tmp_path, kind)], seed=3, buffer_size=20)
     passes = [[ids(stream, number, reader, readers) for reader in range(readers)] for number in range(2)]
     for one in passes:
         assert Counter(sum(one, [])) == Counter(record["id"] for record in LINES)
         # Shares are about equal, so that no reader is passes ahead.
         assert all(0.4 < len(part) * readers / len(LINES) < 1.8 for part in one)
     assert passes[0] != passes[1]
-    assert passes[0][0] == ids(Stream(stream.path, seed=3, buffer_size=20), 0, 0, readers)
-    assert passes[0][0] != ids(Stream(stream.path, seed=4, buffer_size=20), 0, 0, readers)
+    assert passes[0][0] == ids(Stream(stream.paths, seed=3, buffer_size=20), 0, 0, readers)
+    assert passes[0][0] != ids(Stream(stream.paths, seed=4, buffer_size=20), 0, 0, readers)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_fewer_records_than_readers(tmp_path: Path, kind: str) -> None:
-    stream = Stream(place(tmp_path, kind, LINES[:3]))
+    stream = Stream([place(tmp_path, kind, LINES[:3])])
     assert sorted(sum((ids(stream, 0, reader, 8) for reader in range(8)), [])) == ["0", "1", "2"]
     # None of them ever runs dry.
     for reader in range(8):
@@ -66,33 +66,33 @@ def test_fewer_records_than_readers(tmp_path: Path, kind: str) -> None:
 
 
 def test_order_is_mixed(tmp_path: Path) -> None:
-    numbers = [int(identity) for identity in ids(Stream(place(tmp_path, "jsonl"), buffer_size=50), 0, 0, 1)]
+    numbers = [int(identity) for identity in ids(Stream([place(tmp_path, "jsonl")], buffer_size=50), 0, 0, 1)]
     neighbours = sum(after == before + 1 for before, after in zip(numbers, numbers[1:], strict=False))
     assert neighbours < 30
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_head_and_sources(tmp_path: Path, kind: str) -> None:
-    stream = Stream(place(tmp_path, kind))
-    head = stream.head(200)
+    stream = Stream([place(tmp_path, kind)])
+    head = stream.head(limit=200)
     assert [record.parse() for record in head] == LINES[:200]
     again = next(record for record in stream.one_pass(0, 0, 1) if record.parse()["id"] == "150")
     assert again.source() == head[150].source()
     expected = "record 150" if kind == "parquet" else f"byte {head[150].at}"
-    assert str(head[150].source()) == f"{stream.path}, {expected}"
+    assert str(head[150].source()) == f"{stream.paths[0]}, {expected}"
     if kind == "jsonl":
-        assert stream.path.read_bytes()[head[150].at :].startswith(b'{"id": "150"')
+        assert stream.paths[0].read_bytes()[head[150].at :].startswith(b'{"id": "150"')
 
 
 def test_columns_that_are_none_are_no_keys(tmp_path: Path) -> None:
     records = [{"a": [{"y": 2}], "image": {"bytes": b"\x89", "path": "p"}}, {"a": [{"x": 1}]}]
-    assert [record.parse() for record in Stream(place(tmp_path, "parquet", records)).head()] == records
+    assert [record.parse() for record in Stream([place(tmp_path, "parquet", records)]).head()] == records
 
 
 def test_a_bad_line_is_told_when_it_is_parsed(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n\n{"a": 1,}\n{"a": "\xff"}\n{"a": 2}')
-    first, comma, latin, last = Stream(path).head()
+    first, comma, latin, last = Stream([path]).head()
     assert (first.parse(), last.parse()) == ({"a": 1}, {"a": 2})
     with pytest.raises(DataError, match="a.jsonl, line 3: not valid JSON: trailing comma before '}'"):
         comma.parse()
@@ -115,4 +115,4 @@ def test_what_cannot_be_streamed(tmp_path: Path, name: str, content: str | None,
     if content is not None:
         path.write_text(content)
     with pytest.raises(DataError, match=re.escape(str(path)) + ".*" + message):
-        Stream(path).head()
+        Stream([path]).head()
