@@ -172,14 +172,13 @@ def _weights(given: argparse.Namespace, sources: Sources) -> Base | Merged:
 
 def _write_served(weights: Base | Merged, base: Checkpoint, folder: Path, out: Path) -> None:
     from finetune.export.merging import Merged
-    from finetune.export.serving import write_served_adapter
+    from finetune.export.serving import max_lora_rank, write_served_adapter
 
     assert isinstance(weights, Merged)
     folder.mkdir()
     rank = write_served_adapter(folder, weights, base, str(out / "base"))
-    most = max(8, 1 << (rank - 1).bit_length())
     print(
-        f"serve with vllm serve {out / 'base'} --trust-remote-code --enable-lora --max-lora-rank {most} "
+        f"serve with vllm serve {out / 'base'} --trust-remote-code --enable-lora --max-lora-rank {max_lora_rank(rank)} "
         f"--lora-modules tuned={out / folder.name}"
     )
 

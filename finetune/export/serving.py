@@ -20,6 +20,19 @@ from finetune.models.adapters import ADAPTER_PREFIX, ADAPTER_WEIGHTS
 from finetune.tuning.checkpoint import SIDE_FILES, Checkpoint, copy_files
 
 _NOT_LINEAR = ("embed_tokens", "lm_head")
+# What its --max-lora-rank may be.
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def max_lora_rank(rank: int) -> int:
+    """The value of vLLM's --max-lora-rank for an adapter.
+
+    Raises:
+        CheckpointError: vLLM has none that is large enough.
+    """
+    if rank > _RANKS[-1]:
+        raise CheckpointError(f"the adapter has rank {rank}, vLLM takes at most {_RANKS[-1]}: export without --format")
+    return next(most for most in _RANKS if most >= rank)
 
 
 def stays(family: Family) -> Callable[[str], bool]:
