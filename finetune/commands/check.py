@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
             max_length=given.model_max_length,
             max_pixels=given.max_image_pixels,
         )
+        # Shares decide how often records are taken, not whether they can be used.
         named = [named.name for named in parse_names(given.dataset)] if given.dataset else []
         for path, name in [*((path, None) for path in given.data or ()), *((None, name) for name in named)]:
             samples = open_data(

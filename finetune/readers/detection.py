@@ -19,7 +19,7 @@ from finetune.readers.forms import (
     FormName,
     Tags,
 )
-from finetune.sample import DataError
+from finetune.sample import DataError, MediaKind
 
 DataFormat = Literal["auto", "official", "sharegpt", "alpaca", "openai"]
 DATA_FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
@@ -58,6 +58,12 @@ def choose(records: Sequence[Any], where: str, asked: DataFormat = "auto") -> tu
         name, why = asked, "as asked for"
     if name == "official":
         return Form("official"), why
+    alone: MediaKind | None = next((kind for record in objects for kind in MEDIA_COLUMNS if record.get(kind)), None)
+    if alone is not None:
+        raise DataError(
+            f"{where}: records in the {name} form ({why}) have {alone!r}, which it does not know; name it "
+            f"{MEDIA_COLUMNS[alone]!r} and put <{alone}> where the file belongs"
+        )
     columns = replace(OWN_NAMES, messages=conversation_column(objects))
     return Form(name, columns, vocabulary(objects, columns.messages)), why
 
@@ -101,7 +107,7 @@ def _by_signs(records: Sequence[Mapping[str, Any]], where: str, looked_at: int) 
         found = ", ".join(f"{sign} ({name})" for name, sign in signs.items())
         raise DataError(
             f"{where}: the {looked_at} records looked at have {found}, which do not go together; {WANTED}; split the "
-            "file, or say which form it has with --data_format"
+            "file, or say which form it has (--data_format, formatting in dataset_info.json)"
         )
     if signs:
         ((name, sign),) = signs.items()
@@ -170,7 +176,13 @@ def check_columns(records: Sequence[Any], columns: Columns, form: FormName, wher
         # Other records may have it, or it is a column of a table without a value.
         warnings.append(f"{text} {found}")
     named = {getattr(columns, name) for name in (*used, "system", "tools", *MEDIA_COLUMNS.values())}
-    ours = {"system", "tools", *MEDIA_COLUMNS.values(), *({"input", "history"} if form == "alpaca" else ())}
+    ours = {
+        "system",
+        "tools",
+        *MEDIA_COLUMNS,
+        *MEDIA_COLUMNS.values(),
+        *({"input", "history"} if form == "alpaca" else ()),
+    }
     filled = [key for key in keys if key in ours - named and any(isinstance(r, dict) and r.get(key) for r in records)]
     if filled:
         warnings.append(

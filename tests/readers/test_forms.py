@@ -228,6 +228,10 @@ def test_a_system_column_alone_makes_it_sharegpt(folder: Path) -> None:
             r"'instruction' \(alpaca\), 'messages' \(official\)",
         ),
         ([{"instruction": "a", "chosen": "b", "rejected": "c"}], "'chosen' and 'rejected', answers that are compared"),
+        (
+            [{"instruction": "a", "output": "b", "image": "a.png"}],
+            "alpaca form .* have 'image', .* name it 'images' and put",
+        ),
         ([{"messages": CHAT, "kto_tag": True}], "'kto_tag', answers that are compared; only supervised"),
     ],
 )
