@@ -65,6 +65,8 @@ def test_commands(place, demo_data):
             )
             assert str(ROOT / "finetune.py") in printed
             assert all(word in printed for word in words[2:]), command
+        elif words[0] == "torchrun":
+            check_recipe(words[words.index("finetune.py") + 1 :])
         elif words[:2] == ["python", "finetune.py"]:
             assert "--lora_modules_to_save" in run([sys.executable, str(ROOT / "finetune.py"), *words[2:]], place)
         elif words[:2] == ["python", "examples/guicourse/make_data.py"]:
@@ -83,6 +85,14 @@ def test_commands(place, demo_data):
             run([sys.executable, *words[1:]], place)
         else:
             pytest.fail(f"README.md has a command that no test runs: {command}")
+
+
+def check_recipe(words: list[str]) -> None:
+    """Files of flags: tests/generations makes a step with each, here the words behind it count."""
+    from finetune.arguments import parse_arguments
+
+    args = parse_arguments([str(ROOT / words[0]), *words[1:]])
+    assert args.training.learning_rate == pytest.approx(float(words[words.index("--learning_rate") + 1]))
 
 
 def check_edited_launchers(assignment: str, place: Path) -> None:
@@ -139,7 +149,10 @@ def test_flags_named_in_the_readme_exist():
         for entry in fields(group)
     }
     text = README + (ROOT / "docs/data.md").read_text()
-    named = set(re.findall(r"--([a-z0-9_]+)", re.sub(r"python -m finetune[^\n`]*", "", text))) - {"help"}
+    named = set(re.findall(r"--([a-z0-9_]+)", re.sub(r"python -m finetune[^\n`]*", "", text))) - {
+        "help",
+        "nproc_per_node",
+    }
     assert named <= known, named - known
 
 

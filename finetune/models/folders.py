@@ -50,7 +50,7 @@ def local_folder(name: str, revision: str | None = None) -> Path:
 def nearest_folders(missing: Path) -> str:
     """The model and adapter folders whose paths are most like one that is not there, as the end of a message.
 
-    They are looked for below the lowest folder of the path that exists, or below its name most like the one given.
+    They are looked for below the lowest folder of the path that exists.
     """
     root = missing.absolute()
     while not root.is_dir():
@@ -63,8 +63,8 @@ def nearest_folders(missing: Path) -> str:
             name for name in folders if not name.startswith(".") and name not in ("node_modules", "__pycache__")
         ]
         if any(name in files for name in _CONFIGS):
-            found.append(folder)
+            found.append(os.path.relpath(folder, root))
         if number > _LOOKED_INTO:
             break
-    near = difflib.get_close_matches(str(missing.absolute()), found, n=3, cutoff=0.5)
-    return f"; the nearest that exist are {', '.join(near)}" if near else ""
+    near = difflib.get_close_matches(os.path.relpath(missing.absolute(), root), found, n=3, cutoff=0.5)
+    return f"; the nearest that exist are {', '.join(str(root / name) for name in near)}" if near else ""

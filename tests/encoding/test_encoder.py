@@ -51,6 +51,19 @@ def test_measure_equals_encode(family: str, sizes: list[tuple[int, int]], genera
     assert measured.cost == pytest.approx(measured.tokens + 0.1 * measured.patches)
 
 
+def test_large_images_are_shrunk_before_they_are_cut() -> None:
+    """As the same image made smaller beforehand."""
+    shrinking = encoder("llama3_v2_5", shrink_pixels=150 * 100)
+    noise = Image.effect_noise((300, 200), 90).convert("RGB")
+    small = Media("image", noise.resize((150, 100), Image.Resampling.BICUBIC))
+    conversation = sample(Media("image", noise))
+    example, expected = shrinking.encode(conversation), encoder("llama3_v2_5").encode(sample(small))
+    assert torch.equal(example.patches, expected.patches)
+    assert torch.equal(example.input_ids, expected.input_ids)
+    assert shrinking.measure(conversation).items == len(example.tgt_sizes)
+    assert len(encoder("llama3_v2_5").encode(conversation).tgt_sizes) > len(example.tgt_sizes)
+
+
 @BOTH
 def test_measure_takes_a_sample_as_it_is(family: str) -> None:
     conversation = sample()

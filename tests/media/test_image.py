@@ -149,3 +149,11 @@ def test_truncated(tmp_path: Path, kind: str) -> None:
     assert image.size(media, SOURCE) == (200, 200)
     with pytest.raises(DataError, match=r"record 7 .*cannot be decoded .*truncated, damaged .*replace it or remove"):
         image.load(media, SOURCE)
+
+
+def test_shrunk_as_llama_factory_does():
+    """1000 x 500 to at most 589824 pixels stays; 2000 x 1000 is multiplied by the root of 589824 / 2000000."""
+    assert image.shrunk((1000, 500), 589824) == (1000, 500)
+    assert image.shrunk((2000, 1000), 589824) == (1086, 543)
+    assert image.shrunk((2000, 1000), None) == (2000, 1000)
+    assert image.shrunk((10000, 2), 100) == (707, 1)

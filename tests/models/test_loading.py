@@ -16,6 +16,7 @@ from visual_batch import FAMILIES, GOLDEN, OMNI, TINY, Row, make_batch, prompt, 
 
 from finetune.families import UnknownFamilyError
 from finetune.models import CheckpointError, MiniCPMO, MiniCPMOConfig, MiniCPMV, MiniCPMVConfig, load_model
+from finetune.models.folders import local_folder
 from finetune.tuning.checkpoint import resolve
 
 ROWS: list[Row] = [(3, [(4, 6)], 5), (6, [], 3), (2, [(3, 3)], 4)]
@@ -346,3 +347,13 @@ def test_embeddings_can_be_replaced() -> None:
     model.set_output_embeddings(head)
     assert model.get_input_embeddings() is table is model.llm.model.embed_tokens
     assert model.get_output_embeddings() is head is model.llm.lm_head
+
+
+def test_a_folder_that_is_missing_names_the_nearest(tmp_path):
+    for name in ("saves/minicpmv4_5/lora/sft", "saves/other/full"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no such folder .*; the nearest that exist are \S+minicpmv4_5/lora/sft"):
+        local_folder(str(tmp_path / "saves/minicpm_v4_5/lora/sft"))
+    with pytest.raises(CheckpointError, match=r"no such folder \(looked in [^;]*$"):
+        local_folder(str(tmp_path / "x/y/z"))

@@ -15,7 +15,7 @@ from finetune.arguments import ArgumentError, LoraArguments, TrainingArguments
 from finetune.families import FAMILIES, by_name
 from finetune.families.common import OWN_PARTS
 from finetune.models import load_model
-from finetune.tuning.parts import adapt, counted, part_of, part_rows
+from finetune.tuning.parts import adapt, counted, describe_parameters, part_of, part_rows
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -242,3 +242,38 @@ V2_0_CONFIG = {
     "vision_encoder": "vit_so400m_patch14_siglip_384.webli",
     "vocab_size": 122753,
 }
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix"), [("v2_0", "llm.model.layers."), ("v4_6", "model.language_model.layers.")]
+)
+@pytest.mark.parametrize(("count", "trained"), [(1, {"1"}), (-1, {"0"}), (2, {"0", "1"})])
+def test_some_layers_of_the_llm(tiny, tmp_path, family, prefix, count, trained):
+    model = load_model(tiny(family))
+    flags = arguments(tmp_path, tune_llm_layers=count, tune_vision=False, tune_resampler=False)
+    adapt(model, by_name(family), flags, LoraArguments())
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert all(name.startswith(prefix) for name in names)
+    assert {name.removeprefix(prefix).split(".")[0] for name in names} == trained
+    assert "frozen" in describe_parameters(model)
+
+
+def test_more_layers_than_there_are(tiny, tmp_path):
+    with pytest.raises(ArgumentError, match="--tune_llm_layers 3: the LLM of MiniCPM-V 2.0 has 2 layers"):
+        adapt(load_model(tiny("v2_0")), by_name("v2_0"), arguments(tmp_path, tune_llm_layers=3), LoraArguments())
+    with pytest.raises(ArgumentError, match="neither with --use_lora true"):
+        arguments(tmp_path, tune_llm_layers=3, use_lora=True)
+
+
+def test_names_are_targets_in_the_adapted_parts_alone(tiny, tmp_path):
+    """The vision tower has projections of the same names."""
+    model = load_model(tiny("v2_6"))
+    flags = arguments(tmp_path, use_lora=True, tune_resampler=False)
+    adapted = adapt(model, by_name("v2_6"), flags, LoraArguments(lora_target_modules="q_proj, mlp.up_proj"))
+    layers = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in names_of_adapters(adapted)}
+    inside = "llm.model.layers"
+    assert layers == {f"{inside}.{n}.{name}" for n in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")}
+
+
+def names_of_adapters(model) -> list[str]:
+    return [name for name, _ in model.named_parameters() if ".lora_" in name]
