@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.readers.conversation import TrainOn, Turn, build, refuse_tools, system_text
 from finetune.readers.forms import Form
-from finetune.readers.media import Places, json_type
+from finetune.readers.media import Places, json_cell, json_type
 from finetune.sample import DataError, Sample, Source
 
 
@@ -51,7 +51,7 @@ def _text(record: Mapping[str, Any], column: str | None, source: Source) -> str:
 
 
 def _history(record: Mapping[str, Any], column: str | None, source: Source) -> Iterator[Turn]:
-    pairs = None if column is None else record.get(column)
+    pairs = None if column is None else json_cell(record.get(column))
     if not pairs:
         return
     if not isinstance(pairs, (list, tuple)):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from finetune.readers.forms import MEDIA_COLUMNS, Columns
-from finetune.readers.media import Places, json_type, listed
+from finetune.readers.media import Places, json_cell, json_type, listed
 from finetune.sample import DataError, Media, MediaKind, Message, Part, Sample, Source, Text
 
 TrainOn = Literal["all", "last"]
@@ -163,7 +163,7 @@ def turn_list(record: Mapping[str, Any], column: str | None, source: Source) -> 
     """
     if column is None:
         raise DataError(f"{source}: no column is named for the turns; name it under columns: messages")
-    turns = record.get(column)
+    turns = json_cell(record.get(column))
     if turns is None:
         found = ", ".join(map(repr, record)) or "nothing"
         raise DataError(f"{source}: has no {column!r} (found {found}); add the list of turns, or name its column")

@@ -19,6 +19,7 @@ from finetune.readers.forms import (
     FormName,
     Tags,
 )
+from finetune.readers.media import json_cell
 from finetune.sample import DataError, MediaKind
 
 DataFormat = Literal["auto", "official", "sharegpt", "alpaca", "openai"]
@@ -82,7 +83,7 @@ def vocabulary(records: Sequence[Mapping[str, Any]], column: str | None) -> Tags
 
 
 def _turns(record: Mapping[str, Any], column: str | None) -> list[Mapping[str, Any]]:
-    turns = None if column is None else record.get(column)
+    turns = None if column is None else json_cell(record.get(column))
     return [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, (list, tuple)) else []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ def listed(value: Any, kind: MediaKind, column: str, source: Source, where: Plac
     Raises:
         DataError: as ``one``; a video as a list of frames.
     """
+    value = json_cell(value)
     if value is None or value == "":
         return []
     values = value if isinstance(value, (list, tuple)) else [value]
@@ -138,6 +140,16 @@ def _decoded(data: bytes, kind: MediaKind, source: Source) -> Image.Image:
         ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{source}: an image of {len(data)} bytes inside the record is damaged ({error})") from error
+
+
+def json_cell(value: Any) -> Any:
+    """The list or object of a cell of CSV, which holds it as JSON text; every other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value  # a path may begin like this too
+    return value
 
 
 def json_type(value: Any) -> str:

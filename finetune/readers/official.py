@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from finetune.readers.conversation import TrainOn, assemble, loss, turn_list
-from finetune.readers.media import Places, is_embedded, json_type, one
+from finetune.readers.media import Places, is_embedded, json_cell, json_type, one
 from finetune.readers.sharegpt import state
 from finetune.sample import DataError, Media, Part, Sample, Source, Text
 
@@ -45,7 +45,7 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
                 "(or the file is of another form: --data_format sharegpt)"
             )
     turns = _turns(record, source)
-    images = _images(record.get("image"), source, where)
+    images = _images(json_cell(record.get("image")), source, where)
     placed = _place(turns, images, source)
     return assemble(
         [(turn.role, parts, turn.loss) for turn, parts in zip(turns, placed, strict=True)], source, train_on

@@ -24,9 +24,9 @@ def open_records(path: Path, *, rebuild: bool = False) -> Sequence[Any]:
     """Records of a data file, or of a folder of files of one kind in the order of their names.
 
     A file is Parquet, Arrow or CSV by its ending; every other one is JSON, an array or JSON Lines by its first
-    character. Records are plain Python values: of tables dictionaries by column, without the keys that are None, and
-    with text of CSV cells that begins with [ or { parsed as JSON. Images embedded in Parquet or Arrow come undecoded,
-    as dictionaries with ``bytes``, ``path`` or both. The result may be shared with, or pickled to, other processes.
+    character. Records are plain Python values: of tables dictionaries by column, without the keys that are None; cells
+    of CSV are text or numbers. Images embedded in Parquet or Arrow come undecoded, as dictionaries with ``bytes``,
+    ``path`` or both. The result may be shared with, or pickled to, other processes.
 
     Args:
         path: the file or folder.

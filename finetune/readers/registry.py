@@ -296,4 +296,4 @@ def _from_hub(entry: Entry) -> Sequence[Any]:
             f"{entry.where}: {entry.hub} of the Hugging Face hub cannot be loaded ({state}); go online once, or "
             "download it and give its file under 'file_name'"
         ) from error
-    return TableRecords(undecoded(rows), entry.hub, cells=False)
+    return TableRecords(undecoded(rows))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,26 +24,17 @@ class TableRecords(Sequence[Any]):
 
     Args:
         rows: a ``datasets.Dataset``.
-        name: named in errors.
-        cells: whether text may hold JSON, as in the cells of CSV.
     """
 
-    def __init__(self, rows: Any, name: str, *, cells: bool) -> None:
-        self._rows, self._name, self._cells = rows, name, cells
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The row at ``index``.
-
-        Raises:
-            DataError: a cell that begins like JSON and is not.
-        """
-        row = self._rows[range(len(self))[index]]
-        if self._cells:
-            row = {column: _cell(value, f"{self._name}, record {index}: {column!r}") for column, value in row.items()}
-        return present(row)
+        """The row at ``index``."""
+        return present(self._rows[range(len(self))[index]])
 
 
 def open_table(files: Sequence[Path], *, rebuild: bool = False) -> TableRecords:
@@ -80,7 +70,7 @@ def open_table(files: Sequence[Path], *, rebuild: bool = False) -> TableRecords:
             raise DataError(f"{name}: cannot be read as {kind}: {_reason(error)}") from error
     if not len(rows):
         raise DataError(f"{name}: the table has no row; training and evaluation need at least one")
-    return TableRecords(undecoded(rows), name, cells=kind == "csv")
+    return TableRecords(undecoded(rows))
 
 
 @contextmanager
@@ -118,16 +108,6 @@ def undecoded(rows: Any) -> Any:
         elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
             rows = rows.cast_column(column, datasets.List(datasets.Image(decode=False)))
     return rows
-
-
-def _cell(value: Any, where: str) -> Any:
-    """A cell of CSV; text that begins like JSON is JSON."""
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} begins like JSON and is not: {error.msg} at character {error.pos}") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -322,6 +322,23 @@ def test_images_inside_parquet(folder: Path) -> None:
     assert (first.data.size, second.data) == ((90, 20), folder / "a.png")
 
 
+def test_csv(folder: Path) -> None:
+    import csv
+
+    answer = '{"total": 3}'
+    with (folder / "alpaca.csv").open("w", newline="") as file:
+        rows = [("instruction", "output", "images", "history")]
+        rows += [("<image>Read.", answer, "a.png", '[["a", "b"]]'), ("Hi", "[1]", "", "")]
+        csv.writer(file).writerows(rows)
+    first, second = read(folder / "alpaca.csv")
+    assert shown(first) == [("user", "a"), ("assistant", "b"), ("user", "[a.png]Read."), ("assistant", answer)]
+    assert shown(second) == [("user", "Hi"), ("assistant", "[1]")]
+    with (folder / "chat.csv").open("w", newline="") as file:
+        asked = [{"role": "user", "content": "<image>Hi"}, CHAT[1]]
+        csv.writer(file).writerows([("messages", "images"), (json.dumps(asked), '["b.png"]')])
+    assert shown(read(folder / "chat.csv")[0]) == [("user", "[b.png]Hi"), ("assistant", "Ho")]
+
+
 def test_parts_without_a_path_take_the_files_of_the_column(folder: Path) -> None:
     content = [{"type": "text", "text": "Is <image> a tag?"}, {"type": "image"}]
     sample = one(folder, {"messages": [{"role": "user", "content": content}, CHAT[1]], "images": ["b.png"]})
