@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from finetune.arguments import DataArguments
 from finetune.encoding.collate import pad
@@ -15,7 +16,8 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
 from finetune.encoding.intake import BAD_SAMPLES, Intake
 from finetune.readers.mixture import Mixture, open_data
-from finetune.sample import Sample
+from finetune.readers.streamed import StreamedSamples, open_stream
+from finetune.sample import DataError, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,59 @@ class SupervisedDataset(Dataset[Example]):
 
     def first_usable(self) -> Example:
         """The first example that is not left out."""
-        return next(example for example in (self[index] for index in range(len(self))) if (example.labels >= 0).any())
+        return _first_usable(self.intake)
+
+
+class StreamedDataset(IterableDataset[Example]):
+    """Records read from front to back, for data that is too large for anything else; it never ends.
+
+    All loader processes of all ranks together see every record once per pass. ``samples`` are the first records of the
+    data, for what wants samples by number.
+
+    Args:
+        streamed: the records.
+        intake: of its head; streamed records meet the same policies.
+    """
+
+    def __init__(self, streamed: StreamedSamples, intake: Intake) -> None:
+        super().__init__()
+        self.streamed = streamed
+        self.samples: Sequence[Sample] = streamed.head
+        self.intake = intake
+        self._rank, self._world, self._batch_size, self._passed = 0, 1, 1, 0
+
+    def deal(self, rank: int, world: int, batch_size: int, passed: int = 0) -> None:
+        """Says which records are read here.
+
+        Args:
+            rank: number of this process.
+            world: processes.
+            batch_size: examples per batch.
+            passed: batches of this rank that were trained before; an empty row stands for each of their examples, for
+                a loader that skips them.
+        """
+        self._rank, self._world, self._batch_size, self._passed = rank, world, batch_size, passed
+
+    def __iter__(self) -> Iterator[Example]:
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        # The loader takes a batch from each of its processes in turn.
+        passed = len(range(number, self._passed, workers)) * self._batch_size
+        records = self.streamed.stream.endless(self._rank * workers + number, self._world * workers)
+        for place, record in enumerate(records):
+            if place < passed:
+                yield self.intake.fitter.encoder.empty(str(record.source()))
+            else:
+                yield self.intake.encode(partial(self.streamed.sample, record), record.source)
+
+    def first_usable(self) -> Example:
+        """The first example that is not left out."""
+        return _first_usable(self.intake)
+
+
+def _first_usable(intake: Intake) -> Example:
+    examples = map(intake.take, range(len(intake.samples)))
+    return next(example for example in examples if (example.labels >= 0).any())
 
 
 class DataCollator:
@@ -61,7 +115,7 @@ class DataCollator:
 class DataModule(TypedDict):
     """What the trainer takes about data."""
 
-    train_dataset: SupervisedDataset
+    train_dataset: SupervisedDataset | StreamedDataset
     eval_dataset: SupervisedDataset | None
     data_collator: DataCollator
 
@@ -81,10 +135,12 @@ def make_supervised_data_module(
         DataError: a file that is missing or malformed, or without records; a data set that is not described.
     """
 
-    def dataset(samples: Sequence[Sample]) -> SupervisedDataset:
+    def intake(samples: Sequence[Sample]) -> Intake:
         report = None if output is None else output / BAD_SAMPLES
-        intake = Intake(samples, encoder, overlong=data.overlong, on_bad_sample=data.on_bad_sample, report=report)
-        return SupervisedDataset(samples, encoder, intake)
+        return Intake(samples, encoder, overlong=data.overlong, on_bad_sample=data.on_bad_sample, report=report)
+
+    def dataset(samples: Sequence[Sample]) -> SupervisedDataset:
+        return SupervisedDataset(samples, encoder, intake(samples))
 
     def opened(path: str | None, names: str | None) -> Mixture:
         return open_data(
@@ -100,12 +156,40 @@ def make_supervised_data_module(
             rebuild=data.overwrite_cache,
         )
 
-    samples, kept = opened(data.data_path, data.dataset), None
-    if data.val_size:
-        samples, kept = samples.split(data.val_size, seed)
-    elif data.eval_data_path or data.eval_dataset:
-        kept = opened(data.eval_data_path, data.eval_dataset)
-    train = dataset(samples)
-    evaluation = None if kept is None else dataset(kept)
-    logger.info("%d training samples, %d evaluation samples", len(train), len(evaluation or ()))
+    evaluation = None
+    if data.eval_data_path or data.eval_dataset:
+        evaluation = dataset(opened(data.eval_data_path, data.eval_dataset))
+    if data.streaming:
+        streamed = _stream(data, seed)
+        train = StreamedDataset(streamed, intake(streamed.head))
+    else:
+        samples = opened(data.data_path, data.dataset)
+        if data.val_size:
+            samples, kept = samples.split(data.val_size, seed)
+            evaluation = dataset(kept)
+        train = dataset(samples)
+    count = "streamed" if isinstance(train, StreamedDataset) else len(train)
+    logger.info("%s training samples, %d evaluation samples", count, len(evaluation or ()))
     return DataModule(train_dataset=train, eval_dataset=evaluation, data_collator=DataCollator(encoder.pad_id))
+
+
+def _stream(data: DataArguments, seed: int) -> StreamedSamples:
+    for flag, why in (
+        ("val_size", "nothing can be kept out of a stream: give evaluation data of their own"),
+        ("max_samples", "a stream has no number of records: --max_steps says when training ends"),
+    ):
+        if getattr(data, flag):
+            raise DataError(f"--streaming true with --{flag}: {why}")
+    if data.buffer_size < 1:
+        raise DataError(f"--buffer_size {data.buffer_size}: at least 1 record is needed")
+    return open_stream(
+        data.data_path,
+        data.dataset,
+        dataset_dir=data.dataset_dir,
+        media_dir=data.media_dir,
+        image_root=data.image_root,
+        train_on=data.train_on,
+        data_format=data.data_format,
+        seed=seed,
+        buffer_size=data.buffer_size,
+    )

@@ -20,7 +20,7 @@ from finetune.legacy_flags import LLM_TYPES, template_fits
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from dataset import SupervisedDataset
+    from dataset import StreamedDataset, SupervisedDataset
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     return status
 
 
-def report_samples(trainer: Trainer, train: SupervisedDataset, output: Path) -> None:
+def report_samples(trainer: Trainer, train: SupervisedDataset | StreamedDataset, output: Path) -> None:
     """What became of the training samples on all ranks, and how many records are listed as left out."""
     import torch
 

@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from dataset import StreamedDataset
 from finetune.errors import UserError
 from finetune.evaluation.in_training import GeneratedMetric
+from finetune.tuning import streams
 from finetune.tuning.alarms import Alarms
 from finetune.tuning.checkpoint import Checkpoint
 from finetune.tuning.manifest import zero_stage
@@ -63,6 +65,7 @@ class CPMTrainer(Trainer):
         self._samples = 0
         self._clock = time.perf_counter()
         self._paused = 0.0
+        self._passed = 0
         self._generated = self._generated_metric()
         parts = base.family.parts
         trained = {part_of(name, parts) for name, weight in self._network().named_parameters() if weight.requires_grad}
@@ -73,11 +76,39 @@ class CPMTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Training; none when the checkpoint that was resumed from has all the steps already."""
+        if (checkpoint := kwargs.get("resume_from_checkpoint")) is not None:
+            self._passed = streams.batches_passed(Path(checkpoint), self._dealt())
         try:
             return super().train(*args, **kwargs)
         except NothingLeftError:
             logger.info("all %d steps were done before: nothing is trained", self.state.global_step)
             return TrainOutput(self.state.global_step, math.nan, {})
+
+    def _dealt(self) -> dict[str, Any] | None:
+        """How streamed records are dealt; None for other data."""
+        dataset = self.train_dataset
+        return streams.dealt(dataset.streamed.stream.state, self.args) if isinstance(dataset, StreamedDataset) else None
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The loader of the training data.
+
+        That of streamed data is not handed to accelerate, which would let rank 0 read all and send it to the others:
+        the stream deals its records to ranks and loader processes by itself, and never ends.
+        """
+        dataset = self.train_dataset
+        if not isinstance(dataset, StreamedDataset):
+            return super().get_train_dataloader()
+        args, batch_size = self.args, self._train_batch_size
+        dataset.deal(args.process_index, args.world_size, batch_size, self._passed)
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the flags, its groups split by part so that each has its own learning rate."""
@@ -243,4 +274,6 @@ class CPMTrainer(Trainer):
                 finish_adapter(model, folder, self.base)
             else:
                 finish_full(folder, self.base)
+            if folder == checkpoint and (dealt := self._dealt()) is not None:
+                streams.write(folder, dealt)
         self._paused += time.perf_counter() - start
