@@ -17,6 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune.commands import consolidate
+from finetune.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"lora": "finetune_lora.sh", "full": "finetune_ds.sh"}
 # Shuffled data and (LoRA) dropout 0.05, so that order and random numbers have to be restored as well.
@@ -144,6 +147,30 @@ def test_killed_during_a_save(uninterrupted, tiny, demo_data, tmp_path):
     assert f"resuming from {output / 'checkpoint-1'} (step 1)" in err
     assert result_of(out)["steps"] == 10
     assert_same_result(uninterrupted("lora", 2), output)
+
+
+@pytest.mark.parametrize(("method", "stage"), [("lora", 2), ("lora", 3), ("full", 2), ("full", 3)])
+def test_the_parts_of_a_checkpoint_become_what_was_saved(uninterrupted, tmp_path, capsys, method, stage):
+    """As after a run that ended before its weights were gathered."""
+    saved = uninterrupted(method, stage) / "checkpoint-5"
+    parts = Path(shutil.copytree(saved, tmp_path / "run" / "checkpoint-5"))
+    shutil.copyfile(saved.parent / "run.yaml", parts.parent / "run.yaml")
+    for path in parts.glob("*.safetensors*"):
+        path.unlink()
+    assert consolidate.main([str(parts), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "pickles of your own run" in said
+    assert "loads=true" in said
+    name = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    expected, found = load_file(saved / name), load_file(tmp_path / "out" / name)
+    assert set(expected) == set(found)
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    for each in ("tokenizer.json", "adapter_config.json" if method == "lora" else "config.json"):
+        assert (tmp_path / "out" / each).read_bytes() == (saved / each).read_bytes()
+    next(parts.rglob("*_optim_states.pt")).unlink()
+    with pytest.raises(UserError, match="not complete"):
+        consolidate.main([str(parts), str(tmp_path / "again")])
+    assert not (tmp_path / "again").exists()
 
 
 def test_another_number_of_processes_is_refused(uninterrupted, tiny, demo_data, tmp_path):
