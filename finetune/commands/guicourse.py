@@ -58,10 +58,10 @@ def convert_file(file: Path, parquets: Sequence[Path], out: Path, *, form: str, 
     """
     from finetune.guicourse.images import extract
     from finetune.guicourse.records import RecordError, image_ids, to_training
-    from finetune.readers.json_file import load_records
+    from finetune.readers.records import open_records
 
     stem = file.name.removesuffix(_DATA) if file.name.endswith(_DATA) else file.stem
-    usable, bad = _look(file, load_records(file))
+    usable, bad = _look(file, open_records(file))
     wanted = {image for _, record, _ in usable for image in image_ids(record)}
     if not usable:
         raise DataError(f"{file}: no record of GUIEnv, GUIAct or GUIChat; the first {bad[0]['message']}")
@@ -112,9 +112,9 @@ def score(given: argparse.Namespace) -> int:
     from finetune.guicourse.actions import ActionError
     from finetune.guicourse.images import elements
     from finetune.guicourse.scoring import ElementsMissingError, score_file
-    from finetune.readers.json_file import load_records
+    from finetune.readers.records import open_records
 
-    labels = load_records(given.data)
+    labels = open_records(given.data)
     for index, record in enumerate(labels):
         if not isinstance(record, dict) or not {"uid", "image_size"} <= record.keys():
             raise DataError(f"{given.data}, record {index}: needs uid and image_size; give the published *_data.json")
@@ -148,10 +148,10 @@ def read_predictions(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         DataError: one without uid (or id) and pred (or prediction).
     """
-    from finetune.readers.json_file import load_records
+    from finetune.readers.records import open_records
 
     found = {}
-    for index, row in enumerate(load_records(path)):
+    for index, row in enumerate(open_records(path)):
         if isinstance(row, dict) and "prediction" in row and "pred" not in row:
             row = {**row, "uid": row.get("id"), "pred": row["prediction"]}
         if not isinstance(row, dict) or not isinstance(row.get("uid"), str) or not isinstance(row.get("pred"), str):

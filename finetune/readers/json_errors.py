@@ -45,7 +45,7 @@ def explain(path: Path, file: BinaryIO, at: int, message: str, line: tuple[int, 
         what = "file" if line is None else "line"
         cause = f"the {what} ends in the middle of a record; was the file copied completely?"
     else:
-        cause = f"{message} at {_excerpt(after)}"
+        cause = f"{message.removesuffix(' at')} at {_excerpt(after)}"
     return DataError(f"{path}, line {lines}: not valid JSON: {cause}")
 
 

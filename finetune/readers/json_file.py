@@ -174,8 +174,3 @@ def _state(file: BinaryIO) -> tuple[int, int]:
     """Size and time of change."""
     state = os.fstat(file.fileno())
     return state.st_size, state.st_mtime_ns
-
-
-def load_records(path: Path) -> list[Any]:
-    """The records of a JSON file, all at once."""
-    return list(JsonRecords(path))

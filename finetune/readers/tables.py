@@ -67,9 +67,9 @@ def open_table(files: Sequence[Path], *, rebuild: bool = False) -> TableRecords:
                 download_mode="force_redownload" if rebuild else None,
             )
         except (DatasetsError, OSError, ValueError) as error:
+            if "corresponds to no data" in str(error):
+                raise DataError(f"{name}: the table has no row; training and evaluation need at least one") from error
             raise DataError(f"{name}: cannot be read as {kind}: {_reason(error)}") from error
-    if not len(rows):
-        raise DataError(f"{name}: the table has no row; training and evaluation need at least one")
     return TableRecords(undecoded(rows))
 
 
