@@ -1,13 +1,12 @@
 """``python -m finetune export``: a base and its adapters become one model folder, or what a server wants of them.
 
 The merge goes through the weights one layer at a time and needs little memory; the result is complete, loads offline
-and is compared with the adapted model before it takes its place. Flags have LLaMA-Factory's names.
+and is compared with the adapted model, one after the other in memory. Flags have LLaMA-Factory's names.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,44 +107,54 @@ def _is_adapter(folder: Path) -> bool:
 
 def _notes(adapter: Path, base: Checkpoint) -> list[str]:
     """What a user should know about an adapter on this base."""
-    import yaml
-
     from finetune.models.adapters import settings_of
 
     notes = []
     named = str(settings_of(adapter).get("base_model_name_or_path") or "a base without a name")
     if named != base.name and Path(named).expanduser().resolve() != base.folder:
         notes.append(f"           it was trained on {named}; family and shapes are compared, the weights cannot be")
-    run = adapter / "run.yaml"
-    flags: Any = (yaml.safe_load(run.read_text(encoding="utf-8")) or {}).get("flags", {}) if run.is_file() else {}
-    if flags.get("q_lora"):
+    if _flags_of(adapter).get("q_lora"):
         notes.append("           it was trained on the base in 4 bit (QLoRA); it is merged into the unquantised base")
     return notes
 
 
+def _flags_of(adapter: Path) -> dict[str, Any]:
+    """The flags that an adapter was trained with, as far as its run.yaml tells."""
+    import yaml
+
+    run = adapter / "run.yaml"
+    try:
+        content = yaml.safe_load(run.read_text(encoding="utf-8")) if run.is_file() else None
+    except yaml.YAMLError:
+        return {}
+    flags = content.get("flags") if isinstance(content, dict) else None
+    return flags if isinstance(flags, dict) else {}
+
+
 def _export(given: argparse.Namespace, sources: Sources, out: Path) -> Agreement | None:
-    """Writes and checks the folder in a place of its own, then puts it where it belongs."""
+    """Writes the folder in a place of its own, puts it where it belongs and checks it."""
     import torch
 
     from finetune.export.folder import model_card, unfinished, write_model, write_record
     from finetune.export.writing import WeightFiles
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     base, adapters = sources.base, sources.adapters
     weights = _weights(given, sources)
     dtype = None if given.infer_dtype == "auto" else getattr(torch, given.infer_dtype)
     files = WeightFiles(weights, dtype=dtype, shard_size=round(given.export_size * 1e9))
+    served = given.format == "vllm"
     with unfinished(out, sources.folders, overwrite=given.overwrite_output_dir == "true") as folder:
-        model, left = folder, []
-        if given.format == "vllm":
-            model, left = folder / "base", [folder / "adapter"]
-            model.mkdir()
+        model = folder / "base" if served else folder
+        model.mkdir(exist_ok=True)
         count = write_model(model, base, files, dtype=dtype, card=model_card(base, [each.name for each in adapters]))
         print(f"written    {files.total_size / 1e9:.2f} GB in {count} file(s), {len(weights.changed)} tensors changed")
-        if left:
-            _write_served(weights, base, left[0], out)
+        if served:
+            _write_served(weights, base, folder / "adapter", out)
         write_record(folder, adapters, _record(given, sources))
-        agreement = _verify(given, sources, model, left) if given.verify == "auto" else None
+    # Only now: should the check run out of memory, a complete folder is in its place.
+    agreement = None
+    if given.verify == "auto":
+        agreement = _verify(given, sources, *((out / "base", [out / "adapter"]) if served else (out, [])))
     print(f"merged={out}{'' if agreement is None else _in_words(agreement)}")
     return agreement
 
