@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,6 +25,7 @@ from finetune.tuning import streams
 from finetune.tuning.alarms import Alarms
 from finetune.tuning.checkpoint import Checkpoint
 from finetune.tuning.manifest import zero_stage
+from finetune.tuning.order import LeanSampler
 from finetune.tuning.parts import counted, full_parts, numel, part_of
 from finetune.tuning.resume import NothingLeftCallback, NothingLeftError
 from finetune.tuning.saving import finish_adapter, finish_full
@@ -97,7 +99,10 @@ class CPMTrainer(Trainer):
         """
         dataset = self.train_dataset
         if not isinstance(dataset, StreamedDataset):
-            return super().get_train_dataloader()
+            loader: Any = super().get_train_dataloader()
+            if type(sampler := loader.get_sampler()) is SeedableRandomSampler:
+                loader.set_sampler(LeanSampler(sampler))
+            return loader
         args, batch_size = self.args, self._train_batch_size
         dataset.deal(args.process_index, args.world_size, batch_size, self._passed)
         return DataLoader(
