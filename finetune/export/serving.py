@@ -98,6 +98,8 @@ def write_served_adapter(folder: Path, merged: Merged, base: Checkpoint, base_na
         f"For `{base_name}`, which has everything else that was trained. Not for the published base.\n",
         encoding="utf-8",
     )
+    # safetensors writes files that only their owner may read, whatever the umask.
+    (folder / ADAPTER_WEIGHTS).chmod((folder / "README.md").stat().st_mode & 0o777)
     return rank
 
 
