@@ -1,0 +1,358 @@
+"""Videos: what their headers say, and chosen frames of them as RGB pictures.
+
+A video is a file, a folder of pictures, or a list of picture files. Files are decoded by PyAV, an extra.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from finetune.errors import UserError
+from finetune.media import image
+from finetune.media.sampling import Group, Length
+from finetune.sample import DataError, Media, Source
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+INSTALL = 'pip install "av>=14,<19"'
+
+# Containers that are read. Playlists and patterns are none of them: they name further files or addresses.
+_OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,asf,ogg,apng",
+    "protocol_whitelist": "file",
+}
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+_MEND = "replace it or remove the record"
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A video before its frames are decoded.
+
+    Attributes:
+        files: the video file, or the pictures that are its frames.
+        length: number of frames and frames per second.
+        size: (width, height) in pixels, turned as it is shown.
+        pictures: whether the files are pictures.
+    """
+
+    files: tuple[Path, ...]
+    length: Length
+    size: tuple[int, int]
+    pictures: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """Frames of a video that share a run of placeholders: a part of a conversation in place of its video.
+
+    Attributes:
+        clip: the video.
+        indices: which frames.
+        times: time index of each, -1 where the family has none.
+        video: place of the video among those of the conversation.
+        opens: whether they are the first of their video.
+    """
+
+    clip: Clip
+    indices: tuple[int, ...]
+    times: tuple[int, ...]
+    video: int
+    opens: bool
+
+
+def frames_of(clip: Clip, groups: Sequence[Group], video: int = 0) -> tuple[Frames, ...]:
+    """The parts that take the place of a video; ``video`` is its place among the videos of the conversation."""
+    return tuple(Frames(clip, *group, video, place == 0) for place, group in enumerate(groups))
+
+
+def probe(media: Media, source: Source, fps: float = 1.0, max_pixels: int = image.MAX_PIXELS) -> Clip:
+    """Length and size of a video; of a file at most the first frame is decoded.
+
+    Args:
+        media: a video.
+        source: named in errors.
+        fps: frames per second of videos that are pictures.
+        max_pixels: most pixels of a frame.
+
+    Raises:
+        DataError: no such file, none that is a video, no frames, or frames that are too large or of several sizes.
+    """
+    assert isinstance(media.data, (Path, tuple))
+    files = pictures_of(media, source)
+    if files is not None:
+        sizes = {image.size(Media("image", file), source, max_pixels) for file in files}
+        if len(sizes) > 1:
+            listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes)[:3])
+            raise DataError(f"{source}: {media} has frames of several sizes ({listed}); make them one size")
+        return Clip(files, Length(len(files), fps), sizes.pop(), pictures=True)
+    assert isinstance(media.data, Path)
+    with _errors(media, source):
+        state = media.data.stat()
+        clip = _probed(media.data, state.st_mtime_ns, state.st_size)
+    width, height = clip.size
+    if width * height > max_pixels:
+        raise DataError(
+            f"{source}: {media} has frames of {width} x {height} = {width * height} pixels, the limit is {max_pixels}; "
+            "shrink the video, or raise max_pixels if it is meant to be that large"
+        )
+    return clip
+
+
+def pictures_of(media: Media, source: Source) -> tuple[Path, ...] | None:
+    """The frames of a video that is a folder or a list of pictures; None for a file.
+
+    Raises:
+        DataError: none in the list or the folder.
+    """
+    if isinstance(media.data, tuple):
+        found = media.data
+    elif isinstance(media.data, Path) and media.data.is_dir():
+        found = tuple(sorted((file for file in media.data.iterdir() if _is_picture(file)), key=_natural))
+    else:
+        return None
+    if not found:
+        raise DataError(f"{source}: {media} has no pictures ({', '.join(_PICTURES)}) to be the frames of a video")
+    return found
+
+
+def _is_picture(file: Path) -> bool:
+    return file.suffix.lower() in _PICTURES and not file.name.startswith(".") and file.is_file()
+
+
+def _natural(file: Path) -> list[tuple[int, str]]:
+    """Order in which frame 10 comes after frame 9."""
+    return [(int(word), "") if word.isdigit() else (0, word) for word in re.split(r"(\d+)", file.name)]
+
+
+class Decoder:
+    """Chosen frames of a video, in any order; rising indices are read in one pass.
+
+    Args:
+        clip: the video.
+        source: named in errors.
+    """
+
+    def __init__(self, clip: Clip, source: Source) -> None:
+        self._clip = clip
+        self._source = source
+        self._media = Media("video", clip.files if clip.pictures else clip.files[0])
+        self._walk: _Walk | None = None
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._walk is not None:
+            self._walk.close()
+
+    def take(self, index: int) -> Image.Image:
+        """Frame ``index`` as RGB, turned as it is shown.
+
+        Raises:
+            DataError: it cannot be decoded.
+        """
+        if self._clip.pictures:
+            return image.load(Media("image", self._clip.files[index]), self._source)
+        with _errors(self._media, self._source):
+            if self._walk is None:
+                self._walk = _Walk(self._clip.files[0])
+            frame = self._walk.at(index)
+            if frame is None:
+                raise DataError(
+                    f"{self._source}: {self._media}: its header tells of {self._clip.length.frames} frames, number "
+                    f"{index} is not there; the file is truncated or damaged: {_MEND}"
+                )
+            return _picture(frame)
+
+
+class _Walk:
+    """A way through the frames of a file: forward, or by way of the key frame before the one that is wanted."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._container, self._stream = _opened(file)
+        self._index = _index(self._container, self._stream)
+        self._headers_say = self._stream.frames
+        self._left: Iterator[VideoFrame] = iter(())
+        self._current: VideoFrame | None = None
+        self._now = -1
+        self._rewind()
+
+    def close(self) -> None:
+        self._container.close()
+
+    def at(self, number: int) -> VideoFrame | None:
+        """Frame ``number``, None where there is none."""
+        index = self._index
+        if number >= len(index.times):
+            # Headers also count frames that are never shown: those before a cut, or before the first key frame.
+            if not index.times or index.packets < self._headers_say:
+                return None
+            number = len(index.times) - 1
+        wanted = index.times[number]
+        key = index.keys[max(bisect_right(index.keys, wanted) - 1, 0)]
+        if self._current is None or not key <= self._now <= wanted:
+            self._go_to(key, wanted)
+        while self._current is not None and self._now < wanted:
+            self._step()
+        return self._current
+
+    def _step(self) -> None:
+        self._current = next(self._left, None)
+        if self._current is not None:
+            pts = self._current.pts
+            self._now = self._now + 1 if self._index.counted or pts is None else pts
+
+    def _go_to(self, key: int, wanted: int) -> None:
+        """Steps onto a frame that is not behind the wanted one."""
+        if self._index.counted or not self._sought(key):
+            self._rewind()
+            self._step()
+            return
+        self._step()
+        if self._current is None or self._now > wanted:  # some containers cannot tell where a key frame is
+            self._rewind()
+            self._step()
+
+    def _sought(self, key: int) -> bool:
+        from av.error import FFmpegError
+
+        try:
+            self._container.seek(key, stream=self._stream)
+        except FFmpegError:
+            return False
+        self._left = self._container.decode(self._stream)
+        return True
+
+    def _rewind(self) -> None:
+        """From the beginning, by opening the file anew: not every container can seek there."""
+        self._container.close()
+        self._container, self._stream = _opened(self._file)
+        self._left = self._container.decode(self._stream)
+        self._current, self._now = None, -1
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """The frames of a file that can be shown, from its packets.
+
+    Attributes:
+        times: time stamp of each, rising; their place where the file has no time stamps.
+        keys: the time stamps of key frames, rising.
+        counted: whether they are places.
+        packets: number of all packets.
+        seconds: from the first frame to the end of the last, 0 where that is unknown.
+    """
+
+    times: list[int]
+    keys: list[int]
+    counted: bool
+    packets: int
+    seconds: float
+
+
+def _index(container: InputContainer, stream: VideoStream) -> _Index:
+    """The frames of a file, without decoding it."""
+    packets = [packet for packet in container.demux(stream) if packet.size]
+    begun = next((place for place, packet in enumerate(packets) if packet.is_keyframe), len(packets))
+    usable = [packet for packet in packets[begun:] if not packet.is_discard]
+    stamps = [packet.pts for packet in usable if packet.pts is not None]
+    if len(stamps) < len(usable) or len(set(stamps)) < len(stamps):
+        return _Index(list(range(len(usable))), [0], True, len(packets), 0.0)
+    # Pictures in front of the first key frame that come behind it in the file cannot be decoded.
+    shown = [packet for packet in usable if packet.pts >= stamps[0]]  # pyright: ignore[reportOptionalOperand]
+    times = sorted(stamp for stamp in stamps if stamp >= stamps[0])
+    keys = sorted(packet.pts for packet in shown if packet.is_keyframe and packet.pts is not None)
+    seconds = 0.0
+    if times and stream.time_base is not None:
+        last = max(shown, key=lambda packet: packet.pts or 0)
+        seconds = float((times[-1] + (last.duration or 0) - times[0]) * stream.time_base)
+    return _Index(times, keys, False, len(packets), seconds)
+
+
+@lru_cache(maxsize=4096)
+def _probed(file: Path, changed: int, size: int) -> Clip:
+    """Length and size of a video file in this state."""
+    container, stream = _opened(file)
+    try:
+        frames, fps = stream.frames, float(stream.average_rate or 0)
+        if frames < 1 or fps <= 0:
+            index = _index(container, stream)
+            frames = len(index.times)
+            measured = frames / index.seconds if index.seconds > 0 else 0.0
+            # Of files that do not tell, the rate is guessed from their first packets.
+            if measured and abs(fps - measured) > 0.01 * measured:
+                fps = measured
+    finally:
+        container.close()
+    container, stream = _opened(file)  # a stream that has been read cannot always go back
+    try:
+        # Only a frame tells how it is turned.
+        first = next(container.decode(stream), None)
+    finally:
+        container.close()
+    if first is None or frames < 1:
+        raise _NoFramesError
+    return Clip((file,), Length(frames, fps or 1.0), _shown_size(first))
+
+
+class _NoFramesError(Exception):
+    """A file without a picture that can be shown."""
+
+
+def _opened(file: Path) -> tuple[InputContainer, VideoStream]:
+    """A container and its video; cover pictures of sound files are none."""
+    import av
+    from av.stream import Disposition
+
+    container = av.open(str(file), options=_OPTIONS)
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not streams:
+        container.close()
+        raise _NoFramesError
+    return container, streams[0]
+
+
+def _shown_size(frame: VideoFrame) -> tuple[int, int]:
+    return (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
+
+
+def _picture(frame: VideoFrame) -> Image.Image:
+    """A frame as RGB; its rotation is counted in degrees against the clock."""
+    turn = _TURNS.get(frame.rotation % 360)
+    picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    return picture if turn is None else picture.transpose(turn)
+
+
+@contextmanager
+def _errors(media: Media, source: Source) -> Iterator[None]:
+    """What goes wrong with a file becomes a DataError, a decoder that is not there an error of its own."""
+    try:
+        from av.error import FFmpegError
+    except ImportError as error:
+        raise UserError(f"{source}: {media}: videos need PyAV: {INSTALL}") from error
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{source}: {media} does not exist; correct the path or remove the record") from error
+    except _NoFramesError as error:
+        raise DataError(f"{source}: {media} has no picture that can be shown; {_MEND}") from error
+    except (FFmpegError, OSError) as error:
+        raise DataError(
+            f"{source}: {media} cannot be decoded ({error.strerror or error}); it is empty, truncated, damaged or no "
+            f"video (mp4, mkv, webm, avi, mov, gif): {_MEND}"
+        ) from error
