@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Literal
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
+
+    from finetune.media.video import Frames
 
 MediaKind = Literal["image", "video", "audio"]
 ROLES = ("system", "user", "assistant", "tool")
@@ -53,14 +56,27 @@ class Media:
 
     Attributes:
         kind: "image", "video" or "audio".
-        data: a file path (resolved by the reader), or for images a decoded PIL image (chat).
+        data: a file path (resolved by the reader), for images a decoded PIL image, for sound the bytes of a file or
+            samples of one channel at 16 kHz, a float array (chat), for videos also the files of their frames; the
+            encoder puts ``Frames`` in the place of a video.
     """
 
     kind: MediaKind
-    data: Path | Image.Image
+    data: Path | Image.Image | bytes | np.ndarray | tuple[Path, ...] | Frames
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.data}" if isinstance(self.data, Path) else f"{self.kind} in memory"
+        if isinstance(self.data, Path):
+            return f"{self.kind} {self.data}"
+        if isinstance(self.data, tuple):
+            return f"{self.kind} of {len(self.data)} frames{f' from {self.data[0]}' if self.data else ''}"
+        return f"{self.kind} in memory"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files it comes from."""
+        if isinstance(self.data, tuple):
+            return self.data
+        return (self.data,) if isinstance(self.data, Path) else ()
 
 
 Part = Text | Media

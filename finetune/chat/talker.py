@@ -234,7 +234,14 @@ def _encoder(name: str, tokenizer: PreTrainedTokenizerBase, config: str, prompti
         layout = replace(layout, enable_thinking=prompting.enable_thinking)
     if prompting.max_slice_nums is not None:
         slicing = replace(slicing, max_slice_nums=prompting.max_slice_nums)
-    return Encoder(family, tokenizer, layout=layout, slicing=slicing, max_length=prompting.max_inp_length)
+    return Encoder(
+        family,
+        tokenizer,
+        layout=layout,
+        slicing=slicing,
+        max_length=prompting.max_inp_length,
+        hearing=None if family.audio_spec is None else family.audio_spec(settings),
+    )
 
 
 @lru_cache(maxsize=16)

@@ -26,7 +26,8 @@ def pad(examples: Sequence[Example], pad_id: int, side: Literal["right", "left"]
 
         * "patches": position_ids: (B, T) int64, padding 0; patches: (N, 3*P*P) uint8, all items of the batch;
           tgt_sizes: (n, 2) int64; image_bound: (n, 3) int64, batch row, start, end (half open, in padded positions);
-          temporal_ids: (n,) int64.
+          temporal_ids: (n,) int64. With sound audio_features: (clips, bins, T) float32 log-mel, padding 0;
+          audio_lengths: (clips,) int64, mel frames; audio_bound: (m, 3) int64, as image_bound.
         * "packed": with images pixel_values: (1, 3, P, N*P) float32, all patches of the batch side by side, and
           target_sizes: (n, 2) int64.
         * "canvas": as "packed", and mm_token_type_ids: (B, T) int64, 1 for placeholders of images.

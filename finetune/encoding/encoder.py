@@ -11,10 +11,13 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from finetune.encoding.example import Example
+from finetune.encoding.hearing import log_mel
 from finetune.encoding.inputs import INPUTS, Grids
+from finetune.families import FAMILIES
 from finetune.families.base import Config, Family
-from finetune.media import image
+from finetune.media import audio, image
 from finetune.media.slicing import Plan, SliceSpec, item_sizes, plan
+from finetune.media.sound import AudioSpec, Sound, sound
 from finetune.sample import DataError, Media, Sample
 from finetune.templates.probe import complete_layout
 from finetune.templates.rendering import IGNORE, Layout, Rendered, Thinking
@@ -22,6 +25,11 @@ from finetune.templates.tokens import TextError, Vocabulary
 
 _PATCH_COST = 0.1
 """Cost of a patch in tokens: the vision tower has about a tenth of the parameters that a token passes."""
+_FRAME_COST = 0.02
+"""Cost of a mel frame: the audio tower has a twenty-fifth of the parameters, and half as many places as frames."""
+
+Extent = tuple[int, int] | int
+"""Size of a medium: (width, height) in pixels of an image, samples of a clip."""
 
 
 class PromptOptions(TypedDict, total=False):
@@ -43,17 +51,19 @@ class Measure:
         tokens: length of the ids.
         items: visual items (thumbnails and slices).
         patches: vision patches of all items.
-        cost: tokens plus a tenth per patch; relative, for balancing and packing.
+        frames: mel frames of all sound.
+        cost: tokens plus a tenth per patch and a fiftieth per frame; relative, for balancing and packing.
     """
 
     tokens: int
     items: int
     patches: int
+    frames: int = 0
 
     @property
     def cost(self) -> float:
         """Work of a training step on this sample, in tokens."""
-        return self.tokens + _PATCH_COST * self.patches
+        return self.tokens + _PATCH_COST * self.patches + _FRAME_COST * self.frames
 
 
 class Encoder:
@@ -67,6 +77,7 @@ class Encoder:
         max_length: most tokens of a sample, or None for no limit; nothing is ever cut.
         max_pixels: most pixels of an image.
         shrink_pixels: images of more pixels are shrunk to about so many before they are cut; None for none.
+        hearing: how the checkpoint hears; None for one that cannot.
 
     Raises:
         MissingTokenError: the tokenizer lacks a token that the family needs.
@@ -83,6 +94,7 @@ class Encoder:
         max_length: int | None,
         max_pixels: int = image.MAX_PIXELS,
         shrink_pixels: int | None = None,
+        hearing: AudioSpec | None = None,
     ) -> None:
         self.family = family
         self.tokenizer = tokenizer
@@ -91,6 +103,7 @@ class Encoder:
         self.max_length = max_length
         self.max_pixels = max_pixels
         self.shrink_pixels = shrink_pixels
+        self.hearing = hearing
         self.vocabulary = Vocabulary(tokenizer, family.control_tokens, family.required_tokens)
         self._inputs = INPUTS[family.inputs]
         self._placeholder = self.vocabulary.control(layout.placeholder)
@@ -126,27 +139,43 @@ class Encoder:
             max_length=max_length,
             max_pixels=image.MAX_PIXELS if max_pixels is None else max_pixels,
             shrink_pixels=shrink_pixels,
+            hearing=None if family.audio_spec is None else family.audio_spec(config),
         )
 
-    def sizes(self, sample: Sample) -> tuple[tuple[int, int], ...]:
-        """(width, height) in pixels of every image as it is cut, in reading order, from the image headers.
+    def sizes(self, sample: Sample) -> tuple[Extent, ...]:
+        """The size of every medium, in reading order: of images as they are cut, from their headers; of sound decoded.
 
         Raises:
-            DataError: an image that cannot be read, or media that this family has no input for.
+            DataError: a medium that cannot be read, or that this family has no input for.
         """
-        for media in sample.media():
-            if media.kind != "image":
-                raise DataError(
-                    f"{sample.source}: {media}: {self.family.title} takes images and text, no {media.kind}; "
-                    "use a model that does, or remove the record"
-                )
-        sizes = (image.size(media, sample.source, self.max_pixels) for media in sample.media("image"))
-        return tuple(image.shrunk(size, self.shrink_pixels) for size in sizes)
+        return tuple(self._extent(media, sample) for media in sample.media())
 
-    def plans(self, sizes: Sequence[tuple[int, int]], max_slice_nums: int | None = None) -> tuple[Plan, ...]:
-        """The slice plan of images of these sizes; None for the encoder's own most slices."""
+    def _extent(self, media: Media, sample: Sample) -> Extent:
+        if media.kind == "image":
+            return image.shrunk(image.size(media, sample.source, self.max_pixels), self.shrink_pixels)
+        if media.kind == "audio" and self.hearing is not None:
+            samples = len(audio.load(media, sample.source))
+            if samples < self.hearing.shortest:
+                raise DataError(
+                    f"{sample.source}: {media} lasts {1000 * samples / self.hearing.rate:.0f} ms, and "
+                    f"{1000 * self.hearing.shortest / self.hearing.rate:.0f} ms make a token; remove it"
+                )
+            return samples
+        able = ", ".join(family.title for family in FAMILIES if family.audio_spec) if media.kind == "audio" else ""
+        raise DataError(
+            f"{sample.source}: {media}: {self.family.title} takes images and text, no {media.kind}; "
+            f"use a model that does{f' ({able})' if able else ''}, or remove the record"
+        )
+
+    def plans(self, sizes: Sequence[Extent], max_slice_nums: int | None = None) -> tuple[Plan | Sound, ...]:
+        """The slice plan or the placeholders of media of these sizes; None for the encoder's own most slices."""
         most = self.slicing.max_slice_nums if max_slice_nums is None else max_slice_nums
-        return tuple(plan(width, height, replace(self.slicing, max_slice_nums=most)) for width, height in sizes)
+        slicing = replace(self.slicing, max_slice_nums=most)
+        return tuple(self._sound(size) if isinstance(size, int) else plan(*size, slicing) for size in sizes)
+
+    def _sound(self, samples: int) -> Sound:
+        assert self.hearing is not None  # or there would be no such size
+        return sound(samples, self.hearing)
 
     def measure(self, sample: Sample, generate: bool | None = None) -> Measure:
         """Size of the encoded sample from its text and its image headers; a sample above max_length is measured too.
@@ -163,7 +192,8 @@ class Encoder:
             generate = sample.messages[-1].role != "assistant"
         rendered = self.render(sample, plans, generate)
         sizes = self._grids(plans)
-        return Measure(len(rendered.input_ids), len(sizes), sum(rows * columns for rows, columns in sizes))
+        frames = sum(sum(heard.frames) for heard in plans if isinstance(heard, Sound))
+        return Measure(len(rendered.input_ids), len(sizes), sum(rows * columns for rows, columns in sizes), frames)
 
     def encode(self, sample: Sample, generate: bool = False) -> Example:
         """The tensors of a sample.
@@ -184,8 +214,8 @@ class Encoder:
             self.check_labels(sample, rendered)
         return self.assemble(sample, plans, rendered)
 
-    def render(self, sample: Sample, plans: Sequence[Plan], generate: bool = False) -> Rendered:
-        """Ids and labels of a sample whose images are cut by ``plans``.
+    def render(self, sample: Sample, plans: Sequence[Plan | Sound], generate: bool = False) -> Rendered:
+        """Ids and labels of a sample whose media take their places by ``plans``.
 
         Raises:
             DataError: text the tokenizer cannot represent, or turns the template lacks.
@@ -195,18 +225,21 @@ class Encoder:
         except TextError as error:
             raise DataError(f"{sample.source}: {error}") from error
 
-    def assemble(self, sample: Sample, plans: Sequence[Plan], rendered: Rendered) -> Example:
+    def assemble(self, sample: Sample, plans: Sequence[Plan | Sound], rendered: Rendered) -> Example:
         """The tensors of a sample that has been planned and rendered; here its images are decoded.
 
         Raises:
-            DataError: an image that cannot be decoded.
+            DataError: a medium that cannot be decoded.
             AlignmentError: placeholders, items and patches disagree.
         """
-        media = zip(sample.media("image"), plans, strict=True)
-        pictures = ((self._picture(picture, sample), cuts) for picture, cuts in media)
+        cuts = [cut for cut in plans if isinstance(cut, Plan)]
+        media = zip(sample.media("image"), cuts, strict=True)
+        pictures = ((self._picture(picture, sample), cut) for picture, cut in media)
         patches, cut = self._inputs.cut(pictures, self.slicing)
         grids = self._grids(plans)
-        self._check_alignment(sample, rendered, grids, cut)
+        clips = self._clips(sample)
+        heard = [found for found in plans if isinstance(found, Sound)]
+        self._check_alignment(sample, rendered, grids, cut, heard, clips)
         return Example(
             input_ids=torch.tensor(rendered.input_ids),
             labels=torch.tensor(rendered.labels),
@@ -215,9 +248,18 @@ class Encoder:
             tgt_sizes=torch.tensor(grids, dtype=torch.int64).reshape(-1, 2),
             image_bound=torch.tensor(rendered.image_bounds, dtype=torch.int64).reshape(-1, 2),
             temporal_ids=torch.full((len(grids),), -1),
+            audio=clips,
+            audio_bound=torch.tensor(rendered.audio_bounds, dtype=torch.int64).reshape(-1, 2),
             source=str(sample.source),
             inputs=self.family.inputs,
         )
+
+    def _clips(self, sample: Sample) -> tuple[torch.Tensor, ...]:
+        """Log-mel frames of all sound, in pieces that the network takes."""
+        if self.hearing is None:
+            return ()
+        waves = (audio.load(media, sample.source) for media in sample.media("audio"))
+        return tuple(piece for wave in waves for piece in log_mel(wave, self.hearing))
 
     def _picture(self, media: Media, sample: Sample) -> Image.Image:
         """A decoded image in the size in which it is cut."""
@@ -239,10 +281,11 @@ class Encoder:
             inputs=self.family.inputs,
         )
 
-    def _grids(self, plans: Sequence[Plan]) -> Grids:
+    def _grids(self, plans: Sequence[Plan | Sound]) -> Grids:
         """(rows, columns) in patches of every visual item."""
         patch = self.slicing.patch_size
-        return [(height // patch, width // patch) for cuts in plans for width, height in item_sizes(cuts)]
+        cuts = (cut for cut in plans if isinstance(cut, Plan))
+        return [(height // patch, width // patch) for cut in cuts for width, height in item_sizes(cut)]
 
     def fits(self, rendered: Rendered) -> bool:
         """Whether the ids are within max_length."""
@@ -266,13 +309,23 @@ class Encoder:
         tokens, items = len(rendered.input_ids), len(rendered.image_bounds)
         if not self.fits(rendered):
             visual = sum(last - first for first, last in rendered.image_bounds)
+            heard = sum(last - first for first, last in rendered.audio_bounds)
+            also = f", {heard} for sound" if heard else ""
             raise DataError(
-                f"{sample.source}: {tokens} tokens ({visual} of them for {items} image slices), the limit is "
+                f"{sample.source}: {tokens} tokens ({visual} of them for {items} image slices{also}), the limit is "
                 f"{self.max_length}; raise model_max_length, lower max_slice_nums, or shorten or split the record"
             )
 
-    def _check_alignment(self, sample: Sample, rendered: Rendered, grids: Grids, cut: Grids) -> None:
-        """Every item has its run of placeholders and its patches, and no placeholder stands elsewhere."""
+    def _check_alignment(
+        self,
+        sample: Sample,
+        rendered: Rendered,
+        grids: Grids,
+        cut: Grids,
+        heard: Sequence[Sound],
+        clips: Sequence[torch.Tensor],
+    ) -> None:
+        """Every item and clip has its placeholders and its patches or frames; no placeholder stands elsewhere."""
         runs = [rendered.input_ids[first:last] for first, last in rendered.image_bounds]
         faults = []
         if len(runs) != len(grids):
@@ -281,8 +334,14 @@ class Encoder:
         wanted = [self.layout.item_tokens(columns * patch, rows * patch) for rows, columns in grids]
         if runs != [[self._placeholder] * count for count in wanted]:
             faults.append(f"runs that are not of {wanted} placeholders")
-        if (found := rendered.input_ids.count(self._placeholder)) != sum(wanted):
-            faults.append(f"{found} placeholders, {sum(wanted)} of them in runs")
+        spoken = [rendered.input_ids[first:last] for first, last in rendered.audio_bounds]
+        if spoken != [[self._placeholder] * count for each in heard for count in each.runs]:
+            faults.append(f"runs of sound that are not of {[each.runs for each in heard]} placeholders")
+        if (frames := [clip.shape[1] for clip in clips]) != [count for each in heard for count in each.frames]:
+            faults.append(f"sound of {frames} mel frames where its length gives {[each.frames for each in heard]}")
+        total = sum(wanted) + sum(map(len, spoken))
+        if (found := rendered.input_ids.count(self._placeholder)) != total:
+            faults.append(f"{found} placeholders, {total} of them in runs")
         if cut != grids:
             faults.append(f"items cut into {cut} patches where the image headers give {grids}")
         if len(rendered.labels) != len(rendered.input_ids) or rendered.labels[0] != IGNORE:

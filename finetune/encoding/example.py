@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One encoded sample of L tokens and n visual items with N patches in all.
+    """One encoded sample of L tokens, n visual items with N patches in all, and a sound of m runs of placeholders.
 
     Attributes:
         input_ids: (L,) int64.
@@ -21,6 +21,9 @@ class Example:
         tgt_sizes: (n, 2) int64, rows and columns of patches per item; their products add up to N.
         image_bound: (n, 2) int64, half-open token range of each item's placeholders.
         temporal_ids: (n,) int64, time index of a packed video frame, -1 for a still image.
+        audio: log-mel frames of every clip, (bins, T) float32; longer sound in pieces, one behind another.
+        audio_bound: (m, 2) int64, half-open token range of each run of placeholders of sound; the clips fill the runs
+            one after another.
         source: where the sample came from, for messages.
         inputs: how the images reach the network, a key of the table in ``finetune.encoding.inputs``.
     """
@@ -33,4 +36,6 @@ class Example:
     image_bound: torch.Tensor
     temporal_ids: torch.Tensor
     source: str
+    audio: tuple[torch.Tensor, ...] = ()
+    audio_bound: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int64))
     inputs: str = "patches"

@@ -10,17 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from finetune.encoding.encoder import Encoder
+from finetune.encoding.encoder import Encoder, Extent
 from finetune.encoding.example import Example
 from finetune.media.slicing import Plan
+from finetune.media.sound import Sound
 from finetune.sample import DataError, Media, Message, Part, Sample, Text
 from finetune.templates.rendering import IGNORE, Rendered
 
 POLICIES = ("shrink", "drop", "truncate", "error")
 Outcome = Literal["kept", "shrunk", "turns dropped", "truncated"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-Sizes = Sequence[tuple[int, int]]
-Draft = tuple[Sample, tuple[Plan, ...], Rendered]
+Sizes = Sequence[Extent]
+Draft = tuple[Sample, tuple[Plan | Sound, ...], Rendered]
 
 
 class OverlongError(DataError):
@@ -33,14 +34,14 @@ class Fitted:
 
     Attributes:
         sample: the conversation that remains.
-        plans: slice plan of every image of it.
+        plans: slice plan of every image of it, placeholders of every clip.
         rendered: its ids and labels.
         outcome: what had to give; "turns dropped" when turns did, whatever else was done.
-        lost_images: images that went with dropped turns.
+        lost_images: images, and other media, that went with dropped turns.
     """
 
     sample: Sample
-    plans: tuple[Plan, ...]
+    plans: tuple[Plan | Sound, ...]
     rendered: Rendered
     outcome: Outcome
     lost_images: int = 0
@@ -132,9 +133,9 @@ class Fitter:
 
     @staticmethod
     def _without(sample: Sample, sizes: Sizes, first: int, last: int) -> tuple[Sample, Sizes]:
-        """The sample without its turns ``first`` to ``last`` (half open), and the sizes of the images that remain."""
+        """The sample without its turns ``first`` to ``last`` (half open), and the sizes of the media that remain."""
         rest = replace(sample, messages=sample.messages[:first] + sample.messages[last:])
-        return rest, sizes[len(sizes) - sum(1 for _ in rest.media("image")) :]
+        return rest, sizes[len(sizes) - sum(1 for _ in rest.media()) :]
 
     def _draft(self, sample: Sample, sizes: Sizes, slices: int | None = None) -> Draft:
         plans = self.encoder.plans(sizes, slices)

@@ -50,18 +50,35 @@ def _cut_floats(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grid
 def _bounded(examples: Sequence[Example], starts: Sequence[int], shape: tuple[int, int]) -> Batch:
     """Patches as they are, and where each item's placeholders stand."""
     positions = torch.zeros(shape, dtype=torch.int64)
-    bounds = []
+    bounds, heard = [], []
     for row, (example, start) in enumerate(zip(examples, starts, strict=True)):
         positions[row, start : start + len(example.position_ids)] = example.position_ids
-        rows = torch.full((len(example.image_bound), 1), row, dtype=torch.int64)
-        bounds.append(torch.cat([rows, example.image_bound + start], dim=1))
+        bounds.append(_of_row(row, example.image_bound + start))
+        heard.append(_of_row(row, example.audio_bound + start))
     return {
         "position_ids": positions,
         "patches": torch.cat([example.patches for example in examples]),
         "tgt_sizes": torch.cat([example.tgt_sizes for example in examples]),
         "image_bound": torch.cat(bounds),
         "temporal_ids": torch.cat([example.temporal_ids for example in examples]),
+        **_sound([clip for example in examples for clip in example.audio], torch.cat(heard)),
     }
+
+
+def _of_row(row: int, bounds: torch.Tensor) -> torch.Tensor:
+    """Bounds (m, 2) with the number of their batch row in front, (m, 3)."""
+    return torch.cat([torch.full((len(bounds), 1), row, dtype=torch.int64), bounds], dim=1)
+
+
+def _sound(clips: Sequence[torch.Tensor], bounds: torch.Tensor) -> Batch:
+    """The clips of the batch, padded with 0 to the longest; without sound nothing."""
+    if not clips:
+        return {}
+    frames = [clip.shape[1] for clip in clips]
+    features = torch.zeros(len(clips), clips[0].shape[0], max(frames))
+    for clip, into in zip(clips, features, strict=True):
+        into[:, : clip.shape[1]] = clip
+    return {"audio_features": features, "audio_lengths": torch.tensor(frames), "audio_bound": bounds}
 
 
 def _packed(examples: Sequence[Example], starts: Sequence[int], shape: tuple[int, int]) -> Batch:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.media.slicing import Plan, SliceSpec
+from finetune.media.sound import AudioSpec, Sound
 from finetune.sample import Sample
 from finetune.templates.rendering import Layout, Rendered, Vocabulary
 
@@ -46,9 +47,10 @@ class Family:
         matches: whether a config.json (as a dictionary) belongs to this family.
         network: the parts of our own network; None where transformers has the network as one class.
         slice_spec: reads the slicing settings from a config.json.
+        audio_spec: reads from a config.json how the checkpoint hears; None for families that cannot.
         layout: reads from a config.json how prompts are written.
-        render: conversation and slice plans (one per image, reading order) to ids and labels, born together.
-            With ``generate`` the ids end where the model has to answer.
+        render: conversation and slice plans or placeholders of sound (one per medium, reading order) to ids and
+            labels, born together. With ``generate`` the ids end where the model has to answer.
         roles: roles its template has.
         control_tokens: tokens that steer the format; never produced by user text.
         required_tokens: tokens that must resolve to one id in the tokenizer, or loading fails.
@@ -71,13 +73,14 @@ class Family:
     network: Network | None = None
     slice_spec: Callable[[Config], SliceSpec]
     layout: Callable[[Config], Layout]
-    render: Callable[[Sample, Sequence[Plan], Vocabulary, Layout, bool], Rendered]
+    render: Callable[[Sample, Sequence[Plan | Sound], Vocabulary, Layout, bool], Rendered]
     roles: tuple[str, ...]
     control_tokens: tuple[str, ...]
     required_tokens: tuple[str, ...]
     stop_tokens: tuple[str, ...]
     parts: Mapping[str, tuple[str, ...]]
     lora_targets: Mapping[str, str]
+    audio_spec: Callable[[Config], AudioSpec] | None = None
     inputs: str = "patches"
     auto_mapping: tuple[str, str] = ("AutoModel", "transformers")
     fixed_parameters: tuple[str, ...] = ()

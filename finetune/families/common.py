@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finetune.families.base import Config
 from finetune.media.slicing import SliceSpec
+from finetune.media.sound import AudioSpec
 from finetune.templates.rendering import Layout
 
 # Part of the network -> the modules it consists of.
@@ -23,6 +24,7 @@ SLICE_TOKENS = ("<unk>", "<image>", "</image>", "<slice>", "</slice>")
 IMAGE_ID_TOKENS = ("<image_id>", "</image_id>")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 AUDIO_TOKENS = ("<|audio_start|>", "<|audio|>", "<|audio_end|>")
+SPEECH_TOKENS = ("<|spk_bos|>", "<|spk|>", "<|spk_eos|>", "<|tts_bos|>", "<|tts_eos|>")
 
 
 def slice_config(config: Config) -> SliceSpec:
@@ -32,6 +34,28 @@ def slice_config(config: Config) -> SliceSpec:
         max_slice_nums=given.get("max_slice_nums", 1) if config.get("slice_mode", True) else 1,
         scale_resolution=given.get("scale_resolution", 448),
         patch_size=given.get("patch_size", config.get("patch_size", 14)),
+    )
+
+
+def hearing(config: Config, *, chunked: bool, pool_step: int) -> AudioSpec:
+    """How a MiniCPM-o checkpoint hears: config.json, and of preprocessor_config.json the settings of its mel frames.
+
+    Args:
+        config: with ``image_processor`` where there is a preprocessor_config.json.
+        chunked: whether a clip has a run of placeholders per ``audio_chunk_length`` seconds, or a single one.
+        pool_step: where config.json has none.
+    """
+    given = config.get("image_processor") or {}
+    mel = {**given, **(given.get("feature_extractor") or given.get("audio_processor") or {})}
+    tower = config.get("audio_config") or {}
+    return AudioSpec(
+        pool_step=config.get("audio_pool_step", pool_step),
+        run_seconds=max(config.get("audio_chunk_length", 1.0), 0) if chunked else 0,
+        bins=mel.get("feature_size", tower.get("num_mel_bins", 80)),
+        rate=mel.get("sampling_rate", 16_000),
+        hop=mel.get("hop_length", 160),
+        window=mel.get("n_fft", 400),
+        piece_seconds=mel.get("chunk_length", 30),
     )
 
 

@@ -12,10 +12,13 @@ from finetune.families.common import (
     OMNI_LORA,
     OMNI_PARTS,
     SLICE_TOKENS,
+    SPEECH_TOKENS,
+    hearing,
     numbered_layout,
     published_as,
     slice_config,
 )
+from finetune.media.sound import AudioSpec
 from finetune.templates.chatml import ROLES, render
 from finetune.templates.rendering import Layout
 
@@ -29,7 +32,18 @@ def _matches(config: Config) -> bool:
 def _layout(config: Config) -> Layout:
     # Reported, not published where we could read it: the checkpoint's own chat template decides.
     system = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-    return replace(numbered_layout(config), default_system=system, assumed=("default_system",))
+    return replace(
+        numbered_layout(config),
+        default_system=system,
+        # The published chat code answers sound in this form, whether or not it then speaks.
+        speech=SPEECH_TOKENS[:4],
+        spoken="with sound",
+        assumed=("default_system",),
+    )
+
+
+def _audio_spec(config: Config) -> AudioSpec:
+    return hearing(config, chunked=config.get("chunk_input", True), pool_step=2)
 
 
 O2_6 = Family(
@@ -40,10 +54,11 @@ O2_6 = Family(
     matches=_matches,
     network=Network(vision="navit_siglip", positions="grid", resampler="plain", language="qwen2", audio="whisper"),
     slice_spec=slice_config,
+    audio_spec=_audio_spec,
     layout=_layout,
     render=render,
     roles=ROLES,
-    control_tokens=(*_TOKENS, *AUDIO_TOKENS, "<|endoftext|>"),
+    control_tokens=(*_TOKENS, *AUDIO_TOKENS, *SPEECH_TOKENS, "<|endoftext|>"),
     required_tokens=_TOKENS,
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
     parts=OMNI_PARTS,

@@ -12,10 +12,13 @@ from finetune.families.common import (
     OMNI_LORA,
     OMNI_PARTS,
     SLICE_TOKENS,
+    SPEECH_TOKENS,
+    hearing,
     numbered_layout,
     published_as,
     slice_config,
 )
+from finetune.media.sound import AudioSpec
 from finetune.templates.chatml_thinking import ROLES, render
 from finetune.templates.rendering import Layout
 
@@ -27,7 +30,11 @@ def _matches(config: Config) -> bool:
 
 
 def _layout(config: Config) -> Layout:
-    return replace(numbered_layout(config), thinking_prefill=False)
+    return replace(numbered_layout(config), thinking_prefill=False, speech=("<|tts_bos|>",))
+
+
+def _audio_spec(config: Config) -> AudioSpec:
+    return hearing(config, chunked=config.get("stream_input", False), pool_step=5)
 
 
 O4_5 = Family(
@@ -38,10 +45,11 @@ O4_5 = Family(
     matches=_matches,
     network=Network(vision="navit_siglip", positions="grid", resampler="plain", language="qwen3", audio="whisper"),
     slice_spec=slice_config,
+    audio_spec=_audio_spec,
     layout=_layout,
     render=render,
     roles=ROLES,
-    control_tokens=(*_TOKENS, *AUDIO_TOKENS, "<|endoftext|>"),
+    control_tokens=(*_TOKENS, *AUDIO_TOKENS, *SPEECH_TOKENS, "<|endoftext|>"),
     required_tokens=_TOKENS,
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
     parts=OMNI_PARTS,

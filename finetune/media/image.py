@@ -122,9 +122,11 @@ def _opened(media: Media, source: Source, max_pixels: int) -> Iterator[Image.Ima
             with Image.open(media.data) as image:
                 _check_pixels(image, media, source, max_pixels)
                 yield image
-        else:
+        elif isinstance(media.data, Image.Image):
             _check_pixels(media.data, media, source, max_pixels)
             yield media.data
+        else:
+            raise DataError(f"{source}: {media} is no picture; give the path of an image or a PIL image")
     except DataError:
         raise
     except FileNotFoundError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from finetune.media.slicing import Plan
-from finetune.sample import Message, Sample, Text
+from finetune.media.sound import Sound
+from finetune.sample import Media, Message, Sample, Text
 from finetune.templates.placeholders import new_schema
 from finetune.templates.rendering import Layout, Rendered, Vocabulary
 from finetune.templates.turns import merged, turns
@@ -13,14 +14,16 @@ from finetune.templates.turns import merged, turns
 ROLES = ("system", "user", "assistant")
 
 
-def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, layout: Layout, generate: bool) -> Rendered:
+def render(
+    sample: Sample, plans: Sequence[Plan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
+) -> Rendered:
     """Role, content as it is and end mark per turn; in front the bos token and the default system turn, if any.
 
     Every trained answer and its end mark are labels, nothing else: the line break behind the mark has no loss.
 
     Args:
         sample: the conversation.
-        plans: slice plan of every image, in reading order.
+        plans: slice plan of every image, placeholders of every clip, in reading order.
         vocabulary: the tokenizer.
         layout: how the prompt is written.
         generate: end after the header of the answer instead of after the answer.
@@ -29,33 +32,52 @@ def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, layout
         DataError: turns that the template cannot express.
     """
     rendered = Rendered()
-    images = enumerate(plans)
+    media = numbered(plans)
     messages = turns(sample, ROLES, generate)
+    speech = speech_of(messages, layout)
     begin(rendered, messages, vocabulary, layout)
-    for message in messages:
+    for turn, message in enumerate(messages):
         if message.role == "assistant":
-            open_answer(rendered, vocabulary)
+            open_answer(rendered, vocabulary, speech if turn == len(messages) - 1 else ())
             rendered.add(vocabulary.continuation(message.text), train=message.train)
             close_turn(rendered, vocabulary, train=message.train)
         else:
-            add_prompt(rendered, message, images, vocabulary, layout)
+            add_prompt(rendered, message, media, vocabulary, layout)
     if generate:
-        open_answer(rendered, vocabulary)
+        open_answer(rendered, vocabulary, speech)
     return rendered
+
+
+def numbered(plans: Sequence[Plan | Sound]) -> Iterator[tuple[int, Plan | Sound]]:
+    """The media with their numbers; only images count."""
+    images = 0
+    for plan in plans:
+        yield images, plan
+        images += isinstance(plan, Plan)
+
+
+def speech_of(messages: Sequence[Message], layout: Layout) -> tuple[str, ...]:
+    """What stands behind the header of the last answer when the conversation is spoken, else nothing."""
+    heard = any(isinstance(part, Media) and part.kind == "audio" for message in messages for part in message.parts)
+    return layout.speech if layout.spoken == "always" or (heard and layout.spoken == "with sound") else ()
 
 
 def begin(rendered: Rendered, messages: Sequence[Message], vocabulary: Vocabulary, layout: Layout) -> None:
     """What stands in front of the first turn: the bos token, and the default system turn where none is given."""
     if layout.bos:
         rendered.add([vocabulary.control(layout.bos)])
-    if layout.default_system is not None and messages[0].role != "system":
-        add_prompt(rendered, Message("system", (Text(layout.default_system),)), enumerate(()), vocabulary, layout)
+    if layout.default_system is not None and messages[0].role != "system" and not speech_of(messages, layout):
+        add_prompt(rendered, Message("system", (Text(layout.default_system),)), iter(()), vocabulary, layout)
 
 
 def add_prompt(
-    rendered: Rendered, message: Message, images: Iterator[tuple[int, Plan]], vocabulary: Vocabulary, layout: Layout
+    rendered: Rendered,
+    message: Message,
+    media: Iterator[tuple[int, Plan | Sound]],
+    vocabulary: Vocabulary,
+    layout: Layout,
 ) -> None:
-    """A system or user turn; ``images`` gives number and plan of the images that are left."""
+    """A system or user turn; ``media`` gives number and plan of the media that are left."""
     rendered.add([vocabulary.control("<|im_start|>")])
     # The role and the text behind it are one piece: their line breaks may be one token.
     text = f"{message.role}\n"
@@ -64,16 +86,20 @@ def add_prompt(
             text += part
             continue
         rendered.add(vocabulary.text(text))
-        number, plan = next(images)
-        rendered.add_items(*new_schema(plan, number, layout, vocabulary))
+        number, plan = next(media)
+        if isinstance(plan, Sound):
+            rendered.add_sound(plan, vocabulary)
+        else:
+            rendered.add_items(*new_schema(plan, number, layout, vocabulary))
         text = ""
     rendered.add(vocabulary.text(text))
     close_turn(rendered, vocabulary)
 
 
-def open_answer(rendered: Rendered, vocabulary: Vocabulary) -> None:
+def open_answer(rendered: Rendered, vocabulary: Vocabulary, speech: Sequence[str] = ()) -> None:
     """The header of an answer; encoded on its own, because the answer is generated behind it."""
     rendered.add([vocabulary.control("<|im_start|>"), *vocabulary.fixed("assistant\n")])
+    rendered.add([vocabulary.control(token) for token in speech])
 
 
 def close_turn(rendered: Rendered, vocabulary: Vocabulary, *, train: bool = False) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from finetune.media.slicing import Plan
+from finetune.media.sound import Sound
 from finetune.sample import DataError, Message, Sample, Text
-from finetune.templates.chatml import add_prompt, begin, close_turn, open_answer
+from finetune.templates.chatml import add_prompt, begin, close_turn, numbered, open_answer, speech_of
 from finetune.templates.rendering import Layout, Rendered, Vocabulary
 from finetune.templates.turns import turns
 
@@ -18,7 +19,9 @@ _OPEN, _NO_THOUGHT = "<think>\n", "<think>\n\n</think>\n\n"
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>|((?:(?!<think>).)*?)</think>", re.DOTALL)
 
 
-def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, layout: Layout, generate: bool) -> Rendered:
+def render(
+    sample: Sample, plans: Sequence[Plan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
+) -> Rendered:
     """Role, content and end mark per turn; the last answer has a think block, empty where it has no thought.
 
     Of answers to earlier questions the thinking is left out. Answers between the last question and the last answer,
@@ -27,7 +30,7 @@ def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, layout
 
     Args:
         sample: the conversation.
-        plans: slice plan of every image, in reading order.
+        plans: slice plan of every image, placeholders of every clip, in reading order.
         vocabulary: the tokenizer.
         layout: how the prompt is written.
         generate: end where the answer begins instead of after the answer.
@@ -36,8 +39,9 @@ def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, layout
         DataError: turns that the template cannot express, or a trained answer that is nothing but thinking.
     """
     rendered = Rendered()
-    images = enumerate(plans)
+    media = numbered(plans)
     messages = turns(sample, ROLES, generate, trim=layout.trim)
+    speech = [vocabulary.control(token) for token in speech_of(messages, layout)]
     begin(rendered, messages, vocabulary, layout)
     question = max((turn for turn, message in enumerate(messages) if _is_question(message)), default=len(messages) - 1)
     for turn, message in enumerate(messages):
@@ -49,20 +53,28 @@ def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, layout
             elif question < turn == len(messages) - 1:
                 rendered.add(vocabulary.fixed(_NO_THOUGHT))
                 answer = answer.lstrip("\n")
+            if turn == len(messages) - 1:
+                rendered.add(speech)
             rendered.add(vocabulary.continuation(answer), train=message.train)
             close_turn(rendered, vocabulary, train=message.train)
         elif message.role == "tool":
             if messages[turn - 1].role != "tool":
                 _add_results(rendered, messages[turn:], vocabulary)
         else:
-            add_prompt(rendered, message, images, vocabulary, layout)
+            add_prompt(rendered, message, media, vocabulary, layout)
     if generate:
-        open_answer(rendered, vocabulary)
-        if layout.enable_thinking is False:
-            rendered.add(vocabulary.fixed(_NO_THOUGHT))
-        elif layout.enable_thinking and layout.thinking_prefill:
-            rendered.add(vocabulary.fixed(_OPEN))
+        _open_last(rendered, vocabulary, layout)
+        rendered.add(speech)
     return rendered
+
+
+def _open_last(rendered: Rendered, vocabulary: Vocabulary, layout: Layout) -> None:
+    """Where the answer begins that the model is to give."""
+    open_answer(rendered, vocabulary)
+    if layout.enable_thinking is False:
+        rendered.add(vocabulary.fixed(_NO_THOUGHT))
+    elif layout.enable_thinking and layout.thinking_prefill:
+        rendered.add(vocabulary.fixed(_OPEN))
 
 
 def _is_question(message: Message) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finetune.media.slicing import Plan
+from finetune.media.sound import Sound
 from finetune.sample import Sample
 from finetune.templates.placeholders import old_schema
 from finetune.templates.rendering import Layout, Rendered, Vocabulary
@@ -13,14 +14,16 @@ from finetune.templates.turns import merged, turns
 ROLES = ("system", "user", "assistant")
 
 
-def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, layout: Layout, generate: bool) -> Rendered:
+def render(
+    sample: Sample, plans: Sequence[Plan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
+) -> Rendered:
     """Header, trimmed content and end mark per turn, as the published inference template writes them.
 
     Every trained answer and its end mark are labels, nothing else.
 
     Args:
         sample: the conversation.
-        plans: slice plan of every image, in reading order.
+        plans: slice plan of every image, in reading order; there is no sound.
         vocabulary: the tokenizer.
         layout: how the prompt is written.
         generate: end after the header of the answer instead of after the answer.
@@ -29,7 +32,7 @@ def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, layout
         DataError: turns that the template cannot express.
     """
     rendered = Rendered()
-    left = iter(plans)
+    left = (plan for plan in plans if isinstance(plan, Plan))
     end = [vocabulary.control("<|eot_id|>")]
     rendered.add([vocabulary.control("<|begin_of_text|>")])
     for message in turns(sample, ROLES, generate):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finetune.media.slicing import Plan
+from finetune.media.sound import Sound
 from finetune.sample import Sample
 from finetune.templates.placeholders import old_schema
 from finetune.templates.rendering import Layout, Rendered, Vocabulary
@@ -14,7 +15,9 @@ ROLES = ("user", "assistant")
 _MARK = {"user": "<用户>", "assistant": "<AI>"}
 
 
-def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, layout: Layout, generate: bool) -> Rendered:
+def render(
+    sample: Sample, plans: Sequence[Plan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
+) -> Rendered:
     """One text of turn marks and contents, cut only by images, as the published inference code encodes it.
 
     The turn marks are plain text, and the end token stands after the last answer alone: after an earlier answer the
@@ -22,7 +25,7 @@ def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, layout
 
     Args:
         sample: the conversation.
-        plans: slice plan of every image, in reading order.
+        plans: slice plan of every image, in reading order; there is no sound.
         vocabulary: the tokenizer.
         layout: how the prompt is written.
         generate: end after the mark of the answer instead of after the answer.
@@ -31,7 +34,7 @@ def render(sample: Sample, plans: Sequence[Plan], vocabulary: Vocabulary, layout
         DataError: turns that the template cannot express.
     """
     rendered = Rendered()
-    left = iter(plans)
+    left = (plan for plan in plans if isinstance(plan, Plan))
     end = vocabulary.control("</s>")
     rendered.add([vocabulary.control("<s>")])
     run = _Run(rendered, vocabulary, end)

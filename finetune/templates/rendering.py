@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from finetune.media.sound import Sound
+
 IGNORE = -100
 
 Thinking = Literal["keep", "mask", "strip"]
@@ -26,6 +28,9 @@ class Layout:
         bos: token in front of everything, empty for none.
         trim: whether turns lose the white space around them.
         default_system: text of the system turn of a conversation without one, None for no such turn.
+        speech: control tokens behind the header of the last answer of a spoken conversation, which then has no default
+            system turn.
+        spoken: which conversations are spoken: none, those with sound, or all.
         assumed: names of fields that only the checkpoint's own files can tell; see ``probe.complete_layout``.
     """
 
@@ -39,6 +44,8 @@ class Layout:
     bos: str = ""
     trim: bool = False
     default_system: str | None = None
+    speech: tuple[str, ...] = ()
+    spoken: Literal["never", "with sound", "always"] = "never"
     assumed: tuple[str, ...] = ()
 
     def item_tokens(self, width: int, height: int) -> int:
@@ -78,11 +85,13 @@ class Rendered:
         input_ids: token ids.
         labels: same length, unshifted, IGNORE where there is no loss.
         image_bounds: half-open token range of the placeholders of each visual item, in item order.
+        audio_bounds: half-open token range of each run of placeholders of sound, in reading order.
     """
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     image_bounds: list[tuple[int, int]] = field(default_factory=list)
+    audio_bounds: list[tuple[int, int]] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], *, train: bool = False) -> None:
         """Appends ids that are their own labels when ``train``, and carry no loss otherwise."""
@@ -94,3 +103,13 @@ class Rendered:
         start = len(self.input_ids)
         self.add(ids)
         self.image_bounds.extend((start + first, start + last) for first, last in bounds)
+
+    def add_sound(self, sound: Sound, vocabulary: Vocabulary) -> None:
+        """Appends the placeholders of a clip, every run between its marks."""
+        opening, unknown, closing = (
+            vocabulary.control(token) for token in ("<|audio_start|>", "<unk>", "<|audio_end|>")
+        )
+        for count in sound.runs:
+            start = len(self.input_ids) + 1
+            self.add([opening, *[unknown] * count, closing])
+            self.audio_bounds.append((start, start + count))
