@@ -1,16 +1,18 @@
-"""One rank of a streamed run on CPU: which records each of its steps took, and what its loader is."""
+"""Streamed runs on CPU, one rank of several or alone: which records each micro-batch took."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 
+import trainer
 from dataset import make_supervised_data_module
 from finetune.arguments import parse_arguments
 from finetune.encoding.encoder import Encoder
@@ -19,11 +21,13 @@ from finetune.tuning.checkpoint import resolve
 from finetune.tuning.parts import adapt
 from trainer import CPMTrainer
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 class Recorder(CPMTrainer):
     """Writes down the sources of every micro-batch."""
 
-    seen: list[list[str]]
+    seen: ClassVar[list[list[str]]] = []
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.seen.append(list(inputs["sources"]))
@@ -47,14 +51,23 @@ def run(base: Path, data: Path, output: Path, *flags: str, resume: Path | None =
         part_learning_rates=args.training.part_learning_rates,
         **make_supervised_data_module(args.data, encoder, None, 5),
     )
-    made.seen = []
+    Recorder.seen = []
     made.train(resume_from_checkpoint=None if resume is None else str(resume))
     return made
 
 
+def main(report: Path, words: list[str]) -> int:
+    """The script itself, whose trainer writes down what it saw."""
+    trainer.CPMTrainer = Recorder
+    spec = importlib.util.spec_from_file_location("launched", ROOT / "finetune.py")
+    assert spec is not None
+    assert spec.loader is not None
+    launched = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launched)
+    status = launched.main(words)
+    report.write_text(json.dumps({"seen": Recorder.seen, "world": int(os.environ["WORLD_SIZE"])}))
+    return status
+
+
 if __name__ == "__main__":
-    base, data, output, *flags = sys.argv[1:]
-    made = run(Path(base), Path(data), Path(output), *flags)
-    report = {"seen": made.seen, "steps": made.state.global_step, "world": made.args.world_size}
-    Path(output, f"rank{made.args.process_index}.json").write_text(json.dumps(report))
-    torch.distributed.destroy_process_group()
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from streaming_worker import run
 
-import finetune as package
 from finetune.arguments import ArgumentError, parse_arguments
 from finetune.readers.streaming import Stream
 from finetune.sample import DataError
 from finetune.tuning.resume import ResumeError
+from finetune.tuning.streams import batches_passed, dealt
 
 WORKER = Path(__file__).with_name("streaming_worker.py")
 ONE = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "0")
@@ -35,70 +35,76 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_two_ranks_see_every_record_once_per_pass(tiny: Tiny, lines: Path, tmp_path: Path) -> None:
+def test_two_ranks_see_every_record_once_per_pass(tiny: Tiny, demo_data: Path, tmp_path: Path) -> None:
+    """From flags to a verified adapter; the loaders have processes of their own."""
+    records = json.loads((demo_data / "train.json").read_text())[:TEXTS]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = ["--model_name_or_path", str(tiny("llama3_v2_5")), "--data_path", str(data), "--use_lora", "true"]
+    words += ["--image_root", str(demo_data), "--output_dir", str(tmp_path / "out"), "--save_strategy", "no"]
+    words += ["--streaming", "true", "--buffer_size", "4", "--max_steps", "5", "--per_device_train_batch_size", "1"]
+    words += ["--gradient_accumulation_steps", "2", "--dataloader_num_workers", "1", "--max_slice_nums", "1"]
+    words += ["--use_cpu", "true", "--report_to", "none"]
+    outputs = launch([[str(tmp_path / f"rank{rank}.json"), *words] for rank in range(2)])
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert any("verified" in output for output in outputs)
+    reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [(report["world"], len(report["seen"])) for report in reports] == [(2, 10)] * 2
+    first_pass = []
+    for rank, report in enumerate(reports):
+        sources = [source for batch in report["seen"] for source in batch]
+        share = len(list(Stream([data], seed=42, buffer_size=4).one_pass(0, rank, 2)))
+        assert 0 < share <= len(sources), "the run is shorter than a pass"
+        first_pass += [source.rpartition("(id ")[2] for source in sources[:share]]
+    assert Counter(first_pass) == {f"{str(record['id'])!r})": 1 for record in records}
+
+
+def launch(commands: list[list[str]]) -> list[str]:
+    """Runs the worker once per rank; what they printed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = ["--max_steps", "5", "--save_strategy", "no", "--buffer_size", "4", "--use_cpu", "true"]
-    flags += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
-    flags += ["--dataloader_num_workers", "1", "--logging_steps", "1"]
-    command = [sys.executable, str(WORKER), str(tiny("llama3_v2_5")), str(lines), str(tmp_path), *flags]
     settings = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     settings |= {"PYTHONPATH": str(WORKER.parent.parent), "LOCAL_WORLD_SIZE": "2"}
     ranks = [
         subprocess.Popen(
-            command,
+            [sys.executable, str(WORKER), *words],
             env={**os.environ, **settings, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank, words in enumerate(commands)
     ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    outputs = [rank.communicate(timeout=180)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
-    reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    assert [(report["steps"], report["world"], len(report["seen"])) for report in reports] == [(5, 2, 10)] * 2
-    first_pass = []
-    for rank, report in enumerate(reports):
-        sources = [source for batch in report["seen"] for source in batch]
-        share = len(list(Stream([lines], seed=5, buffer_size=4).one_pass(0, rank, 2)))
-        assert 0 < share <= len(sources), "the run is shorter than a pass"
-        first_pass += sources[:share]
-    assert Counter(source.rpartition("(id ")[2] for source in first_pass) == {f"'{n}')": 1 for n in range(TEXTS)}
+    return outputs
 
 
 def test_a_resumed_run_goes_on_where_it_stopped(tiny: Tiny, lines: Path, tmp_path: Path) -> None:
     saving = ("--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", *ONE)
     whole = run(tiny("llama3_v2_5"), lines, tmp_path, *saving)
-    assert (whole.state.global_step, len(whole.seen)) == (4, 8)
+    whole_seen = whole.seen
+    assert (whole.state.global_step, len(whole_seen)) == (4, 8)
     half = tmp_path / "checkpoint-2"
     rest = run(tiny("llama3_v2_5"), lines, tmp_path / "rest", *saving, resume=half)
-    assert rest.seen == whole.seen[4:]
+    rest_seen = rest.seen
+    assert len(rest_seen) == 4
+    assert rest_seen == whole_seen[4:]
     assert rest.state.epoch == whole.state.epoch
     losses = [[row["loss"] for row in each.state.log_history if "loss" in row] for each in (whole, rest)]
     assert losses[0] == losses[1]
-    with pytest.raises(ResumeError, match=r"dataloader_num_workers 0 \(now 1\)"):
-        run(tiny("llama3_v2_5"), lines, tmp_path / "rest", *saving[:-1], "1", resume=half)
+    now = dealt("the data", rest.args)
+    with pytest.raises(
+        ResumeError, match=r"checkpoint-2: its records were dealt with data, seed and buffer_size .* \(now the data\)"
+    ):
+        batches_passed(half, now)
     with pytest.raises(ResumeError, match="was streamed and this one is not"):
-        run(tiny("llama3_v2_5"), lines, tmp_path / "rest", *saving, "--streaming", "false", resume=half)
-
-
-def test_from_flags_to_a_verified_adapter(tiny: Tiny, demo_data: Path, tmp_path: Path) -> None:
-    """Images, through the script itself; the loader has processes of its own."""
-    records = json.loads((demo_data / "train.json").read_text())
-    data = tmp_path / "train.jsonl"
-    data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    words = ["--model_name_or_path", str(tiny("llama3_v2_5")), "--data_path", str(data), "--use_lora", "true"]
-    words += ["--image_root", str(demo_data), "--output_dir", str(tmp_path / "out"), "--streaming", "true"]
-    words += ["--max_steps", "2", "--use_cpu", "true", "--report_to", "none", "--dataloader_num_workers", "1"]
-    script = Path(package.__file__).resolve().parent.parent / "finetune.py"
-    done = subprocess.run(
-        [sys.executable, str(script), *words], capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-    assert '"verified": true' in done.stdout
+        batches_passed(half, None)
+    (half / "stream.json").unlink()
+    with pytest.raises(ResumeError, match="was not streamed and this one is"):
+        batches_passed(half, now)
+    assert batches_passed(half, None) == 0
 
 
 @pytest.mark.parametrize(
