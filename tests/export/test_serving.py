@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from made_adapters import RESAMPLERS, make_adapter, save
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file
@@ -22,6 +23,15 @@ LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 LINEAR |= {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"}
 # Beginnings of the modules of the language model, the published names -> vLLM's.
 LANGUAGE_MODEL = {"v4_5": ("llm.model.", "llm.model."), "v4_6": ("model.language_model.", "language_model.model.")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several threads only wait for each other on networks of this size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
