@@ -9,14 +9,23 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from streaming_worker import run
+from torch.utils.data import DataLoader
 
+from dataset import StreamedDataset
 from finetune.arguments import ArgumentError, parse_arguments
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.intake import Intake
+from finetune.models import load_tokenizer
+from finetune.readers import read
+from finetune.readers.streamed import StreamedSamples
 from finetune.readers.streaming import Stream
 from finetune.sample import DataError
+from finetune.tuning.checkpoint import resolve
 from finetune.tuning.resume import ResumeError
 from finetune.tuning.streams import batches_passed, dealt
 
@@ -124,3 +133,41 @@ def test_wishes_that_a_stream_cannot_fulfil(
     words = ["--model_name_or_path", "m", "--data_path", str(lines), "--streaming", "true", "--max_steps", "1"]
     with pytest.raises(error, match=message):
         make_supervised_data_module(parse_arguments([*words, *flags]).data, None)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_bad_line_leaves_an_empty_row(tiny: Tiny, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
+    good = {"conversations": turns}
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps(good)}\n{{'bad': 1}}\n")
+    checkpoint = resolve(str(tiny("llama3_v2_5")))
+    encoder = Encoder.from_config(checkpoint.family, load_tokenizer(checkpoint.folder), checkpoint.config)
+    streamed = StreamedSamples(Stream([path], seed=0), [read(path, records=[good])])
+    report = tmp_path / "bad.jsonl"
+    dataset = StreamedDataset(streamed, Intake(streamed.head, encoder, on_bad_sample="skip", report=report))
+    rows = list(islice(dataset, 6))
+    assert sum(len(row.input_ids) == 1 for row in rows) == 3
+    assert dataset.first_usable().source == f"{path}, record 0"
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [(line["record"], line["exception"]) for line in lines] == [(len(json.dumps(good)) + 1, "DataError")]
+    assert "line 2: not valid JSON: JSON needs double quotes" in lines[0]["message"]
+    with pytest.raises(DataError, match="line 2"):
+        list(islice(StreamedDataset(streamed, Intake(streamed.head, encoder)), 6))
+
+
+def test_batches_that_were_trained_before_are_empty_rows(lines: Path, tiny: Tiny) -> None:
+    """Cheap to pass over; what follows them is what would have followed."""
+    checkpoint = resolve(str(tiny("llama3_v2_5")))
+    encoder = Encoder.from_config(checkpoint.family, load_tokenizer(checkpoint.folder), checkpoint.config)
+    streamed = StreamedSamples(Stream([lines], seed=0), [read(lines)])
+    dataset = StreamedDataset(streamed, Intake(streamed.head, encoder))
+    loaders = [DataLoader(dataset, batch_size=2, collate_fn=list, num_workers=workers) for workers in (0, 2)]
+    for loader in loaders:
+        dataset.deal(1, 2, 2)
+        whole = list(islice(loader, 7))
+        dataset.deal(1, 2, 2, passed=3)
+        rest = list(islice(loader, 7))
+        assert [row.source for batch in rest[3:] for row in batch] == [
+            row.source for batch in whole[3:] for row in batch
+        ]
+        assert [[len(row.input_ids) == 1 for row in batch] for batch in rest] == [[True] * 2] * 3 + [[False] * 2] * 4
