@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
             max_slice_nums=given.max_slice_nums,
             max_length=given.model_max_length,
             max_pixels=given.max_image_pixels,
+            shrink_pixels=given.image_max_pixels,
         )
         # Shares decide how often records are taken, not whether they can be used.
         named = [named.name for named in parse_names(given.dataset)] if given.dataset else []
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--image_root", help="folder that relative image paths may also be relative to")
     parser.add_argument("--max_slice_nums", type=int, help="most slices per image (default: the checkpoint's)")
+    parser.add_argument("--image_max_pixels", type=int, help="as in training: larger images are shrunk to this")
     parser.add_argument("--max_image_pixels", type=int, help="largest image accepted, in pixels")
     parser.add_argument("--model_max_length", type=int, default=2048, help="longest sample in tokens (default: 2048)")
     parser.add_argument("--overlong", choices=["shrink", "drop", "truncate", "error"], default="shrink")

@@ -166,6 +166,7 @@ def _settings(given: argparse.Namespace, source: ModelSource, samples: Mixture) 
         "data": str(Path(given.data).resolve()) if given.data else samples.meaning,
         "max_new_tokens": given.max_new_tokens,
         "max_slice_nums": given.max_slice_nums,
+        "image_max_pixels": given.image_max_pixels,
         "enable_thinking": given.enable_thinking,
         "dtype": given.dtype,
         "states": [fingerprint(path) for path in (*folders.values(), *samples.files) if path is not None],
@@ -227,6 +228,7 @@ class Asking:
             load_tokenizer(folder),
             checkpoint.settings,
             max_slice_nums=self.given.max_slice_nums,
+            shrink_pixels=self.given.image_max_pixels,
             **thinking,
         )
 
@@ -347,6 +349,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
     parser.add_argument("--max_slice_nums", type=int, help="most slices per image (default: the checkpoint's)")
+    parser.add_argument("--image_max_pixels", type=int, help="as in training: larger images are shrunk to this")
     parser.add_argument(
         "--enable_thinking", choices=["true", "false"], help="for models that think (default: the generation's)"
     )
