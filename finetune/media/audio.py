@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,19 @@ RATE = 16_000
 MAX_SECONDS = 1800
 """Longest clip that is decoded; at 10 to 25 tokens per second it is more than any context holds."""
 
+# Containers that are read. Playlists and patterns are none of them: they name further files or addresses.
+_OPTIONS = {
+    "format_whitelist": "wav,w64,aiff,au,caf,flac,mp3,ogg,opus,aac,ac3,eac3,amr,amrnb,amrwb,ape,wv,tta,"
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf",
+    "protocol_whitelist": "file",
+}
 # Clips kept decoded: a sample is measured first, then encoded.
 _KEPT = 8
-# Containers whose header tells the length exactly; in the others it is estimated or absent.
-_EXACT = {"wav", "w64", "flac", "aiff", "mov", "mp4", "m4a"}
-# Seconds that may be missing: coders add and remove a little at both ends.
+# Containers whose header tells the length; in the others it is estimated or absent, and so in some of these.
+_TOLD = {"flac", "mov", "mp4", "m4a", "matroska", "webm"}
+# Those whose header tells it in bytes, and from where on it is the stand-in of a writer that could not know.
+_COUNTED, _UNKNOWN = {"wav", "aiff"}, 0x7FFF0000
+# Seconds that may be missing at the end: coders add and remove a little.
 _SLACK = 0.25
 
 
@@ -35,7 +44,7 @@ class _UnusableError(Exception):
 def load(media: Media, source: Source) -> np.ndarray:
     """The waveform of a clip, (samples,) float32 at 16 kHz, about -1 to 1; of a video file its first sound track.
 
-    Several channels are averaged into one, other rates resampled by FFmpeg's swresample with its default filter. The
+    Other rates are resampled by FFmpeg's swresample with its default filter, several channels averaged into one. The
     array is shared: do not write into it.
 
     Raises:
@@ -47,7 +56,7 @@ def load(media: Media, source: Source) -> np.ndarray:
             state = media.data.stat()
             return _of_file(media.data, state.st_size, state.st_mtime_ns)
         if isinstance(media.data, bytes):
-            return _decode(io.BytesIO(media.data))
+            return _decode(media.data)
         if isinstance(media.data, np.ndarray):
             return _given(media.data)
     except FileNotFoundError as error:
@@ -68,7 +77,7 @@ def av() -> Any:
     try:
         return importlib.import_module("av")  # an extra
     except ImportError as error:
-        raise UserError(f"sound files are decoded by PyAV ({error}): pip install 'av>=14,<19'") from error
+        raise UserError(f'sound is decoded by PyAV ({error}); install it: pip install "av>=14,<19"') from error
 
 
 @lru_cache(maxsize=_KEPT)
@@ -78,7 +87,7 @@ def _of_file(path: Path, size: int, changed: int) -> np.ndarray:
         raise _UnusableError("is a folder; give the path of a sound file")
     if not size:
         raise _UnusableError("is empty (0 bytes); replace it or remove the record")
-    return _decode(str(path))
+    return _decode(path)
 
 
 def _given(samples: np.ndarray) -> np.ndarray:
@@ -91,18 +100,30 @@ def _given(samples: np.ndarray) -> np.ndarray:
     return _checked(samples.astype(np.float32, copy=False))
 
 
-def _decode(file: str | io.BytesIO) -> np.ndarray:
-    chunks, total = [], 0
-    with _opened(file) as (container, stream):
-        for chunk in _resampled(container, stream):
-            chunks.append(chunk)
-            total += len(chunk)
+def _decode(file: Path | bytes) -> np.ndarray:
+    """The waveform of a file, or of the bytes of one."""
+    chunks, total, end, short = [], 0, 0.0, False
+    with _opened(str(file) if isinstance(file, Path) else io.BytesIO(file)) as (container, stream):
+        # The channels are averaged below: swresample would add them up, louder than either.
+        resampler = av().AudioResampler(format="fltp", rate=RATE)
+        for packet in chain(container.demux(stream), [None]):
+            short |= packet is not None and packet.is_corrupt
+            # Behind the last packet the resampler gives what it still holds.
+            for frame in [None] if packet is None else packet.decode():
+                if frame is not None:
+                    end = max(end, (frame.time or 0.0) + frame.samples / frame.sample_rate)
+                    frame.pts = None  # gaps and jumps in time are not filled
+                for piece in resampler.resample(frame):
+                    chunks.append(piece.to_ndarray().mean(axis=0))
+                    total += len(chunks[-1])
             if total > MAX_SECONDS * RATE:
                 raise _UnusableError(_too_long())
-        declared = _declared_seconds(container, stream)
-    if declared is not None and total / RATE < declared - _SLACK:
+        told = _told_end(file, container, stream)
+    if (told is not None and end < told - _SLACK) or (short and _states_bytes(file, container)):
+        length = "" if told is None or end >= told else f" of {told:.2f}"
         raise _UnusableError(
-            f"is truncated: it ends after {total / RATE:.2f} of {declared:.2f} seconds; replace it or remove the record"
+            f"is truncated: it ends after {end:.2f}{length} seconds, before its header says so; replace it or remove "
+            "the record"
         )
     return _checked(np.concatenate(chunks) if chunks else np.zeros(0, np.float32))
 
@@ -127,7 +148,7 @@ def _opened(file: str | io.BytesIO) -> Iterator[tuple[Any, Any]]:
     library = av()
     try:
         # Broken text in the tags of a file is no reason to refuse its sound.
-        with library.open(file, metadata_errors="ignore") as container:
+        with library.open(file, metadata_errors="ignore", options=_OPTIONS) as container:
             if not container.streams.audio:
                 raise _UnusableError("has no sound track; give a file with sound, or remove it from the record")
             yield container, container.streams.audio[0]
@@ -138,19 +159,37 @@ def _opened(file: str | io.BytesIO) -> Iterator[tuple[Any, Any]]:
         ) from error
 
 
-def _resampled(container: Any, stream: Any) -> Iterator[np.ndarray]:
-    """The samples of a stream in pieces, float32, one channel, 16 kHz."""
-    resampler = av().AudioResampler(format="flt", layout="mono", rate=RATE)
-    for frame in container.decode(stream):
-        frame.pts = None  # gaps and jumps in time are not filled
-        for piece in resampler.resample(frame):
-            yield piece.to_ndarray()[0]
-    for piece in resampler.resample(None):
-        yield piece.to_ndarray()[0]
-
-
-def _declared_seconds(container: Any, stream: Any) -> float | None:
-    """How long the header says that the stream is, where it knows."""
-    if not _EXACT & set(container.format.name.split(",")) or stream.duration is None:
+def _told_end(file: Path | bytes, container: Any, stream: Any) -> float | None:
+    """The second at which the sound ends by the header, where it knows."""
+    names = set(container.format.name.split(","))
+    if not (_TOLD & names or ("mp3" in names and _mp3_told(_head(file)))):
         return None
-    return float(stream.duration * stream.time_base)
+    start = float((stream.start_time or 0) * stream.time_base)
+    if stream.duration is not None:
+        return start + float(stream.duration * stream.time_base)
+    # Of a video it may be the length of the pictures.
+    return None if container.streams.video or not container.duration else container.duration / 1_000_000
+
+
+def _mp3_told(head: bytes) -> bool:
+    """Whether the first frame says how many there are."""
+    return any(mark in head for mark in (b"Xing", b"Info", b"VBRI"))
+
+
+def _states_bytes(file: Path | bytes, container: Any) -> bool:
+    """Whether the header says how many bytes there are; one written into a pipe does not."""
+    size = _head(file)[4:8]
+    order = "big" if container.format.name == "aiff" else "little"
+    return container.format.name in _COUNTED and 0 < int.from_bytes(size, order) < _UNKNOWN
+
+
+def _head(file: Path | bytes) -> bytes:
+    """The first bytes, without the tags in front of an MP3."""
+    with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as opened:
+        start = opened.read(10)
+        if start[:3] != b"ID3":
+            return start + opened.read(2048)
+        # Seven bits per byte.
+        size = sum(byte << shift for byte, shift in zip(start[6:], (21, 14, 7, 0), strict=False))
+        opened.seek(10 + size)
+        return opened.read(2048)
