@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from finetune.chat.pictures import Picture, as_media, from_base64
+from finetune.chat.sounds import as_sound, is_sound
 from finetune.sample import DataError, Media, Message, Part, Sample, Source, Text
 
-# Names under which the published examples give the text or the picture of a part.
+# Names under which the published examples give the text, the picture or the sound of a part.
 _TEXT_KEYS = ("text", "pairs", "content")
 _IMAGE_KEYS = ("image", "pairs", "content")
+_AUDIO_KEYS = ("audio", "pairs", "content")
 
 
 def read_messages(
@@ -25,17 +28,19 @@ def read_messages(
     context: Sequence[Mapping[str, Any]] | None = None,
     system_prompt: str | None = None,
     index: int = 0,
+    joint: str = "\n",
 ) -> Sample:
     """A conversation that the model is to go on with.
 
     Args:
-        msgs: turns with ``role`` and ``content``, or their JSON. A content is a string, or a list of strings and
-            pictures (PIL images, Paths, ``{"type": "image", "image": ...}`` also with base64) in reading order, which
-            are joined by newlines.
+        msgs: turns with ``role`` and ``content``, or their JSON. A content is a string, or a list of strings, pictures
+            (PIL images, Paths, ``{"type": "image", "image": ...}`` also with base64) and sound (numpy arrays of samples
+            at 16 kHz, Paths, ``{"type": "audio", "audio": ...}`` also with base64) in reading order.
         image: picture, or pictures, in front of the first user turn.
         context: turns before ``msgs``; ignored when ``msgs`` begin with them.
         system_prompt: text of a system turn in front.
         index: number of the conversation in its batch, for messages.
+        joint: what stands between the items of a content.
 
     Raises:
         DataError: anything that does not fit this, or a conversation that leaves nothing to answer.
@@ -45,7 +50,7 @@ def read_messages(
     if context:
         before = list(context)
         turns = turns if turns[: len(before)] == before else before + turns
-    messages = [_message(turn, number, source) for number, turn in enumerate(turns)]
+    messages = [_message(turn, number, source, joint) for number, turn in enumerate(turns)]
     if system_prompt:
         if messages and messages[0].role == "system":
             raise DataError(f"{source}: system_prompt is given and msgs begin with a system turn; give one of them")
@@ -68,15 +73,15 @@ def _turns(msgs: Any, source: Source) -> list[Any]:
     return list(msgs)
 
 
-def _message(turn: Any, number: int, source: Source) -> Message:
+def _message(turn: Any, number: int, source: Source, joint: str) -> Message:
     if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str) or turn.get("content") is None:
         raise DataError(f"{source}: turn {number} must be an object with 'role' and 'content'")
     content = turn["content"]
     pieces = list(content) if isinstance(content, (list, tuple)) else [content]
     parts: list[Part] = []
     for place, piece in enumerate(pieces):
-        if place:
-            parts.append(Text("\n"))
+        if place and joint:
+            parts.append(Text(joint))
         parts.append(_part(piece, f"turn {number}", source))
     return Message(turn["role"], tuple(parts))
 
@@ -84,6 +89,8 @@ def _message(turn: Any, number: int, source: Source) -> Message:
 def _part(piece: Any, where: str, source: Source) -> Part:
     if isinstance(piece, str):
         return Text(piece)
+    if isinstance(piece, np.ndarray) or (isinstance(piece, Path) and is_sound(piece)):
+        return as_sound(piece, source)
     if isinstance(piece, (Image.Image, Path)):
         return as_media(piece, source)
     if isinstance(piece, Mapping):
@@ -92,11 +99,16 @@ def _part(piece: Any, where: str, source: Source) -> Part:
             return Text(text)
         if kind == "image" and (picture := _first(piece, _IMAGE_KEYS)) is not None:
             return _picture(picture, source)
+        if kind == "audio" and (sound := _first(piece, _AUDIO_KEYS)) is not None:
+            return as_sound(sound, source)
         raise DataError(f"{source}: {where} has a part of type {kind!r} with {', '.join(map(str, piece))}; {_WANTED}")
     raise DataError(f"{source}: {where} contains a {type(piece).__name__}; {_WANTED}")
 
 
-_WANTED = "parts are strings, PIL images, Paths, {'type': 'text', 'text': ...} and {'type': 'image', 'image': ...}"
+_WANTED = (
+    "parts are strings, PIL images, arrays of sound, Paths, {'type': 'text', 'text': ...}, "
+    "{'type': 'image', 'image': ...} and {'type': 'audio', 'audio': ...}"
+)
 
 
 def _picture(picture: Any, source: Source) -> Media:

@@ -30,11 +30,14 @@ def chat(
         ArgumentError: an option that does not exist, or does not fit.
         DataError: a conversation or an image that cannot be used.
     """
+    # MiniCPM-o: names of 2.6 and of 4.5.
+    omni = any([options.pop(name, None) for name in ("omni_input", "omni_mode")])
+    joint = "" if omni else "\n"
     prompting, decoding = read_options(options)
     talker = Talker(model, tokenizer)
     batched = isinstance(msgs, (list, tuple)) and bool(msgs) and isinstance(msgs[0], (list, tuple))
     if not batched:
-        sample = read_messages(msgs, image, context=context, system_prompt=system_prompt)
+        sample = read_messages(msgs, image, context=context, system_prompt=system_prompt, joint=joint)
         if stream:
             return talker.stream(sample, prompting, decoding)
         answers, samples = talker.answer([sample], prompting, decoding), [sample]
@@ -43,7 +46,7 @@ def chat(
             raise ArgumentError(f"{'stream' if stream else 'context'} goes with one conversation, not with a batch")
         images = _spread(image, len(msgs))
         samples = [
-            read_messages(turns, picture, system_prompt=system_prompt, index=index)
+            read_messages(turns, picture, system_prompt=system_prompt, index=index, joint=joint)
             for index, (turns, picture) in enumerate(zip(msgs, images, strict=True))
         ]
         answers = talker.answer(samples, prompting, decoding)

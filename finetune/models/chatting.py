@@ -26,15 +26,16 @@ class Chatting(PreTrainedModel):
         Args:
             image: picture (PIL, or a path), or several, in front of the first user turn; of a batch, one per
                 conversation.
-            msgs: turns with ``role`` and ``content`` (a string, or a list of strings and pictures), or their JSON; a
-                list of such lists is a batch.
+            msgs: turns with ``role`` and ``content`` (a string, or a list of strings, pictures and
+                sound, numpy arrays at 16 kHz), or their JSON; a list of such lists is a batch.
             context: turns before ``msgs``, as V-2.0 returns them.
             tokenizer: the checkpoint's; None for the one in the folder that the network came from.
             system_prompt: text of a system turn.
             stream: return an iterator over pieces of the answer.
             **options: sampling (default True; False is greedy), temperature, top_p, top_k, repetition_penalty,
                 num_beams, max_new_tokens, min_new_tokens; max_slice_nums, use_image_id, enable_thinking,
-                max_inp_length.
+                max_inp_length; of MiniCPM-o use_tts_template, chunk_input, and omni_input (or omni_mode): items of a
+                content are then not joined by newlines.
 
         Returns:
             The answer; of a batch a list of them. V-2.0 returns answer, context, history, where the last two are both
