@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from finetune.media.video import Frames
+    from finetune.media.sampling import Frames
 
 MediaKind = Literal["image", "video", "audio"]
 ROLES = ("system", "user", "assistant", "tool")

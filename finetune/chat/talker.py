@@ -26,13 +26,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from finetune.chat.pieces import Pieces
 from finetune.encoding.collate import pad
-from finetune.encoding.encoder import Encoder
+from finetune.encoding.encoder import Encoder, video_options
 from finetune.errors import ArgumentError
 from finetune.evaluation.generation import answer_text
 from finetune.families import by_name, detect
 from finetune.models import load_tokenizer
 from finetune.sample import Message, Sample, Source, Text
-from finetune.tuning.checkpoint import resolve
+from finetune.tuning.checkpoint import PROCESSORS, resolve
 
 # A prompt that asks for thinking may end with this; it is then part of the answer.
 _OPEN_THOUGHT = "<think>\n"
@@ -47,12 +47,17 @@ class Prompting:
         use_image_id: whether images are numbered.
         enable_thinking: whether the model is asked to think before it answers.
         max_inp_length: longest prompt in tokens; a longer one is refused.
+        use_tts_template: MiniCPM-o: whether the prompt is one for an answer that is spoken; where there is sound,
+            o-2.6 always has it.
+        chunk_input: MiniCPM-o: whether every second of sound has placeholders of its own.
     """
 
     max_slice_nums: int | None = None
     use_image_id: bool | None = None
     enable_thinking: bool | None = None
     max_inp_length: int | None = None
+    use_tts_template: bool | None = None
+    chunk_input: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +102,8 @@ class Decoding:
 
 # Arguments of published calls that have no meaning here; None is what callers without a use for them give.
 _WITHOUT_USE = ("processor", "vision_hidden_states", "streamer")
+# Those that ask for speech; it is not part of the network here.
+_SPEECH = ("generate_audio", "output_audio_path", "return_spk_embed", "return_dict")
 _PROMPTING = {field.name for field in fields(Prompting)}
 _DECODING = {field.name for field in fields(Decoding)}
 
@@ -107,6 +114,12 @@ def read_options(options: Mapping[str, Any]) -> tuple[Prompting, Decoding]:
     Raises:
         ArgumentError: there is no such option.
     """
+    options = dict(options)
+    if (drawn := options.pop("do_sample", None)) is not None:
+        options.setdefault("sampling", drawn)
+    for name in _SPEECH:
+        if options.pop(name, None):
+            raise ArgumentError(f"{name}: answers are text, speech is left to the published code; leave {name} out")
     for name, value in options.items():
         if name not in _PROMPTING | _DECODING and (name not in _WITHOUT_USE or value is not None):
             known = ", ".join(sorted(_PROMPTING | _DECODING))
@@ -133,9 +146,9 @@ class Talker:
         config, folder = _origin(model)
         self.family = detect(config)
         self.tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
-        # What the image processor is told lies beside config.json.
+        # What the processors are told lies beside config.json.
         settings = resolve(folder).settings if (Path(folder) / "config.json").is_file() else {}
-        config |= {key: settings[key] for key in ("image_processor",) if key in settings}
+        config |= {key: settings[key] for key in PROCESSORS if key in settings}
         self._config = json.dumps(config, sort_keys=True, default=str)
 
     def encoder(self, prompting: Prompting) -> Encoder:
@@ -234,13 +247,19 @@ def _encoder(name: str, tokenizer: PreTrainedTokenizerBase, config: str, prompti
         layout = replace(layout, enable_thinking=prompting.enable_thinking)
     if prompting.max_slice_nums is not None:
         slicing = replace(slicing, max_slice_nums=prompting.max_slice_nums)
+    hearing = None if family.audio_spec is None else family.audio_spec(settings)
+    if prompting.use_tts_template and layout.speech:
+        layout = replace(layout, spoken="always")
+    if prompting.chunk_input is not None and hearing is not None:
+        hearing = replace(hearing, run_seconds=1.0 if prompting.chunk_input else 0)
     return Encoder(
         family,
         tokenizer,
         layout=layout,
         slicing=slicing,
         max_length=prompting.max_inp_length,
-        hearing=None if family.audio_spec is None else family.audio_spec(settings),
+        hearing=hearing,
+        video=video_options(family, settings, None),
     )
 
 

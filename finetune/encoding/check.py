@@ -176,7 +176,7 @@ def _look(samples: Sequence[Sample], index: int, fitter: Fitter, cache: CheckCac
         fitted = fitter.fit(sample)
     except DataError as error:
         return error
-    paths = [media.data for media in sample.media() if isinstance(media.data, Path)]
+    paths = [path for media in sample.media() for path in media.files]
     looked = Looked(fitted.outcome, len(fitted.rendered.input_ids), fitted.lost_images)
     if cache is not None:
         cache.put(index, looked, [signature(path) for path in paths])

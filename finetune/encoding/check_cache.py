@@ -108,6 +108,7 @@ def fingerprint(fitter: Fitter, samples: Sequence[Sample]) -> str:
         "max_pixels": encoder.max_pixels,
         "shrink_pixels": encoder.shrink_pixels,
         "hearing": None if encoder.hearing is None else asdict(encoder.hearing),
+        "video": asdict(encoder.video),
         "policy": fitter.policy,
         "train_on": getattr(samples, "train_on", None),
         "meaning": getattr(samples, "meaning", None),

@@ -26,11 +26,12 @@ def pad(examples: Sequence[Example], pad_id: int, side: Literal["right", "left"]
 
         * "patches": position_ids: (B, T) int64, padding 0; patches: (N, 3*P*P) uint8, all items of the batch;
           tgt_sizes: (n, 2) int64; image_bound: (n, 3) int64, batch row, start, end (half open, in padded positions);
-          temporal_ids: (n,) int64. With sound audio_features: (clips, bins, T) float32 log-mel, padding 0;
+          temporal_ids: (n,) int64. With packed frames group_sizes: (g,) int64, items per row of image_bound, (g, 3)
+          then. With sound audio_features: (clips, bins, T) float32 log-mel, padding 0;
           audio_lengths: (clips,) int64, mel frames; audio_bound: (m, 3) int64, as image_bound.
         * "packed": with images pixel_values: (1, 3, P, N*P) float32, all patches of the batch side by side, and
-          target_sizes: (n, 2) int64.
-        * "canvas": as "packed", and mm_token_type_ids: (B, T) int64, 1 for placeholders of images.
+          target_sizes: (n, 2) int64; with videos pixel_values_videos and target_sizes_videos, the same of them.
+        * "canvas": as "packed", and mm_token_type_ids: (B, T) int64, 1 for placeholders of images, 2 of videos.
 
     Raises:
         ValueError: no example, or one whose first label is not -100 (nothing predicts the first token).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict, Unpack
 
@@ -11,14 +11,27 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from finetune.encoding.example import Example
+from finetune.encoding.footage import (
+    Footage,
+    FootagePlan,
+    Items,
+    Spread,
+    decoded,
+    items_of,
+    look,
+    plan_footage,
+    spread,
+    video_options,
+)
 from finetune.encoding.hearing import log_mel
 from finetune.encoding.inputs import INPUTS, Grids
 from finetune.families import FAMILIES
 from finetune.families.base import Config, Family
 from finetune.media import audio, image
-from finetune.media.slicing import Plan, SliceSpec, item_sizes, plan
+from finetune.media.sampling import VideoOptions
+from finetune.media.slicing import Plan, SliceSpec, plan
 from finetune.media.sound import AudioSpec, Sound, sound
-from finetune.sample import DataError, Media, Sample
+from finetune.sample import DataError, Media, MediaKind, Sample
 from finetune.templates.probe import complete_layout
 from finetune.templates.rendering import IGNORE, Layout, Rendered, Thinking
 from finetune.templates.tokens import TextError, Vocabulary
@@ -28,8 +41,10 @@ _PATCH_COST = 0.1
 _FRAME_COST = 0.02
 """Cost of a mel frame: the audio tower has a twenty-fifth of the parameters, and half as many places as frames."""
 
-Extent = tuple[int, int] | int
-"""Size of a medium: (width, height) in pixels of an image, samples of a clip."""
+Extent = tuple[int, int] | int | Footage
+"""Size of a medium: (width, height) in pixels of an image, samples of a clip, the chosen frames of a video."""
+Planned = Plan | Sound | FootagePlan
+"""How a medium takes its place in the prompt."""
 
 
 class PromptOptions(TypedDict, total=False):
@@ -66,6 +81,15 @@ class Measure:
         return self.tokens + _PATCH_COST * self.patches + _FRAME_COST * self.frames
 
 
+def _not_taken(family: Family, kind: MediaKind) -> str:
+    """That a family has no input for a kind of media, and which have."""
+    has: Callable[[Family], object] = (lambda each: each.video) if kind == "video" else (lambda each: each.audio_spec)
+    able = ", ".join(each.title for each in FAMILIES if has(each) is not None)
+    kinds = ["images", *(["videos"] if family.video else []), *(["sound"] if family.audio_spec else []), "text"]
+    taken = f"{', '.join(kinds[:-1])} and {kinds[-1]}"
+    return f"{family.title} takes {taken}, no {kind}; use a model that does ({able})"
+
+
 class Encoder:
     """Samples to examples for one checkpoint.
 
@@ -78,6 +102,7 @@ class Encoder:
         max_pixels: most pixels of an image.
         shrink_pixels: images of more pixels are shrunk to about so many before they are cut; None for none.
         hearing: how the checkpoint hears; None for one that cannot.
+        video: how videos are looked at, where the user has a say.
 
     Raises:
         MissingTokenError: the tokenizer lacks a token that the family needs.
@@ -95,6 +120,7 @@ class Encoder:
         max_pixels: int = image.MAX_PIXELS,
         shrink_pixels: int | None = None,
         hearing: AudioSpec | None = None,
+        video: VideoOptions = VideoOptions(),  # noqa: B008 - frozen
     ) -> None:
         self.family = family
         self.tokenizer = tokenizer
@@ -104,9 +130,13 @@ class Encoder:
         self.max_pixels = max_pixels
         self.shrink_pixels = shrink_pixels
         self.hearing = hearing
+        self.video = video
         self.vocabulary = Vocabulary(tokenizer, family.control_tokens, family.required_tokens)
         self._inputs = INPUTS[family.inputs]
         self._placeholder = self.vocabulary.control(layout.placeholder)
+        # A checkpoint without this token is told so by the first video.
+        seen_moving = self.vocabulary.has(layout.video_placeholder)
+        self._moving = self.vocabulary.control(layout.video_placeholder) if seen_moving else self._placeholder
         # Padding is masked, so any id serves a tokenizer that names none.
         self.pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
         self.stop_ids = [self.vocabulary.control(token) for token in family.stop_tokens]
@@ -122,6 +152,7 @@ class Encoder:
         max_length: int | None = None,
         max_pixels: int | None = None,
         shrink_pixels: int | None = None,
+        video: VideoOptions | None = None,
         **prompt: Unpack[PromptOptions],
     ) -> Encoder:
         """The encoder of a checkpoint from its config.json (as a dictionary); None keeps the checkpoint's value.
@@ -140,6 +171,7 @@ class Encoder:
             max_pixels=image.MAX_PIXELS if max_pixels is None else max_pixels,
             shrink_pixels=shrink_pixels,
             hearing=None if family.audio_spec is None else family.audio_spec(config),
+            video=video_options(family, config, video),
         )
 
     def sizes(self, sample: Sample) -> tuple[Extent, ...]:
@@ -161,21 +193,26 @@ class Encoder:
                     f"{1000 * self.hearing.shortest / self.hearing.rate:.0f} ms make a token; remove it"
                 )
             return samples
-        able = ", ".join(family.title for family in FAMILIES if family.audio_spec) if media.kind == "audio" else ""
-        raise DataError(
-            f"{sample.source}: {media}: {self.family.title} takes images and text, no {media.kind}; "
-            f"use a model that does{f' ({able})' if able else ''}, or remove the record"
-        )
+        if media.kind == "video" and self.family.video is not None:
+            return look(media, sample.source, self.family.video, self.video, self.max_pixels)
+        raise DataError(f"{sample.source}: {media}: {_not_taken(self.family, media.kind)}, or remove the record")
 
-    def plans(self, sizes: Sequence[Extent], max_slice_nums: int | None = None) -> tuple[Plan | Sound, ...]:
-        """The slice plan or the placeholders of media of these sizes; None for the encoder's own most slices."""
+    def plans(self, sizes: Sequence[Extent], max_slice_nums: int | None = None) -> tuple[Planned, ...]:
+        """How media of these sizes take their places; None for the encoder's own most slices of images."""
         most = self.slicing.max_slice_nums if max_slice_nums is None else max_slice_nums
         slicing = replace(self.slicing, max_slice_nums=most)
-        return tuple(self._sound(size) if isinstance(size, int) else plan(*size, slicing) for size in sizes)
+        return tuple(self._planned(size, slicing) for size in sizes)
 
-    def _sound(self, samples: int) -> Sound:
-        assert self.hearing is not None  # or there would be no such size
-        return sound(samples, self.hearing)
+    def _planned(self, size: Extent, slicing: SliceSpec) -> Planned:
+        if isinstance(size, Footage):
+            return plan_footage(size, slicing, self.video)
+        if isinstance(size, int):
+            assert self.hearing is not None  # or there would be no such size
+            return sound(size, self.hearing)
+        return plan(*size, slicing)
+
+    def _spread(self, sample: Sample, plans: Sequence[Planned]) -> Spread:
+        return spread(sample, plans, "" if self.family.video is None else self.family.video.between)
 
     def measure(self, sample: Sample, generate: bool | None = None) -> Measure:
         """Size of the encoded sample from its text and its image headers; a sample above max_length is measured too.
@@ -191,7 +228,7 @@ class Encoder:
         if generate is None:
             generate = sample.messages[-1].role != "assistant"
         rendered = self.render(sample, plans, generate)
-        sizes = self._grids(plans)
+        sizes = items_of(self._spread(sample, plans), self.slicing.patch_size).grids
         frames = sum(sum(heard.frames) for heard in plans if isinstance(heard, Sound))
         return Measure(len(rendered.input_ids), len(sizes), sum(rows * columns for rows, columns in sizes), frames)
 
@@ -214,40 +251,45 @@ class Encoder:
             self.check_labels(sample, rendered)
         return self.assemble(sample, plans, rendered)
 
-    def render(self, sample: Sample, plans: Sequence[Plan | Sound], generate: bool = False) -> Rendered:
+    def render(self, sample: Sample, plans: Sequence[Planned], generate: bool = False) -> Rendered:
         """Ids and labels of a sample whose media take their places by ``plans``.
 
         Raises:
             DataError: text the tokenizer cannot represent, or turns the template lacks.
         """
+        shown, layout = self._spread(sample, plans), self.layout
+        if shown.sample is not sample and not layout.ids_beside_video:
+            layout = replace(layout, image_ids=False)
         try:
-            return self.family.render(sample, plans, self.vocabulary, self.layout, generate)
+            return self.family.render(*shown, self.vocabulary, layout, generate)
         except TextError as error:
             raise DataError(f"{sample.source}: {error}") from error
 
-    def assemble(self, sample: Sample, plans: Sequence[Plan | Sound], rendered: Rendered) -> Example:
+    def assemble(self, sample: Sample, plans: Sequence[Planned], rendered: Rendered) -> Example:
         """The tensors of a sample that has been planned and rendered; here its images are decoded.
 
         Raises:
             DataError: a medium that cannot be decoded.
             AlignmentError: placeholders, items and patches disagree.
         """
-        cuts = [cut for cut in plans if isinstance(cut, Plan)]
-        media = zip(sample.media("image"), cuts, strict=True)
-        pictures = ((self._picture(picture, sample), cut) for picture, cut in media)
+        shown = self._spread(sample, plans)
+        pictures = decoded(shown, lambda media: self._picture(media, sample), self.video.max_pixels)
         patches, cut = self._inputs.cut(pictures, self.slicing)
-        grids = self._grids(plans)
+        items = items_of(shown, self.slicing.patch_size)
         clips = self._clips(sample)
         heard = [found for found in plans if isinstance(found, Sound)]
-        self._check_alignment(sample, rendered, grids, cut, heard, clips)
+        self._check_alignment(sample, rendered, items, cut, heard, clips)
+        told_apart = bool(self.layout.video_placeholder) and any(items.video)
         return Example(
             input_ids=torch.tensor(rendered.input_ids),
             labels=torch.tensor(rendered.labels),
             position_ids=torch.arange(len(rendered.input_ids)),
             patches=patches,
-            tgt_sizes=torch.tensor(grids, dtype=torch.int64).reshape(-1, 2),
+            tgt_sizes=torch.tensor(items.grids, dtype=torch.int64).reshape(-1, 2),
             image_bound=torch.tensor(rendered.image_bounds, dtype=torch.int64).reshape(-1, 2),
-            temporal_ids=torch.full((len(grids),), -1),
+            temporal_ids=torch.tensor(items.times, dtype=torch.int64),
+            group_sizes=torch.tensor(items.groups) if any(size > 1 for size in items.groups) else None,
+            from_video=torch.tensor(items.video) if told_apart else None,
             audio=clips,
             audio_bound=torch.tensor(rendered.audio_bounds, dtype=torch.int64).reshape(-1, 2),
             source=str(sample.source),
@@ -280,12 +322,6 @@ class Encoder:
             source=source,
             inputs=self.family.inputs,
         )
-
-    def _grids(self, plans: Sequence[Plan | Sound]) -> Grids:
-        """(rows, columns) in patches of every visual item."""
-        patch = self.slicing.patch_size
-        cuts = (cut for cut in plans if isinstance(cut, Plan))
-        return [(height // patch, width // patch) for cut in cuts for width, height in item_sizes(cut)]
 
     def fits(self, rendered: Rendered) -> bool:
         """Whether the ids are within max_length."""
@@ -320,7 +356,7 @@ class Encoder:
         self,
         sample: Sample,
         rendered: Rendered,
-        grids: Grids,
+        items: Items,
         cut: Grids,
         heard: Sequence[Sound],
         clips: Sequence[torch.Tensor],
@@ -328,11 +364,13 @@ class Encoder:
         """Every item and clip has its placeholders and its patches or frames; no placeholder stands elsewhere."""
         runs = [rendered.input_ids[first:last] for first, last in rendered.image_bounds]
         faults = []
-        if len(runs) != len(grids):
-            faults.append(f"{len(runs)} runs of placeholders for {len(grids)} visual items")
+        if len(runs) != len(items.groups):
+            faults.append(f"{len(runs)} runs of placeholders for {len(items.groups)} visual items")
         patch = self.slicing.patch_size
-        wanted = [self.layout.item_tokens(columns * patch, rows * patch) for rows, columns in grids]
-        if runs != [[self._placeholder] * count for count in wanted]:
+        first = [(*items.grids[place], items.video[place]) for place in items.firsts()]
+        wanted = [self.layout.item_tokens(columns * patch, rows * patch) for rows, columns, _ in first]
+        tokens = [self._moving if moving else self._placeholder for _, _, moving in first]
+        if runs != [[token] * count for token, count in zip(tokens, wanted, strict=True)]:
             faults.append(f"runs that are not of {wanted} placeholders")
         spoken = [rendered.input_ids[first:last] for first, last in rendered.audio_bounds]
         if spoken != [[self._placeholder] * count for each in heard for count in each.runs]:
@@ -340,10 +378,10 @@ class Encoder:
         if (frames := [clip.shape[1] for clip in clips]) != [count for each in heard for count in each.frames]:
             faults.append(f"sound of {frames} mel frames where its length gives {[each.frames for each in heard]}")
         total = sum(wanted) + sum(map(len, spoken))
-        if (found := rendered.input_ids.count(self._placeholder)) != total:
+        if (found := sum(map(rendered.input_ids.count, {self._placeholder, self._moving}))) != total:
             faults.append(f"{found} placeholders, {total} of them in runs")
-        if cut != grids:
-            faults.append(f"items cut into {cut} patches where the image headers give {grids}")
+        if cut != items.grids:
+            faults.append(f"items cut into {cut} patches where the image headers give {items.grids}")
         if len(rendered.labels) != len(rendered.input_ids) or rendered.labels[0] != IGNORE:
             faults.append("labels that do not match the ids")
         if faults:

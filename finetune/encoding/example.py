@@ -11,6 +11,8 @@ import torch
 class Example:
     """One encoded sample of L tokens, n visual items with N patches in all, and a sound of m runs of placeholders.
 
+    Items next to each other may form a group, frames of a video that are packed; there are g of them, n without any.
+
     Attributes:
         input_ids: (L,) int64.
         labels: (L,) int64, unshifted, -100 = no loss; the first one is always -100.
@@ -19,8 +21,10 @@ class Example:
             another, patches of an item row by row. uint8, which the network normalises: x / 255, mean 0.5, std 0.5; or
             float32, normalised, where the family keeps the pixels of a published processor.
         tgt_sizes: (n, 2) int64, rows and columns of patches per item; their products add up to N.
-        image_bound: (n, 2) int64, half-open token range of each item's placeholders.
+        image_bound: (g, 2) int64, half-open token range of each group's placeholders.
         temporal_ids: (n,) int64, time index of a packed video frame, -1 for a still image.
+        group_sizes: (g,) int64, items per group; None when every item is a group.
+        from_video: (n,) bool, whether an item comes from a video, for networks that tell them apart; None for none.
         audio: log-mel frames of every clip, (bins, T) float32; longer sound in pieces, one behind another.
         audio_bound: (m, 2) int64, half-open token range of each run of placeholders of sound; the clips fill the runs
             one after another.
@@ -38,4 +42,6 @@ class Example:
     source: str
     audio: tuple[torch.Tensor, ...] = ()
     audio_bound: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int64))
+    group_sizes: torch.Tensor | None = None
+    from_video: torch.Tensor | None = None
     inputs: str = "patches"

@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from finetune.encoding.encoder import Encoder, Extent
+from finetune.encoding.encoder import Encoder, Extent, Planned
 from finetune.encoding.example import Example
-from finetune.media.slicing import Plan
-from finetune.media.sound import Sound
 from finetune.sample import DataError, Media, Message, Part, Sample, Text
 from finetune.templates.rendering import IGNORE, Rendered
 
@@ -21,7 +19,7 @@ POLICIES = ("shrink", "drop", "truncate", "error")
 Outcome = Literal["kept", "shrunk", "turns dropped", "truncated"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Sizes = Sequence[Extent]
-Draft = tuple[Sample, tuple[Plan | Sound, ...], Rendered]
+Draft = tuple[Sample, tuple[Planned, ...], Rendered]
 
 
 class OverlongError(DataError):
@@ -34,14 +32,14 @@ class Fitted:
 
     Attributes:
         sample: the conversation that remains.
-        plans: slice plan of every image of it, placeholders of every clip.
+        plans: how every medium of it takes its place.
         rendered: its ids and labels.
         outcome: what had to give; "turns dropped" when turns did, whatever else was done.
         lost_images: images, and other media, that went with dropped turns.
     """
 
     sample: Sample
-    plans: tuple[Plan | Sound, ...]
+    plans: tuple[Planned, ...]
     rendered: Rendered
     outcome: Outcome
     lost_images: int = 0

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 
 from finetune.encoding.example import Example
+from finetune.encoding.footage import Shown
 from finetune.media import image, processor
-from finetune.media.slicing import Plan, SliceSpec
+from finetune.media.slicing import SliceSpec
 
-Pictures = Iterable[tuple[Image.Image, Plan]]
+Pictures = Iterable[Shown]
 Grids = list[tuple[int, int]]
 Batch = dict[str, torch.Tensor]
 
@@ -23,7 +23,7 @@ class Inputs:
 
     Attributes:
         dtype: of the patches.
-        cut: RGB images with their plans to patches (N, 3*P*P), and rows and columns of patches of every item.
+        cut: decoded pictures to patches (N, 3*P*P), and rows and columns of patches of every item.
         collect: what a batch has besides ids, mask and labels, from its examples, the first position of each in its
             row, and the shape (B, T).
     """
@@ -34,14 +34,22 @@ class Inputs:
 
 
 def _cut_bytes(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
-    items = [item for picture, cuts in pictures for item in image.cut(picture, cuts)]
+    items = []
+    for shown in pictures:
+        cut = [image.cut(picture, shown.cuts) for picture in shown.pictures]
+        # All thumbnails of a group of frames, then all their first slices, and so on: each has its placeholders.
+        items += [item for alike in zip(*cut, strict=True) for item in alike]
     side = spec.patch_size
     grids = [(item.height // side, item.width // side) for item in items]
     return torch.from_numpy(image.patchify(items, side)), grids
 
 
 def _cut_floats(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
-    cut = [processor.patch_rows(picture, cuts, spec) for picture, cuts in pictures]
+    cut = [
+        processor.patch_rows(picture, shown.cuts, spec, video=shown.video)
+        for shown in pictures
+        for picture in shown.pictures
+    ]
     if not cut:
         return torch.zeros(0, 3 * spec.patch_size**2), []
     return torch.cat([rows for rows, _ in cut]), [size for _, grids in cut for size in grids]
@@ -61,8 +69,21 @@ def _bounded(examples: Sequence[Example], starts: Sequence[int], shape: tuple[in
         "tgt_sizes": torch.cat([example.tgt_sizes for example in examples]),
         "image_bound": torch.cat(bounds),
         "temporal_ids": torch.cat([example.temporal_ids for example in examples]),
+        **_groups(examples),
         **_sound([clip for example in examples for clip in example.audio], torch.cat(heard)),
     }
+
+
+def _groups(examples: Sequence[Example]) -> Batch:
+    """Items per run of placeholders; nothing where every item has its own."""
+    if all(example.group_sizes is None for example in examples):
+        return {}
+    return {"group_sizes": torch.cat([_sizes(example) for example in examples])}
+
+
+def _sizes(example: Example) -> torch.Tensor:
+    given = example.group_sizes
+    return torch.ones(len(example.image_bound), dtype=torch.int64) if given is None else given
 
 
 def _of_row(row: int, bounds: torch.Tensor) -> torch.Tensor:
@@ -82,21 +103,37 @@ def _sound(clips: Sequence[torch.Tensor], bounds: torch.Tensor) -> Batch:
 
 
 def _packed(examples: Sequence[Example], starts: Sequence[int], shape: tuple[int, int]) -> Batch:
-    """All patches of the batch side by side; without images nothing, as transformers has it."""
+    """All patches of the images of the batch side by side, and those of its videos; as transformers has it."""
+    sizes = torch.cat([example.tgt_sizes for example in examples])
     patches = torch.cat([example.patches for example in examples])
+    moving = torch.cat([_moving(example) for example in examples])
+    owners = moving.repeat_interleave(sizes.prod(1))
+    return {
+        **_side_by_side(patches[~owners], sizes[~moving], ""),
+        **_side_by_side(patches[owners], sizes[moving], "_videos"),
+    }
+
+
+def _side_by_side(patches: torch.Tensor, sizes: torch.Tensor, suffix: str) -> Batch:
     if not len(patches):
         return {}
     side = round((patches.shape[1] / 3) ** 0.5)
     pixels = patches.reshape(-1, 3, side, side).permute(1, 2, 0, 3).reshape(1, 3, side, -1)
-    return {"pixel_values": pixels, "target_sizes": torch.cat([example.tgt_sizes for example in examples])}
+    return {f"pixel_values{suffix}": pixels, f"target_sizes{suffix}": sizes}
+
+
+def _moving(example: Example) -> torch.Tensor:
+    """(n,) whether an item comes from a video."""
+    given = example.from_video
+    return torch.zeros(len(example.tgt_sizes), dtype=torch.bool) if given is None else given
 
 
 def _typed(examples: Sequence[Example], starts: Sequence[int], shape: tuple[int, int]) -> Batch:
-    """As packed, and which positions are an image's: from them the network computes its own position ids."""
+    """As packed, and which positions are an image's or a video's: the network computes position ids from them."""
     types = torch.zeros(shape, dtype=torch.int64)
     for row, (example, start) in enumerate(zip(examples, starts, strict=True)):
-        for first, last in example.image_bound.tolist():
-            types[row, start + first : start + last] = 1
+        for (first, last), moving in zip(example.image_bound.tolist(), _moving(example).tolist(), strict=True):
+            types[row, start + first : start + last] = 2 if moving else 1
     return {"mm_token_type_ids": types, **_packed(examples, starts, shape)}
 
 

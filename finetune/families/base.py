@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.media.sampling import Group, Length, VideoOptions
 from finetune.media.slicing import Plan, SliceSpec
 from finetune.media.sound import AudioSpec, Sound
 from finetune.sample import Sample
@@ -36,6 +37,23 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Video:
+    """How a family looks at videos.
+
+    Attributes:
+        sample: which frames of a video of this length.
+        defaults: reads the options of a checkpoint from its config.json.
+        between: text between two groups of frames.
+        heeds: names of the options that mean something to it.
+    """
+
+    sample: Callable[[Length, VideoOptions], list[Group]]
+    defaults: Callable[[Config], VideoOptions]
+    between: str
+    heeds: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One generation of the model.
 
@@ -48,6 +66,7 @@ class Family:
         network: the parts of our own network; None where transformers has the network as one class.
         slice_spec: reads the slicing settings from a config.json.
         audio_spec: reads from a config.json how the checkpoint hears; None for families that cannot.
+        video: how it looks at videos; None for families that take none.
         layout: reads from a config.json how prompts are written.
         render: conversation and slice plans or placeholders of sound (one per medium, reading order) to ids and
             labels, born together. With ``generate`` the ids end where the model has to answer.
@@ -81,6 +100,7 @@ class Family:
     parts: Mapping[str, tuple[str, ...]]
     lora_targets: Mapping[str, str]
     audio_spec: Callable[[Config], AudioSpec] | None = None
+    video: Video | None = None
     inputs: str = "patches"
     auto_mapping: tuple[str, str] = ("AutoModel", "transformers")
     fixed_parameters: tuple[str, ...] = ()

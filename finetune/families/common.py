@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from finetune.families.base import Config
+from finetune.families.base import Config, Video
+from finetune.media.sampling import (
+    PACKED,
+    PER_SECOND,
+    VideoOptions,
+    packed,
+    per_second,
+    processor_options,
+    whole_seconds,
+)
 from finetune.media.slicing import SliceSpec
 from finetune.media.sound import AudioSpec
 from finetune.templates.rendering import Layout
@@ -25,6 +34,34 @@ IMAGE_ID_TOKENS = ("<image_id>", "</image_id>")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 AUDIO_TOKENS = ("<|audio_start|>", "<|audio|>", "<|audio_end|>")
 SPEECH_TOKENS = ("<|spk_bos|>", "<|spk|>", "<|spk_eos|>", "<|tts_bos|>", "<|tts_eos|>")
+
+
+_FRAMES = ("fps", "max_frames", "max_slice_nums", "max_pixels")
+
+
+def _single(config: Config) -> VideoOptions:
+    return PER_SECOND
+
+
+def _grouped(config: Config) -> VideoOptions:
+    return PACKED
+
+
+def _processed(config: Config) -> VideoOptions:
+    return processor_options(config.get("video_processor"))
+
+
+SINGLE_FRAMES = Video(sample=per_second, defaults=_single, between="\n", heeds=_FRAMES)
+"""2.6, 4.0 and the o models: frames as images, joined by line breaks."""
+PACKED_FRAMES = Video(
+    sample=packed,
+    defaults=_grouped,
+    between="\n",
+    heeds=(*_FRAMES, "packing", "max_packing", "high_fps", "high_fps_below", "time_scale"),
+)
+"""4.5: groups of frames, one run of placeholders each, joined by line breaks."""
+PROCESSED_FRAMES = Video(sample=whole_seconds, defaults=_processed, between="", heeds=_FRAMES[1:])
+"""4.6 and later: what the video processor of transformers does."""
 
 
 def slice_config(config: Config) -> SliceSpec:
@@ -114,7 +151,9 @@ def merged_layout(config: Config) -> Layout:
     return Layout(
         pixels_per_token=side * side,
         placeholder=IMAGE_PAD,
+        video_placeholder=VIDEO_PAD,
         image_ids=given.get("use_image_id", True),
+        ids_beside_video=True,
         trim=True,
         # Reported, not published where we could read it: the checkpoint's own chat template decides.
         assumed=("default_system", "trim"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from finetune.families.base import Config, Family
 from finetune.families.common import (
     CHATML_TOKENS,
     IMAGE_ID_TOKENS,
     IMAGE_PAD,
     MARK_TOKENS,
+    PROCESSED_FRAMES,
     VIDEO_PAD,
     WHOLE_LORA,
     WHOLE_PARTS,
@@ -15,6 +18,7 @@ from finetune.families.common import (
     merged_slices,
 )
 from finetune.templates.chatml_thinking import ROLES, render
+from finetune.templates.rendering import Layout
 
 _TOKENS = (*MARK_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS, IMAGE_PAD)
 
@@ -23,14 +27,20 @@ def _matches(config: Config) -> bool:
     return config.get("model_type") == "minicpmv4_6"
 
 
+def _layout(config: Config) -> Layout:
+    layout = merged_layout(config)
+    return replace(layout, video_ids=layout.image_ids)
+
+
 V4_6 = Family(
     name="v4_6",
     title="MiniCPM-V 4.6",
     hub_id="openbmb/MiniCPM-V-4.6",
     llm_type="qwen",
     matches=_matches,
+    video=PROCESSED_FRAMES,
     slice_spec=merged_slices,
-    layout=merged_layout,
+    layout=_layout,
     render=render,
     roles=ROLES,
     control_tokens=(*_TOKENS, VIDEO_PAD, "<|endoftext|>"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
 from finetune.media.slicing import Plan, SliceSpec, plan
@@ -17,36 +18,43 @@ if TYPE_CHECKING:
 _MODES = {2: "4x", 4: "16x"}
 
 
-def patch_rows(image: Image.Image, cuts: Plan, spec: SliceSpec) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+def patch_rows(
+    image: Image.Image, cuts: Plan, spec: SliceSpec, *, video: bool = False
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     """Patches of an RGB image as the processor makes them.
 
     Args:
         image: the decoded image.
         cuts: how it is cut, by ``plan`` with these settings or fewer slices.
         spec: settings of the checkpoint.
+        video: whether it is a frame of a video, which has a processor of its own.
 
     Returns:
         (N, 3*P*P) float32, normalised, each patch in (channel, row, column) order; and the rows and columns of patches
         of every item, as the processor has cut it.
     """
-    most = _slices_of(cuts, *image.size, spec)
-    given = _processor()(
-        images=[image],
-        max_slice_nums=most,
-        scale_resolution=spec.scale_resolution,
-        patch_size=spec.patch_size,
-        downsample_mode=_MODES[spec.merge],
-        return_tensors="pt",
-    )
+    options: dict[str, Any] = {
+        "max_slice_nums": _slices_of(cuts, *image.size, spec),
+        "scale_resolution": spec.scale_resolution,
+        "patch_size": spec.patch_size,
+        "downsample_mode": _MODES[spec.merge],
+        "return_tensors": "pt",
+    }
+    suffix = "_videos" if video else ""
+    if video:
+        frames = np.array(image).transpose(2, 0, 1)[None]
+        given = _video_processor()(videos=[frames], do_sample_frames=False, stack_frames=1, **options)
+    else:
+        given = _processor()(images=[image], **options)
     side = spec.patch_size
-    packed = given["pixel_values"][0]  # (3, P, N*P): the patches side by side
+    packed = given[f"pixel_values{suffix}"][0]  # (3, P, N*P): the patches side by side
     rows = packed.reshape(3, side, -1, side).permute(2, 0, 1, 3).reshape(-1, 3 * side * side)
-    return rows, [(height, width) for height, width in given["target_sizes"].tolist()]
+    return rows, [(height, width) for height, width in given[f"target_sizes{suffix}"].tolist()]
 
 
 def _slices_of(cuts: Plan, width: int, height: int, spec: SliceSpec) -> int:
     """A number of most slices that gives this plan: the processor takes a limit, not a plan."""
-    limits = range(spec.max_slice_nums, 0, -1)
+    limits = range(max(spec.max_slice_nums, cuts.items), 0, -1)
     found = (most for most in limits if plan(width, height, replace(spec, max_slice_nums=most)) == cuts)
     return next(found, spec.max_slice_nums)
 
@@ -56,3 +64,10 @@ def _processor() -> Any:
     from transformers import MiniCPMV4_6ImageProcessor
 
     return MiniCPMV4_6ImageProcessor()
+
+
+@lru_cache(maxsize=1)
+def _video_processor() -> Any:
+    from transformers import MiniCPMV4_6VideoProcessor
+
+    return MiniCPMV4_6VideoProcessor()

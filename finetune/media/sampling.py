@@ -1,11 +1,14 @@
-"""Which frames of a video are looked at: integers only (no pixels, no torch); the published rules."""
+"""Which frames of a video are looked at: numbers only (no pixels, no torch); the published rules."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from finetune.errors import ArgumentError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +25,9 @@ class VideoOptions:
         high_fps: whether short clips are sampled twice as densely, two frames per group.
         high_fps_below: seconds below which a clip is short.
         time_scale: seconds per time index.
+
+    Raises:
+        ArgumentError: a value of 0 or less.
     """
 
     fps: float | None = None
@@ -33,6 +39,11 @@ class VideoOptions:
     high_fps: bool | None = None
     high_fps_below: float | None = None
     time_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.given.items():
+            if value is not True and value is not False and value <= 0:
+                raise ArgumentError(f"videos: {name} is {value}; it must be above 0")
 
     @property
     def given(self) -> dict[str, Any]:
@@ -72,6 +83,47 @@ class Group(NamedTuple):
 
     indices: tuple[int, ...]
     times: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A video before its frames are decoded.
+
+    Attributes:
+        files: the video file, or the pictures that are its frames.
+        length: number of frames and frames per second.
+        size: (width, height) in pixels, turned as it is shown.
+        pictures: whether the files are pictures.
+    """
+
+    files: tuple[Path, ...]
+    length: Length
+    size: tuple[int, int]
+    pictures: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """Frames of a video that share a run of placeholders: a part of a conversation in place of its video.
+
+    Attributes:
+        clip: the video.
+        indices: which frames.
+        times: time index of each, -1 where the family has none.
+        video: place of the video among those of the conversation.
+        opens: whether they are the first of their video.
+    """
+
+    clip: Clip
+    indices: tuple[int, ...]
+    times: tuple[int, ...]
+    video: int
+    opens: bool
+
+
+def frames_of(clip: Clip, groups: Sequence[Group], video: int = 0) -> tuple[Frames, ...]:
+    """The parts that take the place of a video; ``video`` is its place among the videos of the conversation."""
+    return tuple(Frames(clip, *group, video, place == 0) for place, group in enumerate(groups))
 
 
 def middles(values: Sequence[int], count: int) -> list[int]:
@@ -192,9 +244,8 @@ def whole_seconds(length: Length, options: VideoOptions) -> list[Group]:
 
 def _spaced(length: int, count: int) -> list[int]:
     """``count`` places from the first to the last of ``length``, evenly, rounded down."""
-    import numpy as np
-
-    return np.linspace(0, length - 1, count, dtype=int).tolist()
+    step = (length - 1) / max(count - 1, 1)
+    return [int(place * step) for place in range(count - 1)] + [length - 1 if count > 1 else 0]
 
 
 def processor_options(settings: Mapping[str, Any] | None) -> VideoOptions:

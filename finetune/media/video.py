@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +18,7 @@ from PIL import Image
 
 from finetune.errors import UserError
 from finetune.media import image
-from finetune.media.sampling import Group, Length
+from finetune.media.sampling import Clip, Length
 from finetune.sample import DataError, Media, Source
 
 if TYPE_CHECKING:
@@ -36,47 +36,6 @@ _OPTIONS = {
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 _MEND = "replace it or remove the record"
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """A video before its frames are decoded.
-
-    Attributes:
-        files: the video file, or the pictures that are its frames.
-        length: number of frames and frames per second.
-        size: (width, height) in pixels, turned as it is shown.
-        pictures: whether the files are pictures.
-    """
-
-    files: tuple[Path, ...]
-    length: Length
-    size: tuple[int, int]
-    pictures: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Frames:
-    """Frames of a video that share a run of placeholders: a part of a conversation in place of its video.
-
-    Attributes:
-        clip: the video.
-        indices: which frames.
-        times: time index of each, -1 where the family has none.
-        video: place of the video among those of the conversation.
-        opens: whether they are the first of their video.
-    """
-
-    clip: Clip
-    indices: tuple[int, ...]
-    times: tuple[int, ...]
-    video: int
-    opens: bool
-
-
-def frames_of(clip: Clip, groups: Sequence[Group], video: int = 0) -> tuple[Frames, ...]:
-    """The parts that take the place of a video; ``video`` is its place among the videos of the conversation."""
-    return tuple(Frames(clip, *group, video, place == 0) for place, group in enumerate(groups))
 
 
 def probe(media: Media, source: Source, fps: float = 1.0, max_pixels: int = image.MAX_PIXELS) -> Clip:

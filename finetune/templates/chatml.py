@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from finetune.media.sampling import Frames
 from finetune.media.slicing import Plan
 from finetune.media.sound import Sound
 from finetune.sample import Media, Message, Sample, Text
-from finetune.templates.placeholders import new_schema
+from finetune.templates.placeholders import frame_schema, new_schema
 from finetune.templates.rendering import Layout, Rendered, Vocabulary
 from finetune.templates.turns import merged, turns
 
@@ -32,7 +33,7 @@ def render(
         DataError: turns that the template cannot express.
     """
     rendered = Rendered()
-    media = numbered(plans)
+    media = numbered(sample, plans)
     messages = turns(sample, ROLES, generate)
     speech = speech_of(messages, layout)
     begin(rendered, messages, vocabulary, layout)
@@ -48,12 +49,12 @@ def render(
     return rendered
 
 
-def numbered(plans: Sequence[Plan | Sound]) -> Iterator[tuple[int, Plan | Sound]]:
+def numbered(sample: Sample, plans: Sequence[Plan | Sound]) -> Iterator[tuple[int, Plan | Sound]]:
     """The media with their numbers; only images count."""
     images = 0
-    for plan in plans:
+    for media, plan in zip(sample.media(), plans, strict=True):
         yield images, plan
-        images += isinstance(plan, Plan)
+        images += media.kind == "image"
 
 
 def speech_of(messages: Sequence[Message], layout: Layout) -> tuple[str, ...]:
@@ -89,6 +90,8 @@ def add_prompt(
         number, plan = next(media)
         if isinstance(plan, Sound):
             rendered.add_sound(plan, vocabulary)
+        elif isinstance(part.data, Frames):
+            rendered.add_items(*frame_schema(plan, part.data, layout, vocabulary))
         else:
             rendered.add_items(*new_schema(plan, number, layout, vocabulary))
         text = ""

@@ -39,7 +39,7 @@ def render(
         DataError: turns that the template cannot express, or a trained answer that is nothing but thinking.
     """
     rendered = Rendered()
-    media = numbered(plans)
+    media = numbered(sample, plans)
     messages = turns(sample, ROLES, generate, trim=layout.trim)
     speech = [vocabulary.control(token) for token in speech_of(messages, layout)]
     begin(rendered, messages, vocabulary, layout)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
+from finetune.media.sampling import Frames
 from finetune.media.slicing import Plan, item_sizes
 from finetune.templates.rendering import Layout, Vocabulary
 
@@ -72,3 +74,13 @@ def new_schema(plan: Plan, number: int, layout: Layout, vocabulary: Vocabulary) 
             block.ids.extend(vocabulary.fixed("\n"))
         item("slice", size)
     return block
+
+
+def frame_schema(plan: Plan, frames: Frames, layout: Layout, vocabulary: Vocabulary) -> Block:
+    """As ``new_schema`` for frames of a video, which are one visual item where they are packed.
+
+    Where videos have numbers, theirs stands in front of the first frame.
+    """
+    numbered = layout.video_ids and frames.opens
+    own = replace(layout, placeholder=layout.video_placeholder or layout.placeholder, image_ids=numbered)
+    return new_schema(plan, frames.video, own, vocabulary)

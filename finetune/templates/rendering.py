@@ -21,7 +21,10 @@ class Layout:
         query_num: placeholders per visual item, where every item has as many; else 0.
         pixels_per_token: pixels of an item per placeholder, where the number depends on the item's size; else 0.
         placeholder: token of which visual features take the place.
+        video_placeholder: the same for the frames of videos, empty where it is the same token.
         image_ids: whether every image is preceded by its number in the conversation.
+        video_ids: whether every video is preceded by its number.
+        ids_beside_video: whether images keep their numbers in a conversation with videos.
         thinking: what happens to the thinking of trained answers: kept with loss, kept without loss, or taken out.
         enable_thinking: what the model is asked for when it answers; None writes neither form.
         thinking_prefill: whether a prompt that asks for thinking ends with the opening mark.
@@ -37,7 +40,10 @@ class Layout:
     query_num: int = 0
     pixels_per_token: int = 0
     placeholder: str = "<unk>"
+    video_placeholder: str = ""
     image_ids: bool = False
+    video_ids: bool = False
+    ids_beside_video: bool = False
     thinking: Thinking = "keep"
     enable_thinking: bool | None = False
     thinking_prefill: bool = True

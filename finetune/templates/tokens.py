@@ -83,6 +83,10 @@ class Vocabulary:
         self._kept = re.compile("|".join(map(re.escape, kept))) if kept else None
         self._fixed: dict[str, list[int]] = {}
 
+    def has(self, token: str) -> bool:
+        """Whether there is such a control token."""
+        return token in self._ids
+
     def control(self, token: str) -> int:
         """The id of a control token.
 

@@ -15,6 +15,8 @@ from finetune.families.common import vocab_size
 from finetune.models.folders import local_folder
 from finetune.models.strict import check_unquantised
 
+# Parts of processor_config.json that say how media become pixels.
+PROCESSORS = ("image_processor", "video_processor")
 # Tokenizer, processor and generation settings: copied byte for byte, never re-serialised.
 SIDE_FILES = (
     "tokenizer*",
@@ -52,12 +54,16 @@ class Checkpoint:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """config.json and, where the folder describes an image processor, its settings as ``image_processor``."""
+        """config.json and, where the folder describes them, the settings of its processors by their names.
+
+        Those are ``image_processor`` and ``video_processor``.
+        """
         whole, part = self.folder / "preprocessor_config.json", self.folder / "processor_config.json"
-        given = _read_json(part).get("image_processor") if part.is_file() else None
-        if given is None and whole.is_file():
-            given = _read_json(whole)
-        return self.config if given is None else {**self.config, "image_processor": given}
+        parts = _read_json(part) if part.is_file() else {}
+        given = {name: parts[name] for name in PROCESSORS if parts.get(name) is not None}
+        if "image_processor" not in given and whole.is_file():
+            given["image_processor"] = _read_json(whole)
+        return {**self.config, **given}
 
     @property
     def vocab_size(self) -> int:

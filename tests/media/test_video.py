@@ -12,8 +12,8 @@ import pytest
 from clips import number, picture, without_first_packets, write_clip
 
 from finetune.errors import UserError
-from finetune.media.sampling import Length
-from finetune.media.video import Clip, Decoder, probe
+from finetune.media.sampling import Clip, Length
+from finetune.media.video import Decoder, probe
 from finetune.sample import DataError, Media, Source
 
 SOURCE = Source("data.json", 7, "x")

@@ -190,8 +190,8 @@ def test_published_counts(size: tuple[int, int], most: int, mode: str, tokens: i
 def test_a_processor_that_cuts_otherwise_is_seen(native, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = processor_module.patch_rows
 
-    def turned(*given: object) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        rows, grids = whole(*given)  # type: ignore[arg-type]
+    def turned(*given: object, **more: object) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        rows, grids = whole(*given, **more)  # type: ignore[arg-type]
         return rows, [(columns, lines) for lines, columns in grids]
 
     monkeypatch.setattr(processor_module, "patch_rows", turned)
