@@ -126,8 +126,8 @@ def _signs(record: Mapping[str, Any]) -> Iterator[tuple[FormName, str]]:
             if record.get(key) is not None:
                 yield "alpaca", repr(key)
         return
-    if record.get("image") is not None:
-        yield "official", "'image'"
+    for key in filter(lambda kind: record.get(kind) is not None, MEDIA_COLUMNS):
+        yield "official", repr(key)
     for key in filter(record.get, MEDIA_COLUMNS.values()):
         yield "sharegpt", repr(key)
     for turn in (turn for key in _CONVERSATION for turn in _turns(record, key)):

@@ -12,9 +12,9 @@ FormName = Literal["official", "sharegpt", "alpaca", "openai"]
 FORMS: tuple[FormName, ...] = get_args(FormName)
 
 WANTED = (
-    "official wants 'conversations' (turns with role and content) and 'image'; sharegpt wants 'messages' or "
-    "'conversations' and 'images', 'videos', 'audios'; alpaca wants 'instruction' and 'output'; openai wants "
-    "'messages' whose content may be a list of parts"
+    "official wants 'conversations' (turns with role and content) and 'image', 'video', 'audio'; sharegpt wants "
+    "'messages' or 'conversations' and 'images', 'videos', 'audios'; alpaca wants 'instruction' and 'output'; openai "
+    "wants 'messages' whose content may be a list of parts"
 )
 """Which keys each form wants, for errors."""
 

@@ -91,11 +91,11 @@ def one(value: Any, kind: MediaKind, column: str, source: Source, where: Places)
         return Media(kind, _decoded(_base64(value, kind, source), kind, source))
     if not isinstance(value, str) or not value:
         what = "an empty string" if value == "" else json_type(value)
-        raise DataError(f"{source}: {column!r} has {what} where the path of {_A[kind]} belongs; give a path")
+        raise DataError(f"{source}: {column!r} has {what} where the path of {A_FILE[kind]} belongs; give a path")
     return Media(kind, find(value, kind, source, where))
 
 
-_A: dict[MediaKind, str] = {"image": "an image", "video": "a video", "audio": "an audio file"}
+A_FILE: dict[MediaKind, str] = {"image": "an image", "video": "a video", "audio": "an audio file"}
 
 
 def listed(value: Any, kind: MediaKind, column: str, source: Source, where: Places) -> list[Media]:
@@ -126,11 +126,13 @@ def _base64(address: str, kind: MediaKind, source: Source) -> bytes:
     raise DataError(f"{source}: {kind} {address[:40]!r}...: only base64 is read of data: addresses; give a path")
 
 
-def _decoded(data: bytes, kind: MediaKind, source: Source) -> Image.Image:
-    """A picture with its header read; the encoder decodes the rest."""
+def _decoded(data: bytes, kind: MediaKind, source: Source) -> Image.Image | bytes:
+    """A picture with its header read, or sound as it is; the encoder decodes the rest."""
+    if kind == "audio":
+        return data
     if kind != "image":
         raise DataError(
-            f"{source}: {_A[kind]} of {len(data)} bytes inside the record; write it to a file, give its path"
+            f"{source}: {A_FILE[kind]} of {len(data)} bytes inside the record; write it to a file, give its path"
         )
     try:
         return Image.open(io.BytesIO(data))

@@ -1,4 +1,4 @@
-"""Records of the official finetuning scripts: ``id``, ``image`` and ``conversations``."""
+"""Records of the official finetuning scripts: ``id``, ``image`` (also ``video``, ``audio``) and ``conversations``."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from finetune.readers.conversation import TrainOn, assemble, loss, turn_list
-from finetune.readers.media import Places, is_embedded, json_cell, json_type, one
+from finetune.readers.media import A_FILE, Places, is_embedded, json_cell, json_type, one
 from finetune.readers.sharegpt import state
-from finetune.sample import DataError, Media, Part, Sample, Source, Text
+from finetune.sample import DataError, Media, MediaKind, Part, Sample, Source, Text
 
-_TAG = re.compile(r"<image(?:_\d+)?>")
+KINDS: tuple[MediaKind, ...] = ("image", "video", "audio")
+"""Keys of media, and what they hold."""
+_TAG = re.compile(r"<(?:image|video|audio)(?:_\d+)?>")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
-FOREIGN = ("images", "video", "videos", "audio", "audios")
+FOREIGN = ("images", "videos", "audios")
 """Keys of media that other forms use."""
+
+
+_Files = dict[str, Media] | list[Media]
+"""Files by tag, or in order."""
 
 
 class _Turn(NamedTuple):
@@ -31,22 +37,23 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
     ``image`` is a path (its place is ``<image>``), a list of paths (``<image>`` once per path, in order), a dictionary
     from ``<image_00>``, ``<image_01>``, ... to paths (each tag once, anywhere), or absent. Without any tag the images
     stand in front of the first user turn, each followed by a newline; otherwise the text around a tag stays as it is.
+    ``video`` and ``audio`` are the same with tags of their own names; without tags images come first, then videos.
     Tags count in user turns only: in other turns they are plain text. Turns have ``role`` and ``content``, or
     ``from`` and ``value`` (human, gpt). Every assistant turn is trained, or with ``train_on`` "last" the last
     one of the conversation, unless it has ``loss`` 0.
 
     Raises:
-        DataError: the record is not of the official form, or an image file does not exist.
+        DataError: the record is not of the official form, or a media file does not exist.
     """
     for key in FOREIGN:
         if record.get(key):
             raise DataError(
-                f"{source}: has {key!r}, which the official form does not know; image paths belong under 'image' "
+                f"{source}: has {key!r}, which the official form does not know; paths belong under {key[:-1]!r} "
                 "(or the file is of another form: --data_format sharegpt)"
             )
     turns = _turns(record, source)
-    images = _images(json_cell(record.get("image")), source, where)
-    placed = _place(turns, images, source)
+    files: dict[MediaKind, _Files] = {kind: _files(kind, json_cell(record.get(kind)), source, where) for kind in KINDS}
+    placed = _place(turns, files, source)
     return assemble(
         [(turn.role, parts, turn.loss) for turn, parts in zip(turns, placed, strict=True)], source, train_on
     )
@@ -69,84 +76,105 @@ def _turns(record: Mapping[str, Any], source: Source) -> list[_Turn]:
     return result
 
 
-def _images(given: Any, source: Source, where: Places) -> dict[str, Media] | list[Media]:
-    """The images by tag when the record names tags, else in order."""
+def _files(kind: MediaKind, given: Any, source: Source, where: Places) -> _Files:
+    """The files of a kind by tag when the record names tags, else in order."""
     if given is None:
         return []
     if isinstance(given, dict) and not is_embedded(given):
         for tag in given:
-            if not _TAG.fullmatch(tag):
-                raise DataError(f"{source}: 'image' has the key {tag!r}; keys must look like <image_00>")
-        return {tag: _medium(path, source, where) for tag, path in given.items() if path is not None}
-    return [_medium(path, source, where) for path in (given if isinstance(given, (list, tuple)) else [given])]
+            if _kind(tag) != kind or not _TAG.fullmatch(tag):
+                raise DataError(f"{source}: {kind!r} has the key {tag!r}; keys must look like <{kind}_00>")
+        return {tag: _medium(kind, path, source, where) for tag, path in given.items() if path is not None}
+    return [_medium(kind, path, source, where) for path in (given if isinstance(given, (list, tuple)) else [given])]
 
 
-def _medium(given: Any, source: Source, where: Places) -> Media:
+def _medium(kind: MediaKind, given: Any, source: Source, where: Places) -> Media:
     if not is_embedded(given) and (not isinstance(given, str) or not given):
         what = "an empty string" if given == "" else json_type(given)
-        raise DataError(f"{source}: an image path is {what}; give a path, or leave 'image' out of a text-only record")
-    return one(given, "image", "image", source, where)
+        without = "a text-only record" if kind == "image" else "a record without"
+        raise DataError(f"{source}: {A_PATH[kind]} is {what}; give a path, or leave {kind!r} out of {without}")
+    return one(given, kind, kind, source, where)
 
 
-def _place(turns: Sequence[_Turn], images: dict[str, Media] | list[Media], source: Source) -> list[tuple[Part, ...]]:
-    """The parts of every turn, with the images at their tags or in front of the first user turn."""
+A_PATH: dict[MediaKind, str] = {"image": "an image path", "video": "a video path", "audio": "an audio path"}
+
+
+def _kind(tag: str) -> str:
+    """The kind of a tag."""
+    return tag.strip("<>").partition("_")[0]
+
+
+def _place(turns: Sequence[_Turn], files: Mapping[MediaKind, _Files], source: Source) -> list[tuple[Part, ...]]:
+    """The parts of every turn, with the files at their tags; those of a kind without any tag stand in front."""
     found = [tag for turn in turns if turn.role == "user" for tag in _TAG.findall(turn.content)]
-    if not found and images:
-        if isinstance(images, list):
-            return _in_front(turns, images, source)
-        if list(images) == ["<image>"]:
-            return _in_front(turns, list(images.values()), source)
-    files = iter(_match(found, images, source))
-    return [_split(turn.content, files) if turn.role == "user" else (Text(turn.content),) for turn in turns]
+    queues: dict[str, Iterator[Media]] = {}
+    front: list[Media] = []
+    for kind, given in files.items():
+        tags = [tag for tag in found if _kind(tag) == kind]
+        if not tags and given and (isinstance(given, list) or list(given) == [f"<{kind}>"]):
+            front += given if isinstance(given, list) else given.values()
+        else:
+            queues[kind] = iter(_match(kind, tags, given, source))
+    placed = [_split(turn.content, queues) if turn.role == "user" else (Text(turn.content),) for turn in turns]
+    return _in_front(turns, placed, front, source) if front else placed
 
 
-def _match(found: list[str], images: dict[str, Media] | list[Media], source: Source) -> list[Media]:
+def _match(kind: MediaKind, found: list[str], files: _Files, source: Source) -> list[Media]:
     """The file of every tag in reading order; tags and files must agree one to one."""
-    if isinstance(images, dict):
-        known = list(images)
+    a = A_FILE[kind]
+    if isinstance(files, dict):
+        known = list(files)
         if sorted(found) != sorted(known):
-            missing = [tag for tag in dict.fromkeys(found) if tag not in images]
+            missing = [tag for tag in dict.fromkeys(found) if tag not in files]
             unused = [tag for tag in known if tag not in found]
             twice = [tag for tag in known if found.count(tag) > 1]
             faults = [
                 f"{', '.join(tags)} {fault}"
                 for tags, fault in (
-                    (missing, "in the text without an image"),
-                    (unused, "under 'image' but in no user turn"),
+                    (missing, f"in the text without {a}"),
+                    (unused, f"under {kind!r} but in no user turn"),
                     (twice, "more than once in the text"),
                 )
                 if tags
             ]
-            raise DataError(f"{source}: tags and images disagree: {'; '.join(faults)}; give every image one tag")
-        return [images[tag] for tag in found]
-    numbered = [tag for tag in found if tag != "<image>"]
+            raise DataError(
+                f"{source}: tags and {_MANY[kind]} disagree: {'; '.join(faults)}; give every {_MANY[kind][:-1]} one tag"
+            )
+        return [files[tag] for tag in found]
+    numbered = [tag for tag in found if tag != f"<{kind}>"]
     if numbered:
         raise DataError(
-            f"{source}: {', '.join(numbered)} in the text, but 'image' names no tags; write <image>, "
-            "or make 'image' an object from tags to paths"
+            f"{source}: {', '.join(numbered)} in the text, but {kind!r} names no tags; write <{kind}>, "
+            f"or make {kind!r} an object from tags to paths"
         )
-    if len(found) != len(images):
+    if len(found) != len(files):
         raise DataError(
-            f"{source}: {len(found)} <image> in the user turns, {len(images)} images under 'image'; "
-            "they must be as many (or no <image>, then the images stand in front)"
+            f"{source}: {len(found)} <{kind}> in the user turns, {len(files)} {_MANY[kind]} under {kind!r}; "
+            f"they must be as many (or no <{kind}>, then the {_MANY[kind]} stand in front)"
         )
-    return images
+    return files
 
 
-def _in_front(turns: Sequence[_Turn], images: Sequence[Media], source: Source) -> list[tuple[Part, ...]]:
+_MANY: dict[MediaKind, str] = {"image": "images", "video": "videos", "audio": "audio files"}
+
+
+def _in_front(
+    turns: Sequence[_Turn], placed: list[tuple[Part, ...]], files: Sequence[Media], source: Source
+) -> list[tuple[Part, ...]]:
     first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
     if first is None:
-        raise DataError(f"{source}: has images but no user turn to put them in; add the question")
-    result: list[tuple[Part, ...]] = [(Text(turn.content),) for turn in turns]
-    lead = [part for image in images for part in (image, Text("\n"))]
-    result[first] = (*lead, *result[first])
-    return result
+        raise DataError(f"{source}: has {_MANY[files[0].kind]} but no user turn to put them in; add the question")
+    lead = [part for file in files for part in (file, Text("\n"))]
+    placed[first] = (*lead, *placed[first])
+    return placed
 
 
-def _split(content: str, files: Iterator[Media]) -> tuple[Part, ...]:
-    """The content with its tags replaced by the next files."""
-    texts = _TAG.split(content)
-    parts: list[Part] = [Text(texts[0])]
-    for text in texts[1:]:
-        parts += [next(files), Text(text)]
+def _split(content: str, files: Mapping[str, Iterator[Media]]) -> tuple[Part, ...]:
+    """The content with its tags replaced by the next files of their kinds."""
+    parts: list[Part] = []
+    end = 0
+    for tag in _TAG.finditer(content):
+        parts += [Text(content[end : tag.start()]), next(files[_kind(tag.group())])]
+        end = tag.end()
+    parts.append(Text(content[end:]))
     return tuple(part for part in parts if not isinstance(part, Text) or part.text)

@@ -99,14 +99,15 @@ def present(value: Any) -> Any:
 
 
 def undecoded(rows: Any) -> Any:
-    """The rows with embedded images as they are stored: decoding, and its errors, are not the reader's."""
+    """The rows with embedded media as they are stored: decoding, and its errors, are not the reader's."""
     import datasets
 
+    media = (datasets.Image, datasets.Audio, datasets.Video)
     for column, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            rows = rows.cast_column(column, datasets.List(datasets.Image(decode=False)))
+        if isinstance(feature, media):
+            rows = rows.cast_column(column, type(feature)(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, media):
+            rows = rows.cast_column(column, datasets.List(type(feature.feature)(decode=False)))
     return rows
 
 

@@ -404,8 +404,8 @@ BAD: list[tuple[str, Any, str]] = [
     ),
     (
         "openai",
-        parts({"type": "audio", "audio": "data:audio/mp3;base64,AAAA"}),
-        "an audio file of 3 bytes inside the record",
+        parts({"type": "video", "video": "data:video/mp4;base64,AAAA"}),
+        "a video of 3 bytes inside the record",
     ),
     (
         "openai",
