@@ -5,10 +5,13 @@
 # make lint          ruff and pyright
 # make install, make clean (keeps output/)
 #
-# PYTHON=python3.12 chooses the interpreter, PYTEST="-k launchers" passes options to pytest.
+# PYTHON=python3.12 chooses the interpreter, PYTEST="-k launchers" passes options to pytest, WORKERS=4 runs the tests in
+# four processes (files stay whole).
 
 PYTHON ?= python3
 PYTEST ?=
+WORKERS ?= 2
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet
 
 .PHONY: train test test-lowest test-web lint install install-dev clean
@@ -17,15 +20,16 @@ train: install
 	PYTHON="$(CURDIR)/.venv/bin/python" .venv/bin/python -m finetune demo
 
 test: install-dev
-	.venv/bin/python -m pytest $(PYTEST)
+	.venv/bin/python -m pytest $(SIDE_BY_SIDE) $(PYTEST)
 
 # Of the end-to-end tests only the LoRA runs: the others take minutes and meet no other package.
 # One process and one LoRA run from shell to adapter; the parallel modes are compared with the newest packages.
 LOWEST := tests/commands tests/encoding tests/media tests/models tests/readers tests/templates tests/tuning \
+  tests/config \
   tests/test_arguments.py tests/test_trainer.py tests/test_ds_configs.py tests/test_imports.py
 
 test-lowest: .venv-lowest/installed
-	.venv-lowest/bin/python -m pytest $(LOWEST) --ignore tests/models/test_zero3.py $(PYTEST)
+	.venv-lowest/bin/python -m pytest $(SIDE_BY_SIDE) $(LOWEST) --ignore tests/models/test_zero3.py $(PYTEST)
 	.venv-lowest/bin/python -m pytest tests/test_end_to_end.py -k "lora_run_ends_well or adapter_loads" $(PYTEST)
 
 test-web: .venv-web/installed

@@ -12,7 +12,6 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from finetune.errors import UserError
 from finetune.sample import DataError
 
 _DATA = "base64"
@@ -21,10 +20,6 @@ _STEP = re.compile(r"uid_(?:record|episode)_(.+)_step_(.+)")
 _UNSAFE = re.compile(r"[/\\\x00]")
 # First bytes of the formats in which screenshots come; a GUIChat file holds them as they are, others in base64.
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF")
-
-
-class ParquetMissingError(UserError):
-    """pyarrow is not installed."""
 
 
 def extract(
@@ -101,11 +96,9 @@ def elements(parquets: Sequence[Path], wanted: Collection[str]) -> dict[str, lis
 
 def _groups(parquet: Path, column: str = _DATA) -> Iterator[tuple[list[str], Any]]:
     """Per row group the image ids, and a function that reads the column; the column is large, the ids are not."""
-    try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ParquetMissingError("Parquet files need pyarrow: pip install -e '.[eval]'") from error
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
     if not parquet.is_file():
         raise DataError(f"{parquet}: no such file; give the published Parquet file of the images")
     try:

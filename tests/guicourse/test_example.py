@@ -7,10 +7,6 @@ import os
 import subprocess
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("pyarrow")
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

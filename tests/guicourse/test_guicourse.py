@@ -8,10 +8,8 @@ import json
 import runpy
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("pyarrow")
 import pyarrow as pa
+import pytest
 from PIL import Image
 from pyarrow import parquet
 
