@@ -78,16 +78,18 @@ class Whole(Chatting, StrictLoading):
         mode = downsample_mode or self.config.downsample_mode
         in_step = self.training or labels is not None
         features = dict(mm_encoder_outputs or {})
-        for kind, pixels, sizes in (
-            ("image", pixel_values, target_sizes),
-            ("video", pixel_values_videos, target_sizes_videos),
-        ):
-            if pixels is not None:
-                features[kind] = _pooled(self._features(pixels, sizes, mode, in_step=in_step))
+        given = {"image": (pixel_values, target_sizes), "video": (pixel_values_videos, target_sizes_videos)}
+        seen = {kind: (pixels, sizes) for kind, (pixels, sizes) in given.items() if pixels is not None}
+        if in_step and len(seen) > 1:
+            # Images and videos go through together: ranks must call every layer as often as each other.
+            features |= self._together(seen, mode)
+        else:
+            for kind, (pixels, sizes) in seen.items():
+                features[kind] = _pooled(self.visual_features(pixels, sizes, mode, in_step=in_step))
         idle = None
         if not features and in_step:
             # A batch without images runs every layer too, with a result of zero: ranks must call the same layers.
-            idle = torch.cat(self._features(*self._dummy(), mode, in_step=True)).mean() * 0
+            idle = torch.cat(self.visual_features(*self._dummy(), mode, in_step=True)).mean() * 0
         embedded: torch.Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if idle is not None:
             embedded = embedded + idle.to(device=embedded.device, dtype=embedded.dtype)
@@ -129,7 +131,19 @@ class Whole(Chatting, StrictLoading):
         width = _DUMMY[0] * _DUMMY[1] * embeddings.patch_size
         return torch.zeros(1, 3, embeddings.patch_size, width, device=self.device), sizes
 
-    def _features(
+    def _together(
+        self, seen: dict[str, tuple[torch.Tensor, torch.Tensor | None]], mode: str
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        """Features of several kinds of media by one call of every layer."""
+        for pixels, sizes in seen.values():
+            _checked_sizes(pixels, sizes, 4 if mode != "4x" else 2)
+        counts = [len(sizes) for _, sizes in seen.values() if sizes is not None]
+        pixels = torch.cat([pixels for pixels, _ in seen.values()], dim=3)
+        sizes = torch.cat([sizes for _, sizes in seen.values() if sizes is not None])
+        left = iter(self.visual_features(pixels, sizes, mode, in_step=True))
+        return {kind: _pooled([next(left) for _ in range(count)]) for kind, count in zip(seen, counts, strict=True)}
+
+    def visual_features(
         self, pixel_values: torch.Tensor, target_sizes: torch.Tensor | None, mode: str, *, in_step: bool
     ) -> list[torch.Tensor]:
         """Vision tower and merger: (tokens, E) per item.
