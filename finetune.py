@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         max_length=args.training.model_max_length,
         max_pixels=args.data.max_image_pixels,
         shrink_pixels=args.data.image_max_pixels,
+        video=args.data.video_options,
         thinking=args.data.thinking,
     )
     check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)

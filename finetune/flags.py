@@ -5,6 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from finetune.media.sampling import VideoOptions
+
+VIDEO_FLAGS = (
+    "video_fps",
+    "video_max_frames",
+    "video_max_slice_nums",
+    "video_max_pixels",
+    "video_packing",
+    "packing_maxlen",
+    "enable_high_fps",
+    "double_frame_duration",
+    "time_scale",
+)
+"""The flags that say how videos are looked at."""
+
 
 @dataclass
 class ModelArguments:
@@ -96,6 +111,36 @@ class DataArguments:
         default=None,
         metadata={"help": "Larger images are shrunk to so many pixels before they are cut. Default: none is."},
     )
+    video_fps: float | None = field(
+        default=None,
+        metadata={"help": "Frames per second of videos; of a folder of frames, the rate it has. Default: 1, of 4.5 3."},
+    )
+    video_max_frames: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most frames of a video. Default: 64; of 4.5 180 groups, of 4.6 and 4.7 the checkpoint's 128."
+        },
+    )
+    video_max_slice_nums: int | None = field(
+        default=None, metadata={"help": "Most slices per frame. Default: 1, of 4.6 and 4.7 the checkpoint's value."}
+    )
+    video_max_pixels: int | None = field(
+        default=None,
+        metadata={"help": "Larger frames are shrunk to so many pixels before they are cut. Default: none is."},
+    )
+    video_packing: int | None = field(
+        default=None, metadata={"help": "Frames per group, for 4.5. Default: 1, more for long videos."}
+    )
+    packing_maxlen: int | None = field(default=None, metadata={"help": "Most frames per group, for 4.5. Default: 3."})
+    enable_high_fps: bool = field(
+        default=False, metadata={"help": "Short videos are sampled twice as densely, two frames to a group, for 4.5."}
+    )
+    double_frame_duration: float | None = field(
+        default=None, metadata={"help": "Seconds below which enable_high_fps takes a video for short. Default: 30."}
+    )
+    time_scale: float | None = field(
+        default=None, metadata={"help": "Seconds per time index of a packed frame, for 4.5. Default: 0.1."}
+    )
     overlong: str = field(
         default="shrink",
         metadata={
@@ -119,6 +164,21 @@ class DataArguments:
             "choices": ["full", "sample", "off"],
         },
     )
+
+    @property
+    def video_options(self) -> VideoOptions:
+        """How videos are looked at; what is not given keeps the checkpoint's value."""
+        return VideoOptions(
+            fps=self.video_fps,
+            max_frames=self.video_max_frames,
+            max_slice_nums=self.video_max_slice_nums,
+            max_pixels=self.video_max_pixels,
+            packing=self.video_packing,
+            max_packing=self.packing_maxlen,
+            high_fps=self.enable_high_fps or None,
+            high_fps_below=self.double_frame_duration,
+            time_scale=self.time_scale,
+        )
 
     @property
     def evaluates(self) -> bool:

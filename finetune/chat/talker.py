@@ -26,10 +26,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from finetune.chat.pieces import Pieces
 from finetune.encoding.collate import pad
-from finetune.encoding.encoder import Encoder, video_options
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.footage import video_options
 from finetune.errors import ArgumentError
 from finetune.evaluation.generation import answer_text
 from finetune.families import by_name, detect
+from finetune.media.sampling import VideoOptions
 from finetune.models import load_tokenizer
 from finetune.sample import Message, Sample, Source, Text
 from finetune.tuning.checkpoint import PROCESSORS, resolve
@@ -50,6 +52,7 @@ class Prompting:
         use_tts_template: MiniCPM-o: whether the prompt is one for an answer that is spoken; where there is sound,
             o-2.6 always has it.
         chunk_input: MiniCPM-o: whether every second of sound has placeholders of its own.
+        video: how videos are looked at.
     """
 
     max_slice_nums: int | None = None
@@ -58,6 +61,7 @@ class Prompting:
     max_inp_length: int | None = None
     use_tts_template: bool | None = None
     chunk_input: bool | None = None
+    video: VideoOptions = VideoOptions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,7 +263,7 @@ def _encoder(name: str, tokenizer: PreTrainedTokenizerBase, config: str, prompti
         slicing=slicing,
         max_length=prompting.max_inp_length,
         hearing=hearing,
-        video=video_options(family, settings, None),
+        video=video_options(family, settings, prompting.video),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from finetune.commands.video_flags import add_video_flags, video_options
 from finetune.errors import UserError
 
 
@@ -33,6 +34,7 @@ def main(argv: list[str]) -> int:
             max_length=given.model_max_length,
             max_pixels=given.max_image_pixels,
             shrink_pixels=given.image_max_pixels,
+            video=video_options(given),
         )
         # Shares decide how often records are taken, not whether they can be used.
         named = [named.name for named in parse_names(given.dataset)] if given.dataset else []
@@ -77,5 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_max_length", type=int, default=2048, help="longest sample in tokens (default: 2048)")
     parser.add_argument("--overlong", choices=["shrink", "drop", "truncate", "error"], default="shrink")
     parser.add_argument("--check", choices=["full", "sample"], default="full", help="sample: 1000 of the records")
+    add_video_flags(parser)
     parser.add_argument("--no-cache", action="store_true", help="look at every record again")
     return parser

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.commands.video_flags import add_video_flags, video_options
 from finetune.errors import UserError
 from finetune.sample import DataError, Sample
 
@@ -167,6 +168,7 @@ def _settings(given: argparse.Namespace, source: ModelSource, samples: Mixture) 
         "max_new_tokens": given.max_new_tokens,
         "max_slice_nums": given.max_slice_nums,
         "image_max_pixels": given.image_max_pixels,
+        "video": video_options(given).given,
         "enable_thinking": given.enable_thinking,
         "dtype": given.dtype,
         "states": [fingerprint(path) for path in (*folders.values(), *samples.files) if path is not None],
@@ -229,6 +231,7 @@ class Asking:
             checkpoint.settings,
             max_slice_nums=self.given.max_slice_nums,
             shrink_pixels=self.given.image_max_pixels,
+            video=video_options(self.given),
             **thinking,
         )
 
@@ -353,6 +356,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--enable_thinking", choices=["true", "false"], help="for models that think (default: the generation's)"
     )
+    add_video_flags(parser)
     parser.add_argument("--report_rows", type=int, default=300, help="samples shown in report.html, the worst")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, ...")
     parser.add_argument("--dtype", default="auto", help="auto (the file's), bfloat16, float16, float32")
