@@ -50,7 +50,6 @@ def probe(media: Media, source: Source, fps: float = 1.0, max_pixels: int = imag
     Raises:
         DataError: no such file, none that is a video, no frames, or frames that are too large or of several sizes.
     """
-    assert isinstance(media.data, (Path, tuple))
     files = pictures_of(media, source)
     if files is not None:
         sizes = {image.size(Media("image", file), source, max_pixels) for file in files}
@@ -58,7 +57,8 @@ def probe(media: Media, source: Source, fps: float = 1.0, max_pixels: int = imag
             listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes)[:3])
             raise DataError(f"{source}: {media} has frames of several sizes ({listed}); make them one size")
         return Clip(files, Length(len(files), fps), sizes.pop(), pictures=True)
-    assert isinstance(media.data, Path)
+    if not isinstance(media.data, Path):
+        raise DataError(f"{source}: {media} is no video; give the path of a file or of a folder of frames")
     with _errors(media, source):
         state = media.data.stat()
         clip = _probed(media.data, state.st_mtime_ns, state.st_size)

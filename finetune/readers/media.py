@@ -69,7 +69,7 @@ def is_embedded(value: Any) -> bool:
 
 
 def one(value: Any, kind: MediaKind, column: str, source: Source, where: Places) -> Media:
-    """A medium from a path, a ``data:`` address, a picture, or the bytes of a file.
+    """A medium from a path, a ``data:`` address, a picture, or the bytes of a file; a video also from its frames.
 
     Args:
         value: what the record has.
@@ -83,6 +83,8 @@ def one(value: Any, kind: MediaKind, column: str, source: Source, where: Places)
     """
     if isinstance(value, Image.Image):
         return Media(kind, value)
+    if kind == "video" and isinstance(value, (list, tuple)):
+        return Media(kind, tuple(_frame(each, column, source, where) for each in value))
     if is_embedded(value):
         if value.get("bytes") is not None:
             return Media(kind, _decoded(value["bytes"], kind, source))
@@ -95,6 +97,13 @@ def one(value: Any, kind: MediaKind, column: str, source: Source, where: Places)
     return Media(kind, find(value, kind, source, where))
 
 
+def _frame(value: Any, column: str, source: Source, where: Places) -> Path:
+    if not isinstance(value, str) or not value:
+        what = "an empty string" if value == "" else json_type(value)
+        raise DataError(f"{source}: {column!r} has {what} among the frames of a video; give the paths of pictures")
+    return find(value, "image", source, where)
+
+
 A_FILE: dict[MediaKind, str] = {"image": "an image", "video": "a video", "audio": "an audio file"}
 
 
@@ -102,17 +111,14 @@ def listed(value: Any, kind: MediaKind, column: str, source: Source, where: Plac
     """The media of a column: a path, a list of paths, or nothing.
 
     Raises:
-        DataError: as ``one``; a video as a list of frames.
+        DataError: as ``one``; a list in a list where it is not the frames of a video.
     """
     value = json_cell(value)
     if value is None or value == "":
         return []
     values = value if isinstance(value, (list, tuple)) else [value]
-    if any(isinstance(each, (list, tuple)) for each in values):
-        raise DataError(
-            f"{source}: {column!r} has a list in a list, a video given as its frames; give the path of a video file, "
-            "or the frames as images with as many <image>"
-        )
+    if kind != "video" and any(isinstance(each, (list, tuple)) for each in values):
+        raise DataError(f"{source}: {column!r} has a list in a list; only videos may be lists, of their frames")
     return [one(each, kind, column, source, where) for each in values]
 
 

@@ -89,7 +89,8 @@ def _files(kind: MediaKind, given: Any, source: Source, where: Places) -> _Files
 
 
 def _medium(kind: MediaKind, given: Any, source: Source, where: Places) -> Media:
-    if not is_embedded(given) and (not isinstance(given, str) or not given):
+    frames = kind == "video" and isinstance(given, (list, tuple))
+    if not frames and not is_embedded(given) and (not isinstance(given, str) or not given):
         what = "an empty string" if given == "" else json_type(given)
         without = "a text-only record" if kind == "image" else "a record without"
         raise DataError(f"{source}: {A_PATH[kind]} is {what}; give a path, or leave {kind!r} out of {without}")

@@ -375,9 +375,10 @@ BAD: list[tuple[str, Any, str]] = [
     ("sharegpt", asked("<image>", images=[3]), "'images' has a number where the path of an image belongs"),
     (
         "sharegpt",
-        asked("<video>", videos=[["a.png", "b.png"]]),
-        "'videos' has a list in a list, a video given as its frames",
+        asked("<image>", images=[["a.png", "b.png"]]),
+        "'images' has a list in a list; only videos may be lists",
     ),
+    ("sharegpt", asked("<video>", videos=[["a.png", 3]]), "'videos' has a number among the frames of a video"),
     ("sharegpt", {"messages": [{"role": "bot", "content": "a"}]}, "'role' is 'bot', an unknown tag; known are .*user"),
     ("sharegpt", {"messages": [{"role": "user"}]}, r"turn 0: 'content' is missing \(found 'role'\)"),
     ("sharegpt", {"messages": [CHAT[0], CHAT[0]]}, "turns 0 and 1 are both user; roles must alternate"),
