@@ -140,6 +140,8 @@ class Encoder:
         # Padding is masked, so any id serves a tokenizer that names none.
         self.pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
         self.stop_ids = [self.vocabulary.control(token) for token in family.stop_tokens]
+        if self.vocabulary.has(layout.speech_end):
+            self.stop_ids.append(self.vocabulary.control(layout.speech_end))
 
     @classmethod
     def from_config(

@@ -133,7 +133,9 @@ class Fitter:
     def _without(sample: Sample, sizes: Sizes, first: int, last: int) -> tuple[Sample, Sizes]:
         """The sample without its turns ``first`` to ``last`` (half open), and the sizes of the media that remain."""
         rest = replace(sample, messages=sample.messages[:first] + sample.messages[last:])
-        return rest, sizes[len(sizes) - sum(1 for _ in rest.media()) :]
+        # Of a system turn in front, which stays, and of what is behind the dropped turns.
+        kept = sum(isinstance(part, Media) for message in sample.messages[:first] for part in message.parts)
+        return rest, (*sizes[:kept], *sizes[len(sizes) - sum(1 for _ in rest.media()) + kept :])
 
     def _draft(self, sample: Sample, sizes: Sizes, slices: int | None = None) -> Draft:
         plans = self.encoder.plans(sizes, slices)

@@ -89,7 +89,6 @@ def hearing(config: Config, *, chunked: bool, pool_step: int) -> AudioSpec:
         pool_step=config.get("audio_pool_step", pool_step),
         run_seconds=max(config.get("audio_chunk_length", 1.0), 0) if chunked else 0,
         bins=mel.get("feature_size", tower.get("num_mel_bins", 80)),
-        rate=mel.get("sampling_rate", 16_000),
         hop=mel.get("hop_length", 160),
         window=mel.get("n_fft", 400),
         piece_seconds=mel.get("chunk_length", 30),

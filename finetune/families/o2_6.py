@@ -38,6 +38,7 @@ def _layout(config: Config) -> Layout:
         default_system=system,
         # The published chat code answers sound in this form, whether or not it then speaks.
         speech=SPEECH_TOKENS[:4],
+        speech_end=SPEECH_TOKENS[4],
         spoken="with sound",
         assumed=("default_system",),
     )

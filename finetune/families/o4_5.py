@@ -31,7 +31,9 @@ def _matches(config: Config) -> bool:
 
 
 def _layout(config: Config) -> Layout:
-    return replace(numbered_layout(config), thinking_prefill=False, speech=("<|tts_bos|>",))
+    return replace(
+        numbered_layout(config), thinking_prefill=False, speech=SPEECH_TOKENS[3:4], speech_end=SPEECH_TOKENS[4]
+    )
 
 
 def _audio_spec(config: Config) -> AudioSpec:

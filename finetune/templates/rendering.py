@@ -33,6 +33,7 @@ class Layout:
         default_system: text of the system turn of a conversation without one, None for no such turn.
         speech: control tokens behind the header of the last answer of a spoken conversation, which then has no default
             system turn.
+        speech_end: control token behind the text of a spoken answer, where the model writes one.
         spoken: which conversations are spoken: none, those with sound, or all.
         assumed: names of fields that only the checkpoint's own files can tell; see ``probe.complete_layout``.
     """
@@ -51,6 +52,7 @@ class Layout:
     trim: bool = False
     default_system: str | None = None
     speech: tuple[str, ...] = ()
+    speech_end: str = ""
     spoken: Literal["never", "with sound", "always"] = "never"
     assumed: tuple[str, ...] = ()
 
