@@ -18,12 +18,14 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
+from finetune.encoding.footage import Footage
 from finetune.families import FAMILIES
 from finetune.families.base import Family
 from finetune.media import image
+from finetune.media.sampling import Group
 from finetune.media.slicing import SliceSpec, plan
 from finetune.readers import messages, read
-from finetune.sample import DataError, Media, Sample, Source
+from finetune.sample import DataError, Media, Message, Sample, Source, Text
 from finetune.templates.rendering import IGNORE
 
 Json = Mapping[str, Any]
@@ -124,10 +126,10 @@ def _prompts(folder: Path, path: Path, family: Family) -> Iterator[Result]:
     data = _load(path)
     for case in data["cases"]:
         name = f"{family.name} prompt {case['name']}"
-        if "temporal_ids" in case["options"]:
-            yield Result(name, True, "not compared: video packing")
-            continue
         encoder = _encoder(folder, family, data["header"], case["options"])
+        if "temporal_ids" in case["options"]:
+            yield _compare_packed(name, case, encoder)
+            continue
         turns = [
             {"role": turn["role"], "content": [_content(part) for part in turn["content"]]} for turn in case["messages"]
         ]
@@ -138,6 +140,36 @@ def _prompts(folder: Path, path: Path, family: Family) -> Iterator[Result]:
             yield Result(name, False, f"refused: {error}")
             continue
         yield _compare_prompt(name, case, example)
+
+
+def _compare_packed(name: str, case: Json, encoder: Encoder) -> Result:
+    """Frames of a video with given groups."""
+    (message,) = case["messages"]
+    before = [part for part in message["content"][:1] if isinstance(part, str)]
+    frames = [part["image"] for part in message["content"] if not isinstance(part, str)]
+    with tempfile.TemporaryDirectory() as scratch:
+        files = tuple(Path(scratch) / f"{place}.png" for place in range(len(frames)))
+        for file, size in zip(files, frames, strict=True):
+            Image.new("RGB", tuple(size)).save(file, compress_level=1)
+        texts = [Text(f"{text}\n") for text in before]
+        parts = (*texts, Media("video", files), Text(f"\n{message['content'][-1]}"))
+        sample = Sample(id="", source=Source(name, 0), messages=(Message("user", parts),))
+        (footage,) = encoder.sizes(sample)
+        assert isinstance(footage, Footage)
+        places, groups = iter(range(len(frames))), []
+        for times in case["options"]["temporal_ids"]:
+            groups.append(Group(tuple(next(places) for _ in times), tuple(times)))
+        plans = encoder.plans([replace(footage, groups=tuple(groups))])
+        example = encoder.assemble(sample, plans, encoder.render(sample, plans, True))
+    result = case["result"]
+    sizes = [1] * len(groups) if example.group_sizes is None else example.group_sizes.tolist()
+    times = iter(example.temporal_ids.tolist())
+    ours = {
+        **{key: getattr(example, key).tolist() for key in ("input_ids", "image_bound", "tgt_sizes")},
+        "temporal_ids": [[next(times) for _ in range(size)] for size in sizes],
+    }
+    faults = [f"{key}: {_first_difference(ours[key], result[key])}" for key in ours if ours[key] != result[key]]
+    return Result(name, not faults, "; ".join(faults) or f"{len(example.input_ids)} ids equal")
 
 
 def _content(part: str | Json) -> str | Image.Image:

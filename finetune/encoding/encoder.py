@@ -349,9 +349,10 @@ class Encoder:
             visual = sum(last - first for first, last in rendered.image_bounds)
             heard = sum(last - first for first, last in rendered.audio_bounds)
             also = f", {heard} for sound" if heard else ""
+            lower = "max_slice_nums or video_max_frames" if any(sample.media("video")) else "max_slice_nums"
             raise DataError(
                 f"{sample.source}: {tokens} tokens ({visual} of them for {items} image slices{also}), the limit is "
-                f"{self.max_length}; raise model_max_length, lower max_slice_nums, or shorten or split the record"
+                f"{self.max_length}; raise model_max_length, lower {lower}, or shorten or split the record"
             )
 
     def _check_alignment(
