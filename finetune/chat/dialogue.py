@@ -1,4 +1,4 @@
-"""A conversation in the making: what has been said, and the pictures of the next question."""
+"""A conversation in the making: what has been said, and the files of the next question."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ from typing import Any
 
 from finetune.chat.messages import read_messages
 from finetune.errors import ArgumentError
-from finetune.sample import Sample
+from finetune.sample import MediaKind, Sample
+
+File = tuple[MediaKind, Path]
 
 
 class Dialogue:
-    """Questions with their pictures, and answers.
+    """Questions with their pictures and sounds, and answers.
 
     Args:
         system_prompt: text of a system turn, None for none.
 
     Attributes:
-        turns: role, text and pictures of every turn so far.
-        pictures: files for the next question.
+        turns: role, text and files of every turn so far.
+        files: kind and path of what stands in front of the next question.
     """
 
     def __init__(self, system_prompt: str | None = None) -> None:
         self.system_prompt = system_prompt
-        self.turns: list[tuple[str, str, list[Path]]] = []
-        self.pictures: list[Path] = []
+        self.turns: list[tuple[str, str, list[File]]] = []
+        self.files: list[File] = []
         self._saved: set[Path] = set()
 
     def reset(self) -> None:
         """Forgets everything but the system turn."""
-        self.turns, self.pictures = [], []
+        self.turns, self.files = [], []
 
-    def show(self, path: str) -> None:
-        """Puts a picture in front of the next question.
+    def show(self, path: str, kind: MediaKind = "image") -> None:
+        """Puts a picture, or a file of another kind, in front of the next question.
 
         Raises:
             ArgumentError: there is no such file.
@@ -41,17 +43,20 @@ class Dialogue:
         file = Path(path).expanduser()
         if not file.is_file():
             raise ArgumentError(f"{path}: no such file (looked in {Path.cwd()})")
-        self.pictures.append(file.resolve())
+        self.files.append((kind, file.resolve()))
 
     def ask(self, question: str) -> Sample:
         """The conversation up to a new question; ``take_back`` forgets it again, ``answered`` completes it.
 
         Raises:
-            DataError: a picture that is gone.
+            DataError: a file that is gone.
         """
-        self.turns.append(("user", question, self.pictures))
-        self.pictures = []
-        msgs = [{"role": role, "content": [*pictures, text]} for role, text, pictures in self.turns]
+        self.turns.append(("user", question, self.files))
+        self.files = []
+        msgs = [
+            {"role": role, "content": [*({"type": kind, kind: path} for kind, path in files), text]}
+            for role, text, files in self.turns
+        ]
         return read_messages(msgs, system_prompt=self.system_prompt)
 
     def answered(self, answer: str) -> None:
@@ -59,21 +64,22 @@ class Dialogue:
         self.turns.append(("assistant", answer, []))
 
     def take_back(self) -> None:
-        """Forgets the last question and its pictures."""
+        """Forgets the last question and its files."""
         self.turns.pop()
 
     def record(self) -> dict[str, Any]:
         """The conversation as a record that training reads."""
-        images: dict[str, str] = {}
+        media: dict[str, dict[str, str]] = {}
         turns = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        for role, text, pictures in self.turns:
+        for role, text, files in self.turns:
             content = ""
-            for picture in pictures:
-                tag = f"<image_{len(images):02d}>"
-                images[tag] = str(picture)
+            for kind, path in files:
+                named = media.setdefault(kind, {})
+                tag = f"<{kind}_{len(named):02d}>"
+                named[tag] = str(path)
                 content += f"{tag}\n"
             turns.append({"role": role, "content": content + text})
-        return {"id": "chat", **({"image": images} if images else {}), "conversations": turns}
+        return {"id": "chat", **media, "conversations": turns}
 
     def save(self, path: str) -> Path:
         """Writes a data file of this one conversation.

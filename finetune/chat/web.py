@@ -78,7 +78,7 @@ class Page:
         finally:
             # Also when the reader has gone away in the middle.
             for dialogue in waiting:
-                dialogue.pictures = []
+                dialogue.files = []
                 if dialogue.turns and dialogue.turns[-1][0] == "user":
                     dialogue.take_back()
 
@@ -86,8 +86,8 @@ class Page:
 def shown(dialogue: Dialogue) -> Turns:
     """A conversation in the form of gradio's Chatbot."""
     turns: Turns = []
-    for role, text, pictures in dialogue.turns:
-        turns += [{"role": role, "content": {"path": str(picture)}} for picture in pictures]
+    for role, text, files in dialogue.turns:
+        turns += [{"role": role, "content": {"path": str(path)}} for _, path in files]
         turns.append(_bubble(role, text))
     return turns
 

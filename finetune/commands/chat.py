@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from finetune.chat.dialogue import Dialogue
     from finetune.chat.room import Room
     from finetune.chat.talker import Decoding, Prompting
+    from finetune.sample import MediaKind
 
 HELP = """/image PATH        put a picture in front of the next question; may be given several times
+/audio PATH        put a sound file there; only for models that hear
 /adapter           list the adapters
 /adapter off|NAME  let the base, or this adapter, speak from now on
 /save FILE         write the conversation as a record that training reads
@@ -49,6 +51,8 @@ def main(argv: list[str]) -> int:
     dialogue = Dialogue(args.system)
     for path in args.image:
         dialogue.show(path)
+    for path in args.audio:
+        dialogue.show(path, "audio")
     device = None if args.device == "auto" else args.device
     room = Room(args.model, args.adapter, device=device, dtype=args.dtype)
     room.talker.encoder(prompting)  # settings that do not fit are refused now
@@ -70,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter", action="append", default=[], metavar="[NAME=]PATH", help="adapter folder; the first one speaks"
     )
     parser.add_argument("--image", action="append", default=[], metavar="PATH", help="picture of the first question")
+    parser.add_argument("--audio", action="append", default=[], metavar="PATH", help="sound of the first question")
     parser.add_argument("--system", help="text of a system turn")
     parser.add_argument("--greedy", action="store_true", help="the most likely token each time, nothing is drawn")
     parser.add_argument("--temperature", type=float, help="default 0.7")
@@ -100,7 +105,8 @@ class Terminal:
         self.interactive = sys.stdin.isatty()
         self.failed = False
         self._commands: dict[str, Callable[[str], None]] = {
-            "/image": self._image,
+            "/image": self._show("image"),
+            "/audio": self._show("audio"),
             "/adapter": self._adapter,
             "/save": lambda path: self._note(f"saved {self.dialogue.save(_needed(path, '/save FILE'))}"),
             "/reset": self._reset,
@@ -161,9 +167,12 @@ class Terminal:
         print(flush=True)
         self.dialogue.answered("".join(said))
 
-    def _image(self, path: str) -> None:
-        self.dialogue.show(_needed(path, "/image PATH"))
-        self._note(f"{len(self.dialogue.pictures)} in front of the next question")
+    def _show(self, kind: MediaKind) -> Callable[[str], None]:
+        def show(path: str) -> None:
+            self.dialogue.show(_needed(path, f"/{kind} PATH"), kind)
+            self._note(f"{len(self.dialogue.files)} in front of the next question")
+
+        return show
 
     def _adapter(self, name: str) -> None:
         if name:

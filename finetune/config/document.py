@@ -48,8 +48,6 @@ def _fate(row: Row) -> str:
         return f"`--{row.flag}`{' of export' if row.only_export else ''}{kept}"
     if row.rule is not None:
         return _RULES[row.rule]
-    if row.later:
-        return "read; no effect on data of images and text"
     if row.no_effect is not None:
         return f"no effect: {row.no_effect}"
     return f"other values are refused: {row.instead}"

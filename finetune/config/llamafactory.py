@@ -78,12 +78,10 @@ def translate(keys: Keys, command: str) -> Flags:
         row = rows()[key]
         if row.flag is not None:
             flags[row.flag] = given
-        elif row.rule is None and not row.later:
+        elif row.rule is None:
             _check(row, given)
     if command != "export" and "finetuning_type" not in keys:
         flags.update(_single_switches(keys))
-    if later := [key for key in keys if rows()[key].later]:
-        logger.warning("%s: no effect yet, the data can have images and text only", ", ".join(later))
     for key, rule in _RULES.items():
         if key in keys:
             flags.update(rule(keys, command))

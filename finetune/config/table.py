@@ -14,7 +14,7 @@ PATH = Path(__file__).with_name("llamafactory.yaml")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One key; exactly one of ``flag``, ``rule``, ``no_effect``, ``instead`` and ``later`` says what becomes of it.
+    """One key; exactly one of ``flag``, ``rule``, ``no_effect`` and ``instead`` says what becomes of it.
 
     Attributes:
         key: LLaMA-Factory's name.
@@ -24,7 +24,6 @@ class Row:
         rule: the rule that makes flags of it.
         no_effect: why any value is accepted without effect.
         instead: why other values than the default are refused, and what to use.
-        later: accepted, used by media that the data may not have.
         also: further values that mean the default.
         method: the finetuning_type it belongs to; None for all.
         ours: what our default does, where it counts instead of theirs.
@@ -39,7 +38,6 @@ class Row:
     rule: str | None = None
     no_effect: str | None = None
     instead: str | None = None
-    later: bool = False
     also: tuple[Any, ...] = ()
     method: str | None = None
     ours: str | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,13 @@ import pytest
 import torch
 from sounds import tone, write_wav
 
+from finetune.__main__ import main
+from finetune.chat.messages import read_messages
 from finetune.chat.talker import Talker, read_options
 from finetune.errors import ArgumentError
 from finetune.models import load_model, load_tokenizer
-from finetune.sample import DataError
+from finetune.readers import read
+from finetune.sample import DataError, Media, Text
 
 GREEDY: dict[str, Any] = {"sampling": False, "max_new_tokens": 6}
 
@@ -72,8 +77,6 @@ def test_every_way_to_give_a_sound(ready, tmp_path: Path) -> None:
     ]
     talker = Talker(model, tokenizer)
     encoder = talker.encoder(read_options({})[0])
-    from finetune.chat.messages import read_messages
-
     examples = [encoder.encode(read_messages([user(way, "What?")]), generate=True) for way in ways]
     for example in examples:
         assert example.input_ids.tolist() == examples[0].input_ids.tolist()
@@ -110,8 +113,6 @@ def test_the_options_of_published_calls(ready) -> None:
 def prompt(ready, family: str, *content: Any, **options: Any) -> str:
     """What the network reads, a run of placeholders as its length."""
     model, tokenizer = ready(family)
-    from finetune.chat.messages import read_messages
-
     joint = options.pop("joint", "\n")
     encoder = Talker(model, tokenizer).encoder(read_options(options)[0])
     ids = encoder.encode(read_messages([user(*content)], joint=joint), generate=True).input_ids
@@ -140,3 +141,17 @@ def test_prompts_are_the_published_ones(ready) -> None:
     spoken = prompt(ready, "o4_5", "What?", sound, use_tts_template=True, chunk_input=True)
     runs = "<|audio_start|>[10]<|audio_end|><|audio_start|>[5]<|audio_end|>"
     assert spoken == f"{OPENED}{runs}{thoughtless}<|tts_bos|>"
+
+
+def test_a_sound_in_the_terminal(ready, tiny, tmp_path: Path, monkeypatch, capsys) -> None:
+    """It is heard, and saved as a record that training reads."""
+    path = write_wav(tmp_path / "a tone.wav", 0.7)
+    lines = [f"/audio {path}", "What?", f"/save {tmp_path / 'saved.json'}", "/audio gone.wav"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    quick = ("--device", "cpu", "--greedy", "--max_new_tokens", "6")
+    assert main(["chat", "--model", str(tiny("o2_6")), *quick]) == 2
+    out, err = capsys.readouterr()
+    model, tokenizer = ready("o2_6")
+    assert out == model.chat(msgs=[user(path, "What?")], tokenizer=tokenizer, **GREEDY) + "\n"
+    assert "gone.wav: no such file" in err
+    assert read(tmp_path / "saved.json")[0].messages[0].parts == (Media("audio", path), Text("\nWhat?"))

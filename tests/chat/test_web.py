@@ -71,7 +71,7 @@ def test_what_cannot_be_used_is_forgotten(page, tmp_path):
     for question, picture in (("  ", None), ("What?", "/none.png"), ("What?", str(tmp_path / "broken.png"))):
         with pytest.raises(UserError):
             list(page.ask(question, picture, dialogues))
-        assert (dialogues[0].turns, dialogues[0].pictures) == ([], [])
+        assert (dialogues[0].turns, dialogues[0].files) == ([], [])
     left = page.ask("What?", None, dialogues)
     next(left)
     left.close()
