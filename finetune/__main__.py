@@ -15,6 +15,7 @@ COMMANDS = {
     "demo-data": "write a small image dataset with known answers",
     "demo": "train, save, verify and question a tiny model: proof that the installation works",
     "check": "look at the records of a data file as training will, and report every problem",
+    "plan": "what fits on the card: memory by method, ZeRO stage and batch, before anything is trained",
     "selfcheck": "load a checkpoint and try it out: prompt, caption, loss; the first thing to do with real weights",
     "evaluate": "ask a model the questions of a data file and score its answers",
     "guicourse": "convert the GUICourse data sets, and score predictions as they are scored",

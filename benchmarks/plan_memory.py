@@ -1,0 +1,86 @@
+"""The memory plan against real training steps on the CPU: every allocation of torch counted, a fresh process per case.
+
+    python benchmarks/plan_memory.py [CASE ...]
+
+Prints the plan, the measurement and their ratio for the whole and for what comes and goes with a step, and adds the
+former to benchmarks/results.csv.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from results import append
+
+from finetune.planning.memory import Planner
+from finetune.planning.published import CONFIGS
+from finetune.planning.recipe import Recipe, Shape
+
+CONFIG = {
+    **CONFIGS["v4_5"],
+    "head_dim": 64,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 8,
+    "num_key_value_heads": 2,
+    "query_num": 64,
+    "vocab_size": 32000,
+    "vision_config": {
+        **CONFIGS["v4_5"]["vision_config"],
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_attention_heads": 6,
+        "num_hidden_layers": 6,
+    },
+}
+_TEXT = Shape(tokens=512, items=0)
+_IMAGES = Shape(tokens=512, items=4, patches=576)
+_FULL = Recipe(method="full", checkpointing=False)
+_LORA = Recipe(method="lora", checkpointing=False)
+CASES: dict[str, tuple[Recipe, Shape]] = {
+    "full": (_FULL, _TEXT),
+    "full, layers run again": (replace(_FULL, checkpointing=True), _TEXT),
+    "full, 2 micro-batches": (replace(_FULL, accumulation=2), _TEXT),
+    "full, images": (_FULL, _IMAGES),
+    "full, images, layers run again": (replace(_FULL, checkpointing=True), _IMAGES),
+    "full, vision frozen, images": (replace(_FULL, method="full-llm"), _IMAGES),
+    "LoRA": (_LORA, _TEXT),
+    "LoRA, layers run again": (replace(_LORA, checkpointing=True), _TEXT),
+    "LoRA, images": (_LORA, _IMAGES),
+    "LoRA, images, layers run again": (replace(_LORA, checkpointing=True), _IMAGES),
+    "LoRA, 2 rows with images": (_LORA, replace(_IMAGES, batch=2)),
+    "LoRA, many labels": (_LORA, replace(_TEXT, labelled=0.9)),
+}
+
+
+def main(names: list[str]) -> None:
+    """Runs the cases and prints a line for each."""
+    rows = []
+    print(f"{'case':<34} {'plan':>8} {'measured':>9} {'ratio':>6} {'moving':>8} {'measured':>9} {'ratio':>6}  MB")
+    for name in names or CASES:
+        recipe, shape = CASES[name]
+        memory = Planner(CONFIG, torch.float32, gpu=False).memory(recipe, shape)
+        ours = memory.total, memory.total - memory.weights - memory.optimizer
+        done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, check=True)
+        theirs = [int(word) for word in done.stdout.splitlines()[-1].split()]
+        words = [f"{a / 1e6:8.1f} {b / 1e6:9.1f} {a / b:6.3f}" for a, b in zip(ours, theirs, strict=True)]
+        print(f"{name:<34} {' '.join(words)}  {memory.when}", flush=True)
+        for what, a, b in zip(("peak", "of it moving"), ours, theirs, strict=True):
+            rows.append((f"{what} of a step on the CPU, {name}", a / 1e6, b / 1e6, a / b, "MB"))
+    append("plan_memory", rows, ("torch", "transformers", "peft"))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        from finetune.planning.measured import measured
+
+        print(*measured(CONFIG, *CASES[sys.argv[2]]))
+    else:
+        main(sys.argv[1:])

@@ -1,0 +1,233 @@
+"""What fits on the card: memory of a training step by method, ZeRO stage and batch, before anything is trained.
+
+MODEL is a checkpoint folder (config.json is enough), a hub id, or the name of a family (v4_5, ...), whose published
+sizes are known. With DATA the lengths and images of its records count, without it --length and --slices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import ArgumentError, UserError
+
+if TYPE_CHECKING:
+    from finetune.planning.recipe import Recipe, Shape
+
+# Records whose length is measured; the longest of them counts.
+_MEASURED = 500
+
+
+def main(argv: list[str]) -> int:
+    """Run ``python -m finetune plan``; 0 when a setting fits, 1 when none does, 2 for a wrong argument."""
+    parser = _parser()
+    given = parser.parse_args(argv)
+    try:
+        if given.table is not None:
+            return _write_table(Path(given.table))
+        if given.model is None:
+            parser.error("MODEL is missing: a checkpoint folder, a hub id, or the name of a family")
+        return _plan(given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _plan(given: argparse.Namespace) -> int:
+    from finetune.planning import report, search
+    from finetune.planning.memory import GIB, Planner
+    from finetune.planning.network import quiet
+
+    config, name = _config(given.model)
+    shape = _shape(given, config)
+    base = _recipe(given)
+    limit = int((given.gpu_memory or _memory_here() or 24) * GIB)
+    methods = search.ALL_METHODS if given.method == "all" else (given.method,)
+    with quiet():
+        planner = Planner(config)
+        print(f"{planner.family.title}, {planner.parameters():,} parameters; {_described(shape)}")
+        rows = search.rows(planner, shape, base, methods)
+        wanted = [row for row in rows if _chosen(row[0], given)]
+        print(report.table(wanted, limit), end="\n\n")
+        found = [search.gpus_needed(planner, shape, base, method, limit) for method in methods]
+    fitting = [(recipe, memory) for recipe, memory in filter(None, found)]
+    print(f"the fastest settings that fit {report.gigabytes(limit)} GB per GPU:" if fitting else "nothing fits")
+    more = [f"--model_name_or_path {name}", f"--data_path {given.data or 'DATA'}", f"--model_max_length {shape.tokens}"]
+    more += [f"--per_device_train_batch_size {shape.batch}"]
+    more += [f"--max_slice_nums {given.slices}"] if given.slices else []
+    for recipe, memory in fitting:
+        print(report.advice(recipe, memory, more))
+    print(f"\n{report.NOTE}")
+    return 0 if any(recipe.gpus == base.gpus for recipe, _ in fitting) else 1
+
+
+def _config(model: str) -> tuple[dict[str, Any], str]:
+    """config.json of a folder, a hub id or a family, and what to call the model on the command line."""
+    from finetune.families import by_name
+    from finetune.models.folders import local_folder
+    from finetune.planning.published import CONFIGS
+    from finetune.tuning.checkpoint import read_config
+
+    if model in CONFIGS and not Path(model).is_dir():
+        return CONFIGS[model], by_name(model).hub_id
+    return read_config(local_folder(model)), model
+
+
+def _shape(given: argparse.Namespace, config: dict[str, Any]) -> Shape:
+    from finetune.families import detect
+    from finetune.planning.recipe import Shape
+
+    spec = detect(config).slice_spec(config)
+    patches = (spec.scale_resolution // spec.patch_size) ** 2
+    slices = spec.max_slice_nums if given.slices is None else given.slices
+    items = 0 if not slices else (slices + 1 if slices > 1 else 1) * given.images
+    shape = Shape(batch=given.batch, tokens=given.length or 2048, items=items, patches=patches, labelled=given.labelled)
+    if given.data is None:
+        return shape
+    if given.model in _families():
+        raise ArgumentError("to measure DATA a tokenizer is needed: give the folder of the checkpoint, not a family")
+    return _measured(given, shape)
+
+
+def _families() -> tuple[str, ...]:
+    from finetune.families import FAMILIES
+
+    return tuple(family.name for family in FAMILIES)
+
+
+def _measured(given: argparse.Namespace, shape: Shape) -> Shape:
+    """The longest of the records, and the one with the most patches."""
+    from finetune.encoding.encoder import Encoder
+    from finetune.encoding.fitting import Fitter
+    from finetune.models import load_tokenizer
+    from finetune.readers.mixture import open_data
+    from finetune.sample import DataError
+    from finetune.tuning.checkpoint import resolve
+
+    base = resolve(given.model)
+    encoder = Encoder.from_config(
+        base.family,
+        load_tokenizer(base.folder),
+        base.settings,
+        max_slice_nums=given.slices or None,
+        max_length=given.length or 2048,
+    )
+    fitter, samples = Fitter(encoder, "shrink"), open_data(given.data, None, image_root=given.image_root)
+    tokens = items = patches = labels = measured = 0
+    for index in range(0, len(samples), max(len(samples) // _MEASURED, 1)):
+        try:
+            measure, rendered = encoder.measure(samples[index]), fitter.fit(samples[index]).rendered
+        except DataError:
+            continue
+        measured += 1
+        tokens = max(tokens, len(rendered.input_ids))
+        labels = max(labels, sum(label >= 0 for label in rendered.labels))
+        if measure.patches > patches:
+            items, patches = measure.items, measure.patches
+    if not measured:
+        raise ArgumentError(f"{given.data}: none of its records can be used; python -m finetune check tells why")
+    return replace(
+        shape, tokens=tokens, items=items, patches=-(-patches // max(items, 1)), labelled=min(labels / tokens, 1.0)
+    )
+
+
+def _described(shape: Shape) -> str:
+    return (
+        f"per GPU {shape.batch} x {shape.tokens} tokens, {100 * shape.labelled:.0f} % of them labelled, "
+        f"{shape.items} visual items of {shape.patches} patches per sample"
+    )
+
+
+def _recipe(given: argparse.Namespace) -> Recipe:
+    from finetune.planning.recipe import Recipe
+
+    return Recipe(
+        gpus=given.gpus,
+        accumulation=given.gradient_accumulation_steps,
+        vision_batch=given.vision_batch,
+        lora_r=given.lora_r,
+        tune_vision=given.tune_vision,
+        tune_resampler=given.tune_resampler,
+    )
+
+
+def _chosen(recipe: Recipe, given: argparse.Namespace) -> bool:
+    """Whether a row is one of those asked for."""
+    return (
+        given.zero in (None, recipe.stage)
+        and given.offload in (None, recipe.offload)
+        and given.gradient_checkpointing in (None, recipe.checkpointing)
+    )
+
+
+def _memory_here() -> float | None:
+    """Memory of the first GPU here, in GB."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(0).total_memory / 2**30
+
+
+def _write_table(path: Path) -> int:
+    from finetune.planning.network import quiet
+    from finetune.planning.page import page
+
+    with quiet():
+        text = page()
+    path.write_text(text, encoding="utf-8")
+    print(f"{path} is written")
+    return 0
+
+
+def _truth(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{word!r}: true or false is wanted")
+    return word.lower() == "true"
+
+
+def _positive(word: str) -> int:
+    if not word.isdecimal() or not int(word):
+        raise argparse.ArgumentTypeError(f"{word!r}: a number of at least 1 is wanted")
+    return int(word)
+
+
+def _share(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number") from error
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{word!r}: a share above 0 and up to 1 is wanted")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint folder, hub id, or name of a family")
+    parser.add_argument("data", nargs="?", metavar="DATA", help="data file whose records are measured")
+    parser.add_argument("--method", choices=["all", "full", "full-llm", "lora", "qlora"], default="all")
+    parser.add_argument("--gpus", type=_positive, default=1, help="number of GPUs (default: 1)")
+    parser.add_argument("--gpu_memory", type=float, metavar="GB", help="of one (default: that of the GPU here, or 24)")
+    parser.add_argument("--length", type=_positive, help="longest sample in tokens (default: 2048)")
+    parser.add_argument("--slices", type=int, help="most slices per image, 0 for text only (default: the checkpoint's)")
+    parser.add_argument("--images", type=_positive, default=1, help="images per sample (default: 1)")
+    parser.add_argument("--batch", type=_positive, default=1, help="samples per GPU and micro-batch (default: 1)")
+    parser.add_argument("--labelled", type=_share, default=0.25, help="share of tokens that carry loss (default: 0.25)")
+    parser.add_argument("--gradient_accumulation_steps", type=_positive, default=1)
+    parser.add_argument("--vision_batch", type=_positive, help="most visual items encoded at once (default: all)")
+    parser.add_argument("--lora_r", type=_positive, default=64)
+    parser.add_argument("--tune_vision", type=_truth, metavar="true|false")
+    parser.add_argument("--tune_resampler", type=_truth, metavar="true|false")
+    parser.add_argument("--image_root", help="folder that relative image paths of DATA may also be relative to")
+    chosen = parser.add_argument_group("only the rows with")
+    chosen.add_argument("--zero", type=int, choices=[0, 2, 3], help="this stage of ZeRO")
+    chosen.add_argument("--offload", type=_truth, metavar="true|false")
+    chosen.add_argument("--gradient_checkpointing", type=_truth, metavar="true|false")
+    parser.add_argument("--table", metavar="FILE", help="write the page about all families (docs/memory.md) instead")
+    return parser

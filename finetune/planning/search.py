@@ -1,0 +1,83 @@
+"""Settings in the order of what they cost in time, and the first of them that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from finetune.planning.memory import Memory, Planner
+from finetune.planning.recipe import METHODS, Method, Recipe, Shape
+
+# Stage of ZeRO, offload, checkpointing; from fast to slow. Running layers again costs a third of the time, gathering
+# weights and moving them to the CPU costs more the slower the links are.
+_LADDER = (
+    (0, False, False),
+    (2, False, False),
+    (0, False, True),
+    (2, False, True),
+    (3, False, False),
+    (3, False, True),
+    (2, True, True),
+    (3, True, True),
+)
+# Of a tower that is encoded in pieces; a few items keep a GPU busy.
+_VISION_BATCH = 8
+
+
+def settings(method: Method, gpus: int, base: Recipe) -> Iterator[Recipe]:
+    """The recipes of a method from fast to slow.
+
+    Args:
+        method: what trains.
+        gpus: processes.
+        base: what else is asked for.
+    """
+    for stage, offload, checkpointing in _LADDER:
+        if method == "qlora" and stage == 3:
+            continue  # weights of 4 bit cannot be partitioned
+        if gpus == 1 and stage == 3 and not offload:
+            continue  # nobody to share with
+        yield replace(base, method=method, gpus=gpus, stage=stage, offload=offload, checkpointing=checkpointing)
+
+
+def rows(planner: Planner, shape: Shape, base: Recipe, methods: Sequence[Method]) -> list[tuple[Recipe, Memory]]:
+    """Every setting of some methods with its memory, from fast to slow."""
+    return [
+        (recipe, planner.memory(recipe, shape)) for method in methods for recipe in settings(method, base.gpus, base)
+    ]
+
+
+def cheapest(planner: Planner, shape: Shape, base: Recipe, method: Method, limit: int) -> tuple[Recipe, Memory] | None:
+    """The fastest setting of a method that fits; encoding images in pieces is tried where nothing else helps.
+
+    Args:
+        planner: of the checkpoint.
+        shape: the largest micro-batch.
+        base: number of GPUs and what else is asked for.
+        method: what trains.
+        limit: bytes of a GPU.
+    """
+    pieces = [base.vision_batch]
+    if base.vision_batch is None and shape.batch * shape.items > _VISION_BATCH:
+        pieces.append(_VISION_BATCH)
+    for vision_batch in pieces:
+        for recipe in settings(method, base.gpus, replace(base, vision_batch=vision_batch)):
+            memory = planner.memory(recipe, shape)
+            if memory.total <= limit:
+                return recipe, memory
+    return None
+
+
+def gpus_needed(
+    planner: Planner, shape: Shape, base: Recipe, method: Method, limit: int, most: int = 64
+) -> tuple[Recipe, Memory] | None:
+    """The cheapest setting on the smallest number of GPUs (1, 2, 4, ...) on which a method fits."""
+    gpus = base.gpus
+    while gpus <= most:
+        if found := cheapest(planner, shape, replace(base, gpus=gpus), method, limit):
+            return found
+        gpus *= 2
+    return None
+
+
+ALL_METHODS: tuple[Method, ...] = tuple(METHODS)

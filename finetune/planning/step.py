@@ -1,0 +1,109 @@
+"""A training step on the meta device: the same modules in the same order as in training, with nothing computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from finetune.families.base import Family
+from finetune.models.adapters import network_of
+from finetune.models.language import logits_of
+from finetune.models.whole import Whole
+from finetune.planning.recipe import Shape
+from finetune.planning.tracing import Block, tracing
+from finetune.tuning.parts import part_of
+
+HEAD = "head"
+
+
+def blocks_of_step(model: Any, family: Family, shape: Shape, *, autocast: bool, gpu: bool = True) -> list[Block]:
+    """What the forward pass of one micro-batch keeps, in its order: vision, resampler, LLM, head (logits and loss).
+
+    Args:
+        model: from ``network.prepared``.
+        family: its generation.
+        shape: of the micro-batch.
+        autocast: whether products are 16 bit while trained weights are fp32.
+        gpu: kernels of a GPU rather than those of a CPU.
+    """
+
+    def part(name: str) -> str:
+        return part_of(f"{name}.weight", family.parts)
+
+    network: Any = network_of(model)
+    with tracing(model, part, padded=shape.batch > 1, gpu=gpu, autocast=autocast) as trace:
+        handles = [
+            network.get_submodule(module).register_forward_pre_hook(lambda *_, name=name: trace.begin(name))
+            for name in ("vision", "resampler")
+            for module in family.parts[name]
+        ]
+        trace.begin("llm")
+        embedded = _embedded(network, shape)
+        features = _features(network, shape) if shape.items else None
+        for handle in handles:
+            handle.remove()
+        trace.begin("llm")
+        hidden = _language(network, shape, embedded, features)
+        trace.begin(HEAD)
+        _loss(network, hidden, shape)
+    _share_gradients(network, family.parts, trace.blocks)
+    for block in trace.blocks:
+        block.graph = block.graph or block.saved > 0 or block.gradients > 0
+    return trace.blocks
+
+
+def _features(network: Any, shape: Shape) -> torch.Tensor:
+    side = max(round(shape.patches**0.5) // 4 * 4, 4)
+    sizes = torch.tensor([(side, max(round(shape.patches / side) // 4 * 4, 4))] * (shape.batch * shape.items))
+    count = int((sizes[:, 0] * sizes[:, 1]).sum())
+    if isinstance(network, Whole):
+        patch = network.model.vision_tower.embeddings.patch_size
+        pixels = torch.empty(1, 3, patch, count * patch, device="meta")
+        return torch.cat(network.visual_features(pixels, sizes, network.config.downsample_mode, in_step=True))
+    patches = torch.empty(count, network.patch_width, dtype=torch.uint8, device="meta")
+    return network.get_image_features(patches, sizes)
+
+
+def _embedded(network: Any, shape: Shape) -> torch.Tensor:
+    ids = torch.empty(shape.batch, shape.tokens, dtype=torch.int64, device="meta")
+    return network.get_input_embeddings()(ids)
+
+
+def _language(network: Any, shape: Shape, embedded: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:
+    if features is not None:
+        embedded = embedded + features.to(embedded.dtype).mean() * 0  # on the way back they meet here
+    decoder = network.model.language_model if isinstance(network, Whole) else network.llm.model
+    mask = torch.ones(shape.batch, shape.tokens, dtype=torch.int64, device="meta")
+    return decoder(inputs_embeds=embedded, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def _loss(network: Any, hidden: torch.Tensor, shape: Shape) -> torch.Tensor:
+    count = max(round(shape.batch * shape.tokens * shape.labelled), 1)
+    where = torch.empty(count, dtype=torch.int64, device="meta")
+    chosen = hidden.flatten(0, 1).index_select(0, where)
+    logits = network.lm_head(chosen) if isinstance(network, Whole) else logits_of(network.llm, chosen)
+    return F.cross_entropy(logits.float(), where)
+
+
+def _share_gradients(network: Any, parts: Mapping[str, tuple[str, ...]], blocks: list[Block]) -> None:
+    """Gives trained parameters that are in no layer to the first block of their part, the output layer's to HEAD."""
+    inside = {
+        id(parameter)
+        for module in network.modules()
+        if isinstance(module, GradientCheckpointingLayer)
+        for parameter in module.parameters()
+    }
+    output: nn.Module = network.get_output_embeddings()
+    heads = {id(parameter) for parameter in output.parameters()}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad and id(parameter) not in inside:
+            part = HEAD if id(parameter) in heads else part_of(name, parts)
+            size = parameter.numel() * parameter.element_size()
+            block = next((block for block in blocks if block.part == part and not block.layer), blocks[-1])
+            block.gradients += size
+            block.largest = max(block.largest, size)

@@ -1,0 +1,205 @@
+"""The memory plan: sizes that are known, sums that can be done by hand, and real steps on the CPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.__main__ import main
+from finetune.families import FAMILIES
+from finetune.planning.measured import measured
+from finetune.planning.memory import GIB, Planner
+from finetune.planning.network import build
+from finetune.planning.page import HEAD, TAIL, family_row, fitting_row
+from finetune.planning.published import CONFIGS
+from finetune.planning.recipe import Recipe, Shape
+from finetune.planning.search import cheapest, gpus_needed
+
+ROOT = Path(__file__).resolve().parents[2]
+# Bytes of the published weights in 16 bit, from their index files.
+PUBLISHED = {"v2_0": 6869931584, "llama3_v2_5": 17074184672, "v2_6": 16198350304, "v4_5": 17391790560}
+TEXT = Shape(tokens=256, items=0)
+SMALL = {
+    **CONFIGS["v4_5"],
+    "head_dim": 32,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "query_num": 16,
+    "vocab_size": 2000,
+    "vision_config": {
+        **CONFIGS["v4_5"]["vision_config"],
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+    },
+}
+
+
+@cache
+def planner(name: str = "v4_5") -> Planner:
+    return Planner(SMALL if name == "small" else CONFIGS[name])
+
+
+def test_every_family_has_sizes() -> None:
+    assert list(CONFIGS) == [family.name for family in FAMILIES]
+    for family in FAMILIES:
+        assert family.matches(CONFIGS[family.name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_are_the_published_ones(name: str) -> None:
+    model = build(CONFIGS[name])
+    assert {tensor.device.type for tensor in model.parameters()} == {"meta"}
+    count = sum(parameter.numel() for parameter in model.parameters())
+    known = {"v2_0": 3434965792, "v4_0": 4059533040, "v4_6": 1300659440, "v4_7": 1300659440}
+    assert count == known.get(name, count)
+    assert 2 * count == PUBLISHED.get(name, 2 * count)
+
+
+def test_states_by_hand() -> None:
+    """2 + 2 + 12 bytes per trained parameter, divided as ZeRO does."""
+    count = sum(p.numel() for p in build(SMALL).parameters())
+    whole = planner("small").resting(Recipe(method="full", stage=2))
+    assert (whole.weights, whole.gradients, whole.optimizer) == (2 * count, 2 * count, 12 * count)
+    second = planner("small").resting(Recipe(method="full", stage=2, gpus=4))
+    assert (second.weights, second.gradients, second.optimizer) == (2 * count, -(-2 * count // 4), 3 * count)
+    third = planner("small").resting(Recipe(method="full", stage=3, gpus=4))
+    assert third.weights == -(-2 * count // 4)
+    moved = planner("small").resting(Recipe(method="full", stage=2, offload=True))
+    assert (moved.gradients, moved.optimizer, moved.host) == (0, 0, 16 * count)
+    alone = planner("small").resting(Recipe(method="full"))
+    assert (alone.weights, alone.gradients, alone.optimizer) == (4 * count, 4 * count, 8 * count)
+
+
+def test_adapters_and_frozen_parts() -> None:
+    model = planner("small").model(Recipe(stage=2))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    resampler = sum(p.numel() for name, p in build(SMALL).named_parameters() if name.startswith("resampler."))
+    adapters = sum(64 * (m + n) * 4 for m, n in ((256, 256), (256, 64), (256, 64), (256, 256)))
+    assert trained == resampler + adapters
+    lora = planner("small").resting(Recipe(stage=2))
+    assert (lora.gradients, lora.optimizer) == (2 * trained, 12 * trained)
+    packed = planner("small").resting(Recipe(method="qlora", stage=2))
+    linear = 4 * (2 * 256 * 256 + 2 * 256 * 64 + 3 * 256 * 768)
+    assert lora.weights - packed.weights == pytest.approx(1.484 * linear, rel=0.01)
+
+
+def test_what_more_costs_and_what_saves() -> None:
+    """Each step that should help does, and each that should cost does."""
+    base, shape = Recipe(checkpointing=False), Shape(tokens=1024, items=4)
+
+    def total(recipe: Recipe = base, at: Shape = shape) -> int:
+        return planner().memory(recipe, at).total
+
+    again = replace(base, checkpointing=True)
+    assert total(again) < 0.9 * total()
+    assert total(at=replace(shape, tokens=2048)) > total()
+    assert total(at=replace(shape, batch=2)) > total()
+    assert total(replace(base, method="qlora")) < total() - 8 * GIB
+    trained = replace(base, tune_vision=True)
+    assert total(trained) > total() + 2 * GIB, "a trained tower keeps its activations"
+    assert total(trained, replace(shape, items=8)) > total(trained) + GIB
+    many = replace(shape, items=40)
+    assert total(replace(again, vision_batch=4), many) <= total(again, many)
+    labels = replace(shape, labelled=1.0)
+    more = planner().memory(again, labels).logits - planner().memory(again, shape).logits
+    assert more == pytest.approx(768 * 151748 * 12, rel=0.01), "fp32 logits, probabilities and gradient"
+
+
+def test_attention_is_linear_in_the_length() -> None:
+    """No table of length times length, except the mask of padded rows."""
+    blocks = [planner().blocks(Recipe(), Shape(tokens=n, items=0)) for n in (1024, 2048, 4096)]
+    short, middle, long = (sum(b.saved for b in found) for found in blocks)
+    assert long - middle == pytest.approx(2 * (middle - short), rel=0.01)
+    one, two = (
+        sum(block.saved for block in planner().blocks(Recipe(), Shape(tokens=1024, items=0, batch=n))) for n in (1, 2)
+    )
+    assert two > 2 * one + 36 * 2 * 1024 * 1024 * 2 * 0.9
+
+
+def test_qlora_is_not_partitioned() -> None:
+    found = gpus_needed(planner("small"), TEXT, Recipe(gpus=8), "qlora", 24 * GIB)
+    assert found is not None
+    assert found[0].stage != 3
+
+
+def test_the_cheapest_is_the_fastest_that_fits() -> None:
+    shape = Shape(tokens=1024, items=2)
+    roomy = cheapest(planner(), shape, Recipe(), "lora", 80 * GIB)
+    tight = cheapest(planner(), shape, Recipe(), "lora", 22 * GIB)
+    assert roomy is not None
+    assert not roomy[0].checkpointing
+    assert tight is not None
+    assert tight[0].checkpointing
+    assert tight[1].total <= 22 * GIB
+    assert cheapest(planner(), shape, Recipe(), "lora", 3 * GIB) is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shape"),
+    [
+        (Recipe(method="full", checkpointing=False), Shape(tokens=256, items=2, patches=256)),
+        (Recipe(method="lora", checkpointing=True), Shape(tokens=256, items=2, patches=256, batch=2)),
+    ],
+    ids=["full", "LoRA, layers run again"],
+)
+def test_within_a_fifth_of_a_real_step(recipe: Recipe, shape: Shape) -> None:
+    """Every allocation of a training step on the CPU counted."""
+    ours = Planner(SMALL, torch.float32, gpu=False).memory(recipe, shape)
+    total, moving = measured(SMALL, recipe, shape)
+    assert ours.total == pytest.approx(total, rel=0.2)
+    assert ours.total - ours.weights - ours.optimizer == pytest.approx(moving, rel=0.2)
+
+
+def test_the_page_is_what_is_generated() -> None:
+    """One family of it, as all take a minute; ``python -m finetune plan --table docs/memory.md`` writes it anew."""
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    for row in (family_row("v4_5", planner()), fitting_row("v4_5", planner())):
+        assert row in page, f"{row}\nis not in docs/memory.md: write it anew"
+    assert page.startswith(HEAD)
+    assert page.endswith(TAIL)
+
+
+def test_command_with_a_family(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "v4_5", "--method", "lora", "--length", "512", "--slices", "0", "--gpu_memory", "24"]) == 0
+    text = capsys.readouterr().out
+    assert "MiniCPM-V 4.5, 8,695,895,280 parameters" in text
+    assert "--use_lora true" in text
+    assert "--model_max_length 512" in text
+    assert "GPU peaks\nwere not measured" in text
+
+
+def test_command_with_a_folder_of_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL), encoding="utf-8")
+    command = ["plan", str(tmp_path), "--method", "full", "--zero", "2", "--length", "64", "--slices", "1"]
+    assert main([*command, "--gpu_memory", "80"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if " full " in line]
+    assert len(rows) == 3
+    assert all("ZeRO-2" in row for row in rows)
+    assert main([*command, "--gpu_memory", "0.5"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["v9"], "no such folder"),
+        (["v4_5", "data.json"], "give the folder of the checkpoint"),
+        (["v4_6", "--tune_vision", "maybe"], "true or false"),
+    ],
+)
+def test_wrong_arguments(words: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = main(["plan", *words])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    assert problem in capsys.readouterr().err
