@@ -22,8 +22,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from finetune.families import by_name  # noqa: E402
+
 KINDS = {"full": (), "lora": ("--use_lora", "true", "--lora_r", "4", "--learning_rate", "1e-2")}
 DATA = ("text", "image", "several")
+# Kinds of data that some families take; with sound the audio tower is trained too.
+MORE = {"audio": lambda family: by_name(family).audio_spec is not None}
+FLAGS_OF = {("full", "audio"): ("--tune_audio", "true"), ("lora", "audio"): ("--lora_parts", "llm", "audio")}
 # Recipes that no family of its own has, and the family that each is for.
 EXAMPLES = {
     "full": "v2_6",
@@ -36,6 +41,11 @@ FLAGS = (
     "--max_steps 2 --per_device_train_batch_size 2 --save_strategy no --report_to none --disable_tqdm true "
     "--dataloader_num_workers 0 --max_slice_nums 4 --learning_rate 1e-3 --check off --do_eval true --use_cpu true"
 )
+
+
+def data_of(family: str) -> tuple[str, ...]:
+    """The kinds of data that a family is trained on."""
+    return (*DATA, *(kind for kind, taken in MORE.items() if taken(family)))
 
 
 def train(families: list[str], models: Path, data: Path, out: Path) -> None:
@@ -53,7 +63,7 @@ def train(families: list[str], models: Path, data: Path, out: Path) -> None:
     runs, examples = {}, {}
     for family in families:
         for kind, chosen in KINDS.items():
-            for records in DATA:
+            for records in data_of(family):
                 name = f"{family}-{kind}-{records}"
                 argv = ["--model_name_or_path", str(models / family), "--output_dir", str(out / name)]
                 argv += [
@@ -64,7 +74,7 @@ def train(families: list[str], models: Path, data: Path, out: Path) -> None:
                 ]
                 if (kind, records) == ("lora", "image"):
                     argv = [str(ROOT / "examples" / "lora" / f"{family}.yaml"), *argv, "--deepspeed", "none"]
-                result = run(launched, [*argv, *FLAGS.split(), *chosen])
+                result = run(launched, [*argv, *FLAGS.split(), *chosen, *FLAGS_OF.get((kind, records), ())])
                 runs[name] = {"result": result, "reference": str(references[-1])}
                 (out / "runs.json").write_text(json.dumps(runs))
     for name, family in EXAMPLES.items():

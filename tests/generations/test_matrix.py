@@ -1,4 +1,4 @@
-"""Every generation, full and LoRA, on text, one image and several: two steps, saved, loaded anew, asked."""
+"""Every generation, full and LoRA, on every kind of data it takes: two steps, saved, loaded anew, asked."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ import sys
 from pathlib import Path
 
 import pytest
-from matrix_worker import DATA, EXAMPLES, KINDS
+import torch
+from matrix_worker import DATA, EXAMPLES, KINDS, MORE, data_of
 from PIL import Image
+from safetensors import safe_open
+from sounds import write_wav
 
 from finetune.families import FAMILIES
 
 WORKER = Path(__file__).with_name("matrix_worker.py")
 NAMES = [family.name for family in FAMILIES]
-RUNS = [f"{family}-{kind}-{records}" for family in NAMES for kind in KINDS for records in DATA]
+RUNS = [f"{family}-{kind}-{records}" for family in NAMES for kind in KINDS for records in data_of(family)]
 
 
 def write_data(folder: Path) -> Path:
-    """text.json, image.json and several.json, four records each; the first image is cut into slices."""
+    """A file per kind of data, four records each; the first image is cut into slices."""
     folder.mkdir()
     for index, size in enumerate(((224, 112), (112, 112), (60, 150))):
         Image.effect_noise(size, 80).convert("RGB").save(folder / f"{index}.png")
-    records: dict[str, list[dict]] = {name: [] for name in DATA}
+    records: dict[str, list[dict]] = {name: [] for name in (*DATA, *MORE)}
+    for index in range(3):
+        write_wav(folder / f"{index}.wav", 0.4 + 0.7 * index, pitch=300 + 200 * index)
     for index in range(4):
         answer = {"role": "assistant", "content": f"It is number {index}."}
         plain = [{"role": "user", "content": "Which number?"}, answer]
@@ -34,6 +39,9 @@ def write_data(folder: Path) -> Path:
         several = {f"<image_0{place}>": f"{place}.png" for place in range(3)}
         records["text"].append({"id": str(index), "conversations": plain})
         records["image"].append({"id": str(index), "image": f"{index % 3}.png", "conversations": marked})
+        # Two clips, one beside an image, one alone, none.
+        heard = [{"audio": ["0.wav", "1.wav"]}, {"audio": "2.wav", "image": "1.png"}, {"audio": "1.wav"}, {}][index]
+        records["audio"].append({"id": str(index), **heard, "conversations": plain})
         records["several"].append({"id": str(index), "image": several, "conversations": both})
     for name, content in records.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -90,3 +98,25 @@ def test_example_says_what_it_is_for_how_it_is_launched_and_what_it_needs(path):
     head = path.read_text().split("\n\n")[0]
     assert f"finetune.py examples/{path.relative_to(WORKER.parents[2] / 'examples')}" in head
     assert "# Memory: " in head
+
+
+def weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
+    """The tensors of a part of the network, or of the adapters on it."""
+    found = {}
+    for path in folder.glob("*model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys() if part in name}  # noqa: SIM118 - no mapping
+    return found
+
+
+@pytest.mark.parametrize("name", [run for run in RUNS if run.endswith("audio")])
+def test_the_audio_tower_has_learnt(matrix, tiny, name):
+    family, kind, _ = name.split("-")
+    found = weights(matrix / name, "apm.")
+    if kind == "lora":
+        learnt = {key for key, tensor in found.items() if "lora_B" in key and tensor.abs().max() > 0}
+        assert learnt == {key for key in found if "lora_B" in key} != set()
+    else:
+        base = weights(tiny(family), "apm.")
+        same = {key for key, tensor in base.items() if torch.equal(tensor, found[key])}
+        assert same == {"apm.embed_positions.weight"}
