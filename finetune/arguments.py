@@ -147,9 +147,10 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.deepspeed:
             from finetune.distributed import prepare_deepspeed_on_cpu, prepare_lone_process
 
-            prepare_lone_process()
             if self.use_cpu:
                 prepare_deepspeed_on_cpu()
+            else:  # transformers connects the processes as soon as it sees the flags
+                prepare_lone_process()
         # gradient_checkpointing is the name of all published launchers; transformers is renaming it.
         warnings.filterwarnings("ignore", message="`gradient_checkpointing")
         super().__post_init__()

@@ -77,6 +77,7 @@ def start(training: TrainingArguments) -> None:
     elif training.deepspeed:
         import deepspeed
 
+        prepare_lone_process()
         deepspeed.init_distributed(dist_backend="gloo")
 
 
