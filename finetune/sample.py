@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 MediaKind = Literal["image", "video", "audio"]
 ROLES = ("system", "user", "assistant", "tool")
+VIDEO_SUFFIXES = frozenset(
+    (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
+)
+"""Endings of files that are videos wherever nobody says what a file is; a GIF is a picture there."""
 
 
 class DataError(UserError):

@@ -14,7 +14,7 @@ File = tuple[MediaKind, Path]
 
 
 class Dialogue:
-    """Questions with their pictures and sounds, and answers.
+    """Questions with their pictures, videos and sounds, and answers.
 
     Args:
         system_prompt: text of a system turn, None for none.
@@ -41,7 +41,7 @@ class Dialogue:
             ArgumentError: there is no such file.
         """
         file = Path(path).expanduser()
-        if not file.is_file():
+        if not (file.is_file() or (kind == "video" and file.is_dir())):
             raise ArgumentError(f"{path}: no such file (looked in {Path.cwd()})")
         self.files.append((kind, file.resolve()))
 

@@ -13,12 +13,14 @@ from PIL import Image
 
 from finetune.chat.pictures import Picture, as_media, from_base64
 from finetune.chat.sounds import as_sound, is_sound
-from finetune.sample import DataError, Media, Message, Part, Sample, Source, Text
+from finetune.chat.videos import as_video
+from finetune.sample import VIDEO_SUFFIXES, DataError, Media, Message, Part, Sample, Source, Text
 
-# Names under which the published examples give the text, the picture or the sound of a part.
+# Names under which the published examples give the text or the medium of a part.
 _TEXT_KEYS = ("text", "pairs", "content")
 _IMAGE_KEYS = ("image", "pairs", "content")
 _AUDIO_KEYS = ("audio", "pairs", "content")
+_VIDEO_KEYS = ("video", "pairs", "content")
 
 
 def read_messages(
@@ -35,7 +37,8 @@ def read_messages(
     Args:
         msgs: turns with ``role`` and ``content``, or their JSON. A content is a string, or a list of strings, pictures
             (PIL images, Paths, ``{"type": "image", "image": ...}`` also with base64) and sound (numpy arrays of samples
-            at 16 kHz, Paths, ``{"type": "audio", "audio": ...}`` also with base64) in reading order.
+            at 16 kHz, Paths, ``{"type": "audio", "audio": ...}`` also with base64) and videos (Paths of files or of
+            folders of frames, ``{"type": "video", "video": ...}`` also with a list of frames) in reading order.
         image: picture, or pictures, in front of the first user turn.
         context: turns before ``msgs``; ignored when ``msgs`` begin with them.
         system_prompt: text of a system turn in front.
@@ -91,6 +94,8 @@ def _part(piece: Any, where: str, source: Source) -> Part:
         return Text(piece)
     if isinstance(piece, np.ndarray) or (isinstance(piece, Path) and is_sound(piece)):
         return as_sound(piece, source)
+    if isinstance(piece, Path) and (piece.suffix.lower() in VIDEO_SUFFIXES or piece.is_dir()):
+        return as_video(piece, source)
     if isinstance(piece, (Image.Image, Path)):
         return as_media(piece, source)
     if isinstance(piece, Mapping):
@@ -101,13 +106,15 @@ def _part(piece: Any, where: str, source: Source) -> Part:
             return _picture(picture, source)
         if kind == "audio" and (sound := _first(piece, _AUDIO_KEYS)) is not None:
             return as_sound(sound, source)
+        if kind == "video" and (video := _first(piece, _VIDEO_KEYS)) is not None:
+            return as_video(video, source)
         raise DataError(f"{source}: {where} has a part of type {kind!r} with {', '.join(map(str, piece))}; {_WANTED}")
     raise DataError(f"{source}: {where} contains a {type(piece).__name__}; {_WANTED}")
 
 
 _WANTED = (
     "parts are strings, PIL images, arrays of sound, Paths, {'type': 'text', 'text': ...}, "
-    "{'type': 'image', 'image': ...} and {'type': 'audio', 'audio': ...}"
+    "{'type': 'image', 'image': ...}, {'type': 'audio', 'audio': ...} and {'type': 'video', 'video': ...}"
 )
 
 

@@ -124,6 +124,11 @@ def read_options(options: Mapping[str, Any]) -> tuple[Prompting, Decoding]:
     for name in _SPEECH:
         if options.pop(name, None):
             raise ArgumentError(f"{name}: answers are text, speech is left to the published code; leave {name} out")
+    if options.pop("temporal_ids", None):
+        raise ArgumentError(
+            "temporal_ids: give the video itself in place of its frames, Path(...) or {'type': 'video', 'video': ...}; "
+            "they are chosen and grouped as the checkpoint wants"
+        )
     for name, value in options.items():
         if name not in _PROMPTING | _DECODING and (name not in _WITHOUT_USE or value is not None):
             known = ", ".join(sorted(_PROMPTING | _DECODING))

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from finetune.commands.video_flags import add_video_flags, video_options
 from finetune.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from finetune.sample import MediaKind
 
 HELP = """/image PATH        put a picture in front of the next question; may be given several times
+/video PATH        put a video there, a file or a folder of frames; only for models that take videos
 /audio PATH        put a sound file there; only for models that hear
 /adapter           list the adapters
 /adapter off|NAME  let the base, or this adapter, speak from now on
@@ -47,10 +49,13 @@ def main(argv: list[str]) -> int:
         torch.manual_seed(args.seed)
     names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "max_slice_nums")
     options = {name: getattr(args, name) for name in names}
-    prompting, decoding = read_options({**options, "sampling": not args.greedy, "enable_thinking": args.thinking})
+    options |= {"sampling": not args.greedy, "enable_thinking": args.thinking, "video": video_options(args)}
+    prompting, decoding = read_options(options)
     dialogue = Dialogue(args.system)
     for path in args.image:
         dialogue.show(path)
+    for path in args.video:
+        dialogue.show(path, "video")
     for path in args.audio:
         dialogue.show(path, "audio")
     device = None if args.device == "auto" else args.device
@@ -74,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter", action="append", default=[], metavar="[NAME=]PATH", help="adapter folder; the first one speaks"
     )
     parser.add_argument("--image", action="append", default=[], metavar="PATH", help="picture of the first question")
+    parser.add_argument("--video", action="append", default=[], metavar="PATH", help="video of the first question")
     parser.add_argument("--audio", action="append", default=[], metavar="PATH", help="sound of the first question")
     parser.add_argument("--system", help="text of a system turn")
     parser.add_argument("--greedy", action="store_true", help="the most likely token each time, nothing is drawn")
@@ -86,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--thinking", action=argparse.BooleanOptionalAction, help="let the model think first, where it can"
     )
+    add_video_flags(parser)
     parser.add_argument("--web", action="store_true", help="a page in the browser, adapters and base side by side")
     parser.add_argument("--port", type=int, default=7860, help="of the page, on this machine only (%(default)s)")
     parser.add_argument("--seed", type=int, help="of the drawing")
@@ -106,6 +113,7 @@ class Terminal:
         self.failed = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._show("image"),
+            "/video": self._show("video"),
             "/audio": self._show("audio"),
             "/adapter": self._adapter,
             "/save": lambda path: self._note(f"saved {self.dialogue.save(_needed(path, '/save FILE'))}"),

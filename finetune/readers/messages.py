@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from finetune.sample import DataError, Media, Message, Part, Sample, Source, Text
+from finetune.sample import VIDEO_SUFFIXES, DataError, Media, Message, Part, Sample, Source, Text
 
 CHAT = Source("chat", 0)
 
@@ -17,7 +17,7 @@ def parts(content: Any, source: Source, turn: int) -> tuple[Part, ...]:
     """The parts of one message: a string, an image, or a list of both, joined by newlines as chat() joins them.
 
     Args:
-        content: strings and PIL images (or Path objects of image files).
+        content: strings and PIL images (or Path objects of image and video files).
         source: named in errors.
         turn: number of the turn, named in errors.
 
@@ -30,12 +30,14 @@ def parts(content: Any, source: Source, turn: int) -> tuple[Part, ...]:
             result.append(Text("\n"))
         if isinstance(value, str):
             result.append(Text(value))
+        elif isinstance(value, Path) and value.suffix.lower() in VIDEO_SUFFIXES:
+            result.append(Media("video", value))
         elif isinstance(value, (Image.Image, Path)):
             result.append(Media("image", value))
         else:
             raise DataError(
                 f"{source}: turn {turn} contains a value of type {type(value).__name__}; give strings and PIL images "
-                "(image files as pathlib.Path)"
+                "(image and video files as pathlib.Path)"
             )
     return tuple(result)
 

@@ -211,7 +211,7 @@ def test_thinking(ready, family):
         ({"msgs": None}, DataError, "give a list of turns"),
         ({"msgs": "hello"}, DataError, "not JSON"),
         ({"msgs": [user(gradient(), 3)]}, DataError, "contains a int"),
-        ({"msgs": [user({"type": "audio", "audio": "x"})]}, DataError, "type 'audio'"),
+        ({"msgs": [user({"type": "scent", "scent": "x"})]}, DataError, "type 'scent'"),
         ({"image": "/none.png"}, DataError, "does not exist"),
         ({"image": 5}, DataError, "an image is a int"),
     ],
