@@ -26,9 +26,18 @@ from finetune.families import by_name  # noqa: E402
 
 KINDS = {"full": (), "lora": ("--use_lora", "true", "--lora_r", "4", "--learning_rate", "1e-2")}
 DATA = ("text", "image", "several")
-# Kinds of data that some families take; with sound the audio tower is trained too.
-MORE = {"audio": lambda family: by_name(family).audio_spec is not None}
-FLAGS_OF = {("full", "audio"): ("--tune_audio", "true"), ("lora", "audio"): ("--lora_parts", "llm", "audio")}
+# Kinds of data that some families take; with sound the audio tower is trained too. Adapters on videos are no other
+# than those on images.
+MORE = {
+    "audio": lambda family, kind: by_name(family).audio_spec is not None,
+    "video": lambda family, kind: by_name(family).video is not None and kind == "full",
+}
+FLAGS_OF = {
+    ("full", "audio"): ("--tune_audio", "true"),
+    ("lora", "audio"): ("--lora_parts", "llm", "audio"),
+    # Frames that share their placeholders, for the family that packs them.
+    ("full", "video"): ("--video_packing", "2"),
+}
 # Recipes that no family of its own has, and the family that each is for.
 EXAMPLES = {
     "full": "v2_6",
@@ -43,9 +52,9 @@ FLAGS = (
 )
 
 
-def data_of(family: str) -> tuple[str, ...]:
-    """The kinds of data that a family is trained on."""
-    return (*DATA, *(kind for kind, taken in MORE.items() if taken(family)))
+def data_of(family: str, kind: str) -> tuple[str, ...]:
+    """The kinds of data that a family is trained on in one way."""
+    return (*DATA, *(records for records, taken in MORE.items() if taken(family, kind)))
 
 
 def train(families: list[str], models: Path, data: Path, out: Path) -> None:
@@ -63,7 +72,7 @@ def train(families: list[str], models: Path, data: Path, out: Path) -> None:
     runs, examples = {}, {}
     for family in families:
         for kind, chosen in KINDS.items():
-            for records in data_of(family):
+            for records in data_of(family, kind):
                 name = f"{family}-{kind}-{records}"
                 argv = ["--model_name_or_path", str(models / family), "--output_dir", str(out / name)]
                 argv += [

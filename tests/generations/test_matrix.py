@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clips import write_clip
 from matrix_worker import DATA, EXAMPLES, KINDS, MORE, data_of
 from PIL import Image
 from safetensors import safe_open
@@ -19,7 +20,7 @@ from finetune.families import FAMILIES
 
 WORKER = Path(__file__).with_name("matrix_worker.py")
 NAMES = [family.name for family in FAMILIES]
-RUNS = [f"{family}-{kind}-{records}" for family in NAMES for kind in KINDS for records in data_of(family)]
+RUNS = [f"{family}-{kind}-{records}" for family in NAMES for kind in KINDS for records in data_of(family, kind)]
 
 
 def write_data(folder: Path) -> Path:
@@ -28,6 +29,8 @@ def write_data(folder: Path) -> Path:
     for index, size in enumerate(((224, 112), (112, 112), (60, 150))):
         Image.effect_noise(size, 80).convert("RGB").save(folder / f"{index}.png")
     records: dict[str, list[dict]] = {name: [] for name in (*DATA, *MORE)}
+    write_clip(folder / "0.mp4", 12, fps=6, size=(112, 64))
+    write_clip(folder / "1.gif", 8, fps=4, size=(60, 112))
     for index in range(3):
         write_wav(folder / f"{index}.wav", 0.4 + 0.7 * index, pitch=300 + 200 * index)
     for index in range(4):
@@ -42,6 +45,9 @@ def write_data(folder: Path) -> Path:
         # Two clips, one beside an image, one alone, none.
         heard = [{"audio": ["0.wav", "1.wav"]}, {"audio": "2.wav", "image": "1.png"}, {"audio": "1.wav"}, {}][index]
         records["audio"].append({"id": str(index), **heard, "conversations": plain})
+        # One video, two of them beside an image, none.
+        seen = [{"video": "0.mp4"}, {"video": ["1.gif", "0.mp4"], "image": "1.png"}, {"video": "1.gif"}, {}][index]
+        records["video"].append({"id": str(index), **seen, "conversations": plain})
         records["several"].append({"id": str(index), "image": several, "conversations": both})
     for name, content in records.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
