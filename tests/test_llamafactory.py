@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from clips import write_clip
 from PIL import Image
 from safetensors import safe_open
 
 from finetune.commands.export import main as export
 from finetune.errors import UserError
+from finetune.flags import VIDEO_FLAGS
 from finetune.models import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,9 +36,33 @@ DATASET_INFO = """{
       "user_tag": "user",
       "assistant_tag": "assistant"
     }
+},
+"mllm_video_demo": {
+  "file_name": "mllm_video_demo.json",
+  "formatting": "sharegpt",
+  "columns": {
+    "messages": "messages",
+    "videos": "videos"
+  },
+  "tags": {
+    "role_tag": "role",
+    "content_tag": "content",
+    "user_tag": "user",
+    "assistant_tag": "assistant"
+  }
 }
 }
 """
+VIDEO_RECORDS = [
+    {
+        "messages": [
+            {"content": "<video>Why is this video funny?", "role": "user"},
+            {"content": "Because a baby is reading, and he is so cute!", "role": "assistant"},
+        ],
+        "videos": ["mllm_demo_data/1.mp4"],
+    }
+]
+BOTH = "dataset=cpmv_img,mllm_video_demo"
 RECORDS = [
     {
         "messages": [
@@ -145,6 +171,8 @@ def folder(tiny, tmp_path_factory) -> Path:
         Image.effect_noise((180, 120), 80).convert("RGB").save(folder / f"data/mllm_demo_data/{number}.jpg")
     (folder / "data/dataset_info.json").write_text(DATASET_INFO)
     (folder / "data/image_caption.json").write_text(json.dumps(RECORDS))
+    write_clip(folder / "data/mllm_demo_data/1.mp4", 24, fps=24, size=(112, 64))
+    (folder / "data/mllm_video_demo.json").write_text(json.dumps(VIDEO_RECORDS))
     (folder / "configs/minicpmv4_5_lora_sft.yaml").write_text(LORA)
     (folder / "configs/minicpmv4_5_full_sft.yaml").write_text(FULL)
     (folder / "configs/minicpmv4_5_lora_export.yaml").write_text(MERGE)
@@ -172,7 +200,7 @@ def train(folder: Path, *words: str, processes: int = 1) -> str:
 @pytest.fixture(scope="module")
 def adapter(folder) -> tuple[Path, str]:
     """The folder of the LoRA run and what the run said."""
-    said = train(folder, "configs/minicpmv4_5_lora_sft.yaml", "num_train_epochs=2", "learning_rate=1e-2")
+    said = train(folder, "configs/minicpmv4_5_lora_sft.yaml", BOTH, "num_train_epochs=2", "learning_rate=1e-2")
     return folder / "saves/minicpmv4_5/lora/sft", said
 
 
@@ -189,11 +217,27 @@ def test_lora(adapter):
     for key in ("trust_remote_code true", "plot_loss true", "preprocessing_num_workers 16"):
         assert said.count(f"{key} has no effect") == 1
     flags = yaml.safe_load((out / "run.yaml").read_text())["flags"]
-    assert (flags["num_train_epochs"], flags["model_max_length"], flags["dataset"]) == (2.0, 3072, "cpmv_img")
+    assert (flags["num_train_epochs"], flags["model_max_length"], flags["dataset"]) == (
+        2.0,
+        3072,
+        "cpmv_img,mllm_video_demo",
+    )
+    video = {name: value for name, value in flags.items() if name in VIDEO_FLAGS and value is not None}
+    assert video == {
+        "video_fps": 15.0,
+        "video_max_frames": 128,
+        "enable_high_fps": True,
+        "double_frame_duration": 30.0,
+        "packing_maxlen": 3,
+        "time_scale": 0.1,
+    }
+    assert "1 records of data/mllm_video_demo.json in the sharegpt form" in said
 
 
 def test_full(folder):
-    said = train(folder, "configs/minicpmv4_5_full_sft.yaml", "max_steps=1", "verify_adapter=off", processes=2)
+    """On two processes, of which one has images and the other a video."""
+    words = [BOTH, "max_steps=2", "per_device_train_batch_size=1", "verify_adapter=off"]
+    said = train(folder, "configs/minicpmv4_5_full_sft.yaml", *words, processes=2)
     assert "ds_config_zero2.json is used, which does the same" in said
     assert "sdpa is used instead" in said
     assert "llm.model.norm.weight: (128,), bfloat16, trained" in said
