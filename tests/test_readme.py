@@ -119,7 +119,8 @@ def test_json_records_are_readable(tmp_path):
     docs = [body for body in docs if "file_name" not in body]  # descriptions of data sets are no records
     (tmp_path / "path/to").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / "path/to/image_0.jpg")
-    (tmp_path / "1.mp3").touch()
+    for name in ("1.mp3", "1.mp4"):
+        (tmp_path / name).touch()
     assert blocks("json")
     for body in [*blocks("json"), *docs]:
         records = json.loads(body)
