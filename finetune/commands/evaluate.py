@@ -121,7 +121,7 @@ def read_questions(samples: Mixture, limit: int | None, *, skip_bad: bool = Fals
     Raises:
         DataError: a record that cannot be used, or none that can.
     """
-    from finetune.media import image
+    from finetune.media import image, video
 
     questions: Questions = {}
     skipped = []
@@ -131,6 +131,8 @@ def read_questions(samples: Mixture, limit: int | None, *, skip_bad: bool = Fals
             if skip_bad:
                 for media in question[0].media("image"):
                     image.load(media, question[0].source)
+                for media in question[0].media("video"):
+                    video.check(media, question[0].source)
         except DataError as error:
             if not skip_bad:
                 raise

@@ -13,7 +13,9 @@ from PIL import Image
 from finetune.evaluation.metrics import Metric
 from finetune.evaluation.scoring import Row, change
 from finetune.media import image as images
-from finetune.sample import Sample
+from finetune.media import video
+from finetune.media.sampling import middles
+from finetune.sample import Media, Sample, Source
 
 _SIDE = 192
 _MOST_IMAGES = 4
@@ -84,10 +86,25 @@ def _row(metric: Metric, row: Row, max_pixels: int) -> str:
 
 
 def _thumbnails(sample: Sample, max_pixels: int) -> str:
-    media = list(sample.media("image"))
-    tags = [_thumbnail(images.load(medium, sample.source, max_pixels)) for medium in media[:_MOST_IMAGES]]
+    media = [medium for medium in sample.media() if medium.kind != "audio"]
+    tags = [_thumbnail(_picture(medium, sample.source, max_pixels)) for medium in media[:_MOST_IMAGES]]
     more = len(media) - _MOST_IMAGES
     return "".join(tags) + (f'<span class="quiet">and {more} more<br></span>' if more > 0 else "")
+
+
+def _picture(medium: Media, source: Source, max_pixels: int) -> Image.Image:
+    """An image, or three frames of a video side by side."""
+    if medium.kind == "image":
+        return images.load(medium, source, max_pixels)
+    clip = video.probe(medium, source, max_pixels=max_pixels)
+    with video.Decoder(clip, source) as decoder:
+        frames = [decoder.take(index) for index in middles(range(clip.length.frames), min(3, clip.length.frames))]
+    for frame in frames:
+        frame.thumbnail((_SIDE, _SIDE))
+    strip = Image.new("RGB", (sum(frame.width for frame in frames), frames[0].height))
+    for place, frame in enumerate(frames):
+        strip.paste(frame, (place * frame.width, 0))
+    return strip
 
 
 def _thumbnail(picture: Image.Image) -> str:

@@ -71,6 +71,17 @@ def probe(media: Media, source: Source, fps: float = 1.0, max_pixels: int = imag
     return clip
 
 
+def check(media: Media, source: Source) -> None:
+    """Reads a video to its last frame.
+
+    Raises:
+        DataError: as ``probe``, and a frame that is not there.
+    """
+    clip = probe(media, source)
+    with Decoder(clip, source) as decoder:
+        decoder.take(clip.length.frames - 1)
+
+
 def pictures_of(media: Media, source: Source) -> tuple[Path, ...] | None:
     """The frames of a video that is a folder or a list of pictures; None for a file.
 

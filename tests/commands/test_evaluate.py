@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from clips import write_clip
 from peft import LoraConfig, get_peft_model
 
 from finetune.commands import evaluate
 from finetune.encoding.encoder import Encoder
 from finetune.errors import UserError
 from finetune.evaluation.generation import answer_batch, generate_answers, split_answer
+from finetune.media.sampling import VideoOptions
 from finetune.models import load_model, load_tokenizer
 from finetune.readers import read
 from finetune.readers.mixture import Mixture
@@ -148,6 +150,27 @@ def test_bad_records_are_left_out_only_when_asked(tiny, tmp_path, capsys):
     (tmp_path / "data.json").write_text(json.dumps(records[:1]))
     with pytest.raises(UserError, match="no record can be used"):
         run(*words, "--on_bad_sample", "skip")
+
+
+def test_videos(tiny, tmp_path):
+    """As training looks at them, in answers and in the report; one that is cut short is left out."""
+    write_clip(tmp_path / "whole.mp4", 12, fps=4, size=(112, 112))
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:800])
+    records = []
+    for name in ("whole.mp4", "cut.mp4"):
+        turns = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "b"}]
+        records.append({"messages": turns, "videos": [name]})
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    words = ("--data", tmp_path / "data.json", "--out", tmp_path / "out", "--on_bad_sample", "skip", "--video_fps", 2)
+    run("--model", tiny("v2_6"), *words)
+    base = resolve(str(tiny("v2_6")))
+    tokenizer, model = load_tokenizer(base.folder), load_model(base.folder, dtype=torch.float32)
+    encoder = Encoder.from_config(base.family, tokenizer, base.settings, video=VideoOptions(fps=2.0))
+    prompt = split_answer(read(tmp_path / "data.json")[0])[0]
+    assert len(encoder.encode(prompt, generate=True).tgt_sizes) == 6
+    (row,) = lines(tmp_path / "out")
+    assert [row["prediction"]] == generate_answers(model, tokenizer, encoder, [prompt], max_new_tokens=6)
+    assert (tmp_path / "out" / "report.html").read_text().count("<img") == 1
 
 
 def test_two_processes_share_the_work(tiny, demo_data, tmp_path):

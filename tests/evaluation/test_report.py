@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from html.parser import HTMLParser
 
+import pytest
+from clips import number, write_clip
 from PIL import Image
 
 from finetune.evaluation.metrics import METRICS
@@ -55,3 +59,16 @@ def test_the_page_stays_small():
     page = build(metric, rows, summarise(metric, rows), title="t", most=2, max_pixels=10**7)
     assert "2 of 5 samples" in page
     assert page.count("<img") == 2
+
+
+def test_a_video_is_a_strip_of_three_frames(tmp_path):
+    parts = (Media("video", write_clip(tmp_path / "a.mp4", 9, size=(120, 60))), Text("What?"))
+    sample = Sample(id="clip", source=Source("data.json", 0), messages=(Message("user", parts),))
+    rows = make_rows(METRICS["exact"], {0: (sample, ["red"])}, ["blue"])
+    page = build(METRICS["exact"], rows, summarise(METRICS["exact"], rows), title="t", max_pixels=10**7)
+    strip = Image.open(io.BytesIO(base64.b64decode(page.split("base64,")[1].split('"')[0])))
+    assert strip.width == pytest.approx(6 * strip.height, rel=0.05)
+    thirds = [
+        strip.crop((place * strip.width // 3, 0, (place + 1) * strip.width // 3, strip.height)) for place in range(3)
+    ]
+    assert [number(third) for third in thirds] == [1, 4, 7]
