@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import wave
 from pathlib import Path
 from typing import Any
 
+from clips import write_clip
 from PIL import Image
 
 # Widths and heights; the tiny checkpoints cut what is larger than 112 x 112 pixels into slices, the small one is
@@ -36,6 +38,45 @@ def write_records(folder: Path) -> Path:
     for name, records in (("train", train), ("eval", evaluated), ("text", text)):
         (folder / f"{name}.json").write_text(json.dumps(records))
     return folder
+
+
+def write_media_records(folder: Path, *, sound: bool) -> Path:
+    """train.json and eval.json in which two ranks nearly never have the same media at a step."""
+    draw = random.Random(1)
+    folder.mkdir(parents=True)
+    media = ("text", "image", "video", *(("audio",) if sound else ()))
+    orders = [(first, second) for first in media for second in media if first != second]
+    train = []
+    for step in range(STEPS):
+        for kind in orders[step % len(orders)]:
+            for _ in range(PER_RANK):
+                train.append(_media_record(folder, f"m{len(train)}", kind, draw))
+    evaluated = [_media_record(folder, f"v{index}", media[index % len(media)], draw) for index in range(EVALUATED)]
+    for name, records in (("train", train), ("eval", evaluated)):
+        (folder / f"{name}.json").write_text(json.dumps(records))
+    return folder
+
+
+def _media_record(folder: Path, name: str, kind: str, draw: random.Random) -> dict[str, Any]:
+    if kind in ("text", "image"):
+        return _record(folder, name, int(kind == "image"), draw)
+    record = _record(folder, name, 0, draw)
+    if kind == "video":
+        path = write_clip(folder / f"{name}.mp4", draw.randint(2, 8), fps=2)
+    else:
+        path = write_sound(folder / f"{name}.wav", draw.randint(2_000, 30_000), draw)
+    record["conversations"][0]["content"] = f"<{kind}>\n" + record["conversations"][0]["content"]
+    return {**record, kind: path.name}
+
+
+def write_sound(path: Path, samples: int, draw: random.Random) -> Path:
+    """Noise at 16 kHz."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(draw.randbytes(2 * samples))
+    return path
 
 
 def _record(folder: Path, name: str, pictures: int, draw: random.Random) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from records import EVALUATED, STEPS, write_records
+from records import EVALUATED, STEPS, write_media_records, write_records
 from safetensors.torch import load_file
 from stack import FAMILIES, KINDS, OTHERS, near
 from worker import BRIEF, MODES, SHORT
@@ -42,6 +42,27 @@ def brief_runs(tiny, tmp_path_factory) -> Path:
     paths[paths.index("--families") :] = ["--families", *(family for family, kind in BRIEF_RUNS if kind == "lora")]
     launch([*TORCHRUN, str(WORKER), *paths, "--kinds", "lora", "--", "ddp", "zero3-0"])
     return folder
+
+
+# Family with video, whether it hears, steps.
+MEDIA = {"o4_5": (True, STEPS), "v4_5": (False, 6)}
+
+
+@pytest.fixture(scope="module")
+def media_runs(tiny, tmp_path_factory) -> Path:
+    """Text, images, videos and sound in one data set, alone and in every mode."""
+    folder = tmp_path_factory.mktemp("media")
+    (folder / "models").mkdir()
+    for family, (sound, length) in MEDIA.items():
+        (folder / "models" / family).symlink_to(tiny(family))
+        data = write_media_records(folder / f"data-{family}", sound=sound)
+        paths = ["--checkpoints", str(folder / "models"), "--data", str(data), "--out", str(folder)]
+        paths += ["--families", family, "--kinds", "full", "--steps", str(length), "--"]
+        launch([*TORCHRUN, str(WORKER), *paths, *MEDIA_MODES], [sys.executable, str(WORKER), *paths, "alone"])
+    return folder
+
+
+MEDIA_MODES = ("ddp", "zero2", "zero3-0")
 
 
 def prepare(folder: Path, families: Sequence[str], tiny: Callable[[str], Path]) -> list[str]:
@@ -94,6 +115,17 @@ def test_mode_equals_one_process(runs, mode, family, kind):
     assert ours["eval"][1] == tokens, f"{EVALUATED} samples: what pads the last batch is counted once"
     assert ours["eval"][0] == pytest.approx(loss, abs=LOSS)
     assert (ours["partitioned"] > 0) == mode.startswith("zero3")
+
+
+@pytest.mark.parametrize("mode", MEDIA_MODES)
+@pytest.mark.parametrize("family", MEDIA)
+def test_mixed_media_train_alike_in_every_mode(media_runs, mode, family):
+    ours, alone = result(media_runs, mode, family, "full"), result(media_runs, "alone", family, "full")
+    assert len(ours["steps"]) == len(alone["steps"]) == MEDIA[family][1]
+    for number, (step, expected) in enumerate(zip(ours["steps"], alone["steps"], strict=True), 1):
+        assert step[0] == pytest.approx(expected[0], abs=LOSS), f"loss of step {number}"
+        assert step[1] == pytest.approx(expected[1], rel=NORM), f"gradient norm of step {number}"
+    assert ours["eval"] == pytest.approx(alone["eval"], abs=LOSS)
 
 
 @pytest.mark.parametrize(("family", "kind"), BRIEF_RUNS)

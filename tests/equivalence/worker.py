@@ -15,7 +15,7 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 warnings.filterwarnings("ignore", category=FutureWarning)
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
 import torch  # noqa: E402
 from records import PER_RANK, STEPS  # noqa: E402
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--families", nargs="+", default=FAMILIES)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--steps", type=int, help="of every run; left out, by family and kind")
     parser.add_argument("modes", nargs="+")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -74,7 +75,7 @@ def main() -> None:
                 chosen = KINDS[kind]
                 name = f"{mode}-{family}-{kind}"
                 batch = str(PER_RANK * 2 // world)
-                length = str(BRIEF if family not in FAMILIES else STEPS if kind == "full" else SHORT)
+                length = str(given.steps or (BRIEF if family not in FAMILIES else STEPS if kind == "full" else SHORT))
                 sizes = ("--per_device_train_batch_size", batch, "--per_device_eval_batch_size", batch)
                 result = run(
                     given.checkpoints / family, given.data, given.out / name, *chosen, *zero, *sizes,
