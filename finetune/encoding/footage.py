@@ -57,6 +57,8 @@ def video_options(family: Family, config: Config, given: VideoOptions | None) ->
     if unheeded := [name for name in given.given if name not in heeded]:
         why = "has no such rule" if heeded else "takes none"
         _say(f"videos: no effect of {', '.join(unheeded)}: {family.title} {why}")
+    if (config.get("video_processor") or {}).get("stack_frames", 1) > 1:
+        _say("videos: stack_frames of the checkpoint's video processor is not done: the model sees whole frames only")
     return given if family.video is None else given.over(family.video.defaults(config))
 
 
