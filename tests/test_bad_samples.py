@@ -51,7 +51,9 @@ def encoder(base: Path, max_length: int = 2048) -> Encoder:
 
 def dataset(folder: Path, made: Encoder, **flags: Any) -> SupervisedDataset:
     data = DataArguments(data_path=str(folder / "train.json"), **flags)
-    return make_supervised_data_module(data, made, folder)["train_dataset"]
+    train = make_supervised_data_module(data, made, folder)["train_dataset"]
+    assert isinstance(train, SupervisedDataset)
+    return train
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -44,7 +44,8 @@ TABLE: dict[str, set[str]] = {
     "chat": MODELS_OR_DATA | {"tuning", "evaluation"},
     "export": MODELS_OR_DATA | {"tuning"},
     "planning": {"errors", "arguments", "families", "models", "tuning"},
-    "commands": MODELS_OR_DATA | {"config", "flags", "legacy_flags", "export", "planning", "readers", "tuning", "evaluation", "chat", "guicourse"},
+    "commands": MODELS_OR_DATA
+    | {"config", "flags", "legacy_flags", "readers", "tuning", "evaluation", "chat", "export", "planning", "guicourse"},
     "__main__": {"errors", "commands"},
 }
 

@@ -72,19 +72,20 @@ def test_commands(place, demo_data):
         elif words[:2] == ["python", "examples/guicourse/make_data.py"]:
             run([sys.executable, str(ROOT / words[1]), *words[2:]], place)
         elif words[:2] == ["python", "tests/parity.py"]:
-            what = words[2]
-            folders = (
-                sorted((ROOT / "tests/golden/forward").iterdir())
-                if what == "forward"
-                else [ROOT / "tests/golden/encode"]
-            )
-            assert "ok" in run([sys.executable, str(ROOT / "tests/parity.py"), what, *map(str, folders)], place)
+            check_parity(words[2], place)
         elif command == "python -m finetune <command>":
             continue  # the name of all of them; those of the README are run
         elif words[:3] == ["python", "-m", "finetune"]:
             run([sys.executable, *words[1:]], place)
         else:
             pytest.fail(f"README.md has a command that no test runs: {command}")
+
+
+def check_parity(what: str, place: Path) -> None:
+    """The figures that are part of the repository."""
+    golden = ROOT / "tests/golden"
+    folders = sorted((golden / "forward").iterdir()) if what == "forward" else [golden / "encode"]
+    assert "ok" in run([sys.executable, str(ROOT / "tests/parity.py"), what, *map(str, folders)], place)
 
 
 def check_recipe(words: list[str]) -> None:

@@ -143,11 +143,11 @@ def test_flags_to_data(work: Path, encoder: Encoder) -> None:
     flags = DataArguments(dataset="a:0.5,c", eval_dataset="b", max_samples=4)
     made = make_supervised_data_module(flags, encoder)
     assert made["eval_dataset"] is not None
-    assert (len(made["train_dataset"]), len(made["eval_dataset"])) == (5, 4)
+    assert (len(made["train_dataset"].samples), len(made["eval_dataset"])) == (5, 4)
     assert made["train_dataset"][4].source.startswith("data/c.json, record 2")
     kept = make_supervised_data_module(DataArguments(data_path="data/b.json", val_size=0.25), encoder, seed=3)
     assert kept["eval_dataset"] is not None
-    assert (len(kept["train_dataset"]), len(kept["eval_dataset"])) == (15, 5)
+    assert (len(kept["train_dataset"].samples), len(kept["eval_dataset"])) == (15, 5)
     other = make_supervised_data_module(DataArguments(data_path="data/b.json", val_size=0.25), encoder, seed=4)
     assert ids(kept["train_dataset"].samples) != ids(other["train_dataset"].samples)
     with pytest.raises(DataError, match="record 0.*has no 'messages'"):
