@@ -20,7 +20,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torc
 from finetune.config.deepspeed import load_deepspeed
 from finetune.config.resolve import resolve
 from finetune.errors import ArgumentError
-from finetune.flags import DataArguments, LoraArguments, ModelArguments
+from finetune.flags import DataArguments, LoraArguments, MemoryArguments, ModelArguments
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _RESUME_WORDS = {"none": None, "false": None, "auto": "auto", "true": "auto"}
 
 
 @dataclass
-class TrainingArguments(transformers.TrainingArguments):
+class TrainingArguments(MemoryArguments, transformers.TrainingArguments):
     """The flags of transformers.TrainingArguments, with defaults that learn, and those of the official scripts."""
 
     output_dir: str | None = field(default="output", metadata={"help": "Where checkpoints and the result go."})

@@ -187,6 +187,27 @@ class DataArguments:
 
 
 @dataclass
+class MemoryArguments:
+    """What saves memory inside a step; part of the training flags."""
+
+    checkpoint_parts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "With gradient_checkpointing, the parts whose layers are run again. Default: all that keep "
+            "anything; a frozen tower keeps nothing.",
+            "choices": ["llm", "vision", "audio"],
+        },
+    )
+    vision_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most visual items (thumbnails, slices, frames) encoded at once. Default: all of a micro-batch. "
+            "Saves memory where the vision tower is frozen or its layers are run again."
+        },
+    )
+
+
+@dataclass
 class LoraArguments:
     """How LoRA adapters are made; only read with --use_lora."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,24 @@ def read_items(
         _refuse_packing(times, groups)
     _check_patches(patches, sizes, width)
     return Items(patches=patches, sizes=sizes, times=times, groups=groups)
+
+
+def split_items(items: Items, counts: Sequence[int]) -> list[Items]:
+    """The same items in several parts.
+
+    Args:
+        items: n items in g groups.
+        counts: groups per part; they add up to g.
+    """
+    parts, group, item, patch = [], 0, 0, 0
+    for count in counts:
+        groups = items.groups[group : group + count]
+        sizes = items.sizes[item : item + sum(groups)]
+        length = sum(height * columns for height, columns in sizes)
+        times = items.times[item : item + len(sizes)]
+        parts.append(Items(patches=items.patches[patch : patch + length], sizes=sizes, times=times, groups=groups))
+        group, item, patch = group + count, item + len(sizes), patch + length
+    return parts
 
 
 def _refuse_packing(times: list[int], groups: list[int]) -> None:

@@ -13,9 +13,10 @@ from transformers.utils.generic import ModelOutput
 
 from finetune.models.chatting import Chatting
 from finetune.models.configuration import MiniCPMVConfig
+from finetune.models.frugal import Frugal, pieces, pieces_on_all_ranks
 from finetune.models.generation import MediaGeneration
 from finetune.models.initialization import initialize
-from finetune.models.items import Items, check_bounds, dummy_items, given_together, merge, read_items
+from finetune.models.items import Items, check_bounds, dummy_items, given_together, merge, read_items, split_items
 from finetune.models.language import LANGUAGES, embedding_scale, logits_of
 from finetune.models.losses import supervised_loss
 from finetune.models.resampler import RESAMPLERS, Resampler
@@ -50,7 +51,7 @@ class MiniCPMVOutput(ModelOutput):
     row_loss: torch.Tensor | None = None
 
 
-class MiniCPMV(Chatting, MediaGeneration, StrictLoading, GenerationMixin):
+class MiniCPMV(Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin):
     """A MiniCPM-V network assembled from the parts that its family names.
 
     Raises:
@@ -214,9 +215,9 @@ class MiniCPMV(Chatting, MediaGeneration, StrictLoading, GenerationMixin):
             items = self._read_items(patches, tgt_sizes, *packing)
             check_bounds(image_bound.tolist(), len(items.groups), self.query_num, embeddings)
             if items.groups:
-                return merge(embeddings, self._encode(items).flatten(0, 1), image_bound)
+                return merge(embeddings, self._encode_pieces(items, in_step=dummy).flatten(0, 1), image_bound)
         if dummy:
-            features = self._encode(dummy_items(self.patch_width, embeddings.device))
+            features = self._encode_pieces(dummy_items(self.patch_width, embeddings.device), in_step=True)
             return embeddings + (features.mean() * 0).to(embeddings)
         return embeddings
 
@@ -233,6 +234,17 @@ class MiniCPMV(Chatting, MediaGeneration, StrictLoading, GenerationMixin):
         if any(tensor is not None and len(tensor) for tensor in (*audio, audio_bound, audio_embeds)):
             raise ValueError(f"{self.config.family.title} cannot hear: the batch has audio, the network no audio part")
         return embeddings
+
+    def _encode_pieces(self, items: Items, *, in_step: bool) -> torch.Tensor:
+        """As ``_encode``, at most ``vision_batch`` items at once; in a step equally often on every rank."""
+        if self.vision_batch is None or not in_step:
+            return self._encode(items)
+        parts = split_items(items, pieces(items.groups, self.vision_batch))
+        idle = pieces_on_all_ranks(len(parts), self.vpm, items.patches.device) - len(parts)
+        features = torch.cat([self._encode(part) for part in parts])
+        for _ in range(idle):
+            features = features + self._encode(dummy_items(self.patch_width, items.patches.device)).mean() * 0
+        return features
 
     def _encode(self, items: Items) -> torch.Tensor:
         """Vision tower and resampler, each called once: (g, Q, E).

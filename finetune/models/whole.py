@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from finetune.models.chatting import Chatting
+from finetune.models.frugal import Frugal, pieces, pieces_on_all_ranks
 from finetune.models.losses import supervised_loss
 from finetune.models.merging import merge_patches
 from finetune.models.minicpmv import MiniCPMVOutput
@@ -24,7 +25,7 @@ from finetune.models.strict import StrictLoading
 _DUMMY = (4, 4)
 
 
-class Whole(Chatting, StrictLoading):
+class Whole(Frugal, Chatting, StrictLoading):
     """Forward of the networks below: our loss, and every part called once per batch, the same on every rank."""
 
     accepts_loss_kwargs = True
@@ -148,9 +149,30 @@ class Whole(Chatting, StrictLoading):
     ) -> list[torch.Tensor]:
         """Vision tower and merger: (tokens, E) per item.
 
-        With ``in_step`` each is called once, whatever the items; else the merger works item by item, as the stock class
-        has it, and the logits are the stock ones to the last bit. Parts without a trainable parameter run without a
-        graph.
+        With ``in_step`` each is called once, or once for every ``vision_batch`` items, as often as on any other rank.
+        """
+        if target_sizes is None or self.vision_batch is None or not in_step:
+            return self._features(pixel_values, target_sizes, mode, in_step=in_step)
+        _checked_sizes(pixel_values, target_sizes, 4 if mode != "4x" else 2)
+        counts = pieces([1] * len(target_sizes), self.vision_batch)
+        idle = pieces_on_all_ranks(len(counts), self.model.vision_tower, pixel_values.device) - len(counts)
+        sizes = target_sizes.split(counts)
+        widths = [int(part.prod(1).sum()) * pixel_values.shape[2] for part in sizes]
+        features: list[torch.Tensor] = []
+        for pixels, part in zip(pixel_values.split(widths, dim=3), sizes, strict=True):
+            features += self._features(pixels, part, mode, in_step=True)
+        for _ in range(idle):
+            features[0] = features[0] + torch.cat(self._features(*self._dummy(), mode, in_step=True)).mean() * 0
+        return features
+
+    def _features(
+        self, pixel_values: torch.Tensor, target_sizes: torch.Tensor | None, mode: str, *, in_step: bool
+    ) -> list[torch.Tensor]:
+        """Vision tower and merger: (tokens, E) per item.
+
+        With ``in_step`` tower and merger are called once, whatever the items; else the merger works item by item, as
+        the stock class has it, and the logits are the stock ones to the last bit. Parts without a trainable parameter
+        run without a graph.
         """
         tower, merger = self.model.vision_tower, self.model.merger
         windows = mode != "4x"

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,6 +19,8 @@ from finetune.arguments import LoraArguments, TrainingArguments
 from finetune.errors import ArgumentError
 from finetune.families.base import Family
 from finetune.tuning.adapters import add_lora
+
+logger = logging.getLogger(__name__)
 
 # Part of a network -> the modules it consists of (Family.parts).
 Parts = Mapping[str, tuple[str, ...]]
@@ -43,6 +47,7 @@ def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: L
     Raises:
         ArgumentError: a part that the network does not have, or LoRA targets that match none of its modules.
     """
+    _save_memory(model, family, training)
     model.requires_grad_(False)
     # Loading draws random numbers, another count of them under ZeRO-3; adapters must start the same in every mode.
     set_seed(training.seed)
@@ -67,6 +72,21 @@ def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: L
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
     return model
+
+
+def _save_memory(model: Any, family: Family, training: TrainingArguments) -> None:
+    """Tells the network which layers may be run again, and how many visual items it may encode at once.
+
+    Raises:
+        ArgumentError: a part that the network does not have, or a number below 1.
+    """
+    if foreign := [part for part in training.checkpoint_parts or () if part not in family.parts]:
+        raise ArgumentError(f"--checkpoint_parts {foreign[0]}: {family.title} has no {foreign[0]} part")
+    if training.vision_batch is not None and training.vision_batch < 1:
+        raise ArgumentError(f"--vision_batch {training.vision_batch}: at least 1 visual item is needed")
+    if training.checkpoint_parts and not training.gradient_checkpointing:
+        logger.warning("--checkpoint_parts has no effect without --gradient_checkpointing true")
+    model.checkpoint_parts, model.vision_batch = training.checkpoint_parts, training.vision_batch
 
 
 def _leave_layers(model: nn.Module, family: Family, count: int) -> None:

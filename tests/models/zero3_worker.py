@@ -83,6 +83,8 @@ def train(family: str, out: Path, world: int) -> dict:
 
         deepspeed.init_distributed(dist_backend="gloo")  # before the model: else it is not partitioned
     model = small_model(family)
+    if world > 1 and family == "v4_5":
+        model.vision_batch = 1  # in other numbers of pieces on every rank
     partitioned = sum(hasattr(parameter, "ds_shape") for parameter in model.parameters())
     for name, parameter in model.named_parameters():
         if name in model.config.family.fixed_parameters:  # ZeRO-3 keeps what construction froze, plain loading does not
