@@ -53,6 +53,15 @@ trained parameter: about 140 GB for everything of an 8B model.
 """
 
 TAIL = """
+## Flags that save memory
+
+- `--gradient_checkpointing true`: the layers of the LLM, the vision and the audio tower are run again in the backward
+  pass. `--checkpoint_parts llm` (or `llm vision`, ...) leaves the others as they are. A frozen tower runs without a
+  graph and keeps nothing either way.
+- `--vision_batch 8`: at most 8 visual items (thumbnails, slices, frames; packed frames stay together) pass the vision
+  part at once. Loss and gradients stay the same. It bounds the memory of a frozen tower and of one whose layers are run
+  again. Under ZeRO-3 ranks agree on the number of pieces in every step, and those with fewer run a tiny grey picture.
+
 ## What is counted
 
 - **Weights**: 2 bytes each in bf16; without DeepSpeed those that train are fp32 (4 bytes); 4 bit weights of QLoRA about

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -186,6 +187,28 @@ def test_command_with_a_folder_of_config_alone(tmp_path: Path, capsys: pytest.Ca
     assert len(rows) == 3
     assert all("ZeRO-2" in row for row in rows)
     assert main([*command, "--gpu_memory", "0.5"]) == 1
+
+
+def test_command_measures_data(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The longest record counts, and of its tokens those that carry loss."""
+    texts = ("two", "a red circle on a grey ground", " ".join(["word"] * 60))
+    records = [
+        {"id": str(i), "conversations": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": text}]}
+        for i, text in enumerate(texts)
+    ]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(records), encoding="utf-8")
+    command = ["plan", str(tiny("v2_6")), str(data), "--method", "lora", "--gpu_memory", "8"]
+    assert main(command) == 0
+    whole = capsys.readouterr().out
+    tokens, share, items = (int(x) for x in re.findall(r"1 x (\d+) tokens, (\d+) % .*, (\d+) visual", whole)[0])
+    assert tokens > 60
+    assert share > 50
+    assert items == 0
+    assert f"--data_path {data}" in whole
+    data.write_text(json.dumps(records[:1]), encoding="utf-8")
+    assert main(command) == 0
+    assert f"1 x {tokens} tokens" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
