@@ -201,8 +201,8 @@ class MemoryArguments:
     vision_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Most visual items (thumbnails, slices, frames) encoded at once. Default: all of a micro-batch. "
-            "Saves memory where the vision tower is frozen or its layers are run again."
+            "help": "Most visual items (thumbnails, slices, frames) encoded at once, and clips of sound unless ZeRO-3. "
+            "Default: all of a micro-batch. Saves memory where the tower is frozen or its layers are run again."
         },
     )
 

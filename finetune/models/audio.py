@@ -173,6 +173,17 @@ def dummy_clip(bins: int, step: int, device: torch.device) -> Clips:
     return Clips(features=torch.zeros(1, bins, frames, device=device), lengths=[frames], counts=[1])
 
 
+def split_clips(clips: Clips, most: int) -> list[Clips]:
+    """The clips in pieces of at most so many, each as long as its longest clip."""
+    pieces = []
+    for start in range(0, len(clips.counts), most):
+        place = slice(start, start + most)
+        lengths = clips.lengths[place]
+        features = clips.features[place, :, : max(lengths)]
+        pieces.append(Clips(features=features, lengths=lengths, counts=clips.counts[place]))
+    return pieces
+
+
 def check_audio_bounds(bounds: list[list[int]], counts: list[int], embeddings: torch.Tensor) -> None:
     """Checks that the clips fill the placeholders and that no clip is shared by two rows.
 

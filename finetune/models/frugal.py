@@ -20,7 +20,7 @@ class Frugal(PreTrainedModel):
     Attributes:
         vision_batch: most visual items that pass the vision part at once, None for all of a micro-batch. Items of a
             group (packed frames) stay together. Where nothing of the vision part trains, or its layers are run again,
-            this bounds its memory.
+            this bounds its memory. Clips of sound likewise, except under ZeRO-3.
         checkpoint_parts: the parts whose layers activation checkpointing runs again, None for all. A part without a
             graph keeps nothing in either case.
     """
@@ -66,14 +66,18 @@ def pieces(groups: Sequence[int], most: int | None) -> list[int]:
     return counts
 
 
+def is_partitioned(part: nn.Module) -> bool:
+    """Whether ZeRO-3 has divided the weights of a part among the ranks."""
+    return any(hasattr(parameter, "ds_id") for parameter in part.parameters())
+
+
 def pieces_on_all_ranks(count: int, part: nn.Module, device: torch.device) -> int:
     """The largest number of pieces that any rank has, where ranks must call a part equally often (ZeRO-3).
 
     To be asked by every rank in every step, before the part is called: asked later, it would come between the weights
     that ZeRO-3 gathers, at another place on every rank.
     """
-    partitioned = any(hasattr(parameter, "ds_id") for parameter in part.parameters())
-    if not partitioned or not torch.distributed.is_initialized():
+    if not is_partitioned(part) or not torch.distributed.is_initialized():
         return count
     most = torch.tensor(count, device=device)
     torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)

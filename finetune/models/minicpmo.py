@@ -14,8 +14,10 @@ from finetune.models.audio import (
     dummy_clip,
     pooled,
     read_clips,
+    split_clips,
 )
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
+from finetune.models.frugal import is_partitioned
 from finetune.models.items import check_inside, given_together, merge, repeat_bounds
 from finetune.models.minicpmv import OLD_TABLE, WHOLE_MODULES, MiniCPMV, trainable
 
@@ -71,7 +73,7 @@ class MiniCPMO(MiniCPMV):
             clips = self._read_clips(audio_features, audio_lengths)
             check_audio_bounds(audio_bound.tolist(), clips.counts, embeddings)
             if clips.counts:
-                return merge(embeddings, self._encode_clips(clips), audio_bound)
+                return merge(embeddings, self._encode_clip_pieces(clips, in_step=dummy), audio_bound)
         if dummy:
             silence = dummy_clip(self.apm.num_mel_bins, self.pool_step, embeddings.device)
             return embeddings + (self._encode_clips(silence).mean() * 0).to(embeddings)
@@ -80,6 +82,12 @@ class MiniCPMO(MiniCPMV):
     def _read_clips(self, features: torch.Tensor, lengths: torch.Tensor) -> Clips:
         longest = 2 * self.apm.max_source_positions
         return read_clips(features, lengths, bins=self.apm.num_mel_bins, longest=longest, step=self.pool_step)
+
+    def _encode_clip_pieces(self, clips: Clips, *, in_step: bool) -> torch.Tensor:
+        """As ``_encode_clips``, at most ``vision_batch`` clips at once in a step; all at once under ZeRO-3."""
+        if self.vision_batch is None or not in_step or is_partitioned(self.apm):
+            return self._encode_clips(clips)
+        return torch.cat([self._encode_clips(piece) for piece in split_clips(clips, self.vision_batch)])
 
     def _encode_clips(self, clips: Clips) -> torch.Tensor:
         """Audio tower and projection, each called once: (S, E); without a graph where nothing trains."""

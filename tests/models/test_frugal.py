@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from sound_batch import sound_batch
 from test_checkpointing import ROWS, assert_equal, layers_on, loss_and_gradients
 from visual_batch import make_batch, small_model
 
 from finetune.arguments import ArgumentError, LoraArguments, TrainingArguments
 from finetune.families import by_name
-from finetune.models import MiniCPMV
+from finetune.models import MiniCPMO, MiniCPMV
 from finetune.models.frugal import pieces
 from finetune.tuning.parts import adapt
 
@@ -27,7 +28,7 @@ def arguments(tmp_path: Path, **flags: Any) -> TrainingArguments:
 
 @contextmanager
 def counted_calls(module: torch.nn.Module) -> Iterator[list[int]]:
-    """Patches of every call of a vision tower."""
+    """Patches, or clips, of every call of a tower."""
     calls: list[int] = []
     handle = module.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     yield calls
@@ -65,6 +66,20 @@ def test_images_in_pieces(family: str, again: bool) -> None:
         assert loss == pytest.approx(plain[0], abs=1e-6)
         for name, grad in grads.items():
             assert torch.allclose(grad, plain[1][name], atol=1e-6, rtol=1e-4), name
+
+
+def test_sound_in_pieces() -> None:
+    model = small_model("o2_6").train()
+    assert isinstance(model, MiniCPMO)
+    batch = sound_batch(model, [((40, [], 4), [40, 90]), ((50, [(4, 6)], 5), [61])])
+    plain = loss_and_gradients(model, batch)
+    model.vision_batch = 2
+    with counted_calls(model.apm) as calls:
+        loss, grads = loss_and_gradients(model, batch)
+    assert calls == [2, 1]
+    assert loss == pytest.approx(plain[0], abs=1e-6)
+    for name, grad in grads.items():
+        assert torch.allclose(grad, plain[1][name], atol=1e-6, rtol=1e-4), name
 
 
 def test_packed_frames_stay_together() -> None:
