@@ -26,11 +26,10 @@ from finetune.families import by_name  # noqa: E402
 
 KINDS = {"full": (), "lora": ("--use_lora", "true", "--lora_r", "4", "--learning_rate", "1e-2")}
 DATA = ("text", "image", "several")
-# Kinds of data that some families take; with sound the audio tower is trained too. Adapters on videos are no other
-# than those on images.
+# Kinds of data that some families take; with sound the audio tower is trained too.
 MORE = {
-    "audio": lambda family, kind: by_name(family).audio_spec is not None,
-    "video": lambda family, kind: by_name(family).video is not None and kind == "full",
+    "audio": lambda family: by_name(family).audio_spec is not None,
+    "video": lambda family: by_name(family).video is not None,
 }
 FLAGS_OF = {
     ("full", "audio"): ("--tune_audio", "true"),
@@ -52,9 +51,9 @@ FLAGS = (
 )
 
 
-def data_of(family: str, kind: str) -> tuple[str, ...]:
-    """The kinds of data that a family is trained on in one way."""
-    return (*DATA, *(records for records, taken in MORE.items() if taken(family, kind)))
+def data_of(family: str) -> tuple[str, ...]:
+    """The kinds of data that a family is trained on."""
+    return (*DATA, *(records for records, taken in MORE.items() if taken(family)))
 
 
 def train(families: list[str], models: Path, data: Path, out: Path) -> None:
@@ -72,7 +71,7 @@ def train(families: list[str], models: Path, data: Path, out: Path) -> None:
     runs, examples = {}, {}
     for family in families:
         for kind, chosen in KINDS.items():
-            for records in data_of(family, kind):
+            for records in data_of(family):
                 name = f"{family}-{kind}-{records}"
                 argv = ["--model_name_or_path", str(models / family), "--output_dir", str(out / name)]
                 argv += [

@@ -20,7 +20,7 @@ from finetune.families import FAMILIES
 
 WORKER = Path(__file__).with_name("matrix_worker.py")
 NAMES = [family.name for family in FAMILIES]
-RUNS = [f"{family}-{kind}-{records}" for family in NAMES for kind in KINDS for records in data_of(family, kind)]
+RUNS = [f"{family}-{kind}-{records}" for family in NAMES for kind in KINDS for records in data_of(family)]
 
 
 def write_data(folder: Path) -> Path:
