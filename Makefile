@@ -11,7 +11,7 @@
 PYTHON ?= python3
 PYTEST ?=
 WORKERS ?= 2
-SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet
 
 .PHONY: train test test-lowest test-web lint install install-dev clean

@@ -14,6 +14,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+# Files that take long; begun last, one process would wait for the other.
+_LONG = ("test_matrix", "test_modes", "test_published_launchers", "test_learning", "test_resume.", "test_streaming_run")
+_LONG += ("test_llamafactory", "test_end_to_end", "test_zero3", "test_readme", "test_fitting")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; the order within a file stays."""
+    items.sort(key=lambda item: not any(name in item.path.name for name in _LONG))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Path of a tiny checkpoint by family name; callers must not write into it."""
