@@ -25,18 +25,8 @@ from finetune.tuning.tensorfiles import stored_in, weight_files
 NAMES = [family.name for family in FAMILIES]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads only wait for each other on networks of this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def quiet(recwarn: pytest.WarningsRecorder) -> None:
-    """Peft warns of tied ends that are trained apart, which is what is tested."""
+# peft warns of tied ends that are trained apart, which is what is tested.
+pytestmark = pytest.mark.usefixtures("one_thread", "recwarn")
 
 
 @pytest.fixture(scope="module")

@@ -36,18 +36,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads only wait for each other on networks of this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def quiet(recwarn: pytest.WarningsRecorder) -> None:
-    """Peft warns of tied ends that are trained apart, which is what is tested."""
+# peft warns of tied ends that are trained apart, which is what is tested.
+pytestmark = pytest.mark.usefixtures("one_thread", "recwarn")
 
 
 def merge(base: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from made_adapters import RESAMPLERS, make_adapter, save
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file
@@ -25,18 +24,8 @@ LINEAR |= {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"}
 LANGUAGE_MODEL = {"v4_5": ("llm.model.", "llm.model."), "v4_6": ("model.language_model.", "language_model.model.")}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads only wait for each other on networks of this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def quiet(recwarn: pytest.WarningsRecorder) -> None:
-    """Peft warns of tied ends that are trained apart."""
+# peft warns of tied ends that are trained apart, which is what is tested.
+pytestmark = pytest.mark.usefixtures("one_thread", "recwarn")
 
 
 def export(base: Path, adapter: Path, out: Path) -> int:
