@@ -89,11 +89,19 @@ def _check_names(path: Path, written: Words, ours: set[str]) -> None:
 
 def _sort_out(words: Words, layer: int, where: str, ours: set[str], theirs: bool, keys: Flags, flags: Flags) -> None:
     """Puts every word of a layer with LLaMA-Factory's keys or with our flags."""
-    for name, values in words.items():
+    for given, said in words.items():
+        name, values = _switch(given, ours) if not said else (given, said)
         foreign = name in rows() and (theirs or name not in ours)
         origin = where if where == "command line" and name in ours else f"{where}: {name}"
         target = keys if foreign else flags
         target[name] = Given(values, layer, origin)
+
+
+def _switch(name: str, ours: set[str]) -> tuple[str, list[str]]:
+    """A flag that stands alone: it switches on, and with no_ in front off."""
+    if name not in ours and name.startswith("no_") and name.removeprefix("no_") in ours:
+        return name.removeprefix("no_"), ["false"]
+    return name, ["true"]
 
 
 def _choose(translated: Flags, direct: Flags) -> Flags:

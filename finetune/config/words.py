@@ -60,7 +60,7 @@ def group(words: Sequence[str], *, pairs: bool = False) -> tuple[Words, list[str
     """Flags with their words, later ones in place of earlier ones; and words that belong to none.
 
     Args:
-        words: ``--key value ...``, ``--key=value``; a flag without value is true.
+        words: ``--key value ...``, ``--key=value``; a flag may stand alone.
         pairs: also ``key=value``.
     """
     flags: Words = {}
@@ -77,7 +77,7 @@ def group(words: Sequence[str], *, pairs: bool = False) -> tuple[Words, list[str
             stray.append(word)
         else:
             current.append(word)
-    return {name: values or ["true"] for name, values in flags.items()}, stray
+    return flags, stray
 
 
 def flatten(flags: Words) -> list[str]:

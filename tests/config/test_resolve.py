@@ -207,6 +207,17 @@ def test_their_names_work_beside_the_launchers_flags(caplog):
         parse_arguments([*words, "--lora_rnk", "4"])
 
 
+def test_flags_that_stand_alone(tmp_path):
+    words = ["--model_name_or_path", "m", "--data_path", "d", "--tune_audio", "--no_dataloader_pin_memory"]
+    args = parse_arguments([*words, "--no_average_tokens_across_devices", "--use_dora"])
+    assert args.training.tune_audio
+    assert args.lora.use_dora
+    assert not args.training.average_tokens_across_devices
+    written = tmp_path / "run.yaml"
+    written.write_text(args.to_yaml() + "versions: {}\n")
+    assert not parse_arguments([str(written)]).training.average_tokens_across_devices
+
+
 def test_json_files_are_files_too(tmp_path):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(BASE))
