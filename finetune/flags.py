@@ -180,11 +180,6 @@ class DataArguments:
             time_scale=self.time_scale,
         )
 
-    @property
-    def evaluates(self) -> bool:
-        """Whether there are evaluation data."""
-        return bool(self.eval_data_path or self.eval_dataset or self.val_size)
-
 
 @dataclass
 class MemoryArguments:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from finetune.commands.data_flags import add_data_flags
 from finetune.commands.video_flags import add_video_flags, video_options
 from finetune.errors import UserError
 
@@ -61,17 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m finetune check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id: its tokenizer and slicing count")
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--data", nargs="+", help="data files")
-    data.add_argument("--dataset", metavar="NAMES", help="data sets of dataset_info.json, separated by commas")
-    parser.add_argument("--dataset_dir", default="data", help="folder of dataset_info.json (default: data)")
-    parser.add_argument("--media_dir", help="folder of the media of --dataset (default: dataset_dir)")
-    parser.add_argument(
-        "--data_format",
-        choices=["auto", "official", "sharegpt", "alpaca", "openai"],
-        default="auto",
-        help="form of the records of --data (default: told from the first ones)",
-    )
+    add_data_flags(parser, nargs="+", help="data files")
     parser.add_argument("--image_root", help="folder that relative image paths may also be relative to")
     parser.add_argument("--max_slice_nums", type=int, help="most slices per image (default: the checkpoint's)")
     parser.add_argument("--image_max_pixels", type=int, help="as in training: larger images are shrunk to this")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.commands.data_flags import add_data_flags
 from finetune.commands.video_flags import add_video_flags, video_options
 from finetune.errors import UserError
 from finetune.sample import DataError, Sample
@@ -331,17 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="checkpoint folder, hub id, or adapter (it names its base)")
     parser.add_argument("--adapter", help="adapter on the model")
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--data", help="data file in a form of the training data")
-    data.add_argument("--dataset", metavar="NAMES", help="data sets of dataset_info.json, separated by commas")
-    parser.add_argument("--dataset_dir", default="data", help="folder of dataset_info.json (default: data)")
-    parser.add_argument("--media_dir", help="folder of the media of --dataset (default: dataset_dir)")
-    parser.add_argument(
-        "--data_format",
-        choices=["auto", "official", "sharegpt", "alpaca", "openai"],
-        default="auto",
-        help="form of the records of --data (default: told from the first ones)",
-    )
+    add_data_flags(parser, help="data file in a form of the training data")
     parser.add_argument("--metric", default="auto", help="auto, a name, package.module:function or file.py:function")
     parser.add_argument("--compare", help="base (the adapter off), or the folder of another checkpoint")
     parser.add_argument("--out", help="folder of the results (default: output/evaluate-<data>)")

@@ -73,6 +73,7 @@ def default_words(value: Any) -> list[str] | None:
     return [str(value).lower() if isinstance(value, bool) else str(value)]
 
 
+@lru_cache(maxsize=1)
 def _sections() -> list[dict[str, Any]]:
     return yaml.safe_load(PATH.read_text(encoding="utf-8"))
 
