@@ -1,9 +1,10 @@
-"""Examples become the padded batch that the network takes."""
+"""Examples become the batch that the network takes: padded, or packed into one row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 
@@ -45,14 +46,53 @@ def pad(examples: Sequence[Example], pad_id: int, side: Literal["right", "left"]
         "attention_mask": torch.zeros(shape, dtype=torch.int64),
         "labels": torch.full(shape, IGNORE, dtype=torch.int64),
     }
-    starts = []
+    places = []
     for row, example in enumerate(examples):
-        if example.labels[0] != IGNORE:
-            raise ValueError(f"{example.source}: the first token carries a label, but nothing predicts it")
+        _check_first_label(example)
         size = len(example.input_ids)
-        starts.append(0 if side == "right" else length - size)
-        place = slice(starts[row], starts[row] + size)
+        start = 0 if side == "right" else length - size
+        places.append((row, start))
+        place = slice(start, start + size)
         batch["input_ids"][row, place] = example.input_ids
         batch["attention_mask"][row, place] = 1
         batch["labels"][row, place] = example.labels
-    return batch | INPUTS[examples[0].inputs].collect(examples, starts, shape)
+    return batch | INPUTS[examples[0].inputs].collect(examples, places, shape)
+
+
+def pack(examples: Sequence[Example], filler: Example) -> dict[str, Any]:
+    """The same examples as the segments of ONE row of T tokens, without padding.
+
+    Args:
+        examples: s examples; none of them sees another.
+        filler: stands in where there are none.
+
+    Returns:
+        As ``pad``, with B = 1 and without attention_mask: position_ids restart with every segment; cu_seq_lens_q and
+        cu_seq_lens_k: (s + 1,) int32, where segments begin and end; max_length_q and max_length_k: int, the longest.
+
+    Raises:
+        ValueError: an example whose first label is not -100, or whose network cannot tell segments apart.
+    """
+    examples = examples or [filler]
+    if examples[0].inputs != "patches":
+        raise ValueError(f"{examples[0].source}: the network of this family cannot tell the segments of a row apart")
+    for example in examples:
+        _check_first_label(example)
+    lengths = [len(example.input_ids) for example in examples]
+    ends = list(accumulate(lengths, initial=0))
+    bounds, longest = torch.tensor(ends, dtype=torch.int32), max(lengths)
+    places = [(0, start) for start in ends[:-1]]
+    return {
+        "input_ids": torch.cat([example.input_ids for example in examples])[None],
+        "labels": torch.cat([example.labels for example in examples])[None],
+        **INPUTS[examples[0].inputs].collect(examples, places, (1, ends[-1])),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _check_first_label(example: Example) -> None:
+    if example.labels[0] != IGNORE:
+        raise ValueError(f"{example.source}: the first token carries a label, but nothing predicts it")

@@ -15,6 +15,7 @@ from finetune.media.slicing import SliceSpec
 Pictures = Iterable[Shown]
 Grids = list[tuple[int, int]]
 Batch = dict[str, torch.Tensor]
+Place = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +25,13 @@ class Inputs:
     Attributes:
         dtype: of the patches.
         cut: decoded pictures to patches (N, 3*P*P), and rows and columns of patches of every item.
-        collect: what a batch has besides ids, mask and labels, from its examples, the first position of each in its
-            row, and the shape (B, T).
+        collect: what a batch has besides ids, mask and labels, from its examples, batch row and first position of
+            each, and the shape (B, T).
     """
 
     dtype: torch.dtype
     cut: Callable[[Pictures, SliceSpec], tuple[torch.Tensor, Grids]]
-    collect: Callable[[Sequence[Example], Sequence[int], tuple[int, int]], Batch]
+    collect: Callable[[Sequence[Example], Sequence[Place], tuple[int, int]], Batch]
 
 
 def _cut_bytes(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
@@ -55,11 +56,11 @@ def _cut_floats(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grid
     return torch.cat([rows for rows, _ in cut]), [size for _, grids in cut for size in grids]
 
 
-def _bounded(examples: Sequence[Example], starts: Sequence[int], shape: tuple[int, int]) -> Batch:
+def _bounded(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Batch:
     """Patches as they are, and where each item's placeholders stand."""
     positions = torch.zeros(shape, dtype=torch.int64)
     bounds, heard = [], []
-    for row, (example, start) in enumerate(zip(examples, starts, strict=True)):
+    for example, (row, start) in zip(examples, places, strict=True):
         positions[row, start : start + len(example.position_ids)] = example.position_ids
         bounds.append(_of_row(row, example.image_bound + start))
         heard.append(_of_row(row, example.audio_bound + start))
@@ -102,7 +103,7 @@ def _sound(clips: Sequence[torch.Tensor], bounds: torch.Tensor) -> Batch:
     return {"audio_features": features, "audio_lengths": torch.tensor(frames), "audio_bound": bounds}
 
 
-def _packed(examples: Sequence[Example], starts: Sequence[int], shape: tuple[int, int]) -> Batch:
+def _packed(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Batch:
     """All patches of the images of the batch side by side, and those of its videos; as transformers has it."""
     sizes = torch.cat([example.tgt_sizes for example in examples])
     patches = torch.cat([example.patches for example in examples])
@@ -128,13 +129,13 @@ def _moving(example: Example) -> torch.Tensor:
     return torch.zeros(len(example.tgt_sizes), dtype=torch.bool) if given is None else given
 
 
-def _typed(examples: Sequence[Example], starts: Sequence[int], shape: tuple[int, int]) -> Batch:
+def _typed(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Batch:
     """As packed, and which positions are an image's or a video's: the network computes position ids from them."""
     types = torch.zeros(shape, dtype=torch.int64)
-    for row, (example, start) in enumerate(zip(examples, starts, strict=True)):
+    for example, (row, start) in zip(examples, places, strict=True):
         for (first, last), moving in zip(example.image_bound.tolist(), _moving(example).tolist(), strict=True):
             types[row, start + first : start + last] = 2 if moving else 1
-    return {"mm_token_type_ids": types, **_packed(examples, starts, shape)}
+    return {"mm_token_type_ids": types, **_packed(examples, places, shape)}
 
 
 INPUTS = {
