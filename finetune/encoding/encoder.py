@@ -24,6 +24,7 @@ from finetune.encoding.footage import (
     video_options,
 )
 from finetune.encoding.hearing import log_mel
+from finetune.encoding.ids import text_tensors
 from finetune.encoding.inputs import INPUTS, Grids
 from finetune.families import FAMILIES
 from finetune.families.base import Config, Family
@@ -229,7 +230,10 @@ class Encoder:
         plans = self.plans(self.sizes(sample))
         if generate is None:
             generate = sample.messages[-1].role != "assistant"
-        rendered = self.render(sample, plans, generate)
+        return self.measured(sample, plans, self.render(sample, plans, generate))
+
+    def measured(self, sample: Sample, plans: Sequence[Planned], rendered: Rendered) -> Measure:
+        """Size of a sample that has been planned and rendered."""
         sizes = items_of(self._spread(sample, plans), self.slicing.patch_size).grids
         frames = sum(sum(heard.frames) for heard in plans if isinstance(heard, Sound))
         return Measure(len(rendered.input_ids), len(sizes), sum(rows * columns for rows, columns in sizes), frames)
@@ -283,17 +287,13 @@ class Encoder:
         self._check_alignment(sample, rendered, items, cut, heard, clips)
         told_apart = bool(self.layout.video_placeholder) and any(items.video)
         return Example(
-            input_ids=torch.tensor(rendered.input_ids),
-            labels=torch.tensor(rendered.labels),
-            position_ids=torch.arange(len(rendered.input_ids)),
+            **text_tensors(rendered),
             patches=patches,
             tgt_sizes=torch.tensor(items.grids, dtype=torch.int64).reshape(-1, 2),
-            image_bound=torch.tensor(rendered.image_bounds, dtype=torch.int64).reshape(-1, 2),
             temporal_ids=torch.tensor(items.times, dtype=torch.int64),
             group_sizes=torch.tensor(items.groups) if any(size > 1 for size in items.groups) else None,
             from_video=torch.tensor(items.video) if told_apart else None,
             audio=clips,
-            audio_bound=torch.tensor(rendered.audio_bounds, dtype=torch.int64).reshape(-1, 2),
             source=str(sample.source),
             inputs=self.family.inputs,
         )
