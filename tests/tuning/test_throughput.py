@@ -1,0 +1,242 @@
+"""The cost model against operations that torch counts, and the figures of the log with a clock of our own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import finetune.models  # noqa: F401 - registers the network
+from finetune.arguments import LoraArguments, TrainingArguments
+from finetune.families import by_name
+from finetune.models import load_model
+from finetune.tuning.flops import COUNTS, Flops, flops_of
+from finetune.tuning.parts import adapt
+from finetune.tuning.throughput import Throughput, peak_of
+
+FULL: dict[str, Any] = {}
+LORA = {"use_lora": True}
+FROZEN = {"tune_vision": False, "tune_llm": False}
+HEAD = {"tune_vision": False, "tune_resampler": False}
+
+
+def trained(folder, name: str, tmp_path, **flags) -> Any:
+    """A tiny network as it is trained; eager attention, whose products torch counts on a CPU."""
+    model = load_model(folder, dtype=torch.float32, attn_implementation="eager")
+    training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **flags)
+    return adapt(model, by_name(name), training, LoraArguments(lora_r=4)).train()
+
+
+def own_batch(model: Any, *, audio: bool = False) -> dict[str, torch.Tensor]:
+    """One row of 3 items and a text; no padding."""
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    queries, sizes = network.query_num, [[4, 6], [4, 6], [8, 4]]
+    length = 3 * queries + 40 + (30 if audio else 0)
+    ids = torch.randint(5, 90, (1, length))
+    labels = torch.where(torch.arange(length) >= length - 25, ids, -100)
+    bounds = torch.tensor([[0, 2 + item * queries, 2 + (item + 1) * queries] for item in range(3)])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(length)[None],
+        "labels": labels,
+        "patches": torch.randint(0, 255, (80, 588), dtype=torch.uint8),
+        "tgt_sizes": torch.tensor(sizes),
+        "image_bound": bounds,
+        "temporal_ids": torch.full((3,), -1),
+    }
+    if audio:
+        frames = 2 * 10 * network.pool_step
+        start = 3 * queries + 4
+        sound = {"audio_features": torch.randn(1, network.apm.num_mel_bins, frames)}
+        sound |= {"audio_lengths": torch.tensor([frames]), "audio_bound": torch.tensor([[0, start, start + 10]])}
+        batch |= sound
+    return batch
+
+
+def whole_batch(model: Any) -> dict[str, torch.Tensor]:
+    """The same for 4.6: 3 items of 16, 32 and 16 patches, merged to 4 tokens."""
+    ids = torch.randint(5, 90, (1, 64))
+    ids[0, 2:6] = model.config.image_token_id
+    labels = torch.where(torch.arange(64) >= 40, ids, -100)
+    pixels = torch.randn(1, 3, 14, 64 * 14)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {**given, "pixel_values": pixels, "target_sizes": torch.tensor([[4, 4], [8, 4], [4, 4]])}
+
+
+def counted(model: Any, batch: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """Operations of a forward and of a backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        loss = model(**batch).loss
+        forward = counter.get_total_flops()
+        loss.backward()
+    return forward, counter.get_total_flops() - forward
+
+
+def expected(flops: Flops, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Ours, with attention over the whole square, as torch computes and counts it."""
+    counts = {name: int(value) for name, value in flops.counts(batch).items()}
+    counts["pairs"] *= 2
+    steps = counts["steps"]
+    counts["step_pairs"] = steps * steps
+    return tuple(sum(costs[name] * counts[name] for name in COUNTS) for costs in (flops.forward, flops.backward))  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("v2_0", FULL),
+        ("llama3_v2_5", FULL),
+        ("llama3_v2_5", LORA),
+        ("llama3_v2_5", FROZEN),
+        ("llama3_v2_5", {**LORA, "tune_vision": True}),
+        ("v4_5", LORA),
+        ("v4_5", HEAD),
+        ("o2_6", {"tune_audio": True}),
+        ("o2_6", LORA),
+    ],
+)
+def test_operations_are_those_that_torch_counts(tiny, tmp_path, name, flags):
+    model = trained(tiny(name), name, tmp_path, **flags)
+    batch = own_batch(model, audio=name == "o2_6")
+    forward, backward = expected(flops_of(model, by_name(name)), batch)
+    seen = counted(model, batch)
+    assert forward == pytest.approx(seen[0], rel=0.01)
+    assert backward == pytest.approx(seen[1], rel=0.03)
+
+
+@pytest.mark.parametrize("mode", ["16x", "4x"])
+def test_operations_of_the_networks_of_transformers(tiny, tmp_path, mode):
+    """The delta rule is computed there in blocks, with more operations than the recurrence has; the rest agrees."""
+    model = trained(tiny("v4_6"), "v4_6", tmp_path)
+    model.config.downsample_mode = mode
+    batch = whole_batch(model)
+    if mode == "4x":
+        batch["input_ids"][0, 2:18] = model.config.image_token_id
+    with FlopCounterMode(display=False, depth=9) as counter:
+        model(**batch)
+    seen = {name.partition(".")[2]: sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()}
+    flops = flops_of(model, by_name("v4_6"))
+    counts = {name: int(value) for name, value in flops.counts(batch).items()}
+    visual = sum(flops.forward[name] * counts[name] for name in ("patches", "patch_pairs"))
+    # "4x" runs the window merger on one window, so that all its weights have a gradient
+    assert visual == pytest.approx(seen["model.vision_tower"] + seen["model.merger.mlp.0"], rel=0.03)
+    assert expected(flops, batch)[0] == pytest.approx(seen[""], rel=0.06)
+
+
+def test_padding_and_neighbours_do_not_count(tiny, tmp_path):
+    """Padded, alone or packed into one row: the same operations, but for the square of the row's length."""
+    flops = flops_of(trained(tiny("v4_5"), "v4_5", tmp_path), by_name("v4_5"))
+    mask = torch.arange(50)[None] < torch.tensor([50, 20])[:, None]
+    padded = {"input_ids": mask.long(), "attention_mask": mask.long(), "labels": torch.where(mask, 1, -100)}
+    packed = {
+        "input_ids": torch.ones(1, 70),
+        "labels": torch.ones(1, 70),
+        "cu_seq_lens_q": torch.tensor([0, 50, 70], dtype=torch.int32),
+    }
+    wanted = {"samples": 2, "tokens": 70, "pairs": 50**2 + 20**2, "labelled": 70}
+    for batch in (padded, packed):
+        assert flops.counts(batch) == dict.fromkeys(COUNTS, 0) | wanted
+    assert flops.counts({**packed, "sources": ["a", "b", "c"]})["samples"] == 3
+    whole = {**packed, "cu_seq_lens_q": torch.tensor([0, 70])}
+    assert float(flops.counts(whole)["pairs"]) == 70**2
+    assert flops.of(wanted) == sum((flops.forward[n] + flops.backward[n]) * k for n, k in wanted.items())
+
+
+def test_sound_sees_its_own_second_and_what_was_before():
+    """Steps in chunks of 4: 4 see 4, 4 see 8, the last two see 10."""
+    flops = Flops({}, {}, chunk=4)
+    heard = {"input_ids": torch.ones(1, 3), "attention_mask": torch.ones(1, 3), "labels": torch.ones(1, 3)}
+    counts = flops.counts({**heard, "audio_lengths": torch.tensor([20, 7])})
+    assert (counts["steps"], counts["step_pairs"]) == (10 + 4, 4 * 4 + 4 * 8 + 2 * 10 + 4 * 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A10", 125e12),
+        ("Tesla V100-SXM2-32GB", 125e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_only_known_cards_have_a_peak(name, peak):
+    assert peak_of(name) == peak
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def text(rows: int = 2) -> dict[str, torch.Tensor]:
+    return {name: torch.ones(rows, 8, dtype=torch.int64) for name in ("input_ids", "attention_mask", "labels")}
+
+
+def made(clock: Clock, ranks: int = 1) -> Throughput:
+    flops = Flops({"tokens": 1e12}, {"tokens": 2e12})
+    return Throughput(flops, lambda own: own.repeat(ranks, 1), torch.device("cpu"), clock)
+
+
+def test_waiting_and_pauses_by_a_clock_of_our_own():
+    """A batch takes 3 s to arrive and 1 s to train on: three quarters of the time is waiting."""
+    clock = Clock()
+    throughput = made(clock)
+    clock.now += 1000  # loading and wrapping the model
+
+    def slow():
+        for _ in range(4):
+            clock.now += 3
+            yield text()
+
+    batches = throughput.timed(slow())
+    for _ in range(2):
+        throughput.begin(next(batches))
+        clock.now += 1
+    clock.now += 50
+    throughput.pause(50)
+    line = throughput.log()
+    assert line == {
+        "samples_per_second": 0.5,
+        "tokens_per_second": 4.0,
+        "data_wait": 0.75,
+        "tflops_per_second": 12.0,
+    }
+    for batch in batches:
+        throughput.begin(batch)
+        clock.now += 12
+    assert throughput.log()["data_wait"] == 0.2, "only what was since the last line"
+
+
+def test_ranks_are_added_and_their_waiting_is_averaged():
+    clock = Clock()
+    throughput = made(clock, ranks=4)
+    throughput.begin(text())
+    clock.now += 2
+    throughput.waited(1)
+    line = throughput.log()
+    assert (line["samples_per_second"], line["tokens_per_second"], line["data_wait"]) == (4, 32, 0.5)
+
+
+def test_counts_on_a_device_stay_there_until_the_line(monkeypatch):
+    """Tensors are added up, not read: reading one would make the CPU wait for the device in every step."""
+    flops = Flops({}, {})
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda _: pytest.fail("read"))
+    batch = {name: tensor.to("meta") for name, tensor in text().items()}
+    counts = flops.counts(batch)
+    assert isinstance(counts["tokens"], torch.Tensor)
+    assert counts["samples"] == 2
