@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from finetune.models.configuration import MiniCPMVConfig
+from finetune.models.segments import implementation_of
 
 CausalLM = GraniteForCausalLM | LlamaForCausalLM | Qwen2ForCausalLM | Qwen3ForCausalLM
 
@@ -57,7 +58,8 @@ def _keys(config: MiniCPMVConfig) -> dict[str, Any]:
 
 
 def _prepared(part: PretrainedConfig, config: MiniCPMVConfig) -> Any:
-    part._attn_implementation = config._attn_implementation  # not handed down to configurations made here
+    # not handed down to configurations made here
+    part._attn_implementation = implementation_of(config._attn_implementation)
     return part
 
 

@@ -15,27 +15,42 @@ def supervised_loss(
     labels: torch.Tensor,
     logits_of: Callable[[torch.Tensor], torch.Tensor],
     num_items: torch.Tensor | int | None,
+    bounds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Next-token cross entropy in float32.
 
     Args:
         hidden: (B, T, E) last hidden states.
-        labels: (B, T) unshifted, -100 = no loss.
+        labels: (B, T) unshifted, -100 = no loss. The first of a row or segment counts for nothing.
         logits_of: (M, E) to (M, V).
         num_items: divisor of the summed loss; None divides by the number of labelled tokens here.
+        bounds: (s + 1,), where the segments of ONE row begin and end; None for rows that are not packed.
 
     Returns:
-        The loss, and per row the sum of negative log likelihoods and the number of labelled tokens, (B, 2) float32. A
-        batch without labels has loss 0, connected to the graph.
+        The loss, and per row the sum of negative log likelihoods and the number of labelled tokens, (B, 2) float32;
+        with ``bounds`` per segment, (s, 2). A batch without labels has loss 0, connected to the graph.
     """
-    targets = labels[:, 1:].to(hidden.device)
-    labelled = targets != IGNORE
-    logits = logits_of(hidden[:, :-1][labelled]).float()
-    targets, labelled = targets.to(logits.device), labelled.to(logits.device)
-    nll = F.cross_entropy(logits, targets[labelled], reduction="none")
-    counts = labelled.sum(dim=1)
-    sums = torch.zeros(len(counts), dtype=nll.dtype, device=nll.device)
-    sums = sums.index_add(0, labelled.nonzero()[:, 0], nll.detach())
+    labels = labels.to(hidden.device)
+    rows, places, count = _labelled(labels, bounds)
+    if bounds is None:
+        places = places + rows * labels.shape[1]
+    logits = logits_of(hidden.flatten(0, 1).index_select(0, places - 1)).float()
+    targets = labels.flatten()[places].to(logits.device)
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    per_row = torch.zeros(count, 2, dtype=nll.dtype, device=nll.device)
+    per_row.index_add_(0, rows.to(nll.device), torch.stack([nll.detach(), torch.ones_like(nll)], dim=1))
     # A batch of nothing but rows without labels is counted as 0 by the Trainer too.
-    divisor = (counts.sum() if num_items is None else torch.as_tensor(num_items, device=nll.device)).clamp(min=1)
-    return nll.sum() / divisor, torch.stack([sums, counts.to(sums.dtype)], dim=1)
+    divisor = torch.as_tensor(len(nll) if num_items is None else num_items, device=nll.device).clamp(min=1)
+    return nll.sum() / divisor, per_row
+
+
+def _labelled(labels: torch.Tensor, bounds: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Row or segment (M,) and column (M,) of every labelled token, and the number of rows or segments."""
+    if bounds is None:
+        rows, columns = (labels[:, 1:] != IGNORE).nonzero().unbind(1)
+        return rows, columns + 1, len(labels)
+    bounds = bounds.to(labels.device)
+    labelled = labels[0] != IGNORE
+    labelled[bounds[:-1].long()] = False
+    places = labelled.nonzero()[:, 0]
+    return torch.bucketize(places, bounds[1:], right=True), places, len(bounds) - 1

@@ -20,6 +20,7 @@ from finetune.models.items import Items, check_bounds, dummy_items, given_togeth
 from finetune.models.language import LANGUAGES, embedding_scale, logits_of
 from finetune.models.losses import supervised_loss
 from finetune.models.resampler import RESAMPLERS, Resampler
+from finetune.models.segments import packed_arguments
 from finetune.models.strict import StrictLoading
 from finetune.models.vision import build_vision
 
@@ -40,7 +41,7 @@ class MiniCPMVOutput(ModelOutput):
         hidden_states: when asked for.
         attentions: when asked for.
         row_loss: (B, 2) float32, per row the sum of negative log likelihoods and the number of labelled tokens, when
-            labels were given.
+            labels were given; of a packed row (s, 2), per segment.
     """
 
     loss: torch.Tensor | None = None
@@ -104,6 +105,7 @@ class MiniCPMV(Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin
         audio_bound: torch.Tensor | None = None,
         audio_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
@@ -112,7 +114,7 @@ class MiniCPMV(Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin
 
         Args:
             input_ids: (B, T) int64.
-            attention_mask: (B, T); None for packed rows.
+            attention_mask: (B, T); None for a packed row.
             position_ids: (B, T) int64.
             past_key_values: cache of earlier steps.
             inputs_embeds: (B, T, E) in place of ``input_ids``, already scaled.
@@ -131,13 +133,17 @@ class MiniCPMV(Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin
                 order of the rows. The clips of a row fill its runs one after another: one run per clip, or several.
             audio_embeds: (S, E) from ``get_audio_embeds``, in place of audio_features and audio_lengths: the tokens
                 that fill the runs of audio_bound in their order.
-            use_cache: None means no cache when there are labels or packed rows.
+            use_cache: None means no cache when there are labels or segments.
+            cu_seq_lens_q: (s + 1,) int32, where the segments of ONE packed row begin and end. They do not see each
+                other, and the first label of each counts for nothing. Then attention_mask is None, position_ids
+                restart at 0 with every segment, and cu_seq_lens_k, max_length_q and max_length_k (int) come with it.
             num_items_in_batch: divisor of the summed loss; None takes the mean over the labelled tokens.
             logits_to_keep: number of last positions, or their indices; 0 keeps all. Only without labels.
-            **kwargs: handed on to the language model (cu_seq_lens_q, output_attentions, ...).
+            **kwargs: handed on to the language model (output_attentions, ...).
 
         Raises:
-            ValueError: the inputs do not agree; the message names both numbers. Or sound for a model that cannot hear.
+            ValueError: the inputs do not agree; the message names both numbers. Or sound for a model that cannot hear,
+                or segments together with a mask or a cache.
         """
         embeddings = self._embed_text(input_ids) if inputs_embeds is None else inputs_embeds
         dummy = self.training or labels is not None
@@ -145,16 +151,23 @@ class MiniCPMV(Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin
         embeddings = self._embed_items(embeddings, visual, image_bound, image_features, dummy=dummy)
         audio = (audio_features, audio_lengths)
         embeddings = self._embed_audio(embeddings, audio, audio_bound, audio_embeds, dummy=dummy)
-        if use_cache is None and (labels is not None or "cu_seq_lens_q" in kwargs):
-            use_cache = False  # with a cache, transformers silently lets packed segments see each other
-        kwargs.update(inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids)
-        kwargs.update(past_key_values=past_key_values, use_cache=use_cache, return_dict=True)
+        if use_cache is None and labels is not None:
+            use_cache = False
+        context = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache}
+        if cu_seq_lens_q is not None:
+            context |= packed_arguments(self.llm, cu_seq_lens_q, embeddings, position_ids, **context)
+            kwargs["cu_seq_lens_q"] = cu_seq_lens_q
+        kwargs.update(inputs_embeds=embeddings, position_ids=position_ids, return_dict=True, **context)
         if labels is None:
             out = self.llm(logits_to_keep=logits_to_keep, **kwargs)
             return _output(out, logits=out.logits)
         out = self.llm.model(**kwargs)
         loss, row_loss = supervised_loss(
-            out.last_hidden_state, labels, lambda hidden: logits_of(self.llm, hidden), num_items_in_batch
+            out.last_hidden_state,
+            labels,
+            lambda hidden: logits_of(self.llm, hidden),
+            num_items_in_batch,
+            cu_seq_lens_q,
         )
         return _output(out, loss=loss, row_loss=row_loss)
 

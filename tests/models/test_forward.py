@@ -9,6 +9,7 @@ from visual_batch import Row, gradients, make_batch, small_model
 
 from finetune.models import MiniCPMV
 from finetune.models.attention import split_attention
+from finetune.models.segments import SEGMENTED
 
 ROWS: list[Row] = [(3, [(4, 6)], 5), (6, [], 4), (2, [(3, 3), (5, 2), (5, 2)], 6)]
 
@@ -142,7 +143,8 @@ def test_eager_equals_sdpa(model: MiniCPMV) -> None:
     batch = make_batch(ROWS, model.query_num)
     eager = small_model(model.config.family.name, attn_implementation="eager")
     assert eager.llm.config._attn_implementation == eager.config._attn_implementation == "eager"
-    assert model.llm.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "sdpa"
+    assert model.llm.config._attn_implementation == SEGMENTED
     assert torch.allclose(full_logits(model, batch), full_logits(eager, batch), atol=1e-4)
     model.set_attn_implementation("eager")
     assert model.llm.config._attn_implementation == model.vpm.config._attn_implementation == "eager"
@@ -164,24 +166,6 @@ def test_split_attention_is_attention_per_item(implementation: str) -> None:
 def test_flash_attention_without_the_package_is_an_import_error() -> None:
     with pytest.raises(ImportError, match="FlashAttention2"):
         small_model("llama3_v2_5", attn_implementation="flash_attention_2")
-
-
-def test_packed_row_equals_separate_rows(model: MiniCPMV) -> None:
-    """Two samples in one row, positions restarted: the second does not see the first, with its labels and without."""
-    queries = model.query_num
-    rows: list[Row] = [(3, [(4, 6)], 5), (2, [(3, 3)], 6)]
-    singles = [make_batch([row], queries) for row in rows]
-    lengths = [single["input_ids"].shape[1] for single in singles]
-    packed = {
-        name: torch.cat([single[name] for single in singles], dim=1) for name in ("input_ids", "position_ids", "labels")
-    }
-    for name in ("patches", "tgt_sizes"):
-        packed[name] = torch.cat([single[name] for single in singles])
-    packed["image_bound"] = torch.cat(
-        [singles[0]["image_bound"], singles[1]["image_bound"] + torch.tensor([0, lengths[0], lengths[0]])]
-    )
-    sums = torch.stack([model(**single).row_loss[0, 0] for single in singles]).sum()
-    assert torch.allclose(model(**packed).row_loss[0, 0], sums, atol=1e-4)
 
 
 def test_sixteen_bit_weights_with_and_without_float32_parts(model: MiniCPMV) -> None:

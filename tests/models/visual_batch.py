@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,6 +70,26 @@ def make_batch(rows: list[Row], queries: int, *, side: str = "right", seed: int 
     batch["image_bound"] = torch.tensor(all_bounds, dtype=torch.int64).reshape(-1, 3)
     batch["temporal_ids"] = torch.full((len(all_sizes),), -1, dtype=torch.int64)
     return batch
+
+
+def pack_rows(rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """Batches of one row each as the segments of ONE row, by the contract of packed batches."""
+    lengths = [row["input_ids"].shape[1] for row in rows]
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    batch: dict[str, Any] = {
+        name: torch.cat([row[name] for row in rows], dim=1) for name in ("input_ids", "position_ids", "labels")
+    }
+    for name in ("patches", "tgt_sizes", "temporal_ids", "audio_lengths"):
+        if parts := [row[name] for row in rows if name in row]:
+            batch[name] = torch.cat(parts)
+    for name in ("image_bound", "audio_bound"):
+        shifts = [torch.tensor([0, start, start]) for start in ends[:-1].tolist()]
+        if parts := [row[name] + shift for row, shift in zip(rows, shifts, strict=True) if name in row]:
+            batch[name] = torch.cat(parts)
+    if clips := [clip.T for row in rows if "audio_features" in row for clip in row["audio_features"]]:
+        batch["audio_features"] = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True).transpose(1, 2)
+    batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    return batch | {"max_length_q": max(lengths), "max_length_k": max(lengths)}
 
 
 def prompt(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
