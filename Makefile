@@ -3,6 +3,7 @@
 # make test-lowest   runs them with the oldest supported packages, in .venv-lowest
 # make test-web      runs the tests of the chat page in headless Chromium, in .venv-web
 # make lint          ruff and pyright
+# make bench         measures the performance table of README.md again and writes it
 # make install, make clean (keeps output/)
 #
 # PYTHON=python3.12 chooses the interpreter, PYTEST="-k launchers" passes options to pytest, WORKERS=4 runs the tests in
@@ -14,7 +15,7 @@ WORKERS ?= 2
 SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: train test test-lowest test-web lint install install-dev clean
+.PHONY: train test test-lowest test-web lint bench install install-dev clean
 
 train: install
 	PYTHON="$(CURDIR)/.venv/bin/python" .venv/bin/python -m finetune demo
@@ -39,6 +40,10 @@ lint: install-dev
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
+
+# One after another: side by side they would measure each other.
+bench: install-dev
+	.venv/bin/python benchmarks/all.py
 
 install: .venv/installed
 install-dev: .venv/installed-dev

@@ -8,6 +8,7 @@ former to benchmarks/results.csv.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from dataclasses import replace
@@ -78,9 +79,13 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"only these of: {'; '.join(CASES)}")
+    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
         from finetune.planning.measured import measured
 
-        print(*measured(CONFIG, *CASES[sys.argv[2]]))
+        print(*measured(CONFIG, *CASES[given.one]))
     else:
-        main(sys.argv[1:])
+        main(given.cases)

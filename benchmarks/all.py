@@ -1,0 +1,42 @@
+"""Runs every benchmark of the performance table one after another and writes the table: ``python benchmarks/all.py``.
+
+Each adds its figures to results.csv. It takes an hour or so on two cores and wants the machine for itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from table import GOALS
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def main() -> int:
+    """Prints what each run prints; 1 when one of them failed or missed its goal."""
+    known = list(dict.fromkeys(goal.benchmark for goal in GOALS))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"only these of: {', '.join(known)}")
+    given = parser.parse_args()
+    if unknown := set(given.names) - set(known):
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    codes: dict[str, int | None] = {}
+    for name in given.names or known:
+        script = FOLDER / f"{name}.py"
+        print(f"== {name}", flush=True)
+        codes[name] = (
+            subprocess.run([sys.executable, str(script)], check=False).returncode if script.is_file() else None
+        )
+    subprocess.run([sys.executable, str(FOLDER / "table.py")], check=True)
+    for name, code in codes.items():
+        print(
+            f"{name:<16} {'not there' if code is None else 'ok' if code == 0 else f'failed or missed a goal ({code})'}"
+        )
+    return int(any(codes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

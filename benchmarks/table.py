@@ -1,0 +1,150 @@
+"""The performance table of README.md, from the newest rows of results.csv: ``python benchmarks/table.py``.
+
+Writes it between its two marks. ``--check`` writes nothing and ends with 1 if the table there is another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from results import FILE
+
+README = FILE.parent.parent / "README.md"
+BEGIN, END = "<!-- performance: written by benchmarks/table.py -->", "<!-- performance: end -->"
+_HEAD = ("what", "against", "goal", "ratio", "ours", "theirs", "unit")
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A line of the table.
+
+    Attributes:
+        benchmark: the script of this folder that measures it, without ".py".
+        case: the case in results.csv, or how it begins: sizes may follow behind a comma.
+        what: the same in words.
+        against: what it is measured against in the same run.
+        goal: of the ratio, or what is named.
+    """
+
+    benchmark: str
+    case: str
+    what: str
+    against: str
+    goal: str
+
+
+_VENDOR = "the published scripts"
+GOALS = (
+    Goal("samples", "sample preparation, mix, identical", "preparing a sample, same bytes", _VENDOR, "5"),
+    Goal("samples", "sample preparation, mix, --image_backend fast", "`--image_backend fast`", _VENDOR, "4.5"),
+    Goal("samples", "text side, mix", "of it ids, labels and places", _VENDOR, "25"),
+    Goal("transport", "transport of a 10-slice sample", "worker to training process, 10 slices", "fp32 patches", "3"),
+    Goal("step", "training step, 8 layers, vocabulary 4008", "training step, small vocabulary", _VENDOR, "1.9"),
+    Goal("step", "training step, vocabulary 128256", "training step, large vocabulary", _VENDOR, "6"),
+    Goal("step", "peak memory of the step, vocabulary 128256", "its peak memory", _VENDOR, "8"),
+    Goal("packing", "pack fill at 4096 tokens", "tokens in packs of 4096", "padded batches", "98 % full"),
+    Goal("packing", "rank imbalance, 8 ranks", "slowest of 8 ranks by their mean", "random batches", "ours 1.02"),
+    Goal("packing", "rank imbalance, 8 ranks, batch_rebalance", "the same", "transformers' batch_rebalance", "above 1"),
+    Goal("end_to_end", "samples per second, 2 ranks, ZeRO-2", "training, 2 ranks, ZeRO-2", _VENDOR, "2.5"),
+    Goal("adapter_bytes", "LoRA checkpoint, same LLM targets", "bytes of a LoRA checkpoint", _VENDOR, "15"),
+    Goal("records", "reopening", "opening a million records again", "`json.load`", "100"),
+    Goal("records", "private memory", "their private memory", "`json.load`", "ours below 50"),
+    Goal("merge_memory", "peak memory", "peak memory of a merge", "`merge_and_unload`", "above 1"),
+)
+
+
+def read() -> list[dict[str, str]]:
+    """The rows of results.csv, the oldest first."""
+    with FILE.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def newest(goal: Goal, rows: Sequence[dict[str, str]]) -> dict[str, str] | None:
+    """The last row of a goal: of its very case if there is one, else of a case that goes on behind a comma."""
+    own = [row for row in rows if row["benchmark"] == goal.benchmark]
+    for fits in (
+        [row for row in own if row["case"] == goal.case],
+        [row for row in own if row["case"].startswith(f"{goal.case}, ") and not _named(row["case"], goal)],
+    ):
+        if fits:
+            return fits[-1]
+    return None
+
+
+def _named(case: str, goal: Goal) -> bool:
+    """Whether a case is that of a longer goal."""
+    longer = (other.case for other in GOALS if len(other.case) > len(goal.case) and other.benchmark == goal.benchmark)
+    return any(case == other or case.startswith(f"{other}, ") for other in longer)
+
+
+def section(rows: Sequence[dict[str, str]]) -> str:
+    """The table in Markdown, and a line on what it was measured with."""
+    lines = [f"| {' | '.join(_HEAD)} |", f"|{'---|' * len(_HEAD)}"]
+    shown = []
+    for goal in GOALS:
+        cells = [goal.what, goal.against, goal.goal]
+        if (row := newest(goal, rows)) is None:
+            cells += ["not measured", "", "", ""]
+        else:
+            shown.append(row)
+            figures = [_short(float(row[name])) for name in ("ratio", "ours", "theirs")]
+            cells += [f"**{figures[0]}**", *figures[1:], row["unit"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _measured_with(shown)])
+
+
+def _measured_with(rows: Sequence[dict[str, str]]) -> str:
+    if not rows:
+        return "Nothing is measured yet."
+    hardware = _joined(row["hardware"] for row in rows)
+    versions: dict[str, list[str]] = {}
+    for word in (word for row in rows for word in row["versions"].split()):
+        name, _, number = word.partition("=")
+        versions.setdefault(name, []).append(number)
+    packages = ", ".join(f"{name} {_joined(numbers, '/')}" for name, numbers in sorted(versions.items()))
+    return f"Measured on {hardware}; {packages}."
+
+
+def _joined(words: Iterable[str], between: str = "; ") -> str:
+    return between.join(dict.fromkeys(words))
+
+
+def _short(number: float) -> str:
+    """Three digits or so, without powers of ten."""
+    if abs(number) >= 100:
+        return f"{number:,.0f}"
+    return f"{number:.3g}" if abs(number) >= 0.001 else f"{number:.5f}"
+
+
+def written(text: str, rows: Sequence[dict[str, str]]) -> str:
+    """README.md with the table of these rows.
+
+    Raises:
+        ValueError: README.md does not have the two marks.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md needs a line {BEGIN!r} and below it {END!r}")
+    return f"{before}{BEGIN}\n\n{section(rows)}\n\n{END}{after}"
+
+
+def main() -> int:
+    """Writes the table; with --check 1 when it is another one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, only compare")
+    given = parser.parse_args()
+    old = README.read_text(encoding="utf-8")
+    new = written(old, read())
+    if given.check:
+        return int(new != old)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The performance table of README.md is that of the measured figures, and every benchmark explains itself."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks"
+SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def table() -> Iterator[ModuleType]:
+    """benchmarks/table.py, which imports its neighbour by its bare name."""
+    sys.path.insert(0, str(FOLDER))
+    import table  # pyright: ignore[reportMissingImports]
+
+    yield table
+    sys.path.remove(str(FOLDER))
+
+
+def row(benchmark: str, case: str, ratio: float, **more: str) -> dict[str, str]:
+    made = {"benchmark": benchmark, "case": case, "ours": "1", "theirs": str(ratio), "ratio": str(ratio), "unit": "s"}
+    return made | {"versions": "python=3.11 torch=2", "hardware": "2 cores"} | more
+
+
+def test_the_readme_has_the_table_of_the_newest_figures():
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "table.py"), "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"README.md is older than results.csv: python benchmarks/table.py\n{done.stderr}"
+
+
+def test_the_newest_row_counts_and_missing_ones_are_told(table):
+    rows = [
+        row("records", "reopening, 10 records, 1 MB json", 3),
+        row("records", "reopening, 20 records, 1 MB json", 4, hardware="4 cores"),
+        row("records", "private memory while indexing, 20 records", 9),
+        row("packing", "rank imbalance, 8 ranks, batch_rebalance", 5),
+    ]
+    lines = table.section(rows).splitlines()
+    assert len(lines) == len(table.GOALS) + 4
+    found = {line.split(" | ")[0].strip("| "): line for line in lines}
+    assert "| **4** | 1 | 4 | s |" in found["opening a million records again"]
+    assert "not measured" in found["their private memory"], "another case"
+    assert "not measured" in found["slowest of 8 ranks by their mean"], "that of the longer case"
+    assert "**5**" in found["the same"]
+    assert lines[-1] == "Measured on 2 cores; 4 cores; python 3.11, torch 2."
+
+
+def test_a_readme_without_marks_is_an_error(table):
+    with pytest.raises(ValueError, match="needs a line"):
+        table.written("# Nothing", [])
+
+
+def test_results_are_rows_of_numbers():
+    with (FOLDER / "results.csv").open(encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            assert None not in line.values()
+            assert all(float(line[name]) >= 0 for name in ("ours", "theirs", "ratio")), line
+
+
+def test_no_goal_is_there_twice(table):
+    cases = [(goal.benchmark, goal.case) for goal in table.GOALS]
+    assert len(set(cases)) == len(cases)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_explains_itself(script):
+    """A docstring, which --help prints."""
+    tree = ast.parse((FOLDER / script).read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    calls = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert any("ArgumentParser(" in call and "description=__doc__" in call for call in calls)
+
+
+def test_help_is_printed_and_a_wrong_name_refused():
+    run = [sys.executable, str(FOLDER / "all.py")]
+    done = subprocess.run([*run, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "merge_memory" in done.stdout
+    done = subprocess.run([*run, "nothing"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no benchmark nothing" in done.stderr
+
+
+def test_make_bench_runs_them():
+    done = subprocess.run(["make", "--dry-run", "bench"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == ".venv/bin/python benchmarks/all.py"
