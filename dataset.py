@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from finetune.arguments import DataArguments
-from finetune.encoding.collate import pad
+from finetune.encoding.collate import pack, pad
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
 from finetune.encoding.intake import BAD_SAMPLES, Intake
@@ -112,6 +112,22 @@ class DataCollator:
         return {**pad(examples, self.pad_id), "sources": [example.source for example in examples]}
 
 
+class PackingCollator:
+    """Lays examples into one row; see ``finetune.encoding.collate.pack`` for the batch.
+
+    Args:
+        filler: the row of a rank that has no example.
+    """
+
+    def __init__(self, filler: Example) -> None:
+        self.filler = filler
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """The row of some examples, and where each came from, as DataCollator has it."""
+        examples = examples or [self.filler]
+        return {**pack(examples), "sources": [example.source for example in examples]}
+
+
 class DataModule(TypedDict):
     """What the trainer takes about data."""
 
@@ -137,7 +153,14 @@ def make_supervised_data_module(
 
     def intake(samples: Sequence[Sample]) -> Intake:
         report = None if output is None else output / BAD_SAMPLES
-        return Intake(samples, encoder, overlong=data.overlong, on_bad_sample=data.on_bad_sample, report=report)
+        return Intake(
+            samples,
+            encoder,
+            overlong=data.overlong,
+            on_bad_sample=data.on_bad_sample,
+            report=report,
+            remeasure=data.overwrite_cache,
+        )
 
     def dataset(samples: Sequence[Sample]) -> SupervisedDataset:
         return SupervisedDataset(samples, encoder, intake(samples))

@@ -32,12 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     output = Path(args.training.output_dir or "output").absolute()
 
     from finetune.tuning.checkpoint import resolve
+    from finetune.tuning.loaders import check_packing
     from finetune.tuning.resume import choose_checkpoint
     from finetune.tuning.saving import prepare_output, write_run
 
     # Base checkpoint: what it is, read from the folder.
     base = resolve(args.model.model_name_or_path)
     check_names(args, base.family)
+    check_packing(args.training, base.family)
     resume = None
     if distributed.is_main_process():
         resume = choose_checkpoint(args.training, output)

@@ -18,14 +18,15 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from dataset import StreamedDataset
+from dataset import PackingCollator, StreamedDataset
 from finetune.errors import UserError
 from finetune.evaluation.in_training import GeneratedMetric
 from finetune.tuning import streams
 from finetune.tuning.alarms import Alarms
 from finetune.tuning.checkpoint import Checkpoint
+from finetune.tuning.loaders import is_planned, loader_options, planned_loader
 from finetune.tuning.manifest import zero_stage
-from finetune.tuning.order import LeanSampler
+from finetune.tuning.order import EpochOrder, LeanSampler
 from finetune.tuning.parts import counted, full_parts, numel, part_of
 from finetune.tuning.resume import NothingLeftCallback, NothingLeftError
 from finetune.tuning.saving import finish_adapter, finish_full
@@ -59,6 +60,8 @@ class CPMTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self.add_callback(NothingLeftCallback())
+        self._order = EpochOrder()
+        self.add_callback(self._order)
         self.base = base
         self.part_learning_rates = part_learning_rates
         self.check_base_loss = check_base_loss
@@ -97,23 +100,22 @@ class CPMTrainer(Trainer):
         That of streamed data is not handed to accelerate, which would let rank 0 read all and send it to the others:
         the stream deals its records to ranks and loader processes by itself, and never ends.
         """
-        dataset = self.train_dataset
-        if not isinstance(dataset, StreamedDataset):
-            loader: Any = super().get_train_dataloader()
-            if type(sampler := loader.get_sampler()) is SeedableRandomSampler:
-                loader.set_sampler(LeanSampler(sampler))
-            return loader
-        args, batch_size = self.args, self._train_batch_size
-        dataset.deal(args.process_index, args.world_size, batch_size, self._passed)
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
+        dataset: Any = self.train_dataset
+        args: Any = self.args
+        if isinstance(dataset, StreamedDataset):
+            batch_size = self._train_batch_size
+            dataset.deal(args.process_index, args.world_size, batch_size, self._passed)
+            return DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, **loader_options(args))
+        if is_planned(args):
+            collate: Any = self.data_collator
+            if args.packing != "off":
+                collate = PackingCollator(dataset.intake.fitter.encoder.empty("a row without samples"))
+            return planned_loader(dataset, args, self.accelerator, collate, self._order)
+        loader: Any = super().get_train_dataloader()
+        if type(sampler := loader.get_sampler()) is SeedableRandomSampler:
+            self._order.sampler = LeanSampler(sampler)
+            loader.set_sampler(self._order.sampler)
+        return loader
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the flags, its groups split by part so that each has its own learning rate."""
@@ -132,9 +134,10 @@ class CPMTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch, counted for the throughput of the log."""
+        self._samples += len(inputs.get("sources") or inputs["input_ids"])
+        mask = inputs.get("attention_mask")  # packed rows have none, and no padding
+        self._tokens += inputs["input_ids"].numel() if mask is None else mask.sum().to(self._tokens.device)
         self.alarms.begin(inputs)
-        self._samples += len(inputs["input_ids"])
-        self._tokens += inputs["attention_mask"].sum().to(self._tokens.device)
         loss = super().training_step(model, inputs, *args, **kwargs)
         # The Trainer sums losses and never gets rid of a NaN again; ``log`` puts it where it belongs.
         return loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -17,6 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_cuda_available
 
+from finetune.batching import BatchArguments, check_streamed_batches, resolve_batches
 from finetune.config.deepspeed import load_deepspeed
 from finetune.config.resolve import resolve
 from finetune.errors import ArgumentError
@@ -39,7 +40,7 @@ _RESUME_WORDS = {"none": None, "false": None, "auto": "auto", "true": "auto"}
 
 
 @dataclass
-class TrainingArguments(MemoryArguments, transformers.TrainingArguments):
+class TrainingArguments(MemoryArguments, BatchArguments, transformers.TrainingArguments):
     """The flags of transformers.TrainingArguments, with defaults that learn, and those of the official scripts."""
 
     output_dir: str | None = field(default="output", metadata={"help": "Where checkpoints and the result go."})
@@ -121,6 +122,10 @@ class TrainingArguments(MemoryArguments, transformers.TrainingArguments):
     )
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where logs go; none for off."})
     dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that prepare samples, per rank."})
+    dataloader_persistent_workers: bool = field(
+        default=None,  # pyright: ignore[reportAssignmentType, reportArgumentType]
+        metadata={"help": "Keep these processes from epoch to epoch. Default: true where there are any."},
+    )
     verify_adapter: str = field(
         default="auto",
         metadata={
@@ -133,6 +138,7 @@ class TrainingArguments(MemoryArguments, transformers.TrainingArguments):
         self._resolve_parts()
         self._resolve_learning_rates()
         self._resolve_precision()
+        resolve_batches(self)
         self.resume_from_checkpoint = _RESUME_WORDS.get(
             (self.resume_from_checkpoint or "none").lower(), self.resume_from_checkpoint
         )
@@ -328,6 +334,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         if given:
             logger.warning("%s: no effect without --use_lora true", ", ".join(given))
     _check_data(data, training)
+    if data.streaming:
+        check_streamed_batches(training)
     return Arguments(model, data, training, lora, resolved.origins)
 
 

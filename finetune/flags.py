@@ -83,7 +83,9 @@ class DataArguments:
         metadata={"help": "Read parquet and jsonl from front to back instead of at random; needs max_steps."},
     )
     buffer_size: int = field(default=16384, metadata={"help": "Records that streaming draws from at random."})
-    overwrite_cache: bool = field(default=False, metadata={"help": "Make the index of the data files anew."})
+    overwrite_cache: bool = field(
+        default=False, metadata={"help": "Index the data files and measure the samples anew."}
+    )
     image_root: str | None = field(
         default=None, metadata={"help": "Folder that relative image paths may also be relative to."}
     )

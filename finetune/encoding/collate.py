@@ -59,21 +59,21 @@ def pad(examples: Sequence[Example], pad_id: int, side: Literal["right", "left"]
     return batch | INPUTS[examples[0].inputs].collect(examples, places, shape)
 
 
-def pack(examples: Sequence[Example], filler: Example) -> dict[str, Any]:
+def pack(examples: Sequence[Example]) -> dict[str, Any]:
     """The same examples as the segments of ONE row of T tokens, without padding.
 
     Args:
-        examples: s examples; none of them sees another.
-        filler: stands in where there are none.
+        examples: s examples, at least one; none of them sees another.
 
     Returns:
         As ``pad``, with B = 1 and without attention_mask: position_ids restart with every segment; cu_seq_lens_q and
         cu_seq_lens_k: (s + 1,) int32, where segments begin and end; max_length_q and max_length_k: int, the longest.
 
     Raises:
-        ValueError: an example whose first label is not -100, or whose network cannot tell segments apart.
+        ValueError: no example, one whose first label is not -100, or whose network cannot tell segments apart.
     """
-    examples = examples or [filler]
+    if not examples:
+        raise ValueError("cannot make a row of no examples")
     if examples[0].inputs != "patches":
         raise ValueError(f"{examples[0].source}: the network of this family cannot tell the segments of a row apart")
     for example in examples:

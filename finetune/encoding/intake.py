@@ -37,6 +37,7 @@ class Intake:
         overlong: what happens to samples above the limit; see ``Fitter``.
         on_bad_sample: "error" or "skip".
         report: file that gets a line for every record left out, once per process; None for no file.
+        remeasure: measure the samples anew where their sizes are asked for, though they are remembered.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Intake:
         overlong: str = "error",
         on_bad_sample: str = "error",
         report: Path | None = None,
+        remeasure: bool = False,
     ) -> None:
         self.samples = samples
+        self.remeasure = remeasure
         self.fitter = Fitter(encoder, overlong)
         self.on_bad_sample = on_bad_sample
         self._report = report

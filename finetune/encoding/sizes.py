@@ -66,7 +66,6 @@ def measure(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
-    rebuild: bool = False,
     gather: Callable[[np.ndarray], list[np.ndarray]] = lambda part: [part],
 ) -> Sizes:
     """Sizes of the samples as training takes them, made fit and left out by the policies of the run.
@@ -79,14 +78,13 @@ def measure(
         rank: of this process.
         world: processes, which must all call this.
         workers: processes that measure, per rank.
-        rebuild: measure what is remembered too.
         gather: the parts of all ranks, in their order.
 
     Raises:
         DataError: a sample that cannot be used and is not left out.
     """
     file = _file(intake)
-    known = None if rebuild or file is None else _read(file, len(intake.samples))
+    known = None if intake.remeasure or file is None else _read(file, len(intake.samples))
     # Ranks on other machines may not share the cache.
     if all(len(part) for part in gather(np.zeros(0 if known is None else 1))) and known is not None:
         return Sizes(known)

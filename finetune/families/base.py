@@ -81,6 +81,7 @@ class Family:
         fixed_parameters: names of parameters that are tables; full finetuning leaves them as they are.
         inference_template: the chat template of the published checkpoint, where the published training scripts leave
             another one in their results; else empty.
+        unpackable: why samples cannot share a row of its network; empty where they can.
         chat_gives_context: whether ``model.chat`` returns answer, context and history instead of the answer alone.
     """
 
@@ -105,4 +106,5 @@ class Family:
     auto_mapping: tuple[str, str] = ("AutoModel", "transformers")
     fixed_parameters: tuple[str, ...] = ()
     inference_template: str = ""
+    unpackable: str = ""
     chat_gives_context: bool = False

@@ -9,6 +9,7 @@ from finetune.families.common import (
     CHATML_TOKENS,
     IMAGE_ID_TOKENS,
     IMAGE_PAD,
+    LINEAR_ATTENTION,
     MARK_TOKENS,
     PROCESSED_FRAMES,
     VIDEO_PAD,
@@ -48,6 +49,7 @@ V4_6 = Family(
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
     parts=WHOLE_PARTS,
     lora_targets=WHOLE_LORA,
+    unpackable=LINEAR_ATTENTION,
     inputs="packed",
     auto_mapping=("MiniCPMV4_6ForConditionalGeneration", "transformers.models.minicpmv4_6.modeling_minicpmv4_6"),
 )

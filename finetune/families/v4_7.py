@@ -7,6 +7,7 @@ from finetune.families.common import (
     CHATML_TOKENS,
     IMAGE_ID_TOKENS,
     IMAGE_PAD,
+    LINEAR_ATTENTION,
     MARK_TOKENS,
     PROCESSED_FRAMES,
     VIDEO_PAD,
@@ -40,6 +41,7 @@ V4_7 = Family(
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
     parts=WHOLE_PARTS,
     lora_targets=WHOLE_LORA,
+    unpackable=LINEAR_ATTENTION,
     inputs="canvas",
     auto_mapping=("MiniCPMV4_7ForConditionalGeneration", "transformers.models.minicpmv4_7.modeling_minicpmv4_7"),
 )

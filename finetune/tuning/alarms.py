@@ -131,9 +131,17 @@ def shown(inputs: Mapping[str, torch.Tensor], key: str) -> bool:
     bounds, labels = inputs.get(key), inputs["labels"]
     if bounds is None or not len(bounds):
         return False
+    row, start, end = bounds.t().contiguous()
     positions = torch.arange(labels.shape[1], device=labels.device)
-    last = torch.where(labels >= 0, positions, -1).amax(dim=1)
-    return bool((last[bounds[:, 0]] >= bounds[:, 2]).any())
+    if (ends := inputs.get("cu_seq_lens_q")) is None:
+        last = torch.where(labels >= 0, positions, -1).amax(dim=1)
+        return bool((last[row] >= end).any())
+    # Packed: what comes behind the end of its segment does not see a medium.
+    ends = ends.to(positions)
+    segment = torch.bucketize(positions, ends[1:], right=True)
+    labelled = torch.where(labels[0] >= 0, positions, -1)
+    last = torch.full_like(ends[1:], -1).scatter_reduce(0, segment, labelled, "amax")
+    return bool((last[torch.bucketize(start, ends[1:], right=True)] >= end).any())
 
 
 class Alarms(TrainerCallback):

@@ -1,0 +1,167 @@
+"""Loaders of training data whose batches are planned from the sizes of the samples."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from transformers.trainer_pt_utils import BatchRebalanceSampler
+
+from finetune.arguments import TrainingArguments
+from finetune.batching import BY_SIZE
+from finetune.encoding.example import Example
+from finetune.encoding.intake import Intake
+from finetune.encoding.sizes import Sizes, measure
+from finetune.errors import ArgumentError
+from finetune.families.base import Family
+from finetune.tuning.order import (
+    BatchPlan,
+    BestFitPlan,
+    EpochOrder,
+    PackPlan,
+    PackShape,
+    RankPacks,
+    SeededLengths,
+    fill,
+)
+
+logger = logging.getLogger(__name__)
+
+Collate = Callable[[Sequence[Example]], dict[str, Any]]
+
+
+class Measured(Protocol):
+    """A data set whose samples have an intake."""
+
+    intake: Intake
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+
+def check_packing(args: TrainingArguments, family: Family) -> None:
+    """Checks that the network of a family tells the segments of a row apart.
+
+    Raises:
+        ArgumentError: it does not.
+    """
+    if args.packing != "off" and family.unpackable:
+        raise ArgumentError(
+            f"--packing {args.packing}: {family.title} cannot be packed: {family.unpackable}. Use --packing off, with "
+            "--train_sampling_strategy batch_rebalance for samples of different lengths"
+        )
+
+
+def is_planned(args: TrainingArguments) -> bool:
+    """Whether batches depend on the sizes of the samples."""
+    return args.packing != "off" or args.train_sampling_strategy in BY_SIZE
+
+
+def planned_loader(
+    dataset: Measured, args: TrainingArguments, accelerator: Accelerator, collate: Collate, order: EpochOrder
+) -> DataLoader:
+    """The loader of one rank; all ranks must call this.
+
+    Args:
+        dataset: map-style.
+        args: the flags; --packing or --train_sampling_strategy says how batches are made.
+        accelerator: of the Trainer.
+        collate: examples to a batch, of one row for packs.
+        order: is told the sampler, to which it says the epoch.
+
+    Raises:
+        DataError: a sample that cannot be used and is not left out.
+    """
+    sizes = measure(
+        dataset.intake,
+        rank=args.process_index,
+        world=args.world_size,
+        workers=args.dataloader_num_workers,
+        gather=lambda part: gather_object([part]),
+    )
+    seed = args.seed if args.data_seed is None else args.data_seed
+    options = loader_options(args) | {"collate_fn": collate}
+    if args.packing == "off" and args.train_sampling_strategy == "group_by_length":
+        size = args.per_device_train_batch_size
+        lengths: list[int] = sizes.tokens.tolist()
+        order.sampler = SeededLengths(size * args.gradient_accumulation_steps, lengths, seed)
+        options |= {"batch_size": size, "sampler": order.sampler, "drop_last": args.dataloader_drop_last}
+        return accelerator.prepare(DataLoader(dataset, **options))  # pyright: ignore[reportArgumentType]
+    if args.packing == "off":
+        sampler: Any = _rebalanced(sizes, args, seed)
+    else:
+        sampler = order.sampler = RankPacks(_plan(sizes, args, seed), args.process_index)
+    # These samplers know their rank: accelerate shall not divide their batches once more.
+    return prepare_data_loader(
+        DataLoader(dataset, batch_sampler=sampler, **options),  # pyright: ignore[reportArgumentType]
+        accelerator.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=True,
+        non_blocking=accelerator.non_blocking,
+    )
+
+
+def loader_options(args: TrainingArguments) -> dict[str, Any]:
+    """How loaders of training data prepare batches."""
+    return {
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory,
+        "persistent_workers": args.dataloader_persistent_workers,
+        "multiprocessing_context": args.dataloader_multiprocessing_context,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+    }
+
+
+def _rebalanced(sizes: Sizes, args: TrainingArguments, seed: int) -> BatchRebalanceSampler:
+    return BatchRebalanceSampler(
+        lengths=sizes.tokens.tolist(),
+        effective_batch_size=_batch(args),
+        dp_size=args.world_size,
+        grad_accum=args.gradient_accumulation_steps,
+        seed=seed,
+        rank=args.process_index,
+        drop_last=args.dataloader_drop_last,
+    )
+
+
+def _batch(args: TrainingArguments) -> int:
+    """Samples per optimizer step without packing."""
+    return args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+
+
+def _plan(sizes: Sizes, args: TrainingArguments, seed: int) -> PackPlan:
+    capacity = args.packing_tokens or args.per_device_train_batch_size * args.model_max_length
+    shape = PackShape(capacity=capacity, most_items=args.packing_items, world=args.world_size, seed=seed)
+    accumulation = args.gradient_accumulation_steps
+    if args.packing == "batch":
+        shuffle = args.train_sampling_strategy == "random"
+        plan: PackPlan = BatchPlan(sizes, shape, batch=_batch(args), accumulation=accumulation, shuffle=shuffle)
+    else:
+        plan = BestFitPlan(sizes, shape, _epochs(sizes, shape, args))
+    full, waiting = fill(plan, sizes, shape)
+    per_step = len(sizes) / max(math.ceil(len(plan) / accumulation), 1)
+    logger.info(
+        "packing %s: %d samples in rows of at most %d tokens, %.1f%% full; %.1f samples per optimizer step (without "
+        "packing %d), %d steps per epoch; the slowest rank has %.1f%% more to do than the mean",
+        args.packing, len(sizes), capacity, 100 * full, per_step, _batch(args), math.ceil(len(plan) / accumulation),
+        100 * (waiting - 1),
+    )  # fmt: skip
+    return plan
+
+
+def _epochs(sizes: Sizes, shape: PackShape, args: TrainingArguments) -> int:
+    """Epochs that a training may reach, at least one."""
+    if args.max_steps <= 0:
+        return math.ceil(args.num_train_epochs)
+    # No epoch has fewer packs than this.
+    rounds = max(int(np.ceil(sizes.tokens.sum() / shape.capacity / shape.world)), 1)
+    return math.ceil(args.max_steps * args.gradient_accumulation_steps / rounds)

@@ -1,0 +1,89 @@
+"""Packed rows train the same as padded ones; every sample once per epoch, on one rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from records import write_records
+from stack import FAMILIES, KINDS, LORA, build, flags, network
+from test_in_process import FOUR, assert_equal
+
+from finetune import families
+from finetune.errors import ArgumentError
+from finetune.tuning.loaders import check_packing
+from trainer import CPMTrainer
+
+PACKED = [family.name for family in families.FAMILIES if not family.unpackable]
+ROWS = [(family, "full") for family in PACKED] + [(family, "lora") for family in FAMILIES]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_records(tmp_path_factory.mktemp("packing") / "data")
+
+
+@pytest.mark.parametrize(("family", "kind"), ROWS)
+def test_a_packed_step_is_the_padded_step(tiny, data, tmp_path, family, kind):
+    def make(*more: str) -> CPMTrainer:
+        shuffled = ("--train_sampling_strategy", "random")
+        return build(flags(tiny(family), data, tmp_path / "out", *KINDS[kind], *FOUR, *shuffled, *more))
+
+    padded, packed = make(), make("--packing", "batch")
+    batch = next(iter(packed.get_train_dataloader()))
+    assert "attention_mask" not in batch
+    assert len(batch["input_ids"]) == 1
+    assert len(batch["cu_seq_lens_q"]) == 5
+    padded.train()
+    packed.train()
+    assert_equal(packed, padded, loss=1e-5, norm=2e-5)
+
+
+@pytest.mark.parametrize("flag", ["batch", "best_fit"])
+def test_over_an_epoch_every_sample_has_its_loss_once(tiny, data, tmp_path, flag):
+    def losses(*more: str) -> dict[str, list[float]]:
+        trainer = build(flags(tiny("llama3_v2_5"), data, tmp_path / "out", *LORA, *more))
+        model, found = network(trainer), {}
+        for batch in trainer.get_train_dataloader():
+            sources = batch.pop("sources")
+            with torch.no_grad():
+                rows = model.train()(**batch).row_loss.tolist()
+            assert len(rows) == len(sources)
+            found |= {source: row for source, row in zip(sources, rows, strict=True) if row[1]}
+        return found
+
+    shuffled = ("--train_sampling_strategy", "random", "--per_device_train_batch_size", "4")
+    packed, padded = losses("--packing", flag, "--model_max_length", "800", *shuffled), losses()
+    assert packed.keys() == padded.keys()
+    for source, row in padded.items():
+        assert packed[source] == pytest.approx(row, abs=1e-4), source
+
+
+def test_best_fit_trains_and_steps_have_more_samples(tiny, data, tmp_path):
+    made = ("--packing", "best_fit", "--train_sampling_strategy", "random", "--num_train_epochs", "2")
+    trainer = build(flags(tiny("v2_6"), data, tmp_path / "out", *LORA, *made, "--model_max_length", "2048"))
+    seen = [Counter(source for batch in trainer.get_train_dataloader() for source in batch["sources"])]
+    assert set(seen[0].values()) == {1}
+    assert len(seen[0]) == 80
+    trainer.train()
+    assert 2 <= trainer.state.global_step < 80
+    assert trainer.state.epoch == 2
+
+
+def test_generations_with_linear_attention_are_refused(tiny, data, tmp_path):
+    for name in ("v4_6", "v4_7"):
+        from finetune.arguments import parse_arguments
+
+        args = parse_arguments(flags(tiny(name), data, tmp_path / "out", "--packing", "batch"))
+        with pytest.raises(ArgumentError, match=r"cannot be packed: its linear attention.*--packing off"):
+            check_packing(args.training, families.by_name(name))
