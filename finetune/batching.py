@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from finetune.errors import ArgumentError
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PACKINGS = {"off": "off", "batch": "batch", "best_fit": "best_fit", "true": "best_fit", "false": "off"}
 BY_SIZE = ("group_by_length", "batch_rebalance")
 """Values of train_sampling_strategy that look at the sizes of the samples."""
 
@@ -21,12 +22,13 @@ BY_SIZE = ("group_by_length", "batch_rebalance")
 class BatchArguments:
     """Which samples are trained together; part of the training flags."""
 
-    packing: Literal["off", "batch", "best_fit"] = field(
+    packing: str = field(
         default="off",
         metadata={
             "help": "Samples lie one behind another in one row, without padding and without seeing each other. batch: "
             "every optimizer step has the samples it would have anyway, dealt to the GPUs by their work. best_fit: "
-            "rows are filled up to packing_tokens, so a step has more samples."
+            "rows are filled up to packing_tokens, so a step has more samples. off: rows are padded. "
+            "true and false mean best_fit and off."
         },
     )
     packing_tokens: int | None = field(
@@ -45,6 +47,9 @@ def resolve_batches(training: TrainingArguments) -> None:
     Raises:
         ArgumentError: flags that contradict each other.
     """
+    if (packing := PACKINGS.get(training.packing.lower())) is None:
+        raise ArgumentError(f"--packing {training.packing}: off, batch or best_fit")
+    training.packing = packing
     if training.dataloader_persistent_workers is None:
         training.dataloader_persistent_workers = training.dataloader_num_workers > 0
     for name in ("packing_tokens", "packing_items"):

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "finetune"
 ROOT_SCRIPTS = {"dataset", "trainer", "chat"}
 
 # Room -> rooms it may import, besides itself. The first entry that fits a module counts.
-MODELS_OR_DATA = {"errors", "outcome", "sample", "arguments", "distributed"}
+MODELS_OR_DATA = {"errors", "outcome", "sample", "arguments", "batching", "distributed"}
 MODELS_OR_DATA |= {"media", "families", "templates", "encoding", "models"}
 TABLE: dict[str, set[str]] = {
     "__init__": set(),
@@ -21,11 +21,12 @@ TABLE: dict[str, set[str]] = {
     "cache": set(),
     "sample": {"errors"},
     "legacy_flags": set(),
+    "batching": {"errors"},
     "flags": {"media.sampling"},
     "config": {"errors", "legacy_flags"},
     "outcome": {"errors"},
     # distributed only inside a function: DeepSpeed's start on CPU
-    "arguments": {"errors", "flags", "config", "distributed"},
+    "arguments": {"errors", "batching", "flags", "config", "distributed"},
     "distributed": {"errors", "arguments"},
     "media.slicing": set(),
     "media.sound": set(),
@@ -64,6 +65,7 @@ WITHOUT: dict[str, set[str]] = {
     "errors": TORCH | {"transformers"},
     "legacy_flags": TORCH | {"transformers"},
     "flags": TORCH | {"transformers"},
+    "batching": TORCH | {"transformers"},
     "config": TORCH | {"transformers"},
     "outcome": TORCH | {"transformers"},
     "sample": TORCH | {"transformers"},

@@ -23,6 +23,7 @@ _RULES = {
     "targets": "`--lora_target_modules`; all is all-linear",
     "quantization": "`--q_lora true` for 4; other numbers are refused",
     "history": "`--train_on last` for true",
+    "neat_packing": "`--packing best_fit` for true",
     "shuffling": "`--train_sampling_strategy sequential` for true",
 }
 

@@ -231,6 +231,12 @@ def _history(keys: Keys, command: str) -> Flags:
     return {"train_on": keys["mask_history"]._replace(words=["last" if last else "all"])}
 
 
+def _neat_packing(keys: Keys, command: str) -> Flags:
+    """Here no sample of a row sees another in either case."""
+    on = _truth(keys, "neat_packing")
+    return {"packing": keys["neat_packing"]._replace(words=["best_fit"])} if on else {}
+
+
 def _shuffling(keys: Keys, command: str) -> Flags:
     off = _truth(keys, "disable_shuffling")
     return {"train_sampling_strategy": keys["disable_shuffling"]._replace(words=["sequential" if off else "random"])}
@@ -246,4 +252,5 @@ _RULES: dict[str, Callable[[Keys, str], Flags]] = {
     "quantization_bit": _quantization,
     "mask_history": _history,
     "disable_shuffling": _shuffling,
+    "neat_packing": _neat_packing,
 }

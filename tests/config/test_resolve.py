@@ -117,6 +117,10 @@ def test_the_method_of_the_file_can_be_replaced(parse):
         ({"flash_attn": "auto"}, "model", {"attn_implementation": None}),
         ({"template": "minicpm_v", "print_param_status": True}, "model", {"print_param_status": True}),
         ({"evaluation_strategy": "no", "warmup_ratio": 0.1}, "training", {"warmup_steps": 0.1}),
+        ({"packing": True}, "training", {"packing": "best_fit"}),
+        ({"packing": False}, "training", {"packing": "off"}),
+        ({"neat_packing": True}, "training", {"packing": "best_fit"}),
+        ({"packing": "batch", "packing_tokens": 4096}, "training", {"packing": "batch", "packing_tokens": 4096}),
     ],
 )
 def test_keys(parse, given, group, expected):
@@ -145,7 +149,6 @@ def test_what_the_machine_lacks_falls_back_with_one_warning(parse, caplog, monke
         ({"stage": "dpo"}, "stage dpo is not part of this tool: only supervised"),
         ({"finetuning_type": "oft"}, "finetuning_type oft is not part of this tool: lora, full and freeze are"),
         ({"quantization_bit": 8}, "8 is not part of this tool: 4 bit is"),
-        ({"neat_packing": True}, "neat_packing true is not part"),
         ({"train_on_prompt": True}, "only answers are trained"),
         ({"mix_strategy": "interleave_under"}, "a:0.3,b:2"),
         ({"adapter_name_or_path": "a,b"}, "several adapters: merge the first"),
@@ -153,6 +156,13 @@ def test_what_the_machine_lacks_falls_back_with_one_warning(parse, caplog, monke
         ({"freeze_language_model": True}, "nothing is left for adapters"),
         ({"do_predict": True}, "finetune evaluate"),
         ({"do_train": False}, "do_train false: this trains"),
+        ({"packing": "tight"}, "--packing tight: off, batch or best_fit"),
+        ({"packing": True, "disable_shuffling": True}, "packs have an order of their own"),
+        ({"packing": True, "packing_items": 0}, "packing_items 0: the smallest value is 1"),
+        (
+            {"streaming": True, "max_steps": 1, "train_sampling_strategy": "group_by_length"},
+            "need the sizes of all samples",
+        ),
         ({"mask_history": "maybe"}, "true or false is wanted"),
         ({"data_path": "x"}, "both are given"),
     ],
