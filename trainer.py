@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from finetune.evaluation.in_training import GeneratedMetric
 from finetune.tuning import streams
 from finetune.tuning.alarms import Alarms
 from finetune.tuning.checkpoint import Checkpoint
+from finetune.tuning.flops import flops_of
 from finetune.tuning.loaders import is_planned, loader_options, planned_loader
 from finetune.tuning.manifest import zero_stage
 from finetune.tuning.order import EpochOrder, LeanSampler
 from finetune.tuning.parts import counted, full_parts, numel, part_of
 from finetune.tuning.resume import NothingLeftCallback, NothingLeftError
 from finetune.tuning.saving import finish_adapter, finish_full
+from finetune.tuning.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +69,8 @@ class CPMTrainer(Trainer):
         self.part_learning_rates = part_learning_rates
         self.check_base_loss = check_base_loss
         self.base_loss: float | None = None
-        self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
-        self._samples = 0
-        self._clock = time.perf_counter()
-        self._paused = 0.0
+        flops = flops_of(self._network(), base.family)
+        self.throughput = Throughput(flops, self.accelerator.gather, self.args.device)
         self._passed = 0
         self._generated = self._generated_metric()
         parts = base.family.parts
@@ -110,12 +111,22 @@ class CPMTrainer(Trainer):
             collate: Any = self.data_collator
             if args.packing != "off":
                 collate = PackingCollator(dataset.intake.fitter.encoder.empty("a row without samples"))
-            return planned_loader(dataset, args, self.accelerator, collate, self._order)
-        loader: Any = super().get_train_dataloader()
-        if type(sampler := loader.get_sampler()) is SeedableRandomSampler:
-            self._order.sampler = LeanSampler(sampler)
-            loader.set_sampler(self._order.sampler)
+            loader: Any = planned_loader(dataset, args, self.accelerator, collate, self._order)
+        else:
+            loader = super().get_train_dataloader()
+            if type(sampler := loader.get_sampler()) is SeedableRandomSampler:
+                self._order.sampler = LeanSampler(sampler)
+                loader.set_sampler(self._order.sampler)
+        # Batches move when it is their turn: on the CPU they are counted without waiting for the device, and of those
+        # that are accumulated only one at a time takes its memory.
+        loader.device = None
         return loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """The micro-batches of the next step; the time until they are there is noted."""
+        return super().get_batch_samples(self.throughput.timed(epoch_iterator), num_batches, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the flags, its groups split by part so that each has its own learning rate."""
@@ -134,9 +145,7 @@ class CPMTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch, counted for the throughput of the log."""
-        self._samples += len(inputs.get("sources") or inputs["input_ids"])
-        mask = inputs.get("attention_mask")  # packed rows have none, and no padding
-        self._tokens += inputs["input_ids"].numel() if mask is None else mask.sum().to(self._tokens.device)
+        self.throughput.begin(inputs)
         self.alarms.begin(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         # The Trainer sums losses and never gets rid of a NaN again; ``log`` puts it where it belongs.
@@ -185,24 +194,18 @@ class CPMTrainer(Trainer):
         return total.tolist()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds samples and tokens per second, over all ranks and without evaluation and saving, to training logs."""
+        """Adds to training logs how fast it goes, over all ranks and without evaluation and saving."""
         if "loss" in logs:
             logs["loss"] = math.nan if self.alarms.since_log else logs["loss"]
             self.alarms.since_log = False
-            seconds = max(time.perf_counter() - self._clock - self._paused, 1e-9)
-            counts = torch.stack([torch.full_like(self._tokens, self._samples), self._tokens])
-            samples, tokens = self._sum_over_ranks(counts)
-            logs["samples_per_second"] = round(samples / seconds, 3)
-            logs["tokens_per_second"] = round(tokens / seconds, 1)
-            self._samples, self._paused, self._clock = 0, 0.0, time.perf_counter()
-            self._tokens.zero_()
+            logs |= self.throughput.log()
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluation, whose time does not count as training time."""
         start = time.perf_counter()
         metrics = super().evaluate(*args, **kwargs)
-        self._paused += time.perf_counter() - start
+        self.throughput.pause(time.perf_counter() - start)
         return metrics
 
     def prediction_step(
@@ -284,4 +287,4 @@ class CPMTrainer(Trainer):
                 finish_full(folder, self.base)
             if folder == checkpoint and (dealt := self._dealt()) is not None:
                 streams.write(folder, dealt)
-        self._paused += time.perf_counter() - start
+        self.throughput.pause(time.perf_counter() - start)

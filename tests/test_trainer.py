@@ -87,7 +87,12 @@ def test_logs_carry_throughput_and_the_base_loss_is_reported(tiny, demo_data, tm
     made.train()
     logs = [entry for entry in made.state.log_history if "loss" in entry]
     assert len(logs) == 2
-    assert all(entry["samples_per_second"] > 0 and entry["tokens_per_second"] > 0 for entry in logs)
+    for entry in logs:
+        assert entry["samples_per_second"] > 0
+        assert entry["tokens_per_second"] > 0
+        assert 0 < entry["data_wait"] < 1, "the samples are prepared between the steps here"
+        assert entry["tflops_per_second"] > 0
+        assert not {"mfu", "peak_memory_gb"} & set(entry), "only where there is a GPU"
     assert made.base_loss == pytest.approx(logs[0]["loss"], abs=1e-4)
     assert f"base loss at step 0: {made.base_loss:.4f}" in caplog.text
 

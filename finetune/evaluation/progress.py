@@ -23,6 +23,10 @@ _FIGURES = {
     "train_loss": "train_loss",
     "samples_per_second": "samples_per_second",
     "tokens_per_second": "tokens_per_second",
+    "data_wait": "data_wait",
+    "mfu": "mfu",
+    "tflops_per_second": "tflops_per_second",
+    "peak_memory_gb": "peak_memory_gb",
 }
 
 

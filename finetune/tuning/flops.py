@@ -83,7 +83,7 @@ class Flops:
         patches = torch.cat(sizes).long().prod(1) if sizes else None
         groups = inputs.get("image_bound")
         found: dict[str, Count] = {
-            "samples": len(inputs.get("sources") or range(rows)),
+            "samples": len(inputs["sources"]) if "sources" in inputs else rows,
             "tokens": _sum(lengths),
             "pairs": _sum(lengths.long().square()),
             "labelled": _sum(inputs["labels"] >= 0),
