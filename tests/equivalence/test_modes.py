@@ -14,7 +14,7 @@ import torch
 from records import EVALUATED, STEPS, write_media_records, write_records
 from safetensors.torch import load_file
 from stack import FAMILIES, KINDS, OTHERS, near
-from worker import BRIEF, MODES, SHORT
+from worker import BRIEF, MODES, PACKED, SHORT
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 WORKER = Path(__file__).with_name("worker.py")
@@ -57,12 +57,15 @@ def media_runs(tiny, tmp_path_factory) -> Path:
         (folder / "models" / family).symlink_to(tiny(family))
         data = write_media_records(folder / f"data-{family}", sound=sound)
         paths = ["--checkpoints", str(folder / "models"), "--data", str(data), "--out", str(folder)]
-        paths += ["--families", family, "--kinds", "full", "--steps", str(length), "--"]
-        launch([*TORCHRUN, str(WORKER), *paths, *MEDIA_MODES], [sys.executable, str(WORKER), *paths, "alone"])
+        paths += ["--families", family, "--kinds", "full", "--steps"]
+        alone = [*paths, str(length), "--", "alone"]
+        launch([*TORCHRUN, str(WORKER), *paths, str(length), "--", *MEDIA_MODES], [sys.executable, str(WORKER), *alone])
+        launch([*TORCHRUN, str(WORKER), *paths, str(BRIEF), "--", *PACKED_MODES])
     return folder
 
 
 MEDIA_MODES = ("ddp", "zero2", "zero3-0")
+PACKED_MODES = tuple(f"{mode}{PACKED}" for mode in MEDIA_MODES)
 
 
 def prepare(folder: Path, families: Sequence[str], tiny: Callable[[str], Path]) -> list[str]:
@@ -126,6 +129,16 @@ def test_mixed_media_train_alike_in_every_mode(media_runs, mode, family):
         assert step[0] == pytest.approx(expected[0], abs=LOSS), f"loss of step {number}"
         assert step[1] == pytest.approx(expected[1], rel=NORM), f"gradient norm of step {number}"
     assert ours["eval"] == pytest.approx(alone["eval"], abs=LOSS)
+
+
+@pytest.mark.parametrize("mode", PACKED_MODES)
+@pytest.mark.parametrize("family", MEDIA)
+def test_packed_and_balanced_they_train_alike_too(media_runs, mode, family):
+    ours, alone = result(media_runs, mode, family, "full"), result(media_runs, "alone", family, "full")
+    assert len(ours["steps"]) == BRIEF
+    for number, (step, expected) in enumerate(zip(ours["steps"], alone["steps"][:BRIEF], strict=True), 1):
+        assert step[0] == pytest.approx(expected[0], abs=LOSS), f"loss of step {number}"
+        assert step[1] == pytest.approx(expected[1], rel=NORM), f"gradient norm of step {number}"
 
 
 @pytest.mark.parametrize(("family", "kind"), BRIEF_RUNS)

@@ -23,6 +23,7 @@ from stack import FAMILIES, KINDS, build, flags, network, steps  # noqa: E402
 
 ROOT = HERE.parents[1]
 MODES = ("ddp", "zero2", "zero3", "zero3-0")
+PACKED = "-packed"
 SHORT = 8
 BRIEF = 4
 
@@ -69,7 +70,9 @@ def main() -> None:
     own.mkdir(parents=True, exist_ok=True)
     configs = deepspeed_configs(own)
     for mode in given.modes:
-        zero = ("--deepspeed", configs[mode]) if mode in configs else ()
+        way = mode.removesuffix(PACKED)
+        zero = ("--deepspeed", configs[way]) if way in configs else ()
+        packing = ("--packing", "batch") if mode.endswith(PACKED) else ()
         for family in given.families:
             for kind in given.kinds:
                 chosen = KINDS[kind]
@@ -78,7 +81,7 @@ def main() -> None:
                 length = str(given.steps or (BRIEF if family not in FAMILIES else STEPS if kind == "full" else SHORT))
                 sizes = ("--per_device_train_batch_size", batch, "--per_device_eval_batch_size", batch)
                 result = run(
-                    given.checkpoints / family, given.data, given.out / name, *chosen, *zero, *sizes,
+                    given.checkpoints / family, given.data, given.out / name, *chosen, *zero, *sizes, *packing,
                     "--max_steps", length,
                 )  # fmt: skip
                 gc.collect()
