@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
@@ -104,6 +103,6 @@ def embedding_scale(config: MiniCPMVConfig) -> float:
     return float(config.read("scale_emb", 1))
 
 
-def logits_of(llm: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits of chosen hidden states, (..., E) to (..., V), with the scaling that the model's own forward applies."""
-    return llm.lm_head(hidden) / getattr(llm.config, "logits_scaling", 1.0)
+def logits_scaling(llm: CausalLM) -> float:
+    """What the model's own forward divides its logits by."""
+    return getattr(llm.config, "logits_scaling", 1.0)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch.nn import functional as F
+from torch import nn
+
+from finetune.models.head import nll_of
 
 IGNORE = -100
 
@@ -13,8 +13,10 @@ IGNORE = -100
 def supervised_loss(
     hidden: torch.Tensor,
     labels: torch.Tensor,
-    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    head: nn.Module,
     num_items: torch.Tensor | int | None,
+    *,
+    scaling: float = 1.0,
     bounds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Next-token cross entropy in float32.
@@ -22,8 +24,9 @@ def supervised_loss(
     Args:
         hidden: (B, T, E) last hidden states.
         labels: (B, T) unshifted, -100 = no loss. The first of a row or segment counts for nothing.
-        logits_of: (M, E) to (M, V).
+        head: output layer, (M, E) to (M, V), called once.
         num_items: divisor of the summed loss; None divides by the number of labelled tokens here.
+        scaling: what logits are divided by.
         bounds: (s + 1,), where the segments of ONE row begin and end; None for rows that are not packed.
 
     Returns:
@@ -34,14 +37,13 @@ def supervised_loss(
     rows, places, count = _labelled(labels, bounds)
     if bounds is None:
         places = places + rows * labels.shape[1]
-    logits = logits_of(hidden.flatten(0, 1).index_select(0, places - 1)).float()
-    targets = labels.flatten()[places].to(logits.device)
-    nll = F.cross_entropy(logits, targets, reduction="none")
+    chosen = hidden.flatten(0, 1).index_select(0, places - 1)
+    total, nll = nll_of(head, chosen, labels.flatten()[places], scaling)
     per_row = torch.zeros(count, 2, dtype=nll.dtype, device=nll.device)
-    per_row.index_add_(0, rows.to(nll.device), torch.stack([nll.detach(), torch.ones_like(nll)], dim=1))
+    per_row.index_add_(0, rows.to(nll.device), torch.stack([nll, torch.ones_like(nll)], dim=1))
     # A batch of nothing but rows without labels is counted as 0 by the Trainer too.
     divisor = torch.as_tensor(len(nll) if num_items is None else num_items, device=nll.device).clamp(min=1)
-    return nll.sum() / divisor, per_row
+    return total / divisor, per_row
 
 
 def _labelled(labels: torch.Tensor, bounds: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, int]:

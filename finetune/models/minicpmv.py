@@ -15,9 +15,10 @@ from finetune.models.chatting import Chatting
 from finetune.models.configuration import MiniCPMVConfig
 from finetune.models.frugal import Frugal, pieces, pieces_on_all_ranks
 from finetune.models.generation import MediaGeneration
+from finetune.models.head import put_head
 from finetune.models.initialization import initialize
 from finetune.models.items import Items, check_bounds, dummy_items, given_together, merge, read_items, split_items
-from finetune.models.language import LANGUAGES, embedding_scale, logits_of
+from finetune.models.language import LANGUAGES, embedding_scale, logits_scaling
 from finetune.models.losses import supervised_loss
 from finetune.models.resampler import RESAMPLERS, Resampler
 from finetune.models.segments import packed_arguments
@@ -80,6 +81,7 @@ class MiniCPMV(Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin
         network = config.family.network
         assert network is not None, config.family
         self.llm = LANGUAGES[network.language](config)
+        put_head(self.llm)
         self.embedding_scale = embedding_scale(config)
         self.vpm = build_vision(config, network)
         self.resampler = RESAMPLERS[network.resampler](config, self.vpm.output_size)
@@ -162,12 +164,9 @@ class MiniCPMV(Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin
             out = self.llm(logits_to_keep=logits_to_keep, **kwargs)
             return _output(out, logits=out.logits)
         out = self.llm.model(**kwargs)
+        hidden, scaling = out.last_hidden_state, logits_scaling(self.llm)
         loss, row_loss = supervised_loss(
-            out.last_hidden_state,
-            labels,
-            lambda hidden: logits_of(self.llm, hidden),
-            num_items_in_batch,
-            cu_seq_lens_q,
+            hidden, labels, self.llm.lm_head, num_items_in_batch, scaling=scaling, bounds=cu_seq_lens_q
         )
         return _output(out, loss=loss, row_loss=row_loss)
 
@@ -293,6 +292,7 @@ class MiniCPMV(Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers, and keeps the vocabulary size of the language model's own configuration in step."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
+        put_head(self.llm)
         self.llm.config.vocab_size = self.llm.vocab_size = self.config.vocab_size
         self.llm.model.vocab_size = self.config.vocab_size
         return embeddings

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from finetune.models.chatting import Chatting
 from finetune.models.frugal import Frugal, pieces, pieces_on_all_ranks
+from finetune.models.head import put_head
 from finetune.models.losses import supervised_loss
 from finetune.models.merging import merge_patches
 from finetune.models.minicpmv import MiniCPMVOutput
@@ -31,6 +32,16 @@ class Whole(Frugal, Chatting, StrictLoading):
     accepts_loss_kwargs = True
     model: Any
     lm_head: nn.Linear
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        put_head(self)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        put_head(self)
+        return embeddings
 
     def forward(  # every input by name: ``generate`` looks for the names before it prepares them
         self,

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.families.base import Family
 from finetune.models.adapters import network_of
-from finetune.models.language import logits_of
+from finetune.models.head import nll_of
+from finetune.models.language import logits_scaling
 from finetune.models.whole import Whole
 from finetune.planning.recipe import Shape
 from finetune.planning.tracing import Block, tracing
@@ -86,8 +85,9 @@ def _loss(network: Any, hidden: torch.Tensor, shape: Shape) -> torch.Tensor:
     count = max(round(shape.batch * shape.tokens * shape.labelled), 1)
     where = torch.empty(count, dtype=torch.int64, device="meta")
     chosen = hidden.flatten(0, 1).index_select(0, where)
-    logits = network.lm_head(chosen) if isinstance(network, Whole) else logits_of(network.llm, chosen)
-    return F.cross_entropy(logits.float(), where)
+    scaling = 1.0 if isinstance(network, Whole) else logits_scaling(network.llm)
+    output: Any = network.get_output_embeddings()
+    return nll_of(output, chosen, where, scaling)[0]
 
 
 def _share_gradients(network: Any, parts: Mapping[str, tuple[str, ...]], blocks: list[Block]) -> None:
@@ -98,7 +98,7 @@ def _share_gradients(network: Any, parts: Mapping[str, tuple[str, ...]], blocks:
         if isinstance(module, GradientCheckpointingLayer)
         for parameter in module.parameters()
     }
-    output: nn.Module = network.get_output_embeddings()
+    output: Any = network.get_output_embeddings()
     heads = {id(parameter) for parameter in output.parameters()}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad and id(parameter) not in inside:

@@ -19,19 +19,21 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
 from sound_batch import add_clips  # noqa: E402
-from visual_batch import Row, make_batch, small_model  # noqa: E402
+from visual_batch import Row, make_batch, pack_rows, small_model  # noqa: E402
 
 from finetune.models import MiniCPMO, MiniCPMV  # noqa: E402
 
 # Every vision tower and resampler; the audio tower with sound on one rank only.
 FAMILIES = ("v2_0", "llama3_v2_5", "v4_5", "o2_6")
+# Of these every rank packs its rows into one, while the process alone pads them.
+PACKED = ("v4_5", "o2_6")
 
 # Two rows per rank and step. Step 1: images of two sizes against text; 2: text against four items of three sizes;
-# 3: text only; 4: one item against two.
+# 3: text only, one rank without labels; 4: one item against two.
 ROWS: list[Row] = [
     (3, [(4, 6)], 5), (2, [(3, 3)], 4), (6, [], 3), (4, [], 7),
     (5, [], 6), (6, [], 4), (3, [(2, 2), (5, 3), (5, 3)], 5), (2, [(1, 7)], 3),
-    (4, [], 4), (3, [], 5), (7, [], 6), (2, [], 4),
+    (4, [], 4), (3, [], 5), (7, [], 1), (2, [], 1),
     (3, [], 9), (4, [(6, 4)], 5), (2, [(3, 3)], 6), (5, [(2, 6)], 4),
 ]  # fmt: skip
 ZERO3 = {
@@ -62,6 +64,12 @@ def with_sound(batch: dict[str, torch.Tensor], rows: list[Row], model: MiniCPMV)
     return add_clips(batch, clips, model.pool_step) if isinstance(model, MiniCPMO) and any(clips) else batch
 
 
+def batch_of(rows: list[Row], model: MiniCPMV, *, packed: bool) -> dict[str, torch.Tensor]:
+    if not packed:
+        return with_sound(make_batch(rows, model.query_num), rows, model)
+    return pack_rows([with_sound(make_batch([row], model.query_num), [row], model) for row in rows])
+
+
 def train(family: str, out: Path, world: int) -> dict:
     set_seed(0)
     args = TrainingArguments(
@@ -89,13 +97,13 @@ def train(family: str, out: Path, world: int) -> dict:
     for name, parameter in model.named_parameters():
         if name in model.config.family.fixed_parameters:  # ZeRO-3 keeps what construction froze, plain loading does not
             parameter.requires_grad_(False)
-    queries = model.query_num
+    packed = world > 1 and family in PACKED
     trainer = InOrder(
         model=model,
         args=args,
         train_dataset=ROWS,  # pyright: ignore[reportArgumentType]
         eval_dataset=ROWS[:8],  # pyright: ignore[reportArgumentType]
-        data_collator=lambda rows: with_sound(make_batch(rows, queries), rows, model),
+        data_collator=lambda rows: batch_of(rows, model, packed=packed),
     )
     trainer.train()
     evaluated = trainer.evaluate()["eval_loss"]

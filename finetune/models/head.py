@@ -1,0 +1,145 @@
+"""The output layer with the loss in it: logits of a few tokens at a time, gradients made along with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# Bytes of the float32 log probabilities that live at a time; beside them stand as many logits.
+BUDGET = 64 * 2**20
+
+
+class Head(nn.Linear):
+    """An output layer that can give the loss in place of the logits.
+
+    Both happen inside its own call, the only place where ZeRO-3 has its weight together.
+
+    Args:
+        linear: the layer it takes the place of, without a bias; the parameter stays the same one.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super(nn.Linear, self).__init__()  # that of Linear would make a parameter
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.register_parameter("bias", None)
+
+    def forward(self, input: torch.Tensor, targets: torch.Tensor | None = None, scaling: float = 1.0) -> Any:
+        """Logits (..., V) of hidden states (..., E); with targets (M,) the loss of (M, E), as ``linear_nll``."""
+        if targets is None:
+            return super().forward(input)
+        return linear_nll(input, self.weight, targets, scaling)
+
+
+def put_head(owner: Any) -> None:
+    """Makes the plain ``lm_head`` of a model a ``Head``; one that is something else stays."""
+    old = owner.lm_head
+    if type(old) is nn.Linear and old.bias is None:
+        owner.lm_head = Head(old)
+
+
+def nll_of(
+    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log likelihoods by one call of an output layer, a ``Head`` or anything in its place (adapters).
+
+    Args:
+        head: (M, E) to (M, V).
+        hidden: (M, E).
+        targets: (M,) int64.
+        scaling: what logits are divided by.
+
+    Returns:
+        Their sum, and each of them, (M,) float32 without a graph.
+    """
+    if isinstance(head, Head):
+        return head(hidden, targets, scaling)
+    logits = (head(hidden) / scaling).float()
+    nll = F.cross_entropy(logits, targets.to(logits.device), reduction="none")
+    return nll.sum(), nll.detach()
+
+
+def linear_nll(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scaling: float = 1.0, rows: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log likelihoods of a linear layer, in float32, with logits of no more than ``rows`` tokens at a time.
+
+    Args:
+        hidden: (M, E); M may be 0.
+        weight: (V, E).
+        targets: (M,) int64.
+        scaling: what logits are divided by.
+        rows: tokens at a time; None for as many as ``BUDGET`` lets through, at least one.
+
+    Returns:
+        Their sum, with a graph for one backward pass, and each of them, (M,) float32 without one.
+    """
+    rows = rows or max(BUDGET // (4 * len(weight)), 1)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _LinearNll.apply(hidden, weight, targets, scaling, rows)  # pyright: ignore[reportReturnType]
+    nll, _, _ = _by_chunks(hidden, weight, targets, scaling, rows, (False, False))
+    return nll.sum(), nll
+
+
+class _LinearNll(torch.autograd.Function):
+    """As ``linear_nll``; the gradients of the sum are made in the forward pass, while the logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scaling: float, rows: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        nll, *gradients = _by_chunks(hidden, weight, targets, scaling, rows, ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(nll)
+        ctx.dtype = weight.dtype
+        return nll.sum(), nll
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
+        # In place, as they may be large: torch then refuses a second backward pass, as it does of any freed graph.
+        hidden, weight = (None if tensor is None else tensor.mul_(outputs[0]) for tensor in ctx.saved_tensors)
+        return hidden, None if weight is None else weight.to(ctx.dtype), None, None, None
+
+
+def _by_chunks(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scaling: float, rows: int, wanted: Any
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Negative log likelihoods (M,), and of their sum the wanted gradients, of hidden states and of the weight."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    of_hidden = torch.empty_like(hidden) if wanted[0] else None
+    of_weight = None
+    if wanted[1]:  # sums of several roundings to 16 bit would drift
+        summed = torch.float32 if len(hidden) > rows else weight.dtype
+        of_weight = torch.zeros(weight.shape, dtype=summed, device=weight.device)
+    with torch.autocast(device, enabled=False):
+        cast = weight.to(dtype)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            chunk, column = hidden[part].to(dtype), targets[part, None]
+            scores = F.linear(chunk, cast)
+            scores = F.log_softmax(scores if scaling == 1 else scores.float() / scaling, dim=-1, dtype=torch.float32)
+            nll[part] = -scores.gather(1, column)[:, 0]
+            if not any(wanted):
+                continue
+            slopes = scores.exp_().scatter_add_(1, column, torch.full_like(column, -1, dtype=torch.float32))
+            slopes = (slopes if scaling == 1 else slopes.div_(scaling)).to(dtype)
+            if of_hidden is not None:
+                of_hidden[part] = slopes @ cast
+            if of_weight is not None:
+                _add_product(of_weight, slopes, chunk)
+    if of_weight is not None and weight.dtype == torch.bfloat16:  # float16 would overflow before it is scaled
+        of_weight = of_weight.bfloat16()
+    return nll, of_hidden, of_weight
+
+
+def _add_product(total: torch.Tensor, slopes: torch.Tensor, chunk: torch.Tensor) -> None:
+    """Adds slopes (m, V) transposed times chunk (m, E) to (V, E)."""
+    if total.dtype == chunk.dtype:
+        total.addmm_(slopes.T, chunk)
+    else:
+        total += slopes.T @ chunk
