@@ -1,4 +1,4 @@
-"""Runs every benchmark of the performance table one after another and writes the table: ``python benchmarks/all.py``.
+"""Runs every benchmark of the performance table one after another and writes the tables: ``python benchmarks/all.py``.
 
 Each adds its figures to results.csv. It takes an hour or so on two cores and wants the machine for itself.
 """
@@ -17,7 +17,7 @@ FOLDER = Path(__file__).resolve().parent
 
 def main() -> int:
     """Prints what each run prints; 1 when one of them failed or missed its goal."""
-    known = list(dict.fromkeys(goal.benchmark for goal in GOALS))
+    known = [*dict.fromkeys(goal.benchmark for goal in GOALS), "scaling"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"only these of: {', '.join(known)}")
     given = parser.parse_args()
@@ -30,7 +30,8 @@ def main() -> int:
         codes[name] = (
             subprocess.run([sys.executable, str(script)], check=False).returncode if script.is_file() else None
         )
-    subprocess.run([sys.executable, str(FOLDER / "table.py")], check=True)
+    for writer in ("table.py", "scaling_model.py"):
+        subprocess.run([sys.executable, str(FOLDER / writer)], check=True)
     for name, code in codes.items():
         print(
             f"{name:<16} {'not there' if code is None else 'ok' if code == 0 else f'failed or missed a goal ({code})'}"

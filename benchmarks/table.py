@@ -114,10 +114,10 @@ def _joined(words: Iterable[str], between: str = "; ") -> str:
 
 
 def _short(number: float) -> str:
-    """Three digits or so, without powers of ten."""
+    """Four digits or so, without powers of ten."""
     if abs(number) >= 100:
         return f"{number:,.0f}"
-    return f"{number:.3g}" if abs(number) >= 0.001 else f"{number:.5f}"
+    return f"{number:.4g}" if abs(number) >= 0.001 else f"{number:.5f}"
 
 
 def written(text: str, rows: Sequence[dict[str, str]]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import csv
+import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -18,13 +19,19 @@ SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if "__main__" in path
 
 
 @pytest.fixture
-def table() -> Iterator[ModuleType]:
-    """benchmarks/table.py, which imports its neighbour by its bare name."""
-    sys.path.insert(0, str(FOLDER))
-    import table  # pyright: ignore[reportMissingImports]
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts import their neighbours by their bare names."""
+    monkeypatch.syspath_prepend(str(FOLDER))
 
-    yield table
-    sys.path.remove(str(FOLDER))
+
+@pytest.fixture
+def table(bare: None) -> ModuleType:
+    return importlib.import_module("table")
+
+
+@pytest.fixture
+def scaling(bare: None) -> ModuleType:
+    return importlib.import_module("scaling_model")
 
 
 def row(benchmark: str, case: str, ratio: float, **more: str) -> dict[str, str]:
@@ -95,3 +102,28 @@ def test_help_is_printed_and_a_wrong_name_refused():
 def test_make_bench_runs_them():
     done = subprocess.run(["make", "--dry-run", "bench"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == ".venv/bin/python benchmarks/all.py"
+
+
+def test_the_page_about_scaling_has_the_tables_of_its_program(scaling):
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    assert scaling.written(page) == page, "docs/scaling.md is old: python benchmarks/scaling_model.py"
+
+
+def test_what_the_model_of_a_step_says(scaling):
+    """Sums that can be done by hand, and what must be so whatever the assumptions."""
+    assert scaling.operations("full") == pytest.approx(43e12, rel=0.02), "6 x 8.2 billion x 662, and the tower's"
+    assert scaling.operations("lora") < 0.6 * scaling.operations("full")
+    size, fast = scaling.size("full"), scaling.FAST
+    alone = scaling.step(scaling.FULL, 8, 662, replace(fast, hop=0, overlap=0))
+    assert alone.talk == pytest.approx(3 * 2 * size.weights * 7 / 8 / (450e9 * 0.8))
+    assert alone.seconds == alone.compute + alone.talk
+    hidden = scaling.step(scaling.FULL, 8, 662, replace(fast, overlap=1))
+    assert hidden.seconds == max(hidden.compute, hidden.talk)
+    for method in (scaling.FULL, scaling.LORA):
+        found = [scaling.step(method, gpus, 4096, fast) for gpus in (8, 64, 512)]
+        assert [made.efficiency for made in found] == sorted((made.efficiency for made in found), reverse=True)
+        packed, single = found[-1], scaling.step(method, 512, 662, fast)
+        assert packed.efficiency > single.efficiency
+    sharded, near = (scaling.step(scaling.FULL, 512, 662, fast, hpz=hpz) for hpz in (False, True))
+    assert near.talk < sharded.talk
+    assert near.states > sharded.states
