@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         max_length=args.training.model_max_length,
         max_pixels=args.data.max_image_pixels,
         shrink_pixels=args.data.image_max_pixels,
+        image_backend=args.data.image_backend,
         video=args.data.video_options,
         thinking=args.data.thinking,
     )

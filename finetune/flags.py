@@ -113,6 +113,14 @@ class DataArguments:
         default=None,
         metadata={"help": "Larger images are shrunk to so many pixels before they are cut. Default: none is."},
     )
+    image_backend: Literal["pillow", "fast"] = field(
+        default="pillow",
+        metadata={
+            "help": "What resizes images: pillow, to the bit as the published code; or fast, torch's kernel for bytes, "
+            "two to seven times as fast, with about 0.2 percent of the bytes (at most 1 in noise) one level off. "
+            "4.6 and 4.7 have a way of their own, and refuse fast."
+        },
+    )
     video_fps: float | None = field(
         default=None,
         metadata={"help": "Frames per second of videos; of a folder of frames, the rate it has. Default: 1, of 4.5 3."},

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from finetune.encoding.alignment import AlignmentError, Spans, media_faults
 from finetune.encoding.example import Example
 from finetune.encoding.footage import (
     Footage,
     FootagePlan,
-    Items,
     Spread,
     decoded,
     items_of,
@@ -25,7 +25,8 @@ from finetune.encoding.footage import (
 )
 from finetune.encoding.hearing import log_mel
 from finetune.encoding.ids import text_tensors
-from finetune.encoding.inputs import INPUTS, Grids
+from finetune.encoding.inputs import INPUTS, ImageBackend
+from finetune.errors import UserError
 from finetune.families import FAMILIES
 from finetune.families.base import Config, Family
 from finetune.media import audio, image
@@ -53,10 +54,6 @@ class PromptOptions(TypedDict, total=False):
 
     thinking: Thinking
     enable_thinking: bool | None
-
-
-class AlignmentError(RuntimeError):
-    """Placeholders, visual items and patches of a sample disagree: a fault of this program, not of the data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +101,10 @@ class Encoder:
         shrink_pixels: images of more pixels are shrunk to about so many before they are cut; None for none.
         hearing: how the checkpoint hears; None for one that cannot.
         video: how videos are looked at, where the user has a say.
+        image_backend: what resizes images: "pillow", or "fast" with some bytes one level off.
 
     Raises:
+        UserError: the family keeps the pixels of its published image processor, and another backend is asked for.
         MissingTokenError: the tokenizer lacks a token that the family needs.
         TemplateMismatchError: its chat template begins in a way that the family's prompt cannot.
     """
@@ -122,7 +121,13 @@ class Encoder:
         shrink_pixels: int | None = None,
         hearing: AudioSpec | None = None,
         video: VideoOptions = VideoOptions(),  # noqa: B008 - frozen
+        image_backend: ImageBackend = "pillow",
     ) -> None:
+        if image_backend not in INPUTS[family.inputs].cut:
+            raise UserError(
+                f"--image_backend {image_backend}: {family.title} keeps the pixels of its published image processor, "
+                "which has its own way to resize; leave the option out"
+            )
         self.family = family
         self.tokenizer = tokenizer
         self.layout = complete_layout(family, layout, tokenizer)
@@ -134,6 +139,7 @@ class Encoder:
         self.video = video
         self.vocabulary = Vocabulary(tokenizer, family.control_tokens, family.required_tokens)
         self._inputs = INPUTS[family.inputs]
+        self._cut = self._inputs.cut[image_backend]
         self._placeholder = self.vocabulary.control(layout.placeholder)
         # A checkpoint without this token is told so by the first video.
         seen_moving = self.vocabulary.has(layout.video_placeholder)
@@ -156,6 +162,7 @@ class Encoder:
         max_pixels: int | None = None,
         shrink_pixels: int | None = None,
         video: VideoOptions | None = None,
+        image_backend: ImageBackend = "pillow",
         **prompt: Unpack[PromptOptions],
     ) -> Encoder:
         """The encoder of a checkpoint from its config.json (as a dictionary); None keeps the checkpoint's value.
@@ -175,6 +182,7 @@ class Encoder:
             shrink_pixels=shrink_pixels,
             hearing=None if family.audio_spec is None else family.audio_spec(config),
             video=video_options(family, config, video),
+            image_backend=image_backend,
         )
 
     def sizes(self, sample: Sample) -> tuple[Extent, ...]:
@@ -280,11 +288,13 @@ class Encoder:
         """
         shown = self._spread(sample, plans)
         pictures = decoded(shown, lambda media: self._picture(media, sample), self.video.max_pixels)
-        patches, cut = self._inputs.cut(pictures, self.slicing)
+        patches, cut = self._cut(pictures, self.slicing)
         items = items_of(shown, self.slicing.patch_size)
         clips = self._clips(sample)
         heard = [found for found in plans if isinstance(found, Sound)]
-        self._check_alignment(sample, rendered, items, cut, heard, clips)
+        spans = Spans(self.layout, self.slicing.patch_size, self._placeholder, self._moving)
+        if faults := [*spans.faults(rendered, items, heard), *media_faults(items, cut, heard, clips)]:
+            raise AlignmentError(f"{sample.source}: {'; '.join(faults)}; please report this record")
         told_apart = bool(self.layout.video_placeholder) and any(items.video)
         return Example(
             **text_tensors(rendered),
@@ -335,7 +345,7 @@ class Encoder:
         Raises:
             DataError: no token carries loss.
         """
-        if all(label == IGNORE for label in rendered.labels):
+        if rendered.labels.count(IGNORE) == len(rendered.labels):
             raise DataError(f"{sample.source}: no token carries loss; train at least one answer or remove the record")
 
     def check_length(self, sample: Sample, rendered: Rendered) -> None:
@@ -354,38 +364,3 @@ class Encoder:
                 f"{sample.source}: {tokens} tokens ({visual} of them for {items} image slices{also}), the limit is "
                 f"{self.max_length}; raise model_max_length, lower {lower}, or shorten or split the record"
             )
-
-    def _check_alignment(
-        self,
-        sample: Sample,
-        rendered: Rendered,
-        items: Items,
-        cut: Grids,
-        heard: Sequence[Sound],
-        clips: Sequence[torch.Tensor],
-    ) -> None:
-        """Every item and clip has its placeholders and its patches or frames; no placeholder stands elsewhere."""
-        runs = [rendered.input_ids[first:last] for first, last in rendered.image_bounds]
-        faults = []
-        if len(runs) != len(items.groups):
-            faults.append(f"{len(runs)} runs of placeholders for {len(items.groups)} visual items")
-        patch = self.slicing.patch_size
-        first = [(*items.grids[place], items.video[place]) for place in items.firsts()]
-        wanted = [self.layout.item_tokens(columns * patch, rows * patch) for rows, columns, _ in first]
-        tokens = [self._moving if moving else self._placeholder for _, _, moving in first]
-        if runs != [[token] * count for token, count in zip(tokens, wanted, strict=True)]:
-            faults.append(f"runs that are not of {wanted} placeholders")
-        spoken = [rendered.input_ids[first:last] for first, last in rendered.audio_bounds]
-        if spoken != [[self._placeholder] * count for each in heard for count in each.runs]:
-            faults.append(f"runs of sound that are not of {[each.runs for each in heard]} placeholders")
-        if (frames := [clip.shape[1] for clip in clips]) != [count for each in heard for count in each.frames]:
-            faults.append(f"sound of {frames} mel frames where its length gives {[each.frames for each in heard]}")
-        total = sum(wanted) + sum(map(len, spoken))
-        if (found := sum(map(rendered.input_ids.count, {self._placeholder, self._moving}))) != total:
-            faults.append(f"{found} placeholders, {total} of them in runs")
-        if cut != items.grids:
-            faults.append(f"items cut into {cut} patches where the image headers give {items.grids}")
-        if len(rendered.labels) != len(rendered.input_ids) or rendered.labels[0] != IGNORE:
-            faults.append("labels that do not match the ids")
-        if faults:
-            raise AlignmentError(f"{sample.source}: {'; '.join(faults)}; please report this record")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
+from PIL.Image import Image
 
 from finetune.encoding.example import Example
 from finetune.encoding.footage import Shown
-from finetune.media import image, processor
-from finetune.media.slicing import SliceSpec
+from finetune.media import fast, image, processor
+from finetune.media.slicing import Plan, SliceSpec
 
 Pictures = Iterable[Shown]
 Grids = list[tuple[int, int]]
+ImageBackend = Literal["pillow", "fast"]
+"""What resizes images: Pillow, or torch's kernel for bytes; families with a published processor keep its resizing."""
 Batch = dict[str, torch.Tensor]
 Place = tuple[int, int]
 
@@ -24,28 +29,38 @@ class Inputs:
 
     Attributes:
         dtype: of the patches.
-        cut: decoded pictures to patches (N, 3*P*P), and rows and columns of patches of every item.
+        cut: by image backend, decoded pictures to patches (N, 3*P*P), and rows and columns of patches of every item.
         collect: what a batch has besides ids, mask and labels, from its examples, batch row and first position of
             each, and the shape (B, T).
     """
 
     dtype: torch.dtype
-    cut: Callable[[Pictures, SliceSpec], tuple[torch.Tensor, Grids]]
+    cut: Mapping[ImageBackend, Callable[[Pictures, SliceSpec], tuple[torch.Tensor, Grids]]]
     collect: Callable[[Sequence[Example], Sequence[Place], tuple[int, int]], Batch]
 
 
-def _cut_bytes(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
+def _by_pillow(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
+    return _patches(pictures, spec, image.cut)
+
+
+def _by_torch(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
+    return _patches(pictures, spec, fast.cut)
+
+
+def _patches(
+    pictures: Pictures, spec: SliceSpec, cut_one: Callable[[Image, Plan], list[np.ndarray]]
+) -> tuple[torch.Tensor, Grids]:
     items = []
     for shown in pictures:
-        cut = [image.cut(picture, shown.cuts) for picture in shown.pictures]
+        cut = [cut_one(picture, shown.cuts) for picture in shown.pictures]
         # All thumbnails of a group of frames, then all their first slices, and so on: each has its placeholders.
         items += [item for alike in zip(*cut, strict=True) for item in alike]
     side = spec.patch_size
-    grids = [(item.height // side, item.width // side) for item in items]
+    grids = [(item.shape[0] // side, item.shape[1] // side) for item in items]
     return torch.from_numpy(image.patchify(items, side)), grids
 
 
-def _cut_floats(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
+def _by_processor(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
     cut = [
         processor.patch_rows(picture, shown.cuts, spec, video=shown.video)
         for shown in pictures
@@ -66,13 +81,18 @@ def _bounded(examples: Sequence[Example], places: Sequence[Place], shape: tuple[
         heard.append(_of_row(row, example.audio_bound + start))
     return {
         "position_ids": positions,
-        "patches": torch.cat([example.patches for example in examples]),
+        "patches": _joined([example.patches for example in examples]),
         "tgt_sizes": torch.cat([example.tgt_sizes for example in examples]),
         "image_bound": torch.cat(bounds),
         "temporal_ids": torch.cat([example.temporal_ids for example in examples]),
         **_groups(examples),
         **_sound([clip for example in examples for clip in example.audio], torch.cat(heard)),
     }
+
+
+def _joined(patches: list[torch.Tensor]) -> torch.Tensor:
+    """All patches one after another; of a single example they are not copied."""
+    return patches[0] if len(patches) == 1 else torch.cat(patches)
 
 
 def _groups(examples: Sequence[Example]) -> Batch:
@@ -106,7 +126,7 @@ def _sound(clips: Sequence[torch.Tensor], bounds: torch.Tensor) -> Batch:
 def _packed(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Batch:
     """All patches of the images of the batch side by side, and those of its videos; as transformers has it."""
     sizes = torch.cat([example.tgt_sizes for example in examples])
-    patches = torch.cat([example.patches for example in examples])
+    patches = _joined([example.patches for example in examples])
     moving = torch.cat([_moving(example) for example in examples])
     owners = moving.repeat_interleave(sizes.prod(1))
     return {
@@ -139,7 +159,7 @@ def _typed(examples: Sequence[Example], places: Sequence[Place], shape: tuple[in
 
 
 INPUTS = {
-    "patches": Inputs(torch.uint8, _cut_bytes, _bounded),
-    "packed": Inputs(torch.float32, _cut_floats, _packed),
-    "canvas": Inputs(torch.float32, _cut_floats, _typed),
+    "patches": Inputs(torch.uint8, {"pillow": _by_pillow, "fast": _by_torch}, _bounded),
+    "packed": Inputs(torch.float32, {"pillow": _by_processor}, _packed),
+    "canvas": Inputs(torch.float32, {"pillow": _by_processor}, _typed),
 }

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from finetune.media.slicing import Plan, crop_boxes
@@ -19,6 +20,8 @@ from finetune.sample import DataError, Media, Source
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels: Pillow's own threshold (256 MiB of 24-bit pixels), here an error."""
 
+# Pillow keeps an image of at most so many bytes in one piece, as long as nobody changes its settings.
+_ONE_PIECE = 15 << 20
 _ORIENTATION = 0x0112
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -89,27 +92,55 @@ def load(media: Media, source: Source, max_pixels: int = MAX_PIXELS) -> Image.Im
     return decoded if turn is None else decoded.transpose(turn)
 
 
-def cut(image: Image.Image, plan: Plan) -> list[Image.Image]:
-    """The visual items of an RGB image: the thumbnail, then the slices row by row."""
-    items = [image.resize(plan.thumbnail, Image.Resampling.BICUBIC)]
+def cut(image: Image.Image, plan: Plan) -> list[np.ndarray]:
+    """The visual items of an RGB image: the thumbnail, then the slices row by row; each (height, width, 3) uint8."""
+    items = [pixels(image.resize(plan.thumbnail, Image.Resampling.BICUBIC))]
     if plan.refined is not None:
-        refined = image.resize(plan.refined, Image.Resampling.BICUBIC)
-        items += [refined.crop(box) for box in crop_boxes(plan)]
-    return items
+        items += slices(pixels(image.resize(plan.refined, Image.Resampling.BICUBIC)), plan)
+    return [item[..., :3] for item in items]
 
 
-def patchify(items: Sequence[Image.Image], patch_size: int) -> np.ndarray:
-    """Patches of RGB images, (patches, 3 * P * P) uint8, P = ``patch_size``.
+def slices(refined: np.ndarray, plan: Plan) -> list[np.ndarray]:
+    """The slices of the refined image row by row, as views; all (height, width, channels)."""
+    return [refined[top:bottom, left:right] for left, top, right, bottom in crop_boxes(plan)]
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    """The bytes of an RGB image, (height, width, 4) uint8, read only; the fourth channel means nothing."""
+    return memory(image).to_numpy().reshape(image.height, image.width, 4)
+
+
+def memory(image: Image.Image) -> pa.UInt8Array:
+    """The bytes of an RGB image row by row, four to a pixel: Pillow's own memory, or a copy of what is in pieces."""
+    try:
+        return pa.array(image).flatten()
+    except ValueError:  # in pieces: by default above 16 MiB
+        return pa.array(_joined(image).reshape(-1))
+
+
+def _joined(image: Image.Image) -> np.ndarray:
+    """A copy of a large image by way of bands of its rows that are in one piece each; several times tobytes' speed."""
+    width, height = image.size
+    whole = np.empty((height, width, 4), np.uint8)
+    rows = max(_ONE_PIECE // (4 * width), 1)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(top + rows, height)))
+        whole[top : top + rows] = pa.array(band).flatten().to_numpy().reshape(band.height, width, 4)
+    return whole
+
+
+def patchify(items: Sequence[np.ndarray], patch_size: int) -> np.ndarray:
+    """Patches of items (height, width, 3), (patches, 3 * P * P) uint8, P = ``patch_size``.
 
     Items one after another, patches of an item row by row, each patch in (channel, row, column) order.
     """
-    grids = [(item.height // patch_size, item.width // patch_size) for item in items]
+    grids = [(item.shape[0] // patch_size, item.shape[1] // patch_size) for item in items]
     patches = np.empty((sum(rows * columns for rows, columns in grids), 3 * patch_size**2), np.uint8)
     start = 0
     for item, (rows, columns) in zip(items, grids, strict=True):
-        pixels = np.asarray(item).reshape(rows, patch_size, columns, patch_size, 3)
+        cells = item.reshape(rows, patch_size, columns, patch_size, 3)
         into = patches[start : start + rows * columns].reshape(rows, columns, 3, patch_size, patch_size)
-        into[...] = pixels.transpose(0, 2, 4, 1, 3)
+        into[...] = cells.transpose(0, 2, 4, 1, 3)
         start += rows * columns
     return patches
 

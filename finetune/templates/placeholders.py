@@ -29,24 +29,22 @@ def old_schema(plan: Plan, layout: Layout, vocabulary: Vocabulary) -> Block:
     """
     image, image_end, unknown = (vocabulary.control(token) for token in ("<image>", "</image>", "<unk>"))
     query_num = layout.query_num
-    block = Block([], [])
-
-    def item() -> None:
-        start = len(block.ids) + 1
-        block.ids.extend((image, *[unknown] * query_num, image_end))
-        block.bounds.append((start, start + query_num))
-
-    item()
+    item = [image, *[unknown] * query_num, image_end]
+    ids, starts = item, [1]
     if plan.grid is not None:
         columns, rows = plan.grid
-        block.ids.append(vocabulary.control("<slice>"))
-        for row in range(rows):
-            if row:
-                block.ids.extend(vocabulary.fixed("\n"))
-            for _ in range(columns):
-                item()
-        block.ids.append(vocabulary.control("</slice>"))
-    return block
+        newline = vocabulary.fixed("\n")
+        row = item * columns
+        ids = [
+            *item,
+            vocabulary.control("<slice>"),
+            *row,
+            *(newline + row) * (rows - 1),
+            vocabulary.control("</slice>"),
+        ]
+        first, step = len(item) + 1, len(row) + len(newline)
+        starts += [first + line * step + place * len(item) + 1 for line in range(rows) for place in range(columns)]
+    return Block(ids, [(start, start + query_num) for start in starts])
 
 
 def new_schema(plan: Plan, number: int, layout: Layout, vocabulary: Vocabulary) -> Block:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from golden_tokenizers import tokenizer
@@ -221,7 +222,7 @@ def test_alignment_of_ids(change: Callable[[Rendered], None], message: str) -> N
 def test_alignment_of_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = image.cut
 
-    def missing(opened: Image.Image, cuts: Plan) -> list[Image.Image]:
+    def missing(opened: Image.Image, cuts: Plan) -> list[np.ndarray]:
         return whole(opened, cuts)[:-1]
 
     monkeypatch.setattr(image, "cut", missing)

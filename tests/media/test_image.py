@@ -30,7 +30,7 @@ def on_disk(picture: Image.Image, path: Path, **options: Any) -> Media:
 def test_patches_are_channel_row_column_and_row_major() -> None:
     picture = noise(42, 28)
     pixels = np.asarray(picture)
-    patches = image.patchify([picture, picture], 14)
+    patches = image.patchify([pixels, image.pixels(picture)[..., :3]], 14)
     assert patches.shape == (2 * 6, 3 * 14 * 14)
     assert patches.dtype == np.uint8
     for row in range(2):
@@ -48,7 +48,9 @@ def test_no_image_gives_no_patch() -> None:
 def test_items_follow_the_plan(tmp_path: Path) -> None:
     media = on_disk(noise(640, 480), tmp_path / "a.png")
     cuts = plan(640, 480, SliceSpec(9, 448, 14))
-    assert [item.size for item in image.cut(image.load(media, SOURCE), cuts)] == item_sizes(cuts)
+    items = image.cut(image.load(media, SOURCE), cuts)
+    assert [(item.shape[1], item.shape[0]) for item in items] == item_sizes(cuts)
+    assert all(item.shape[2] == 3 for item in items)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])

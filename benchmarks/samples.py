@@ -1,0 +1,198 @@
+"""Preparation of samples, ours against the vendor's: ``python benchmarks/samples.py``.
+
+The mix is 11 photos of 640x480, 2 of 1344x1344, 2 screenshots of 1920x1080 (PNG) and 1 photo of 12 megapixels, each
+with a question and an answer of some 400 tokens in all, for MiniCPM-Llama3-V 2.5 (96 placeholders, at most 9 slices).
+Both sides run in turn in one process on one thread; of the CPU time of every sample the median of the rounds counts.
+Ids, labels, bounds and pixels of both sides are compared, and any difference ends the run; with --image_backend fast
+the bytes that differ are counted instead.
+
+``--official DIR`` takes the vendor's finetune folder (its dataset.py) for the other side, not our re-creation of it.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and tokenizers are loaded: one thread on both sides.
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import mix
+import torch
+import vendor
+from official_samples import OfficialSamples, conversation_to_ids, with_placeholders
+from results import Row, append
+from transformers import PreTrainedTokenizerFast
+
+from dataset import SupervisedDataset
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.example import Example
+from finetune.encoding.ids import text_tensors
+from finetune.families import by_name
+from finetune.readers.mixture import open_data
+
+Job = Callable[[], Any]
+IDENTICAL, FAST, TEXT = (
+    "sample preparation, {}, identical",
+    "sample preparation, {}, --image_backend fast",
+    "text side, {}",
+)
+# A run of less than a millisecond right behind another's would measure how long its memory takes to come back.
+_TEXT_RUNS = 5
+GOALS = {IDENTICAL.format("mix"): 2.0, FAST.format("mix"): 4.5, TEXT.format("mix"): 25.0}
+
+
+def main() -> int:
+    """Prints and appends the figures; 1 when a goal is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--official", type=Path, metavar="DIR", help="the vendor's finetune folder")
+    parser.add_argument("--rounds", type=int, default=9, help="times that every sample is prepared")
+    parser.add_argument("--dry", action="store_true", help="append nothing to results.csv")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = mix.write(Path(folder))
+        bench = Bench(Path(folder) / "data.json", mix.tokenizer(), given.official)
+        bench.compare()
+        # What is loaded by now is not searched again and again by the garbage collector, on neither side.
+        gc.collect()
+        gc.freeze()
+        rows = [*_rows(bench, numbers, given.rounds)]
+    for case, ours, theirs, ratio, unit in rows:
+        print(f"{case:<60} {ours:>9.3f} {theirs:>9.3f} {ratio:>8.2f}  {unit}")
+    if not given.dry:
+        append("samples", rows, ["torch", "pillow", "torchvision", "transformers", "tokenizers"])
+    return 0 if all(row[3] >= GOALS.get(row[0], 0) for row in rows) else 1
+
+
+class Bench:
+    """Both sides over the same records.
+
+    Args:
+        data: data.json of the mix.
+        tokenizer: of both sides.
+        official: the vendor's finetune folder; None for the re-creation.
+    """
+
+    def __init__(self, data: Path, tokenizer: PreTrainedTokenizerFast, official: Path | None) -> None:
+        self._tokenizer = tokenizer
+        self._records = json.loads(data.read_text(encoding="utf-8"))
+        self._theirs = OfficialSamples(self._records, tokenizer)
+        self._their_ids = lambda turns: conversation_to_ids(turns, tokenizer)
+        if official is not None:
+            self._theirs, self._their_ids = vendor.load(official, self._records, tokenizer)
+        self._samples = open_data(data, None)
+        family = by_name("llama3_v2_5")
+        self._encoder = Encoder.from_config(family, tokenizer, mix.CONFIG)
+        self._ours = SupervisedDataset(self._samples, self._encoder)
+        self._fast = SupervisedDataset(
+            self._samples, Encoder.from_config(family, tokenizer, mix.CONFIG, image_backend="fast")
+        )
+
+    def whole(self, number: int) -> dict[str, Job]:
+        """The preparation of one sample, by side."""
+        return {
+            "theirs": lambda: self._theirs[number],
+            "ours": lambda: self._ours[number],
+            "fast": lambda: self._fast[number],
+        }
+
+    def text(self, number: int) -> dict[str, Job]:
+        """The text side of one sample, by side: ids, labels, position ids, bounds; the sizes of images are known."""
+        sample = self._samples[number]
+        plans = self._encoder.plans(self._encoder.sizes(sample))
+        turns = with_placeholders(self._records[number]["conversations"], plans[0].grid)
+        return {
+            "their text": lambda: self._their_ids(turns),
+            "our text": lambda: text_tensors(self._encoder.render(sample, plans)),
+        }
+
+    def compare(self) -> None:
+        """Stops at any difference, and prints how many bytes --image_backend fast changes."""
+        differing = two = total = 0
+        for number in range(len(self._records)):
+            theirs, ours, fast = self._theirs[number], self._ours[number], self._fast[number]
+            _check_text(theirs, ours)
+            _check_text(theirs, fast)
+            levels = (fast.patches.short() - ours.patches.short()).abs()
+            differing += int((levels > 0).sum())
+            two += int((levels > 1).sum())
+            total += levels.numel()
+            _check_pixels(theirs, ours)
+        print(f"ids, labels, bounds and pixels of {len(self._records)} samples are identical")
+        print(f"fast: {differing / total:.4%} of {total} bytes differ, {two / total:.6%} by more than one level")
+        if differing > 0.005 * total:
+            raise SystemExit("--image_backend fast changes more than 0.5 % of the bytes")
+
+
+def _check_text(theirs: Mapping[str, Any], ours: Example) -> None:
+    ids = theirs["input_ids"].long()
+    # The vendor's targets stand one place earlier: its loss does not shift them.
+    shifted = torch.cat([torch.tensor([-100]), theirs["labels"].long()[:-1]])
+    pairs = {
+        "ids": (ids, ours.input_ids),
+        "labels": (shifted, ours.labels),
+        "position ids": (theirs["position_ids"], ours.position_ids),
+        "bounds": (theirs["image_bound"], ours.image_bound),
+        "sizes": (theirs["tgt_sizes"].long(), ours.tgt_sizes),
+    }
+    if unequal := [name for name, (one, other) in pairs.items() if not torch.equal(one, other)]:
+        raise SystemExit(f"{ours.source}: {', '.join(unequal)} differ")
+
+
+def _check_pixels(theirs: Mapping[str, Any], ours: Example) -> None:
+    """Bit for bit: our bytes normalised as the network does it, in the vendor's layout."""
+    start = 0
+    for strip, (rows, columns) in zip(theirs["pixel_values"], ours.tgt_sizes.tolist(), strict=True):
+        patches = ours.patches[start : start + rows * columns].reshape(-1, 3, mix.PATCH, mix.PATCH)
+        values = patches.permute(1, 2, 0, 3).reshape(3, mix.PATCH, -1).float().div(255).sub(0.5).div(0.5)
+        if not torch.equal(values, strip):
+            raise SystemExit(f"{ours.source}: pixels differ")
+        start += rows * columns
+
+
+def _rows(bench: Bench, numbers: Mapping[str, Sequence[int]], rounds: int) -> list[Row]:
+    every = [number for each in numbers.values() for number in each]
+    taken = {
+        number: _median_times(bench.whole(number), rounds) | _median_times(bench.text(number), rounds, _TEXT_RUNS)
+        for number in every
+    }
+    rows: list[Row] = []
+    for case, ours, theirs in (
+        (IDENTICAL, "ours", "theirs"),
+        (FAST, "fast", "theirs"),
+        (TEXT, "our text", "their text"),
+    ):
+        groups = {"mix": every} | {name: list(each) for name, each in numbers.items()}
+        for name, group in groups.items():
+            our, their = (statistics.mean(taken[number][side] for number in group) for side in (ours, theirs))
+            rows.append((case.format(name), our, their, their / our, "ms of CPU time per sample"))
+    return rows
+
+
+def _median_times(jobs: Mapping[str, Job], rounds: int, runs: int = 1) -> dict[str, float]:
+    """Milliseconds of CPU time of every job, the median of all its runs; the jobs take turns, so many runs each."""
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            for _ in range(runs):
+                start = time.process_time()
+                job()
+                times[name].append(1000 * (time.process_time() - start))
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
