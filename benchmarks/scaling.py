@@ -1,8 +1,9 @@
 """One rank against two on this CPU, DDP, ZeRO-2 and ZeRO-3: ``python benchmarks/scaling.py``.
 
 A small MiniCPM-V 4.5 of random weights is trained by finetune.py under torchrun on made-up pictures, one thread per
-rank and the same samples per rank and step. Samples per second are those of the log, the median of the steps behind the
-first ones; the runs take turns and the best of each counts. Two ranks on two cores that do nothing else could reach 2.
+rank and the same samples per rank and step. Counted are samples per second of CPU time of a rank, times the ranks: the
+speed on cores that do nothing else, if no rank ever waited for another. So neighbours do not count, and 2 is the most
+that two ranks reach; below it is what they spend on each other. The median of the steps behind the first ones counts.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +39,29 @@ _STEPS, _LEFT_OUT, _BATCH = 12, 4, 4
 
 def main() -> None:
     """Prints the rates and appends them to results.csv."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="runs of every way")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--rounds", type=int, default=1, help="runs of every way, of which the best counts")
     parser.add_argument("--dry", action="store_true", help="append nothing to results.csv")
-    given = parser.parse_args()
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    given, flags = parser.parse_known_args()
+    if given.rank is not None:
+        _train(given.rank, flags)
+        return
     rates: dict[tuple[str, int], list[float]] = {}
     with tempfile.TemporaryDirectory() as place:
         base, data = _prepare(Path(place))
         for _ in range(given.rounds):
-            for way in WAYS:
+            for way in given.ways:
                 for ranks in (1, 2):
                     rates.setdefault((way, ranks), []).append(_rate(Path(place), base, data, way, ranks))
     rows = []
-    for way in WAYS:
+    for way in given.ways:
         one, two = (max(rates[way, ranks]) for ranks in (1, 2))
-        print(f"{way:<8} 1 rank {one:8.2f}   2 ranks {two:8.2f} samples/s   {two / one:.2f}")
-        rows.append((way, two, one, two / one, "samples/s, 2 ranks / 1 rank"))
+        print(f"{way:<8} 1 rank {one:8.2f}   2 ranks {two:8.2f} samples/s of CPU   {two / one:.2f}")
+        rows.append((way, two, one, two / one, "samples/s of CPU time, 2 ranks / 1 rank"))
     if not given.dry:
         append("scaling", rows, ["torch", "transformers", "deepspeed", "accelerate"])
 
@@ -98,16 +108,37 @@ def _rate(place: Path, base: Path, data: Path, way: str, ranks: int) -> float:
         "check": "off",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command += ["--", str(ROOT / "finetune.py")]
+    command += ["--", str(Path(__file__)), "--rank", str(place)]
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{way}, {ranks} ranks: {done.stderr[-3000:]}")
-    lines = [json.loads(line) for line in (output / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = [line["samples_per_second"] for line in lines if "loss" in line][_LEFT_OUT:]
-    print(f"{way}, {ranks} ranks: {statistics.median(found):.2f} samples/s", flush=True)
-    return statistics.median(found)
+    marks = [json.loads((place / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    steps = [[after - before for before, after in zip(own, own[1:], strict=False)][_LEFT_OUT:] for own in marks]
+    found = ranks * _BATCH / statistics.median(sum(step) / ranks for step in zip(*steps, strict=True))
+    print(f"{way}, {ranks} ranks: {found:.2f} samples/s of CPU", flush=True)
+    return found
+
+
+def _train(place: Path, flags: list[str]) -> None:
+    """finetune.py as one rank, with the CPU time of its process noted at every line of the log."""
+    from trainer import CPMTrainer
+
+    marks: list[float] = []
+    log = CPMTrainer.log
+
+    def noted(self: Any, logs: dict[str, float], *more: Any) -> None:
+        log(self, logs, *more)
+        if "loss" in logs:
+            marks.append(time.process_time())
+
+    CPMTrainer.log = noted
+    sys.argv = [str(ROOT / "finetune.py"), *flags]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        (place / f"rank{os.environ['RANK']}.json").write_text(json.dumps(marks))
 
 
 if __name__ == "__main__":
