@@ -51,7 +51,7 @@ def write(folder: Path, classes: Iterable[str] = CLASSES) -> dict[str, list[int]
         for number in numbers[name]:
             file = folder / f"{number}.{suffix}"
             picture = _screenshot(width, height, number, words) if suffix == "png" else photo(width, height, number)
-            picture.save(file, **({"quality": 90} if suffix == "jpg" else {}))
+            picture.save(file, quality=90)  # which means nothing to PNG
             question, answer = text(chance, words, _QUESTION_WORDS), text(chance, words, _ANSWER_WORDS)
             turns = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
             records.append({"id": str(number), "image": str(file), "conversations": turns})

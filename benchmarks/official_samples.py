@@ -50,7 +50,7 @@ class OfficialSamples:
         record = self.records[index]
         picture = Image.open(record["image"]).convert("RGB")
         items, grid = cut(picture)
-        pixels = [TRANSFORM(item) for item in items]
+        pixels: list[torch.Tensor] = [torch.as_tensor(TRANSFORM(item)) for item in items]
         made = conversation_to_ids(with_placeholders(record["conversations"], grid), self.tokenizer)
         patches = [_patches(each) for each in pixels]
         sizes = torch.tensor([(each.shape[1] // PATCH, each.shape[2] // PATCH) for each in pixels], dtype=torch.int32)
@@ -97,22 +97,22 @@ def with_placeholders(turns: Turns, grid: tuple[int, int] | None) -> list[dict[s
     return [first, *others]
 
 
-def conversation_to_ids(turns: Turns, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def conversation_to_ids(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Ids, shifted targets, position ids and bounds of images, of a conversation with its placeholders."""
     raw = tokenizer.apply_chat_template(turns, chat_template=_TEMPLATE, tokenize=False)
     encoded = tokenizer.apply_chat_template(turns, chat_template=_TEMPLATE, tokenize=True, return_dict=False)
     found = np.array(encoded)
     prompt = _prompt_mask(found, tokenizer)
     ids, context = torch.from_numpy(found.astype(np.int32)), torch.from_numpy(prompt)
-    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    end, opening, closing = (_id(tokenizer, name) for name in ("<|eot_id|>", "<image>", "</image>"))
     targets = torch.full_like(ids, -100)
     for at in range(1, len(ids)):
         if context[at] == 0:
             targets[at - 1] = ids[at]
         if context[at] == 1 and context[at - 1] == 0:
             targets[at - 1] = end
-    starts = torch.where(ids == tokenizer.convert_tokens_to_ids("<image>"))[0] + 1
-    ends = torch.where(ids == tokenizer.convert_tokens_to_ids("</image>"))[0]
+    starts = torch.where(ids == opening)[0] + 1
+    ends = torch.where(ids == closing)[0]
     bounds = torch.hstack([starts.unsqueeze(-1), ends.unsqueeze(-1)])
     positions = torch.arange(len(ids))
     return {"input_ids": ids, "labels": targets, "image_bound": bounds, "position_ids": positions, "raw": raw}
@@ -121,7 +121,7 @@ def conversation_to_ids(turns: Turns, tokenizer: PreTrainedTokenizerFast) -> dic
 def _prompt_mask(ids: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """1 where there is no loss, 0 in answers and their end marks."""
     names = ("<|start_header_id|>", "assistant", "<|end_header_id|>", "<|eot_id|>")
-    opened, role, closed, ended = (np.where(ids == tokenizer.convert_tokens_to_ids(name))[0] for name in names)
+    opened, role, closed, ended = (np.where(ids == _id(tokenizer, name))[0] for name in names)
     mask = np.ones(len(ids), np.int8)
     headers = set((opened + closed) / 2)
     for at in role:
@@ -131,6 +131,12 @@ def _prompt_mask(ids: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> np.ndar
             if last is not None:
                 mask[first : last + 1] = 0
     return mask
+
+
+def _id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
 
 
 def _patches(values: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
 from finetune.encoding.ids import text_tensors
 from finetune.families import by_name
+from finetune.media.slicing import Plan
 from finetune.readers.mixture import open_data
 
 Job = Callable[[], Any]
@@ -113,6 +114,7 @@ class Bench:
         """The text side of one sample, by side: ids, labels, position ids, bounds; the sizes of images are known."""
         sample = self._samples[number]
         plans = self._encoder.plans(self._encoder.sizes(sample))
+        assert isinstance(plans[0], Plan)
         turns = with_placeholders(self._records[number]["conversations"], plans[0].grid)
         return {
             "their text": lambda: self._their_ids(turns),

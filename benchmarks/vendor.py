@@ -20,19 +20,21 @@ class Tokenizer:
     def __init__(self, wrapped: PreTrainedTokenizerFast) -> None:
         self._wrapped = wrapped
         self.unk_token = "<unk>"
-        self.im_start_id, self.im_end_id = wrapped.convert_tokens_to_ids([self.im_start, self.im_end])
-        self.slice_start_id, self.slice_end_id = wrapped.convert_tokens_to_ids([self.slice_start, self.slice_end])
+        self.im_start_id = wrapped.convert_tokens_to_ids(self.im_start)
+        self.im_end_id = wrapped.convert_tokens_to_ids(self.im_end)
+        self.slice_start_id = wrapped.convert_tokens_to_ids(self.slice_start)
+        self.slice_end_id = wrapped.convert_tokens_to_ids(self.slice_end)
         self.eot_id = wrapped.convert_tokens_to_ids("<|eot_id|>")
         self.convert_tokens_to_ids = wrapped.convert_tokens_to_ids
 
-    def apply_chat_template(self, turns: Sequence[Mapping[str, str]], **options: Any) -> Any:
+    def apply_chat_template(self, turns: list[dict[str, str]], **options: Any) -> Any:
         """As of the wrapped tokenizer."""
         return self._wrapped.apply_chat_template(turns, **options, return_dict=False)
 
 
 def load(
     folder: Path, records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast
-) -> tuple[Any, Callable[[Sequence[Mapping[str, str]]], Mapping[str, Any]]]:
+) -> tuple[Any, Callable[[list[dict[str, str]]], Mapping[str, Any]]]:
     """The vendor's dataset over the records, and its function from conversations to ids.
 
     Args:

@@ -20,7 +20,6 @@ from finetune.sample import DataError, Media, Source
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels: Pillow's own threshold (256 MiB of 24-bit pixels), here an error."""
 
-# Pillow keeps an image of at most so many bytes in one piece, as long as nobody changes its settings.
 _ONE_PIECE = 15 << 20
 _ORIENTATION = 0x0112
 _TURN = {
@@ -106,27 +105,27 @@ def slices(refined: np.ndarray, plan: Plan) -> list[np.ndarray]:
 
 
 def pixels(image: Image.Image) -> np.ndarray:
-    """The bytes of an RGB image, (height, width, 4) uint8, read only; the fourth channel means nothing."""
-    return memory(image).to_numpy().reshape(image.height, image.width, 4)
+    """The bytes of an RGB image, (height, width, 4) uint8, perhaps read only; the fourth channel means nothing."""
+    found = [memory(band).to_numpy().reshape(band.height, band.width, 4) for band in bands(image)]
+    return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def bands(image: Image.Image) -> Iterator[Image.Image]:
+    """The image from top to bottom, in parts of at most 16 MB each: so much Pillow keeps in one piece of memory."""
+    rows = max(_ONE_PIECE // (4 * image.width), 1)
+    if rows >= image.height:
+        yield image
+        return
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def memory(image: Image.Image) -> pa.UInt8Array:
-    """The bytes of an RGB image row by row, four to a pixel: Pillow's own memory, or a copy of what is in pieces."""
+    """The bytes of an RGB image row by row, four to a pixel: Pillow's own memory, or a copy where it is in pieces."""
     try:
         return pa.array(image).flatten()
-    except ValueError:  # in pieces: by default above 16 MiB
-        return pa.array(_joined(image).reshape(-1))
-
-
-def _joined(image: Image.Image) -> np.ndarray:
-    """A copy of a large image by way of bands of its rows that are in one piece each; several times tobytes' speed."""
-    width, height = image.size
-    whole = np.empty((height, width, 4), np.uint8)
-    rows = max(_ONE_PIECE // (4 * width), 1)
-    for top in range(0, height, rows):
-        band = image.crop((0, top, width, min(top + rows, height)))
-        whole[top : top + rows] = pa.array(band).flatten().to_numpy().reshape(band.height, width, 4)
-    return whole
+    except ValueError:  # Pillow's environment variables change how it keeps images.
+        return pa.array(np.asarray(image.convert("RGBA")).reshape(-1))
 
 
 def patchify(items: Sequence[np.ndarray], patch_size: int) -> np.ndarray:

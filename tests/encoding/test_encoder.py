@@ -1,6 +1,6 @@
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,12 @@ import pytest
 import torch
 from golden_tokenizers import tokenizer
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from finetune.encoding.encoder import AlignmentError, Encoder
+from finetune.encoding.example import Example
+from finetune.encoding.fitting import Fitter
+from finetune.errors import UserError
 from finetune.families import by_name
 from finetune.families.base import Family
 from finetune.media import image
@@ -228,6 +232,63 @@ def test_alignment_of_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image, "cut", missing)
     with pytest.raises(AlignmentError, match=r"items cut into \[\] patches where the image headers give"):
         encoder("v2_0").encode(sample(picture(20, 20)))
+
+
+def test_a_picture_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its header is read for the plan, and its pixels for the patches; a fitting sample needs no other look."""
+    Image.effect_noise((300, 200), 50).convert("RGB").save(tmp_path / "a.jpg")
+    opened: list[JpegImageFile] = []
+    begin = JpegImageFile.load_prepare
+
+    def counted(self: JpegImageFile) -> None:
+        opened.append(self)
+        begin(self)
+
+    monkeypatch.setattr(JpegImageFile, "load_prepare", counted)
+    conversation = sample(Media("image", tmp_path / "a.jpg"))
+    for image_backend in ("pillow", "fast"):
+        Fitter(encoder("v2_0", max_length=10_000, image_backend=image_backend), "shrink").encode(conversation)
+        assert len(opened) == 1
+        opened.clear()
+
+
+@BOTH
+def test_fast_backend_changes_pixels_alone(family: str) -> None:
+    """And those by a level: names, shapes and numbers are those of Pillow's."""
+    noise = Image.effect_noise((300, 200), 90).convert("RGB")
+    conversation = sample(Media("image", noise), picture(50, 400), picture(112, 112))
+    plain, quick = (encoder(family, image_backend=name).encode(conversation) for name in ("pillow", "fast"))
+    for field in fields(Example):
+        ours, theirs = getattr(quick, field.name), getattr(plain, field.name)
+        if isinstance(ours, torch.Tensor) and field.name != "patches":
+            assert torch.equal(ours, theirs), field.name
+    assert quick.patches.shape == plain.patches.shape
+    levels = (quick.patches.short() - plain.patches.short()).abs()
+    assert 0 < (levels > 0).float().mean() < 0.011
+    assert levels.max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["sixteen.png", "cmyk.jpg", "palette.png", "animated.gif", "good.png", "whole.jpg"])
+def test_fast_backend_takes_every_picture(zoo: Path, kind: str) -> None:
+    """As Pillow decodes it."""
+    conversation = sample(Media("image", zoo / kind))
+    plain, quick = (encoder("v2_0", image_backend=name).encode(conversation) for name in ("pillow", "fast"))
+    assert (quick.patches.short() - plain.patches.short()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["truncated.jpg", "empty.png", "page.jpg", "huge.png", "nowhere.jpg"])
+def test_fast_backend_refuses_what_pillow_refuses(zoo: Path, kind: str) -> None:
+    messages = []
+    for name in ("pillow", "fast"):
+        with pytest.raises(DataError) as caught:
+            encoder("v2_0", image_backend=name).encode(sample(Media("image", zoo / kind)))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_published_processors_keep_their_own_way() -> None:
+    with pytest.raises(UserError, match=r"--image_backend fast: MiniCPM-V 4.6 keeps the pixels of its published image"):
+        Encoder.from_config(by_name("v4_6"), tokenizer("llama3"), {}, image_backend="fast")
 
 
 def test_survives_a_worker_process() -> None:
