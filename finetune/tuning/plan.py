@@ -24,8 +24,17 @@ def describe_steps(training: TrainingArguments, samples: Sequence[Sample], fitte
         except DataError:
             continue
     mean = sum(lengths) / max(len(lengths), 1)
+    measured = f"measured on {len(lengths)} of {len(samples)} samples"
+    if training.packing == "best_fit":
+        capacity = training.packing_tokens or training.per_device_train_batch_size * training.model_max_length
+        tokens = capacity * training.world_size * accumulation
+        return (
+            f"rows of at most {capacity} tokens x {training.world_size} processes x {accumulation} accumulation = at most "
+            f"{tokens} tokens per optimizer step; about {mean:.0f} tokens per sample, {tokens / max(mean, 1):.0f} samples "
+            f"per optimizer step ({measured})"
+        )
     return (
         f"global batch {batch} = {training.per_device_train_batch_size} per device x {training.world_size} processes "
         f"x {accumulation} accumulation; about {mean:.0f} tokens per sample, {mean * batch:.0f} per optimizer step "
-        f"(measured on {len(lengths)} of {len(samples)} samples)"
+        f"({measured})"
     )
