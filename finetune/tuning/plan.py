@@ -28,10 +28,10 @@ def describe_steps(training: TrainingArguments, samples: Sequence[Sample], fitte
     if training.packing == "best_fit":
         capacity = training.packing_tokens or training.per_device_train_batch_size * training.model_max_length
         tokens = capacity * training.world_size * accumulation
+        processes = f"{training.world_size} processes x {accumulation} accumulation"
         return (
-            f"rows of at most {capacity} tokens x {training.world_size} processes x {accumulation} accumulation = at most "
-            f"{tokens} tokens per optimizer step; about {mean:.0f} tokens per sample, {tokens / max(mean, 1):.0f} samples "
-            f"per optimizer step ({measured})"
+            f"rows of at most {capacity} tokens x {processes} = at most {tokens} tokens per optimizer step; about "
+            f"{mean:.0f} tokens per sample, {tokens / max(mean, 1):.0f} samples per optimizer step ({measured})"
         )
     return (
         f"global batch {batch} = {training.per_device_train_batch_size} per device x {training.world_size} processes "
