@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 # Bytes of the float32 log probabilities that live at a time; beside them stand as many logits.
 BUDGET = 64 * 2**20
+_LOW = (torch.bfloat16, torch.float16)
 
 
 class Head(nn.Linear):
@@ -72,16 +73,28 @@ def linear_nll(
         weight: (V, E).
         targets: (M,) int64.
         scaling: what logits are divided by.
-        rows: tokens at a time; None for as many as ``BUDGET`` lets through, at least one.
+        rows: tokens at a time; None for ``rows_at_once``.
 
     Returns:
         Their sum, with a graph for one backward pass, and each of them, (M,) float32 without one.
     """
-    rows = rows or max(BUDGET // (4 * len(weight)), 1)
+    rows = rows or rows_at_once(len(hidden), weight)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearNll.apply(hidden, weight, targets, scaling, rows)  # pyright: ignore[reportReturnType]
     nll, _, _ = _by_chunks(hidden, weight, targets, scaling, rows, (False, False))
     return nll.sum(), nll
+
+
+def rows_at_once(count: int, weight: torch.Tensor) -> int:
+    """Of ``count`` tokens, how many have their logits at a time: what ``BUDGET`` lets through, at least one.
+
+    A trained 16 bit weight (V, E) would need a float32 sum of its size over several times. As long as all logits take
+    less than that sum, they are made at once.
+    """
+    vocabulary, width = weight.shape
+    if weight.requires_grad and weight.dtype in _LOW and count <= width // 2:
+        return max(count, 1)
+    return max(BUDGET // (4 * vocabulary), 1)
 
 
 class _LinearNll(torch.autograd.Function):
@@ -108,33 +121,38 @@ def _by_chunks(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scaling: float, rows: int, wanted: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Negative log likelihoods (M,), and of their sum the wanted gradients, of hidden states and of the weight."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    cast = weight.to(_computed_in(weight))
     nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
     of_weight = None
     if wanted[1]:  # sums of several roundings to 16 bit would drift
         summed = torch.float32 if len(hidden) > rows else weight.dtype
         of_weight = torch.zeros(weight.shape, dtype=summed, device=weight.device)
-    with torch.autocast(device, enabled=False):
-        cast = weight.to(dtype)
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            chunk, column = hidden[part].to(dtype), targets[part, None]
-            scores = F.linear(chunk, cast)
-            scores = F.log_softmax(scores if scaling == 1 else scores.float() / scaling, dim=-1, dtype=torch.float32)
-            nll[part] = -scores.gather(1, column)[:, 0]
-            if not any(wanted):
-                continue
-            slopes = scores.exp_().scatter_add_(1, column, torch.full_like(column, -1, dtype=torch.float32))
-            slopes = (slopes if scaling == 1 else slopes.div_(scaling)).to(dtype)
-            if of_hidden is not None:
-                of_hidden[part] = slopes @ cast
-            if of_weight is not None:
-                _add_product(of_weight, slopes, chunk)
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        chunk, column = hidden[part].to(cast.dtype), targets[part, None]
+        scores = F.linear(chunk, cast)
+        scores = F.log_softmax(scores if scaling == 1 else scores.float() / scaling, dim=-1, dtype=torch.float32)
+        nll[part] = -scores.gather(1, column)[:, 0]
+        if not any(wanted):
+            continue
+        slopes = scores.exp_().scatter_add_(1, column, torch.full_like(column, -1, dtype=torch.float32))
+        slopes = (slopes if scaling == 1 else slopes.div_(scaling)).to(cast.dtype)
+        if of_hidden is not None:
+            of_hidden[part] = slopes @ cast
+        if of_weight is not None:
+            _add_product(of_weight, slopes, chunk)
     if of_weight is not None and weight.dtype == torch.bfloat16:  # float16 would overflow before it is scaled
         of_weight = of_weight.bfloat16()
     return nll, of_hidden, of_weight
+
+
+def _computed_in(weight: torch.Tensor) -> torch.dtype:
+    """The type in which a linear layer computes here: that of autocast, else its own."""
+    device = weight.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 def _add_product(total: torch.Tensor, slopes: torch.Tensor, chunk: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.families.base import Family
 from finetune.models.adapters import network_of
-from finetune.models.head import nll_of
+from finetune.models.head import Head, nll_of, rows_at_once
 from finetune.models.language import logits_scaling
 from finetune.models.whole import Whole
 from finetune.planning.recipe import Shape
@@ -50,6 +50,9 @@ def blocks_of_step(model: Any, family: Family, shape: Shape, *, autocast: bool, 
         hidden = _language(network, shape, embedded, features)
         trace.begin(HEAD)
         _loss(network, hidden, shape)
+        output: Any = network.get_output_embeddings()
+        if isinstance(output, Head):
+            trace.current.widest = _widest_in_head(output.weight, _labels(shape), autocast=autocast)
     _share_gradients(network, family.parts, trace.blocks)
     for block in trace.blocks:
         block.graph = block.graph or block.saved > 0 or block.gradients > 0
@@ -81,13 +84,23 @@ def _language(network: Any, shape: Shape, embedded: torch.Tensor, features: torc
     return decoder(inputs_embeds=embedded, attention_mask=mask, use_cache=False).last_hidden_state
 
 
+def _labels(shape: Shape) -> int:
+    return max(round(shape.batch * shape.tokens * shape.labelled), 1)
+
+
 def _loss(network: Any, hidden: torch.Tensor, shape: Shape) -> torch.Tensor:
-    count = max(round(shape.batch * shape.tokens * shape.labelled), 1)
-    where = torch.empty(count, dtype=torch.int64, device="meta")
+    where = torch.empty(_labels(shape), dtype=torch.int64, device="meta")
     chosen = hidden.flatten(0, 1).index_select(0, where)
     scaling = 1.0 if isinstance(network, Whole) else logits_scaling(network.llm)
     output: Any = network.get_output_embeddings()
     return nll_of(output, chosen, where, scaling)[0]
+
+
+def _widest_in_head(weight: torch.Tensor, count: int, *, autocast: bool) -> int:
+    """Half the bytes that come and go in a ``Head``: logits and log probabilities of some tokens, sums of gradients."""
+    rows = rows_at_once(count, weight)
+    summed = weight.requires_grad and (autocast or (weight.element_size() == 2 and count > rows))
+    return 4 * len(weight) * min(rows, count) + (2 * weight.numel() if summed else 0)
 
 
 def _share_gradients(network: Any, parts: Mapping[str, tuple[str, ...]], blocks: list[Block]) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from visual_batch import Row, gradients, make_batch, small_model
 
 from finetune.models import head as heads
-from finetune.models.head import Head, linear_nll
+from finetune.models.head import Head, linear_nll, rows_at_once
 from finetune.models.losses import supervised_loss
 
 ROWS: list[Row] = [(3, [(4, 6)], 5), (6, [], 4), (2, [(3, 3)], 6)]
@@ -104,6 +104,13 @@ def test_never_more_logits_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> N
     seen.clear()
     linear_nll(hidden, weight, targets)
     assert seen == [1] * M
+
+
+def test_trained_sixteen_bit_weights_are_not_summed_where_all_logits_take_less() -> None:
+    weight = torch.empty(100_000, 1024, dtype=torch.bfloat16, device="meta")
+    assert rows_at_once(512, weight) == rows_at_once(600, weight) == heads.BUDGET // 400_000
+    assert rows_at_once(512, weight.requires_grad_()) == 512
+    assert rows_at_once(600, weight) == heads.BUDGET // 400_000
 
 
 def test_nothing_labelled_is_zero_with_gradients_of_zero() -> None:

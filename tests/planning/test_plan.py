@@ -113,7 +113,7 @@ def test_what_more_costs_and_what_saves() -> None:
     assert total(replace(again, vision_batch=4), many) <= total(again, many)
     labels = replace(shape, labelled=1.0)
     more = planner().memory(again, labels).logits - planner().memory(again, shape).logits
-    assert more == pytest.approx(768 * 151748 * 12, rel=0.01), "fp32 logits, probabilities and gradient"
+    assert 0 < more < 768 * 4096 * 12, "of more labels only hidden states and their gradients, never all logits"
 
 
 def test_attention_is_linear_in_the_length() -> None:
