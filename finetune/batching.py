@@ -73,6 +73,11 @@ def resolve_batches(training: TrainingArguments) -> None:
         )
 
 
+def row_capacity(training: TrainingArguments) -> int:
+    """Most tokens of a packed row."""
+    return training.packing_tokens or training.per_device_train_batch_size * training.model_max_length
+
+
 def _idle(training: TrainingArguments) -> list[str]:
     """Flags that were given and mean nothing with this kind of packing."""
     if training.packing == "off":

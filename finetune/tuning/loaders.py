@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from finetune.arguments import TrainingArguments
-from finetune.batching import BY_SIZE
+from finetune.batching import BY_SIZE, row_capacity
 from finetune.encoding.example import Example
 from finetune.encoding.intake import Intake
 from finetune.encoding.sizes import Sizes, measure
@@ -139,7 +139,7 @@ def _batch(args: TrainingArguments) -> int:
 
 
 def _plan(sizes: Sizes, args: TrainingArguments, seed: int) -> PackPlan:
-    capacity = args.packing_tokens or args.per_device_train_batch_size * args.model_max_length
+    capacity = row_capacity(args)
     shape = PackShape(capacity=capacity, most_items=args.packing_items, world=args.world_size, seed=seed)
     accumulation = args.gradient_accumulation_steps
     if args.packing == "batch":

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from finetune import distributed
 from finetune.arguments import TrainingArguments
+from finetune.batching import row_capacity
 
 NAME = "manifest.json"
 _FORMAT = 1
@@ -48,6 +49,7 @@ class Manifest:
         resumable: whether the optimizer's state was saved too.
         written: seconds since 1970.
         files: by path relative to the folder.
+        order: how batches are made of the samples, in words; empty where an older version did not note it.
     """
 
     step: int
@@ -59,6 +61,7 @@ class Manifest:
     resumable: bool
     written: float
     files: dict[str, File]
+    order: str = ""
 
 
 def describe(training: TrainingArguments) -> dict[str, Any]:
@@ -70,7 +73,17 @@ def describe(training: TrainingArguments) -> dict[str, Any]:
         "batch_size": training.per_device_train_batch_size,
         "accumulation": training.gradient_accumulation_steps,
         "resumable": not training.save_only_model,
+        "order": _order(training),
     }
+
+
+def _order(training: TrainingArguments) -> str:
+    rows = f"--packing {training.packing}"
+    if training.packing == "best_fit":
+        rows += (
+            f" in {training.packing_tokens or training.per_device_train_batch_size * training.model_max_length} tokens"
+        )
+    return f"{rows}, --train_sampling_strategy {training.train_sampling_strategy}"
 
 
 def zero_stage(config: dict[str, Any] | str | None) -> int:

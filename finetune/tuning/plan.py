@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finetune.arguments import TrainingArguments
+from finetune.batching import row_capacity
 from finetune.encoding.fitting import Fitter
 from finetune.sample import DataError, Sample
 
@@ -26,7 +27,7 @@ def describe_steps(training: TrainingArguments, samples: Sequence[Sample], fitte
     mean = sum(lengths) / max(len(lengths), 1)
     measured = f"measured on {len(lengths)} of {len(samples)} samples"
     if training.packing == "best_fit":
-        capacity = training.packing_tokens or training.per_device_train_batch_size * training.model_max_length
+        capacity = row_capacity(training)
         tokens = capacity * training.world_size * accumulation
         processes = f"{training.world_size} processes x {accumulation} accumulation"
         return (

@@ -123,6 +123,13 @@ def _check_fits(training: TrainingArguments, folder: Path, manifest: Manifest) -
             before,
             after,
         )
+    if manifest.order and manifest.order != now.order:
+        logger.warning(
+            "%s: batches were made with %s, now it is %s; samples will not be seen exactly once per epoch",
+            folder,
+            manifest.order,
+            now.order,
+        )
 
 
 def _weights_hint(folder: Path, manifest: Manifest) -> str:

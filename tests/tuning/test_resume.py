@@ -124,6 +124,13 @@ def test_what_does_not_fit_is_refused(tmp_path, layout, message):
             choose_checkpoint(training(tmp_path, wish), tmp_path)
 
 
+def test_another_way_to_make_batches_is_said(tmp_path, caplog):
+    order = "--packing best_fit in 4096 tokens, --train_sampling_strategy random"
+    folder = checkpoint(tmp_path, 2, order=order)
+    assert choose_checkpoint(training(tmp_path), tmp_path) == folder
+    assert f"batches were made with {order}, now it is --packing off, --train_sampling" in caplog.text
+
+
 def test_another_number_of_processes(tmp_path, monkeypatch, caplog):
     folder = checkpoint(tmp_path, 2, zero_stage=2, world_size=4)
     arguments = training(tmp_path)
