@@ -80,9 +80,7 @@ def describe(training: TrainingArguments) -> dict[str, Any]:
 def _order(training: TrainingArguments) -> str:
     rows = f"--packing {training.packing}"
     if training.packing == "best_fit":
-        rows += (
-            f" in {training.packing_tokens or training.per_device_train_batch_size * training.model_max_length} tokens"
-        )
+        rows += f" in {row_capacity(training)} tokens"
     return f"{rows}, --train_sampling_strategy {training.train_sampling_strategy}"
 
 
