@@ -37,17 +37,19 @@ LENGTHS = (310, 640, 1150)
 LABELLED = (77, 160, 320)
 SMALL_HEAD = {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8, "vocab_size": 4008}
 LARGE_HEAD = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4, "vocab_size": 128256}
-ROUNDS = 5
+ROUNDS = 3
 Step = Callable[[MiniCPMV], torch.Tensor]
 
 
 def network(sizes: dict[str, int]) -> MiniCPMV:
     """MiniCPM-Llama3-V 2.5 in small, heads of 64 and a tiny vision part (a batch of text passes a dummy through it)."""
     heads = sizes["hidden_size"] // 64
-    config = CONFIGS["llama3_v2_5"] | sizes | {"num_attention_heads": heads, "num_key_value_heads": max(heads // 4, 1)}
+    published = CONFIGS["llama3_v2_5"]
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config: dict[str, Any] = {**published, **sizes, "vision_config": {**published["vision_config"], **vision}}
+    config |= {"num_attention_heads": heads, "num_key_value_heads": max(heads // 4, 1)}
     torch.manual_seed(0)
-    return MiniCPMV(MiniCPMVConfig(**config | {"vision_config": config["vision_config"] | vision})).train()
+    return MiniCPMV(MiniCPMVConfig(**config)).train()
 
 
 def samples(vocabulary: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
