@@ -50,15 +50,17 @@ def _by_runs(batched: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch
         query_lengths: Sequence[int],
         key_lengths: Sequence[int],
     ) -> torch.Tensor:
-        outputs, q_start, k_start = [], 0, 0
-        for (q_length, k_length), run in groupby(zip(query_lengths, key_lengths, strict=True)):
-            count = sum(1 for _ in run)
-            q_end, k_end = q_start + count * q_length, k_start + count * k_length
-            q = query[q_start:q_end].unflatten(0, (count, q_length)).transpose(1, 2)
-            k = key[k_start:k_end].unflatten(0, (count, k_length)).transpose(1, 2)
-            v = value[k_start:k_end].unflatten(0, (count, k_length)).transpose(1, 2)
+        runs = [
+            (sum(1 for _ in run), *lengths) for lengths, run in groupby(zip(query_lengths, key_lengths, strict=True))
+        ]
+        # split, not slices: the backward pass of every slice writes zeros for all the others
+        queries = query.split([count * length for count, length, _ in runs])
+        keys, values = (tensor.split([count * length for count, _, length in runs]) for tensor in (key, value))
+        outputs = []
+        for (count, q_length, k_length), q, k, v in zip(runs, queries, keys, values, strict=True):
+            q = q.unflatten(0, (count, q_length)).transpose(1, 2)
+            k, v = (tensor.unflatten(0, (count, k_length)).transpose(1, 2) for tensor in (k, v))
             outputs.append(batched(q, k, v).transpose(1, 2).flatten(0, 1))
-            q_start, k_start = q_end, k_end
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     return attend
