@@ -33,15 +33,29 @@ _TEMPLATE = (
     "{{ '<|start_header_id|>' + turn['role'] + '<|end_header_id|>\n\n' + (turn['content'] | trim) + '<|eot_id|>' }}"
     "{% endfor %}"
 )
-_ITEM = "<image>" + "<unk>" * QUERIES + "</image>"
 
 
 class OfficialSamples:
-    """Records of one image each to tensors, as the vendor's dataset class gives them."""
+    """Records of one image each to tensors, as the vendor's dataset class gives them.
 
-    def __init__(self, records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast) -> None:
+    Args:
+        records: of the official form.
+        tokenizer: of MiniCPM-Llama3-V 2.5.
+        queries: placeholders per item.
+        resolution: side of the square whose area a slice should have.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        tokenizer: PreTrainedTokenizerFast,
+        queries: int = QUERIES,
+        resolution: int = RESOLUTION,
+    ) -> None:
         self.records = records
         self.tokenizer = tokenizer
+        self.queries = queries
+        self.resolution = resolution
 
     def __len__(self) -> int:
         return len(self.records)
@@ -49,9 +63,9 @@ class OfficialSamples:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         picture = Image.open(record["image"]).convert("RGB")
-        items, grid = cut(picture)
+        items, grid = cut(picture, self.resolution)
         pixels: list[torch.Tensor] = [torch.as_tensor(TRANSFORM(item)) for item in items]
-        made = conversation_to_ids(with_placeholders(record["conversations"], grid), self.tokenizer)
+        made = conversation_to_ids(with_placeholders(record["conversations"], grid, self.queries), self.tokenizer)
         patches = [_patches(each) for each in pixels]
         sizes = torch.tensor([(each.shape[1] // PATCH, each.shape[2] // PATCH) for each in pixels], dtype=torch.int32)
         mask = torch.ones_like(made["input_ids"], dtype=torch.bool)
@@ -67,31 +81,32 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch | {name: [each[name] for each in samples] for name in ("image_bound", "tgt_sizes", "pixel_values")}
 
 
-def cut(picture: Image.Image) -> tuple[list[Image.Image], tuple[int, int] | None]:
+def cut(picture: Image.Image, resolution: int = RESOLUTION) -> tuple[list[Image.Image], tuple[int, int] | None]:
     """Thumbnail and slices of a picture, and columns and rows of the grid; None where it is not cut."""
     width, height = picture.size
-    count = min(math.ceil(width * height / RESOLUTION**2), SLICES)
+    count = min(math.ceil(width * height / resolution**2), SLICES)
     if count <= 1:
-        return [picture.resize(_fitted(width, height), Image.Resampling.BICUBIC)], None
-    thumbnail = picture.copy().resize(_fitted(width, height), Image.Resampling.BICUBIC)
+        return [picture.resize(_fitted(width, height, resolution), Image.Resampling.BICUBIC)], None
+    thumbnail = picture.copy().resize(_fitted(width, height, resolution), Image.Resampling.BICUBIC)
     numbers = [number for number in (count - 1, count, count + 1) if 1 < number <= SLICES]
     grids = [
         (columns, number // columns) for number in numbers for columns in range(1, number + 1) if number % columns == 0
     ]
     wanted = math.log(width / height)
     columns, rows = min(grids, key=lambda grid: abs(wanted - math.log(grid[0] / grid[1])))
-    cell = _fitted(_multiple(width, columns) / columns, _multiple(height, rows) / rows)
+    cell = _fitted(_multiple(width, columns) / columns, _multiple(height, rows) / rows, resolution)
     refined = picture.resize((cell[0] * columns, cell[1] * rows), Image.Resampling.BICUBIC)
     corners = [(column * cell[0], row * cell[1]) for row in range(rows) for column in range(columns)]
     return [thumbnail, *(refined.crop((x, y, x + cell[0], y + cell[1])) for x, y in corners)], (columns, rows)
 
 
-def with_placeholders(turns: Turns, grid: tuple[int, int] | None) -> list[dict[str, str]]:
+def with_placeholders(turns: Turns, grid: tuple[int, int] | None, queries: int = QUERIES) -> list[dict[str, str]]:
     """The conversation with its <image> spelled out."""
-    image = _ITEM
+    item = "<image>" + "<unk>" * queries + "</image>"
+    image = item
     if grid is not None:
         columns, rows = grid
-        image += "<slice>" + "\n".join(_ITEM * columns for _ in range(rows)) + "</slice>"
+        image += "<slice>" + "\n".join(item * columns for _ in range(rows)) + "</slice>"
     first, *others = [dict(turn) for turn in turns]
     first["content"] = first["content"].replace("<image>", image)
     return [first, *others]
@@ -145,9 +160,9 @@ def _patches(values: torch.Tensor) -> torch.Tensor:
     return columns.reshape(3, PATCH, PATCH, -1).permute(0, 1, 3, 2).reshape(3, PATCH, -1)
 
 
-def _fitted(width: float, height: float) -> tuple[int, int]:
+def _fitted(width: float, height: float, resolution: int) -> tuple[int, int]:
     aspect = width / height
-    tall = int(RESOLUTION / math.sqrt(aspect))
+    tall = int(resolution / math.sqrt(aspect))
     return _multiple(int(tall * aspect), PATCH), _multiple(tall, PATCH)
 
 
