@@ -37,7 +37,7 @@ LENGTHS = (310, 640, 1150)
 LABELLED = (77, 160, 320)
 SMALL_HEAD = {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8, "vocab_size": 4008}
 LARGE_HEAD = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4, "vocab_size": 128256}
-ROUNDS = 3
+ROUNDS = 5
 Step = Callable[[MiniCPMV], torch.Tensor]
 
 

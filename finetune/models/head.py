@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# Bytes of the float32 log probabilities that live at a time; beside them stand as many logits.
-BUDGET = 64 * 2**20
+# Bytes of the logits and log probabilities, both float32, that live at a time.
+BUDGET = 96 * 2**20
 _LOW = (torch.bfloat16, torch.float16)
 
 
@@ -94,7 +94,7 @@ def rows_at_once(count: int, weight: torch.Tensor) -> int:
     vocabulary, width = weight.shape
     if weight.requires_grad and weight.dtype in _LOW and count <= width // 2:
         return max(count, 1)
-    return max(BUDGET // (4 * vocabulary), 1)
+    return max(BUDGET // (8 * vocabulary), 1)
 
 
 class _LinearNll(torch.autograd.Function):
