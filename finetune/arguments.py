@@ -21,7 +21,7 @@ from finetune.batching import BatchArguments, check_streamed_batches, resolve_ba
 from finetune.config.deepspeed import load_deepspeed
 from finetune.config.resolve import resolve
 from finetune.errors import ArgumentError
-from finetune.flags import DataArguments, LoraArguments, MemoryArguments, ModelArguments
+from finetune.flags import DataArguments, LoraArguments, MemoryArguments, ModelArguments, check_memory
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,7 @@ class TrainingArguments(MemoryArguments, BatchArguments, transformers.TrainingAr
         self._resolve_learning_rates()
         self._resolve_precision()
         resolve_batches(self)
+        check_memory(self)
         self.resume_from_checkpoint = _RESUME_WORDS.get(
             (self.resume_from_checkpoint or "none").lower(), self.resume_from_checkpoint
         )

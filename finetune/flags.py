@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from finetune.errors import ArgumentError
 from finetune.media.sampling import VideoOptions
 
 VIDEO_FLAGS = (
@@ -210,6 +211,20 @@ class MemoryArguments:
             "Default: all of a micro-batch. Saves memory where the tower is frozen or its layers are run again."
         },
     )
+
+
+def check_memory(training: Any) -> None:
+    """Refuses what would be without effect, or reach other networks.
+
+    Raises:
+        ArgumentError: --use_liger_kernel.
+    """
+    if training.use_liger_kernel:
+        raise ArgumentError(
+            "--use_liger_kernel true: liger-kernel replaces functions of transformers for every network of the process, "
+            "and knows none of these; what it saves at the loss is saved here without it (the output layer makes a few "
+            "logits at a time)"
+        )
 
 
 @dataclass

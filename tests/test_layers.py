@@ -22,7 +22,7 @@ TABLE: dict[str, set[str]] = {
     "sample": {"errors"},
     "legacy_flags": set(),
     "batching": {"errors"},
-    "flags": {"media.sampling"},
+    "flags": {"errors", "media.sampling"},
     "config": {"errors", "legacy_flags"},
     "outcome": {"errors"},
     # distributed only inside a function: DeepSpeed's start on CPU

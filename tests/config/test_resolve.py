@@ -156,6 +156,7 @@ def test_what_the_machine_lacks_falls_back_with_one_warning(parse, caplog, monke
         ({"freeze_language_model": True}, "nothing is left for adapters"),
         ({"do_predict": True}, "finetune evaluate"),
         ({"do_train": False}, "do_train false: this trains"),
+        ({"use_liger_kernel": True}, "saved here without it"),
         ({"packing": "tight"}, "--packing tight: off, batch or best_fit"),
         ({"packing": True, "disable_shuffling": True}, "packs have an order of their own"),
         ({"packing": True, "packing_items": 0}, "packing_items 0: the smallest value is 1"),
