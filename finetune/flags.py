@@ -221,7 +221,7 @@ def check_memory(training: Any) -> None:
     """
     if training.use_liger_kernel:
         raise ArgumentError(
-            "--use_liger_kernel true: liger-kernel replaces functions of transformers for every network of the process, "
+            "--use_liger_kernel true: liger-kernel replaces functions of transformers for every network of the process "
             "and knows none of these; what it saves at the loss is saved here without it (the output layer makes a few "
             "logits at a time)"
         )
