@@ -76,13 +76,11 @@ def watched(trainer: CPMTrainer) -> list[list[str]]:
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--packing", "batch", *FOUR),
         ("--packing", "best_fit", "--model_max_length", "160"),
         ("--train_sampling_strategy", "group_by_length", *FOUR),
-        ("--train_sampling_strategy", "batch_rebalance", *FOUR),
         FOUR,
     ],
-    ids=["batch", "best_fit", "group_by_length", "batch_rebalance", "padded"],
+    ids=["best_fit", "group_by_length", "padded"],
 )
 def test_a_run_goes_on_in_its_second_epoch(make, tmp_path: Path, flags):
     """Accelerate's wrapper of a resumed epoch does not pass the number of the epoch on."""
