@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from finetune.errors import UserError
 from finetune.sample import DataError
@@ -103,7 +103,7 @@ class Vocabulary:
         Raises:
             TextError: a character that the tokenizer does not know.
         """
-        return self.spans(text)[0]
+        return self._encode(self._tokenizer, text).ids
 
     def fixed(self, text: str) -> list[int]:
         """As ``text``, remembered: for the words of the template itself."""
@@ -121,7 +121,7 @@ class Vocabulary:
             return self.text(text)
         mark = self._kept.search(text) if self._kept else None
         head = text if mark is None else text[: mark.start()]
-        ids = self._encode(self._bare, head)[0]
+        ids = self._encode(self._bare, head).ids
         return ids if mark is None else ids + self.text(text[mark.start() :])
 
     def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -132,9 +132,10 @@ class Vocabulary:
         Raises:
             TextError: a character that the tokenizer does not know.
         """
-        return self._encode(self._tokenizer, text)
+        encoding = self._encode(self._tokenizer, text)
+        return encoding.ids, encoding.offsets
 
-    def _encode(self, tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def _encode(self, tokenizer: Tokenizer, text: str) -> Encoding:
         encoding = tokenizer.encode(text, add_special_tokens=False)
         ids = encoding.ids
         if not self._names.keys().isdisjoint(ids):
@@ -144,7 +145,7 @@ class Vocabulary:
                 f"the tokenizer has no id of its own for {text[first:last]!r} (character {first} of {text[:40]!r}...): "
                 f"it would become the control token {self._names[ids[at]]}; remove the character"
             )
-        return ids, encoding.offsets
+        return encoding
 
 
 def _hide(spec: dict[str, Any], banned: set[str]) -> None:
