@@ -9,6 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from sound_batch import sound_batch
 from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from visual_batch import FAMILIES, Row, gradients, make_batch, pack_rows, small_model
 
 from finetune.models import MiniCPMO, MiniCPMV, MiniCPMVConfig
@@ -116,6 +118,24 @@ def test_no_mask_is_built(shared: MiniCPMV, monkeypatch: pytest.MonkeyPatch) -> 
     row_loss(shared, batch)
     ends = batch["cu_seq_lens_q"]
     assert seen == (ends[1:] - ends[:-1]).tolist() * shared.config.num_hidden_layers
+
+
+def test_other_kernels_get_the_bounds_as_they_are() -> None:
+    """What FlashAttention asks for: four arguments, and no mask."""
+    model, seen = small_model("v4_5"), []
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        seen.append((args[4], *(kwargs[name] for name in names)))
+        return sdpa_attention_forward(*args, **kwargs)
+
+    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    AttentionInterface.register("noting", noting)  # without a mask function, none is made
+    model.llm.set_attn_implementation("noting")
+    batch = pack_rows(rows_of(model))
+    row_loss(model, batch)
+    assert len(seen) == model.config.num_hidden_layers
+    assert all(found[0] is None for found in seen)
+    assert all(a is b for found in seen for a, b in zip(found[1:], [batch[name] for name in names], strict=True))
 
 
 def test_without_labels_there_are_logits_and_no_cache(shared: MiniCPMV) -> None:
