@@ -10,6 +10,7 @@ tune_vision (the default of the published launcher) vpm as well.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -68,4 +69,6 @@ def main(*, dry: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(dry="--dry" in sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true", help="append nothing to results.csv")
+    main(dry=parser.parse_args().dry)

@@ -12,6 +12,7 @@ gradients included, a fresh process per side.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -178,8 +179,12 @@ def main(*, dry: bool) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true", help="append nothing to results.csv")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    if sys.argv[1:2] == ["--peak"]:
-        print(peak(*sys.argv[2:4]))
+    if given.peak:
+        print(peak(*given.peak))
     else:
-        main(dry="--dry" in sys.argv[1:])
+        main(dry=given.dry)

@@ -100,7 +100,8 @@ def test_help_is_printed_and_a_wrong_name_refused():
 
 
 def test_make_bench_runs_them():
-    done = subprocess.run(["make", "--dry-run", "bench"], cwd=ROOT, capture_output=True, text=True, check=False)
+    make = ["make", "--dry-run", "--no-print-directory", "bench"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == ".venv/bin/python benchmarks/all.py"
 
 
