@@ -92,13 +92,13 @@ def test_nothing_leaks_between_segments(shared: MiniCPMV) -> None:
         shared.train()
         assert_sealed(shared, expected)
         for reentrant in (True, False):
-            shared.activation_checkpointing_enable({"use_reentrant": reentrant})
+            shared.gradient_checkpointing_enable({"use_reentrant": reentrant})
             found = shared(**pack_rows(rows_of(shared)))
             found.loss.backward()
             assert torch.allclose(found.row_loss.detach(), expected, rtol=1e-5, atol=1e-5)
     finally:
         shared.zero_grad()
-        shared.activation_checkpointing_disable()
+        shared.gradient_checkpointing_disable()
         shared.eval()
 
 
