@@ -24,7 +24,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, get_length_grou
 
 from finetune.encoding.sizes import Sizes
 from finetune.media.slicing import SliceSpec, item_sizes, plan
-from finetune.tuning.order import BatchPlan, BestFitPlan, PackPlan, PackShape
+from finetune.tuning.order import BatchPlan, BestFitPlan, PackPlan, PackShape, fill
 
 SAMPLES, QUERIES, CAPACITY, RANKS, BATCH = 20_000, 96, 4096, 8, 8
 SPEC = SliceSpec(max_slice_nums=9, scale_resolution=448, patch_size=14)
@@ -55,13 +55,11 @@ def waiting(rounds: Sequence[Sequence[float]]) -> float:
     return float(work.max(1).sum() / work.mean(1).sum())
 
 
-def of_plan(planned: PackPlan, sizes: Sizes) -> tuple[float, float]:
+def of_plan(planned: PackPlan, sizes: Sizes, shape: PackShape) -> tuple[float, float]:
     """Share of the rows that holds samples, and ``waiting``, over an epoch in which every sample is checked to be."""
-    cost, first = sizes.cost, list(planned.epoch(0))
-    packs = [pack for each in first for pack in each if pack]
-    assert sorted(sample for pack in packs for sample in pack) == list(range(len(sizes)))
-    used = sum(int(sizes.tokens[pack].sum()) for pack in packs)
-    return used / (len(packs) * CAPACITY), waiting([[cost[pack].sum() for pack in each] for each in first])
+    seen = [sample for each in planned.epoch(0) for pack in each for sample in pack]
+    assert sorted(seen) == list(range(len(sizes)))
+    return fill(planned, sizes, shape)
 
 
 def _in_turn(batches: Sequence[Sequence[int]], work: np.ndarray) -> float:
@@ -96,14 +94,14 @@ def main() -> None:
     order = np.random.default_rng(1).permutation(SAMPLES)
     print(f"{SAMPLES} samples, mean {sizes.tokens.mean():.0f} tokens, {sizes.items.mean():.1f} slices")
     shape = PackShape(capacity=CAPACITY, most_items=None, world=RANKS, seed=0)
-    full, ours = of_plan(BestFitPlan(sizes, shape, 1), sizes)
+    full, ours = of_plan(BestFitPlan(sizes, shape, 1), sizes, shape)
     batches = np.split(order, SAMPLES // 4)
     padded = sum(int(sizes.tokens[batch].sum()) for batch in batches) / sum(
         len(batch) * int(sizes.tokens[batch].max()) for batch in batches
     )
     random = _in_turn([[sample] for sample in order], sizes.cost)
     wide = PackShape(capacity=BATCH * 2048, most_items=None, world=RANKS, seed=0)
-    dealt = of_plan(BatchPlan(sizes, wide, batch=BATCH * RANKS, accumulation=1, shuffle=True), sizes)[1]
+    dealt = of_plan(BatchPlan(sizes, wide, batch=BATCH * RANKS, accumulation=1, shuffle=True), sizes, wide)[1]
     rounds = rebalanced(sizes)
     flat = [batch for each in rounds for batch in each]
     theirs = waiting(_padded_work(flat, sizes).reshape(-1, RANKS).tolist())

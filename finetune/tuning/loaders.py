@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
@@ -147,15 +146,20 @@ def _plan(sizes: Sizes, args: TrainingArguments, seed: int) -> PackPlan:
         plan: PackPlan = BatchPlan(sizes, shape, batch=_batch(args), accumulation=accumulation, shuffle=shuffle)
     else:
         plan = BestFitPlan(sizes, shape, _epochs(sizes, shape, args))
+    if args.process_index == 0:
+        _describe(plan, sizes, shape, args)
+    return plan
+
+
+def _describe(plan: PackPlan, sizes: Sizes, shape: PackShape, args: TrainingArguments) -> None:
     full, waiting = fill(plan, sizes, shape)
-    per_step = len(sizes) / max(math.ceil(len(plan) / accumulation), 1)
+    steps = max(math.ceil(len(plan) / args.gradient_accumulation_steps), 1)
     logger.info(
         "packing %s: %d samples in rows of at most %d tokens, %.1f%% full; %.1f samples per optimizer step (without "
         "packing %d), %d steps per epoch; the slowest rank has %.1f%% more to do than the mean",
-        args.packing, len(sizes), capacity, 100 * full, per_step, _batch(args), math.ceil(len(plan) / accumulation),
+        args.packing, len(sizes), shape.capacity, 100 * full, len(sizes) / steps, _batch(args), steps,
         100 * (waiting - 1),
     )  # fmt: skip
-    return plan
 
 
 def _epochs(sizes: Sizes, shape: PackShape, args: TrainingArguments) -> int:
@@ -163,5 +167,5 @@ def _epochs(sizes: Sizes, shape: PackShape, args: TrainingArguments) -> int:
     if args.max_steps <= 0:
         return math.ceil(args.num_train_epochs)
     # No epoch has fewer packs than this.
-    rounds = max(int(np.ceil(sizes.tokens.sum() / shape.capacity / shape.world)), 1)
+    rounds = max(math.ceil(int(sizes.tokens.sum()) / shape.capacity / shape.world), 1)
     return math.ceil(args.max_steps * args.gradient_accumulation_steps / rounds)

@@ -17,12 +17,7 @@ from trainer import CPMTrainer
 FOUR = ("--max_steps", "4", "--per_device_train_batch_size", "4")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,7 @@ from trainer import CPMTrainer
 ROWS = (("v2_0", "full"), ("llama3_v2_5", "lora"), ("o4_5", "full"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
