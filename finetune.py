@@ -6,6 +6,7 @@ The launchers finetune_ds.sh (full) and finetune_lora.sh (LoRA) call this file; 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story is told in one piece
     """Trains, saves and verifies; returns the exit status."""
     distributed.setup_logging()
+    # Loader processes share the work; a tokenizer that had started threads of its own would warn when they fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args = parse_arguments(argv)
     output = Path(args.training.output_dir or "output").absolute()
 

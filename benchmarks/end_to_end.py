@@ -1,13 +1,16 @@
 """Training from files to weights, ours against the way of the published scripts: ``python benchmarks/end_to_end.py``.
 
+``--official DIR`` takes the vendor's finetune folder for the other side's samples, not our re-creation of them.
+
 Two ranks on the CPU, ZeRO-2, float32, the tiny MiniCPM-Llama3-V 2.5 of this tool, the same 16 samples in every
 optimizer step: web pictures, documents, screenshots, small images. Ours: one row per rank (--packing batch), samples
-prepared in one process per rank. Theirs is a plain re-creation of the published way: batch size 1 with 8 accumulated
-batches, samples prepared by the training process as in official_samples.py, float32 logits of every position;
-normalised pixels are turned back into bytes, which costs a hundredth of the step. The sides take turns; the medians of
-their runs count, the first step of a run does not. The losses of all steps must agree to 1e-4. The network is so small
-that preparing samples and what every micro-batch costs by itself are most of the time: that is what is compared here,
-the step of a larger network is in step.py.
+prepared in one process per rank; once with identical pixels, once with --image_backend fast. Theirs is a plain
+re-creation of the published way: batch size 1 with 8 accumulated batches, samples prepared by the training process as
+in official_samples.py, the network run as in official_network.py with float32 logits of every position. The sides take
+turns; the medians of their runs count, the first step of a run does not. The losses of all steps must agree to 1e-4 of
+them. The network is so small that preparing samples and what every micro-batch costs by itself are most of the time:
+that is what is compared here, the step of a larger network is in step.py. Processes that prepare samples and those that
+train share the cores, so nothing is hidden behind the step on our side.
 """
 
 from __future__ import annotations
@@ -28,10 +31,12 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_AC
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-RANKS, PER_RANK, STEPS = 2, 8, 6
+RANKS, PER_RANK, STEPS = 2, 8, 12
+# There are samples beyond the last step, or the loader processes of one side would be idle in the last ones.
+AHEAD = 6
 # Of 16 samples: how many, width, height, words of the answer.
 KINDS = ((9, 640, 480, 15), (2, 1344, 1344, 40), (2, 1920, 1080, 25), (3, 448, 300, 60))
-SIDES = ("ours", "theirs")
+SIDES = ("ours", "fast", "theirs")
 
 
 def prepare(folder: Path) -> None:
@@ -59,7 +64,7 @@ def _kinds() -> list[tuple[int, int, int]]:
 
     step = [(width, height, words) for count, width, height, words in KINDS for _ in range(count)]
     chance = random.Random(0)
-    return [kind for _ in range(STEPS) for kind in chance.sample(step, len(step))]
+    return [kind for _ in range(STEPS + AHEAD) for kind in chance.sample(step, len(step))]
 
 
 class Clock:
@@ -95,12 +100,13 @@ def flags(folder: Path, side: str) -> list[str]:
         "model_name_or_path": folder / "base", "data_path": folder / "data.json", "output_dir": folder / side,
         "deepspeed": ROOT / "ds_config_zero2.json", "max_steps": STEPS, "learning_rate": 1e-4, "report_to": "none",
         "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential", "save_strategy": "no",
-        "disable_tqdm": True, "model_max_length": 2048, "check": "off", "use_cpu": True, **rows,
+        "disable_tqdm": True, "model_max_length": 2048, "check": "off", "use_cpu": True,
+        "image_backend": "fast" if side == "fast" else "pillow", **rows,
     }  # fmt: skip
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-def rank_main(folder: Path, side: str) -> None:
+def rank_main(folder: Path, side: str, official: Path | None) -> None:
     """One rank of one side; rank 0 prints samples per second and losses."""
     import torch
     from transformers import set_seed
@@ -113,7 +119,7 @@ def rank_main(folder: Path, side: str) -> None:
     distributed.start(args.training)
     set_seed(0)
     clock = Clock()
-    trainer = (their_trainer if side == "theirs" else our_trainer)(args, clock)
+    trainer = their_trainer(args, clock, official) if side == "theirs" else our_trainer(args, clock)
     trainer.train()
     if args.training.process_index == 0:
         losses = [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
@@ -134,7 +140,13 @@ def our_trainer(args: Any, clock: Clock) -> Any:
 
     base = resolve(args.model.model_name_or_path)
     model = adapt(load_model(base.folder, dtype=torch.float32), base.family, args.training, args.lora)
-    encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings, max_length=2048)
+    encoder = Encoder.from_config(
+        base.family,
+        load_tokenizer(base.folder),
+        base.settings,
+        max_length=2048,
+        image_backend=args.data.image_backend,
+    )
     return CPMTrainer(
         model=model,
         args=args.training,
@@ -145,56 +157,34 @@ def our_trainer(args: Any, clock: Clock) -> Any:
     )
 
 
-def their_trainer(args: Any, clock: Clock) -> Any:
+def their_trainer(args: Any, clock: Clock, official: Path | None) -> Any:
     """The Trainer of transformers, with samples, batches and loss as published."""
+    import torch
+    import vendor
+    from official_network import OfficialNetwork
     from official_samples import OfficialSamples, collate
     from transformers import Trainer
 
-    from finetune.models import load_tokenizer
+    from finetune.models import load_model, load_tokenizer
 
     folder = args.model.model_name_or_path
     records = json.loads(Path(args.data.data_path).read_text())
     tokenizer: Any = load_tokenizer(folder)
     config = json.loads((Path(folder) / "config.json").read_text())
-    resolution = config["slice_config"]["scale_resolution"]
-    samples: Any = OfficialSamples(records, tokenizer, config["query_num"], resolution)
-    model = _full_logits().from_pretrained(folder, dtype="float32")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = "pos_embed" not in name
+    samples: Any = OfficialSamples(records, tokenizer, config["query_num"], config["slice_config"]["scale_resolution"])
+    if official is not None:
+        samples, _ = vendor.load(official, records, tokenizer, config)
+    model: Any = OfficialNetwork(load_model(folder, dtype=torch.float32))
     return Trainer(
         model=model, args=args.training, train_dataset=samples, data_collator=collate, callbacks=[clock.callback()]
     )
 
 
-def _full_logits() -> Any:
-    """The network with float32 logits of every position and images as the published collator gives them."""
-    import torch
-    from torch.nn import functional as F
-
-    from finetune.models import MiniCPMV
-
-    class FullLogits(MiniCPMV):
-        def forward(self, labels: Any, pixel_values: Any, num_items_in_batch: Any = None, **batch: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-            pixels = [each for row in pixel_values for each in row]
-            parts = [((each * 0.5 + 0.5) * 255).round().to(torch.uint8) for each in pixels]
-            side = parts[0].shape[1]
-            batch["patches"] = torch.cat([p.reshape(3, side, -1, side).permute(2, 0, 1, 3).flatten(1) for p in parts])
-            batch["tgt_sizes"] = torch.cat(batch["tgt_sizes"]).long()
-            bounds = [F.pad(each, (1, 0), value=row) for row, each in enumerate(batch["image_bound"])]
-            batch["image_bound"] = torch.cat(bounds)
-            out = super().forward(use_cache=False, **{**batch, "input_ids": batch["input_ids"].long()})
-            assert out.logits is not None
-            logits = out.logits.float().view(-1, out.logits.shape[-1])
-            loss = F.cross_entropy(logits, labels.reshape(-1).long(), reduction="sum")
-            return {"loss": loss / num_items_in_batch}
-
-    return FullLogits
-
-
-def run(folder: Path, side: str) -> Mapping[str, Any]:
+def run(folder: Path, side: str, official: Path | None) -> Mapping[str, Any]:
     """One run of a side in processes of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
     command += [__file__, "--folder", str(folder), "--side", side]
+    command += [] if official is None else ["--official", str(official)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-4000:])
@@ -202,15 +192,16 @@ def run(folder: Path, side: str) -> Mapping[str, Any]:
 
 
 def main() -> None:
-    """Runs both sides in turn, compares their losses and adds a row to results.csv."""
+    """Runs the sides in turn, compares their losses and adds rows to results.csv."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--official", type=Path, metavar="DIR", help="the vendor's finetune folder")
     parser.add_argument("--runs", type=int, default=3, help="of each side")
     parser.add_argument("--dry", action="store_true", help="append nothing to results.csv")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
-        rank_main(given.folder, given.side)
+        rank_main(given.folder, given.side, given.official)
         return
     from results import append
 
@@ -219,18 +210,27 @@ def main() -> None:
         prepare(Path(place))
         for _ in range(given.runs):
             for side in SIDES:
-                found[side].append(run(Path(place), side))
+                found[side].append(run(Path(place), side, given.official))
                 print(f"{side:<8} {found[side][-1]['rate']:7.3f} samples/s  losses {_short(found[side][-1]['losses'])}")
-    pairs = list(zip(found["ours"][0]["losses"], found["theirs"][0]["losses"], strict=True))
-    apart = max(abs(a - b) for a, b in pairs)
-    print(f"losses differ by at most {apart:.1e}")
-    assert len(pairs) == STEPS, pairs
-    assert apart < 1e-4, pairs
-    ours, theirs = (statistics.median(each["rate"] for each in found[side]) for side in SIDES)
-    print(f"ours {ours:.3f}, theirs {theirs:.3f} samples/s, {ours / theirs:.2f} times")
+    rates = {side: statistics.median(each["rate"] for each in found[side]) for side in SIDES}
+    rows = []
+    for side, option in (("ours", ""), ("fast", ", --image_backend fast")):
+        _compare(found[side][0]["losses"], found["theirs"][0]["losses"])
+        ratio = rates[side] / rates["theirs"]
+        case = f"samples per second, 2 ranks, ZeRO-2{option}"
+        if given.official is not None:
+            case += ", the vendor's dataset class"
+        rows.append((case, rates[side], rates["theirs"], ratio, "samples/s"))
+        print(f"{case}: {rates[side]:.3f}, theirs {rates['theirs']:.3f}, {ratio:.2f} times")
     if not given.dry:
-        row = ("samples per second, 2 ranks, ZeRO-2", ours, theirs, ours / theirs, "samples/s")
-        append("end_to_end", [row], ["torch", "transformers", "deepspeed", "pillow"])
+        append("end_to_end", rows, ["torch", "transformers", "deepspeed", "pillow"])
+
+
+def _compare(ours: Sequence[float], theirs: Sequence[float]) -> None:
+    assert len(ours) == len(theirs) == STEPS, (ours, theirs)
+    apart = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
+    print(f"losses differ by at most {apart:.1e} of them")
+    assert apart < 1e-4, (ours, theirs)
 
 
 def _short(losses: Sequence[float]) -> str:

@@ -33,7 +33,10 @@ class Tokenizer:
 
 
 def load(
-    folder: Path, records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast
+    folder: Path,
+    records: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    config: Mapping[str, Any] = mix.CONFIG,
 ) -> tuple[Any, Callable[[list[dict[str, str]]], Mapping[str, Any]]]:
     """The vendor's dataset over the records, and its function from conversations to ids.
 
@@ -41,6 +44,7 @@ def load(
         folder: its finetune folder, with dataset.py.
         records: of the official form, with one image each.
         tokenizer: of MiniCPM-Llama3-V 2.5.
+        config: its config.json.
     """
     spec = importlib.util.spec_from_file_location("vendor_dataset", folder / "dataset.py")
     if spec is None or spec.loader is None:
@@ -52,10 +56,10 @@ def load(
         records,
         TRANSFORM,
         own,
-        mix.CONFIG["slice_config"],
+        config["slice_config"],
         llm_type="llama3",
-        patch_size=mix.PATCH,
-        query_nums=mix.QUERIES,
+        patch_size=config["patch_size"],
+        query_nums=config["query_num"],
         batch_vision=True,
     )
     return dataset, lambda turns: module.conversation_to_ids(turns, own, "llama3")

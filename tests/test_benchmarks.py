@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import importlib
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from PIL import Image
+
+from finetune.encoding.collate import pad
+from finetune.encoding.encoder import Encoder
+from finetune.models import load_model, load_tokenizer
+from finetune.readers.mixture import open_data
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
@@ -73,6 +81,34 @@ def test_results_are_rows_of_numbers():
         for line in csv.DictReader(file):
             assert None not in line.values()
             assert all(float(line[name]) >= 0 for name in ("ours", "theirs", "ratio")), line
+
+
+def test_the_network_measured_against_has_our_loss_and_gradients(bare, tiny, tmp_path):
+    """The published forward pass, written again, and ours, on a picture that is cut and one that is not."""
+    module = importlib.import_module("official_network")
+    samples, collate = (getattr(importlib.import_module("official_samples"), n) for n in ("OfficialSamples", "collate"))
+    folder, config = tiny("llama3_v2_5"), json.loads((tiny("llama3_v2_5") / "config.json").read_text())
+    records = []
+    for number, size in enumerate([(300, 170), (90, 110)]):
+        Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{number}.png")
+        words = "a red car " * (5 - 3 * number)
+        turns = [{"role": "user", "content": "<image>\nwhat?"}, {"role": "assistant", "content": words.strip()}]
+        records.append({"id": str(number), "image": str(tmp_path / f"{number}.png"), "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    tokenizer, ours = load_tokenizer(folder), load_model(folder, dtype=torch.float32).train()
+    theirs = module.OfficialNetwork(load_model(folder, dtype=torch.float32)).train()
+    made = samples(records, tokenizer, config["query_num"], config["slice_config"]["scale_resolution"])
+    out = theirs(**collate([made[0], made[1]]), num_items_in_batch=100)
+    encoder = Encoder.from_config(ours.config.family, tokenizer, config)
+    examples = [encoder.encode(sample) for sample in open_data(tmp_path / "data.json", None)]
+    loss = ours(**pad(examples, encoder.pad_id), num_items_in_batch=100).loss
+    assert len(examples[0].tgt_sizes) > 2 > len(examples[1].tgt_sizes)
+    assert out["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    out["loss"].backward()
+    loss.backward()
+    wanted = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_no_goal_is_there_twice(table):

@@ -21,18 +21,25 @@ def _buckets(count: int, side: int) -> torch.Tensor:
     return torch.bucketize(fractions, boundaries, right=True)
 
 
+def _joined(sizes: Sizes, of_size: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+    """What ``of_size`` gives for the rows and columns of every item, one behind another; called once per size."""
+    by_size = {size: of_size(*size) for size in dict.fromkeys(sizes)}
+    return torch.cat([by_size[size] for size in sizes])
+
+
 def row_ids(sizes: Sizes, side: int) -> torch.Tensor:
     """Rows of the position table, (patches,) int64, by the rule of MiniCPM-Llama3-V 2.5.
 
     Its published code takes an item of h x w patches for one row of h * w, so only the first row of the table is used.
     """
-    return torch.cat([_buckets(height * width, side) for height, width in sizes])
+    return _joined(sizes, lambda height, width: _buckets(height * width, side))
 
 
 def grid_ids(sizes: Sizes, side: int) -> torch.Tensor:
     """Rows of the position table, (patches,) int64, by the two-dimensional rule (2.6 and later)."""
-    return torch.cat(
-        [(_buckets(height, side)[:, None] * side + _buckets(width, side)[None, :]).flatten() for height, width in sizes]
+    return _joined(
+        sizes,
+        lambda height, width: (_buckets(height, side)[:, None] * side + _buckets(width, side)[None, :]).flatten(),
     )
 
 
@@ -50,11 +57,10 @@ def resampled(table: torch.Tensor, sizes: Sizes, grid: tuple[int, int]) -> torch
     # Only V-2.0 needs timm, and importing it takes a second.
     from timm.layers.pos_embed import resample_abs_pos_embed
 
-    by_size = {
-        size: resample_abs_pos_embed(table, list(size), old_size=list(grid), num_prefix_tokens=0)[0]
-        for size in dict.fromkeys(sizes)
-    }
-    return torch.cat([by_size[size] for size in sizes])
+    def brought(height: int, width: int) -> torch.Tensor:
+        return resample_abs_pos_embed(table, [height, width], old_size=list(grid), num_prefix_tokens=0)[0]
+
+    return _joined(sizes, brought)
 
 
 def _sincos_of(positions: torch.Tensor, dim: int) -> torch.Tensor:
@@ -70,8 +76,8 @@ def sincos(sizes: Sizes, dim: int, device: torch.device) -> torch.Tensor:
     The first half of the channels encodes the column, the second the row (the published order). The value at (row,
     column) does not depend on the size of the grid.
     """
-    rows = torch.cat([torch.arange(height).repeat_interleave(width) for height, width in sizes]).to(device)
-    columns = torch.cat([torch.arange(width).repeat(height) for height, width in sizes]).to(device)
+    rows = _joined(sizes, lambda height, width: torch.arange(height).repeat_interleave(width)).to(device)
+    columns = _joined(sizes, lambda height, width: torch.arange(width).repeat(height)).to(device)
     longest = max(max(size) for size in sizes)
     axis = _sincos_of(torch.arange(longest, dtype=torch.float32, device=device), dim // 2)
     return torch.cat([axis[columns], axis[rows]], dim=1)

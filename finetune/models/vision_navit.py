@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from finetune.models.attention import split_attention
 from finetune.models.configuration import MiniCPMVConfig
 from finetune.models.positions import POSITION_IDS, Sizes
-from finetune.models.vision import VisionTower, normalize
+from finetune.models.vision import PatchProjection, VisionTower, normalize
 
 
 class NavitEmbeddings(nn.Module):
@@ -20,7 +20,7 @@ class NavitEmbeddings(nn.Module):
 
     def __init__(self, hidden: int, patch: int, side: int, positions: str) -> None:
         super().__init__()
-        self.patch_embedding = nn.Conv2d(3, hidden, kernel_size=patch, stride=patch)
+        self.patch_embedding = PatchProjection(3, hidden, kernel_size=patch, stride=patch)
         self.position_embedding = nn.Embedding(side * side, hidden)
         self.patch, self.side, self.position_ids = patch, side, POSITION_IDS[positions]
 

@@ -17,7 +17,7 @@ from finetune.models.attention import split_attention
 from finetune.models.configuration import MiniCPMVConfig
 from finetune.models.initialization import STD, initialize
 from finetune.models.positions import Sizes, resampled
-from finetune.models.vision import VisionTower, normalize
+from finetune.models.vision import PatchProjection, VisionTower, normalize
 
 
 class TimmSelfAttention(nn.Module):
@@ -73,6 +73,10 @@ class TimmSiglip(VisionTower):
         self.grid: tuple[int, int] = tuple(model.patch_embed.grid_size)
         self.patch: int = model.patch_embed.patch_size[0]
         self.patch_embed = model.patch_embed
+        conv = self.patch_embed.proj
+        self.patch_embed.proj = PatchProjection(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, bias=conv.bias is not None
+        )
         self.pos_embed = model.pos_embed
         self.blocks = nn.ModuleList([TimmBlock(config, block) for block in blocks])
         self.norm = model.norm

@@ -10,6 +10,7 @@ from visual_batch import Row, gradients, make_batch, small_model
 from finetune.models import MiniCPMV
 from finetune.models.attention import split_attention
 from finetune.models.segments import SEGMENTED
+from finetune.models.vision import PatchProjection, normalize
 
 ROWS: list[Row] = [(3, [(4, 6)], 5), (6, [], 4), (2, [(3, 3), (5, 2), (5, 2)], 6)]
 
@@ -228,3 +229,16 @@ def test_disagreeing_inputs_name_both_numbers(fault: str) -> None:
 def test_batch_without_tokens_is_an_error() -> None:
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         small_model("llama3_v2_5")()
+
+
+def test_the_patch_projection_is_the_convolution() -> None:
+    conv = torch.nn.Conv2d(3, 8, 14, 14)
+    ours = PatchProjection(3, 8, 14, 14)
+    ours.load_state_dict(conv.state_dict())
+    pixels = normalize(torch.randint(0, 256, (5, 3 * 14 * 14), dtype=torch.uint8), 14, torch.float32)
+    one, other = conv(pixels), ours(pixels)
+    torch.testing.assert_close(other, one)
+    for made in (one, other):
+        made.square().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, conv.weight.grad)
+    torch.testing.assert_close(ours.bias.grad, conv.bias.grad)

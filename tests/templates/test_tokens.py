@@ -175,3 +175,18 @@ def test_threads_and_pickles() -> None:
     for copied in (pickle.loads(pickle.dumps(words)), copy.deepcopy(words)):
         assert [copied.text(text) for text in texts] == expected
         assert copied.continuation("Two") == words.continuation("Two")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_and_without_threads_of_the_tokenizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tokenizers may start no threads, ids come by its shorter way."""
+    words = vocabulary(name)
+
+    def found(switch: str | None) -> list[list[int]]:
+        monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+        if switch is not None:
+            monkeypatch.setenv("TOKENIZERS_PARALLELISM", switch)
+        texts = ["", "Two dogs, 12 cats.\n\n", "用户 <image> <ref>x</ref>", " a\tb  c" * 50]
+        return [encode(text) for text in texts for encode in (words.text, words.continuation)]
+
+    assert found(None) == found("true") == found("false") == found("0")
