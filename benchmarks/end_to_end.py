@@ -203,7 +203,7 @@ def main() -> None:
     if given.side:
         rank_main(given.folder, given.side, given.official)
         return
-    from results import append
+    from results import OFFICIAL, append
 
     found: dict[str, list[Mapping[str, Any]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as place:
@@ -219,7 +219,7 @@ def main() -> None:
         ratio = rates[side] / rates["theirs"]
         case = f"samples per second, 2 ranks, ZeRO-2{option}"
         if given.official is not None:
-            case += ", the vendor's dataset class"
+            case += f", {OFFICIAL}"
         rows.append((case, rates[side], rates["theirs"], ratio, "samples/s"))
         print(f"{case}: {rates[side]:.3f}, theirs {rates['theirs']:.3f}, {ratio:.2f} times")
     if not given.dry:

@@ -15,6 +15,8 @@ COLUMNS = ("date", "benchmark", "case", "ours", "theirs", "ratio", "unit", "vers
 
 Row = tuple[str, float, float, float, str]
 """Case, our figure, the other one, their ratio, unit."""
+OFFICIAL = "the vendor's dataset class"
+"""Added to the name of a case where the other side's samples come from the vendor's own code (--official)."""
 
 
 def append(benchmark: str, rows: Iterable[Row], packages: Sequence[str], hardware: str | None = None) -> None:

@@ -240,5 +240,5 @@ def test_the_patch_projection_is_the_convolution() -> None:
     torch.testing.assert_close(other, one)
     for made in (one, other):
         made.square().sum().backward()
-    torch.testing.assert_close(ours.weight.grad, conv.weight.grad)
-    torch.testing.assert_close(ours.bias.grad, conv.bias.grad)
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, conv.get_parameter(name).grad)
