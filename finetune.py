@@ -93,6 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         check_before_training([part.intake for part in (train, evaluation) if part is not None], args.data.check)
     logger.info("%s", describe_steps(args.training, train.samples, train.intake.fitter))
 
+    if args.training.checkpoint_parts is not None:
+        from finetune.planning.fit import settle
+
+        settle(base.settings, args.training, args.lora, train.intake.fitter, train.samples)
+
     # Model: load, then freeze or wrap.
     dtype = args.training.compute_dtype
     quantised: dict[str, Any] = {"quantization_config": quantisation(dtype)} if args.lora.q_lora else {}

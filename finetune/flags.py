@@ -200,8 +200,8 @@ class MemoryArguments:
         default=None,
         metadata={
             "help": "With gradient_checkpointing, the parts whose layers are run again. Default: all that keep "
-            "anything; a frozen tower keeps nothing.",
-            "choices": ["llm", "vision", "audio"],
+            "anything; a frozen tower keeps nothing. fit: as few as the plan for the GPU's memory allows, if any.",
+            "choices": ["llm", "vision", "audio", "fit"],
         },
     )
     vision_batch: int | None = field(
@@ -217,8 +217,10 @@ def check_memory(training: Any) -> None:
     """Refuses what would be without effect, or reach other networks.
 
     Raises:
-        ArgumentError: --use_liger_kernel.
+        ArgumentError: --use_liger_kernel, or parts beside "fit".
     """
+    if "fit" in (parts := training.checkpoint_parts or []) and len(parts) > 1:
+        raise ArgumentError(f"--checkpoint_parts {' '.join(parts)}: fit chooses the parts itself; leave the others out")
     if training.use_liger_kernel:
         raise ArgumentError(
             "--use_liger_kernel true: liger-kernel replaces functions of transformers for every network of the process "

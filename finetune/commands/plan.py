@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,6 @@ from finetune.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
     from finetune.planning.recipe import Recipe, Shape
-
-# Records whose length is measured; the longest of them counts.
-_MEASURED = 500
 
 
 def main(argv: list[str]) -> int:
@@ -103,8 +99,8 @@ def _measured(given: argparse.Namespace, shape: Shape) -> Shape:
     from finetune.encoding.encoder import Encoder
     from finetune.encoding.fitting import Fitter
     from finetune.models import load_tokenizer
+    from finetune.planning.fit import measured_shape
     from finetune.readers.mixture import open_data
-    from finetune.sample import DataError
     from finetune.tuning.checkpoint import resolve
 
     base = resolve(given.model)
@@ -115,23 +111,10 @@ def _measured(given: argparse.Namespace, shape: Shape) -> Shape:
         max_slice_nums=given.slices or None,
         max_length=given.length or 2048,
     )
-    fitter, samples = Fitter(encoder, "shrink"), open_data(given.data, None, image_root=given.image_root)
-    tokens = items = patches = labels = measured = 0
-    for index in range(0, len(samples), max(len(samples) // _MEASURED, 1)):
-        try:
-            measure, rendered = encoder.measure(samples[index]), fitter.fit(samples[index]).rendered
-        except DataError:
-            continue
-        measured += 1
-        tokens = max(tokens, len(rendered.input_ids))
-        labels = max(labels, sum(label >= 0 for label in rendered.labels))
-        if measure.patches > patches:
-            items, patches = measure.items, measure.patches
-    if not measured:
+    samples = open_data(given.data, None, image_root=given.image_root)
+    if (found := measured_shape(Fitter(encoder, "shrink"), samples, shape)) is None:
         raise ArgumentError(f"{given.data}: none of its records can be used; python -m finetune check tells why")
-    return replace(
-        shape, tokens=tokens, items=items, patches=-(-patches // max(items, 1)), labelled=min(labels / tokens, 1.0)
-    )
+    return found
 
 
 def _described(shape: Shape) -> str:

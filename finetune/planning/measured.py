@@ -36,10 +36,12 @@ def measured(config: dict[str, Any], recipe: Recipe, shape: Shape) -> tuple[int,
     family = detect(config)
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingArguments(output_dir=folder, use_cpu=True, report_to="none", **recipe.training_flags())
+        if recipe.checkpointing and recipe.checkpoint_parts is not None:
+            training.gradient_checkpointing, training.checkpoint_parts = True, [*recipe.checkpoint_parts]
         model = adapt(model, family, training, LoraArguments(lora_r=recipe.lora_r)).train()
         if recipe.checkpointing:
             base: PreTrainedModel = model.get_base_model() if recipe.adapters else model
-            base.activation_checkpointing_enable({"use_reentrant": False})
+            base.gradient_checkpointing_enable({"use_reentrant": False})
         batch = micro_batch(config, shape)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)

@@ -79,19 +79,28 @@ class Planner:
         config: config.json as a dictionary.
         dtype: in which it computes.
         gpu: whether it is planned for a GPU; on a CPU there is no context and kernels keep other things.
+        model: the network on the meta device as all recipes train it; None to make it as each of them says.
     """
 
-    def __init__(self, config: dict[str, Any], dtype: torch.dtype = torch.bfloat16, *, gpu: bool = True) -> None:
-        self.config, self.dtype, self.gpu = config, dtype, gpu
+    def __init__(
+        self,
+        config: dict[str, Any],
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        gpu: bool = True,
+        model: nn.Module | None = None,
+    ) -> None:
+        self.config, self.dtype, self.gpu, self._given = config, dtype, gpu, model
         self.family = detect(config)
         self._models: dict[Any, nn.Module] = {}
         self._blocks: dict[Any, list[Block]] = {}
 
     def model(self, recipe: Recipe) -> nn.Module:
         """The network on the meta device as the recipe trains it."""
-        alike = replace(
-            recipe, stage=min(recipe.stage, 1), offload=False, gpus=1, checkpointing=False, vision_batch=None
-        )
+        if self._given is not None:
+            return self._given
+        alike = replace(recipe, stage=min(recipe.stage, 1), offload=False, gpus=1, vision_batch=None)
+        alike = replace(alike, checkpointing=False, checkpoint_parts=None)
         alike = replace(alike, method="lora" if recipe.adapters else recipe.method)
         if alike not in self._models:
             self._models[alike] = prepared(self.config, alike, self.dtype)
@@ -200,7 +209,7 @@ def _moments(blocks: list[Block], recipe: Recipe, resting: Memory) -> Iterable[M
         yield replace(resting, gradients=grown, activations=kept + copies + work, when="forward")
         if block.part == HEAD:
             break
-        copies += block.copies if recipe.checkpointing and block.layer else 0
+        copies += block.copies if _again(block, recipe) else 0
         kept += _kept(block, recipe)
     head = blocks[-1]
     yield replace(resting, gradients=grown, activations=kept + copies, logits=head.saved + 2 * head.widest, when="loss")
@@ -209,7 +218,7 @@ def _moments(blocks: list[Block], recipe: Recipe, resting: Memory) -> Iterable[M
             continue
         kept -= 0 if block.part == HEAD else _kept(block, recipe)
         in_head = block.part == HEAD
-        again = block.entering if recipe.checkpointing and block.layer else 0
+        again = block.entering if _again(block, recipe) else 0
         work = kept + again + (0 if in_head else block.saved + 2 * block.widest + block.largest)
         logits = max(block.saved + 2 * block.widest, block.widest + block.largest) if in_head else 0
         yield replace(resting, gradients=grown, activations=work, logits=logits, when="backward")
@@ -226,20 +235,25 @@ def _in_pieces(block: Block, recipe: Recipe, shape: Shape) -> Block:
     if block.part not in ("vision", "resampler") or recipe.vision_batch is None or recipe.vision_batch >= items:
         return block
     share = recipe.vision_batch / items
-    again = recipe.checkpointing and block.layer
+    again = _again(block, recipe)
     return replace(
         block, widest=round(block.widest * share), saved=round(block.saved * share) if again else block.saved
     )
+
+
+def _again(block: Block, recipe: Recipe) -> bool:
+    """Whether a block is a layer that is run again in the backward pass."""
+    return block.layer and recipe.again(block.part)
 
 
 def _kept(block: Block, recipe: Recipe) -> int:
     """Bytes that stay after a block's forward pass."""
     if not block.graph:
         return 0
-    return block.entering if recipe.checkpointing and block.layer else block.saved
+    return block.entering if _again(block, recipe) else block.saved
 
 
 def _forward_work(block: Block, recipe: Recipe) -> int:
-    if block.graph and not recipe.checkpointing:
+    if block.graph and not recipe.again(block.part):
         return block.saved + block.widest
     return 2 * block.widest

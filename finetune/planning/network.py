@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from tempfile import gettempdir
 from typing import Any
 
@@ -59,14 +61,28 @@ def prepared(config: dict[str, Any], recipe: Recipe, dtype: torch.dtype = torch.
         UnknownFamilyError: a config.json of none of the supported generations.
         ArgumentError: flags that contradict each other or the family.
     """
-    model = build(config, dtype)
     with quiet():
         training = TrainingArguments(output_dir=gettempdir(), use_cpu=True, report_to="none", **recipe.training_flags())
-        if recipe.stage:  # set afterwards: DeepSpeed is not to be started
-            training.deepspeed, training.bf16 = {}, dtype != torch.float32
-            training.deepspeed["zero_optimization"] = {"stage": recipe.stage}
-        with torch.device("meta"):
-            model = adapt(model, detect(config), training, LoraArguments(lora_r=recipe.lora_r))
+        return adapted(config, training, LoraArguments(lora_r=recipe.lora_r), recipe, dtype)
+
+
+def adapted(
+    config: dict[str, Any], training: TrainingArguments, lora: LoraArguments, recipe: Recipe, dtype: torch.dtype
+) -> nn.Module:
+    """The network as these flags train it; of the recipe the stage of ZeRO counts.
+
+    Raises:
+        UnknownFamilyError: a config.json of none of the supported generations.
+        ArgumentError: flags that contradict each other or the family.
+    """
+    model = build(config, dtype)
+    # 4 bit is counted, not made; an adapter that is gone on from is taken for one of these flags.
+    training, lora = copy.copy(training), replace(lora, q_lora=False, lora_weight_path=None)
+    training.deepspeed, training.checkpoint_parts = None, None
+    if recipe.stage:  # a stand-in: DeepSpeed is not to be started
+        training.deepspeed, training.bf16 = {"zero_optimization": {"stage": recipe.stage}}, dtype != torch.float32
+    with torch.device("meta"):
+        model = adapt(model, detect(config), training, lora)
     if recipe.masters:
         model.to(dtype)  # with weights, peft gives adapters the type of what they stand on
     model.train()

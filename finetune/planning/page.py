@@ -48,8 +48,8 @@ _FITS = """
 ## The fastest settings that fit
 
 On the smallest number of GPUs (1, 2, 4, ... 64) on which a method fits at all; GB per GPU. "again" means
-`--gradient_checkpointing true`, "pieces" `--vision_batch 8`. Offload takes 16 to 18 bytes of the machine's memory per
-trained parameter: about 140 GB for everything of an 8B model.
+`--gradient_checkpointing true`, with a part behind it `--checkpoint_parts` of that part, "pieces" `--vision_batch 8`.
+Offload takes 16 to 18 bytes of the machine's memory per trained parameter: about 140 GB for everything of an 8B model.
 """
 
 TAIL = """
@@ -57,7 +57,9 @@ TAIL = """
 
 - `--gradient_checkpointing true`: the layers of the LLM, the vision and the audio tower are run again in the backward
   pass. `--checkpoint_parts llm` (or `llm vision`, ...) leaves the others as they are. A frozen tower runs without a
-  graph and keeps nothing either way.
+  graph and keeps nothing either way. `--checkpoint_parts fit` makes this plan when training starts, for its flags, its
+  records and the memory of its GPU, and runs again nothing, the tower, the LLM or everything, the first that fits; it
+  says what it chose. Without a GPU it runs everything again.
 - `--vision_batch 8`: at most 8 visual items (thumbnails, slices, frames; packed frames stay together) pass the vision
   part at once. Loss and gradients stay the same. It bounds the memory of a frozen tower and of one whose layers are run
   again. Under ZeRO-3 ranks agree on the number of pieces in every step, and those with fewer run a tiny grey picture.
@@ -124,6 +126,6 @@ def _cell(found: tuple[Recipe, Memory] | None) -> str:
     words = [f"{recipe.gpus} GPU{'s' if recipe.gpus > 1 else ''}"]
     words += [f"ZeRO-{recipe.stage}"] if recipe.stage else []
     words += ["offload"] if recipe.offload else []
-    words += ["again"] if recipe.checkpointing else []
+    words += [" ".join(["again", *(recipe.checkpoint_parts or ())])] if recipe.checkpointing else []
     words += ["pieces"] if recipe.vision_batch else []
     return f"{gigabytes(memory.total)}: {', '.join(words)}"

@@ -42,7 +42,8 @@ class Recipe:
         stage: of ZeRO, 0 without DeepSpeed.
         offload: whether ZeRO keeps the states of the optimizer (3: also the weights) in the memory of the CPU.
         gpus: processes.
-        checkpointing: whether the layers are run again in the backward pass instead of being kept.
+        checkpointing: whether layers are run again in the backward pass instead of being kept.
+        checkpoint_parts: the parts of which they are, None for all.
         accumulation: micro-batches per optimizer step.
         vision_batch: most visual items encoded at once, None for all.
         lora_r: rank of the adapters.
@@ -55,6 +56,7 @@ class Recipe:
     offload: bool = False
     gpus: int = 1
     checkpointing: bool = True
+    checkpoint_parts: tuple[str, ...] | None = None
     accumulation: int = 1
     vision_batch: int | None = None
     lora_r: int = 64
@@ -65,6 +67,15 @@ class Recipe:
     def adapters(self) -> bool:
         """Whether adapters are trained in the LLM."""
         return self.method in ("lora", "qlora")
+
+    def again(self, part: str) -> bool:
+        """Whether the layers of a part are run again."""
+        return self.checkpointing and (self.checkpoint_parts is None or part in self.checkpoint_parts)
+
+    @property
+    def vision(self) -> bool:
+        """Whether the vision tower trains."""
+        return self.method == "full" if self.tune_vision is None else self.tune_vision
 
     @property
     def masters(self) -> bool:
@@ -90,6 +101,8 @@ class Recipe:
             given.append(f"--lora_r {self.lora_r}")
         given.append(f"--deepspeed {self.ds_config or 'none'}")
         given.append(f"--gradient_checkpointing {str(self.checkpointing).lower()}")
+        if self.checkpointing and self.checkpoint_parts is not None:
+            given.append(f"--checkpoint_parts {' '.join(self.checkpoint_parts)}")
         if self.vision_batch is not None:
             given.append(f"--vision_batch {self.vision_batch}")
         return given

@@ -27,14 +27,15 @@ def zero_name(recipe: Recipe) -> str:
 
 def table(rows: Sequence[tuple[Recipe, Memory]], limit: int) -> str:
     """One line per setting; a star where it fits."""
-    head = f"  {'method':<9} {'DeepSpeed':<15} {'again':<6}" + "".join(f"{name:>12}" for name in COLUMNS)
+    head = f"  {'method':<9} {'DeepSpeed':<15} {'again':<7}" + "".join(f"{name:>12}" for name in COLUMNS)
     lines = [head]
     for recipe, memory in rows:
         cells = "".join(f"{gigabytes(getattr(memory, name)):>12}" for name in COLUMNS)
         star = "*" if memory.total <= limit else " "
-        again = "yes" if recipe.checkpointing else "no"
-        lines.append(f"{star} {recipe.method:<9} {zero_name(recipe):<15} {again:<6}{cells}")
-    lines.append(f"* fits {gigabytes(limit)} GB; again: --gradient_checkpointing; host: memory of the machine per GPU")
+        again = "+".join(recipe.checkpoint_parts or ["yes"]) if recipe.checkpointing else "no"
+        lines.append(f"{star} {recipe.method:<9} {zero_name(recipe):<15} {again:<7}{cells}")
+    again = "again: --gradient_checkpointing, of all parts or of one (--checkpoint_parts)"
+    lines.append(f"* fits {gigabytes(limit)} GB; {again}; host: memory of the machine per GPU")
     return "\n".join(lines)
 
 

@@ -8,17 +8,15 @@ from dataclasses import replace
 from finetune.planning.memory import Memory, Planner
 from finetune.planning.recipe import METHODS, Method, Recipe, Shape
 
-# Stage of ZeRO, offload, checkpointing; from fast to slow. Running layers again costs a third of the time, gathering
-# weights and moving them to the CPU costs more the slower the links are.
+_NONE, _VISION, _LLM, _ALL = (), ("vision",), ("llm",), None
+# Stage of ZeRO, offload, parts that are run again; from fast to slow. Running all layers again costs a third of the
+# time, those of the vision tower alone a quarter of that; gathering weights and moving them to the CPU costs more the
+# slower the links are.
 _LADDER = (
-    (0, False, False),
-    (2, False, False),
-    (0, False, True),
-    (2, False, True),
-    (3, False, False),
-    (3, False, True),
-    (2, True, True),
-    (3, True, True),
+    *((stage, False, parts) for parts in (_NONE, _VISION, _LLM, _ALL) for stage in (0, 2)),
+    *((3, False, parts) for parts in (_NONE, _VISION, _LLM, _ALL)),
+    (2, True, _ALL),
+    (3, True, _ALL),
 )
 # Of a tower that is encoded in pieces; a few items keep a GPU busy.
 _VISION_BATCH = 8
@@ -32,12 +30,16 @@ def settings(method: Method, gpus: int, base: Recipe) -> Iterator[Recipe]:
         gpus: processes.
         base: what else is asked for.
     """
-    for stage, offload, checkpointing in _LADDER:
+    for stage, offload, parts in _LADDER:
         if method == "qlora" and stage == 3:
             continue  # weights of 4 bit cannot be partitioned
         if gpus == 1 and stage == 3 and not offload:
             continue  # nobody to share with
-        yield replace(base, method=method, gpus=gpus, stage=stage, offload=offload, checkpointing=checkpointing)
+        recipe = replace(base, method=method, gpus=gpus, stage=stage, offload=offload, checkpointing=parts != _NONE)
+        if not parts:
+            yield recipe
+        elif recipe.vision:  # a frozen tower keeps nothing, so there is nothing to choose
+            yield replace(recipe, checkpoint_parts=parts)
 
 
 def rows(planner: Planner, shape: Shape, base: Recipe, methods: Sequence[Method]) -> list[tuple[Recipe, Memory]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_network import SMALL
 
 from finetune.__main__ import main
 from finetune.families import FAMILIES
@@ -25,24 +26,6 @@ ROOT = Path(__file__).resolve().parents[2]
 # Bytes of the published weights in 16 bit, from their index files.
 PUBLISHED = {"v2_0": 6869931584, "llama3_v2_5": 17074184672, "v2_6": 16198350304, "v4_5": 17391790560}
 TEXT = Shape(tokens=256, items=0)
-SMALL = {
-    **CONFIGS["v4_5"],
-    "head_dim": 32,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_attention_heads": 8,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 2,
-    "query_num": 16,
-    "vocab_size": 2000,
-    "vision_config": {
-        **CONFIGS["v4_5"]["vision_config"],
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 4,
-    },
-}
 
 
 @cache
@@ -144,13 +127,31 @@ def test_the_cheapest_is_the_fastest_that_fits() -> None:
     assert cheapest(planner(), shape, Recipe(), "lora", 3 * GIB) is None
 
 
+def test_parts_are_run_again_where_that_is_enough() -> None:
+    """Between keeping everything and running all of it again: the tower alone, then the LLM alone."""
+    shape, asked = Shape(batch=8, tokens=4096, items=10), Recipe(method="full")
+    kept, vision, llm, everything = (
+        planner().memory(replace(asked, checkpointing=parts != (), checkpoint_parts=parts), shape).total
+        for parts in ((), ("vision",), ("llm",), None)
+    )
+    assert everything < min(vision, llm) < max(vision, llm) < kept
+    found = cheapest(planner(), shape, asked, "full", vision)
+    assert found is not None
+    assert found[0].flags()[-2:] == ["--gradient_checkpointing true", "--checkpoint_parts vision"]
+    frozen = cheapest(planner(), shape, Recipe(), "lora", planner().memory(Recipe(), shape).total)
+    assert frozen is not None
+    assert frozen[0].checkpoint_parts is None, "a frozen tower keeps nothing"
+
+
 @pytest.mark.parametrize(
     ("recipe", "shape"),
     [
         (Recipe(method="full", checkpointing=False), Shape(tokens=256, items=2, patches=256)),
         (Recipe(method="lora", checkpointing=True), Shape(tokens=256, items=2, patches=256, batch=2)),
+        (Recipe(method="full", checkpoint_parts=("vision",)), Shape(tokens=256, items=2, patches=256)),
+        (Recipe(method="full", checkpoint_parts=("llm",)), Shape(tokens=256, items=2, patches=256)),
     ],
-    ids=["full", "LoRA, layers run again"],
+    ids=["full", "LoRA, layers run again", "full, vision run again", "full, LLM run again"],
 )
 def test_within_a_fifth_of_a_real_step(recipe: Recipe, shape: Shape) -> None:
     """Every allocation of a training step on the CPU counted."""
@@ -183,8 +184,9 @@ def test_command_with_a_folder_of_config_alone(tmp_path: Path, capsys: pytest.Ca
     command = ["plan", str(tmp_path), "--method", "full", "--zero", "2", "--length", "64", "--slices", "1"]
     assert main([*command, "--gpu_memory", "80"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if " full " in line]
-    assert len(rows) == 3
+    assert len(rows) == 5
     assert all("ZeRO-2" in row for row in rows)
+    assert [row.split()[-10] for row in rows] == ["no", "vision", "llm", "yes", "yes"]
     assert main([*command, "--gpu_memory", "0.5"]) == 1
 
 
