@@ -35,6 +35,7 @@ from tokenizers import AddedToken
 from dataset import DataCollator, SupervisedDataset
 from finetune.encoding.encoder import Encoder
 from finetune.families import by_name
+from finetune.media.heap import keep_freed_memory
 from finetune.readers.mixture import open_data
 
 CONFIG = mix.CONFIG | {"version": 2.6, "query_num": 64}
@@ -71,6 +72,7 @@ def main() -> int:
         for number in every:
             theirs.compare(number, ours["pillow"][number], folder / "theirs.npz")
         print(f"ids, places, sizes and pixels of {len(every)} samples agree; LLaMA-Factory {theirs.version}")
+        keep_freed_memory()  # as our loader processes
         gc.collect()
         gc.freeze()
         times: dict[str, list[float]] = {"theirs": [], **{backend: [] for backend in ours}}

@@ -59,13 +59,13 @@ class OfficialNetwork(nn.Module):
         num_items_in_batch: Any = None,
     ) -> dict[str, torch.Tensor]:
         """The loss of a batch of official_samples.collate; the published code hands no mask to the language model."""
-        embeddings = self.llm.get_input_embeddings()(input_ids.long())
+        embeddings = self.llm.model.embed_tokens(input_ids.long())
         sizes = torch.cat([each.long() for each in tgt_sizes])
         features = iter(self._features([strip for row in pixel_values for strip in row], sizes))
         for row, bounds in enumerate(image_bound):
-            places = torch.cat([torch.arange(first, last) for first, last in bounds.tolist()])
+            places = torch.cat([torch.arange(first, last) for first, last in bounds.tolist()]).to(input_ids.device)
             seen = torch.cat([next(features) for _ in bounds])
-            embeddings = embeddings.index_put((torch.full_like(places, row), places), seen)
+            embeddings = embeddings.index_put((torch.full_like(places, row), places), seen.to(embeddings.dtype))
         logits = self.llm(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False).logits.float()
         loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.reshape(-1).long(), reduction="sum")
         return {"loss": loss / num_items_in_batch}
@@ -76,7 +76,7 @@ class OfficialNetwork(nn.Module):
         side = strips[0].shape[1]
         flat = pad_sequence([strip.flatten(0, 1).transpose(0, 1) for strip in strips], batch_first=True)
         pixels = flat.transpose(1, 2).unflatten(1, (3, side))
-        real = torch.zeros(len(strips), 1, int(counts.max()), dtype=torch.bool)
+        real = torch.zeros(len(strips), 1, int(counts.max()), dtype=torch.bool, device=pixels.device)
         for item, count in enumerate(counts.tolist()):
             real[item, 0, :count] = True
         return self.resampler(self.vpm(pixels, patch_attention_mask=real).last_hidden_state, sizes)
@@ -98,7 +98,7 @@ class _Resampler(nn.Module):
     def forward(self, features: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
         """(n, L, width) and (n, 2) to (n, queries, E)."""
         items, longest = features.shape[:2]
-        padding = torch.zeros(items, longest, dtype=torch.bool)
+        padding = torch.zeros(items, longest, dtype=torch.bool, device=features.device)
         places = []
         for item, (rows, columns) in enumerate(sizes.tolist()):
             places.append(self.table[:rows, :columns].reshape(rows * columns, -1))

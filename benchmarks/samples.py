@@ -2,7 +2,9 @@
 
 The mix is 11 photos of 640x480, 2 of 1344x1344, 2 screenshots of 1920x1080 (PNG) and 1 photo of 12 megapixels, each
 with a question and an answer of some 400 tokens in all, for MiniCPM-Llama3-V 2.5 (96 placeholders, at most 9 slices).
-Both sides run in turn in one process on one thread; of the CPU time of every sample the median of the rounds counts.
+Both sides run in turn on one thread, theirs in this process as training does it there, ours in another one with the
+settings of our loader processes (finetune/media/heap.py); of the CPU time of every sample the median of the rounds
+counts.
 Ids, labels, bounds and pixels of both sides are compared, and any difference ends the run; with --image_backend fast
 the bytes that differ are counted instead.
 
@@ -19,11 +21,14 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 import argparse
 import gc
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +46,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
 from finetune.encoding.ids import text_tensors
 from finetune.families import by_name
+from finetune.media.heap import keep_freed_memory
 from finetune.media.slicing import Plan
 from finetune.readers.mixture import open_data
 
@@ -70,6 +76,7 @@ def main() -> int:
         # What is loaded by now is not searched again and again by the garbage collector, on neither side.
         gc.collect()
         gc.freeze()
+        bench.part()
         rows = [*_rows(bench, numbers, given.rounds)]
     if given.official is not None:
         rows = [(f"{case}, {OFFICIAL}", *figures) for case, *figures in rows]
@@ -104,24 +111,38 @@ class Bench:
             self._samples, Encoder.from_config(family, tokenizer, mix.CONFIG, image_backend="fast")
         )
 
-    def whole(self, number: int) -> dict[str, Job]:
-        """The preparation of one sample, by side."""
-        return {
-            "theirs": lambda: self._theirs[number],
-            "ours": lambda: self._ours[number],
-            "fast": lambda: self._fast[number],
-        }
+    def part(self) -> None:
+        """Our side goes into a process of its own, as it is now."""
+        here, there = multiprocessing.get_context("fork").Pipe()
+        multiprocessing.get_context("fork").Process(target=self._serve, args=(there,), daemon=True).start()
+        self._pipe = here
 
-    def text(self, number: int) -> dict[str, Job]:
-        """The text side of one sample, by side: ids, labels, position ids, bounds; the sizes of images are known."""
+    def _serve(self, pipe: Connection) -> None:
+        keep_freed_memory()
+        while True:
+            side, number, runs = pipe.recv()
+            pipe.send(_timed(self._job(side, number), runs))
+
+    def times(self, side: str, number: int, runs: int) -> list[float]:
+        """Milliseconds of CPU time of a sample on a side, so many times."""
+        if side.startswith("their"):
+            return _timed(self._job(side, number), runs)
+        self._pipe.send((side, number, runs))
+        return self._pipe.recv()
+
+    @cache  # noqa: B019 - one bench per run
+    def _job(self, side: str, number: int) -> Job:
+        """The preparation of a sample, or its text side: ids, labels, positions, bounds; image sizes are known."""
+        whole = {"theirs": self._theirs, "ours": self._ours, "fast": self._fast}
+        if side in whole:
+            return lambda: whole[side][number]
         sample = self._samples[number]
         plans = self._encoder.plans(self._encoder.sizes(sample))
         assert isinstance(plans[0], Plan)
+        if side == "our text":
+            return lambda: text_tensors(self._encoder.render(sample, plans))
         turns = with_placeholders(self._records[number]["conversations"], plans[0].grid)
-        return {
-            "their text": lambda: self._their_ids(turns),
-            "our text": lambda: text_tensors(self._encoder.render(sample, plans)),
-        }
+        return lambda: self._their_ids(turns)
 
     def compare(self) -> None:
         """Stops at any difference, and prints how many bytes --image_backend fast changes."""
@@ -170,7 +191,8 @@ def _check_pixels(theirs: Mapping[str, Any], ours: Example) -> None:
 def _rows(bench: Bench, numbers: Mapping[str, Sequence[int]], rounds: int) -> list[Row]:
     every = [number for each in numbers.values() for number in each]
     taken = {
-        number: _median_times(bench.whole(number), rounds) | _median_times(bench.text(number), rounds, _TEXT_RUNS)
+        number: _median_times(bench, ("theirs", "ours", "fast"), number, rounds)
+        | _median_times(bench, ("their text", "our text"), number, rounds, _TEXT_RUNS)
         for number in every
     }
     rows: list[Row] = []
@@ -186,16 +208,22 @@ def _rows(bench: Bench, numbers: Mapping[str, Sequence[int]], rounds: int) -> li
     return rows
 
 
-def _median_times(jobs: Mapping[str, Job], rounds: int, runs: int = 1) -> dict[str, float]:
-    """Milliseconds of CPU time of every job, the median of all its runs; the jobs take turns, so many runs each."""
-    times: dict[str, list[float]] = {name: [] for name in jobs}
+def _median_times(bench: Bench, sides: Sequence[str], number: int, rounds: int, runs: int = 1) -> dict[str, float]:
+    """The median of all runs of a sample; the sides take turns, so many runs each."""
+    times: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(rounds):
-        for name, job in jobs.items():
-            for _ in range(runs):
-                start = time.process_time()
-                job()
-                times[name].append(1000 * (time.process_time() - start))
-    return {name: statistics.median(each) for name, each in times.items()}
+        for side in sides:
+            times[side] += bench.times(side, number, runs)
+    return {side: statistics.median(each) for side, each in times.items()}
+
+
+def _timed(job: Job, runs: int) -> list[float]:
+    found = []
+    for _ in range(runs):
+        start = time.process_time()
+        job()
+        found.append(1000 * (time.process_time() - start))
+    return found
 
 
 if __name__ == "__main__":

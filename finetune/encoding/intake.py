@@ -12,6 +12,7 @@ from pathlib import Path
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
 from finetune.encoding.fitting import OUTCOMES, Fitter, OverlongError
+from finetune.media import heap
 from finetune.sample import DataError, Sample, Source
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class Intake:
         Raises:
             DataError: the sample cannot be used and is not left out.
         """
+        heap.settle()
         try:
             example, outcome = self.fitter.encode(build())
         except DataError as error:

@@ -20,8 +20,7 @@ def cut(image: Image.Image, plan: Plan) -> list[np.ndarray]:
     """As ``finetune.media.image.cut``, with some bytes one level off: torch has the same filter in fewer bits."""
     sizes = [plan.thumbnail] if plan.refined is None else [plan.thumbnail, plan.refined]
     thumbnail, *refined = _resized(image, sizes)
-    items = [thumbnail, *(item for each in refined for item in slices(each, plan))]
-    return [item[..., :3] for item in items]
+    return [thumbnail, *(item for each in refined for item in slices(each, plan))]
 
 
 def _resized(image: Image.Image, sizes: Sequence[Size]) -> list[np.ndarray]:

@@ -92,11 +92,11 @@ def load(media: Media, source: Source, max_pixels: int = MAX_PIXELS) -> Image.Im
 
 
 def cut(image: Image.Image, plan: Plan) -> list[np.ndarray]:
-    """The visual items of an RGB image: the thumbnail, then the slices row by row; each (height, width, 3) uint8."""
+    """The visual items of an RGB image: the thumbnail, then the slices row by row; see ``pixels``."""
     items = [pixels(image.resize(plan.thumbnail, Image.Resampling.BICUBIC))]
     if plan.refined is not None:
         items += slices(pixels(image.resize(plan.refined, Image.Resampling.BICUBIC)), plan)
-    return [item[..., :3] for item in items]
+    return items
 
 
 def slices(refined: np.ndarray, plan: Plan) -> list[np.ndarray]:
@@ -129,19 +129,23 @@ def memory(image: Image.Image) -> pa.UInt8Array:
 
 
 def patchify(items: Sequence[np.ndarray], patch_size: int) -> np.ndarray:
-    """Patches of items (height, width, 3), (patches, 3 * P * P) uint8, P = ``patch_size``.
+    """Patches of items (height, width, 4) without the fourth channel: (patches, 3 * P * P) uint8, P = ``patch_size``.
 
     Items one after another, patches of an item row by row, each patch in (channel, row, column) order.
     """
+    area = patch_size**2
     grids = [(item.shape[0] // patch_size, item.shape[1] // patch_size) for item in items]
-    patches = np.empty((sum(rows * columns for rows, columns in grids), 3 * patch_size**2), np.uint8)
+    patches = np.empty((sum(rows * columns for rows, columns in grids), 3, area), np.uint8)
     start = 0
     for item, (rows, columns) in zip(items, grids, strict=True):
-        cells = item.reshape(rows, patch_size, columns, patch_size, 3)
-        into = patches[start : start + rows * columns].reshape(rows, columns, 3, patch_size, patch_size)
-        into[...] = cells.transpose(0, 2, 4, 1, 3)
-        start += rows * columns
-    return patches
+        # A pixel is moved as one number, whose lowest byte is the first channel; the others follow by shifting.
+        cells = item.view("<u4").reshape(rows, patch_size, columns, patch_size)
+        numbers = cells.transpose(0, 2, 1, 3).copy().reshape(-1, area)
+        for channel in range(3):
+            patches[start : start + len(numbers), channel] = numbers
+            numbers >>= 8
+        start += len(numbers)
+    return patches.reshape(-1, 3 * area)
 
 
 @contextmanager

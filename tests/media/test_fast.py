@@ -25,7 +25,7 @@ def levels(picture: Image.Image, cuts: Plan) -> np.ndarray:
     """By how many levels the bytes of all items differ."""
     pairs = list(zip(fast.cut(picture, cuts), image.cut(picture, cuts), strict=True))
     assert all(ours.shape == theirs.shape and ours.dtype == np.uint8 for ours, theirs in pairs)
-    return np.concatenate([np.abs(ours.astype(int) - theirs).reshape(-1) for ours, theirs in pairs])
+    return np.concatenate([np.abs(ours.astype(int) - theirs)[..., :3].reshape(-1) for ours, theirs in pairs])
 
 
 def shapes(count: int) -> list[tuple[int, int]]:

@@ -30,7 +30,9 @@ def on_disk(picture: Image.Image, path: Path, **options: Any) -> Media:
 def test_patches_are_channel_row_column_and_row_major() -> None:
     picture = noise(42, 28)
     pixels = np.asarray(picture)
-    patches = image.patchify([pixels, image.pixels(picture)[..., :3]], 14)
+    wider = Image.new("RGB", (70, 28))
+    wider.paste(picture, (14, 0))
+    patches = image.patchify([image.pixels(picture), image.pixels(wider)[:, 14:56]], 14)
     assert patches.shape == (2 * 6, 3 * 14 * 14)
     assert patches.dtype == np.uint8
     for row in range(2):
@@ -50,7 +52,7 @@ def test_items_follow_the_plan(tmp_path: Path) -> None:
     cuts = plan(640, 480, SliceSpec(9, 448, 14))
     items = image.cut(image.load(media, SOURCE), cuts)
     assert [(item.shape[1], item.shape[0]) for item in items] == item_sizes(cuts)
-    assert all(item.shape[2] == 3 for item in items)
+    assert all(item.shape[2] == 4 for item in items)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])

@@ -88,7 +88,7 @@ def test_what_a_run_is_told(
     config, fitter, samples = data
     caplog.set_level(logging.INFO, "finetune.planning.fit")
 
-    def settled(memory: int | None) -> tuple[bool, list[str] | None, str]:
+    def settled(memory: int | None) -> tuple[bool | None, list[str] | None, str]:
         caplog.clear()
         monkeypatch.setattr(fit, "_gpu_memory", lambda _: memory)
         training = arguments(tmp_path, checkpoint_parts=["fit"])
