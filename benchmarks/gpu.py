@@ -144,8 +144,11 @@ def their_model(network: MiniCPMV, method: str) -> nn.Module:
     for part in (official.llm, official.vpm):
         part.gradient_checkpointing_enable({"use_reentrant": False})
     if method == "lora":
+        same = LoraArguments()
         settings = LoraConfig(
-            r=LoraArguments().lora_r,
+            r=same.lora_r,
+            lora_alpha=same.lora_alpha,
+            lora_dropout=same.lora_dropout,
             target_modules=network.config.family.lora_targets["llm"],
             modules_to_save=["embed_tokens", "resampler", "vpm"],
             task_type=None,

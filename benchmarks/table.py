@@ -75,6 +75,13 @@ GOALS = (
         _CODE,
         "2.5",
     ),
+    Goal("gpu", "training, lora, all layers", "LoRA of an 8B network on a GPU", _VENDOR, "2"),
+    Goal(
+        "gpu", "model FLOP utilisation, lora, all layers", "its model FLOP utilisation", "the GPU's peak", "ours 35 %"
+    ),
+    Goal("gpu", "peak memory, lora, all layers, 2048 tokens", "its memory, 2048 tokens", _VENDOR, "ours below 20"),
+    Goal("gpu", "training, full, 12 layers", "the same network with 12 layers in full", _VENDOR, "2"),
+    Goal("gpu", "model FLOP utilisation, full, 12 layers", "its model FLOP utilisation", "the GPU's peak", "ours 40 %"),
     Goal("adapter_bytes", "LoRA checkpoint, same LLM targets", "bytes of a LoRA checkpoint", _VENDOR, "15"),
     Goal("records", "reopening", "opening a million records again", "`json.load`", "100"),
     Goal("records", "private memory", "their private memory", "`json.load`", "ours below 50"),

@@ -8,6 +8,7 @@ import importlib
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -109,6 +110,22 @@ def test_the_network_measured_against_has_our_loss_and_gradients(bare, tiny, tmp
     wanted = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("side", ["ours", "theirs"])
+def test_the_benchmark_for_gpus_runs(bare, side, monkeypatch, capsys):
+    """A step of either side on a small network, so that the script is ready where a GPU is."""
+    module = importlib.import_module("gpu")
+    monkeypatch.setattr(module, "ITEMS", {1: 1, 3: 1})
+    given = Namespace(method="lora", layers=1, tiny=True, device="cpu", memory=False, steps=1)
+    module.side_main(side, given)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["rate"] > 0
+    assert (found["operations"] > 0) == (side == "ours")
+    assert torch.get_default_dtype() == torch.float32
+    with pytest.raises(SystemExit):
+        module.main(["--device", "cpu"])
+    assert "no GPU here" in capsys.readouterr().err
 
 
 def test_no_goal_is_there_twice(table):
