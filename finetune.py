@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,9 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     logger.info("%s", describe_steps(args.training, train.samples, train.intake.fitter))
 
     if args.training.checkpoint_parts is not None:
-        from finetune.planning.fit import settle
+        from finetune.planning.fit import settle, step_shape
 
-        settle(base.settings, args.training, args.lora, train.intake.fitter, train.samples)
+        fitter, streaming = train.intake.fitter, args.data.streaming
+        measured = partial(step_shape, args.training, fitter, train.samples, streaming=streaming)
+        settle(base.settings, args.training, args.lora, measured)
 
     # Model: load, then freeze or wrap.
     dtype = args.training.compute_dtype

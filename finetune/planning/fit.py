@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from finetune.arguments import LoraArguments, TrainingArguments
 from finetune.batching import row_capacity
+from finetune.distributed import from_main_process, is_main_process
 from finetune.encoding.fitting import Fitter
 from finetune.errors import ArgumentError
 from finetune.planning.memory import GIB, Memory, Planner
@@ -51,8 +53,14 @@ def measured_shape(fitter: Fitter, samples: Any, shape: Shape) -> Shape | None:
     return replace(shape, tokens=tokens, items=items, patches=-(-patches // max(items, 1)), labelled=share)
 
 
-def step_shape(training: TrainingArguments, fitter: Fitter, samples: Any) -> Shape:
-    """The largest micro-batch of a run.
+def step_shape(training: TrainingArguments, fitter: Fitter, samples: Any, *, streaming: bool = False) -> Shape:
+    """The largest micro-batch of a run; where not all records are measured, one of them may be as long as the limit.
+
+    Args:
+        training: the run's flags.
+        fitter: of its samples.
+        samples: its records, or the first of a stream.
+        streaming: whether there are more.
 
     Raises:
         ArgumentError: none of the records can be used.
@@ -60,6 +68,8 @@ def step_shape(training: TrainingArguments, fitter: Fitter, samples: Any) -> Sha
     shape = measured_shape(fitter, samples, Shape(batch=training.per_device_train_batch_size))
     if shape is None:
         raise ArgumentError("none of the records can be used; python -m finetune check tells why")
+    if streaming or len(samples) > _MEASURED:
+        shape = replace(shape, tokens=max(shape.tokens, training.model_max_length))
     if training.packing == "off":
         return shape
     # One row, full of samples that have as many images for their length as the one with the most.
@@ -115,35 +125,32 @@ def fitting_parts(
 
 
 def settle(
-    config: dict[str, Any], training: TrainingArguments, lora: LoraArguments, fitter: Fitter, samples: Any
+    config: dict[str, Any], training: TrainingArguments, lora: LoraArguments, measured: Callable[[], Shape]
 ) -> None:
     """Puts the parts that have to be run again in the place of ``--checkpoint_parts fit``; rank 0 decides.
 
-    Raises:
-        ArgumentError: records that cannot be measured before.
+    Args:
+        config: config.json of the checkpoint.
+        training: the run's flags, which are changed.
+        lora: its adapters.
+        measured: its largest micro-batch, see ``step_shape``; asked for only where it counts.
     """
-    from finetune.distributed import from_main_process, is_main_process
-
     if training.checkpoint_parts != [FIT]:
         return
-    if not hasattr(samples, "__getitem__"):
-        raise ArgumentError("--checkpoint_parts fit measures the records, which --streaming true reads as they come")
-    chosen = None
-    if is_main_process():
-        chosen = " ".join(_chosen(config, training, lora, fitter, samples))
+    chosen = " ".join(_chosen(config, training, lora, measured)) if is_main_process() else None
     words = (from_main_process(chosen) or "").split()
     training.gradient_checkpointing = bool(words)
     training.checkpoint_parts = None if words in ([], ["all"]) else words
 
 
 def _chosen(
-    config: dict[str, Any], training: TrainingArguments, lora: LoraArguments, fitter: Fitter, samples: Any
+    config: dict[str, Any], training: TrainingArguments, lora: LoraArguments, measured: Callable[[], Shape]
 ) -> list[str]:
     """Parts, nothing for none of them, or "all"."""
     if (memory := _gpu_memory(training)) is None:
         logger.info("--checkpoint_parts fit: no GPU whose memory is known, so the layers of all parts are run again")
         return ["all"]
-    shape = step_shape(training, fitter, samples)
+    shape = measured()
     parts, planned = fitting_parts(config, training, lora, shape, int(memory * _SHARE))
     what = "all layers are" if parts is None else f"layers of {' and '.join(parts)} are" if parts else "no layers are"
     size = f"{planned.total / GIB:.1f} of {memory / GIB:.1f} GB are planned for {shape.batch} x {shape.tokens} tokens"

@@ -78,6 +78,8 @@ def test_the_micro_batch_is_the_largest_of_the_data(data: Data, tmp_path: Path) 
         arguments(tmp_path, packing="best_fit", packing_tokens=4096, packing_items=seen.items), fitter, samples
     )
     assert capped.items == seen.items
+    streamed = fit.step_shape(arguments(tmp_path, model_max_length=3000), fitter, samples, streaming=True)
+    assert (streamed.tokens, streamed.items) == (3000, seen.items), "a longer one may come"
     with pytest.raises(ArgumentError, match="none of the records"):
         fit.step_shape(arguments(tmp_path), fitter, [])
 
@@ -92,7 +94,7 @@ def test_what_a_run_is_told(
         caplog.clear()
         monkeypatch.setattr(fit, "_gpu_memory", lambda _: memory)
         training = arguments(tmp_path, checkpoint_parts=["fit"])
-        fit.settle(config, training, LoraArguments(), fitter, samples)
+        fit.settle(config, training, LoraArguments(), lambda: fit.step_shape(training, fitter, samples))
         return training.gradient_checkpointing, training.checkpoint_parts, caplog.text
 
     assert settled(None)[:2] == (True, None), "nothing is known of a CPU"
@@ -106,12 +108,9 @@ def test_what_a_run_is_told(
     assert "python -m finetune plan tells what would fit" in tight[2]
 
 
-def test_what_is_not_asked_for_stays(data: Data, tmp_path: Path) -> None:
-    config, fitter, samples = data
+def test_what_is_not_asked_for_stays(tmp_path: Path) -> None:
     training = arguments(tmp_path, checkpoint_parts=["llm"], gradient_checkpointing=True)
-    fit.settle(config, training, LoraArguments(), fitter, samples)
+    fit.settle(SMALL, training, LoraArguments(), lambda: SHAPE)
     assert training.checkpoint_parts == ["llm"]
     with pytest.raises(ArgumentError, match="fit chooses the parts itself"):
         arguments(tmp_path, checkpoint_parts=["fit", "llm"])
-    with pytest.raises(ArgumentError, match="--streaming true reads as they come"):
-        fit.settle(config, arguments(tmp_path, checkpoint_parts=["fit"]), LoraArguments(), fitter, iter(samples))
