@@ -15,8 +15,8 @@ _KEPT, _LARGEST = 128 << 20, 32 << 20
 def settle() -> None:
     """In a loader process, has freed memory kept for the next picture; elsewhere nothing is changed.
 
-    By default glibc hands large blocks back to the kernel, which clears every page again when the next picture comes:
-    up to a third of the time that a large picture takes. Up to 128 MiB stay with each process.
+    By default glibc hands large blocks back to the kernel, which clears every page again when the next picture comes.
+    Up to 128 MiB stay with each process.
     """
     if get_worker_info() is not None:
         keep_freed_memory()
