@@ -1,5 +1,7 @@
 """Torch's resizing of bytes against Pillow's, on shapes drawn at random."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -84,3 +86,15 @@ def test_memory_in_other_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image, "_ONE_PIECE", 1 << 30)
     picture = photo(2100, 2300)
     assert (image.pixels(picture)[..., :3] == np.asarray(picture)).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (5, 7000), (13, 600), (448, 448)])
+@pytest.mark.parametrize("cut", [image.cut, fast.cut])
+def test_thin_pictures_become_patches_too(
+    cut: Callable[[Image.Image, Plan], list[np.ndarray]], size: tuple[int, int]
+) -> None:
+    items = cut(noise(*size), plan(*size, SPEC))
+    patches = image.patchify(items, 14)
+    last = items[-1][-14:, -14:, :3]
+    assert (patches[-1].reshape(3, 14, 14) == last.transpose(2, 0, 1)).all()
+    assert len(patches) == sum(item.shape[0] * item.shape[1] for item in items) // 196
