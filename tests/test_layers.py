@@ -44,6 +44,8 @@ TABLE: dict[str, set[str]] = {
     "guicourse": {"errors", "sample", "evaluation.metrics"},
     "chat": MODELS_OR_DATA | {"tuning", "evaluation"},
     "export": MODELS_OR_DATA | {"tuning"},
+    # the one plan that is made for a run with its records
+    "planning.fit": MODELS_OR_DATA | {"tuning", "planning"},
     "planning": {"errors", "arguments", "families", "models", "tuning"},
     "commands": MODELS_OR_DATA
     | {"config", "flags", "legacy_flags", "readers", "tuning", "evaluation", "chat", "export", "planning", "guicourse"},
