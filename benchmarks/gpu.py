@@ -29,7 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from official_network import OfficialNetwork
+from official_samples import strips
 from peft import LoraConfig, get_peft_model
 from results import Row, append
 from torch import nn
@@ -39,7 +41,7 @@ from finetune.encoding.collate import pack, pad
 from finetune.encoding.example import Example
 from finetune.encoding.packing import best_fit
 from finetune.models import MiniCPMV, MiniCPMVConfig
-from finetune.planning.fit import fitting_parts
+from finetune.planning.fit import SHARE, fitting_parts
 from finetune.planning.published import CONFIGS
 from finetune.planning.recipe import Shape
 from finetune.tuning.flops import Flops, flops_of
@@ -49,7 +51,7 @@ from finetune.tuning.throughput import peak_of
 SIDES = ("ours", "theirs")
 # Items of a sample, and how many of 16 samples have so many: 11 web pictures, 2 large ones, 2 screenshots, a photo.
 ITEMS = {3: 11, 9: 2, 10: 3}
-TEXT, ANSWER, GRID, ROW = 400, 270, (32, 32), 4096
+TEXT, ANSWER, SIDE, ROW = 400, 270, 32, 4096
 
 
 def config_of(layers: int | None, *, tiny: bool) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def config_of(layers: int | None, *, tiny: bool) -> dict[str, Any]:
 def example(config: dict[str, Any], items: int, length: int | None, seed: int) -> Example:
     """A random sample with one picture of so many items; ``length`` tokens in all, else ``TEXT`` beside the picture."""
     chance = torch.Generator().manual_seed(seed)
-    queries, side = config["query_num"], 4 if config["hidden_size"] < 1024 else GRID[0]
+    queries, side = config["query_num"], 4 if config["hidden_size"] < 1024 else SIDE
     total = length or items * (queries + 2) + TEXT
     ids = torch.randint(3, config["vocab_size"], (total,), generator=chance)
     labels = torch.full_like(ids, -100)
@@ -84,15 +86,6 @@ def example(config: dict[str, Any], items: int, length: int | None, seed: int) -
     )
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """A batch on the device."""
-    if isinstance(value, dict):
-        return {key: moved(each, device) for key, each in value.items()}
-    if isinstance(value, list):
-        return [moved(each, device) for each in value]
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
 def our_batches(examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Full rows."""
     lengths, items = (np.array([len(getattr(e, name)) for e in examples]) for name in ("input_ids", "tgt_sizes"))
@@ -103,15 +96,10 @@ def their_batches(examples: Sequence[Example]) -> list[dict[str, Any]]:
     """One sample each, pictures as normalised strips, labels moved by one."""
     batches = []
     for each in examples:
-        strips, start = [], 0
-        for rows, columns in each.tgt_sizes.tolist():
-            patches = each.patches[start : start + rows * columns].reshape(-1, 3, 14, 14)
-            strips.append(patches.permute(1, 2, 0, 3).reshape(3, 14, -1).float().div(255).sub(0.5).div(0.5))
-            start += rows * columns
         labels = torch.cat([each.labels[1:], torch.tensor([-100])])
         text = {"input_ids": each.input_ids[None], "position_ids": each.position_ids[None], "labels": labels[None]}
         batches.append(
-            text | {"pixel_values": [strips], "tgt_sizes": [each.tgt_sizes], "image_bound": [each.image_bound]}
+            text | {"pixel_values": [strips(each)], "tgt_sizes": [each.tgt_sizes], "image_bound": [each.image_bound]}
         )
     return batches
 
@@ -128,7 +116,7 @@ def our_model(network: MiniCPMV, given: argparse.Namespace, config: dict[str, An
             gradient_checkpointing=True,
         )
     if device.type == "cuda" and not given.memory:
-        limit = int(0.92 * torch.cuda.get_device_properties(device).total_memory)
+        limit = int(SHARE * torch.cuda.get_device_properties(device).total_memory)
         shape = Shape(tokens=ROW, items=items, labelled=ANSWER / TEXT)
         training.checkpoint_parts, _ = fitting_parts(config, training, LoraArguments(), shape, limit)
         training.gradient_checkpointing = training.checkpoint_parts != []
@@ -179,7 +167,9 @@ def side_main(side: str, given: argparse.Namespace) -> None:
     else:
         model = our_model(network, given, config, max(len(batch["tgt_sizes"]) for batch in batches))
         flops = flops_of(model, network.config.family)
-    batches = [moved(batch, device) for batch in batches]
+    # Theirs has copies of the towers: the network must not stay beside them.
+    del network
+    batches = [send_to_device(batch, device) for batch in batches]
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=device.type == "cuda")
     labelled = sum(int((each.labels >= 0).sum()) for each in examples)

@@ -29,6 +29,7 @@ import mix
 import numpy as np
 import torch
 from llamafactory_side import MAX_PIXELS
+from official_samples import strips
 from results import append
 from tokenizers import AddedToken
 
@@ -123,13 +124,9 @@ class _Theirs:
         assert theirs["input_ids"][:count].tolist() == ours.input_ids.tolist(), ours.source
         assert theirs["image_bound"].tolist() == ours.image_bound.tolist(), ours.source
         assert theirs["tgt_sizes"].tolist() == ours.tgt_sizes.tolist(), ours.source
-        start = 0
-        for item, (rows, columns) in enumerate(ours.tgt_sizes.tolist()):
-            patches = ours.patches[start : start + rows * columns].reshape(-1, 3, mix.PATCH, mix.PATCH)
-            values = patches.permute(1, 2, 0, 3).reshape(3, mix.PATCH, -1).numpy() / 127.5 - 1
-            apart = np.abs(values - theirs[f"pixels{item}"]) * 127.5
+        for item, strip in enumerate(strips(ours)):
+            apart = 127.5 * np.abs(strip.numpy() - theirs[f"pixels{item}"])
             assert apart.mean() < 0.05, (ours.source, apart.mean(), apart.max())
-            start += rows * columns
 
     def _answer(self) -> str:
         assert self._process.stdout is not None

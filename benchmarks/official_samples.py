@@ -26,6 +26,8 @@ from PIL import Image
 from torchvision.transforms import Compose, Normalize, ToTensor
 from transformers import PreTrainedTokenizerFast
 
+from finetune.encoding.example import Example
+
 Turns = Sequence[Mapping[str, str]]
 TRANSFORM = Compose([ToTensor(), Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
 _TEMPLATE = (
@@ -79,6 +81,13 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows = [sample[name][:2048] for sample in samples]
         batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
     return batch | {name: [each[name] for each in samples] for name in ("image_bound", "tgt_sizes", "pixel_values")}
+
+
+def strips(example: Example) -> list[torch.Tensor]:
+    """The pixels of one of our examples as the published code has them: per item (3, P, patches * P) float32."""
+    items = example.patches.split(example.tgt_sizes.prod(1).tolist())
+    squares = [item.reshape(-1, 3, PATCH, PATCH).permute(1, 2, 0, 3).reshape(3, PATCH, -1) for item in items]
+    return [square.float().div(255).sub(0.5).div(0.5) for square in squares]
 
 
 def cut(picture: Image.Image, resolution: int = RESOLUTION) -> tuple[list[Image.Image], tuple[int, int] | None]:

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mix
 import torch
 import vendor
-from official_samples import OfficialSamples, conversation_to_ids, with_placeholders
+from official_samples import OfficialSamples, conversation_to_ids, strips, with_placeholders
 from results import OFFICIAL, Row, append
 from transformers import PreTrainedTokenizerFast
 
@@ -179,13 +179,9 @@ def _check_text(theirs: Mapping[str, Any], ours: Example) -> None:
 
 def _check_pixels(theirs: Mapping[str, Any], ours: Example) -> None:
     """Bit for bit: our bytes normalised as the network does it, in the vendor's layout."""
-    start = 0
-    for strip, (rows, columns) in zip(theirs["pixel_values"], ours.tgt_sizes.tolist(), strict=True):
-        patches = ours.patches[start : start + rows * columns].reshape(-1, 3, mix.PATCH, mix.PATCH)
-        values = patches.permute(1, 2, 0, 3).reshape(3, mix.PATCH, -1).float().div(255).sub(0.5).div(0.5)
-        if not torch.equal(values, strip):
-            raise SystemExit(f"{ours.source}: pixels differ")
-        start += rows * columns
+    pairs = zip(strips(ours), theirs["pixel_values"], strict=True)
+    if not all(torch.equal(one, other) for one, other in pairs):
+        raise SystemExit(f"{ours.source}: pixels differ")
 
 
 def _rows(bench: Bench, numbers: Mapping[str, Sequence[int]], rounds: int) -> list[Row]:

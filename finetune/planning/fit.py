@@ -22,12 +22,10 @@ from finetune.tuning.manifest import zero_stage
 
 logger = logging.getLogger(__name__)
 
-FIT = "fit"
-"""The word of ``--checkpoint_parts`` that asks for this."""
 # Records whose length is measured; the longest of them counts.
 _MEASURED = 500
-# Of the GPU's memory: a plan leaves out what other programs hold, and the kernels' workspaces are a rule of thumb.
-_SHARE = 0.92
+SHARE = 0.92
+"""Of the GPU's memory: a plan leaves out what other programs hold, and the kernels' workspaces are a rule of thumb."""
 _SOME: tuple[tuple[str, ...], ...] = ((), ("vision",), ("llm",))
 """Parts to run again, from fast to slow; to run all of them again comes last."""
 
@@ -75,14 +73,14 @@ def step_shape(training: TrainingArguments, fitter: Fitter, samples: Any, *, str
     # One row, full of samples that have as many images for their length as the one with the most.
     tokens = max(row_capacity(training), shape.tokens)
     items = -(-shape.items * tokens // shape.tokens)
-    most = getattr(training, "packing_items", None) if training.packing == "best_fit" else None
+    most = training.packing_items if training.packing == "best_fit" else None
     return replace(shape, batch=1, tokens=tokens, items=min(items, max(most or items, shape.items)))
 
 
 def recipe_of(training: TrainingArguments, lora: LoraArguments) -> Recipe:
     """How a run trains, as a plan sees it."""
     config: dict[str, Any] = training.deepspeed if isinstance(training.deepspeed, dict) else {}
-    moved = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    moved = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
     method: Method = "qlora" if lora.q_lora else "lora" if training.use_lora else "full"
     return Recipe(
         method=method,
@@ -135,7 +133,7 @@ def settle(
         lora: its adapters.
         measured: its largest micro-batch, see ``step_shape``; asked for only where it counts.
     """
-    if training.checkpoint_parts != [FIT]:
+    if training.checkpoint_parts != ["fit"]:
         return
     chosen = " ".join(_chosen(config, training, lora, measured)) if is_main_process() else None
     words = (from_main_process(chosen) or "").split()
@@ -151,10 +149,10 @@ def _chosen(
         logger.info("--checkpoint_parts fit: no GPU whose memory is known, so the layers of all parts are run again")
         return ["all"]
     shape = measured()
-    parts, planned = fitting_parts(config, training, lora, shape, int(memory * _SHARE))
+    parts, planned = fitting_parts(config, training, lora, shape, int(memory * SHARE))
     what = "all layers are" if parts is None else f"layers of {' and '.join(parts)} are" if parts else "no layers are"
     size = f"{planned.total / GIB:.1f} of {memory / GIB:.1f} GB are planned for {shape.batch} x {shape.tokens} tokens"
-    if planned.total > memory * _SHARE:
+    if planned.total > memory * SHARE:
         size += "; python -m finetune plan tells what would fit"
     logger.info("--checkpoint_parts fit: %s run again, %s", what, size)
     return ["all"] if parts is None else parts

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from small_network import SMALL
 
@@ -50,7 +51,7 @@ def data(tiny: Callable[[str], Path], tmp_path: Path) -> Data:
 def test_the_fewest_layers_that_fit(method: Any, tmp_path: Path) -> None:
     """The same memory as a plan of the same training, and the first choice that is within the limit."""
     training = arguments(tmp_path, use_lora=method == "lora", tune_vision=True)
-    planner, recipe = Planner(SMALL, fit.torch.float32), Recipe(method=method, tune_vision=True)
+    planner, recipe = Planner(SMALL, torch.float32), Recipe(method=method, tune_vision=True)
     planned = {
         parts: planner.memory(Recipe(method=method, tune_vision=True, checkpoint_parts=parts), SHAPE).total
         for parts in ((), ("vision",), ("llm",), None)
