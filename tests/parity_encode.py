@@ -22,6 +22,7 @@ from finetune.encoding.footage import Footage
 from finetune.families import FAMILIES
 from finetune.families.base import Family
 from finetune.media import image
+from finetune.media.patches import patchify
 from finetune.media.sampling import Group
 from finetune.media.slicing import SliceSpec, plan
 from finetune.readers import messages, read
@@ -91,7 +92,7 @@ def _pixel_faults(folder: Path, cut: np.ndarray, official: Json) -> list[str]:
         same = older.exists() and Image.open(older).convert("RGB").tobytes() == seen.tobytes()
         return [] if same else [f"{official['file']} differs"]
     rows, columns = official["tgt_size"]
-    patches = image.patchify([cut], 14)
+    patches = patchify([cut], 14)
     # The official layout: (channel, row in the patch, patch x column in the patch).
     strip = patches.reshape(-1, 3, 14, 14).transpose(1, 2, 0, 3).reshape(3, 14, -1)
     values = (strip.astype(np.float64) / 255 - 0.5) / 0.5

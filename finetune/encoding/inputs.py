@@ -13,6 +13,7 @@ from PIL.Image import Image
 from finetune.encoding.example import Example
 from finetune.encoding.footage import Shown
 from finetune.media import fast, image, processor
+from finetune.media.patches import patchify
 from finetune.media.slicing import Plan, SliceSpec
 
 Pictures = Iterable[Shown]
@@ -57,7 +58,7 @@ def _patches(
         items += [item for alike in zip(*cut, strict=True) for item in alike]
     side = spec.patch_size
     grids = [(item.shape[0] // side, item.shape[1] // side) for item in items]
-    return torch.from_numpy(image.patchify(items, side)), grids
+    return torch.from_numpy(patchify(items, side)), grids
 
 
 def _by_processor(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:

@@ -1,4 +1,4 @@
-"""Image files and PIL images to uint8 patches: orientation, limits, resizing, cutting."""
+"""Image files and PIL images to visual items: orientation, limits, resizing, cutting."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
+from finetune.media.resample import Size, lowered, narrowed, vertical_first
 from finetune.media.slicing import Plan, crop_boxes
 from finetune.sample import DataError, Media, Source
 
@@ -93,10 +94,24 @@ def load(media: Media, source: Source, max_pixels: int = MAX_PIXELS) -> Image.Im
 
 def cut(image: Image.Image, plan: Plan) -> list[np.ndarray]:
     """The visual items of an RGB image: the thumbnail, then the slices row by row; see ``pixels``."""
-    items = [pixels(image.resize(plan.thumbnail, Image.Resampling.BICUBIC))]
-    if plan.refined is not None:
-        items += slices(pixels(image.resize(plan.refined, Image.Resampling.BICUBIC)), plan)
-    return items
+    thumbnail, *refined = resized(image, [plan.thumbnail] if plan.refined is None else [plan.thumbnail, plan.refined])
+    return [thumbnail, *(item for each in refined for item in slices(each, plan))]
+
+
+def resized(image: Image.Image, sizes: Sequence[Size]) -> list[np.ndarray]:
+    """The pixels of an RGB image in other sizes (width, height), to the bit as Pillow's bicubic filter makes them."""
+    sideways = [size for size in sizes if size[0] != image.width and not vertical_first(image.size, size)]
+    narrow = {size: np.empty((image.height, size[0], 4), np.uint8) for size in sideways}
+    top = 0
+    for band in bands(image) if sideways else ():
+        part = array(band, image.width)
+        for (width, _), into in narrow.items():
+            narrowed(part, width, into[top : top + len(part)])
+        top += len(part)
+    return [
+        lowered(narrow[size], size[1]) if size in narrow else narrowed(lowered(pixels(image), size[1]), size[0])
+        for size in sizes
+    ]
 
 
 def slices(refined: np.ndarray, plan: Plan) -> list[np.ndarray]:
@@ -106,46 +121,38 @@ def slices(refined: np.ndarray, plan: Plan) -> list[np.ndarray]:
 
 def pixels(image: Image.Image) -> np.ndarray:
     """The bytes of an RGB image, (height, width, 4) uint8, perhaps read only; the fourth channel means nothing."""
-    found = [memory(band).to_numpy().reshape(band.height, band.width, 4) for band in bands(image)]
+    found = [array(band, image.width) for band in bands(image)]
     return found[0] if len(found) == 1 else np.concatenate(found)
 
 
-def bands(image: Image.Image) -> Iterator[Image.Image]:
-    """The image from top to bottom, in parts of at most 16 MB each: so much Pillow keeps in one piece of memory."""
-    rows = max(_ONE_PIECE // (4 * image.width), 1)
-    if rows >= image.height:
-        yield image
+def array(band: pa.UInt8Array, width: int) -> np.ndarray:
+    """The bytes of a band as (rows, width, 4) uint8, read only."""
+    return band.to_numpy().reshape(-1, width, 4)
+
+
+def bands(image: Image.Image) -> Iterator[pa.UInt8Array]:
+    """The bytes of an RGB image from top to bottom, four to a pixel, in as many parts as Pillow has pieces of memory.
+
+    Above 16 MB these are copies, unless the environment variable PILLOW_BLOCK_SIZE allows larger pieces.
+    """
+    whole = _memory(image)
+    if whole is not None:
+        yield whole
         return
+    rows = max(_ONE_PIECE // (4 * image.width), 1)
     for top in range(0, image.height, rows):
-        yield image.crop((0, top, image.width, min(top + rows, image.height)))
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        found = _memory(band)
+        # The variable may allow only smaller pieces.
+        yield pa.array(np.asarray(band.convert("RGBA")).reshape(-1)) if found is None else found
 
 
-def memory(image: Image.Image) -> pa.UInt8Array:
-    """The bytes of an RGB image row by row, four to a pixel: Pillow's own memory, or a copy where it is in pieces."""
+def _memory(image: Image.Image) -> pa.UInt8Array | None:
+    """Pillow's own memory of an image; None where it is in several pieces."""
     try:
         return pa.array(image).flatten()
-    except ValueError:  # Pillow's environment variables change how it keeps images.
-        return pa.array(np.asarray(image.convert("RGBA")).reshape(-1))
-
-
-def patchify(items: Sequence[np.ndarray], patch_size: int) -> np.ndarray:
-    """Patches of items (height, width, 4) without the fourth channel: (patches, 3 * P * P) uint8, P = ``patch_size``.
-
-    Items one after another, patches of an item row by row, each patch in (channel, row, column) order.
-    """
-    area = patch_size**2
-    grids = [(item.shape[0] // patch_size, item.shape[1] // patch_size) for item in items]
-    patches = np.empty((sum(rows * columns for rows, columns in grids), 3, area), np.uint8)
-    start = 0
-    for item, (rows, columns) in zip(items, grids, strict=True):
-        # A pixel is moved as one number, whose lowest byte is the first channel; the others follow by shifting.
-        cells = item.view("<u4").reshape(rows, patch_size, columns, patch_size)
-        numbers = cells.transpose(0, 2, 1, 3).copy().reshape(-1, area)
-        for channel in range(3):
-            patches[start : start + len(numbers), channel] = numbers
-            numbers >>= 8
-        start += len(numbers)
-    return patches.reshape(-1, 3 * area)
+    except ValueError:
+        return None
 
 
 @contextmanager

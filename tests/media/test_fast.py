@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from finetune.media import fast, image
+from finetune.media.patches import patchify
 from finetune.media.slicing import Plan, SliceSpec, plan
 
 SPEC = SliceSpec(9, 448, 14)
@@ -94,7 +95,7 @@ def test_thin_pictures_become_patches_too(
     cut: Callable[[Image.Image, Plan], list[np.ndarray]], size: tuple[int, int]
 ) -> None:
     items = cut(noise(*size), plan(*size, SPEC))
-    patches = image.patchify(items, 14)
+    patches = patchify(items, 14)
     last = items[-1][-14:, -14:, :3]
     assert (patches[-1].reshape(3, 14, 14) == last.transpose(2, 0, 1)).all()
     assert len(patches) == sum(item.shape[0] * item.shape[1] for item in items) // 196

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from finetune.media import image
+from finetune.media.patches import patchify
 from finetune.media.slicing import SliceSpec, item_sizes, plan
 from finetune.sample import DataError, Media, Source
 
@@ -32,7 +33,7 @@ def test_patches_are_channel_row_column_and_row_major() -> None:
     pixels = np.asarray(picture)
     wider = Image.new("RGB", (70, 28))
     wider.paste(picture, (14, 0))
-    patches = image.patchify([image.pixels(picture), image.pixels(wider)[:, 14:56]], 14)
+    patches = patchify([image.pixels(picture), image.pixels(wider)[:, 14:56]], 14)
     assert patches.shape == (2 * 6, 3 * 14 * 14)
     assert patches.dtype == np.uint8
     for row in range(2):
@@ -44,7 +45,7 @@ def test_patches_are_channel_row_column_and_row_major() -> None:
 
 
 def test_no_image_gives_no_patch() -> None:
-    assert image.patchify([], 14).shape == (0, 588)
+    assert patchify([], 14).shape == (0, 588)
 
 
 def test_items_follow_the_plan(tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""Our resizing against Pillow's: not one byte may differ."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune.media import image
+from finetune.media.resample import vertical_first
+
+Size = tuple[int, int]
+
+
+def noise(width: int, height: int) -> Image.Image:
+    values = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(values)
+
+
+def checkers(width: int, height: int) -> Image.Image:
+    """Black and white side by side, where the filter goes beyond both."""
+    values = np.indices((height, width)).sum(0) // 3 % 2 * 255
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+
+
+def assert_same(picture: Image.Image, *sizes: Size) -> None:
+    for size, found in zip(sizes, image.resized(picture, sizes), strict=True):
+        wanted = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+        assert (found[..., :3] == wanted).all(), (picture.size, size)
+
+
+def test_sizes_drawn_at_random() -> None:
+    chance = np.random.default_rng(5)
+    for old_width, old_height, *new in chance.integers(1, 700, (150, 6)).tolist():
+        assert_same(noise(old_width, old_height), (new[0], new[1]), (new[2], new[3]))
+
+
+@pytest.mark.parametrize("old", [(1, 1), (1, 900), (900, 1), (17, 16), (15, 33), (16, 700), (2500, 40), (40, 2500)])
+@pytest.mark.parametrize("new", [(1, 1), (14, 14), (1, 200), (200, 1), (13, 401), (448, 448)])
+def test_thin_and_tiny_pictures(old: Size, new: Size) -> None:
+    assert_same(checkers(*old), new)
+
+
+def test_sides_that_stay() -> None:
+    picture = noise(140, 84)
+    assert_same(picture, (140, 84), (140, 200), (300, 84), (140, 20), (70, 84))
+
+
+def test_both_orders_of_the_passes() -> None:
+    sizes: list[Size] = [(238, 854), (480, 400), (70, 1700)]
+    picture = noise(486, 1770)
+    found = [vertical_first(picture.size, size) for size in sizes]
+    assert found in ([True, True, False], [False, False, False])  # of Pillow 13, and of those before
+    assert_same(picture, *sizes)
+
+
+@pytest.mark.parametrize("sizes", [[(56, 42), (2058, 42)], [(56, 2310), (2100, 80)]])
+def test_pictures_in_several_pieces_of_memory(sizes: list[Size]) -> None:
+    """Above 16 MiB Pillow keeps a picture in several."""
+    assert_same(noise(2100, 2300), *sizes)
