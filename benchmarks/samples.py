@@ -56,8 +56,9 @@ IDENTICAL, FAST, TEXT = (
     "sample preparation, {}, --image_backend fast",
     "text side, {}",
 )
-# In a row on a side: its process has waited, and the first run has to fetch its memory anew.
-_RUNS, _TEXT_RUNS = 3, 5
+# A turn of a side, in runs and in seconds of CPU time: its process has waited, and the first runs are slow. As turns of
+# both sides last equally long, that is as large a part of both.
+_RUNS, _TURN = 3, 0.1
 GOALS = {IDENTICAL.format("mix"): 2.0, FAST.format("mix"): 4.5, TEXT.format("mix"): 25.0}
 
 
@@ -120,14 +121,14 @@ class Bench:
     def _serve(self, pipe: Connection) -> None:
         keep_freed_memory()
         while True:
-            side, number, runs = pipe.recv()
-            pipe.send(_timed(self._job(side, number), runs))
+            side, number = pipe.recv()
+            pipe.send(_timed(self._job(side, number)))
 
-    def times(self, side: str, number: int, runs: int) -> list[float]:
-        """Milliseconds of CPU time of a sample on a side, so many times."""
+    def times(self, side: str, number: int) -> list[float]:
+        """Milliseconds of CPU time of a sample on a side, of all runs of a turn."""
         if side.startswith("their"):
-            return _timed(self._job(side, number), runs)
-        self._pipe.send((side, number, runs))
+            return _timed(self._job(side, number))
+        self._pipe.send((side, number))
         return self._pipe.recv()
 
     @cache  # noqa: B019 - one bench per run
@@ -187,8 +188,7 @@ def _check_pixels(theirs: Mapping[str, Any], ours: Example) -> None:
 def _rows(bench: Bench, numbers: Mapping[str, Sequence[int]], rounds: int) -> list[Row]:
     every = [number for each in numbers.values() for number in each]
     taken = {
-        number: _median_times(bench, ("theirs", "ours", "fast"), number, rounds, _RUNS)
-        | _median_times(bench, ("their text", "our text"), number, rounds, _TEXT_RUNS)
+        number: _median_times(bench, ("theirs", "ours", "fast", "their text", "our text"), number, rounds)
         for number in every
     }
     rows: list[Row] = []
@@ -204,18 +204,18 @@ def _rows(bench: Bench, numbers: Mapping[str, Sequence[int]], rounds: int) -> li
     return rows
 
 
-def _median_times(bench: Bench, sides: Sequence[str], number: int, rounds: int, runs: int) -> dict[str, float]:
-    """The median of all runs of a sample; the sides take turns, so many runs each."""
+def _median_times(bench: Bench, sides: Sequence[str], number: int, rounds: int) -> dict[str, float]:
+    """The median of all runs of a sample; the sides take turns."""
     times: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
-            times[side] += bench.times(side, number, runs)
+            times[side] += bench.times(side, number)
     return {side: statistics.median(each) for side, each in times.items()}
 
 
-def _timed(job: Job, runs: int) -> list[float]:
-    found = []
-    for _ in range(runs):
+def _timed(job: Job) -> list[float]:
+    found: list[float] = []
+    while len(found) < _RUNS or sum(found) < 1000 * _TURN:
         start = time.process_time()
         job()
         found.append(1000 * (time.process_time() - start))

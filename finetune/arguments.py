@@ -328,6 +328,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
             "--do_predict true is not part of training: `python -m finetune evaluate` predicts and scores"
         )
     _resolve_attention(model)
+    if data.image_backend == "fast" and importlib.util.find_spec("simplejpeg") is None:
+        logger.warning("--image_backend fast decodes JPEG files faster with simplejpeg: pip install -e '.[fast]'")
     if lora.q_lora:
         _check_q_lora(training)
     if not training.use_lora:

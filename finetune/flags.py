@@ -117,9 +117,9 @@ class DataArguments:
     image_backend: Literal["pillow", "fast"] = field(
         default="pillow",
         metadata={
-            "help": "What resizes images: pillow, to the bit as the published code; or fast, torch's kernel for bytes, "
-            "two to seven times as fast, with about 0.2 percent of the bytes (at most 1 in noise) one level off. "
-            "4.6 and 4.7 have a way of their own, and refuse fast."
+            "help": "How images are resized: pillow, to the bit as Pillow and with it the published code; or fast, by "
+            "torch's kernel for bytes, with about 0.2 percent of the bytes (at most 1 in noise) one level off, and "
+            "JPEG files decoded by simplejpeg where it is installed. 4.6 and 4.7 have a way of their own and refuse it."
         },
     )
     video_fps: float | None = field(

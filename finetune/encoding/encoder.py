@@ -101,7 +101,7 @@ class Encoder:
         shrink_pixels: images of more pixels are shrunk to about so many before they are cut; None for none.
         hearing: how the checkpoint hears; None for one that cannot.
         video: how videos are looked at, where the user has a say.
-        image_backend: what resizes images: "pillow", or "fast" with some bytes one level off.
+        image_backend: how images are decoded and resized: "pillow", or "fast" with some bytes one level off.
 
     Raises:
         UserError: the family keeps the pixels of its published image processor, and another backend is asked for.
@@ -123,7 +123,7 @@ class Encoder:
         video: VideoOptions = VideoOptions(),  # noqa: B008 - frozen
         image_backend: ImageBackend = "pillow",
     ) -> None:
-        if image_backend not in INPUTS[family.inputs].cut:
+        if image_backend not in INPUTS[family.inputs].backends:
             raise UserError(
                 f"--image_backend {image_backend}: {family.title} keeps the pixels of its published image processor, "
                 "which has its own way to resize; leave the option out"
@@ -139,7 +139,7 @@ class Encoder:
         self.video = video
         self.vocabulary = Vocabulary(tokenizer, family.control_tokens, family.required_tokens)
         self._inputs = INPUTS[family.inputs]
-        self._cut = self._inputs.cut[image_backend]
+        self._backend = self._inputs.backends[image_backend]
         self._placeholder = self.vocabulary.control(layout.placeholder)
         # A checkpoint without this token is told so by the first video.
         seen_moving = self.vocabulary.has(layout.video_placeholder)
@@ -288,7 +288,7 @@ class Encoder:
         """
         shown = self._spread(sample, plans)
         pictures = decoded(shown, lambda media: self._picture(media, sample), self.video.max_pixels)
-        patches, cut = self._cut(pictures, self.slicing)
+        patches, cut = self._backend.cut(pictures, self.slicing)
         items = items_of(shown, self.slicing.patch_size)
         clips = self._clips(sample)
         heard = [found for found in plans if isinstance(found, Sound)]
@@ -317,7 +317,7 @@ class Encoder:
 
     def _picture(self, media: Media, sample: Sample) -> Image.Image:
         """A decoded image in the size in which it is cut."""
-        picture = image.load(media, sample.source, self.max_pixels)
+        picture = image.load(media, sample.source, self.max_pixels, self._backend.read)
         size = image.shrunk(picture.size, self.shrink_pixels)
         return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
 

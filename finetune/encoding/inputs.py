@@ -19,9 +19,22 @@ from finetune.media.slicing import Plan, SliceSpec
 Pictures = Iterable[Shown]
 Grids = list[tuple[int, int]]
 ImageBackend = Literal["pillow", "fast"]
-"""What resizes images: Pillow, or torch's kernel for bytes; families with a published processor keep its resizing."""
+"""What decodes and resizes images; families with a published processor keep its resizing."""
 Batch = dict[str, torch.Tensor]
 Place = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """How image files become patches.
+
+    Attributes:
+        cut: decoded pictures to patches (N, 3*P*P), and rows and columns of patches of every item.
+        read: decodes files.
+    """
+
+    cut: Callable[[Pictures, SliceSpec], tuple[torch.Tensor, Grids]]
+    read: image.Reader = image.left_to_pillow
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +43,13 @@ class Inputs:
 
     Attributes:
         dtype: of the patches.
-        cut: by image backend, decoded pictures to patches (N, 3*P*P), and rows and columns of patches of every item.
+        backends: how image files become patches, by the name of --image_backend.
         collect: what a batch has besides ids, mask and labels, from its examples, batch row and first position of
             each, and the shape (B, T).
     """
 
     dtype: torch.dtype
-    cut: Mapping[ImageBackend, Callable[[Pictures, SliceSpec], tuple[torch.Tensor, Grids]]]
+    backends: Mapping[ImageBackend, Backend]
     collect: Callable[[Sequence[Example], Sequence[Place], tuple[int, int]], Batch]
 
 
@@ -160,7 +173,7 @@ def _typed(examples: Sequence[Example], places: Sequence[Place], shape: tuple[in
 
 
 INPUTS = {
-    "patches": Inputs(torch.uint8, {"pillow": _by_pillow, "fast": _by_torch}, _bounded),
-    "packed": Inputs(torch.float32, {"pillow": _by_processor}, _packed),
-    "canvas": Inputs(torch.float32, {"pillow": _by_processor}, _typed),
+    "patches": Inputs(torch.uint8, {"pillow": Backend(_by_pillow), "fast": Backend(_by_torch, fast.read)}, _bounded),
+    "packed": Inputs(torch.float32, {"pillow": Backend(_by_processor)}, _packed),
+    "canvas": Inputs(torch.float32, {"pillow": Backend(_by_processor)}, _typed),
 }

@@ -1,8 +1,9 @@
-"""Images cut by torch's resizing of bytes: several times as fast as Pillow's, nearly all bytes the same."""
+"""Images decoded by simplejpeg and resized by torch's kernel for bytes: faster, with nearly all bytes the same."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,28 @@ from PIL import Image
 from finetune.media.image import bands, slices
 from finetune.media.resample import Size, vertical_first
 from finetune.media.slicing import Plan
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
+_JPEG = ("JPEG", "MPO")  # The second is what some cameras write: Pillow, too, takes its first picture.
+
+
+def read(path: Path, header: Image.Image) -> Image.Image | None:
+    """The pixels of a JPEG file in colour by simplejpeg, where it is installed; what it refuses is left to Pillow.
+
+    Both decode by libjpeg-turbo, and agree to the bit when both have the same version of it.
+    """
+    if simplejpeg is None or header.format not in _JPEG or header.mode != "RGB":
+        return None
+    try:
+        pixels = simplejpeg.decode_jpeg(path.read_bytes(), "RGBX")
+    except ValueError:
+        return None
+    cells = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), 4)
+    return Image.fromarrow(cells, "RGB", header.size)
 
 
 def cut(image: Image.Image, plan: Plan) -> list[np.ndarray]:

@@ -6,7 +6,7 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,9 @@ from finetune.sample import DataError, Media, Source
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels: Pillow's own threshold (256 MiB of 24-bit pixels), here an error."""
+
+Reader = Callable[[Path, Image.Image], Image.Image | None]
+"""From a file and the image of its header to RGB, EXIF orientation not applied; None for a file that it leaves."""
 
 _ONE_PIECE = 15 << 20
 _ORIENTATION = 0x0112
@@ -77,18 +80,30 @@ def shrunk(size: tuple[int, int], most: int | None) -> tuple[int, int]:
     return max(int(width * factor), 1), max(int(height * factor), 1)
 
 
-def load(media: Media, source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def left_to_pillow(path: Path, header: Image.Image) -> None:
+    """The reader that leaves every file to Pillow."""
+
+
+def load(media: Media, source: Source, max_pixels: int = MAX_PIXELS, read: Reader = left_to_pillow) -> Image.Image:
     """The decoded image as RGB with EXIF orientation applied; an alpha channel is dropped, not blended.
 
     Of 16 bit grey values the high byte counts, so that the whole range from black to white is kept.
+
+    Args:
+        media: what to decode.
+        source: of the record.
+        max_pixels: most pixels.
+        read: decodes files; what it leaves is decoded by Pillow.
 
     Raises:
         DataError: as ``size``, and data that is truncated or damaged.
     """
     with _opened(media, source, max_pixels) as image:
         turn = _TURN.get(_orientation(image))
-        image.load()
-        decoded = _rgb(image)
+        decoded = read(media.data, image) if isinstance(media.data, Path) else None
+        if decoded is None:
+            image.load()
+            decoded = _rgb(image)
     return decoded if turn is None else decoded.transpose(turn)
 
 

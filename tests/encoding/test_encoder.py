@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from golden_tokenizers import tokenizer
 from PIL import Image
@@ -237,14 +238,19 @@ def test_alignment_of_patches(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_picture_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its header is read for the plan, and its pixels for the patches; a fitting sample needs no other look."""
     Image.effect_noise((300, 200), 50).convert("RGB").save(tmp_path / "a.jpg")
-    opened: list[JpegImageFile] = []
-    begin = JpegImageFile.load_prepare
+    opened: list[object] = []
+    begin, decode = JpegImageFile.load_prepare, simplejpeg.decode_jpeg
 
     def counted(self: JpegImageFile) -> None:
         opened.append(self)
         begin(self)
 
+    def counted_too(data: bytes, colorspace: str) -> np.ndarray:
+        opened.append(data)
+        return decode(data, colorspace)
+
     monkeypatch.setattr(JpegImageFile, "load_prepare", counted)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", counted_too)
     conversation = sample(Media("image", tmp_path / "a.jpg"))
     for image_backend in ("pillow", "fast"):
         Fitter(encoder("v2_0", max_length=10_000, image_backend=image_backend), "shrink").encode(conversation)

@@ -1,6 +1,8 @@
-"""Torch's resizing of bytes against Pillow's, on shapes drawn at random."""
+"""The fast image backend against Pillow: resizing on shapes drawn at random, and decoding."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 from finetune.media import fast, image
 from finetune.media.patches import patchify
 from finetune.media.slicing import Plan, SliceSpec, plan
+from finetune.sample import DataError, Media, Source
 
 SPEC = SliceSpec(9, 448, 14)
 
@@ -99,3 +102,82 @@ def test_thin_pictures_become_patches_too(
     last = items[-1][-14:, -14:, :3]
     assert (patches[-1].reshape(3, 14, 14) == last.transpose(2, 0, 1)).all()
     assert len(patches) == sum(item.shape[0] * item.shape[1] for item in items) // 196
+
+
+def both(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A file decoded by the fast backend and by Pillow."""
+    media, source = Media("image", path), Source("data.json", 0)
+    fast_one, pillow = (image.load(media, source, read=read) for read in (fast.read, image.left_to_pillow))
+    assert fast_one.mode == pillow.mode == "RGB"
+    return np.asarray(fast_one), np.asarray(pillow)
+
+
+def header_of(path: Path) -> Image.Image:
+    with Image.open(path) as found:
+        return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 90},
+        {"quality": 30, "subsampling": 0},
+        {"subsampling": 1, "progressive": True},
+        {"quality": 95, "subsampling": 2, "optimize": True},
+        {"exif": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"},
+    ],
+    ids=["plain", "444", "progressive", "optimised", "turned"],
+)
+def test_jpeg_files_have_the_same_pixels(tmp_path: Path, options: dict[str, Any]) -> None:
+    photo(203, 131).save(tmp_path / "1.jpg", **options)
+    assert fast.read(tmp_path / "1.jpg", header_of(tmp_path / "1.jpg")) is not None
+    ours, pillow = both(tmp_path / "1.jpg")
+    assert ours.shape == ((203, 131, 3) if "exif" in options else (131, 203, 3))
+    assert (ours == pillow).all()
+
+
+def test_large_jpeg_files_too(tmp_path: Path) -> None:
+    photo(2100, 2300).save(tmp_path / "1.jpg")
+    ours, pillow = both(tmp_path / "1.jpg")
+    assert (ours == pillow).all()
+
+
+def test_cameras_files_of_several_pictures(tmp_path: Path) -> None:
+    photo(80, 60).save(tmp_path / "1.jpg", "MPO", save_all=True, append_images=[noise(80, 60)])
+    header = header_of(tmp_path / "1.jpg")
+    assert header.format == "MPO"
+    assert fast.read(tmp_path / "1.jpg", header) is not None
+    ours, pillow = both(tmp_path / "1.jpg")
+    assert (ours == pillow).all()
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("L", "jpg"), ("CMYK", "jpg"), ("RGB", "png"), ("RGB", "webp")])
+def test_other_files_are_left_to_pillow(tmp_path: Path, mode: str, suffix: str) -> None:
+    path = tmp_path / f"1.{suffix}"
+    photo(60, 40).convert(mode).save(path)
+    assert fast.read(path, header_of(path)) is None
+    ours, pillow = both(path)
+    assert (ours == pillow).all()
+
+
+def test_pillow_says_what_is_wrong(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.jpg", tmp_path / "cut.jpg"
+    photo(300, 200).save(whole)
+    cut.write_bytes(whole.read_bytes()[:3000])
+    with pytest.raises(DataError, match="cut.jpg cannot be decoded .*truncated"):
+        image.load(Media("image", cut), Source("data.json", 0), read=fast.read)
+
+
+def test_without_simplejpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "simplejpeg", None)
+    photo(60, 40).save(tmp_path / "1.jpg")
+    assert fast.read(tmp_path / "1.jpg", header_of(tmp_path / "1.jpg")) is None
+
+
+def test_a_picture_that_was_changed_after_it_was_opened_is_not_read_again(tmp_path: Path) -> None:
+    photo(60, 40).save(tmp_path / "1.jpg")
+    with Image.open(tmp_path / "1.jpg") as picture:
+        picture.load()
+        picture.paste((255, 0, 0), (0, 0, 60, 40))
+        found = image.load(Media("image", picture), Source("data.json", 0), read=fast.read)
+    assert (np.asarray(found) == (255, 0, 0)).all()
