@@ -6,7 +6,6 @@ import logging
 import math
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,18 +128,25 @@ class CPMTrainer(Trainer):
         return super().get_batch_samples(self.throughput.timed(epoch_iterator), num_batches, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of the flags, its groups split by part so that each has its own learning rate."""
+        """The optimizer of the flags, its groups split where parts have learning rates of their own.
+
+        What is treated alike is one group: DeepSpeed's work and messages of a step grow with the groups.
+        """
         optimizer = super().create_optimizer(model)
         source = self._network() if model is None else model
         parts = {id(weight): part_of(name, self.base.family.parts) for name, weight in source.named_parameters()}
-        groups = list(optimizer.param_groups)
-        optimizer.param_groups.clear()
-        for group in groups:
-            by_part: dict[str, list[nn.Parameter]] = defaultdict(list)
+        alike: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
+        for group in optimizer.param_groups:
+            options = {name: value for name, value in group.items() if name != "params"}
             for parameter in group["params"]:
-                by_part[parts[id(parameter)]].append(parameter)
-            for part, parameters in by_part.items():
-                optimizer.add_param_group({**group, "params": parameters, "lr": self.part_learning_rates[part]})
+                wanted = {**options, "lr": self.part_learning_rates[parts[id(parameter)]]}
+                parameters = next((found for given, found in alike if given == wanted), None)
+                if parameters is None:
+                    alike.append((wanted, parameters := []))
+                parameters.append(parameter)
+        optimizer.param_groups.clear()
+        for options, parameters in alike:
+            optimizer.add_param_group({**options, "params": parameters})
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -60,6 +60,16 @@ def test_every_part_has_its_learning_rate(tiny, demo_data, tmp_path):
     assert seen == {id(parameter) for parameter in network(made).parameters() if parameter.requires_grad}
 
 
+@pytest.mark.parametrize(("vision", "groups"), [("1e-3", 1), ("2e-3", 2)])
+def test_parts_of_one_learning_rate_share_a_group(tiny, demo_data, tmp_path, vision, groups):
+    rates = ("--learning_rate", "1e-3", "--vision_lr", vision, "--resampler_lr", "1e-3")
+    made = make_trainer(tiny("llama3_v2_5"), demo_data, tmp_path, *rates)
+    found = [group for group in made.create_optimizer().param_groups if group["params"]]
+    trained = sum(parameter.requires_grad for parameter in network(made).parameters())
+    assert sum(len(group["params"]) for group in found) == trained
+    assert len(found) == len({(group["lr"], group["weight_decay"]) for group in found}) == groups
+
+
 def test_evaluation_is_weighted_by_tokens_at_any_batch_size(tiny, demo_data, tmp_path):
     losses = []
     for size in ("1", "3", "8"):
