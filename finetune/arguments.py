@@ -324,9 +324,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
             f"{resolved.origins['do_train']} false: this trains; `python -m finetune evaluate` evaluates"
         )
     if training.do_predict:
-        raise ArgumentError(
-            "--do_predict true is not part of training: `python -m finetune evaluate` predicts and scores"
-        )
+        raise ArgumentError("--do_predict true is not training: `python -m finetune evaluate` predicts and scores")
     _resolve_attention(model)
     if data.image_backend == "fast" and importlib.util.find_spec("simplejpeg") is None:
         logger.warning("--image_backend fast decodes JPEG files faster with simplejpeg: pip install -e '.[fast]'")

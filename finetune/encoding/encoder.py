@@ -318,8 +318,7 @@ class Encoder:
     def _picture(self, media: Media, sample: Sample) -> Image.Image:
         """A decoded image in the size in which it is cut."""
         picture = image.load(media, sample.source, self.max_pixels, self._backend.read)
-        size = image.shrunk(picture.size, self.shrink_pixels)
-        return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
+        return image.shrink(picture, self.shrink_pixels)
 
     def empty(self, source: str) -> Example:
         """An example of one padding token that teaches nothing and has no image."""

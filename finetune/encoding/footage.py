@@ -211,9 +211,4 @@ def decoded(shown: Spread, load: Callable[[Media], Image.Image], most_pixels: in
             if decoder is None or frames.opens:
                 opened.close()
                 decoder = opened.enter_context(video.Decoder(frames.clip, shown.sample.source))
-            yield Shown([_shrunk(decoder.take(index), most_pixels) for index in frames.indices], cuts, True)
-
-
-def _shrunk(picture: Image.Image, most_pixels: int | None) -> Image.Image:
-    size = image.shrunk(picture.size, most_pixels)
-    return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
+            yield Shown([image.shrink(decoder.take(index), most_pixels) for index in frames.indices], cuts, True)

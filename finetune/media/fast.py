@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from finetune.media.image import bands, slices
+from finetune.media.image import bands, from_pixels, slices
 from finetune.media.resample import Size, vertical_first
 from finetune.media.slicing import Plan
 
@@ -33,8 +33,7 @@ def read(path: Path, header: Image.Image) -> Image.Image | None:
         pixels = simplejpeg.decode_jpeg(path.read_bytes(), "RGBX")
     except ValueError:
         return None
-    cells = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), 4)
-    return Image.fromarrow(cells, "RGB", header.size)
+    return from_pixels(pixels)
 
 
 def cut(image: Image.Image, plan: Plan) -> list[np.ndarray]:

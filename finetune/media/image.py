@@ -129,6 +129,18 @@ def resized(image: Image.Image, sizes: Sequence[Size]) -> list[np.ndarray]:
     ]
 
 
+def shrink(image: Image.Image, most: int | None) -> Image.Image:
+    """The image in the size that ``shrunk`` gives."""
+    size = shrunk(image.size, most)
+    return image if size == image.size else from_pixels(resized(image, [size])[0])
+
+
+def from_pixels(found: np.ndarray) -> Image.Image:
+    """An RGB image that is kept in these pixels, (height, width, 4) uint8; ``pixels`` gives them back."""
+    cells = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), 4)
+    return Image.fromarrow(cells, "RGB", (found.shape[1], found.shape[0]))
+
+
 def slices(refined: np.ndarray, plan: Plan) -> list[np.ndarray]:
     """The slices of the refined image row by row, as views; all (height, width, channels)."""
     return [refined[top:bottom, left:right] for left, top, right, bottom in crop_boxes(plan)]

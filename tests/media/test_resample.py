@@ -56,3 +56,14 @@ def test_both_orders_of_the_passes() -> None:
 def test_pictures_in_several_pieces_of_memory(sizes: list[Size]) -> None:
     """Above 16 MiB Pillow keeps a picture in several."""
     assert_same(noise(2100, 2300), *sizes)
+
+
+@pytest.mark.parametrize("most", [None, 60_000, 5_000])
+def test_shrunk_pictures(most: int | None) -> None:
+    picture = noise(301, 199)
+    found = image.shrink(picture, most)
+    wanted = picture.resize(image.shrunk(picture.size, most), Image.Resampling.BICUBIC)
+    assert found.mode == "RGB"
+    assert found.size == wanted.size
+    assert (np.asarray(found) == np.asarray(wanted)).all()
+    assert (image.pixels(found)[..., :3] == np.asarray(wanted)).all()
