@@ -6,12 +6,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from finetune.arguments import DataArguments
-from finetune.encoding.collate import pack, pad
+from finetune.encoding.collate import Batch, pack, pad
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
 from finetune.encoding.intake import BAD_SAMPLES, Intake
@@ -107,9 +107,9 @@ class DataCollator:
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[Example]) -> Batch:
         """The padded batch of some examples."""
-        return {**pad(examples, self.pad_id), "sources": [example.source for example in examples]}
+        return Batch(pad(examples, self.pad_id), sources=[example.source for example in examples])
 
 
 class PackingCollator:
@@ -122,10 +122,10 @@ class PackingCollator:
     def __init__(self, filler: Example) -> None:
         self.filler = filler
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[Example]) -> Batch:
         """The row of some examples, and where each came from, as DataCollator has it."""
         examples = examples or [self.filler]
-        return {**pack(examples), "sources": [example.source for example in examples]}
+        return Batch(pack(examples), sources=[example.source for example in examples])
 
 
 class DataModule(TypedDict):

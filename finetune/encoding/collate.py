@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from finetune.encoding.example import Example
 from finetune.encoding.inputs import INPUTS
 from finetune.templates.rendering import IGNORE
+
+_SMALL = 1 << 18
+
+
+class Batch(dict[str, Any]):
+    """What a collator returns, by name.
+
+    Between processes only its large tensors go through shared memory: each of those takes a file descriptor and a
+    message of its own, which for a small one is far more work than its bytes.
+    """
+
+    def __reduce__(self) -> tuple[Callable[[Mapping[str, Any]], Batch], tuple[dict[str, Any]]]:
+        small = {name: value.numpy() for name, value in self.items() if _is_small(value)}
+        return _received, ({**self, **small},)
+
+
+def _is_small(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.nbytes <= _SMALL
+
+
+def _received(sent: Mapping[str, Any]) -> Batch:
+    return Batch(
+        {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in sent.items()}
+    )
 
 
 def pad(examples: Sequence[Example], pad_id: int, side: Literal["right", "left"] = "right") -> dict[str, torch.Tensor]:

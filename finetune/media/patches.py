@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
-from numba import njit
 from numpy.lib.stride_tricks import as_strided
+
+from finetune.media.compiled import compiled
 
 
 def patchify(items: Sequence[np.ndarray], patch_size: int) -> np.ndarray:
@@ -37,7 +38,7 @@ def _run(item: np.ndarray) -> tuple[np.ndarray, int]:
 def _cutter(side: int) -> Callable[[np.ndarray, int, int, np.ndarray], None]:
     """For patches of one size: with loops of a known length it becomes vector code."""
 
-    @njit(cache=True, nogil=True)
+    @compiled
     def cut(pixels: np.ndarray, pitch: int, columns: int, patches: np.ndarray) -> None:
         square = np.empty(side * side, np.uint32)
         number = 0

@@ -8,6 +8,8 @@ import numpy as np
 import PIL
 from numba import int32, njit, uint8
 
+from finetune.media.compiled import compiled
+
 Size = tuple[int, int]
 
 _RULE_OF_13 = int(PIL.__version__.partition(".")[0]) >= 13
@@ -52,7 +54,7 @@ def _frozen(array: np.ndarray) -> np.ndarray:
     return view
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _weights(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each new place its weights (new, most) int32 in fixed point, the first old place they are for, and how many.
 
@@ -92,7 +94,7 @@ def _byte(total):  # noqa: ANN001, ANN202 - compiled per type
     return uint8(int32(value | int32(int32(255 - value) >> 31)))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _horizontal(
     source: np.ndarray, found: np.ndarray, weights: np.ndarray, starts: np.ndarray, counts: np.ndarray
 ) -> None:
@@ -148,7 +150,7 @@ def _add_columns(lanes: np.ndarray, start: int, weights: np.ndarray, sums: np.nd
         tap += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _vertical(
     source: np.ndarray, found: np.ndarray, weights: np.ndarray, starts: np.ndarray, counts: np.ndarray
 ) -> None:
