@@ -16,8 +16,9 @@ _RULE_OF_13 = int(PIL.__version__.partition(".")[0]) >= 13
 # Pillow's fixed point: a sum of 22 bit weights and bytes fits 32 bits.
 _BITS = 22
 _HALF = 1 << (_BITS - 1)
-# Rows that are made narrow side by side, and bytes of a row that are added up at a time: both stay in the first cache.
-_ROWS, _LANES = 16, 64
+# Rows that are made narrow side by side, their bytes, and old places of each at a time; bytes of a row that are added up
+# at a time: all of it stays in the first cache.
+_ROWS, _LANES, _COLUMNS = 16, 64, 512
 _RUN = 512
 
 
@@ -100,31 +101,47 @@ def _horizontal(
 ) -> None:
     """Rows of pixels (h, w) uint32 to (h, new w): sixteen rows at a time stand side by side, and make one sum."""
     height, width = source.shape
-    beside = np.zeros((width, _ROWS), np.uint32)
+    new = len(starts)
+    # As many new places at a time as take few old ones: those stay in the first cache, however wide the picture is.
+    step = max(_COLUMNS * new // width - 4, 1)
+    beside = np.zeros((_widest(starts, counts, step), _ROWS), np.uint32)
     lanes = beside.view(np.uint8)
     sums, line = np.zeros(_LANES, np.int32), np.zeros(_LANES, np.uint8)
     pixels = line.view(np.uint32)
     for top in range(0, height, _ROWS):
         rows = min(_ROWS, height - top)
-        _turn(source, top, rows, beside)
-        for place in range(len(starts)):
-            _add_columns(lanes, starts[place], weights[place, : counts[place]], sums)
-            for lane in range(_LANES):
-                line[lane] = _byte(sums[lane])
-            for row in range(rows):
-                found[top + row, place] = pixels[row]
+        for first in range(0, new, step):
+            last = min(first + step, new) - 1
+            left = starts[first]
+            _turn(source, top, rows, left, starts[last] + counts[last], beside)
+            for place in range(first, last + 1):
+                _add_columns(lanes, starts[place] - left, weights[place, : counts[place]], sums)
+                for lane in range(_LANES):
+                    line[lane] = _byte(sums[lane])
+                for row in range(rows):
+                    found[top + row, place] = pixels[row]
+
+
+@compiled
+def _widest(starts: np.ndarray, counts: np.ndarray, step: int) -> int:
+    """Most old places that ``step`` neighbouring new ones take."""
+    widest = 0
+    for first in range(0, len(starts), step):
+        last = min(first + step, len(starts)) - 1
+        widest = max(widest, starts[last] + counts[last] - starts[first])
+    return widest
 
 
 @njit(inline="always")
-def _turn(source: np.ndarray, top: int, rows: int, beside: np.ndarray) -> None:
+def _turn(source: np.ndarray, top: int, rows: int, left: int, right: int, beside: np.ndarray) -> None:
     if rows == _ROWS:
-        for x in range(len(beside)):
+        for x in range(right - left):
             for row in range(_ROWS):
-                beside[x, row] = source[top + row, x]
+                beside[x, row] = source[top + row, left + x]
     else:
-        for x in range(len(beside)):
+        for x in range(right - left):
             for row in range(rows):
-                beside[x, row] = source[top + row, x]
+                beside[x, row] = source[top + row, left + x]
 
 
 @njit(inline="always")
