@@ -16,8 +16,8 @@ _RULE_OF_13 = int(PIL.__version__.partition(".")[0]) >= 13
 # Pillow's fixed point: a sum of 22 bit weights and bytes fits 32 bits.
 _BITS = 22
 _HALF = 1 << (_BITS - 1)
-# Rows that are made narrow side by side, their bytes, and old places of each at a time; bytes of a row that are added up
-# at a time: all of it stays in the first cache.
+# Rows that are made narrow side by side, their bytes, and old places of each at a time; bytes of a row that are added
+# up at a time: all of it stays in the first cache.
 _ROWS, _LANES, _COLUMNS = 16, 64, 512
 _RUN = 512
 
@@ -112,8 +112,8 @@ def _horizontal(
         rows = min(_ROWS, height - top)
         for first in range(0, new, step):
             last = min(first + step, new) - 1
-            left = starts[first]
-            _turn(source, top, rows, left, starts[last] + counts[last], beside)
+            left, right = int(starts[first]), int(starts[last] + counts[last])
+            _turn(source, top, rows, left, right, beside)
             for place in range(first, last + 1):
                 _add_columns(lanes, starts[place] - left, weights[place, : counts[place]], sums)
                 for lane in range(_LANES):
