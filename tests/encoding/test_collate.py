@@ -1,5 +1,6 @@
 """A batch on its way from a loader process."""
 
+import copy
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -39,6 +40,14 @@ def test_a_loader_gives_what_was_made() -> None:
     assert_same(found, made(1000))
     found["input_ids"] += 1
     found["patches"] += 1
+
+
+def test_a_copy_is_a_batch() -> None:
+    """As the thread makes one that pins memory."""
+    batch = made(1000)
+    copied = copy.copy(batch)
+    assert_same(copied, batch)
+    assert copied is not batch
 
 
 def test_small_tensors_need_no_shared_memory() -> None:
