@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
-from finetune.media.resample import Size, lowered, narrowed, vertical_first
+from finetune.media.resample import PILLOW_13, Size, lowered, narrowed, vertical_first
 from finetune.media.slicing import Plan, crop_boxes
 from finetune.sample import DataError, Media, Source
 
@@ -136,7 +136,9 @@ def shrink(image: Image.Image, most: int | None) -> Image.Image:
 
 
 def from_pixels(found: np.ndarray) -> Image.Image:
-    """An RGB image that is kept in these pixels, (height, width, 4) uint8; ``pixels`` gives them back."""
+    """An RGB image of these pixels, (height, width, 4) uint8; ``pixels`` gives them back."""
+    if not PILLOW_13:  # 12.2 takes such memory too, and crashes when it is asked for it again
+        return Image.frombytes("RGB", (found.shape[1], found.shape[0]), found, "raw", "RGBX")
     cells = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), 4)
     return Image.fromarrow(cells, "RGB", (found.shape[1], found.shape[0]))
 

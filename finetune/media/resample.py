@@ -12,7 +12,9 @@ from finetune.media.compiled import compiled
 
 Size = tuple[int, int]
 
-_RULE_OF_13 = int(PIL.__version__.partition(".")[0]) >= 13
+PILLOW_13 = int(PIL.__version__.partition(".")[0]) >= 13
+"""Whether this is Pillow 13 or newer: it has another order of the passes, and Arrow in both directions."""
+
 # Pillow's fixed point: a sum of 22 bit weights and bytes fits 32 bits.
 _BITS = 22
 _HALF = 1 << (_BITS - 1)
@@ -24,7 +26,9 @@ _RUN = 512
 
 def vertical_first(old: Size, new: Size) -> bool:
     """Which pass Pillow makes first, sizes (width, height): bytes are rounded in between, so that the order shows."""
-    return _RULE_OF_13 and old[1] > new[1] and old[1] - new[1] > 2 * (old[0] - new[0])
+    if old[1] <= new[1]:
+        return False
+    return old[1] - new[1] > 2 * (old[0] - new[0]) if PILLOW_13 else old[1] > 100 * old[0]
 
 
 def narrowed(pixels: np.ndarray, width: int, into: np.ndarray | None = None) -> np.ndarray:
