@@ -20,7 +20,7 @@ Pictures = Iterable[Shown]
 Grids = list[tuple[int, int]]
 ImageBackend = Literal["pillow", "fast"]
 """What decodes and resizes images; families with a published processor keep its resizing."""
-Batch = dict[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 Place = tuple[int, int]
 
 
@@ -50,7 +50,7 @@ class Inputs:
 
     dtype: torch.dtype
     backends: Mapping[ImageBackend, Backend]
-    collect: Callable[[Sequence[Example], Sequence[Place], tuple[int, int]], Batch]
+    collect: Callable[[Sequence[Example], Sequence[Place], tuple[int, int]], Tensors]
 
 
 def _by_pillow(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
@@ -85,7 +85,7 @@ def _by_processor(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Gr
     return torch.cat([rows for rows, _ in cut]), [size for _, grids in cut for size in grids]
 
 
-def _bounded(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Batch:
+def _bounded(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Tensors:
     """Patches as they are, and where each item's placeholders stand."""
     positions = torch.zeros(shape, dtype=torch.int64)
     bounds, heard = [], []
@@ -109,7 +109,7 @@ def _joined(patches: list[torch.Tensor]) -> torch.Tensor:
     return patches[0] if len(patches) == 1 else torch.cat(patches)
 
 
-def _groups(examples: Sequence[Example]) -> Batch:
+def _groups(examples: Sequence[Example]) -> Tensors:
     """Items per run of placeholders; nothing where every item has its own."""
     if all(example.group_sizes is None for example in examples):
         return {}
@@ -126,7 +126,7 @@ def _of_row(row: int, bounds: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.full((len(bounds), 1), row, dtype=torch.int64), bounds], dim=1)
 
 
-def _sound(clips: Sequence[torch.Tensor], bounds: torch.Tensor) -> Batch:
+def _sound(clips: Sequence[torch.Tensor], bounds: torch.Tensor) -> Tensors:
     """The clips of the batch, padded with 0 to the longest; without sound nothing."""
     if not clips:
         return {}
@@ -137,7 +137,7 @@ def _sound(clips: Sequence[torch.Tensor], bounds: torch.Tensor) -> Batch:
     return {"audio_features": features, "audio_lengths": torch.tensor(frames), "audio_bound": bounds}
 
 
-def _packed(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Batch:
+def _packed(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Tensors:
     """All patches of the images of the batch side by side, and those of its videos; as transformers has it."""
     sizes = torch.cat([example.tgt_sizes for example in examples])
     patches = _joined([example.patches for example in examples])
@@ -149,7 +149,7 @@ def _packed(examples: Sequence[Example], places: Sequence[Place], shape: tuple[i
     }
 
 
-def _side_by_side(patches: torch.Tensor, sizes: torch.Tensor, suffix: str) -> Batch:
+def _side_by_side(patches: torch.Tensor, sizes: torch.Tensor, suffix: str) -> Tensors:
     if not len(patches):
         return {}
     side = round((patches.shape[1] / 3) ** 0.5)
@@ -163,7 +163,7 @@ def _moving(example: Example) -> torch.Tensor:
     return torch.zeros(len(example.tgt_sizes), dtype=torch.bool) if given is None else given
 
 
-def _typed(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Batch:
+def _typed(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Tensors:
     """As packed, and which positions are an image's or a video's: the network computes position ids from them."""
     types = torch.zeros(shape, dtype=torch.int64)
     for example, (row, start) in zip(examples, places, strict=True):

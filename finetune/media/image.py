@@ -107,12 +107,6 @@ def load(media: Media, source: Source, max_pixels: int = MAX_PIXELS, read: Reade
     return decoded if turn is None else decoded.transpose(turn)
 
 
-def cut(image: Image.Image, plan: Plan) -> list[np.ndarray]:
-    """The visual items of an RGB image: the thumbnail, then the slices row by row; see ``pixels``."""
-    thumbnail, *refined = resized(image, [plan.thumbnail] if plan.refined is None else [plan.thumbnail, plan.refined])
-    return [thumbnail, *(item for each in refined for item in slices(each, plan))]
-
-
 def resized(image: Image.Image, sizes: Sequence[Size]) -> list[np.ndarray]:
     """The pixels of an RGB image in other sizes (width, height), to the bit as Pillow's bicubic filter makes them."""
     sideways = [size for size in sizes if size[0] != image.width and not vertical_first(image.size, size)]
@@ -127,6 +121,14 @@ def resized(image: Image.Image, sizes: Sequence[Size]) -> list[np.ndarray]:
         lowered(narrow[size], size[1]) if size in narrow else narrowed(lowered(pixels(image), size[1]), size[0])
         for size in sizes
     ]
+
+
+def cut(
+    image: Image.Image, plan: Plan, resize: Callable[[Image.Image, Sequence[Size]], list[np.ndarray]] = resized
+) -> list[np.ndarray]:
+    """The visual items of an RGB image: the thumbnail, then the slices row by row; see ``pixels``."""
+    thumbnail, *refined = resize(image, [plan.thumbnail] if plan.refined is None else [plan.thumbnail, plan.refined])
+    return [thumbnail, *(item for each in refined for item in slices(each, plan))]
 
 
 def shrink(image: Image.Image, most: int | None) -> Image.Image:

@@ -33,7 +33,9 @@ def test_sizes_drawn_at_random() -> None:
         assert_same(noise(old_width, old_height), (new[0], new[1]), (new[2], new[3]))
 
 
-@pytest.mark.parametrize("old", [(1, 1), (1, 900), (900, 1), (17, 16), (15, 33), (16, 700), (70_000, 20), (40, 2500), (3, 415)])
+@pytest.mark.parametrize(
+    "old", [(1, 1), (1, 900), (900, 1), (17, 16), (15, 33), (16, 700), (70_000, 20), (40, 2500), (3, 415)]
+)
 @pytest.mark.parametrize("new", [(1, 1), (14, 14), (1, 200), (200, 1), (13, 401), (448, 448)])
 def test_thin_and_tiny_pictures(old: Size, new: Size) -> None:
     assert_same(checkers(*old), new)
