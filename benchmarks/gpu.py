@@ -129,8 +129,7 @@ def our_model(network: MiniCPMV, given: argparse.Namespace, config: dict[str, An
 def their_model(network: MiniCPMV, method: str) -> nn.Module:
     """Everything in full, or adapters with the table, the resampler and the vision tower in full; all run again."""
     official: Any = OfficialNetwork(network).to(device=network.device, dtype=network.dtype)
-    for part in (official.llm, official.vpm):
-        part.gradient_checkpointing_enable({"use_reentrant": False})
+    official.gradient_checkpointing_enable()
     if method == "lora":
         same = LoraArguments()
         settings = LoraConfig(

@@ -70,6 +70,14 @@ class OfficialNetwork(nn.Module):
         loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.reshape(-1).long(), reduction="sum")
         return {"loss": loss / num_items_in_batch}
 
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Runs layers of the language model and the vision tower again, not reentrant; the published script has that.
+
+        The Trainer hands over what it was given, which is the default in every case.
+        """
+        for part in (self.llm, self.vpm):
+            part.gradient_checkpointing_enable({"use_reentrant": False})
+
     def _features(self, strips: Sequence[torch.Tensor], sizes: torch.Tensor) -> torch.Tensor:
         """Strips (3, P, patches * P) of all items and their (n, 2) rows and columns to (n, queries, E)."""
         counts = sizes.prod(1)

@@ -39,6 +39,7 @@ class Goal:
 
 _VENDOR, _CODE = "the published scripts", "their own dataset.py"
 _LF = "LLaMA-Factory's data path"
+_STEPS = "samples per second, 2 ranks, ZeRO-2"
 GOALS = (
     Goal("samples", "sample preparation, mix, identical", "preparing a sample, same bytes", _VENDOR, "2"),
     Goal("samples", "sample preparation, mix, --image_backend fast", "`--image_backend fast`", _VENDOR, "4.5"),
@@ -59,21 +60,14 @@ GOALS = (
     Goal("packing", "pack fill at 4096 tokens", "tokens in packs of 4096", "padded batches", "99 % full"),
     Goal("packing", "rank imbalance, 8 ranks", "slowest of 8 ranks by their mean", "random batches", "ours 1.02"),
     Goal("packing", "rank imbalance, 8 ranks, batch_rebalance", "the same", "transformers' batch_rebalance", "above 1"),
-    Goal("end_to_end", "samples per second, 2 ranks, ZeRO-2", "training, 2 ranks, ZeRO-2", _VENDOR, "2.5"),
-    Goal(
-        "end_to_end",
-        "samples per second, 2 ranks, ZeRO-2, --image_backend fast",
-        "`--image_backend fast`",
-        _VENDOR,
-        "2.5",
-    ),
-    Goal("end_to_end", f"samples per second, 2 ranks, ZeRO-2, {OFFICIAL}", "training, 2 ranks, ZeRO-2", _CODE, "2.5"),
-    Goal(
-        "end_to_end",
-        f"samples per second, 2 ranks, ZeRO-2, --image_backend fast, {OFFICIAL}",
-        "`--image_backend fast`",
-        _CODE,
-        "2.5",
+    *(
+        Goal("end_to_end", f"{_STEPS}{option}{again}{side}", what, whom, goal)
+        for side, whom in (("", _VENDOR), (f", {OFFICIAL}", _CODE))
+        for again, goal in (("", "2.5"), (", no layer run again on either side", "above 1"))
+        for option, what in (
+            ("", "no layer run again there either" if again else "training, 2 ranks, ZeRO-2"),
+            (", --image_backend fast", "`--image_backend fast`"),
+        )
     ),
     Goal("gpu", "training, lora, all layers", "LoRA of an 8B network on a GPU", _VENDOR, "2"),
     Goal(

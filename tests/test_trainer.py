@@ -15,6 +15,7 @@ from finetune.arguments import parse_arguments
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
 from finetune.tuning.checkpoint import resolve
+from finetune.tuning.flops import flops_of
 from finetune.tuning.parts import adapt
 from trainer import BaseLossError, CPMTrainer
 
@@ -105,6 +106,18 @@ def test_logs_carry_throughput_and_the_base_loss_is_reported(tiny, demo_data, tm
         assert not {"mfu", "peak_memory_gb"} & set(entry), "only where there is a GPU"
     assert made.base_loss == pytest.approx(logs[0]["loss"], abs=1e-4)
     assert f"base loss at step 0: {made.base_loss:.4f}" in caplog.text
+
+
+def test_total_flos_are_the_operations_of_the_cost_model(tiny, demo_data, tmp_path):
+    flags = ("--use_lora", "true", "--tune_llm", "false", "--max_steps", "3", "--logging_steps", "1")
+    made = make_trainer(tiny("llama3_v2_5"), demo_data, tmp_path, *flags, "--train_sampling_strategy", "sequential")
+    made.train()
+    batches = list(made.get_train_dataloader())[:3]
+    flops = flops_of(made.model, made.base.family)
+    assert len(batches) == 3
+    counts = [{name: int(value) for name, value in flops.counts(batch).items()} for batch in batches]
+    assert made.state.total_flos == pytest.approx(sum(map(flops.of, counts)))
+    assert made.state.total_flos > 0
 
 
 def test_a_pretrained_checkpoint_at_chance_stops(tiny, demo_data, tmp_path, monkeypatch):

@@ -76,11 +76,14 @@ def sincos(sizes: Sizes, dim: int, device: torch.device) -> torch.Tensor:
     The first half of the channels encodes the column, the second the row (the published order). The value at (row,
     column) does not depend on the size of the grid.
     """
-    rows = _joined(sizes, lambda height, width: torch.arange(height).repeat_interleave(width)).to(device)
-    columns = _joined(sizes, lambda height, width: torch.arange(width).repeat(height)).to(device)
     longest = max(max(size) for size in sizes)
     axis = _sincos_of(torch.arange(longest, dtype=torch.float32, device=device), dim // 2)
-    return torch.cat([axis[columns], axis[rows]], dim=1)
+
+    def crossed(height: int, width: int) -> torch.Tensor:
+        columns, rows = axis[None, :width].expand(height, -1, -1), axis[:height, None].expand(-1, width, -1)
+        return torch.cat([columns, rows], dim=2).flatten(0, 1)
+
+    return _joined(sizes, crossed)
 
 
 def sincos_times(times: Sequence[int], dim: int) -> torch.Tensor:

@@ -90,7 +90,8 @@ class Resampler(nn.Module):
         """
         features = features.to(self.query.dtype)  # a trained resampler may be float32 on a 16 bit tower
         value = self.ln_kv(self.kv_proj(features))
-        key = value + self._positions(sizes, times, value.device).to(value.dtype)
+        # into the positions, which nothing else reads: the sum takes no memory of its own
+        key = self._positions(sizes, times, value.device).to(value.dtype).add_(value)
         patches = iter([height * width for height, width in sizes])
         x = self.attn(self._queries(), key, value, [sum(islice(patches, count)) for count in groups])
         return self.ln_post(x) @ self.proj

@@ -66,7 +66,8 @@ class PatchProjection(nn.Conv2d):
 
 def normalize(patches: torch.Tensor, side: int, dtype: torch.dtype) -> torch.Tensor:
     """Bytes to numbers in [-1, 1]: (N, 3*P*P) uint8 to (N, 3, P, P), P = ``side``; mean and deviation 0.5."""
-    return patches.float().div_(255).sub_(0.5).div_(0.5).to(dtype).unflatten(1, (3, side, side))
+    # (x / 255 - 0.5) / 0.5 with two roundings, as there: halving and doubling are exact
+    return patches.float().div_(127.5).sub_(1).to(dtype).unflatten(1, (3, side, side))
 
 
 def build_vision(config: MiniCPMVConfig, network: Network) -> VisionTower:

@@ -76,6 +76,10 @@ class Throughput:
         for name, value in self._flops.counts(inputs).items():
             self._counts[name] = self._counts[name] + value
 
+    def operations(self, inputs: Mapping[str, Any]) -> float:
+        """Those of a micro-batch, forward and backward, by the cost model."""
+        return self._flops.of({name: int(value) for name, value in self._flops.counts(inputs).items()})
+
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches; the time that each takes to arrive is waiting."""
         if not self._begun:  # what came before the first batch is no training

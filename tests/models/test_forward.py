@@ -231,6 +231,12 @@ def test_batch_without_tokens_is_an_error() -> None:
         small_model("llama3_v2_5")()
 
 
+def test_every_byte_is_normalised_to_the_bit_of_the_published_formula() -> None:
+    patches = torch.arange(256, dtype=torch.uint8).repeat(3)[None]
+    published = ((patches.float() / 255 - 0.5) / 0.5).unflatten(1, (3, 16, 16))
+    assert torch.equal(normalize(patches, 16, torch.float32), published)
+
+
 def test_the_patch_projection_is_the_convolution() -> None:
     conv = torch.nn.Conv2d(3, 8, 14, 14)
     ours = PatchProjection(3, 8, 14, 14)
