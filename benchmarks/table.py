@@ -65,7 +65,7 @@ GOALS = (
         for side, whom in (("", _VENDOR), (f", {OFFICIAL}", _CODE))
         for again, goal in (("", "2.5"), (", no layer run again on either side", "above 1"))
         for option, what in (
-            ("", "no layer run again there either" if again else "training, 2 ranks, ZeRO-2"),
+            ("", "theirs without gradient checkpointing" if again else "training, 2 ranks, ZeRO-2"),
             (", --image_backend fast", "`--image_backend fast`"),
         )
     ),
