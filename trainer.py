@@ -158,12 +158,12 @@ class CPMTrainer(Trainer):
         return loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Operations of a micro-batch for total_flos, by the cost model of the log.
+        """Operations of the micro-batch that was just trained on, for total_flos, by the cost model of the log.
 
         The library's own count goes through all weights in every micro-batch, takes each for one of the LLM that
         trains, and finds none under ZeRO-3.
         """
-        return round(self.throughput.operations(inputs))
+        return round(self.throughput.operations)
 
     def compute_loss(
         self,

@@ -62,6 +62,7 @@ class Throughput:
         self._flops, self._gather, self._device, self._clock = flops, gather, device, clock
         self._peak = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._begun = False
+        self._newest: Mapping[str, Count] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -73,12 +74,14 @@ class Throughput:
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
         """Takes note of a micro-batch that is about to be trained on."""
-        for name, value in self._flops.counts(inputs).items():
+        self._newest = self._flops.counts(inputs)
+        for name, value in self._newest.items():
             self._counts[name] = self._counts[name] + value
 
-    def operations(self, inputs: Mapping[str, Any]) -> float:
-        """Those of a micro-batch, forward and backward, by the cost model."""
-        return self._flops.of({name: int(value) for name, value in self._flops.counts(inputs).items()})
+    @property
+    def operations(self) -> float:
+        """Those of the newest micro-batch, forward and backward, by the cost model."""
+        return self._flops.of({name: int(value) for name, value in self._newest.items()})
 
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches; the time that each takes to arrive is waiting."""
