@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     del trainer, model
     distributed.free_memory()
     status, verified = outcome.OK, None
-    if reference is not None and distributed.is_main_process():
+    if reference is not None:
         verified = verify_in_fresh_process(output, reference) == 0
         status = outcome.OK if verified else outcome.NOT_VERIFIED
     outcome.report("error" if status else "ok", exit_code=status, **result, verified=verified)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 
@@ -134,16 +135,42 @@ def test_adapter_loads_in_a_new_process_and_directory(lora, tmp_path):
     assert done.stdout.endswith("loaded\n"), done.stderr
 
 
-def test_a_damaged_adapter_is_not_verified(lora, tmp_path):
-    """The check fails when what was saved is not what was trained."""
+def write_reference(adapter: Path, base: Path, data: Path, reference: Path) -> None:
+    """What a run leaves to its verification: a batch with an image, and the logits of the trained network."""
+    from safetensors.torch import save_file
+
+    from dataset import make_supervised_data_module
+    from finetune.encoding.collate import pad
+    from finetune.encoding.encoder import Encoder
+    from finetune.flags import DataArguments
+    from finetune.models import load_model, load_tokenizer
+    from finetune.tuning.checkpoint import resolve
+
+    found = resolve(str(base))
+    encoder = Encoder.from_config(found.family, load_tokenizer(base), found.settings)
+    train = make_supervised_data_module(DataArguments(data_path=str(data / "train.json")), encoder)["train_dataset"]
+    batch = pad([train.first_usable()], encoder.pad_id)
+    del batch["labels"]
+    with torch.no_grad():
+        logits = load_model(adapter).eval()(**batch).logits[:, -8:].contiguous()
+    save_file({**batch, "logits": logits}, reference, metadata={"dtype": "float32", "quantised": "False"})
+
+
+def test_a_verified_run_leaves_no_sample_behind(lora):
     run, _ = lora
-    output = tmp_path / "out"
+    assert not list(run.output.parent.glob("verify-*"))
+
+
+def test_a_damaged_adapter_is_not_verified(lora, demo_data, tmp_path):
+    """The check fails when what was saved is not what was trained."""
+    run, base = lora
+    output, reference = tmp_path / "out", tmp_path / "reference.safetensors"
     shutil.copytree(run.output, output)
     from safetensors.torch import load_file, save_file
 
     from finetune.commands.verify import main
 
-    reference = next(run.output.parent.glob("verify-*/reference.safetensors"))
+    write_reference(run.output, base, demo_data, reference)
     assert main([str(output), "--reference", str(reference), "--device", "cpu"]) == 0
     weights = load_file(output / "adapter_model.safetensors")
     name = next(name for name in weights if name.endswith("resampler.proj"))

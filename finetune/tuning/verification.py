@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +21,8 @@ import finetune
 from finetune.encoding.collate import pad
 from finetune.encoding.example import Example
 
+logger = logging.getLogger(__name__)
+
 # Logits kept per reference: the end of a sample has seen all of it.
 _KEPT = 64
 # Largest difference of logits, relative to their largest magnitude. 16-bit weights are rounded once more when
@@ -25,11 +30,12 @@ _KEPT = 64
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
 
 
-def take_reference(trainer: Trainer, example: Example, pad_id: int, dtype: str, quantised: bool) -> Path:
+def take_reference(trainer: Trainer, example: Example, pad_id: int, dtype: str, quantised: bool) -> Path | None:
     """Logits of the trained model on one example; every rank must call it (ZeRO-3 gathers).
 
     Returns:
-        A safetensors file in a temporary folder (written by rank 0) with the batch, the last logits and the dtype.
+        On rank 0 a safetensors file with the batch, the last logits and the dtype, alone in a temporary folder that
+        only this user can read; None on the others.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     assert isinstance(model, torch.nn.Module)
@@ -38,16 +44,19 @@ def take_reference(trainer: Trainer, example: Example, pad_id: int, dtype: str, 
     model.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
         logits = model(**batch, logits_to_keep=min(_KEPT, labels.shape[1])).logits
+    if trainer.args.process_index != 0:
+        return None
     path = Path(tempfile.mkdtemp(prefix="verify-")) / "reference.safetensors"
-    if trainer.args.process_index == 0:
-        metadata = {"dtype": dtype, "quantised": str(quantised)}
-        tensors = {key: value.cpu().contiguous() for key, value in batch.items()}
-        save_file({**tensors, "logits": logits.float().cpu().contiguous()}, path, metadata=metadata)
+    tensors = {key: value.cpu().contiguous() for key, value in batch.items()}
+    metadata = {"dtype": dtype, "quantised": str(quantised)}
+    save_file({**tensors, "logits": logits.float().cpu().contiguous()}, path, metadata=metadata)
     return path
 
 
 def verify_in_fresh_process(folder: Path, reference: Path) -> int:
     """Runs ``python -m finetune verify`` from another directory, without this run's distributed environment.
+
+    The reference holds a sample of the user's: its folder is removed, unless the check fails and it is needed again.
 
     Returns:
         Its exit status: 0 when the folder loads and its logits agree.
@@ -57,7 +66,12 @@ def verify_in_fresh_process(folder: Path, reference: Path) -> int:
     source = str(Path(finetune.__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, environment.get("PYTHONPATH", "")]))
     command = [sys.executable, "-m", "finetune", "verify", str(folder), "--reference", str(reference)]
-    return subprocess.run(command, cwd=reference.parent, env=environment, check=False).returncode
+    status = subprocess.run(command, cwd=reference.parent, env=environment, check=False).returncode
+    if status == 0:
+        shutil.rmtree(reference.parent)
+    else:
+        logger.error("to check again: %s", shlex.join(["python", *command[1:]]))
+    return status
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ def test_a_full_result_is_the_trained_network(native, demo_data: Path, family: s
     folder = native(family)
     made = trained(folder, demo_data, tmp_path, *FLAGS["full"])
     reference = take_reference(made, encoder(folder).encode(sample(CONVERSATIONS["sliced"])), 0, "float32", False)
+    assert reference is not None
     batch, wanted = batch_of(folder), logits(network(made), batch_of(folder))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
