@@ -95,12 +95,10 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
         cu_seq_lens_k: (s + 1,) int32, where segments begin and end; max_length_q and max_length_k: int, the longest.
 
     Raises:
-        ValueError: no example, one whose first label is not -100, or whose network cannot tell segments apart.
+        ValueError: no example, or one whose first label is not -100.
     """
     if not examples:
         raise ValueError("cannot make a row of no examples")
-    if examples[0].inputs != "patches":
-        raise ValueError(f"{examples[0].source}: the network of this family cannot tell the segments of a row apart")
     for example in examples:
         _check_first_label(example)
     lengths = [len(example.input_ids) for example in examples]
@@ -110,6 +108,7 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
     return {
         "input_ids": torch.cat([example.input_ids for example in examples])[None],
         "labels": torch.cat([example.labels for example in examples])[None],
+        "position_ids": torch.cat([example.position_ids for example in examples])[None],
         **INPUTS[examples[0].inputs].collect(examples, places, (1, ends[-1])),
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.media.sampling import Group, Length, VideoOptions
@@ -81,7 +81,8 @@ class Family:
         fixed_parameters: names of parameters that are tables; full finetuning leaves them as they are.
         inference_template: the chat template of the published checkpoint, where the published training scripts leave
             another one in their results; else empty.
-        unpackable: why samples cannot share a row of its network; empty where they can.
+        packing_kernels: packages (module to distribution) without whose kernels the samples of one row leak into each
+            other in its network; empty where nothing is needed.
         chat_gives_context: whether ``model.chat`` returns answer, context and history instead of the answer alone.
     """
 
@@ -106,5 +107,5 @@ class Family:
     auto_mapping: tuple[str, str] = ("AutoModel", "transformers")
     fixed_parameters: tuple[str, ...] = ()
     inference_template: str = ""
-    unpackable: str = ""
+    packing_kernels: Mapping[str, str] = field(default_factory=dict)
     chat_gives_context: bool = False

@@ -112,10 +112,8 @@ WHOLE_PARTS = {
     "llm": ("model.language_model", "lm_head"),
 }
 # Three layers of four have linear attention; of it only the projections, not the two small ones of its gates.
-LINEAR_ATTENTION = (
-    "its linear attention layers carry one sample over into the next, as transformers runs them without the kernels of "
-    "flash-linear-attention"
-)
+# Without them transformers runs these layers over a whole row, whatever it is told about segments.
+LINEAR_ATTENTION = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
 WHOLE_LORA = {
     "llm": (
         r"model\.language_model\.layers\.\d+\."

@@ -49,7 +49,7 @@ V4_6 = Family(
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
     parts=WHOLE_PARTS,
     lora_targets=WHOLE_LORA,
-    unpackable=LINEAR_ATTENTION,
+    packing_kernels=LINEAR_ATTENTION,
     inputs="packed",
     auto_mapping=("MiniCPMV4_6ForConditionalGeneration", "transformers.models.minicpmv4_6.modeling_minicpmv4_6"),
 )

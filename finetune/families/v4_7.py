@@ -41,7 +41,7 @@ V4_7 = Family(
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
     parts=WHOLE_PARTS,
     lora_targets=WHOLE_LORA,
-    unpackable=LINEAR_ATTENTION,
+    packing_kernels=LINEAR_ATTENTION,
     inputs="canvas",
     auto_mapping=("MiniCPMV4_7ForConditionalGeneration", "transformers.models.minicpmv4_7.modeling_minicpmv4_7"),
 )

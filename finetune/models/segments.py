@@ -71,6 +71,20 @@ AttentionInterface.register(SEGMENTED, segmented_attention)
 AttentionMaskInterface.register(SEGMENTED, sdpa_mask)
 
 
+def owners(bounds: torch.Tensor, length: int) -> torch.Tensor:
+    """The number of the segment that every token of a packed row belongs to, which causal-conv1d asks for.
+
+    Args:
+        bounds: cu_seq_lens_q, (s + 1,).
+        length: tokens of the row, T.
+
+    Returns:
+        (1, T) int32.
+    """
+    counts = torch.arange(len(bounds) - 1, dtype=torch.int32, device=bounds.device)
+    return counts.repeat_interleave(bounds.diff().long(), output_size=length)[None]
+
+
 def packed_arguments(
     llm: Any,
     bounds: torch.Tensor,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -20,6 +21,7 @@ from finetune.models.head import put_head
 from finetune.models.losses import supervised_loss
 from finetune.models.merging import merge_patches
 from finetune.models.minicpmv import MiniCPMVOutput
+from finetune.models.segments import implementation_of, owners, packed_arguments
 from finetune.models.strict import StrictLoading
 
 # Rows and columns of the smallest picture that can be merged twice.
@@ -36,6 +38,8 @@ class Whole(Frugal, Chatting, StrictLoading):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         put_head(self)
+        text = self.model.language_model.config
+        text._attn_implementation = implementation_of(text._attn_implementation)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers."""
@@ -60,6 +64,7 @@ class Whole(Frugal, Chatting, StrictLoading):
         downsample_mode: str | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> MiniCPMVOutput:
@@ -81,6 +86,8 @@ class Whole(Frugal, Chatting, StrictLoading):
             downsample_mode: "16x" or "4x"; None for that of config.json, as the placeholders were counted.
             use_cache: None means no cache when there are labels.
             num_items_in_batch: divisor of the summed loss; None takes the mean over the labelled tokens.
+            cu_seq_lens_q: (s + 1,) int32, where the segments of ONE packed row begin and end; as for the other
+                networks, with position_ids (1, T) that restart. Needs the kernels of ``Family.packing_kernels``.
             logits_to_keep: number of last positions, or their indices; 0 keeps all. Only without labels.
             **kwargs: handed on to the language model.
 
@@ -107,23 +114,31 @@ class Whole(Frugal, Chatting, StrictLoading):
             embedded = embedded + idle.to(device=embedded.device, dtype=embedded.dtype)
         if mm_token_type_ids is not None:  # 4.6 does not know it
             kwargs["mm_token_type_ids"] = mm_token_type_ids
+        context: dict[str, Any] = {"attention_mask": attention_mask, "past_key_values": past_key_values}
+        context["use_cache"] = False if use_cache is None and labels is not None else use_cache
+        if cu_seq_lens_q is not None:
+            context |= packed_arguments(self.model.language_model, cu_seq_lens_q, embedded, position_ids, **context)
+            kwargs |= {"cu_seq_lens_q": cu_seq_lens_q, "seq_idx": owners(cu_seq_lens_q, embedded.shape[1])}
+            if mm_token_type_ids is not None and (target_sizes is not None or target_sizes_videos is not None):
+                sizes = {"target_sizes": target_sizes, "target_sizes_videos": target_sizes_videos}
+                canvas = self._canvas(input_ids, mm_token_type_ids, cu_seq_lens_q, downsample_mode=mode, **sizes)
+                assert position_ids is not None  # packed_arguments saw them
+                position_ids = torch.cat([position_ids[None], canvas])
         out = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=embedded,
             target_sizes=target_sizes,
             target_sizes_videos=target_sizes_videos,
             mm_encoder_outputs=features,
             downsample_mode=mode,
-            use_cache=False if use_cache is None and labels is not None else use_cache,
+            **context,
             **kwargs,
         )
         hidden = out.last_hidden_state
         more = {name: getattr(out, name, None) for name in ("past_key_values", "hidden_states", "attentions")}
         if labels is not None:
-            loss, row_loss = supervised_loss(hidden, labels, self.lm_head, num_items_in_batch)
+            loss, row_loss = supervised_loss(hidden, labels, self.lm_head, num_items_in_batch, bounds=cu_seq_lens_q)
             return MiniCPMVOutput(loss=loss, row_loss=row_loss, **more)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return MiniCPMVOutput(logits=self.lm_head(hidden[:, kept]), **more)
@@ -135,6 +150,20 @@ class Whole(Frugal, Chatting, StrictLoading):
         """
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(*args, **kwargs)
+
+    def _canvas(
+        self, input_ids: torch.Tensor | None, types: torch.Tensor, bounds: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        """(3, 1, T): where 4.7 lays the tokens of a packed row, every segment on canvases of its own."""
+        if input_ids is None:
+            raise ValueError("a packed row with images needs input_ids: inputs_embeds do not say where they stand")
+        lengths = bounds.diff().tolist()
+        ids, types, mask = (
+            pad_sequence(list(row.split(lengths)), batch_first=True)
+            for row in (input_ids[0], types[0], torch.ones_like(input_ids[0]))
+        )
+        laid, _ = self.model.get_rope_index(ids, mm_token_type_ids=types, attention_mask=mask, **options)
+        return laid[:, mask.bool()][:, None]
 
     def _dummy(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels and size of a grey picture."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -47,15 +48,21 @@ class Measured(Protocol):
 
 
 def check_packing(args: TrainingArguments, family: Family) -> None:
-    """Checks that the network of a family tells the segments of a row apart.
+    """Checks that the network of a family tells the segments of a row apart on this machine.
 
     Raises:
         ArgumentError: it does not.
     """
-    if args.packing != "off" and family.unpackable:
+    if args.packing == "off" or not family.packing_kernels:
+        return
+    lacking = [named for module, named in family.packing_kernels.items() if importlib.util.find_spec(module) is None]
+    missing = [*lacking, *(["a GPU"] if args.use_cpu else [])]
+    if missing:
         raise ArgumentError(
-            f"--packing {args.packing}: {family.title} cannot be packed: {family.unpackable}. Use --packing off, with "
-            "--train_sampling_strategy batch_rebalance for samples of different lengths"
+            f"--packing {args.packing}: {family.title} cannot be packed here: its linear attention layers carry one "
+            f"sample over into the next without the kernels of {' and '.join(family.packing_kernels.values())}, and "
+            f"{' and '.join(missing)} is not there. Install the kernels (pip install -e '.[linear]'), or use --packing "
+            "off, with --train_sampling_strategy batch_rebalance for samples of different lengths"
         )
 
 

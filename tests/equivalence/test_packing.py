@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from linear_kernels import put_in_place
 from records import write_records
 from stack import KINDS, LORA, build, flags, network
 from test_in_process import FOUR, assert_equal
@@ -17,7 +19,7 @@ from finetune.tuning.loaders import check_packing
 from trainer import CPMTrainer
 
 # Every family is held in tests/models/test_packed.py, without a trainer.
-ROWS = (("v2_0", "full"), ("llama3_v2_5", "lora"), ("o4_5", "full"))
+ROWS = (("v2_0", "full"), ("llama3_v2_5", "lora"), ("o4_5", "full"), ("v4_6", "lora"), ("v4_7", "full"))
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,7 +31,7 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("family", "kind"), ROWS)
-def test_a_packed_step_is_the_padded_step(tiny, data, tmp_path, family, kind):
+def test_a_packed_step_is_the_padded_step(tiny, data, tmp_path, monkeypatch, family, kind):
     def make(*more: str) -> CPMTrainer:
         shuffled = ("--train_sampling_strategy", "random")
         return build(flags(tiny(family), data, tmp_path / "out", *KINDS[kind], *FOUR, *shuffled, *more))
@@ -40,6 +42,8 @@ def test_a_packed_step_is_the_padded_step(tiny, data, tmp_path, family, kind):
     assert len(batch["input_ids"]) == 1
     assert len(batch["cu_seq_lens_q"]) == 5
     padded.train()
+    if families.by_name(family).packing_kernels:
+        put_in_place(monkeypatch)
     packed.train()
     assert_equal(packed, padded, loss=1e-5, norm=2e-5)
 
@@ -75,10 +79,20 @@ def test_best_fit_trains_and_steps_have_more_samples(tiny, data, tmp_path):
     assert trainer.state.epoch == 2
 
 
-def test_generations_with_linear_attention_are_refused(tiny, data, tmp_path):
-    for name in ("v4_6", "v4_7"):
-        from finetune.arguments import parse_arguments
+@pytest.mark.parametrize("name", ["v4_6", "v4_7"])
+def test_linear_attention_is_packed_only_with_its_kernels(tiny, data, tmp_path, monkeypatch, name):
+    from finetune.arguments import parse_arguments
 
-        args = parse_arguments(flags(tiny(name), data, tmp_path / "out", "--packing", "batch"))
-        with pytest.raises(ArgumentError, match=r"cannot be packed: its linear attention.*--packing off"):
-            check_packing(args.training, families.by_name(name))
+    args, family = (
+        parse_arguments(flags(tiny(name), data, tmp_path / "out", "--packing", "batch")),
+        families.by_name(name),
+    )
+    installed = ["fla"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: object() if module in installed else None)
+    with pytest.raises(ArgumentError, match=r"linear attention.*causal-conv1d and a GPU is not there.*--packing off"):
+        check_packing(args.training, family)
+    args.training.use_cpu = False
+    with pytest.raises(ArgumentError, match=r"and causal-conv1d is not there.*pip install -e '\.\[linear\]'"):
+        check_packing(args.training, family)
+    installed.append("causal_conv1d")
+    check_packing(args.training, family)
