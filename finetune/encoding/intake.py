@@ -12,7 +12,7 @@ from pathlib import Path
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
 from finetune.encoding.fitting import OUTCOMES, Fitter, OverlongError
-from finetune.media import heap
+from finetune.media import loader_process
 from finetune.sample import DataError, Sample, Source
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Intake:
         Raises:
             DataError: the sample cannot be used and is not left out.
         """
-        heap.settle()
+        loader_process.settle()
         try:
             example, outcome = self.fitter.encode(build())
         except DataError as error:
