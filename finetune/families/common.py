@@ -112,7 +112,7 @@ WHOLE_PARTS = {
     "llm": ("model.language_model", "lm_head"),
 }
 # Three layers of four have linear attention; of it only the projections, not the two small ones of its gates.
-# Without them transformers runs these layers over a whole row, whatever it is told about segments.
+# Without them these layers cannot be told where a sample ends: transformers refuses to run them on segments.
 LINEAR_ATTENTION = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
 WHOLE_LORA = {
     "llm": (
