@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,12 @@ _LONG += ("test_llamafactory", "test_end_to_end", "test_zero3", "test_readme", "
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first; the order within a file stays."""
     items.sort(key=lambda item: not any(name in item.path.name for name in _LONG))
+
+
+def pytest_collection_finish() -> None:
+    """Modules are there to stay: no search for garbage, of which every Trainer makes some, goes through them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

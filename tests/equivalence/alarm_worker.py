@@ -92,6 +92,7 @@ def main() -> None:
             results[f"{mode}-{name}"] = outcome(trainer)
             del trainer
             gc.collect()
+            gc.freeze()  # what is left are modules; the next search need not go through them
     (given.out / f"alarms-{RANK}.json").write_text(json.dumps(results))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

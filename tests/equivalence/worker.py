@@ -85,6 +85,7 @@ def main() -> None:
                     "--max_steps", length,
                 )  # fmt: skip
                 gc.collect()
+                gc.freeze()  # what is left are modules; the next search need not go through them
                 if rank == 0:
                     (given.out / f"results-{name}.json").write_text(json.dumps(result))
     if world > 1:
