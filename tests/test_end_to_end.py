@@ -135,16 +135,15 @@ def test_adapter_loads_in_a_new_process_and_directory(lora, tmp_path):
     assert done.stdout.endswith("loaded\n"), done.stderr
 
 
-def write_reference(adapter: Path, base: Path, data: Path, reference: Path) -> None:
+def leave_reference(adapter: Path, base: Path, data: Path, reference: Path) -> None:
     """What a run leaves to its verification: a batch with an image, and the logits of the trained network."""
-    from safetensors.torch import save_file
-
     from dataset import make_supervised_data_module
     from finetune.encoding.collate import pad
     from finetune.encoding.encoder import Encoder
     from finetune.flags import DataArguments
     from finetune.models import load_model, load_tokenizer
     from finetune.tuning.checkpoint import resolve
+    from finetune.tuning.verification import write_reference
 
     found = resolve(str(base))
     encoder = Encoder.from_config(found.family, load_tokenizer(base), found.settings)
@@ -152,8 +151,8 @@ def write_reference(adapter: Path, base: Path, data: Path, reference: Path) -> N
     batch = pad([train.first_usable()], encoder.pad_id)
     del batch["labels"]
     with torch.no_grad():
-        logits = load_model(adapter).eval()(**batch).logits[:, -8:].contiguous()
-    save_file({**batch, "logits": logits}, reference, metadata={"dtype": "float32", "quantised": "False"})
+        logits = load_model(adapter).eval()(**batch, logits_to_keep=8).logits
+    write_reference(reference, batch, logits, "float32", quantised=False)
 
 
 def test_a_verified_run_leaves_no_sample_behind(lora):
@@ -170,7 +169,7 @@ def test_a_damaged_adapter_is_not_verified(lora, demo_data, tmp_path):
 
     from finetune.commands.verify import main
 
-    write_reference(run.output, base, demo_data, reference)
+    leave_reference(run.output, base, demo_data, reference)
     assert main([str(output), "--reference", str(reference), "--device", "cpu"]) == 0
     weights = load_file(output / "adapter_model.safetensors")
     name = next(name for name in weights if name.endswith("resampler.proj"))

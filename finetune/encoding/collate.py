@@ -105,16 +105,18 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
     ends = list(accumulate(lengths, initial=0))
     bounds, longest = torch.tensor(ends, dtype=torch.int32), max(lengths)
     places = [(0, start) for start in ends[:-1]]
-    return {
+    batch = {
         "input_ids": torch.cat([example.input_ids for example in examples])[None],
         "labels": torch.cat([example.labels for example in examples])[None],
-        "position_ids": torch.cat([example.position_ids for example in examples])[None],
         **INPUTS[examples[0].inputs].collect(examples, places, (1, ends[-1])),
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
         "max_length_q": longest,
         "max_length_k": longest,
     }
+    if "position_ids" not in batch:  # the networks that count for themselves would count through the row
+        batch["position_ids"] = torch.cat([example.position_ids for example in examples])[None]
+    return batch
 
 
 def _check_first_label(example: Example) -> None:

@@ -111,9 +111,10 @@ WHOLE_PARTS = {
     "resampler": ("model.merger",),
     "llm": ("model.language_model", "lm_head"),
 }
-# Three layers of four have linear attention; of it only the projections, not the two small ones of its gates.
-# Without them these layers cannot be told where a sample ends: transformers refuses to run them on segments.
+# Three layers of four have linear attention. Without these kernels it cannot be told where a sample ends: transformers
+# refuses to run it on segments.
 LINEAR_ATTENTION = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
+# Of linear attention only the projections, not the two small ones of its gates.
 WHOLE_LORA = {
     "llm": (
         r"model\.language_model\.layers\.\d+\."

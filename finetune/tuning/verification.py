@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,10 +48,17 @@ def take_reference(trainer: Trainer, example: Example, pad_id: int, dtype: str, 
     if trainer.args.process_index != 0:
         return None
     path = Path(tempfile.mkdtemp(prefix="verify-")) / "reference.safetensors"
+    write_reference(path, batch, logits, dtype, quantised)
+    return path
+
+
+def write_reference(
+    path: Path, batch: Mapping[str, torch.Tensor], logits: torch.Tensor, dtype: str, quantised: bool
+) -> None:
+    """Writes what ``compare`` reads: a batch, the logits (1, K, V) of its last K positions, and how they were made."""
     tensors = {key: value.cpu().contiguous() for key, value in batch.items()}
     metadata = {"dtype": dtype, "quantised": str(quantised)}
     save_file({**tensors, "logits": logits.float().cpu().contiguous()}, path, metadata=metadata)
-    return path
 
 
 def verify_in_fresh_process(folder: Path, reference: Path) -> int:

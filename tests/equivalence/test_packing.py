@@ -18,7 +18,7 @@ from finetune.errors import ArgumentError
 from finetune.tuning.loaders import check_packing
 from trainer import CPMTrainer
 
-# Every family is held in tests/models/test_packed.py, without a trainer.
+# Every family is held in tests/models/test_packed.py or tests/native/test_packed.py, without a trainer.
 ROWS = (("v2_0", "full"), ("llama3_v2_5", "lora"), ("o4_5", "full"), ("v4_6", "lora"), ("v4_7", "full"))
 
 
@@ -42,8 +42,7 @@ def test_a_packed_step_is_the_padded_step(tiny, data, tmp_path, monkeypatch, fam
     assert len(batch["input_ids"]) == 1
     assert len(batch["cu_seq_lens_q"]) == 5
     padded.train()
-    if families.by_name(family).packing_kernels:
-        put_in_place(monkeypatch)
+    put_in_place(monkeypatch)
     packed.train()
     assert_equal(packed, padded, loss=1e-5, norm=2e-5)
 
@@ -83,10 +82,7 @@ def test_best_fit_trains_and_steps_have_more_samples(tiny, data, tmp_path):
 def test_linear_attention_is_packed_only_with_its_kernels(tiny, data, tmp_path, monkeypatch, name):
     from finetune.arguments import parse_arguments
 
-    args, family = (
-        parse_arguments(flags(tiny(name), data, tmp_path / "out", "--packing", "batch")),
-        families.by_name(name),
-    )
+    args, family = parse_arguments(flags(tiny(name), data, tmp_path, "--packing", "batch")), families.by_name(name)
     installed = ["fla"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: object() if module in installed else None)
     with pytest.raises(ArgumentError, match=r"linear attention.*causal-conv1d and a GPU is not there.*--packing off"):

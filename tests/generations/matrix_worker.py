@@ -13,7 +13,6 @@ import io
 import json
 import sys
 import warnings
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -95,19 +94,14 @@ def train(families: list[str], models: Path, data: Path, out: Path) -> None:
         (out / "examples.json").write_text(json.dumps(examples))
 
 
-@cache
-def settled() -> None:
-    """After the first run, which imports everything: no later search for garbage goes through all of that again."""
-    gc.freeze()
-
-
 def run(launched: ModuleType, argv: list[str]) -> dict[str, Any]:
     """The last line of a run through finetune.py's main."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         status = launched.main(argv)
     assert status == 0, (argv, said.getvalue())
-    settled()
+    gc.collect()
+    gc.freeze()  # what is left are modules; the next search need not go through them
     return json.loads(said.getvalue().splitlines()[-1].removeprefix("result="))
 
 
