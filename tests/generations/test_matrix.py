@@ -63,7 +63,7 @@ def matrix(tiny, tmp_path_factory) -> Path:
     (folder / "out").mkdir()
     for name in NAMES:
         (folder / "models" / name).symlink_to(tiny(name))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(folder)}
     paths = ["--models", str(folder / "models"), "--data", str(data), "--out", str(folder / "out")]
     for action in ("train", "reload"):
         command = [sys.executable, str(WORKER), action, *paths, "--families", *NAMES]
