@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,15 +26,15 @@ from transformers.generation.streamers import BaseStreamer
 
 from finetune.chat.pieces import Pieces
 from finetune.encoding.collate import pad
-from finetune.encoding.encoder import Encoder
-from finetune.encoding.footage import video_options
+from finetune.encoding.encoder import Encoder, PromptOptions
 from finetune.errors import ArgumentError
 from finetune.evaluation.generation import answer_text
 from finetune.families import by_name, detect
+from finetune.families.settings import FILES, PROCESSORS
 from finetune.media.sampling import VideoOptions
 from finetune.models import load_tokenizer
 from finetune.sample import Message, Sample, Source, Text
-from finetune.tuning.checkpoint import PROCESSORS, resolve
+from finetune.tuning.checkpoint import resolve
 
 # A prompt that asks for thinking may end with this; it is then part of the answer.
 _OPEN_THOUGHT = "<think>\n"
@@ -50,7 +50,7 @@ class Prompting:
         enable_thinking: whether the model is asked to think before it answers.
         max_inp_length: longest prompt in tokens; a longer one is refused.
         use_tts_template: MiniCPM-o: whether the prompt is one for an answer that is spoken; where there is sound,
-            o-2.6 always has it.
+            it always is.
         chunk_input: MiniCPM-o: whether every second of sound has placeholders of its own.
         video: how videos are looked at.
     """
@@ -157,7 +157,7 @@ class Talker:
         self.tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
         # What the processors are told lies beside config.json.
         settings = resolve(folder).settings if (Path(folder) / "config.json").is_file() else {}
-        config |= {key: settings[key] for key in PROCESSORS if key in settings}
+        config |= {key: settings[key] for key in (*PROCESSORS, FILES) if key in settings}
         self._config = json.dumps(config, sort_keys=True, default=str)
 
     def encoder(self, prompting: Prompting) -> Encoder:
@@ -249,26 +249,22 @@ def _origin(model: nn.Module) -> tuple[dict[str, Any], str]:
 def _encoder(name: str, tokenizer: PreTrainedTokenizerBase, config: str, prompting: Prompting) -> Encoder:
     family = by_name(name)
     settings: Mapping[str, Any] = json.loads(config)
-    layout, slicing = family.layout(settings), family.slice_spec(settings)
+    written: PromptOptions = {}
     if prompting.use_image_id is not None:
-        layout = replace(layout, image_ids=prompting.use_image_id)
+        written["image_ids"] = prompting.use_image_id
     if prompting.enable_thinking is not None:
-        layout = replace(layout, enable_thinking=prompting.enable_thinking)
-    if prompting.max_slice_nums is not None:
-        slicing = replace(slicing, max_slice_nums=prompting.max_slice_nums)
-    hearing = None if family.audio_spec is None else family.audio_spec(settings)
-    if prompting.use_tts_template and layout.speech:
-        layout = replace(layout, spoken="always")
-    if prompting.chunk_input is not None and hearing is not None:
-        hearing = replace(hearing, run_seconds=1.0 if prompting.chunk_input else 0)
-    return Encoder(
+        written["enable_thinking"] = prompting.enable_thinking
+    if prompting.use_tts_template and family.layout(settings).speech:
+        written["spoken"] = "always"
+    return Encoder.from_config(
         family,
         tokenizer,
-        layout=layout,
-        slicing=slicing,
+        settings,
+        max_slice_nums=prompting.max_slice_nums,
         max_length=prompting.max_inp_length,
-        hearing=hearing,
-        video=video_options(family, settings, prompting.video),
+        run_seconds=None if prompting.chunk_input is None else float(prompting.chunk_input),
+        video=prompting.video,
+        **written,
     )
 
 

@@ -37,8 +37,8 @@ def _plan(given: argparse.Namespace) -> int:
     from finetune.planning.memory import GIB, Planner
     from finetune.planning.network import quiet
 
-    config, name = _config(given.model)
-    shape = _shape(given, config)
+    config, settings, name = _model(given.model)
+    shape = _shape(given, settings)
     base = _recipe(given)
     limit = int((given.gpu_memory or _memory_here() or 24) * GIB)
     methods = search.ALL_METHODS if given.method == "all" else (given.method,)
@@ -60,23 +60,23 @@ def _plan(given: argparse.Namespace) -> int:
     return 0 if any(recipe.gpus == base.gpus for recipe, _ in fitting) else 1
 
 
-def _config(model: str) -> tuple[dict[str, Any], str]:
-    """config.json of a folder, a hub id or a family, and what to call the model on the command line."""
+def _model(model: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """config.json and all settings of a folder, a hub id or a family, and the name of the model on the command line."""
     from finetune.families import by_name
-    from finetune.models.folders import local_folder
-    from finetune.planning.published import CONFIGS
-    from finetune.tuning.checkpoint import read_config
+    from finetune.planning.published import CONFIGS, settings
+    from finetune.tuning.checkpoint import resolve
 
     if model in CONFIGS and not Path(model).is_dir():
-        return CONFIGS[model], by_name(model).hub_id
-    return read_config(local_folder(model)), model
+        return CONFIGS[model], settings(model), by_name(model).hub_id
+    base = resolve(model)
+    return base.config, base.settings, model
 
 
-def _shape(given: argparse.Namespace, config: dict[str, Any]) -> Shape:
+def _shape(given: argparse.Namespace, settings: dict[str, Any]) -> Shape:
     from finetune.families import detect
     from finetune.planning.recipe import Shape
 
-    spec = detect(config).slice_spec(config)
+    spec = detect(settings).slice_spec(settings)
     patches = (spec.scale_resolution // spec.patch_size) ** 2
     slices = spec.max_slice_nums if given.slices is None else given.slices
     items = 0 if not slices else (slices + 1 if slices > 1 else 1) * given.images

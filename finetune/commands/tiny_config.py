@@ -120,7 +120,15 @@ _CONFIGS = {
     "o2_6": {**_V2_6, **_AUDIO, "audio_pool_step": 2, "chunk_input": True},
     "v4_0": {**_SINCE_2_6, "version": 4.0, "rope_theta": 10000.0, "transformers_version": "4.46.3"},
     "v4_5": _V4_5,
-    "o4_5": {**_V4_5, **_AUDIO, "audio_pool_step": 5, "batch_3d_resampler": False, "stream_input": False},
+    # Published like this, with 9 slices in preprocessor_config.json.
+    "o4_5": {
+        **_V4_5,
+        **_AUDIO,
+        "audio_pool_step": 5,
+        "batch_3d_resampler": False,
+        "slice_config": {**_SINCE_2_6["slice_config"], "max_slice_nums": 1},
+        "stream_input": True,
+    },
 }
 
 

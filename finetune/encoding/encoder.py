@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict, Unpack
@@ -29,14 +30,18 @@ from finetune.encoding.inputs import INPUTS, ImageBackend
 from finetune.errors import UserError
 from finetune.families import FAMILIES
 from finetune.families.base import Config, Family
+from finetune.families.settings import disagreements
 from finetune.media import audio, image
 from finetune.media.sampling import VideoOptions
 from finetune.media.slicing import Plan, SliceSpec, plan
 from finetune.media.sound import AudioSpec, Sound, sound
+from finetune.notices import warn_once
 from finetune.sample import DataError, Media, MediaKind, Sample
 from finetune.templates.probe import complete_layout
-from finetune.templates.rendering import IGNORE, Layout, Rendered, Thinking
+from finetune.templates.rendering import IGNORE, Layout, Rendered, Spoken, Thinking
 from finetune.templates.tokens import TextError, Vocabulary
+
+logger = logging.getLogger(__name__)
 
 _PATCH_COST = 0.1
 """Cost of a patch in tokens: the vision tower has about a tenth of the parameters that a token passes."""
@@ -54,6 +59,8 @@ class PromptOptions(TypedDict, total=False):
 
     thinking: Thinking
     enable_thinking: bool | None
+    image_ids: bool
+    spoken: Spoken
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,25 +169,42 @@ class Encoder:
         max_pixels: int | None = None,
         shrink_pixels: int | None = None,
         video: VideoOptions | None = None,
+        run_seconds: float | None = None,
         image_backend: ImageBackend = "pillow",
         **prompt: Unpack[PromptOptions],
     ) -> Encoder:
-        """The encoder of a checkpoint from its config.json (as a dictionary); None keeps the checkpoint's value.
+        """The encoder of a checkpoint from its settings (``Checkpoint.settings``); None keeps the checkpoint's value.
 
+        Where files of the folder hold different values, the log says once which is used.
         Further options replace fields of the layout of the same name; to leave one out keeps the family's value.
+
+        Raises:
+            CheckpointError: files of the folder that cannot both be right, or a value that is not supported.
         """
-        slicing = family.slice_spec(config)
+        slicing, hearing = family.slice_spec(config), family.audio_spec and family.audio_spec(config)
+        flags = {
+            "max_slice_nums": max_slice_nums,
+            "use_image_id": prompt.get("image_ids"),
+            "video_max_slice_nums": video and video.max_slice_nums,
+        }
+        decided = frozenset(name for name, value in flags.items() if value is not None)
+        for line in disagreements(config, family.settings, decided):
+            warn_once(logger, f"{family.title}: {line}")
         if max_slice_nums is not None:
             slicing = replace(slicing, max_slice_nums=max_slice_nums)
+        if run_seconds is not None and hearing is not None:
+            hearing = replace(hearing, run_seconds=run_seconds)
+        layout = replace(family.layout(config), **prompt)
         return cls(
             family,
             tokenizer,
-            layout=replace(family.layout(config), **prompt),
+            # What the user has decided the checkpoint's chat template is not asked for.
+            layout=replace(layout, assumed=tuple(name for name in layout.assumed if name not in prompt)),
             slicing=slicing,
             max_length=max_length,
             max_pixels=image.MAX_PIXELS if max_pixels is None else max_pixels,
             shrink_pixels=shrink_pixels,
-            hearing=None if family.audio_spec is None else family.audio_spec(config),
+            hearing=hearing,
             video=video_options(family, config, video),
             image_backend=image_backend,
         )

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import NamedTuple
 
 from PIL import Image
@@ -16,6 +15,7 @@ from finetune.media import image, video
 from finetune.media.sampling import Clip, Frames, Group, VideoOptions, frames_of
 from finetune.media.slicing import Plan, SliceSpec, item_sizes, plan
 from finetune.media.sound import Sound
+from finetune.notices import warn_once
 from finetune.sample import Media, Message, Part, Sample, Source, Text
 
 logger = logging.getLogger(__name__)
@@ -56,15 +56,13 @@ def video_options(family: Family, config: Config, given: VideoOptions | None) ->
     heeded = () if family.video is None else family.video.heeds
     if unheeded := [name for name in given.given if name not in heeded]:
         why = "has no such rule" if heeded else "takes none"
-        _say(f"videos: no effect of {', '.join(unheeded)}: {family.title} {why}")
+        warn_once(logger, f"videos: no effect of {', '.join(unheeded)}: {family.title} {why}")
     if (config.get("video_processor") or {}).get("stack_frames", 1) > 1:
-        _say("videos: stack_frames of the checkpoint's video processor is not done: the model sees whole frames only")
+        warn_once(
+            logger,
+            "videos: stack_frames of the checkpoint's video processor is not done: the model sees whole frames only",
+        )
     return given if family.video is None else given.over(family.video.defaults(config))
-
-
-@cache
-def _say(message: str) -> None:
-    logger.warning("%s", message)
 
 
 def look(media: Media, source: Source, rule: Video, options: VideoOptions, max_pixels: int) -> Footage:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.families.settings import Table
 from finetune.media.sampling import Group, Length, VideoOptions
 from finetune.media.slicing import Plan, SliceSpec
 from finetune.media.sound import AudioSpec, Sound
@@ -42,7 +43,7 @@ class Video:
 
     Attributes:
         sample: which frames of a video of this length.
-        defaults: reads the options of a checkpoint from its config.json.
+        defaults: reads the options of a checkpoint, as ``Family.slice_spec`` does.
         between: text between two groups of frames.
         heeds: names of the options that mean something to it.
     """
@@ -64,10 +65,11 @@ class Family:
         llm_type: the official LLM_TYPE value.
         matches: whether a config.json (as a dictionary) belongs to this family.
         network: the parts of our own network; None where transformers has the network as one class.
-        slice_spec: reads the slicing settings from a config.json.
-        audio_spec: reads from a config.json how the checkpoint hears; None for families that cannot.
+        settings: which file of a folder each value is read from that shapes prompts or pixels.
+        slice_spec: reads the slicing settings by that table, from config.json with what the folder says of processors.
+        audio_spec: reads how the checkpoint hears in the same way; None for families that cannot.
         video: how it looks at videos; None for families that take none.
-        layout: reads from a config.json how prompts are written.
+        layout: reads how prompts are written, in the same way.
         render: conversation and slice plans or placeholders of sound (one per medium, reading order) to ids and
             labels, born together. With ``generate`` the ids end where the model has to answer.
         roles: roles its template has.
@@ -92,6 +94,7 @@ class Family:
     llm_type: str
     matches: Callable[[Config], bool]
     network: Network | None = None
+    settings: Table
     slice_spec: Callable[[Config], SliceSpec]
     layout: Callable[[Config], Layout]
     render: Callable[[Sample, Sequence[Plan | Sound], Vocabulary, Layout, bool], Rendered]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from finetune.families.base import Config, Video
+from finetune.families.settings import NUMBERED, TRANSFORMERS, Table, value_of
 from finetune.media.sampling import (
     PACKED,
     PER_SECOND,
     VideoOptions,
     packed,
     per_second,
-    processor_options,
     whole_seconds,
 )
 from finetune.media.slicing import SliceSpec
@@ -48,7 +50,11 @@ def _grouped(config: Config) -> VideoOptions:
 
 
 def _processed(config: Config) -> VideoOptions:
-    return processor_options(config.get("video_processor"))
+    cut = value_of(config, TRANSFORMERS["video_slice_mode"])
+    return VideoOptions(
+        max_frames=value_of(config, TRANSFORMERS["video_max_frames"]),
+        max_slice_nums=value_of(config, TRANSFORMERS["video_max_slice_nums"]) if cut else 1,
+    )
 
 
 SINGLE_FRAMES = Video(sample=per_second, defaults=_single, between="\n", heeds=_FRAMES)
@@ -64,40 +70,32 @@ PROCESSED_FRAMES = Video(sample=whole_seconds, defaults=_processed, between="", 
 """4.6 and later: what the video processor of transformers does."""
 
 
-def slice_config(config: Config) -> SliceSpec:
-    """The slicing settings of 2.5 and later: a dictionary of their own; without it images stay whole."""
-    given = config.get("slice_config") or {}
+def slices(table: Table, config: Config) -> SliceSpec:
+    """How a checkpoint cuts images, by the table of its generation."""
     return SliceSpec(
-        max_slice_nums=given.get("max_slice_nums", 1) if config.get("slice_mode", True) else 1,
-        scale_resolution=given.get("scale_resolution", 448),
-        patch_size=given.get("patch_size", config.get("patch_size", 14)),
+        max_slice_nums=value_of(config, table["max_slice_nums"]) if value_of(config, table["slice_mode"]) else 1,
+        scale_resolution=value_of(config, table["scale_resolution"]),
+        patch_size=value_of(config, table["patch_size"]),
     )
 
 
-def hearing(config: Config, *, chunked: bool, pool_step: int) -> AudioSpec:
-    """How a MiniCPM-o checkpoint hears: config.json, and of preprocessor_config.json the settings of its mel frames.
-
-    Args:
-        config: with ``image_processor`` where there is a preprocessor_config.json.
-        chunked: whether a clip has a run of placeholders per ``audio_chunk_length`` seconds, or a single one.
-        pool_step: where config.json has none.
-    """
-    given = config.get("image_processor") or {}
-    mel = {**given, **(given.get("feature_extractor") or given.get("audio_processor") or {})}
-    tower = config.get("audio_config") or {}
+def hearing(table: Table, config: Config) -> AudioSpec:
+    """How a MiniCPM-o checkpoint hears, by the table of its generation."""
     return AudioSpec(
-        pool_step=config.get("audio_pool_step", pool_step),
-        run_seconds=max(config.get("audio_chunk_length", 1.0), 0) if chunked else 0,
-        bins=mel.get("feature_size", tower.get("num_mel_bins", 80)),
-        hop=mel.get("hop_length", 160),
-        window=mel.get("n_fft", 400),
-        piece_seconds=mel.get("chunk_length", 30),
+        pool_step=value_of(config, table["audio_pool_step"]),
+        run_seconds=value_of(config, table["run_seconds"]),
+        bins=value_of(config, table["mel_bins"]),
+        hop=value_of(config, table["hop_length"]),
+        window=value_of(config, table["n_fft"]),
+        piece_seconds=value_of(config, table["piece_seconds"]),
     )
 
 
 def numbered_layout(config: Config) -> Layout:
-    """2.6 and later: 64 placeholders per item and numbered images, where config.json says nothing else."""
-    return Layout(query_num=config.get("query_num", 64), image_ids=config.get("use_image_id", True))
+    """2.6 and later: so many placeholders per item and numbered images."""
+    return Layout(
+        query_num=value_of(config, NUMBERED["query_num"]), image_ids=value_of(config, NUMBERED["use_image_id"])
+    )
 
 
 def published_as(config: Config, model_type: str, version: str) -> bool:
@@ -133,32 +131,22 @@ def vocab_size(config: Config) -> int:
 
 
 def merged_slices(config: Config) -> SliceSpec:
-    """The slicing settings of 4.6 and later: every side is whole where 4 x 4 patches (2 x 2 in "4x") become a token.
-
-    They are those of the published image processor, which ``image_processor`` may replace.
-    """
-    given = config.get("image_processor") or {}
-    return SliceSpec(
-        max_slice_nums=given.get("max_slice_nums", 9) if given.get("slice_mode", True) else 1,
-        scale_resolution=given.get("scale_resolution", 448),
-        patch_size=given.get("patch_size", 14),
-        merge=_merge(config),
-    )
+    """How 4.6 and later cut images: every side is whole where 4 x 4 patches (2 x 2 in "4x") become a token."""
+    return replace(slices(TRANSFORMERS, config), merge=_merge(config))
 
 
 def merged_layout(config: Config) -> Layout:
     """4.6 and later: placeholders by the size of the item, numbered images, turns as Qwen3.5 writes them."""
-    given = config.get("image_processor") or {}
-    side = given.get("patch_size", 14) * _merge(config)
+    side = value_of(config, TRANSFORMERS["patch_size"]) * _merge(config)
     return Layout(
         pixels_per_token=side * side,
         placeholder=IMAGE_PAD,
         video_placeholder=VIDEO_PAD,
-        image_ids=given.get("use_image_id", True),
+        image_ids=value_of(config, TRANSFORMERS["use_image_id"]),
         ids_beside_video=True,
         trim=True,
         # Reported, not published where we could read it: the checkpoint's own chat template decides.
-        assumed=("default_system", "trim"),
+        assumed=("default_system", "enable_thinking", "trim"),
     )
 
 

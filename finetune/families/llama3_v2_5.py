@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from finetune.families.base import Config, Family, Network
-from finetune.families.common import NAVIT_LORA, OWN_PARTS, SLICE_TOKENS, slice_config
+from finetune.families.common import NAVIT_LORA, OWN_PARTS, SLICE_TOKENS, slices
+from finetune.families.settings import PROCESSOR_FIRST, value_of
 from finetune.templates.llama3 import ROLES, render
 from finetune.templates.rendering import Layout
 
@@ -24,7 +27,7 @@ def _matches(config: Config) -> bool:
 
 
 def _layout(config: Config) -> Layout:
-    return Layout(query_num=config["query_num"])
+    return Layout(query_num=value_of(config, PROCESSOR_FIRST["query_num"]))
 
 
 LLAMA3_V2_5 = Family(
@@ -34,7 +37,8 @@ LLAMA3_V2_5 = Family(
     llm_type="llama3",
     matches=_matches,
     network=Network(vision="navit_siglip", positions="row", resampler="plain", language="llama"),
-    slice_spec=slice_config,
+    settings=PROCESSOR_FIRST,
+    slice_spec=partial(slices, PROCESSOR_FIRST),
     layout=_layout,
     render=render,
     roles=ROLES,

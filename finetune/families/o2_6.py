@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from finetune.families.base import Config, Family, Network
 from finetune.families.common import (
@@ -17,13 +18,14 @@ from finetune.families.common import (
     hearing,
     numbered_layout,
     published_as,
-    slice_config,
+    slices,
 )
-from finetune.media.sound import AudioSpec
+from finetune.families.settings import NUMBERED, O2_6_SOUND
 from finetune.templates.chatml import ROLES, render
 from finetune.templates.rendering import Layout
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
+_SETTINGS = {**NUMBERED, **O2_6_SOUND}
 
 
 def _matches(config: Config) -> bool:
@@ -44,10 +46,6 @@ def _layout(config: Config) -> Layout:
     )
 
 
-def _audio_spec(config: Config) -> AudioSpec:
-    return hearing(config, chunked=config.get("chunk_input", True), pool_step=2)
-
-
 O2_6 = Family(
     name="o2_6",
     title="MiniCPM-o 2.6",
@@ -56,8 +54,9 @@ O2_6 = Family(
     matches=_matches,
     network=Network(vision="navit_siglip", positions="grid", resampler="plain", language="qwen2", audio="whisper"),
     video=SINGLE_FRAMES,
-    slice_spec=slice_config,
-    audio_spec=_audio_spec,
+    settings=_SETTINGS,
+    slice_spec=partial(slices, _SETTINGS),
+    audio_spec=partial(hearing, _SETTINGS),
     layout=_layout,
     render=render,
     roles=ROLES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from finetune.families.base import Config, Family, Network
 from finetune.families.common import (
@@ -17,13 +18,14 @@ from finetune.families.common import (
     hearing,
     numbered_layout,
     published_as,
-    slice_config,
+    slices,
 )
-from finetune.media.sound import AudioSpec
+from finetune.families.settings import NUMBERED, O4_5_SOUND
 from finetune.templates.chatml_thinking import ROLES, render
 from finetune.templates.rendering import Layout
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
+_SETTINGS = {**NUMBERED, **O4_5_SOUND}
 
 
 def _matches(config: Config) -> bool:
@@ -32,12 +34,13 @@ def _matches(config: Config) -> bool:
 
 def _layout(config: Config) -> Layout:
     return replace(
-        numbered_layout(config), thinking_prefill=False, speech=SPEECH_TOKENS[3:4], speech_end=SPEECH_TOKENS[4]
+        numbered_layout(config),
+        thinking_prefill=False,
+        # The published chat code answers sound in this form, whether or not it then speaks.
+        speech=SPEECH_TOKENS[3:4],
+        speech_end=SPEECH_TOKENS[4],
+        spoken="with sound",
     )
-
-
-def _audio_spec(config: Config) -> AudioSpec:
-    return hearing(config, chunked=config.get("stream_input", False), pool_step=5)
 
 
 O4_5 = Family(
@@ -48,8 +51,9 @@ O4_5 = Family(
     matches=_matches,
     network=Network(vision="navit_siglip", positions="grid", resampler="plain", language="qwen3", audio="whisper"),
     video=SINGLE_FRAMES,
-    slice_spec=slice_config,
-    audio_spec=_audio_spec,
+    settings=_SETTINGS,
+    slice_spec=partial(slices, _SETTINGS),
+    audio_spec=partial(hearing, _SETTINGS),
     layout=_layout,
     render=render,
     roles=ROLES,

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from finetune.families.base import Config, Family, Network
-from finetune.families.common import OWN_PARTS, SLICE_TOKENS, TIMM_LORA
-from finetune.media.slicing import SliceSpec
+from finetune.families.common import OWN_PARTS, SLICE_TOKENS, TIMM_LORA, slices
+from finetune.families.settings import CONFIG_FIRST, value_of
 from finetune.templates.minicpm import ROLES, render
 from finetune.templates.rendering import Layout
-
-
-def _slice_spec(config: Config) -> SliceSpec:
-    return SliceSpec(
-        max_slice_nums=config.get("max_slice_nums", 9) if config.get("slice_mode", True) else 1,
-        scale_resolution=config.get("scale_resolution", 448),
-        patch_size=config.get("patch_size", 14),
-    )
 
 
 # Named functions, because families travel to worker processes.
@@ -26,7 +20,7 @@ def _matches(config: Config) -> bool:
 
 
 def _layout(config: Config) -> Layout:
-    return Layout(query_num=config["query_num"])
+    return Layout(query_num=value_of(config, CONFIG_FIRST["query_num"]))
 
 
 V2_0 = Family(
@@ -36,7 +30,8 @@ V2_0 = Family(
     llm_type="minicpm",
     matches=_matches,
     network=Network(vision="timm_siglip", positions="resampled", resampler="query_positions", language="minicpm"),
-    slice_spec=_slice_spec,
+    settings=CONFIG_FIRST,
+    slice_spec=partial(slices, CONFIG_FIRST),
     layout=_layout,
     render=render,
     roles=ROLES,

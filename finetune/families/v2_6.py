@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from finetune.families.base import Config, Family, Network
 from finetune.families.common import (
@@ -14,8 +15,9 @@ from finetune.families.common import (
     SLICE_TOKENS,
     numbered_layout,
     published_as,
-    slice_config,
+    slices,
 )
+from finetune.families.settings import NUMBERED
 from finetune.templates.chatml import ROLES, render
 from finetune.templates.rendering import Layout
 
@@ -38,7 +40,8 @@ V2_6 = Family(
     matches=_matches,
     network=Network(vision="navit_siglip", positions="grid", resampler="plain", language="qwen2"),
     video=SINGLE_FRAMES,
-    slice_spec=slice_config,
+    settings=NUMBERED,
+    slice_spec=partial(slices, NUMBERED),
     layout=_layout,
     render=render,
     roles=ROLES,

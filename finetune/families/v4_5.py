@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from finetune.families.base import Config, Family, Network
 from finetune.families.common import (
     CHATML_TOKENS,
@@ -12,8 +14,9 @@ from finetune.families.common import (
     SLICE_TOKENS,
     numbered_layout,
     published_as,
-    slice_config,
+    slices,
 )
+from finetune.families.settings import NUMBERED
 from finetune.templates.chatml_thinking import ROLES, render
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
@@ -31,7 +34,8 @@ V4_5 = Family(
     matches=_matches,
     network=Network(vision="navit_siglip", positions="grid", resampler="temporal", language="qwen3"),
     video=PACKED_FRAMES,
-    slice_spec=slice_config,
+    settings=NUMBERED,
+    slice_spec=partial(slices, NUMBERED),
     layout=numbered_layout,
     render=render,
     roles=ROLES,

@@ -18,6 +18,7 @@ from finetune.families.common import (
     merged_layout,
     merged_slices,
 )
+from finetune.families.settings import TRANSFORMERS
 from finetune.templates.chatml_thinking import ROLES, render
 from finetune.templates.rendering import Layout
 
@@ -40,6 +41,7 @@ V4_6 = Family(
     llm_type="qwen",
     matches=_matches,
     video=PROCESSED_FRAMES,
+    settings=TRANSFORMERS,
     slice_spec=merged_slices,
     layout=_layout,
     render=render,

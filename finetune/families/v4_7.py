@@ -16,6 +16,7 @@ from finetune.families.common import (
     merged_layout,
     merged_slices,
 )
+from finetune.families.settings import TRANSFORMERS
 from finetune.templates.chatml_thinking import ROLES, render
 
 _TOKENS = (*MARK_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS, IMAGE_PAD)
@@ -32,6 +33,7 @@ V4_7 = Family(
     llm_type="qwen",
     matches=_matches,
     video=PROCESSED_FRAMES,
+    settings=TRANSFORMERS,
     slice_spec=merged_slices,
     layout=merged_layout,
     render=render,

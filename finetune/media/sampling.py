@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -246,10 +246,3 @@ def _spaced(length: int, count: int) -> list[int]:
     """``count`` places from the first to the last of ``length``, evenly, rounded down."""
     step = (length - 1) / max(count - 1, 1)
     return [int(place * step) for place in range(count - 1)] + [length - 1 if count > 1 else 0]
-
-
-def processor_options(settings: Mapping[str, Any] | None) -> VideoOptions:
-    """The options of a video processor of transformers, from its settings in a checkpoint."""
-    given = settings or {}
-    slices = given.get("max_slice_nums", 9) if given.get("slice_mode", True) else 1
-    return VideoOptions(max_frames=given.get("max_num_frames", 128), max_slice_nums=slices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -26,9 +26,10 @@ def from_vocabulary(vocabulary: Path, merges: Path, added: Mapping[int, AddedTok
         added: tokens by id that are found before anything else, as tokenizer_config.json or added_tokens.json has them.
 
     Raises:
-        CheckpointError: an added token that cannot have its id.
+        CheckpointError: merges that are missing, or an added token that cannot have its id.
     """
     vocab, pairs = BPE.read_file(str(vocabulary), str(merges))
+    _check_merges(vocabulary, vocab, pairs, {token.content for token in added.values()})
     tokenizer = Tokenizer(BPE(vocab, pairs))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -49,3 +50,25 @@ def from_vocabulary(vocabulary: Path, merges: Path, added: Mapping[int, AddedTok
                 "together, put the published ones back"
             )
     return tokenizer
+
+
+def _check_merges(
+    vocabulary: Path, vocab: Mapping[str, int], pairs: Iterable[tuple[str, str]], added: Collection[str]
+) -> None:
+    """Checks that every entry of the vocabulary is a byte, a merge of two entries, or an added token.
+
+    Text whose tokens cannot be built is written with other, shorter ones, without a word.
+
+    Raises:
+        CheckpointError: saying how many merges are missing and what to do.
+    """
+    built = {left + right for left, right in pairs}
+    lost = [entry for entry in vocab if len(entry) > 1 and entry not in built and entry not in added]
+    if lost:
+        read = decoders.ByteLevel()
+        shown = ", ".join(repr(read.decode([entry])) for entry in lost[:3])
+        raise CheckpointError(
+            f"{vocabulary.parent}: tokenizer.json is missing; this merges.txt lacks {len(lost)} merges: so many of the "
+            f"{len(vocab)} entries of {vocabulary.name} cannot be built ({shown}, ...), and text with them would get "
+            "other tokens than the model knows. Put the published tokenizer.json into the folder"
+        )

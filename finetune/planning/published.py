@@ -1,15 +1,17 @@
-"""Sizes of the published checkpoints: the keys of their config.json that decide how large the networks are.
+"""Sizes of the published checkpoints: the keys of their files that decide how large networks and prompts are.
 
-Read from the published files of 2.0, 2.5, 2.6 and 4.5; ASSUMED names the families of which some figures were told
-elsewhere. A real folder always counts more than these.
+Read from the published files of 2.0, 2.5, 2.6, 4.5 and o-4.5; ASSUMED names the families of which some figures were
+told elsewhere. A real folder always counts more than these.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from finetune.families.settings import PROCESSORS
+
 # Families with figures that were not read from their own config.json.
-ASSUMED = ("o2_6", "v4_0", "o4_5", "v4_6", "v4_7")
+ASSUMED = ("o2_6", "v4_0", "v4_6", "v4_7")
 
 _SLICES = {"max_slice_nums": 9, "patch_size": 14}
 _SIGLIP = {
@@ -177,7 +179,36 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 73448,
     },
     "v4_5": {**_NAVIT, **_QWEN3_8B, "version": 4.5, "batch_3d_resampler": True},
-    "o4_5": {**_NAVIT, **_QWEN3_8B, **_OMNI, "version": 4.5, "audio_pool_step": 5},
+    "o4_5": {
+        **_NAVIT,
+        **_QWEN3_8B,
+        **_OMNI,
+        "version": "4.5",
+        "audio_chunk_length": 1.0,
+        "audio_pool_step": 5,
+        "slice_config": {"max_slice_nums": 1, "patch_size": 14, "scale_resolution": 448},
+        "stream_input": True,
+    },
     "v4_6": _whole("4_6"),
     "v4_7": _whole("4_7"),
 }
+_PIXELS = {
+    "max_slice_nums": 9,
+    "scale_resolution": 448,
+    "patch_size": 14,
+    "norm_mean": [0.5] * 3,
+    "norm_std": [0.5] * 3,
+}
+_NUMBERED = {**_PIXELS, "image_feature_size": 64, "slice_mode": True, "use_image_id": True}
+# preprocessor_config.json; 2.0 is published without one, and what 4.6 and 4.7 have is the default of their classes.
+_PREPROCESSORS: dict[str, dict[str, Any]] = {
+    "llama3_v2_5": {**_PIXELS, "image_feature_size": 96},
+    **dict.fromkeys(("v2_6", "o2_6", "v4_0", "v4_5"), _NUMBERED),
+    "o4_5": {**_NUMBERED, "audio_pool_step": 5},
+}
+
+
+def settings(family: str) -> dict[str, Any]:
+    """What ``Checkpoint.settings`` gives of a published folder, as far as it decides how large prompts are."""
+    processor = _PREPROCESSORS.get(family)
+    return CONFIGS[family] if processor is None else {**CONFIGS[family], **dict.fromkeys(PROCESSORS, processor)}

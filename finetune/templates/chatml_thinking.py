@@ -26,7 +26,7 @@ def render(
 
     Of answers to earlier questions the thinking is left out. Answers between the last question and the last answer,
     which call tools, have a block only where they have a thought. Trained are answer and end mark, and a thought when
-    the layout keeps it, with its marks; an empty block is a prompt.
+    the layout keeps it, with its marks; an empty block is a prompt; its end is trained where prompts ask for thinking.
 
     Args:
         sample: the conversation.
@@ -51,7 +51,7 @@ def render(
             if turn > question and thought and layout.thinking != "strip":
                 _think(rendered, thought, vocabulary, train=message.train and layout.thinking == "keep")
             elif question < turn == len(messages) - 1:
-                rendered.add(vocabulary.fixed(_NO_THOUGHT))
+                _think_nothing(rendered, vocabulary, layout, train=message.train)
                 answer = answer.lstrip("\n")
             if turn == len(messages) - 1:
                 rendered.add(speech)
@@ -104,6 +104,15 @@ def _think(rendered: Rendered, thought: str, vocabulary: Vocabulary, *, train: b
     # The opening is encoded on its own: a prompt may end with it.
     rendered.add(vocabulary.fixed(_OPEN), train=train)
     rendered.add(vocabulary.continuation(f"{thought}\n</think>\n\n"), train=train)
+
+
+def _think_nothing(rendered: Rendered, vocabulary: Vocabulary, layout: Layout, *, train: bool) -> None:
+    """An empty think block: a prompt; where the prompt asks for thinking, the model is to close it at once."""
+    if layout.enable_thinking and layout.thinking_prefill:
+        rendered.add(vocabulary.fixed(_OPEN))
+        rendered.add(vocabulary.continuation(_NO_THOUGHT.removeprefix(_OPEN)), train=train)
+    else:
+        rendered.add(vocabulary.fixed(_NO_THOUGHT))
 
 
 def _add_results(rendered: Rendered, messages: Sequence[Message], vocabulary: Vocabulary) -> None:

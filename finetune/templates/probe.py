@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from finetune.errors import UserError
 from finetune.families.base import Family
+from finetune.notices import warn_once
 from finetune.sample import Message, Sample, Source, Text
 from finetune.templates.rendering import Layout
 from finetune.templates.tokens import Vocabulary
@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TURNS = (("user", "First question?"), ("assistant", "First answer."), ("user", "Second question?"))
+# Chinese and digits too: a tokenizer that has lost merges writes English as before.
+_TURNS = (
+    ("user", "First question? 第一个问题：图片里有 12345 个苹果吗？"),
+    ("assistant", "First answer. 图片中总共有 67 个苹果。"),
+    ("user", "Second question? 在 2026 年呢？"),
+)
 # What stands before the first user turn of ChatML: nothing, or a system turn.
 _HEAD = re.compile(r"(?:<\|im_start\|>system\n(?P<system>.*)<\|im_end\|>\n)?", re.DOTALL)
 _FIRST_TURN = "<|im_start|>user\n"
@@ -34,8 +39,8 @@ class TemplateMismatchError(UserError):
 def complete_layout(family: Family, layout: Layout, tokenizer: PreTrainedTokenizerBase) -> Layout:
     """The layout with everything that only the checkpoint's own files can tell.
 
-    Asked are the chat template (default system turn, bos, trimming) and the tokenizer (bos). What neither of them tells
-    stays as the family assumes it, remains named in ``assumed``, and is logged once.
+    Asked are the chat template (default system turn, bos, trimming, thinking) and the tokenizer (bos). What neither of
+    them tells stays as the family assumes it, remains named in ``assumed``, and is logged once.
 
     Raises:
         TemplateMismatchError: the chat template begins in a way that this family's prompt cannot.
@@ -60,12 +65,19 @@ def complete_layout(family: Family, layout: Layout, tokenizer: PreTrainedTokeniz
             )
         unknown.remove("default_system")
         layout = replace(layout, default_system=found["system"])
+    if "enable_thinking" in unknown and tokenizer.chat_template:
+        unknown.remove("enable_thinking")
+        layout = replace(layout, enable_thinking=_thinks(family, tokenizer))
     if "trim" in unknown and tokenizer.chat_template:
         unknown.remove("trim")
         spaced = " " + _TURNS[0][1]
         layout = replace(layout, trim=spaced not in _apply(family, tokenizer, (("user", spaced),), layout))
     for name in sorted(unknown):
-        _say(f"{tokenizer.name_or_path!r} has no chat template: {family.title} gets {name} {getattr(layout, name)!r}")
+        warn_once(
+            logger,
+            f"{tokenizer.name_or_path!r} has no chat template: {family.title} gets {name} {getattr(layout, name)!r}; "
+            "put the published chat_template beside its tokenizer if that is wrong",
+        )
     return replace(layout, assumed=tuple(sorted(unknown)))
 
 
@@ -138,9 +150,10 @@ def _head(family: Family, tokenizer: PreTrainedTokenizerBase) -> str | None:
     return before if turn else ""
 
 
-@cache
-def _say(message: str) -> None:
-    logger.warning("%s; put the published chat_template beside its tokenizer if that is wrong", message)
+def _thinks(family: Family, tokenizer: PreTrainedTokenizerBase) -> bool | None:
+    """Whether the chat template asks for thinking where the caller says nothing of it; None if it leaves that open."""
+    opening = _apply(family, tokenizer, _TURNS[:1], Layout(enable_thinking=None)).rpartition("assistant\n")[2]
+    return "</think>" not in opening if "<think>" in opening else None
 
 
 def _difference(ours: str, theirs: str) -> str:

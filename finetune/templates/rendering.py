@@ -11,6 +11,7 @@ from finetune.media.sound import Sound
 IGNORE = -100
 
 Thinking = Literal["keep", "mask", "strip"]
+Spoken = Literal["never", "with sound", "always"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,7 @@ class Layout:
     default_system: str | None = None
     speech: tuple[str, ...] = ()
     speech_end: str = ""
-    spoken: Literal["never", "with sound", "always"] = "never"
+    spoken: Spoken = "never"
     assumed: tuple[str, ...] = ()
 
     def item_tokens(self, width: int, height: int) -> int:

@@ -12,11 +12,10 @@ from finetune.errors import CheckpointError
 from finetune.families import detect
 from finetune.families.base import Family
 from finetune.families.common import vocab_size
+from finetune.families.settings import FILES, PROCESSORS
 from finetune.models.folders import local_folder
 from finetune.models.strict import check_unquantised
 
-# Parts of processor_config.json that say how media become pixels.
-PROCESSORS = ("image_processor", "video_processor")
 # Tokenizer, processor and generation settings: copied byte for byte, never re-serialised.
 SIDE_FILES = (
     "tokenizer*",
@@ -27,6 +26,7 @@ SIDE_FILES = (
     "*.model",
     "*.jinja",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
     "generation_config.json",
 )
@@ -56,13 +56,19 @@ class Checkpoint:
     def settings(self) -> dict[str, Any]:
         """config.json and, where the folder describes them, the settings of its processors by their names.
 
-        Those are ``image_processor`` and ``video_processor``.
+        Those are the keys of ``families.settings.PROCESSORS``; ``setting_files`` says which file each was read from.
         """
-        whole, part = self.folder / "preprocessor_config.json", self.folder / "processor_config.json"
-        parts = _read_json(part) if part.is_file() else {}
-        given = {name: parts[name] for name in PROCESSORS if parts.get(name) is not None}
-        if "image_processor" not in given and whole.is_file():
-            given["image_processor"] = _read_json(whole)
+        read: dict[str, dict[str, Any]] = {}
+        given: dict[str, Any] = {}
+        for name, places in PROCESSORS.items():
+            for file, key in places:
+                path = self.folder / file
+                if file not in read:
+                    read[file] = _read_json(path) if path.is_file() else {}
+                if found := (read[file].get(key) if key else read[file]):
+                    given[name] = found
+                    given.setdefault(FILES, {})[name] = f"{file}, {key}" if key else file
+                    break
         return {**self.config, **given}
 
     @property

@@ -127,7 +127,7 @@ SPOKEN = "<|spk_bos|><|spk|><|spk_eos|><|tts_bos|>"
 
 
 def test_prompts_are_the_published_ones(ready) -> None:
-    """o-2.6 with sound: no default system turn, the answer opened for speech; o-4.5 as without sound."""
+    """With sound the answer is opened for speech, in o-2.6 without the default system turn."""
     sound, runs = tone(1.5), "<|audio_start|>[25]<|audio_end|><|audio_start|>[12]<|audio_end|>"
     end = f"<|im_end|>\n<|im_start|>assistant\n{SPOKEN}"
     assert prompt(ready, "o2_6", "What?", sound) == f"{OPENED}{runs}{end}"
@@ -137,7 +137,9 @@ def test_prompts_are_the_published_ones(ready) -> None:
     assert prompt(ready, "o2_6", "What?").startswith("<|im_start|>system\nYou are Qwen")
     assert prompt(ready, "o2_6", "What?", use_tts_template=True) == f"<|im_start|>user\nWhat?{end}"
     thoughtless = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    assert prompt(ready, "o4_5", "What?", sound) == f"{OPENED}<|audio_start|>[15]<|audio_end|>{thoughtless}"
+    clip = "<|audio_start|>[15]<|audio_end|>"
+    assert prompt(ready, "o4_5", "What?", sound) == f"{OPENED}{clip}{thoughtless}<|tts_bos|>"
+    assert prompt(ready, "o4_5", "What?") == f"<|im_start|>user\nWhat?{thoughtless}"
     spoken = prompt(ready, "o4_5", "What?", sound, use_tts_template=True, chunk_input=True)
     runs = "<|audio_start|>[10]<|audio_end|><|audio_start|>[5]<|audio_end|>"
     assert spoken == f"{OPENED}{runs}{thoughtless}<|tts_bos|>"

@@ -233,13 +233,12 @@ def test_records_of_sharegpt(ready, tmp_path: Path) -> None:
 
 
 def test_settings_of_the_checkpoint() -> None:
-    config = {"audio_pool_step": 3, "chunk_input": False, "image_processor": {"feature_size": 128, "hop_length": 80}}
+    config = {"audio_pool_step": 3, "audio_processor": {"feature_size": 128, "hop_length": 80}}
     spec = by_name("o2_6").audio_spec
     assert spec is not None
-    assert spec(config) == AudioSpec(pool_step=3, run_seconds=0, bins=128, hop=80)
+    assert spec(config) == AudioSpec(pool_step=3, run_seconds=1.0, bins=128, hop=80)
     assert spec({}) == AudioSpec(pool_step=2, run_seconds=1.0)
-    chunked = by_name("o4_5").audio_spec
-    assert chunked is not None
-    assert chunked({}) == AudioSpec(pool_step=5)
-    assert sound(40_000, chunked({"stream_input": True})).runs == (10, 10, 5)
-    assert sound(40_000, chunked({"stream_input": True, "audio_chunk_length": -1})).runs == (25,)
+    assert spec({"chunk_input": False, "audio_chunk_length": 2.0}) == spec({})
+    whole = by_name("o4_5").audio_spec
+    assert whole is not None
+    assert whole({}) == whole({"stream_input": True}) == AudioSpec(pool_step=5)

@@ -20,6 +20,7 @@ from finetune.encoding.example import Example
 from finetune.encoding.fitting import Fitter
 from finetune.media.sampling import VideoOptions
 from finetune.models import load_model, load_tokenizer
+from finetune.notices import warn_once
 from finetune.sample import DataError, Media, Message, Part, Sample, Source, Text
 from finetune.tuning.checkpoint import resolve
 
@@ -219,7 +220,7 @@ def test_folder_of_frames(tiny, tmp_path: Path) -> None:
 
 
 def test_options_without_effect_are_said_once(tiny, caplog: pytest.LogCaptureFixture) -> None:
-    footage._say.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    warn_once.cache_clear()
     caplog.set_level(logging.WARNING)
     for _ in range(2):
         encoder(tiny("v2_6"), VideoOptions(packing=2, fps=2.0))

@@ -12,13 +12,11 @@ from finetune.errors import ArgumentError
 from finetune.media.sampling import (
     PACKED,
     PER_SECOND,
-    WHOLE_SECONDS,
     Group,
     Length,
     VideoOptions,
     packed,
     per_second,
-    processor_options,
     whole_seconds,
 )
 
@@ -101,13 +99,6 @@ def test_the_processor_of_transformers_chooses_the_same() -> None:
         metadata = VideoMetadata(total_num_frames=frames, fps=fps, duration=length.duration)
         wanted = [min(index, frames - 1) for index in theirs.sample_frames(metadata, max_num_frames=most)]
         assert indices(whole_seconds(length, VideoOptions(max_frames=most))) == wanted
-
-
-def test_settings_of_a_processor() -> None:
-    assert processor_options(None) == WHOLE_SECONDS
-    assert processor_options({"max_num_frames": 64, "max_slice_nums": 4, "slice_mode": False}) == VideoOptions(
-        max_frames=64, max_slice_nums=1
-    )
 
 
 def test_values_that_mean_nothing() -> None:

@@ -123,6 +123,19 @@ def test_split_files_equal_the_class_of_transformers(published: Callable[..., Pa
     assert (ours.eos_token, ours.pad_token) == (theirs.eos_token, theirs.pad_token)
 
 
+def test_merges_that_are_missing(published: Callable[..., Path]) -> None:
+    """Counted and refused, with tokenizer.json beside them never asked."""
+    whole = published("qwen", "MiniCPMVTokenizerFast")
+    tokenizer_json = (whole / "tokenizer.json").read_bytes()
+    folder = split(whole)
+    lines = (folder / "merges.txt").read_text().splitlines()
+    (folder / "merges.txt").write_text("\n".join(lines[:-7]))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is missing; this merges.txt lacks 7 merges"):
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").write_bytes(tokenizer_json)
+    assert_recorded(load_tokenizer(folder), "qwen")
+
+
 def test_added_tokens_from_their_own_file(published: Callable[..., Path]) -> None:
     """Older folders have added_tokens.json and no list in tokenizer_config.json."""
     folder = split(published("qwen", "MiniCPMVTokenizerFast"))

@@ -1,5 +1,8 @@
 import copy
 import logging
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,11 +11,14 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from finetune.encoding.encoder import Encoder
-from finetune.families import by_name
+from finetune.families import FAMILIES, by_name
 from finetune.families.llama3_v2_5 import LLAMA3_V2_5
 from finetune.families.v2_0 import V2_0
+from finetune.models import load_tokenizer
+from finetune.sample import Message, Sample, Source, Text
 from finetune.templates.probe import TemplateMismatchError, check_chat_template, complete_layout
 from finetune.templates.rendering import Layout
+from finetune.tuning.checkpoint import resolve
 
 TURNS = (
     "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
@@ -151,3 +157,59 @@ def test_what_nobody_tells_is_said_once(caplog: pytest.LogCaptureFixture) -> Non
     assert layouts[0].default_system == "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     assert len(caplog.messages) == 1
     assert "'a folder without template' has no chat template: MiniCPM-o 2.6 gets default_system 'You are" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def thinker(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 4.6 whose chat template asks for thinking unless it is told not to, as 4.6-Thinking has it."""
+    folder = tmp_path_factory.mktemp("thinking") / "model"
+    shutil.copytree(tiny("v4_6"), folder)
+    file = folder / "chat_template.jinja"
+    before, after = "enable_thinking is true", "enable_thinking is false"
+    text = file.read_text(encoding="utf-8")
+    assert before in text
+    opened, closed = "{{- '<think>\\n' -}}", "{{- '<think>\\n\\n</think>\\n\\n' -}}"
+    assert text.count(opened) == text.count(closed) == 1
+    text = text.replace(before, after).replace(opened, "@").replace(closed, opened).replace("@", closed)
+    file.write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_a_checkpoint_that_thinks_by_default(thinker: Path) -> None:
+    base = resolve(str(thinker))
+    made = Encoder.from_config(base.family, load_tokenizer(thinker), base.settings)
+    assert made.layout.enable_thinking is True
+    assert check_chat_template(base.family, made.tokenizer, made.layout, made.vocabulary) is True
+    asked = Message("user", (Text("第 3 题?"),))
+    for answer, trained in (
+        ("<think>\n三。\n</think>\n\nThree.", "<think>\n三。\n</think>\n\nThree.<|im_end|>"),
+        ("Three.", "\n</think>\n\nThree.<|im_end|>"),
+    ):
+        sample = Sample("x", Source("data.json", 0), (asked, Message("assistant", (Text(answer),), train=True)))
+        prompt = made.encode(sample, generate=True).input_ids.tolist()
+        example = made.encode(sample)
+        assert str(made.tokenizer.decode(prompt)).endswith("<|im_start|>assistant\n<think>\n")
+        # What is trained goes on exactly where the prompt of inference ends.
+        assert example.input_ids[: len(prompt)].tolist() == prompt
+        assert made.tokenizer.decode(example.labels[example.labels >= 0]) == trained
+        conversation = [{"role": "user", "content": "第 3 题?"}, {"role": "assistant", "content": answer}]
+        theirs = str(made.tokenizer.apply_chat_template(conversation, tokenize=False))
+        assert str(made.tokenizer.decode(example.input_ids)) == theirs
+    told = Encoder.from_config(base.family, made.tokenizer, base.settings, enable_thinking=False)
+    assert told.layout.enable_thinking is False
+    assert check_chat_template(base.family, made.tokenizer, told.layout) is True
+
+
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+def test_tiny_checkpoints_agree_with_their_templates(tiny, family: str) -> None:
+    base = resolve(str(tiny(family)))
+    made = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings)
+    agrees = check_chat_template(base.family, made.tokenizer, made.layout, made.vocabulary)
+    assert agrees == bool(made.tokenizer.chat_template)
+    assert made.layout.enable_thinking in (False, None)
+
+
+def test_the_probe_reads_chinese_and_digits() -> None:
+    with pytest.raises(TemplateMismatchError) as caught:
+        check_chat_template(LLAMA3_V2_5, with_template("llama3", TURNS))
+    assert all(len(re.findall(kind, str(caught.value))) > 9 for kind in ("[一-龥]", "[0-9]"))
