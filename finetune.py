@@ -36,14 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     output = Path(args.training.output_dir or "output").absolute()
 
     from finetune.tuning.checkpoint import resolve
-    from finetune.tuning.loaders import check_packing
+    from finetune.tuning.loaders import check_kernels
     from finetune.tuning.resume import choose_checkpoint
     from finetune.tuning.saving import prepare_output, write_run
 
     # Base checkpoint: what it is, read from the folder.
     base = resolve(args.model.model_name_or_path)
     check_names(args, base.family)
-    check_packing(args.training, base.family)
+    check_kernels(args.training, base.family, from_hub=args.model.use_hub_kernels)
     resume = None
     if distributed.is_main_process():
         resume = choose_checkpoint(args.training, output)
@@ -104,7 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     # Model: load, then freeze or wrap.
     dtype = args.training.compute_dtype
     quantised: dict[str, Any] = {"quantization_config": quantisation(dtype)} if args.lora.q_lora else {}
-    model = load_model(base.folder, dtype=dtype, attn_implementation=args.model.attn_implementation, **quantised)
+    model = load_model(
+        base.folder,
+        dtype=dtype,
+        attn_implementation=args.model.attn_implementation,
+        hub_kernels=args.model.use_hub_kernels,
+        **quantised,
+    )
     model = adapt(model, base.family, args.training, args.lora)
     rates = args.training.part_learning_rates
     logger.info("%s\n%s", base.family.title, format_table(part_rows(model, base.family.parts, rates)))

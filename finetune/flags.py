@@ -42,6 +42,13 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa (default), flash_attention_2 or eager, for vision tower and LLM."}
     )
+    use_hub_kernels: bool = field(
+        default=False,
+        metadata={
+            "help": "4.6, 4.7: the kernels of linear attention from transformers' mapping on the hub, in place of "
+            "installed ones (pip install -e '.[hub-kernels]', a GPU). Downloads and runs code, so it is off by default."
+        },
+    )
     check_base_loss: str = field(
         default="auto",
         metadata={

@@ -40,6 +40,7 @@ def load_model(
     base: str | Path | None = None,
     adapter_name: str = "default",
     tokenizer_required: bool = True,
+    hub_kernels: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel | PeftModel:
     """Loads a full checkpoint, or an adapter on top of the base checkpoint that it names.
@@ -57,10 +58,12 @@ def load_model(
         base: folder of the checkpoint that an adapter is put on; None for the one that the adapter names.
         adapter_name: under which an adapter can be chosen, where ``add_adapter`` puts more on the same base.
         tokenizer_required: also check that the tokenizer beside the weights has the tokens the family needs.
+        hub_kernels: use the kernels that transformers' mapping names on the hub; downloads and runs code.
         **kwargs: handed on to ``from_pretrained`` (offload_folder, quantization_config, ...).
 
     Raises:
-        CheckpointError: no such folder, files are missing, or weights, config.json and tokenizer disagree.
+        CheckpointError: no such folder, files are missing, weights, config.json and tokenizer disagree, or kernels
+            could not be downloaded.
         UnknownFamilyError: a config.json of none of the supported generations.
     """
     folder = local_folder(str(model), revision)
@@ -71,7 +74,7 @@ def load_model(
         return _load_adapter(folder, None if base is None else Path(base), adapter_name, tokenizer_required, options)
     if base is not None:
         raise CheckpointError(f"{folder} is no adapter ({ADAPTER_CONFIG} is missing): it cannot be put on {base}")
-    return _load_full(folder, tokenizer_required, options)
+    return _load_full(folder, tokenizer_required, options, hub_kernels=hub_kernels)
 
 
 def add_adapter(model: PeftModel, adapter: str | Path, name: str) -> None:
@@ -95,13 +98,28 @@ def base_of(adapter: str | Path) -> Path:
     return _base_folder(folder, json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
 
 
-def _load_full(folder: Path, tokenizer_required: bool, options: dict[str, Any]) -> PreTrainedModel:
+def _load_full(
+    folder: Path, tokenizer_required: bool, options: dict[str, Any], *, hub_kernels: bool = False
+) -> PreTrainedModel:
     check_folder(folder)
     config, _ = MiniCPMVConfig.get_config_dict(folder)
     family = detect(config)
     if tokenizer_required:
         check_tokens(load_tokenizer(folder), family, vocab_size(config), str(folder))
-    return NETWORKS[config["model_type"]].from_pretrained(folder, **options)
+    model = NETWORKS[config["model_type"]].from_pretrained(folder, **options)
+    if hub_kernels:
+        _use_hub_kernels(model)
+    return model
+
+
+def _use_hub_kernels(model: PreTrainedModel) -> None:
+    try:
+        model.use_kernels = True
+    except (ImportError, OSError, ValueError) as error:  # no package, no network, no kernel for this GPU
+        raise CheckpointError(
+            f"the kernels of transformers' hub mapping could not be loaded ({error}). Without network access leave "
+            "--use_hub_kernels out, or install the kernels themselves (pip install -e '.[linear]')"
+        ) from error
 
 
 def _load_adapter(

@@ -13,6 +13,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import BatchRebalanceSampler
+from transformers.utils import is_kernels_available
 
 from finetune.arguments import TrainingArguments
 from finetune.batching import BY_SIZE, row_capacity
@@ -47,22 +48,45 @@ class Measured(Protocol):
         ...
 
 
-def check_packing(args: TrainingArguments, family: Family) -> None:
-    """Checks that the network of a family tells the segments of a row apart on this machine.
+def check_kernels(args: TrainingArguments, family: Family, *, from_hub: bool) -> None:
+    """Checks that kernels which are asked for can be had, and that packed segments are told apart on this machine.
+
+    Args:
+        args: the flags.
+        family: whose network is trained.
+        from_hub: whether the kernels of linear attention may be downloaded.
 
     Raises:
-        ArgumentError: it does not.
+        ArgumentError: they cannot, or are not.
     """
-    if args.packing == "off" or not family.packing_kernels:
-        return
+    if from_hub:
+        _check_hub_kernels(args, family)
+    elif args.packing != "off" and family.packing_kernels:
+        _check_packing(args, family)
+
+
+def _check_hub_kernels(args: TrainingArguments, family: Family) -> None:
+    if not family.packing_kernels:
+        raise ArgumentError(f"--use_hub_kernels has no effect: {family.title} has no linear attention; leave it out")
+    missing = [] if is_kernels_available() else ["a fitting version of the package kernels"]
+    missing += ["a GPU"] if args.use_cpu else []
+    if missing:
+        raise ArgumentError(
+            f"--use_hub_kernels: {' and '.join(missing)} is not there (pip install -e '.[hub-kernels]'); leave the "
+            "option out, or install the kernels themselves (pip install -e '.[linear]')"
+        )
+
+
+def _check_packing(args: TrainingArguments, family: Family) -> None:
     lacking = [named for module, named in family.packing_kernels.items() if importlib.util.find_spec(module) is None]
     missing = [*lacking, *(["a GPU"] if args.use_cpu else [])]
     if missing:
         raise ArgumentError(
             f"--packing {args.packing}: {family.title} cannot be packed here: its linear attention layers carry one "
             f"sample over into the next without the kernels of {' and '.join(family.packing_kernels.values())}, and "
-            f"{' and '.join(missing)} is not there. Install the kernels (pip install -e '.[linear]'), or use --packing "
-            "off, with --train_sampling_strategy batch_rebalance for samples of different lengths"
+            f"{' and '.join(missing)} is not there. Install the kernels (pip install -e '.[linear]'), let them be "
+            "downloaded (--use_hub_kernels true), or use --packing off, with --train_sampling_strategy batch_rebalance "
+            "for samples of different lengths"
         )
 
 

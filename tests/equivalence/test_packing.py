@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,12 @@ from linear_kernels import put_in_place
 from records import write_records
 from stack import KINDS, LORA, build, flags, network
 from test_in_process import FOUR, assert_equal
+from transformers import PreTrainedModel
 
 from finetune import families
-from finetune.errors import ArgumentError
-from finetune.tuning.loaders import check_packing
+from finetune.errors import ArgumentError, CheckpointError
+from finetune.models import load_model
+from finetune.tuning import loaders
 from trainer import CPMTrainer
 
 # Every family is held in tests/models/test_packed.py or tests/native/test_packed.py, without a trainer.
@@ -83,6 +87,7 @@ def test_linear_attention_is_packed_only_with_its_kernels(tiny, data, tmp_path, 
     from finetune.arguments import parse_arguments
 
     args, family = parse_arguments(flags(tiny(name), data, tmp_path, "--packing", "batch")), families.by_name(name)
+    check_packing = partial(loaders.check_kernels, from_hub=False)
     installed = ["fla"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: object() if module in installed else None)
     with pytest.raises(ArgumentError, match=r"linear attention.*causal-conv1d and a GPU is not there.*--packing off"):
@@ -92,3 +97,45 @@ def test_linear_attention_is_packed_only_with_its_kernels(tiny, data, tmp_path, 
         check_packing(args.training, family)
     installed.append("causal_conv1d")
     check_packing(args.training, family)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "gpu", "message"),
+    [
+        (
+            "v4_6",
+            False,
+            True,
+            r"--use_hub_kernels: a fitting version of the package kernels is not there \(pip",
+        ),
+        ("v4_7", True, False, r"--use_hub_kernels: a GPU is not there"),
+        ("v4_5", True, True, r"--use_hub_kernels has no effect: MiniCPM-V 4.5 has no linear attention"),
+        ("v4_6", True, True, ""),
+    ],
+)
+def test_kernels_of_the_hub(tiny, data, tmp_path, monkeypatch, name, package, gpu, message):
+    """They take the place of installed ones; what cannot be is said before anything is loaded."""
+    from finetune.arguments import parse_arguments
+
+    more = ("--packing", "batch", "--use_hub_kernels", "true")
+    args, family = parse_arguments(flags(tiny(name), data, tmp_path, *more)), families.by_name(name)
+    monkeypatch.setattr(loaders, "is_kernels_available", lambda: package)
+    args.training.use_cpu = not gpu
+    with pytest.raises(ArgumentError, match=message) if message else nullcontext():
+        loaders.check_kernels(args.training, family, from_hub=args.model.use_hub_kernels)
+
+
+@pytest.mark.parametrize("error", [ImportError("no package"), OSError("no network"), ValueError("no kernel")])
+def test_kernels_that_cannot_be_loaded(tiny, monkeypatch, error):
+    """The public setting of transformers is what is asked, once the weights are there."""
+    asked = []
+
+    def refuse(self, value):
+        asked.append(value)
+        raise error
+
+    monkeypatch.setattr(PreTrainedModel, "use_kernels", property(lambda self: False, refuse))
+    with pytest.raises(CheckpointError, match=rf"could not be loaded \({error}\). Without network access"):
+        load_model(tiny("v4_6"), hub_kernels=True)
+    assert asked == [True]
+    load_model(tiny("v4_6"))
