@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from finetune.families import detect
 from finetune.families.base import Family
+from finetune.models.key_values import NAMES
 
 
 class MiniCPMVConfig(PretrainedConfig):
@@ -20,7 +21,7 @@ class MiniCPMVConfig(PretrainedConfig):
     """
 
     model_type: ClassVar[str] = "minicpmv"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "row_loss"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [*NAMES, "row_loss"]
 
     # In the base class this is a property that turns the key into another one and warns.
     rope_scaling: ClassVar[Any] = None

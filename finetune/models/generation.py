@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
 
 from finetune.models.items import repeat_bounds
 
@@ -24,9 +23,6 @@ class MediaGeneration(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,  # generate looks for this very name before it accepts inputs such as attention_mask
@@ -34,13 +30,7 @@ class MediaGeneration(PreTrainedModel, GenerationMixin):
         """Inputs of one decoding step; without a cache every step sees and hears everything again."""
         media = {name: kwargs.pop(name, None) for name in (*_VISUAL, *_AUDIO)}
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if is_first_iteration or not kwargs.get("use_cache", True):
             inputs.update({name: value for name, value in media.items() if value is not None})

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.utils.generic import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from finetune.models.chatting import Chatting
 from finetune.models.configuration import MiniCPMVConfig
@@ -18,6 +18,7 @@ from finetune.models.generation import MediaGeneration
 from finetune.models.head import put_head
 from finetune.models.initialization import initialize
 from finetune.models.items import Items, check_bounds, dummy_items, given_together, merge, read_items, split_items
+from finetune.models.key_values import NAMES, as_installed, cache_of
 from finetune.models.language import LANGUAGES, embedding_scale, logits_scaling
 from finetune.models.losses import supervised_loss
 from finetune.models.resampler import RESAMPLERS, Resampler
@@ -32,24 +33,14 @@ OLD_TABLE = r"^resampler\.pos_embed$"
 
 
 @dataclass
-class MiniCPMVOutput(ModelOutput):
-    """What ``forward`` returns.
+class MiniCPMVOutput(CausalLMOutputWithPast):
+    """What ``forward`` returns: loss when labels were given, else logits; cache, hidden states, attentions on request.
 
     Attributes:
-        loss: scalar, when labels were given.
-        logits: (B, T, V) or the last of them, when no labels were given.
-        past_key_values: the cache, when one is used.
-        hidden_states: when asked for.
-        attentions: when asked for.
         row_loss: (B, 2) float32, per row the sum of negative log likelihoods and the number of labelled tokens, when
             labels were given; of a packed row (s, 2), per segment.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     row_loss: torch.Tensor | None = None
 
 
@@ -69,7 +60,7 @@ class MiniCPMV(Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin
     _supports_flash_attn = True
     _supports_attention_backend = True
     _no_split_modules = [*WHOLE_MODULES]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [*NAMES]
     _keys_to_ignore_on_load_unexpected = [OLD_TABLE]
 
     def __init__(self, config: MiniCPMVConfig) -> None:
@@ -106,6 +97,7 @@ class MiniCPMV(Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin
         audio_lengths: torch.Tensor | None = None,
         audio_bound: torch.Tensor | None = None,
         audio_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -118,7 +110,7 @@ class MiniCPMV(Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin
             input_ids: (B, T) int64.
             attention_mask: (B, T); None for a packed row.
             position_ids: (B, T) int64.
-            past_key_values: cache of earlier steps.
+            past_key_values: another name of ``cache``.
             inputs_embeds: (B, T, E) in place of ``input_ids``, already scaled.
             labels: (B, T) int64, unshifted, -100 = no loss.
             patches: (N, 3*P*P) uint8, one row per patch in (channel, row, column) order, all items concatenated.
@@ -135,6 +127,7 @@ class MiniCPMV(Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin
                 order of the rows. The clips of a row fill its runs one after another: one run per clip, or several.
             audio_embeds: (S, E) from ``get_audio_embeds``, in place of audio_features and audio_lengths: the tokens
                 that fill the runs of audio_bound in their order.
+            cache: keys and values of earlier steps.
             use_cache: None means no cache when there are labels or segments.
             cu_seq_lens_q: (s + 1,) int32, where the segments of ONE packed row begin and end. They do not see each
                 other, and the first label of each counts for nothing. Then attention_mask is None, position_ids
@@ -155,11 +148,12 @@ class MiniCPMV(Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin
         embeddings = self._embed_audio(embeddings, audio, audio_bound, audio_embeds, dummy=dummy)
         if use_cache is None and labels is not None:
             use_cache = False
-        context = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache}
+        context: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": use_cache}
+        past = as_installed(cache, past_key_values)
         if cu_seq_lens_q is not None:
-            context |= packed_arguments(self.llm, cu_seq_lens_q, embeddings, position_ids, **context)
+            context |= packed_arguments(self.llm, cu_seq_lens_q, embeddings, position_ids, past=past, **context)
             kwargs["cu_seq_lens_q"] = cu_seq_lens_q
-        kwargs.update(inputs_embeds=embeddings, position_ids=position_ids, return_dict=True, **context)
+        kwargs.update(inputs_embeds=embeddings, position_ids=position_ids, return_dict=True, **context, **past)
         if labels is None:
             out = self.llm(logits_to_keep=logits_to_keep, **kwargs)
             return _output(out, logits=out.logits)
@@ -304,9 +298,7 @@ class MiniCPMV(Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin
 
 
 def _output(out: Any, **values: torch.Tensor) -> MiniCPMVOutput:
-    return MiniCPMVOutput(
-        past_key_values=out.past_key_values, hidden_states=out.hidden_states, attentions=out.attentions, **values
-    )
+    return MiniCPMVOutput(hidden_states=out.hidden_states, attentions=out.attentions, **cache_of(out), **values)
 
 
 def trainable(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ alone, and no mask of length times length is ever built; otherwise it is the "sd
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -91,8 +92,8 @@ def packed_arguments(
     embeddings: torch.Tensor,
     position_ids: torch.Tensor | None,
     *,
+    past: Mapping[str, Cache | None],
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
     use_cache: bool | None,
 ) -> dict[str, Any]:
     """What a language model is told about a packed row, beside the four kwargs of FlashAttention.
@@ -105,8 +106,8 @@ def packed_arguments(
         bounds: cu_seq_lens_q, (s + 1,), where segments begin and end.
         embeddings: (1, T, E).
         position_ids: (1, T), restarting at 0 with every segment.
+        past: a cache of earlier steps by its name; must be None.
         attention_mask: must be None.
-        past_key_values: must be None.
         use_cache: must be off.
 
     Raises:
@@ -115,7 +116,7 @@ def packed_arguments(
     for name, refused in (
         ("an attention_mask", attention_mask is not None),
         ("use_cache=True", bool(use_cache)),
-        ("past_key_values", past_key_values is not None),
+        *((name, cache is not None) for name, cache in past.items()),
         (f"{len(embeddings)} rows", len(embeddings) != 1),
         ("no position_ids", position_ids is None),
     ):

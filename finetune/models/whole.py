@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from finetune.models.chatting import Chatting
 from finetune.models.frugal import Frugal, pieces, pieces_on_all_ranks
 from finetune.models.head import put_head
+from finetune.models.key_values import as_installed, cache_of
 from finetune.models.losses import supervised_loss
 from finetune.models.merging import merge_patches
 from finetune.models.minicpmv import MiniCPMVOutput
@@ -62,6 +63,7 @@ class Whole(Frugal, Chatting, StrictLoading):
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         downsample_mode: str | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
@@ -74,7 +76,7 @@ class Whole(Frugal, Chatting, StrictLoading):
             input_ids: (B, T) int64.
             attention_mask: (B, T).
             position_ids: (B, T), or (3 or 4, B, T) as 4.7 has them; None in training.
-            past_key_values: cache of earlier steps.
+            past_key_values: another name of ``cache``.
             inputs_embeds: (B, T, E) in place of ``input_ids``.
             labels: (B, T) int64, unshifted, -100 = no loss.
             pixel_values: (1, 3, P, N*P) float, the patches of all items side by side.
@@ -84,6 +86,7 @@ class Whole(Frugal, Chatting, StrictLoading):
             mm_token_type_ids: (B, T) 1 for placeholders of images; 4.7 computes its positions from them.
             mm_encoder_outputs: features by kind of medium, in place of pixel values.
             downsample_mode: "16x" or "4x"; None for that of config.json, as the placeholders were counted.
+            cache: keys and values of earlier steps.
             use_cache: None means no cache when there are labels.
             num_items_in_batch: divisor of the summed loss; None takes the mean over the labelled tokens.
             cu_seq_lens_q: (s + 1,) int32, where the segments of ONE packed row begin and end; as for the other
@@ -114,10 +117,13 @@ class Whole(Frugal, Chatting, StrictLoading):
             embedded = embedded + idle.to(device=embedded.device, dtype=embedded.dtype)
         if mm_token_type_ids is not None:  # 4.6 does not know it
             kwargs["mm_token_type_ids"] = mm_token_type_ids
-        context: dict[str, Any] = {"attention_mask": attention_mask, "past_key_values": past_key_values}
-        context["use_cache"] = False if use_cache is None and labels is not None else use_cache
+        context: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": use_cache}
+        if use_cache is None and labels is not None:
+            context["use_cache"] = False
+        past = as_installed(cache, past_key_values)
         if cu_seq_lens_q is not None:
-            context |= packed_arguments(self.model.language_model, cu_seq_lens_q, embedded, position_ids, **context)
+            llm = self.model.language_model
+            context |= packed_arguments(llm, cu_seq_lens_q, embedded, position_ids, past=past, **context)
             kwargs |= {"cu_seq_lens_q": cu_seq_lens_q, "seq_idx": owners(cu_seq_lens_q, embedded.shape[1])}
             if mm_token_type_ids is not None and (target_sizes is not None or target_sizes_videos is not None):
                 sizes = {"target_sizes": target_sizes, "target_sizes_videos": target_sizes_videos}
@@ -133,10 +139,11 @@ class Whole(Frugal, Chatting, StrictLoading):
             mm_encoder_outputs=features,
             downsample_mode=mode,
             **context,
+            **past,
             **kwargs,
         )
         hidden = out.last_hidden_state
-        more = {name: getattr(out, name, None) for name in ("past_key_values", "hidden_states", "attentions")}
+        more = cache_of(out) | {name: getattr(out, name, None) for name in ("hidden_states", "attentions")}
         if labels is not None:
             loss, row_loss = supervised_loss(hidden, labels, self.lm_head, num_items_in_batch, bounds=cu_seq_lens_q)
             return MiniCPMVOutput(loss=loss, row_loss=row_loss, **more)

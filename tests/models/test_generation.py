@@ -11,6 +11,7 @@ import torch
 from visual_batch import GOLDEN, Row, make_batch, prompt
 
 from finetune.models import MiniCPMV, MiniCPMVConfig
+from finetune.models.key_values import CACHE, NAMES
 
 ROWS: list[Row] = [(3, [(4, 6)], 5), (6, [], 3), (2, [(3, 3), (5, 2)], 4)]
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -62,6 +63,31 @@ def test_cache_equals_no_cache_and_images_run_once(model: MiniCPMV) -> None:
     assert len(calls) == 1
     assert new_tokens(model, batch, use_cache=False) == cached
     assert len(calls) == 1 + GREEDY["max_new_tokens"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_is_taken_by_either_name_and_given_back_by_that_of_transformers(model: MiniCPMV, name: str) -> None:
+    batch = prompt(make_batch([ROWS[0]], model.query_num))
+    with torch.no_grad():
+        whole = model(**batch).logits[:, -1]
+        start = model(**batch | {key: batch[key][:, :-1] for key in ("input_ids", "attention_mask")}, use_cache=True)
+        kept = start[CACHE]
+        text = {"input_ids": batch["input_ids"][:, -1:], "attention_mask": batch["attention_mask"]}
+        end = model(**text, **{name: kept}, use_cache=True)
+    assert end[CACHE] is kept
+    assert kept.get_seq_length() == batch["input_ids"].shape[1]
+    assert torch.allclose(end.logits[:, -1], whole, atol=1e-5)
+    with pytest.raises(ValueError, match="both were given"):
+        model(**text, **dict.fromkeys(NAMES, kept))
+
+
+def test_generate_goes_on_from_a_cache(model: MiniCPMV) -> None:
+    batch = prompt(make_batch([ROWS[0]], model.query_num))
+    first = model.generate(**batch, **GREEDY | {"max_new_tokens": 3, "min_new_tokens": 3}, return_dict_in_generate=True)
+    mask = torch.ones_like(first.sequences)
+    more = GREEDY | {"max_new_tokens": 5, "min_new_tokens": 5}
+    tokens = model.generate(first.sequences, attention_mask=mask, **{CACHE: first[CACHE]}, **more)
+    assert tokens.tolist() == model.generate(**batch, **GREEDY).tolist()
 
 
 def test_generate_caches_although_the_published_config_says_no() -> None:

@@ -10,10 +10,12 @@ from peft import LoraConfig, get_peft_model
 from sound_batch import sound_batch
 from torch.nn import functional as F
 from transformers import AttentionInterface
+from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from visual_batch import FAMILIES, Row, gradients, make_batch, pack_rows, small_model
 
 from finetune.models import MiniCPMO, MiniCPMV, MiniCPMVConfig
+from finetune.models.key_values import CACHE, NAMES
 from finetune.models.segments import LENGTHS, SEGMENTED
 
 # Text in front, items, text behind; the clips of those that hear. One segment without labels.
@@ -143,7 +145,7 @@ def test_without_labels_there_are_logits_and_no_cache(shared: MiniCPMV) -> None:
     without = [{name: value for name, value in row.items() if name != "labels"} for row in (pack_rows(rows), *rows)]
     with torch.no_grad():
         packed, *singles = (shared(**batch) for batch in without)
-    assert packed.past_key_values is None
+    assert packed.get(CACHE) is None
     assert torch.allclose(packed.logits[0], torch.cat([single.logits[0] for single in singles]), atol=2e-5)
 
 
@@ -174,6 +176,7 @@ def test_a_first_label_counts_for_nothing() -> None:
     [
         ({"attention_mask": torch.ones(1, 5)}, "with an attention_mask"),
         ({"use_cache": True}, "with use_cache=True"),
+        *(({name: DynamicCache()}, f"with {CACHE}") for name in NAMES),
         ({"position_ids": None}, "with no position_ids"),
         ({"cu_seq_lens_q": torch.tensor([0, 4])}, "from 0 to 4, but the row has"),
     ],

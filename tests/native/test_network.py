@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from finetune.encoding.collate import pad
 from finetune.errors import CheckpointError
 from finetune.models import load_model
+from finetune.models.key_values import CACHE, NAMES
 from finetune.models.whole import WHOLE_NETWORKS
 
 Batch = dict[str, torch.Tensor]
@@ -187,6 +188,18 @@ def test_steps_continue_the_positions_of_training(native, family: str) -> None:
     with torch.no_grad():
         logits = model(**whole).logits[:, -6:-1]
     torch.testing.assert_close(torch.stack(out.logits, 1), logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_is_taken_by_either_name_and_given_back_by_that_of_transformers(native, family: str, name: str) -> None:
+    folder = native(family)
+    model, batch = ours(folder), batch_of(folder, "text", generate=True)
+    start, end = ({key: tensor[:, place] for key, tensor in batch.items()} for place in (slice(-1), slice(-1, None)))
+    with torch.no_grad():
+        kept = model(**start, use_cache=True)[CACHE]
+        out = model(**end | {"attention_mask": batch["attention_mask"]}, **{name: kept}, use_cache=True)
+        assert out[CACHE] is kept
+        torch.testing.assert_close(out.logits[:, -1], model(**batch).logits[:, -1], rtol=1e-4, atol=1e-4)
 
 
 def test_canvas_positions_matter(native) -> None:
