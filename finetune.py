@@ -13,7 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import distributed, outcome
+from finetune import outcome  # before torch, which distributed imports
+
+# isort: split
+from finetune import distributed
 from finetune.arguments import Arguments, parse_arguments
 from finetune.errors import UserError
 from finetune.families.base import Family
@@ -210,4 +213,4 @@ if __name__ == "__main__":
         message = outcome.message_of(error)
         print(f"error: {message}", file=sys.stderr)
         outcome.report("error", exit_code=status, message=message)
-    sys.exit(status)
+    outcome.leave(status)

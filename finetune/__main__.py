@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from finetune import outcome
 from finetune.errors import UserError
 
 # One line per command; its module is imported only when it runs, so that the list appears at once.
@@ -59,4 +60,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    outcome.leave(main())

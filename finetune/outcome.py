@@ -1,8 +1,13 @@
-"""How a run ends: exit codes, the machine-readable last line, and signals."""
+"""How a run ends: exit codes, the machine-readable last line, signals, and the way out.
+
+A program imports this before torch: exit handlers run in reverse order, so that the one here runs last.
+"""
 
 from __future__ import annotations
 
+import atexit
 import json
+import logging
 import math
 import os
 import signal
@@ -12,7 +17,7 @@ import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from finetune.errors import UserError
 
@@ -21,6 +26,9 @@ FAILED = 1
 USER_ERROR = 2
 NOT_VERIFIED = 3
 INTERRUPTED = 130
+
+# The exit status that ``leave`` was given.
+_leaving: int | None = None
 
 
 def plain_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,6 +76,26 @@ def message_of(error: UserError) -> str:
     return message.rpartition("Error: ")[2] if message.startswith("Caught ") else message
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process: threads are waited for and exit handlers run as always, but nothing behind them does.
+
+    torch 2.15 built for CUDA aborts now and then when its C++ objects are destroyed after a distributed run, and the
+    launcher takes work that is done and saved for failed.
+    """
+    global _leaving
+    _leaving = status
+    sys.exit(status)
+
+
+@atexit.register
+def _leave() -> None:
+    if _leaving is not None:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_leaving)
+
+
 def install() -> None:
     """From here on every end of this process has its message, its last line and its exit code."""
     sys.excepthook = _excepthook
@@ -79,10 +107,12 @@ def _is_main_process() -> bool:
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    global _leaving
     if isinstance(error, KeyboardInterrupt):
         _interrupted("interrupted")
     traceback.print_exception(kind, error, trace)
     report("error", exit_code=FAILED, message=f"{kind.__name__}: {error}")
+    _leaving = FAILED
 
 
 def _interrupted(message: str) -> None:

@@ -17,6 +17,7 @@ from dataset import make_supervised_data_module
 from finetune.arguments import parse_arguments
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
+from finetune.outcome import leave
 from finetune.tuning.checkpoint import resolve
 from finetune.tuning.parts import adapt
 from trainer import CPMTrainer
@@ -70,4 +71,4 @@ def main(report: Path, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    leave(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -50,7 +50,7 @@ TABLE: dict[str, set[str]] = {
     "planning": {"errors", "arguments", "families", "models", "tuning"},
     "commands": MODELS_OR_DATA
     | {"config", "flags", "legacy_flags", "readers", "tuning", "evaluation", "chat", "export", "planning", "guicourse"},
-    "__main__": {"errors", "commands"},
+    "__main__": {"errors", "outcome", "commands"},
 }
 
 # What stands against the table, inside a function, with its reason.

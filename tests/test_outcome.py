@@ -64,6 +64,34 @@ def test_a_crash_keeps_its_traceback():
     assert last(done.stdout) == {"status": "error", "exit_code": 1, "message": "RuntimeError: broken: ü"}
 
 
+LEAVE = """
+from finetune import outcome
+import atexit, os, sys, threading, time
+class Late:
+    def __del__(self):
+        os.write(1, b"taken apart\\n")
+late = Late()
+atexit.register(print, "exit handler")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+{last}
+"""
+
+
+@pytest.mark.parametrize(
+    ("last", "status", "ends"),
+    [
+        ("outcome.leave(3)", 3, []),
+        ("outcome.install(); raise RuntimeError('broken')", 1, []),
+        ("sys.exit(3)", 3, ["taken apart"]),
+    ],
+)
+def test_leaving_waits_for_threads_and_runs_exit_handlers_and_takes_nothing_apart(last, status, ends):
+    command = [sys.executable, "-c", LEAVE.format(last=last)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    said = [line for line in done.stdout.splitlines() if not line.startswith("result=")]
+    assert (done.returncode, said) == (status, ["thread", "exit handler", *ends]), done.stderr
+
+
 def test_a_data_error_has_its_last_line():
     done = subprocess.run(
         [sys.executable, str(ROOT / "finetune.py"), "--model_name_or_path", "no/such/folder", "--data_path", "x"],

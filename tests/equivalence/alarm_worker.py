@@ -19,6 +19,7 @@ from torch import nn  # noqa: E402
 from worker import deepspeed_configs  # noqa: E402
 
 from finetune.errors import UserError  # noqa: E402
+from finetune.outcome import leave  # noqa: E402
 from trainer import CPMTrainer  # noqa: E402
 
 FAMILY = "llama3_v2_5"
@@ -100,3 +101,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -21,6 +21,8 @@ import torch  # noqa: E402
 from records import PER_RANK, STEPS  # noqa: E402
 from stack import FAMILIES, KINDS, build, flags, network, steps  # noqa: E402
 
+from finetune.outcome import leave  # noqa: E402
+
 ROOT = HERE.parents[1]
 MODES = ("ddp", "zero2", "zero3", "zero3-0")
 PACKED = "-packed"
@@ -95,3 +97,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)
