@@ -8,6 +8,7 @@ import logging
 import os
 import struct
 import tempfile
+import weakref
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ class JsonRecords(Sequence[Any]):
             self._file = path.open("rb")
         except OSError as error:
             raise unreadable(path, error) from error
+        weakref.finalize(self, self._file.close)
         self._index = _open_index(path, self._file, rebuild=rebuild)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -100,6 +102,7 @@ class _MemoryIndex:
 class _FileIndex:
     def __init__(self, file: BinaryIO, count: int) -> None:
         self._file, self._count = file, count
+        weakref.finalize(self, file.close)
 
     def __len__(self) -> int:
         return self._count
