@@ -6,7 +6,6 @@ import difflib
 import importlib.util
 import logging
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -17,6 +16,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_cuda_available
 
+from finetune.activations import hand_over
 from finetune.batching import BatchArguments, check_streamed_batches, resolve_batches
 from finetune.config.deepspeed import load_deepspeed
 from finetune.config.resolve import resolve
@@ -158,8 +158,7 @@ class TrainingArguments(MemoryArguments, BatchArguments, transformers.TrainingAr
                 prepare_deepspeed_on_cpu()
             else:  # transformers connects the processes as soon as it sees the flags
                 prepare_lone_process()
-        # gradient_checkpointing is the name of all published launchers; transformers is renaming it.
-        warnings.filterwarnings("ignore", message="`gradient_checkpointing")
+        hand_over(self)
         super().__post_init__()
 
     def _resolve_parts(self) -> None:

@@ -101,3 +101,16 @@ def test_flags_of_published_launchers_are_mapped_or_named(caplog, monkeypatch):
         assert f"--{flag} " in caplog.text, flag
     assert "prediction_loss_only" not in caplog.text
     assert parse("--warmup_ratio", "0.5", "--warmup_steps", "7").training.warmup_steps == 7
+
+
+def test_checkpointing_is_one_flag_with_two_names(recwarn):
+    """transformers has renamed it; what the launchers say is not deprecated to their users."""
+    for flags in (("--gradient_checkpointing", "true"), ("--gradient_checkpointing_kwargs", '{"use_reentrant": true}')):
+        training = parse(*flags).training
+        old, value = flags[0].removeprefix("--"), getattr(training, flags[0].removeprefix("--"))
+        assert value in (True, {"use_reentrant": True})
+        assert getattr(training, old.replace("gradient", "activation"), value) == value
+    assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
+    if hasattr(training, "activation_checkpointing"):
+        with pytest.raises(ArgumentError, match="are one flag: give one of them"):
+            parse("--gradient_checkpointing", "true", "--activation_checkpointing", "false")

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "finetune"
 ROOT_SCRIPTS = {"dataset", "trainer", "chat"}
 
 # Room -> rooms it may import, besides itself. The first entry that fits a module counts.
-MODELS_OR_DATA = {"errors", "outcome", "sample", "arguments", "batching", "distributed"}
+MODELS_OR_DATA = {"errors", "activations", "outcome", "sample", "arguments", "batching", "distributed"}
 MODELS_OR_DATA |= {"media", "families", "templates", "encoding", "models"}
 TABLE: dict[str, set[str]] = {
     "__init__": set(),
@@ -22,12 +22,13 @@ TABLE: dict[str, set[str]] = {
     "notices": set(),
     "sample": {"errors"},
     "legacy_flags": set(),
+    "activations": {"errors"},
     "batching": {"errors"},
     "flags": {"errors", "media.sampling"},
     "config": {"errors", "legacy_flags"},
     "outcome": {"errors"},
     # distributed only inside a function: DeepSpeed's start on CPU
-    "arguments": {"errors", "batching", "flags", "config", "distributed"},
+    "arguments": {"errors", "activations", "batching", "flags", "config", "distributed"},
     "distributed": {"errors", "arguments"},
     "media.slicing": set(),
     "media.sound": set(),
@@ -47,7 +48,7 @@ TABLE: dict[str, set[str]] = {
     "export": MODELS_OR_DATA | {"tuning"},
     # the one plan that is made for a run with its records
     "planning.fit": MODELS_OR_DATA | {"tuning", "planning"},
-    "planning": {"errors", "arguments", "families", "models", "tuning"},
+    "planning": {"errors", "activations", "arguments", "families", "models", "tuning"},
     "commands": MODELS_OR_DATA
     | {"config", "flags", "legacy_flags", "readers", "tuning", "evaluation", "chat", "export", "planning", "guicourse"},
     "__main__": {"errors", "outcome", "commands"},

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from finetune.activations import set_checkpointing
 from finetune.arguments import LoraArguments, TrainingArguments
 from finetune.batching import row_capacity
 from finetune.distributed import from_main_process, is_main_process
@@ -137,7 +138,7 @@ def settle(
         return
     chosen = " ".join(_chosen(config, training, lora, measured)) if is_main_process() else None
     words = (from_main_process(chosen) or "").split()
-    training.gradient_checkpointing = bool(words)
+    set_checkpointing(training, bool(words))
     training.checkpoint_parts = None if words in ([], ["all"]) else words
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel, set_seed
 
+from finetune.activations import set_checkpointing
 from finetune.arguments import LoraArguments, TrainingArguments
 from finetune.families import detect
 from finetune.models.loading import NETWORKS
@@ -37,7 +38,8 @@ def measured(config: dict[str, Any], recipe: Recipe, shape: Shape) -> tuple[int,
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingArguments(output_dir=folder, use_cpu=True, report_to="none", **recipe.training_flags())
         if recipe.checkpointing and recipe.checkpoint_parts is not None:
-            training.gradient_checkpointing, training.checkpoint_parts = True, [*recipe.checkpoint_parts]
+            set_checkpointing(training, True)
+            training.checkpoint_parts = [*recipe.checkpoint_parts]
         model = adapt(model, family, training, LoraArguments(lora_r=recipe.lora_r)).train()
         if recipe.checkpointing:
             base: PreTrainedModel = model.get_base_model() if recipe.adapters else model
