@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from finetune import outcome
-from finetune.errors import UserError
+from finetune.errors import UserError, ignore_what_nobody_can_mend
 
 # One line per command; its module is imported only when it runs, so that the list appears at once.
 COMMANDS = {
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"Did you mean {near[0]!r}?" if near else f"Commands: {', '.join(COMMANDS)}."
         print(f"python -m finetune: unknown command {name!r}. {hint}", file=sys.stderr)
         return 2
+    ignore_what_nobody_can_mend()
     command = importlib.import_module(f"finetune.commands.{name.replace('-', '_')}")
     try:
         return command.main(rest)

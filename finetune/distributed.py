@@ -7,13 +7,13 @@ import logging
 import os
 import socket
 import sys
-import warnings
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 
 from finetune.arguments import TrainingArguments
+from finetune.errors import ignore_what_nobody_can_mend
 
 
 def is_main_process() -> bool:
@@ -38,11 +38,7 @@ def setup_logging() -> None:
     """Messages of rank 0 on stderr; the other ranks only report errors."""
     level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    # Old names that libraries use among themselves; nothing a user could change.
-    for message in ("`is_gradient_checkpointing` is deprecated", "`torch.distributed.all_gather_into_tensor` is dep"):
-        warnings.filterwarnings("ignore", message=message)
-    # Pillow's remark about large images; ours is an error, at --max_image_pixels.
-    warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
+    ignore_what_nobody_can_mend()
     for name in ("finetune", "trainer", "dataset", "__main__"):
         logging.getLogger(name).setLevel(level)
 

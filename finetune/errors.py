@@ -1,4 +1,6 @@
-"""Errors that are the user's to mend: shown as one message, without a traceback."""
+"""What is the user's to mend, shown as one message without a traceback; and what nobody can mend, not shown."""
+
+import warnings
 
 
 class UserError(ValueError):
@@ -11,3 +13,12 @@ class CheckpointError(UserError):
 
 class ArgumentError(UserError):
     """Flags that contradict each other, the checkpoint or the machine."""
+
+
+def ignore_what_nobody_can_mend() -> None:
+    """Keeps warnings from the screen that no user could do anything about."""
+    # Old names that libraries use among themselves.
+    for message in ("`is_gradient_checkpointing` is deprecated", "`torch.distributed.all_gather_into_tensor` is dep"):
+        warnings.filterwarnings("ignore", message=message)
+    # Pillow's remark about large images; ours is an error, at --max_image_pixels.
+    warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -90,6 +91,16 @@ def test_leaving_waits_for_threads_and_runs_exit_handlers_and_takes_nothing_apar
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     said = [line for line in done.stdout.splitlines() if not line.startswith("result=")]
     assert (done.returncode, said) == (status, ["thread", "exit handler", *ends]), done.stderr
+
+
+@pytest.mark.parametrize("program", ["finetune.py", "finetune/__main__.py"])
+def test_the_way_out_is_there_before_torch(program):
+    """Exit handlers run in reverse order: those of torch come before ours only if torch is imported after it."""
+    imports = [node for node in ast.parse((ROOT / program).read_text()).body if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in imports if (node.module or "").partition(".")[0] not in sys.stdlib_module_names]
+    assert [(node.module, [alias.name for alias in node.names]) for node in ours[:1]] == [("finetune", ["outcome"])]
+    heavy = "import sys, finetune.outcome; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, check=True)
 
 
 def test_a_data_error_has_its_last_line():
