@@ -20,14 +20,17 @@ class MediaGeneration(PreTrainedModel, GenerationMixin):
 
         def generate(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,  # generate looks for this very name before it accepts inputs such as attention_mask
     ) -> dict[str, Any]:
-        """Inputs of one decoding step; without a cache every step sees and hears everything again."""
+        """Inputs of one decoding step; without a cache every step sees and hears everything again.
+
+        The cache is among ``kwargs``, under the name that the installed transformers has for it.
+        """
         media = {name: kwargs.pop(name, None) for name in (*_VISUAL, *_AUDIO)}
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs

@@ -44,7 +44,9 @@ class MiniCPMVOutput(CausalLMOutputWithPast):
     row_loss: torch.Tensor | None = None
 
 
-class MiniCPMV(Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin):
+class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
+    Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin
+):
     """A MiniCPM-V network assembled from the parts that its family names.
 
     Raises:
@@ -297,7 +299,7 @@ class MiniCPMV(Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin
             module.initialize()
 
 
-def _output(out: Any, **values: torch.Tensor) -> MiniCPMVOutput:
+def _output(out: Any, **values: Any) -> MiniCPMVOutput:
     return MiniCPMVOutput(hidden_states=out.hidden_states, attentions=out.attentions, **cache_of(out), **values)
 
 
