@@ -41,9 +41,9 @@ def _whole(parameter: nn.Parameter) -> AbstractContextManager[object]:
     """Gathers a parameter that ZeRO-3 has partitioned."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters([parameter])
+    return deepspeed.zero.GatheredParameters([parameter])
 
 
 def _digest(parameter: nn.Parameter, dtype: torch.dtype) -> str:

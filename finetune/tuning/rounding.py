@@ -38,16 +38,19 @@ def computing_noise(model: nn.Module, ask: Callable[[], torch.Tensor], logits: t
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Turns float32 weights into what a process that loads them in a 16-bit ``dtype`` has, in place.
+    """Gives weights the types that they have in a process which loads the result in a 16-bit ``dtype``, in place.
 
-    LoRA stays as it is: peft keeps that in float32 beside any base. Under DeepSpeed weights are 16 bit already.
+    Those are ``dtype``, and float32 for LoRA, as peft keeps it beside any base. What ZeRO-3 has partitioned stays: it
+    is 16 bit already.
     """
     if dtype not in _LOW:
         return
     for name, parameter in model.named_parameters():
-        if parameter.dtype == torch.float32 and ".lora_" not in name:
+        wanted = torch.float32 if ".lora_" in name else dtype
+        whole = not hasattr(parameter, "ds_id")
+        if whole and parameter.dtype != wanted and parameter.dtype in (*_LOW, torch.float32):
             parameter.grad = None
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(wanted)
 
 
 @contextmanager

@@ -140,8 +140,8 @@ class Comparison:
 
     @property
     def tolerance(self) -> float:
-        """Largest relative difference allowed: rounding the weights, and what computing in their type leaves open."""
-        return max((self.origin.rounding + self.origin.noise) / self.largest, FLOAT32)
+        """Largest relative difference allowed: that of rounding, and the noise of both computations."""
+        return max((self.origin.rounding + 2 * self.origin.noise) / self.largest, FLOAT32)
 
     @property
     def ok(self) -> bool:
@@ -157,7 +157,7 @@ class Comparison:
         rounding, noise = origin.rounding / self.largest, origin.noise / self.largest
         return (
             f"tolerance: rounding the trained model to {origin.dtype} moves these logits by {rounding:.1e} of the "
-            f"largest, one more rounding in every layer by {noise:.1e}; {equal}"
+            f"largest, one more rounding in every layer by {noise:.1e} here and there; {equal}"
         )
 
 
