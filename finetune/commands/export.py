@@ -218,7 +218,7 @@ def _in_words(agreement: Agreement) -> str:
     effect = "" if agreement.effect is None else f" base_difference={agreement.effect:.3e}"
     return (
         f" verified={str(agreement.ok).lower()} logit_difference={agreement.difference:.3e} "
-        f"relative={agreement.relative:.1e} tolerance={agreement.tolerance:.0e}{effect}"
+        f"relative={agreement.relative:.1e} tolerance={agreement.tolerance:.1e}{effect}"
     )
 
 

@@ -20,15 +20,16 @@ def main(argv: list[str]) -> int:
     from transformers import AutoTokenizer
 
     from finetune.models import load_model
+    from finetune.models.strict import some
     from finetune.tuning.adapters import quantisation
-    from finetune.tuning.verification import compare, reference_settings
+    from finetune.tuning.verification import Origin, compare, origin_of
 
     adapter = (args.folder / "adapter_config.json").is_file()
-    dtype, quantised = reference_settings(args.reference) if args.reference else ("auto", False)
-    options: dict[str, Any] = {"quantization_config": quantisation(dtype)} if quantised else {}
+    origin = origin_of(args.reference) if args.reference else Origin("auto")
+    options: dict[str, Any] = {"quantization_config": quantisation(origin.dtype)} if origin.quantised else {}
     device = _device(args.folder, adapter) if args.device == "auto" else args.device
     loader = AutoPeftModel.from_pretrained if adapter else load_model
-    model = loader(str(args.folder), dtype=dtype, device_map={"": device}, **options).eval()
+    model = loader(str(args.folder), dtype=origin.dtype, device_map={"": device}, **options).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(args.folder))
     print(f"loaded {args.folder} on {device}: {type(model).__name__}, {type(tokenizer).__name__}")
     if args.reference is None:
@@ -37,11 +38,13 @@ def main(argv: list[str]) -> int:
     base = "" if result.base_difference is None else f" base_difference={result.base_difference:.3e}"
     print(
         f"verified={str(result.ok).lower()} logit_difference={result.difference:.3e} "
-        f"relative={result.relative:.1e} tolerance={result.tolerance:.0e}{base}"
+        f"relative={result.relative:.1e} tolerance={result.tolerance:.1e}{base}"
     )
+    print(result.reasons())
     if not result.ok:
+        wrong = f"; {len(result.wrong)} trained tensors have other values: {some(result.wrong)}" if result.wrong else ""
         print(
-            f"error: {args.folder} does not give the logits of the trained model. The files were kept; "
+            f"error: {args.folder} does not give the trained model{wrong}. The files were kept; "
             "training itself is not affected, but do not use this folder before the difference is understood"
         )
     return 0 if result.ok else 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from finetune.models import load_model, load_tokenizer
 from finetune.models.adapters import put_adapter
 from finetune.sample import Media, Message, Sample, Source, Text
 from finetune.tuning.checkpoint import Checkpoint
-from finetune.tuning.verification import TOLERANCES
+from finetune.tuning.rounding import FLOAT32, computing_noise
 
 Batch = dict[str, torch.Tensor]
 
@@ -35,7 +36,8 @@ class Agreement:
     Attributes:
         difference: largest absolute difference of logits.
         relative: the same over the largest magnitude.
-        tolerance: largest relative difference allowed in the type they were computed in.
+        tolerance: largest relative difference allowed, twice what one more rounding in every layer does: both models'
+            logits are no more certain than that.
         effect: largest absolute difference that the adapter makes; None without one.
     """
 
@@ -52,11 +54,17 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Logits of every prompt in float32, the type they were computed in, and those with the adapter off."""
+    """What a model answers.
+
+    Attributes:
+        logits: of every prompt, in float32.
+        plain: the same with the adapter off; None without one.
+        noise: how far one more rounding in every layer moves the logits; 0 in float32.
+    """
 
     logits: list[torch.Tensor]
-    dtype: str
     plain: list[torch.Tensor] | None
+    noise: float
 
 
 def make_prompts(base: Checkpoint) -> list[Batch]:
@@ -90,21 +98,24 @@ def answers_of(
     network.eval()
     batches = [{name: value.to(device) for name, value in batch.items() if name != "labels"} for batch in prompts]
     logits, plain = _logits(network, batches), None
+    noise = max(
+        computing_noise(network, partial(_ask, network, batch), before)
+        for batch, before in zip(batches, logits, strict=True)
+    )
     if isinstance(network, PeftModel):
         with network.disable_adapter():
             plain = _logits(network, batches)
-    kind = str(next(network.parameters()).dtype).removeprefix("torch.")
     del network
     gc.collect()
-    return Answers(logits, kind, plain)
+    return Answers(logits, plain, noise)
 
 
 def compare(adapted: Answers, merged: Answers) -> Agreement:
     """How far a merged model is from the adapted one."""
-    largest = max(logits.abs().max().item() for logits in adapted.logits)
+    largest = max(*(logits.abs().max().item() for logits in adapted.logits), 1e-6)
     difference = _distance(adapted.logits, merged.logits)
     effect = None if adapted.plain is None else _distance(adapted.logits, adapted.plain)
-    return Agreement(difference, difference / max(largest, 1e-6), TOLERANCES[merged.dtype], effect)
+    return Agreement(difference, difference / largest, max(2 * adapted.noise / largest, FLOAT32), effect)
 
 
 def _distance(ours: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
@@ -112,5 +123,9 @@ def _distance(ours: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> f
 
 
 def _logits(network: nn.Module, batches: Sequence[Batch]) -> list[torch.Tensor]:
+    return [_ask(network, batch) for batch in batches]
+
+
+def _ask(network: nn.Module, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
-        return [network(**batch).logits.float().cpu() for batch in batches]
+        return network(**batch).logits.float().cpu()

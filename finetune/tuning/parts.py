@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Part of a network -> the modules it consists of (Family.parts).
 Parts = Mapping[str, tuple[str, ...]]
+# Those whose kernels do not bring input and weights to one type by themselves.
+_NORMS = (nn.LayerNorm, nn.GroupNorm)
 
 
 def part_of(name: str, parts: Parts) -> str:
@@ -42,7 +44,8 @@ def part_of(name: str, parts: Parts) -> str:
 def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: LoraArguments) -> nn.Module:
     """Freezes what is not trained and, with LoRA, wraps the model with adapters.
 
-    Trainable 16-bit weights become fp32 (they run under autocast), unless DeepSpeed keeps fp32 masters itself.
+    Trainable 16-bit weights, and those of norms, become fp32 (they run under autocast), unless DeepSpeed keeps fp32
+    masters itself.
 
     Raises:
         ArgumentError: a part that the network does not have, or LoRA targets that match none of its modules.
@@ -68,10 +71,21 @@ def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: L
             if name in family.fixed_parameters:
                 parameter.requires_grad_(False)
     if not masters:
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()
+        _make_masters(model)
     return model
+
+
+def _make_masters(model: nn.Module) -> None:
+    """Turns 16-bit weights that train into fp32, and those of norms, trained or not.
+
+    Under autocast a frozen part between trained ones gets fp32 from the one before it, or a norm has one weight that
+    trains and one that does not. Matrix products are brought to one type then; norms are not on a CPU, whose kernels
+    take any input beside fp32 weights and no fp32 input beside others.
+    """
+    norms = {id(weight) for module in model.modules() if isinstance(module, _NORMS) for weight in module.parameters()}
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16) and (parameter.requires_grad or id(parameter) in norms):
+            parameter.data = parameter.data.float()
 
 
 def _save_memory(model: Any, family: Family, training: TrainingArguments) -> None:

@@ -182,14 +182,16 @@ def test_a_target_that_matches_nothing_is_refused(tiny, tmp_path):
         )
 
 
-def test_trainable_weights_become_fp32_and_frozen_ones_stay(tiny, tmp_path):
+def test_trainable_weights_and_norms_become_fp32_and_other_frozen_ones_stay(tiny, tmp_path):
     training = arguments(tmp_path, use_lora=True)
     model = load_model(tiny("llama3_v2_5"), dtype=torch.bfloat16)
     model = adapt(model, by_name("llama3_v2_5"), training, LoraArguments())
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
-    frozen = {p.dtype for _, p in counted(model) if not p.requires_grad}
-    assert trained == {torch.float32}
-    assert frozen == {torch.bfloat16}
+    frozen = {name: p.dtype for name, p in counted(model) if not p.requires_grad}
+    norms = {name for name in frozen if ".vpm." in name and "norm" in name}
+    assert norms
+    assert trained == {frozen[name] for name in norms} == {torch.float32}
+    assert {dtype for name, dtype in frozen.items() if name not in norms} == {torch.bfloat16}
 
 
 def test_adapter_off_is_the_base(tiny, tmp_path):
