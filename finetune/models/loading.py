@@ -16,7 +16,7 @@ from finetune.families.common import vocab_size
 from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.models.adapters import ADAPTER_CONFIG, put_adapter, settings_of
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
-from finetune.models.folders import local_folder, read_json
+from finetune.models.folders import local_folder
 from finetune.models.minicpmo import MiniCPMO
 from finetune.models.minicpmv import MiniCPMV
 from finetune.models.modes import decide, saved_with
@@ -85,8 +85,7 @@ def load_model(
     below = folder
     if trained is not None:
         below = _base_folder(folder, settings_of(folder)) if base is None else Path(base)
-    network = _load_full(below, tokenizer_required, options)
-    _set_mode(network, below, downsample_mode, trained)
+    network = _load_full(below, tokenizer_required, downsample_mode, trained, options)
     if hub_kernels:
         _use_hub_kernels(network)
     return network if trained is None else put_adapter(network, trained, adapter_name)
@@ -122,27 +121,22 @@ def base_of(adapter: str | Path) -> Path:
     return _base_folder(folder, settings_of(folder))
 
 
-def _load_full(folder: Path, tokenizer_required: bool, options: dict[str, Any]) -> PreTrainedModel:
+def _load_full(
+    folder: Path, tokenizer_required: bool, wish: str | None, trained: Path | None, options: dict[str, Any]
+) -> PreTrainedModel:
     check_folder(folder)
     config, _ = MiniCPMVConfig.get_config_dict(folder)
     family = detect(config)
     if tokenizer_required:
         check_tokens(load_tokenizer(folder), family, vocab_size(config), str(folder))
-    return NETWORKS[config["model_type"]].from_pretrained(folder, **options)
-
-
-def _set_mode(network: PreTrainedModel, folder: Path, wish: str | None, trained: Path | None) -> None:
-    """Puts the decided mode into the configuration of a loaded network.
-
-    As an option of from_pretrained it would become one of the generation config too.
-    """
-    config = read_json(folder / "config.json")
-    mode = decide(detect(config), config, folder, wish, trained=trained)
-    if mode is None:
-        return
-    setattr(network.config, DOWNSAMPLE_MODE, mode.name)
-    if wish is None and mode.chosen and mode.overruled:  # by the environment: nobody else says so
-        warn_once(logger, str(mode))
+    mode = decide(family, config, folder, wish, trained=trained)
+    network = NETWORKS[config["model_type"]].from_pretrained(folder, **options)
+    if mode is not None:
+        # Not an option of from_pretrained, which would make it one of the generation config too.
+        setattr(network.config, DOWNSAMPLE_MODE, mode.name)
+        if wish is None and mode.chosen and mode.overruled:  # by the environment: nobody else says so
+            warn_once(logger, str(mode))
+    return network
 
 
 def _use_hub_kernels(model: PreTrainedModel) -> None:

@@ -410,7 +410,9 @@ def test_lengths_and_plans_follow(native, tmp_path: Path, capsys: pytest.Capture
     assert tokens["4x"] - tokens["16x"] == pads["4x"] - pads["16x"] == lengths["4x"] - lengths["16x"] > 0
     shape, recipe = Shape(tokens=256, items=10, patches=64), Recipe(method="full")
     planners = {mode: Planner(resolve(str(native("v4_6")), mode).settings) for mode in lengths}
-    blocks = {mode: [each for each in planners[mode].blocks(recipe, shape) if each.part == "vision"] for mode in lengths}
+    blocks = {
+        mode: [each for each in planners[mode].blocks(recipe, shape) if each.part == "vision"] for mode in lengths
+    }
     kept = {mode: blocks[mode][-1].saved for mode in lengths}  # of the last norm and the merger
     assert 3.5 < kept["4x"] / kept["16x"] < 4.1, "the merger makes four times the tokens of the same patches"
 
