@@ -18,7 +18,7 @@ from finetune import outcome  # before torch, which distributed imports
 # isort: split
 from finetune import distributed
 from finetune.arguments import Arguments, parse_arguments
-from finetune.errors import UserError
+from finetune.errors import ArgumentError, UserError
 from finetune.families.base import Family
 from finetune.legacy_flags import LLM_TYPES, template_fits
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from dataset import StreamedDataset, SupervisedDataset
+    from finetune.tuning.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     args = parse_arguments(argv)
     output = Path(args.training.output_dir or "output").absolute()
 
-    from finetune.tuning.checkpoint import resolve
     from finetune.tuning.loaders import check_kernels
     from finetune.tuning.resume import choose_checkpoint
     from finetune.tuning.saving import prepare_output, write_run
 
     # Base checkpoint: what it is, read from the folder.
-    base = resolve(args.model.model_name_or_path)
+    base = find_base(args)
     check_names(args, base.family)
     check_kernels(args.training, base.family, from_hub=args.model.use_hub_kernels)
     resume = None
     if distributed.is_main_process():
-        resume = choose_checkpoint(args.training, output)
+        resume = choose_checkpoint(args.training, output, base.downsample_mode)
         going_on = args.training.resume_from_checkpoint == "auto" or (resume is not None and resume.parent == output)
         prepare_output(output, resuming=going_on, overwrite=args.training.overwrite_output_dir)
         write_run(args, base, output)
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
 
     # Tokenizer.
     distributed.start(args.training)
+    check_modes(base.downsample_mode)
     resume_from = distributed.from_main_process(resume and str(resume))
     from transformers import set_seed
 
@@ -112,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         dtype=dtype,
         attn_implementation=args.model.attn_implementation,
         hub_kernels=args.model.use_hub_kernels,
+        downsample_mode=base.downsample_mode,
         **quantised,
     )
     model = adapt(model, base.family, args.training, args.lora)
@@ -183,6 +185,32 @@ def report_samples(trainer: Trainer, train: SupervisedDataset | StreamedDataset,
     logger.info("%s", describe_counts(counts.tolist()))
     if (bad := describe_bad_samples(output / BAD_SAMPLES)) is not None:
         logger.warning("%s", bad)
+
+
+def find_base(args: Arguments) -> Checkpoint:
+    """The base checkpoint; its downsample_mode may be that of the adapter which is gone on from."""
+    from finetune.tuning.checkpoint import resolve
+
+    former = args.lora.lora_weight_path if args.training.use_lora else None
+    trained = None if former is None else Path(former)
+    base = resolve(args.model.model_name_or_path, args.model.downsample_mode, trained=trained)
+    if base.mode is not None:
+        logger.info("%s", base.mode)
+    return base
+
+
+def check_modes(mode: str | None) -> None:
+    """Checks that all ranks look at images alike, whatever the environment of their machines says.
+
+    Raises:
+        ArgumentError: this rank has another downsample_mode than rank 0.
+    """
+    if (first := distributed.from_main_process(mode)) != mode:
+        rank = os.environ.get("RANK", "0")
+        raise ArgumentError(
+            f"downsample_mode is {mode} on rank {rank} and {first} on rank 0: set DOWNSAMPLE_MODE alike on all "
+            "machines, or give --downsample_mode"
+        )
 
 
 def check_names(args: Arguments, family: Family) -> None:

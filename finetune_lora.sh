@@ -25,9 +25,10 @@ DATA=${DATA:-"path/to/trainging_data"} # json file
 EVAL_DATA=${EVAL_DATA:-"path/to/test_data"} # json file; left as it is: no evaluation
 LLM_TYPE=${LLM_TYPE:-} # empty: detected; a value is only checked: llama3, for openbmb/MiniCPM-V-2 minicpm
 MODEL_MAX_Length=${MODEL_MAX_Length:-2048}
+DOWNSAMPLE_MODE=${DOWNSAMPLE_MODE:-} # of 4.6 and later, 16x or 4x; empty: the checkpoint's
 OUTPUT_DIR=${OUTPUT_DIR:-"output/output_lora"}
 DS_CONFIG=${DS_CONFIG:-} # empty: ds_config_zero2.json; to save memory ds_config_zero3.json or one of the *_offload.json
-export CUDA_VISIBLE_DEVICES HF_HOME HF_ENDPOINT
+export CUDA_VISIBLE_DEVICES HF_HOME HF_ENDPOINT DOWNSAMPLE_MODE
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 PATH=$PATH:$here/.venv/bin # for torchrun and python3 where no environment is active

@@ -49,6 +49,14 @@ class ModelArguments:
             "installed ones (pip install -e '.[hub-kernels]', a GPU). Downloads and runs code, so it is off by default."
         },
     )
+    downsample_mode: str | None = field(
+        default=None,
+        metadata={
+            "help": "4.6 and later: 16x or 4x, how many vision patches become a token; 4x sees finer detail and takes "
+            "about four times the tokens per image. Default: DOWNSAMPLE_MODE in the environment, else the adapter's or "
+            "the checkpoint's."
+        },
+    )
     check_base_loss: str = field(
         default="auto",
         metadata={

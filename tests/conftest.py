@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("DOWNSAMPLE_MODE", None)  # a setting of the user's runs
 # Test processes side by side have a core each.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # not what the process that started this one has set for itself

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -15,8 +16,11 @@ from transformers import PreTrainedModel
 from finetune.chat.guide import best_device
 from finetune.chat.talker import Decoding, Prompting, Talker
 from finetune.errors import ArgumentError
-from finetune.models import add_adapter, base_of, load_model
+from finetune.models import base_of, load_model
+from finetune.models.adapters import put_adapter
+from finetune.models.folders import local_folder
 from finetune.sample import Sample
+from finetune.tuning.checkpoint import resolve
 
 OFF = "off"
 
@@ -30,10 +34,12 @@ class Room:
         adapters: folders, or NAME=FOLDER; without a name the folder's name counts.
         device: "cuda", "mps", "cpu"; None for the best there is.
         dtype: of the weights; "auto" is the file's.
+        downsample_mode: how all of them look at images; None for what each was trained with.
 
     Attributes:
         adapters: folder by name.
         active: name of the adapter that speaks, or OFF.
+        modes: by adapter, and of the base (OFF), how many patches become a token; None where there is one way only.
 
     Raises:
         ArgumentError: neither model nor adapter is given, or two adapters have one name.
@@ -47,6 +53,7 @@ class Room:
         *,
         device: str | None = None,
         dtype: torch.dtype | str = "auto",
+        downsample_mode: str | None = None,
     ) -> None:
         if model is not None and _is_adapter(Path(model)):
             model, adapters = None, (model, *adapters)
@@ -54,14 +61,15 @@ class Room:
         if model is None and not adapters:
             raise ArgumentError("nothing to talk to: give --model, or --adapter, which knows its base")
         options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device or best_device()}}
-        loaded: PreTrainedModel | PeftModel | None = None
-        for name, folder in self.adapters.items():
-            if loaded is None:
-                loaded = load_model(folder, base=model or base_of(folder), adapter_name=name, **options)
-            else:
-                assert isinstance(loaded, PeftModel)
-                add_adapter(loaded, folder, name)
-        self.model = loaded or load_model(str(model), **options)
+        folders = {name: local_folder(folder) for name, folder in self.adapters.items()}
+        base = str(model or base_of(next(iter(folders.values()))))
+        own = resolve(base, downsample_mode)
+        self.modes = {name: resolve(base, downsample_mode, trained=path).mode for name, path in folders.items()}
+        self.modes[OFF] = own.mode
+        loaded = load_model(base, downsample_mode=own.downsample_mode, **options)
+        for name, folder in folders.items():
+            loaded = put_adapter(loaded, folder, name)
+        self.model: PreTrainedModel | PeftModel = loaded
         self.model.eval()
         self.active = next(iter(self.adapters), OFF)
         self.talker = Talker(self.model)
@@ -86,7 +94,11 @@ class Room:
             DataError: a conversation or an image that cannot be used.
             ArgumentError: settings that do not fit.
         """
-        with self._speaking(self.active if name is None else name):
+        name = self.active if name is None else name
+        mode = self.modes[name]
+        if prompting.downsample_mode is None and mode is not None:
+            prompting = replace(prompting, downsample_mode=mode.name)
+        with self._speaking(name):
             yield from self.talker.stream(sample, prompting, decoding)
 
     @contextmanager

@@ -30,11 +30,12 @@ from finetune.encoding.encoder import Encoder, PromptOptions
 from finetune.errors import ArgumentError
 from finetune.evaluation.generation import answer_text
 from finetune.families import by_name, detect
-from finetune.families.settings import FILES, PROCESSORS
+from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.media.sampling import VideoOptions
 from finetune.models import load_tokenizer
+from finetune.models.folders import read_settings
+from finetune.models.modes import decide, with_mode, working_in
 from finetune.sample import Message, Sample, Source, Text
-from finetune.tuning.checkpoint import resolve
 
 # A prompt that asks for thinking may end with this; it is then part of the answer.
 _OPEN_THOUGHT = "<think>\n"
@@ -52,6 +53,7 @@ class Prompting:
         use_tts_template: MiniCPM-o: whether the prompt is one for an answer that is spoken; where there is sound,
             it always is.
         chunk_input: MiniCPM-o: whether every second of sound has placeholders of its own.
+        downsample_mode: of 4.6 and later, "16x" or "4x"; None for the network's.
         video: how videos are looked at.
     """
 
@@ -61,6 +63,7 @@ class Prompting:
     max_inp_length: int | None = None
     use_tts_template: bool | None = None
     chunk_input: bool | None = None
+    downsample_mode: str | None = None
     video: VideoOptions = VideoOptions()
 
 
@@ -156,18 +159,21 @@ class Talker:
         self.family = detect(config)
         self.tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
         # What the processors are told lies beside config.json.
-        settings = resolve(folder).settings if (Path(folder) / "config.json").is_file() else {}
-        config |= {key: settings[key] for key in (*PROCESSORS, FILES) if key in settings}
-        self._config = json.dumps(config, sort_keys=True, default=str)
+        whole = (Path(folder) / "config.json").is_file()
+        self._settings = read_settings(Path(folder), config) if whole else config
 
     def encoder(self, prompting: Prompting) -> Encoder:
         """The encoder that writes prompts in this way.
 
         Raises:
-            ArgumentError: thinking is asked for that the family does not know.
+            ArgumentError: thinking or a downsample_mode is asked for that the family does not know.
         """
-        encoder = _encoder(self.family.name, self.tokenizer, self._config, prompting)
-        if prompting.enable_thinking and not _thinks(self.family.name, self.tokenizer, self._config):
+        network: Any = self.model.config
+        wish = prompting.downsample_mode or getattr(network, DOWNSAMPLE_MODE, None)
+        mode = decide(self.family, self._settings, None, wish, environment={})
+        config = json.dumps(with_mode(self._settings, mode), sort_keys=True, default=str)
+        encoder = _encoder(self.family.name, self.tokenizer, config, prompting)
+        if prompting.enable_thinking and not _thinks(self.family.name, self.tokenizer, config):
             raise ArgumentError(f"enable_thinking: {self.family.title} has no thinking mode; leave it out")
         return encoder
 
@@ -233,7 +239,7 @@ class Talker:
     ) -> torch.Tensor:
         generate: Callable[..., torch.Tensor] = self.model.generate  # pyright: ignore[reportAssignmentType]
         options = decoding.options(batch["input_ids"].shape[1])
-        with torch.no_grad():
+        with torch.no_grad(), working_in(self.model, encoder.downsample_mode):
             return generate(
                 **batch, **options, **more, eos_token_id=encoder.stop_ids, pad_token_id=encoder.pad_id, use_cache=True
             )

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from finetune.commands.mode_flag import add_mode_flag
 from finetune.commands.video_flags import add_video_flags, video_options
 from finetune.errors import ArgumentError, UserError
 
@@ -59,7 +60,10 @@ def main(argv: list[str]) -> int:
     for path in args.audio:
         dialogue.show(path, "audio")
     device = None if args.device == "auto" else args.device
-    room = Room(args.model, args.adapter, device=device, dtype=args.dtype)
+    room = Room(args.model, args.adapter, device=device, dtype=args.dtype, downsample_mode=args.downsample_mode)
+    for name, mode in room.modes.items():
+        if mode is not None:
+            print(f"{'base' if name not in room.adapters else name}: {mode}", file=sys.stderr, flush=True)
     room.talker.encoder(prompting)  # settings that do not fit are refused now
     if args.web:
         serve(Page(room, prompting, decoding, args.system), args.port)
@@ -92,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--thinking", action=argparse.BooleanOptionalAction, help="let the model think first, where it can"
     )
+    add_mode_flag(parser)
     add_video_flags(parser)
     parser.add_argument("--web", action="store_true", help="a page in the browser, adapters and base side by side")
     parser.add_argument("--port", type=int, default=7860, help="of the page, on this machine only (%(default)s)")

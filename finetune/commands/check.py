@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from finetune.commands.data_flags import add_data_flags
+from finetune.commands.mode_flag import add_mode_flag
 from finetune.commands.video_flags import add_video_flags, video_options
 from finetune.errors import UserError
 
@@ -26,7 +27,9 @@ def main(argv: list[str]) -> int:
 
     problems = 0
     try:
-        base = resolve(given.model)
+        base = resolve(given.model, given.downsample_mode)
+        if base.mode is not None:
+            print(base.mode)
         encoder = Encoder.from_config(
             base.family,
             load_tokenizer(base.folder),
@@ -70,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_max_length", type=int, default=2048, help="longest sample in tokens (default: 2048)")
     parser.add_argument("--overlong", choices=["shrink", "drop", "truncate", "error"], default="shrink")
     parser.add_argument("--check", choices=["full", "sample"], default="full", help="sample: 1000 of the records")
+    add_mode_flag(parser)
     add_video_flags(parser)
     parser.add_argument("--no-cache", action="store_true", help="look at every record again")
     return parser

@@ -38,7 +38,8 @@ def main(argv: list[str]) -> int:
     name = given.model_name_or_path or base_named_by(checkpoint)
     if name is None:
         raise UserError(f"{checkpoint} does not say which base it was trained on: give --model_name_or_path")
-    base = resolve(name)
+    # The run's mode is that of its files, whatever the environment says now.
+    base = resolve(name, trained=checkpoint, environment={})
     lora = (checkpoint / "adapter_config.json").is_file()
     sources = [base.folder, checkpoint]
     check_target(out, sources, overwrite=given.overwrite_output_dir == "true")
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
         del state
         write_record(folder, [], _record(base, checkpoint))
         if given.verify == "auto":
-            load_model(folder, base=base.folder if lora else None)
+            load_model(folder, base=base.folder if lora else None, downsample_mode=base.downsample_mode)
     print(f"consolidated={out} tensors={count}{' loads=true' if given.verify == 'auto' else ''}")
     return 0
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.commands.data_flags import add_data_flags
+from finetune.commands.mode_flag import add_mode_flag
 from finetune.commands.video_flags import add_video_flags, video_options
 from finetune.errors import UserError
 from finetune.sample import DataError, Sample
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from finetune.encoding.encoder import Encoder, PromptOptions
     from finetune.evaluation.predictions import Predictions
     from finetune.readers.mixture import Mixture
+    from finetune.tuning.checkpoint import Checkpoint
 
 # By position in the data file: the conversation up to the question, and the accepted answers.
 Questions = dict[int, tuple[Sample, list[str]]]
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
     from finetune.evaluation.metrics import resolve_metric
     from finetune.evaluation.predictions import Predictions, start_folder
 
-    source = _source(given.model, given.adapter, given.compare)
+    source = _source(given)
     samples = _samples(given)
     questions, skipped = read_questions(samples, given.limit, skip_bad=given.on_bad_sample == "skip")
     title = given.data or given.dataset
@@ -54,6 +56,8 @@ def main(argv: list[str]) -> int:
         if rank == 0:
             start_folder(out, _settings(given, source, samples), overwrite=given.overwrite)
             print(f"metric     {metric.name} ({why}); {len(questions)} questions of {title}")
+            for line in source.modes:
+                print(f"mode       {line}")
             for message in skipped:
                 print(f"left out   {message}")
         _wait(world)
@@ -63,7 +67,7 @@ def main(argv: list[str]) -> int:
         Asking(given, questions, store, rank, world).everything(source)
         _wait(world)
         if rank == 0:
-            facts = {"why": why, "model": str(source.model), "adapter": str(source.adapter or ""), "data": title}
+            facts = {"why": why, "model": str(source.base.folder), "adapter": str(source.adapter or ""), "data": title}
             facts |= {"left_out": str(len(skipped))} if skipped else {}
             facts |= {"compared_with": given.compare or "", "seconds": str(round(time.monotonic() - start, 1))}
             _finish(given, metric, questions, store, facts)
@@ -72,33 +76,52 @@ def main(argv: list[str]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where the model comes from: its folder, the adapter on it, and the checkpoint it is compared with."""
+    """Where the model comes from, and what it is compared with.
 
-    model: Path
+    Attributes:
+        base: the checkpoint, as the model itself looks at images.
+        adapter: folder of the adapter on it.
+        other: the checkpoint it is compared with: the base without adapter, or another one.
+    """
+
+    base: Checkpoint
     adapter: Path | None
-    other: Path | None
+    other: Checkpoint | None
+
+    @property
+    def modes(self) -> list[str]:
+        """How many patches become a token, where there is a choice: of the model, and of the other where it differs."""
+        mode, other = self.base.mode, self.other and self.other.mode
+        said = [] if mode is None else [str(mode)]
+        differs = other is not None and (mode is None or other.name != mode.name)
+        return [*said, f"{other}, of what it is compared with"] if differs else said
 
 
-def _source(model: str, adapter: str | None, compare: str | None) -> ModelSource:
-    """The folders, from a model and an adapter or from an adapter alone, which names its base.
+def _source(given: argparse.Namespace) -> ModelSource:
+    """The checkpoints, from a model and an adapter or from an adapter alone, which names its base.
 
     Raises:
         UserError: a folder is missing, or there is nothing that "base" could mean.
     """
     from finetune.models.folders import local_folder
+    from finetune.tuning.checkpoint import resolve
 
-    folder = local_folder(model)
+    folder, adapter, mode = local_folder(given.model), given.adapter, given.downsample_mode
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         if adapter is not None:
-            raise UserError(f"--model {model} is an adapter, and --adapter {adapter} another one; give one of them")
+            raise UserError(
+                f"--model {given.model} is an adapter, and --adapter {adapter} another one; give one of them"
+            )
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         adapter, folder = str(folder), local_folder(settings.get("base_model_name_or_path") or "")
     if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
         raise UserError(f"--adapter {adapter}: no adapter_config.json there; give the folder that training wrote")
-    if compare == "base" and adapter is None:
+    if given.compare == "base" and adapter is None:
         raise UserError("--compare base means the model without its adapter: give --adapter, or --compare FOLDER")
-    other = local_folder(compare) if compare not in (None, "base") else None
-    return ModelSource(folder, None if adapter is None else Path(adapter).resolve(), other)
+    trained = None if adapter is None else Path(adapter).resolve()
+    other = None if given.compare is None else folder if given.compare == "base" else local_folder(given.compare)
+    base = resolve(str(folder), mode, trained=trained)
+    return ModelSource(base, trained, other and resolve(str(other), mode))
 
 
 def _samples(given: argparse.Namespace) -> Mixture:
@@ -164,7 +187,9 @@ def _settings(given: argparse.Namespace, source: ModelSource, samples: Mixture) 
     """What the answers depend on; an evaluation that goes on must have the same."""
     from finetune.evaluation.predictions import fingerprint
 
-    folders = {"model": source.model, "adapter": source.adapter, "compared_with": source.other}
+    other = None if source.other is None or given.compare == "base" else source.other.folder
+    folders = {"model": source.base.folder, "adapter": source.adapter, "compared_with": other}
+    mode = source.base.mode
     return {
         **{name: None if path is None else str(path) for name, path in folders.items()},
         "data": str(Path(given.data).resolve()) if given.data else samples.meaning,
@@ -172,6 +197,8 @@ def _settings(given: argparse.Namespace, source: ModelSource, samples: Mixture) 
         "max_slice_nums": given.max_slice_nums,
         "image_max_pixels": given.image_max_pixels,
         "video": video_options(given).given,
+        # By the files it is part of their state.
+        "downsample_mode": mode.name if mode is not None and mode.chosen else None,
         "enable_thinking": given.enable_thinking,
         "dtype": given.dtype,
         "states": [fingerprint(path) for path in (*folders.values(), *samples.files) if path is not None],
@@ -200,37 +227,39 @@ class Asking:
         """Asks what has no answer yet, of the model and of what it is compared with."""
         from finetune.evaluation.predictions import MAIN
         from finetune.evaluation.scoring import BASE
-        from finetune.models import load_model
 
         adapter_off = self.given.compare == "base"
         main = self.store.missing(self.questions)
         base = self.store.missing(self.questions, BASE) if self.given.compare is not None else []
-        options: dict[str, Any] = {"dtype": self.given.dtype, "device_map": {"": _device(self.given.device)}}
         if main or (adapter_off and base):
-            model = load_model(source.adapter or source.model, base=source.model if source.adapter else None, **options)
-            encoder = self._encoder(source.model)
-            self._ask(model, encoder, main, MAIN, "answers")
-            if adapter_off:
+            model = self._load(source.base, source.adapter)
+            self._ask(model, self._encoder(source.base), main, MAIN, "answers")
+            if adapter_off and source.other is not None:
                 with model.disable_adapter():  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues]
-                    self._ask(model, encoder, base, BASE, "answers of the base")
+                    self._ask(model, self._encoder(source.other), base, BASE, "answers of the base")
             del model
-        if source.other is not None and base:
-            self._ask(
-                load_model(source.other, **options), self._encoder(source.other), base, BASE, "answers to compare"
-            )
+        if source.other is not None and not adapter_off and base:
+            self._ask(self._load(source.other, None), self._encoder(source.other), base, BASE, "answers to compare")
 
-    def _encoder(self, folder: Path) -> Encoder:
+    def _load(self, checkpoint: Checkpoint, adapter: Path | None) -> nn.Module:
+        from finetune.models import load_model
+
+        options: dict[str, Any] = {"dtype": self.given.dtype, "device_map": {"": _device(self.given.device)}}
+        options["downsample_mode"] = checkpoint.downsample_mode
+        if adapter is None:
+            return load_model(checkpoint.folder, **options)
+        return load_model(adapter, base=checkpoint.folder, **options)
+
+    def _encoder(self, checkpoint: Checkpoint) -> Encoder:
         from finetune.encoding.encoder import Encoder
         from finetune.models import load_tokenizer
-        from finetune.tuning.checkpoint import resolve
 
-        checkpoint = resolve(str(folder))
         asked = self.given.enable_thinking
         # None would be an answer too: left out, the generation's own default holds.
         thinking: PromptOptions = {} if asked is None else {"enable_thinking": asked == "true"}
         return Encoder.from_config(
             checkpoint.family,
-            load_tokenizer(folder),
+            load_tokenizer(checkpoint.folder),
             checkpoint.settings,
             max_slice_nums=self.given.max_slice_nums,
             shrink_pixels=self.given.image_max_pixels,
@@ -349,6 +378,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--enable_thinking", choices=["true", "false"], help="for models that think (default: the generation's)"
     )
+    add_mode_flag(parser)
     add_video_flags(parser)
     parser.add_argument("--report_rows", type=int, default=300, help="samples shown in report.html, the worst")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, ...")

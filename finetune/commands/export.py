@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.commands.mode_flag import add_mode_flag
 from finetune.errors import UserError
 from finetune.legacy_flags import template_fits
 from finetune.outcome import NOT_VERIFIED, OK
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
 
     from finetune.export.folder import check_target
 
-    sources = resolve_sources(given.model_name_or_path, given.adapter_name_or_path)
+    sources = resolve_sources(given.model_name_or_path, given.adapter_name_or_path, given.downsample_mode)
     out = Path(given.export_dir).expanduser().absolute()
     check_target(out, sources.folders, overwrite=given.overwrite_output_dir == "true")
     for line in sources.notes:
@@ -75,11 +76,11 @@ class Sources:
         return [self.base.folder, *self.adapters]
 
 
-def resolve_sources(model: str | None, adapters: str | None) -> Sources:
+def resolve_sources(model: str | None, adapters: str | None, downsample_mode: str | None = None) -> Sources:
     """The base and the adapters; a model that is left out, or is an adapter itself, is the one that the adapter names.
 
     Raises:
-        UserError: neither is given, or a folder is missing.
+        UserError: neither is given, or a folder is missing; or adapters were trained with different modes.
     """
     from finetune.models.folders import local_folder
 
@@ -94,8 +95,18 @@ def resolve_sources(model: str | None, adapters: str | None) -> Sources:
     from finetune.models import base_of
     from finetune.tuning.checkpoint import resolve
 
-    base = resolve(str(base_of(folders[0])) if model is None else model)
+    name = str(base_of(folders[0])) if model is None else model
+    base = resolve(name, downsample_mode, trained=folders[-1] if folders else None)
     notes = [f"base       {base.name}, {base.family.title}"]
+    if base.mode is not None:
+        notes.append(f"mode       {base.mode}")
+        for folder in folders:
+            own = resolve(name, downsample_mode, trained=folder)
+            if own.downsample_mode != base.downsample_mode:
+                raise UserError(
+                    f"{folders[-1]} was trained with downsample_mode {base.downsample_mode}, {folder} with "
+                    f"{own.downsample_mode}: one model works with one of them; choose it with --downsample_mode"
+                )
     for folder in folders:
         notes += [f"adapter    {folder}", *_notes(folder, base)]
     return Sources(base, folders, notes)
@@ -201,17 +212,22 @@ def _record(given: argparse.Namespace, sources: Sources) -> dict[str, Any]:
         "adapters": [str(adapter) for adapter in sources.adapters],
         "format": given.format,
         "infer_dtype": given.infer_dtype,
+        **base.mark,
         "finetune": finetune.__version__,
     }
 
 
 def _verify(given: argparse.Namespace, sources: Sources, model: Path, left: list[Path]) -> Agreement:
     from finetune.export.checking import answers_of, compare, make_prompts
+    from finetune.tuning.checkpoint import resolve
 
     prompts = make_prompts(sources.base)
     device = _device(given.export_device)
-    adapted = answers_of(sources.base.folder, sources.adapters, prompts, dtype=given.infer_dtype, device=device)
-    return compare(adapted, answers_of(model, left, prompts, dtype="auto", device=device))
+    base = sources.base
+    adapted = answers_of(base, sources.adapters, prompts, dtype=given.infer_dtype, device=device)
+    # By the mode of its own files, as everybody will load it.
+    result = resolve(str(model), trained=left[0] if left else None, environment={})
+    return compare(adapted, answers_of(result, left, prompts, dtype="auto", device=device))
 
 
 def _in_words(agreement: Agreement) -> str:
@@ -261,6 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     yes = {"choices": ["true", "false"], "nargs": "?", "const": "true", "default": "false"}
     parser.add_argument("--model_name_or_path", help="base: folder or hub id; left out, the one that the adapter names")
     parser.add_argument("--adapter_name_or_path", help="adapter, or several with commas, merged one after another")
+    add_mode_flag(parser)
     parser.add_argument("--template", help="only checked: LLaMA-Factory's name for a prompt format")
     parser.add_argument("--export_dir", required=True, help="folder of the result")
     parser.add_argument(

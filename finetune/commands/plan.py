@@ -11,10 +11,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.commands.mode_flag import add_mode_flag
 from finetune.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
+    from finetune.models.modes import Mode
     from finetune.planning.recipe import Recipe, Shape
+
+# Tokens of the longest sample where nothing says how long it is: more where its images need them and some text.
+_LENGTH, _TEXT, _STEP = 2048, 512, 1024
 
 
 def main(argv: list[str]) -> int:
@@ -37,7 +42,7 @@ def _plan(given: argparse.Namespace) -> int:
     from finetune.planning.memory import GIB, Planner
     from finetune.planning.network import quiet
 
-    config, settings, name = _model(given.model)
+    config, settings, name, mode = _model(given)
     shape = _shape(given, settings)
     base = _recipe(given)
     limit = int((given.gpu_memory or _memory_here() or 24) * GIB)
@@ -45,6 +50,8 @@ def _plan(given: argparse.Namespace) -> int:
     with quiet():
         planner = Planner(config)
         print(f"{planner.family.title}, {planner.parameters():,} parameters; {_described(shape)}")
+        if mode is not None:
+            print(mode)
         rows = search.rows(planner, shape, base, methods)
         wanted = [row for row in rows if _chosen(row[0], given)]
         print(report.table(wanted, limit), end="\n\n")
@@ -54,33 +61,43 @@ def _plan(given: argparse.Namespace) -> int:
     more = [f"--model_name_or_path {name}", f"--data_path {given.data or 'DATA'}", f"--model_max_length {shape.tokens}"]
     more += [f"--per_device_train_batch_size {shape.batch}"]
     more += [f"--max_slice_nums {given.slices}"] if given.slices else []
+    more += [f"--downsample_mode {mode.name}"] if mode is not None and mode.chosen else []
     for recipe, memory in fitting:
         print(report.advice(recipe, memory, more))
     print(f"\n{report.NOTE}")
     return 0 if any(recipe.gpus == base.gpus for recipe, _ in fitting) else 1
 
 
-def _model(model: str) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """config.json and all settings of a folder, a hub id or a family, and the name of the model on the command line."""
+def _model(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], str, Mode | None]:
+    """config.json and all settings of a folder, a hub id or a family, its name on the command line, and its mode."""
     from finetune.families import by_name
+    from finetune.models.modes import decide, with_mode
     from finetune.planning.published import CONFIGS, settings
     from finetune.tuning.checkpoint import resolve
 
+    model = given.model
     if model in CONFIGS and not Path(model).is_dir():
-        return CONFIGS[model], settings(model), by_name(model).hub_id
-    base = resolve(model)
-    return base.config, base.settings, model
+        family, known = by_name(model), settings(model)
+        mode = decide(family, known, None, given.downsample_mode)
+        return with_mode(CONFIGS[model], mode), with_mode(known, mode), family.hub_id, mode
+    base = resolve(model, given.downsample_mode)
+    return with_mode(base.config, base.mode), base.settings, model, base.mode
 
 
 def _shape(given: argparse.Namespace, settings: dict[str, Any]) -> Shape:
     from finetune.families import detect
     from finetune.planning.recipe import Shape
 
-    spec = detect(settings).slice_spec(settings)
+    family = detect(settings)
+    spec, layout = family.slice_spec(settings), family.layout(settings)
     patches = (spec.scale_resolution // spec.patch_size) ** 2
     slices = spec.max_slice_nums if given.slices is None else given.slices
     items = 0 if not slices else (slices + 1 if slices > 1 else 1) * given.images
-    shape = Shape(batch=given.batch, tokens=given.length or 2048, items=items, patches=patches, labelled=given.labelled)
+    each = spec.scale_resolution**2 // layout.pixels_per_token if layout.pixels_per_token else layout.query_num
+    tokens = given.length or max(_LENGTH, -(-(items * each + _TEXT) // _STEP) * _STEP)
+    # Of images that are longer than that, training takes fewer slices.
+    items = min(items, max(tokens // each, given.images))
+    shape = Shape(batch=given.batch, tokens=tokens, items=items, patches=patches, labelled=given.labelled)
     if given.data is None:
         return shape
     if given.model in _families():
@@ -103,7 +120,7 @@ def _measured(given: argparse.Namespace, shape: Shape) -> Shape:
     from finetune.readers.mixture import open_data
     from finetune.tuning.checkpoint import resolve
 
-    base = resolve(given.model)
+    base = resolve(given.model, given.downsample_mode)
     encoder = Encoder.from_config(
         base.family,
         load_tokenizer(base.folder),
@@ -197,7 +214,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", choices=["all", "full", "full-llm", "lora", "qlora"], default="all")
     parser.add_argument("--gpus", type=_positive, default=1, help="number of GPUs (default: 1)")
     parser.add_argument("--gpu_memory", type=float, metavar="GB", help="of one (default: that of the GPU here, or 24)")
-    parser.add_argument("--length", type=_positive, help="longest sample in tokens (default: 2048)")
+    parser.add_argument(
+        "--length", type=_positive, help="longest sample in tokens (default: 2048, more where its images take more)"
+    )
     parser.add_argument("--slices", type=int, help="most slices per image, 0 for text only (default: the checkpoint's)")
     parser.add_argument("--images", type=_positive, default=1, help="images per sample (default: 1)")
     parser.add_argument("--batch", type=_positive, default=1, help="samples per GPU and micro-batch (default: 1)")
@@ -207,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lora_r", type=_positive, default=64)
     parser.add_argument("--tune_vision", type=_truth, metavar="true|false")
     parser.add_argument("--tune_resampler", type=_truth, metavar="true|false")
+    add_mode_flag(parser)
     parser.add_argument("--image_root", help="folder that relative image paths of DATA may also be relative to")
     chosen = parser.add_argument_group("only the rows with")
     chosen.add_argument("--zero", type=int, choices=[0, 2, 3], help="this stage of ZeRO")

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import math
 import random
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.commands.mode_flag import add_mode_flag
 from finetune.sample import Media, Message, Sample, Source, Text
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, ...")
     parser.add_argument("--dtype", default="auto", help="auto (the file's), bfloat16, float16, float32")
     parser.add_argument("--max_new_tokens", type=int, default=48, help="longest caption")
+    add_mode_flag(parser)
     args = parser.parse_args(argv)
 
     import torch
@@ -44,9 +47,10 @@ def main(argv: list[str]) -> int:
     from finetune.templates.probe import check_chat_template
     from finetune.tuning.checkpoint import resolve
 
-    base = resolve(args.model)
+    base = resolve(args.model, args.downsample_mode, trained=args.adapter and Path(args.adapter))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     options: dict[str, Any] = {"dtype": args.dtype, "device_map": {"": device}}
+    options["downsample_mode"] = base.downsample_mode
     if args.adapter is None:
         model = load_model(base.folder, **options)
     else:
@@ -56,6 +60,8 @@ def main(argv: list[str]) -> int:
     print(f"loaded     {base.family.title}, {count / 1e6:,.1f} M parameters, all of them from the files")
     if args.adapter is not None:
         print(f"adapter    {args.adapter}")
+    if base.mode is not None:
+        print(f"mode       {base.mode}")
     print(f"runs on    {device}, {str(dtype).removeprefix('torch.')}")
 
     tokenizer = load_tokenizer(base.folder)

@@ -19,19 +19,25 @@ def main(argv: list[str]) -> int:
     from peft import AutoPeftModel
     from transformers import AutoTokenizer
 
-    from finetune.models import load_model
+    from finetune.models import base_of, load_model
     from finetune.models.strict import some
     from finetune.tuning.adapters import quantisation
+    from finetune.tuning.checkpoint import resolve
     from finetune.tuning.verification import Origin, compare, origin_of
 
     adapter = (args.folder / "adapter_config.json").is_file()
     origin = origin_of(args.reference) if args.reference else Origin("auto")
     options: dict[str, Any] = {"quantization_config": quantisation(origin.dtype)} if origin.quantised else {}
     device = _device(args.folder, adapter) if args.device == "auto" else args.device
+    # As it was saved, whatever the environment says: the placeholders of the reference were counted that way.
+    base = resolve(str(base_of(args.folder) if adapter else args.folder), trained=args.folder, environment={})
     loader = AutoPeftModel.from_pretrained if adapter else load_model
     model = loader(str(args.folder), dtype=origin.dtype, device_map={"": device}, **options).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(args.folder))
     print(f"loaded {args.folder} on {device}: {type(model).__name__}, {type(tokenizer).__name__}")
+    if base.mode is not None:
+        model.config.downsample_mode = base.mode.name  # peft loads the base as it is
+        print(base.mode)
     if args.reference is None:
         return 0
     result = compare(model, args.reference)

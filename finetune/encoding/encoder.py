@@ -30,10 +30,10 @@ from finetune.encoding.inputs import INPUTS, ImageBackend
 from finetune.errors import UserError
 from finetune.families import FAMILIES
 from finetune.families.base import Config, Family
-from finetune.families.settings import disagreements
+from finetune.families.settings import DOWNSAMPLE_MODE, disagreements
 from finetune.media import audio, image
 from finetune.media.sampling import VideoOptions
-from finetune.media.slicing import Plan, SliceSpec, plan
+from finetune.media.slicing import MERGES, Plan, SliceSpec, plan
 from finetune.media.sound import AudioSpec, Sound, sound
 from finetune.notices import warn_once
 from finetune.sample import DataError, Media, MediaKind, Sample
@@ -208,6 +208,13 @@ class Encoder:
             video=video_options(family, config, video),
             image_backend=image_backend,
         )
+
+    @property
+    def downsample_mode(self) -> str | None:
+        """The mode in which the network has to work for prompts of this encoder; None where it has one way only."""
+        if DOWNSAMPLE_MODE not in self.family.settings:
+            return None
+        return next(mode for mode, merge in MERGES.items() if merge == self.slicing.merge)
 
     def sizes(self, sample: Sample) -> tuple[Extent, ...]:
         """The size of every medium, in reading order: of images as they are cut, from their headers; of sound decoded.

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
+from finetune.models.modes import working_in
 from finetune.sample import DataError, Sample
 
 
@@ -58,7 +59,7 @@ def answer_batch(
     batch = {key: value.to(device) for key, value in batch.items() if key not in ("labels", "position_ids")}
     training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), working_in(model, encoder.downsample_mode):
         output = model.generate(  # pyright: ignore[reportCallIssue]
             **batch,
             do_sample=False,

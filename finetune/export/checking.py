@@ -79,18 +79,19 @@ def make_prompts(base: Checkpoint) -> list[Batch]:
 
 
 def answers_of(
-    model: Path, adapters: Sequence[Path], prompts: Sequence[Batch], *, dtype: torch.dtype | str, device: str
+    base: Checkpoint, adapters: Sequence[Path], prompts: Sequence[Batch], *, dtype: torch.dtype | str, device: str
 ) -> Answers:
     """Loads a model, puts adapters on it and asks it; the last adapter stays one, peft merges those before it.
 
     Args:
-        model: folder of the weights.
+        base: the model.
         adapters: in the order in which they apply.
         prompts: of ``make_prompts``.
         dtype: to load in; "auto" is the file's.
         device: to compute on.
     """
-    network: Any = load_model(model, dtype=dtype, device_map={"": device})
+    options = {"dtype": dtype, "device_map": {"": device}, "downsample_mode": base.downsample_mode}
+    network: Any = load_model(base.folder, **options)
     for number, adapter in enumerate(adapters, 1):
         network = put_adapter(network, adapter)
         if number < len(adapters):

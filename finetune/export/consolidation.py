@@ -20,7 +20,7 @@ from finetune.export.merging import Base, adapter_names, empty_network, ties_of
 from finetune.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, trained_beside
 from finetune.models.strict import some
 from finetune.tuning.carrying import CARRIED
-from finetune.tuning.checkpoint import SIDE_FILES, Checkpoint, copy_files
+from finetune.tuning.checkpoint import SIDE_FILES, Checkpoint, copy_files, take_over
 from finetune.tuning.tensorfiles import Stored, write_header
 
 # Holds the name of the folder that the parts lie in.
@@ -114,6 +114,6 @@ def write_adapter(folder: Path, checkpoint: Path, base: Checkpoint, state: Mappi
         for name in keys.values():
             plain: Any = state[name].contiguous().float().flatten().view(torch.uint8).numpy()
             file.write(memoryview(plain))
-    copy_files(base.folder, folder, SIDE_FILES)
+    take_over(base, folder, SIDE_FILES)
     copy_files(checkpoint, folder, (ADAPTER_CONFIG, "README.md"))
     return len(keys)

@@ -16,7 +16,7 @@ import yaml
 
 from finetune.errors import UserError
 from finetune.export.writing import WeightFiles, check_room
-from finetune.tuning.checkpoint import FULL_FILES, Checkpoint, copy_files
+from finetune.tuning.checkpoint import FULL_FILES, Checkpoint, but_mode, read_config, take_over
 
 # Says what the folder was made of; also the sign that a folder is ours to replace.
 RECORD = "export.yaml"
@@ -85,7 +85,7 @@ def write_model(folder: Path, base: Checkpoint, files: WeightFiles, *, dtype: to
 
     Args:
         folder: an empty folder.
-        base: the checkpoint that everything but the weights comes from.
+        base: the checkpoint that everything but the weights and the downsample_mode comes from.
         files: the weights.
         dtype: recorded in config.json; None leaves what is there.
         card: text of README.md.
@@ -94,15 +94,16 @@ def write_model(folder: Path, base: Checkpoint, files: WeightFiles, *, dtype: to
         Number of weight files.
     """
     check_room(folder, files.total_size)
-    copy_files(base.folder, folder, FULL_FILES)
-    config: dict[str, Any] = copy.deepcopy(base.config)
+    take_over(base, folder, FULL_FILES)
+    config = read_config(folder)
+    before = copy.deepcopy(config)
     if dtype is not None:
         config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
     if files.weights.untied:
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
             if part is config or _TIES in part:
                 part[_TIES] = False
-    if config != base.config:
+    if config != before:
         _write_json(folder / "config.json", config)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return files.write(folder)
@@ -129,7 +130,7 @@ base_model: {base.name}
 
 - base: `{base.name}`{revision}{parts}
 
-All files besides the weights are those of the base. `{RECORD}` says how this folder was made.
+All files besides the weights are those of the base{but_mode(base)}. `{RECORD}` says how this folder was made.
 
 ```python
 import finetune.models  # registers the network; no remote code is run

@@ -17,7 +17,7 @@ from finetune.errors import CheckpointError
 from finetune.export.merging import Merged
 from finetune.families.base import Family
 from finetune.models.adapters import ADAPTER_PREFIX, ADAPTER_WEIGHTS
-from finetune.tuning.checkpoint import SIDE_FILES, Checkpoint, copy_files
+from finetune.tuning.checkpoint import SIDE_FILES, Checkpoint, take_over
 
 _NOT_LINEAR = ("embed_tokens", "lm_head")
 # What its --max-lora-rank may be.
@@ -87,12 +87,12 @@ def write_served_adapter(folder: Path, merged: Merged, base: Checkpoint, base_na
         inference_mode=True,
     )
     loader, library = base.family.auto_mapping
-    config.auto_mapping = {"base_model_class": loader, "parent_library": library}
+    config.auto_mapping = {"base_model_class": loader, "parent_library": library, **base.mark}
     config.save_pretrained(str(folder))
     save_file(
         _tensors(merged, rank, {name: scale / common for name, scale in scales.items()}), folder / ADAPTER_WEIGHTS
     )
-    copy_files(base.folder, folder, SIDE_FILES)
+    take_over(base, folder, SIDE_FILES)
     (folder / "README.md").write_text(
         f"---\nbase_model: {base_name}\nlibrary_name: peft\n---\n# LoRA adapter of the language model alone\n\n"
         f"For `{base_name}`, which has everything else that was trained. Not for the published base.\n",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+from finetune.errors import CheckpointError
 from finetune.families.base import Config, Video
-from finetune.families.settings import NUMBERED, TRANSFORMERS, Table, value_of
+from finetune.families.settings import DOWNSAMPLE_MODE, NUMBERED, TRANSFORMERS, Table, value_of
 from finetune.media.sampling import (
     PACKED,
     PER_SECOND,
@@ -14,7 +16,7 @@ from finetune.media.sampling import (
     per_second,
     whole_seconds,
 )
-from finetune.media.slicing import SliceSpec
+from finetune.media.slicing import MERGES, SliceSpec
 from finetune.media.sound import AudioSpec
 from finetune.templates.rendering import Layout
 
@@ -151,4 +153,15 @@ def merged_layout(config: Config) -> Layout:
 
 
 def _merge(config: Config) -> int:
-    return 2 if config.get("downsample_mode", "16x") == "4x" else 4
+    return merge_of(value_of(config, TRANSFORMERS[DOWNSAMPLE_MODE]))
+
+
+def merge_of(mode: Any) -> int:
+    """Patches along a side that become one token, by downsample_mode.
+
+    Raises:
+        CheckpointError: there is no such mode.
+    """
+    if not isinstance(mode, str) or mode not in MERGES:
+        raise CheckpointError(f"{DOWNSAMPLE_MODE} {mode!r} is unknown; it is {' or '.join(MERGES)}")
+    return MERGES[mode]

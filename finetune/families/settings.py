@@ -65,6 +65,8 @@ class Setting:
 
 
 Table = Mapping[str, Setting]
+DOWNSAMPLE_MODE = "downsample_mode"
+"""Name of the setting that families have whose network merges patches in one of several ways."""
 
 
 class Found(NamedTuple):
@@ -253,6 +255,16 @@ TRANSFORMERS: Table = {
     "do_resize": _both("do_resize", True, only=True),
     "do_rescale": _both("do_rescale", True, only=True),
     "do_normalize": _both("do_normalize", True, only=True),
+    DOWNSAMPLE_MODE: Setting(
+        places=(
+            _config(DOWNSAMPLE_MODE),
+            _processor(DOWNSAMPLE_MODE),
+            Place("video_processor", DOWNSAMPLE_MODE),
+        ),
+        default="16x",
+        source="the network merges by config.json, the processors count placeholders by their own files, and images "
+        "fail where these differ; here one value serves both",
+    ),
     "video_max_slice_nums": Setting(places=(Place("video_processor", "max_slice_nums", 9),), default=9),
     "video_slice_mode": Setting(places=(Place("video_processor", "slice_mode", True),), default=True),
     "video_max_frames": Setting(places=(Place("video_processor", "max_num_frames", 128),), default=128),

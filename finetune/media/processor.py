@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from finetune.media.slicing import Plan, SliceSpec, plan
+from finetune.media.slicing import MERGES, Plan, SliceSpec, plan
 
 if TYPE_CHECKING:
     import torch
 
-# Patches along a side that become one token, by the processor's name for it.
-_MODES = {2: "4x", 4: "16x"}
+_MODES = {merge: mode for mode, merge in MERGES.items()}
 
 
 def patch_rows(

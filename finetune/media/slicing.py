@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+MERGES = {"16x": 4, "4x": 2}
+"""Patches along a side that become one token, by the downsample_mode of 4.6 and later."""
+
 
 @dataclass(frozen=True, slots=True)
 class SliceSpec:

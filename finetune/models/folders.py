@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import CheckpointError
+from finetune.families.settings import FILES, PROCESSORS
 
 # What makes a folder one that could have been meant.
 _CONFIGS = ("adapter_config.json", "config.json")
@@ -45,6 +49,40 @@ def local_folder(name: str, revision: str | None = None) -> Path:
             f"{name} is no folder here ({Path.cwd()}) and could not be fetched from the hub: {error}. Download it once "
             "with network access, or give a folder (HF_HOME and HF_ENDPOINT are respected)"
         ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a folder.
+
+    Raises:
+        CheckpointError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json and, where the folder describes them, the settings of its processors by their names.
+
+    Those are the keys of ``families.settings.PROCESSORS``; ``setting_files`` says which file each was read from.
+
+    Raises:
+        CheckpointError: a file that is not JSON.
+    """
+    read: dict[str, dict[str, Any]] = {}
+    given: dict[str, Any] = {}
+    for name, places in PROCESSORS.items():
+        for file, key in places:
+            path = folder / file
+            if file not in read:
+                read[file] = read_json(path) if path.is_file() else {}
+            if found := (read[file].get(key) if key else read[file]):
+                given[name] = found
+                given.setdefault(FILES, {})[name] = f"{file}, {key}" if key else file
+                break
+    return {**config, **given}
 
 
 def nearest_folders(missing: Path) -> str:

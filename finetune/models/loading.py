@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,19 @@ from transformers import PreTrainedModel
 from finetune.errors import CheckpointError
 from finetune.families import detect
 from finetune.families.common import vocab_size
-from finetune.models.adapters import ADAPTER_CONFIG, put_adapter
+from finetune.families.settings import DOWNSAMPLE_MODE
+from finetune.models.adapters import ADAPTER_CONFIG, put_adapter, settings_of
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
 from finetune.models.folders import local_folder
 from finetune.models.minicpmo import MiniCPMO
 from finetune.models.minicpmv import MiniCPMV
+from finetune.models.modes import decide, saved_with
 from finetune.models.strict import check_folder
 from finetune.models.tokenization import check_tokens, load_tokenizer
 from finetune.models.whole import WHOLE_NETWORKS
+from finetune.notices import warn_once
+
+logger = logging.getLogger(__name__)
 
 # By the model_type of config.json.
 NETWORKS: dict[str, type[PreTrainedModel]] = {
@@ -40,6 +45,7 @@ def load_model(
     base: str | Path | None = None,
     adapter_name: str = "default",
     tokenizer_required: bool = True,
+    downsample_mode: str | None = None,
     hub_kernels: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel | PeftModel:
@@ -58,23 +64,31 @@ def load_model(
         base: folder of the checkpoint that an adapter is put on; None for the one that the adapter names.
         adapter_name: under which an adapter can be chosen, where ``add_adapter`` puts more on the same base.
         tokenizer_required: also check that the tokenizer beside the weights has the tokens the family needs.
+        downsample_mode: "16x" or "4x", for families that have it; None for the environment's, the adapter's or the
+            checkpoint's (``models.modes.decide``).
         hub_kernels: use the kernels that transformers' mapping names on the hub; downloads and runs code.
         **kwargs: handed on to ``from_pretrained`` (offload_folder, quantization_config, ...).
 
     Raises:
         CheckpointError: no such folder, files are missing, weights, config.json and tokenizer disagree, or kernels
             could not be downloaded.
+        ArgumentError: a downsample_mode that is unknown, or that the family does not have.
         UnknownFamilyError: a config.json of none of the supported generations.
     """
     folder = local_folder(str(model), revision)
     options = {"dtype": dtype, "device_map": device_map, **kwargs}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        return _load_adapter(folder, None if base is None else Path(base), adapter_name, tokenizer_required, options)
-    if base is not None:
+    trained = folder if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file() else None
+    if trained is None and base is not None:
         raise CheckpointError(f"{folder} is no adapter ({ADAPTER_CONFIG} is missing): it cannot be put on {base}")
-    return _load_full(folder, tokenizer_required, options, hub_kernels=hub_kernels)
+    below = folder
+    if trained is not None:
+        below = _base_folder(folder, settings_of(folder)) if base is None else Path(base)
+    network = _load_full(below, tokenizer_required, downsample_mode, trained, options)
+    if hub_kernels:
+        _use_hub_kernels(network)
+    return network if trained is None else put_adapter(network, trained, adapter_name)
 
 
 def add_adapter(model: PeftModel, adapter: str | Path, name: str) -> None:
@@ -83,7 +97,18 @@ def add_adapter(model: PeftModel, adapter: str | Path, name: str) -> None:
     Raises:
         CheckpointError: as ``load_model``, and an adapter of another family or size.
     """
-    put_adapter(model, local_folder(str(adapter)), name)
+    folder = local_folder(str(adapter))
+    put_adapter(model, folder, name)
+    mode, trained = getattr(model.get_base_model().config, DOWNSAMPLE_MODE, None), saved_with(folder)
+    if trained not in (None, mode):
+        logger.warning(
+            "adapter %s was trained with %s %s, the network works with %s: set model.config.%s before it speaks",
+            folder,
+            DOWNSAMPLE_MODE,
+            trained,
+            mode,
+            DOWNSAMPLE_MODE,
+        )
 
 
 def base_of(adapter: str | Path) -> Path:
@@ -93,23 +118,25 @@ def base_of(adapter: str | Path) -> Path:
         CheckpointError: it is no adapter, or its base is not there.
     """
     folder = local_folder(str(adapter))
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise CheckpointError(f"{folder} is no adapter: {ADAPTER_CONFIG} is missing")
-    return _base_folder(folder, json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+    return _base_folder(folder, settings_of(folder))
 
 
 def _load_full(
-    folder: Path, tokenizer_required: bool, options: dict[str, Any], *, hub_kernels: bool = False
+    folder: Path, tokenizer_required: bool, wish: str | None, trained: Path | None, options: dict[str, Any]
 ) -> PreTrainedModel:
     check_folder(folder)
     config, _ = MiniCPMVConfig.get_config_dict(folder)
     family = detect(config)
     if tokenizer_required:
         check_tokens(load_tokenizer(folder), family, vocab_size(config), str(folder))
-    model = NETWORKS[config["model_type"]].from_pretrained(folder, **options)
-    if hub_kernels:
-        _use_hub_kernels(model)
-    return model
+    mode = decide(family, config, folder, wish, trained=trained)
+    network = NETWORKS[config["model_type"]].from_pretrained(folder, **options)
+    if mode is not None:
+        # Not an option of from_pretrained, which would make it one of the generation config too.
+        setattr(network.config, DOWNSAMPLE_MODE, mode.name)
+        if wish is None and mode.chosen and mode.overruled:  # by the environment: nobody else says so
+            warn_once(logger, str(mode))
+    return network
 
 
 def _use_hub_kernels(model: PreTrainedModel) -> None:
@@ -120,14 +147,6 @@ def _use_hub_kernels(model: PreTrainedModel) -> None:
             f"the kernels of transformers' hub mapping could not be loaded ({error}). Without network access leave "
             "--use_hub_kernels out, or install the kernels themselves (pip install -e '.[linear]')"
         ) from error
-
-
-def _load_adapter(
-    folder: Path, base_folder: Path | None, name: str, tokenizer_required: bool, options: dict[str, Any]
-) -> PeftModel:
-    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    base = _load_full(base_folder or _base_folder(folder, settings), tokenizer_required, options)
-    return put_adapter(base, folder, name)
 
 
 def _base_folder(adapter: Path, settings: dict[str, Any]) -> Path:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from finetune.families.common import merge_of
 from finetune.models.chatting import Chatting
 from finetune.models.frugal import Frugal, pieces, pieces_on_all_ranks
 from finetune.models.head import put_head
@@ -85,7 +86,8 @@ class Whole(Frugal, Chatting, StrictLoading):
             target_sizes_videos: as target_sizes, of videos.
             mm_token_type_ids: (B, T) 1 for placeholders of images; 4.7 computes its positions from them.
             mm_encoder_outputs: features by kind of medium, in place of pixel values.
-            downsample_mode: "16x" or "4x"; None for that of config.json, as the placeholders were counted.
+            downsample_mode: "16x" or "4x", as the placeholders were counted; None for that of ``config``, where loading
+                puts the decided one (``models.modes``).
             cache: keys and values of earlier steps.
             use_cache: None means no cache when there are labels.
             num_items_in_batch: divisor of the summed loss; None takes the mean over the labelled tokens.
@@ -95,7 +97,7 @@ class Whole(Frugal, Chatting, StrictLoading):
             **kwargs: handed on to the language model.
 
         Raises:
-            ValueError: pixels, sizes and placeholders do not agree.
+            ValueError: pixels, sizes and placeholders do not agree, or an unknown mode.
         """
         mode = downsample_mode or self.config.downsample_mode
         in_step = self.training or labels is not None
@@ -184,7 +186,7 @@ class Whole(Frugal, Chatting, StrictLoading):
     ) -> dict[str, BaseModelOutputWithPooling]:
         """Features of several kinds of media by one call of every layer."""
         for pixels, sizes in seen.values():
-            _checked_sizes(pixels, sizes, 4 if mode != "4x" else 2)
+            _checked_sizes(pixels, sizes, merge_of(mode))
         counts = [len(sizes) for _, sizes in seen.values() if sizes is not None]
         pixels = torch.cat([pixels for pixels, _ in seen.values()], dim=3)
         sizes = torch.cat([sizes for _, sizes in seen.values() if sizes is not None])
@@ -200,7 +202,7 @@ class Whole(Frugal, Chatting, StrictLoading):
         """
         if target_sizes is None or self.vision_batch is None or not in_step:
             return self._features(pixel_values, target_sizes, mode, in_step=in_step)
-        _checked_sizes(pixel_values, target_sizes, 4 if mode != "4x" else 2)
+        _checked_sizes(pixel_values, target_sizes, merge_of(mode))
         counts = pieces([1] * len(target_sizes), self.vision_batch)
         idle = pieces_on_all_ranks(len(counts), self.model.vision_tower, pixel_values.device) - len(counts)
         sizes = target_sizes.split(counts)
@@ -222,14 +224,15 @@ class Whole(Frugal, Chatting, StrictLoading):
         run without a graph.
         """
         tower, merger = self.model.vision_tower, self.model.merger
-        windows = mode != "4x"
-        sizes = _checked_sizes(pixel_values, target_sizes, 4 if windows else 2)
+        merge = merge_of(mode)
+        windows = merge > 2  # the tower's own merger halves the sides too
+        sizes = _checked_sizes(pixel_values, target_sizes, merge)
         trained = torch.is_grad_enabled()
         with torch.set_grad_enabled(trained and _trainable(tower)):
             pixels = pixel_values.to(dtype=tower.dtype)
             hidden = tower(pixels, target_sizes=target_sizes, use_vit_merger=windows).last_hidden_state
             if not windows and torch.is_grad_enabled():
-                hidden = hidden + _idle(tower.vit_merger, hidden)
+                hidden = hidden + _idle(tower.vit_merger, hidden, torch.as_tensor([[2, 2]], device=target_sizes.device))
         if windows:
             sizes = [(rows // 2, columns // 2) for rows, columns in sizes]
         with torch.set_grad_enabled(trained and (hidden.requires_grad or _trainable(merger))):
@@ -242,9 +245,9 @@ def _pooled(features: list[torch.Tensor]) -> BaseModelOutputWithPooling:
     return BaseModelOutputWithPooling(pooler_output=features)  # pyright: ignore[reportArgumentType]
 
 
-def _idle(window_merger: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def _idle(window_merger: nn.Module, hidden: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     """Zero that depends on the merger which "4x" leaves out: distributed training wants a gradient everywhere."""
-    return window_merger(hidden[:, :4].detach(), torch.tensor([[2, 2]], device=hidden.device)).sum() * 0
+    return window_merger(hidden[:, :4].detach(), size).sum() * 0
 
 
 def _trainable(module: nn.Module) -> bool:

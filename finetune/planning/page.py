@@ -35,7 +35,9 @@ python -m finetune plan v4_5 --gpus 8 --gpu_memory 80 --length 4096 --batch 2
 prints the memory of a training step on one GPU for every method, stage of ZeRO, offload and activation checkpointing,
 marks what fits `--gpu_memory` (default: the GPU here, else 24), and gives the fastest settings that fit as flags to
 paste. MODEL may be a folder with nothing but config.json, a hub id, or the name of a family; DATA is measured with the
-checkpoint's tokenizer (the longest record counts), without it `--length`, `--slices` and `--images` do.
+checkpoint's tokenizer (the longest record counts), without it `--length`, `--slices` and `--images` do. 4.6 and 4.7 are
+planned with `--downsample_mode 4x` as they are trained with it; images that need more than `--length` (default 2048)
+make the sample longer or, where it is given, lose slices.
 
 ## All families
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from finetune.errors import CheckpointError
 from finetune.families import detect
 from finetune.families.base import Family
 from finetune.families.common import vocab_size
-from finetune.families.settings import FILES, PROCESSORS
-from finetune.models.folders import local_folder
+from finetune.families.settings import DOWNSAMPLE_MODE
+from finetune.models.folders import local_folder, read_json, read_settings
+from finetune.models.modes import Mode, decide, with_mode, write_mode
 from finetune.models.strict import check_unquantised
 
 # Tokenizer, processor and generation settings: copied byte for byte, never re-serialised.
@@ -44,6 +46,7 @@ class Checkpoint:
         revision: commit of the hub id, None for a folder.
         config: config.json as a dictionary, exactly as read.
         family: the generation it belongs to.
+        mode: how many patches become a token in this run; None for families that know one way.
     """
 
     folder: Path
@@ -51,25 +54,25 @@ class Checkpoint:
     revision: str | None
     config: dict[str, Any]
     family: Family
+    mode: Mode | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
         """config.json and, where the folder describes them, the settings of its processors by their names.
 
-        Those are the keys of ``families.settings.PROCESSORS``; ``setting_files`` says which file each was read from.
+        See ``models.folders.read_settings``. The decided downsample_mode stands in all of them.
         """
-        read: dict[str, dict[str, Any]] = {}
-        given: dict[str, Any] = {}
-        for name, places in PROCESSORS.items():
-            for file, key in places:
-                path = self.folder / file
-                if file not in read:
-                    read[file] = _read_json(path) if path.is_file() else {}
-                if found := (read[file].get(key) if key else read[file]):
-                    given[name] = found
-                    given.setdefault(FILES, {})[name] = f"{file}, {key}" if key else file
-                    break
-        return {**self.config, **given}
+        return with_mode(read_settings(self.folder, self.config), self.mode)
+
+    @property
+    def downsample_mode(self) -> str | None:
+        """Name of the mode; the network is loaded with it."""
+        return None if self.mode is None else self.mode.name
+
+    @property
+    def mark(self) -> dict[str, str]:
+        """What an adapter's auto_mapping says of it beside the class of the base: AutoPeftModel passes over it."""
+        return {} if self.mode is None else {DOWNSAMPLE_MODE: self.mode.name}
 
     @property
     def vocab_size(self) -> int:
@@ -77,11 +80,24 @@ class Checkpoint:
         return vocab_size(self.config)
 
 
-def resolve(model_name_or_path: str) -> Checkpoint:
+def resolve(
+    model_name_or_path: str,
+    downsample_mode: str | None = None,
+    *,
+    trained: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Checkpoint:
     """Finds the checkpoint; a hub id (no such folder, form "owner/name") is downloaded.
 
+    Args:
+        model_name_or_path: folder or hub id.
+        downsample_mode: of the flag, None where it is not given; see ``models.modes.decide``.
+        trained: adapter or checkpoint of a training on it, whose mode counts before that of the base.
+        environment: where the variable of the published guides may be set.
+
     Raises:
-        CheckpointError: no such folder, or a folder without config.json or with quantised weights.
+        CheckpointError: no such folder, or a folder without config.json or with quantised weights, or an unknown mode.
+        ArgumentError: a mode that the family does not have.
         UnknownFamilyError: a config.json of none of the supported generations.
     """
     folder = local_folder(model_name_or_path)
@@ -92,7 +108,9 @@ def resolve(model_name_or_path: str) -> Checkpoint:
         raise CheckpointError(f"{folder} is an adapter; training starts from its base checkpoint")
     config = read_config(folder)
     check_unquantised(folder)
-    return Checkpoint(folder, name, revision, config, detect(config))
+    family = detect(config)
+    mode = decide(family, config, folder, downsample_mode, trained=trained, environment=environment)
+    return Checkpoint(folder, name, revision, config, family, mode)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -104,14 +122,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json; it is not a model folder")
-    return _read_json(path)
+    return read_json(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+def take_over(base: Checkpoint, target: Path, patterns: tuple[str, ...]) -> None:
+    """Copies files of a base byte for byte; only its downsample_mode becomes that of the run, where they differ."""
+    copy_files(base.folder, target, patterns)
+    if base.mode is not None:
+        write_mode(target, base.family, base.mode.name)
+
+
+def but_mode(base: Checkpoint) -> str:
+    """For cards of results: that their files are those of the base but for the mode; empty where that is the same."""
+    if base.mode is None or base.mode.name == base.mode.base:
+        return ""
+    return f", with {DOWNSAMPLE_MODE} {base.mode.name} in place of {base.mode.base}"
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> list[str]:

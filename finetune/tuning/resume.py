@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from finetune.arguments import TrainingArguments
 from finetune.errors import UserError
+from finetune.models.modes import saved_with
 from finetune.tuning.manifest import Manifest, checkpoints, describe, fault, read
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,15 @@ class NothingLeftCallback(TrainerCallback):
             raise NothingLeftError
 
 
-def choose_checkpoint(training: TrainingArguments, output: Path) -> Path | None:
+def choose_checkpoint(training: TrainingArguments, output: Path, downsample_mode: str | None = None) -> Path | None:
     """The checkpoint that --resume_from_checkpoint stands for, checked; None to start from the base.
 
     Only one process should call this: it reads every byte of the checkpoint.
+
+    Args:
+        training: flags of the run.
+        output: its folder.
+        downsample_mode: of the run, None for a family without.
 
     Raises:
         ResumeError: a path that is no complete checkpoint, or a checkpoint that does not fit this run.
@@ -47,7 +53,7 @@ def choose_checkpoint(training: TrainingArguments, output: Path) -> Path | None:
     if wish is None:
         return None
     if wish == "auto":
-        return _newest(training, output)
+        return _newest(training, output, downsample_mode)
     folder = Path(wish).expanduser().absolute()
     if not folder.is_dir():
         raise ResumeError(
@@ -59,12 +65,12 @@ def choose_checkpoint(training: TrainingArguments, output: Path) -> Path | None:
         hint = f"give one of its checkpoints, e.g. {inside[-1][1]}" if inside else "auto takes the newest complete one"
         raise ResumeError(f"{folder} is not a complete checkpoint, {reason}. --resume_from_checkpoint: {hint}")
     assert manifest is not None
-    _check_fits(training, folder, manifest)
+    _check_fits(training, folder, manifest, downsample_mode)
     logger.info("resuming from %s (step %d)", folder, manifest.step)
     return folder
 
 
-def _newest(training: TrainingArguments, output: Path) -> Path | None:
+def _newest(training: TrainingArguments, output: Path, mode: str | None) -> Path | None:
     """The complete checkpoint written last; unfinished and damaged ones are named and passed over."""
     found = [(folder, read(folder)) for _, folder in checkpoints(output)]
     found.sort(key=lambda entry: entry[1].written if entry[1] else float("inf"), reverse=True)
@@ -73,7 +79,7 @@ def _newest(training: TrainingArguments, output: Path) -> Path | None:
             logger.warning("%s is not complete and is passed over: %s", folder, reason)
             continue
         assert manifest is not None
-        _check_fits(training, folder, manifest)
+        _check_fits(training, folder, manifest, mode)
         logger.info("resuming from %s (step %d)", folder, manifest.step)
         return folder
     _check_nothing_is_lost(output)
@@ -91,7 +97,7 @@ def _check_nothing_is_lost(output: Path) -> None:
             )
 
 
-def _check_fits(training: TrainingArguments, folder: Path, manifest: Manifest) -> None:
+def _check_fits(training: TrainingArguments, folder: Path, manifest: Manifest, mode: str | None) -> None:
     """Whether the state in a complete checkpoint can be continued by this run."""
     now = Manifest(step=0, written=0.0, files={}, **describe(training))
     weights = _weights_hint(folder, manifest)
@@ -114,6 +120,11 @@ def _check_fits(training: TrainingArguments, folder: Path, manifest: Manifest) -
             f"{folder} was written by {manifest.world_size} processes, this run has {now.world_size}: with ZeRO each "
             f"process holds a part of the optimizer's state. Start {manifest.world_size} processes (GPUS_PER_NODE, "
             f"NNODES). {weights}"
+        )
+    if (saved := saved_with(folder)) not in (None, mode):
+        raise ResumeError(
+            f"{folder} was trained with downsample_mode {saved}, this run has {mode}: give --downsample_mode {saved}. "
+            f"{weights}"
         )
     before, after = _global_batch(manifest), _global_batch(now)
     if before != after or manifest.world_size != now.world_size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from safetensors import safe_open
 import finetune
 from finetune.arguments import Arguments
 from finetune.errors import UserError
+from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.tuning.carrying import carry
-from finetune.tuning.checkpoint import FULL_FILES, SIDE_FILES, Checkpoint, copy_files
+from finetune.tuning.checkpoint import FULL_FILES, SIDE_FILES, Checkpoint, but_mode, read_config, take_over
 
 # What a former run leaves in an output folder.
 _RESULT_FILES = (
@@ -71,8 +73,14 @@ def prepare_output(folder: Path, *, resuming: bool, overwrite: bool) -> None:
 
 def write_run(args: Arguments, base: Checkpoint, folder: Path) -> None:
     """Writes run.yaml, which finetune.py runs again: flags that differ from their defaults, the base, the versions."""
+    described: dict[str, Any] = {"name": base.name, "revision": base.revision, "family": base.family.name}
+    if base.mode is not None:
+        described[DOWNSAMPLE_MODE] = base.mode.name
+        if base.mode.chosen:  # also by the environment: the run that this file starts again need not have it
+            model = replace(args.model, downsample_mode=base.mode.name)
+            args = args._replace(model=model, origins={DOWNSAMPLE_MODE: base.mode.origin, **args.origins})
     run = {
-        "base": {"name": base.name, "revision": base.revision, "family": base.family.name},
+        "base": described,
         "versions": {
             "finetune": finetune.__version__,
             "torch": str(torch.__version__),
@@ -92,9 +100,9 @@ def finish_adapter(model: PeftModel, folder: Path, base: Checkpoint) -> None:
     config.revision = base.revision
     # peft imports the class named here; its allow-list has transformers, which our registration then serves.
     base_class, library = base.family.auto_mapping
-    config.auto_mapping = {"base_model_class": base_class, "parent_library": library}
+    config.auto_mapping = {"base_model_class": base_class, "parent_library": library, **base.mark}
     config.save_pretrained(str(folder))
-    copy_files(base.folder, folder, SIDE_FILES)
+    take_over(base, folder, SIDE_FILES)
     (folder / "README.md").write_text(_adapter_card(base), encoding="utf-8")
     _tidy(folder)
 
@@ -104,10 +112,10 @@ def finish_full(folder: Path, base: Checkpoint) -> None:
 
     Tensors of the base that the network does not have (the speech output of MiniCPM-o) are added to the weights.
     transformers 5 re-serialises config.json in a layout that official code misreads (rope_theta moves), so the
-    original goes back; only torch_dtype follows the weights.
+    original goes back; only torch_dtype follows the weights, and downsample_mode the run.
     """
-    copy_files(base.folder, folder, FULL_FILES)
-    config: dict[str, Any] = dict(base.config)
+    take_over(base, folder, FULL_FILES)
+    config = read_config(folder)
     dtype = _saved_dtype(folder)
     if dtype is not None:
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
@@ -137,6 +145,13 @@ def _tidy(folder: Path) -> None:
 
 def _adapter_card(base: Checkpoint) -> str:
     revision = f" (revision {base.revision})" if base.revision else ""
+    option = note = ""
+    if base.mode is not None and base.mode.name != base.mode.base:
+        option = f'model.config.{DOWNSAMPLE_MODE} = "{base.mode.name}"\n'
+        note = f"""
+It was trained with {DOWNSAMPLE_MODE} {base.mode.name}, and the base has {base.mode.base}. The processor beside the
+adapter and the tools of this project know; peft loads the base as it is and has to be told, as above.
+"""
     return f"""---
 base_model: {base.name}
 library_name: peft
@@ -150,8 +165,8 @@ import finetune.models  # registers the network; no remote code is run
 from peft import AutoPeftModel
 
 model = AutoPeftModel.from_pretrained("path/to/this/folder", device_map="auto").eval()
-```
-"""
+{option}```
+{note}"""
 
 
 def _full_card(base: Checkpoint) -> str:
@@ -160,7 +175,7 @@ base_model: {base.name}
 ---
 # Finetuned {base.family.title}
 
-All files besides the weights are those of `{base.name}`. The flags of the run are in `run.yaml`.
+All files besides the weights are those of `{base.name}`{but_mode(base)}. The flags of the run are in `run.yaml`.
 
 ```python
 import finetune.models  # registers the network; no remote code is run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
 from finetune.encoding.fitting import Fitter
+from finetune.families import by_name
 from finetune.media.sampling import VideoOptions
 from finetune.models import load_model, load_tokenizer
+from finetune.models.modes import write_mode
 from finetune.notices import warn_once
 from finetune.sample import DataError, Media, Message, Part, Sample, Source, Text
 from finetune.tuning.checkpoint import resolve
@@ -131,10 +134,14 @@ def test_rows_of_a_batch_do_not_mix(tiny, folder: Path, family: str, options: Vi
         assert torch.allclose(together, alone, atol=1e-4), side
 
 
+@pytest.mark.parametrize("mode", ["16x", "4x"])
 @pytest.mark.parametrize("family", ["v4_6", "v4_7"])
-def test_batch_is_the_one_of_the_published_processor(tiny, folder: Path, family: str) -> None:
+def test_batch_is_the_one_of_the_published_processor(
+    tiny, folder: Path, tmp_path: Path, family: str, mode: str
+) -> None:
     """Ids, types, pixels and sizes; frames are given as decoded here, they choose and cut them."""
-    model = tiny(family)
+    model = shutil.copytree(tiny(family), tmp_path / "model")
+    write_mode(model, by_name(family), mode)
     made = encoder(model)
     with footage.video.Decoder(footage.video.probe(video(folder, "wide.mp4"), Source("", 0)), Source("", 0)) as decoder:
         frames = torch.stack([torch.tensor(list(decoder.take(index).tobytes())) for index in range(12)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from finetune.commands.tiny_native import NATIVE, write_native
+from finetune.families import by_name
+from finetune.models.modes import write_mode
 
 Native = Callable[..., Path]
 
@@ -36,8 +37,8 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Native:
 def _write(family: str, mode: str, folder: Path) -> Path:
     folder.mkdir()
     write_native(family, folder)
+    write_mode(folder, by_name(family), mode)
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "downsample_mode": mode}, indent=2))
     as_written = path.read_bytes()
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)

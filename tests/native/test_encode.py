@@ -23,8 +23,8 @@ from finetune.templates.probe import check_chat_template
 from finetune.tuning.checkpoint import resolve
 
 
-def published(folder: Path, messages: Sequence[Message], *, generate: bool, mode: str, slices: int = 9) -> dict:
-    images = {"max_slice_nums": slices, "downsample_mode": mode}
+def published(folder: Path, messages: Sequence[Message], *, generate: bool, slices: int = 9) -> dict:
+    images = {"max_slice_nums": slices}
     return AutoProcessor.from_pretrained(folder).apply_chat_template(
         as_published(messages),
         tokenize=True,
@@ -41,7 +41,7 @@ def published(folder: Path, messages: Sequence[Message], *, generate: bool, mode
 def test_batch_is_the_published_one(native, family: str, mode: str, name: str, generate: bool) -> None:
     folder, messages = native(family, mode), CONVERSATIONS[name]
     given = pad([encoder(folder).encode(sample(messages), generate=generate)], 0)
-    wanted = dict(published(folder, messages[:-1] if generate else messages, generate=generate, mode=mode))
+    wanted = dict(published(folder, messages[:-1] if generate else messages, generate=generate))
     labels = given.pop("labels")
     assert given.keys() == wanted.keys()
     for key, tensor in wanted.items():
@@ -75,7 +75,7 @@ def test_training_is_prompt_answer_and_end(native, family: str) -> None:
 def test_fewer_slices(native, family: str, slices: int) -> None:
     folder, messages = native(family), CONVERSATIONS["several"]
     given = encoder(folder, max_slice_nums=slices).encode(sample(messages), generate=True)
-    wanted = published(folder, messages[:-1], generate=True, mode="16x", slices=slices)
+    wanted = published(folder, messages[:-1], generate=True, slices=slices)
     batch = pad([given], 0)
     assert torch.equal(batch["input_ids"], wanted["input_ids"])
     assert torch.equal(batch["pixel_values"], wanted["pixel_values"])

@@ -103,7 +103,7 @@ def test_an_adapter_is_the_trained_network(native, demo_data: Path, family: str,
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     name = type(network(made).get_base_model()).__name__
     module = f"transformers.models.minicpm{family}.modeling_minicpm{family}"
-    assert written["auto_mapping"] == {"base_model_class": name, "parent_library": module}
+    assert written["auto_mapping"] == {"base_model_class": name, "parent_library": module, "downsample_mode": "16x"}
     assert isinstance(again, PeftModel)
     merged = again.merge_and_unload()  # pyright: ignore[reportCallIssue]
     assert type(merged).__name__ == name
