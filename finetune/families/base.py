@@ -63,6 +63,7 @@ class Family:
         hub_id: the published checkpoint.
         llm_type: the official LLM_TYPE value.
         matches: whether a config.json (as a dictionary) belongs to this family.
+        transformers: the oldest version of it that has the network; empty where every supported one does.
         network: the parts of our own network; None where transformers has the network as one class.
         slice_spec: reads the slicing settings from a config.json.
         audio_spec: reads from a config.json how the checkpoint hears; None for families that cannot.
@@ -91,6 +92,7 @@ class Family:
     hub_id: str
     llm_type: str
     matches: Callable[[Config], bool]
+    transformers: str = ""
     network: Network | None = None
     slice_spec: Callable[[Config], SliceSpec]
     layout: Callable[[Config], Layout]
