@@ -1,4 +1,4 @@
-"""Packed rows of 4.6 and 4.7, with the kernels of linear attention that they need: every segment is as it is alone."""
+"""Packed rows of 4.6, 4.7 and OCR, with the kernels of linear attention that they need: every segment is as it is alone."""
 
 from __future__ import annotations
 
