@@ -140,7 +140,7 @@ def _write_weights(folder: Path, seed: int, dtype: str, factors: dict[str, float
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Drawn in float32 whatever is stored, so that the types differ by rounding alone.
-        # AutoModel gives a network without output layer for 4.6 and 4.7.
+        # AutoModel gives a network without output layer for 4.6, 4.7 and OCR.
         maker = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModel
         model = maker.from_config(config, dtype=torch.float32)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()

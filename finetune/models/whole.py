@@ -222,7 +222,7 @@ class Whole(Frugal, Chatting, StrictLoading):
             pixels = pixel_values.to(dtype=tower.dtype)
             hidden = tower(pixels, target_sizes=target_sizes, use_vit_merger=windows).last_hidden_state
             if not windows and torch.is_grad_enabled():
-                hidden = hidden + _idle(tower.vit_merger, hidden)
+                hidden = hidden + _idle(tower.vit_merger, hidden, target_sizes)
         if windows:
             sizes = [(rows // 2, columns // 2) for rows, columns in sizes]
         with torch.set_grad_enabled(trained and (hidden.requires_grad or _trainable(merger))):
@@ -235,9 +235,9 @@ def _pooled(features: list[torch.Tensor]) -> BaseModelOutputWithPooling:
     return BaseModelOutputWithPooling(pooler_output=features)  # pyright: ignore[reportArgumentType]
 
 
-def _idle(window_merger: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def _idle(window_merger: nn.Module, hidden: torch.Tensor, target_sizes: Any) -> torch.Tensor:
     """Zero that depends on the merger which "4x" leaves out: distributed training wants a gradient everywhere."""
-    return window_merger(hidden[:, :4].detach(), torch.tensor([[2, 2]], device=hidden.device)).sum() * 0
+    return window_merger(hidden[:, :4].detach(), target_sizes.new_tensor([[2, 2]])).sum() * 0
 
 
 def _trainable(module: nn.Module) -> bool:

@@ -131,6 +131,6 @@ def reference_settings(reference: Path) -> tuple[str, bool]:
 
 def _distance(model: torch.nn.Module, batch: dict[str, torch.Tensor], expected: torch.Tensor) -> float:
     keep = expected.shape[1]
-    # The classes of transformers (4.6, 4.7) give all logits whatever is asked for.
+    # The classes of transformers (4.6, 4.7, OCR) give all logits whatever is asked for.
     logits = model(**batch, logits_to_keep=keep).logits[:, -keep:]
     return (logits.float().cpu() - expected).abs().max().item()
