@@ -133,7 +133,8 @@ class DataArguments:
         },
     )
     video_max_slice_nums: int | None = field(
-        default=None, metadata={"help": "Most slices per frame. Default: 1, of 4.6, 4.7 and OCR the checkpoint's value."}
+        default=None,
+        metadata={"help": "Most slices per frame. Default: 1, of 4.6, 4.7 and OCR the checkpoint's value."},
     )
     video_max_pixels: int | None = field(
         default=None,

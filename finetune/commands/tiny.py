@@ -13,6 +13,7 @@ from pathlib import Path
 
 from finetune.commands import tiny_chatml, tiny_config, tiny_native, tiny_tokenizer
 from finetune.commands.tiny_tokenizer import write_json
+from finetune.families import by_name, check_transformers
 
 FAMILIES = (*tiny_config.VOCABULARY, *tiny_native.NATIVE)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -54,11 +55,13 @@ def write_tiny_checkpoint(
     Raises:
         ValueError: there is no tiny checkpoint of this family, or no such dtype.
         FileExistsError: the folder holds something (that this command did not write), or the path is a file.
+        UnknownFamilyError: the installed transformers does not have its network.
     """
     if family not in FAMILIES:
         raise ValueError(f"no tiny checkpoint for family {family!r}; there is one for {', '.join(FAMILIES)}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_transformers(by_name(family))
     folder = start_folder(Path(out), _readme(family, seed, dtype), overwrite=overwrite)
     if family in tiny_native.NATIVE:
         tiny_native.write_native(family, folder)

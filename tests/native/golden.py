@@ -1,7 +1,7 @@
 """Golden figures of 4.6, 4.7 and OCR: ids, pixels, loss and gradients by the processor and the class of transformers.
 
-``python tests/native/golden.py v4_7`` records those of a family with the installed version, without a name those of all;
-nothing of the toolkit computes there.
+``python tests/native/golden.py v4_7`` records those of a family with the installed version, without a name those of
+all; nothing of the toolkit computes there.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conversations import answer, as_published, encoder, sample, user
+from conversations import answer, as_published, encoder, sample
 from PIL import Image
 from transformers import AutoProcessor, MiniCPMOcrImageProcessor
 
