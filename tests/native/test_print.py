@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,10 +53,9 @@ def sizes_of(picture: Image.Image, spec: SliceSpec) -> list[tuple[int, int]]:
 
 def published(picture: Image.Image, spec: SliceSpec) -> list[tuple[int, int]]:
     mode = {merge: mode for mode, merge in MODES.items()}[spec.merge]
-    options = {"max_slice_nums": spec.max_slice_nums, "scale_resolution": spec.scale_resolution}
-    made = MiniCPMOcrImageProcessor()(
-        images=[picture], small_image_upsize=spec.enlarge, downsample_mode=mode, return_tensors="pt", **options
-    )
+    options: dict[str, Any] = {"max_slice_nums": spec.max_slice_nums, "scale_resolution": spec.scale_resolution}
+    options |= {"small_image_upsize": spec.enlarge, "downsample_mode": mode}
+    made = MiniCPMOcrImageProcessor()(images=[picture], return_tensors="pt", **options)
     return [(rows, columns) for rows, columns in made["target_sizes"].tolist()]
 
 
