@@ -32,6 +32,7 @@ from finetune.families import FAMILIES
 from finetune.families.base import Config, Family
 from finetune.families.settings import DOWNSAMPLE_MODE, disagreements
 from finetune.media import audio, image
+from finetune.media.glyphs import Print, check_installed
 from finetune.media.sampling import VideoOptions
 from finetune.media.slicing import MERGES, Plan, SliceSpec, plan
 from finetune.media.sound import AudioSpec, Sound, sound
@@ -48,8 +49,11 @@ _PATCH_COST = 0.1
 _FRAME_COST = 0.02
 """Cost of a mel frame: the audio tower has a twenty-fifth of the parameters, and half as many places as frames."""
 
-Extent = tuple[int, int] | int | Footage
-"""Size of a medium: (width, height) in pixels of an image, samples of a clip, the chosen frames of a video."""
+Extent = tuple[int, int] | Print | int | Footage
+"""Size of a medium: (width, height) in pixels of an image, samples of a clip, the chosen frames of a video.
+
+Images whose pixels decide how they are cut are there decoded.
+"""
 Planned = Plan | Sound | FootagePlan
 """How a medium takes its place in the prompt."""
 
@@ -111,7 +115,8 @@ class Encoder:
         image_backend: how images are decoded and resized: "pillow", or "fast" with some bytes one level off.
 
     Raises:
-        UserError: the family keeps the pixels of its published image processor, and another backend is asked for.
+        UserError: the family keeps the pixels of its published image processor, and another backend is asked for; or
+            that processor needs a package that is missing.
         MissingTokenError: the tokenizer lacks a token that the family needs.
         TemplateMismatchError: its chat template begins in a way that the family's prompt cannot.
     """
@@ -135,6 +140,8 @@ class Encoder:
                 f"--image_backend {image_backend}: {family.title} keeps the pixels of its published image processor, "
                 "which has its own way to resize; leave the option out"
             )
+        if slicing.enlarge == "adaptive":
+            check_installed()
         self.family = family
         self.tokenizer = tokenizer
         self.layout = complete_layout(family, layout, tokenizer)
@@ -219,12 +226,16 @@ class Encoder:
     def sizes(self, sample: Sample) -> tuple[Extent, ...]:
         """The size of every medium, in reading order: of images as they are cut, from their headers; of sound decoded.
 
+        Images are decoded too where their pixels decide how they are cut.
+
         Raises:
             DataError: a medium that cannot be read, or that this family has no input for.
         """
         return tuple(self._extent(media, sample) for media in sample.media())
 
     def _extent(self, media: Media, sample: Sample) -> Extent:
+        if media.kind == "image" and self.slicing.enlarge == "adaptive":
+            return Print(self._picture(media, sample), self.slicing.scale_resolution)
         if media.kind == "image":
             return image.shrunk(image.size(media, sample.source, self.max_pixels), self.shrink_pixels)
         if media.kind == "audio" and self.hearing is not None:
@@ -251,6 +262,8 @@ class Encoder:
         if isinstance(size, int):
             assert self.hearing is not None  # or there would be no such size
             return sound(size, self.hearing)
+        if isinstance(size, Print):
+            return plan(*size.size, slicing, size)
         return plan(*size, slicing)
 
     def _spread(self, sample: Sample, plans: Sequence[Planned]) -> Spread:

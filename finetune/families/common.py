@@ -132,19 +132,19 @@ def vocab_size(config: Config) -> int:
     return (config.get("text_config") or config)["vocab_size"]
 
 
-def merged_slices(config: Config) -> SliceSpec:
+def merged_slices(table: Table, config: Config) -> SliceSpec:
     """How 4.6 and later cut images: every side is whole where 4 x 4 patches (2 x 2 in "4x") become a token."""
-    return replace(slices(TRANSFORMERS, config), merge=_merge(config))
+    return replace(slices(table, config), merge=_merge(table, config))
 
 
-def merged_layout(config: Config) -> Layout:
+def merged_layout(table: Table, config: Config) -> Layout:
     """4.6 and later: placeholders by the size of the item, numbered images, turns as Qwen3.5 writes them."""
-    side = value_of(config, TRANSFORMERS["patch_size"]) * _merge(config)
+    side = value_of(config, table["patch_size"]) * _merge(table, config)
     return Layout(
         pixels_per_token=side * side,
         placeholder=IMAGE_PAD,
         video_placeholder=VIDEO_PAD,
-        image_ids=value_of(config, TRANSFORMERS["use_image_id"]),
+        image_ids=value_of(config, table["use_image_id"]),
         ids_beside_video=True,
         trim=True,
         # Reported, not published where we could read it: the checkpoint's own chat template decides.
@@ -152,8 +152,8 @@ def merged_layout(config: Config) -> Layout:
     )
 
 
-def _merge(config: Config) -> int:
-    return merge_of(value_of(config, TRANSFORMERS[DOWNSAMPLE_MODE]))
+def _merge(table: Table, config: Config) -> int:
+    return merge_of(value_of(config, table[DOWNSAMPLE_MODE]))
 
 
 def merge_of(mode: Any) -> int:

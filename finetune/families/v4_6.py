@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from finetune.families.base import Config, Family
 from finetune.families.common import (
@@ -30,7 +31,7 @@ def _matches(config: Config) -> bool:
 
 
 def _layout(config: Config) -> Layout:
-    layout = merged_layout(config)
+    layout = merged_layout(TRANSFORMERS, config)
     return replace(layout, video_ids=layout.image_ids)
 
 
@@ -42,7 +43,7 @@ V4_6 = Family(
     matches=_matches,
     video=PROCESSED_FRAMES,
     settings=TRANSFORMERS,
-    slice_spec=merged_slices,
+    slice_spec=partial(merged_slices, TRANSFORMERS),
     layout=_layout,
     render=render,
     roles=ROLES,

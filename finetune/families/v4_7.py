@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from finetune.families.base import Config, Family
 from finetune.families.common import (
     CHATML_TOKENS,
@@ -34,8 +36,8 @@ V4_7 = Family(
     matches=_matches,
     video=PROCESSED_FRAMES,
     settings=TRANSFORMERS,
-    slice_spec=merged_slices,
-    layout=merged_layout,
+    slice_spec=partial(merged_slices, TRANSFORMERS),
+    layout=partial(merged_layout, TRANSFORMERS),
     render=render,
     roles=ROLES,
     control_tokens=(*_TOKENS, VIDEO_PAD, "<|endoftext|>"),

@@ -1,4 +1,4 @@
-"""The networks that transformers has as one class (4.6, 4.7), with the loss and the care of ours.
+"""The networks that transformers has as one class (4.6, 4.7, OCR), with the loss and the care of ours.
 
 A class here has the name of its parent, so that what it saves names the class that everybody has.
 """
@@ -232,7 +232,7 @@ class Whole(Frugal, Chatting, StrictLoading):
             pixels = pixel_values.to(dtype=tower.dtype)
             hidden = tower(pixels, target_sizes=target_sizes, use_vit_merger=windows).last_hidden_state
             if not windows and torch.is_grad_enabled():
-                hidden = hidden + _idle(tower.vit_merger, hidden, torch.as_tensor([[2, 2]], device=target_sizes.device))
+                hidden = hidden + _idle(tower.vit_merger, hidden, target_sizes)
         if windows:
             sizes = [(rows // 2, columns // 2) for rows, columns in sizes]
         with torch.set_grad_enabled(trained and (hidden.requires_grad or _trainable(merger))):
@@ -245,9 +245,9 @@ def _pooled(features: list[torch.Tensor]) -> BaseModelOutputWithPooling:
     return BaseModelOutputWithPooling(pooler_output=features)  # pyright: ignore[reportArgumentType]
 
 
-def _idle(window_merger: nn.Module, hidden: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+def _idle(window_merger: nn.Module, hidden: torch.Tensor, target_sizes: Any) -> torch.Tensor:
     """Zero that depends on the merger which "4x" leaves out: distributed training wants a gradient everywhere."""
-    return window_merger(hidden[:, :4].detach(), size).sum() * 0
+    return window_merger(hidden[:, :4].detach(), target_sizes.new_tensor([[2, 2]])).sum() * 0
 
 
 def _trainable(module: nn.Module) -> bool:
@@ -294,3 +294,12 @@ WHOLE_NETWORKS: dict[str, type[PreTrainedModel]] = {
     "minicpmv4_6": MiniCPMV4_6ForConditionalGeneration,
     "minicpmv4_7": MiniCPMV4_7ForConditionalGeneration,
 }
+
+if hasattr(transformers, "MiniCPMOcrForConditionalGeneration"):  # since 5.23; ``families.detect`` refuses it below
+
+    class MiniCPMOcrForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethodOverride]
+        Whole, transformers.MiniCPMOcrForConditionalGeneration
+    ):
+        """MiniCPM-OCR."""
+
+    WHOLE_NETWORKS["minicpm_ocr"] = MiniCPMOcrForConditionalGeneration
