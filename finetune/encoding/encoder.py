@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypedDict, Unpack
 
 import torch
@@ -27,6 +27,7 @@ from finetune.encoding.footage import (
 from finetune.encoding.hearing import log_mel
 from finetune.encoding.ids import text_tensors
 from finetune.encoding.inputs import INPUTS, ImageBackend
+from finetune.encoding.measure import Measure
 from finetune.errors import UserError
 from finetune.families import FAMILIES
 from finetune.families.base import Config, Family
@@ -44,11 +45,6 @@ from finetune.templates.tokens import TextError, Vocabulary
 
 logger = logging.getLogger(__name__)
 
-_PATCH_COST = 0.1
-"""Cost of a patch in tokens: the vision tower has about a tenth of the parameters that a token passes."""
-_FRAME_COST = 0.02
-"""Cost of a mel frame: the audio tower has a twenty-fifth of the parameters, and half as many places as frames."""
-
 Extent = tuple[int, int] | Print | int | Footage
 """Size of a medium: (width, height) in pixels of an image, samples of a clip, the chosen frames of a video.
 
@@ -65,29 +61,6 @@ class PromptOptions(TypedDict, total=False):
     enable_thinking: bool | None
     image_ids: bool
     spoken: Spoken
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """Size of an encoded sample, known without decoding its media.
-
-    Attributes:
-        tokens: length of the ids.
-        items: visual items (thumbnails and slices).
-        patches: vision patches of all items.
-        frames: mel frames of all sound.
-        cost: tokens plus a tenth per patch and a fiftieth per frame; relative, for balancing and packing.
-    """
-
-    tokens: int
-    items: int
-    patches: int
-    frames: int = 0
-
-    @property
-    def cost(self) -> float:
-        """Work of a training step on this sample, in tokens."""
-        return self.tokens + _PATCH_COST * self.patches + _FRAME_COST * self.frames
 
 
 def _not_taken(family: Family, kind: MediaKind) -> str:
