@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from finetune.cache import folder, signature
 from finetune.encoding.check_cache import fingerprint
-from finetune.encoding.encoder import Measure
 from finetune.encoding.intake import Intake
+from finetune.encoding.measure import Measure
 from finetune.sample import DataError
 
 logger = logging.getLogger(__name__)
