@@ -79,7 +79,7 @@ def message_of(error: UserError) -> str:
 def leave(status: int) -> NoReturn:
     """Ends the process: threads are waited for and exit handlers run as always, but nothing behind them does.
 
-    torch 2.15.0 can abort while its C++ objects are destroyed after a distributed run; the launcher would take work
+    torch 2.15.0 can abort while its C++ objects are destroyed after a distributed run; a launcher would then take work
     that is done and saved for failed.
     """
     global _leaving
