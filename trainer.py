@@ -31,6 +31,7 @@ from finetune.tuning.order import EpochOrder, LeanSampler
 from finetune.tuning.parts import counted, full_parts, numel, part_of
 from finetune.tuning.resume import NothingLeftCallback, NothingLeftError
 from finetune.tuning.saving import finish_adapter, finish_full
+from finetune.tuning.sharding import keep_experts_together
 from finetune.tuning.throughput import Throughput
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class CPMTrainer(Trainer):
         self.part_learning_rates = part_learning_rates
         self.check_base_loss = check_base_loss
         self.base_loss: float | None = None
+        if zero_stage(self.args.deepspeed) == _SHARDED:
+            keep_experts_together(self._network())
         flops = flops_of(self._network(), base.family)
         self.throughput = Throughput(flops, self.accelerator.gather, self.args.device)
         self._passed = 0

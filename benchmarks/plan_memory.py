@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -41,6 +42,41 @@ CONFIG = {
         "num_hidden_layers": 6,
     },
 }
+# 4.7 with a mixture of experts: 2 of 8 see a token.
+MIXTURE = {
+    **CONFIGS["v4_7"],
+    "image_token_id": 5,
+    "insert_layer_id": 2,
+    "text_config": {
+        **CONFIGS["v4_7"]["text_config"],
+        "head_dim": 64,
+        "hidden_size": 512,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"] * 2,
+        "linear_key_head_dim": 64,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_value_head_dim": 64,
+        "model_type": "qwen3_5_moe_text",
+        "moe_intermediate_size": 256,
+        "num_attention_heads": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 8,
+        "num_key_value_heads": 2,
+        "rope_parameters": {**CONFIGS["v4_7"]["text_config"]["rope_parameters"], "mrope_section": [3, 3, 2]},
+        "shared_expert_intermediate_size": 256,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+    "tie_word_embeddings": False,
+    "vision_config": {
+        **CONFIGS["v4_7"]["vision_config"],
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_attention_heads": 6,
+        "num_hidden_layers": 6,
+    },
+}
 _TEXT = Shape(tokens=512, items=0)
 _IMAGES = Shape(tokens=512, items=4, patches=576)
 _FULL = Recipe(method="full", checkpointing=False)
@@ -58,21 +94,29 @@ CASES: dict[str, tuple[Recipe, Shape]] = {
     "LoRA, images, layers run again": (replace(_LORA, checkpointing=True), _IMAGES),
     "LoRA, 2 rows with images": (_LORA, replace(_IMAGES, batch=2)),
     "LoRA, many labels": (_LORA, replace(_TEXT, labelled=0.9)),
+    "mixture, full": (_FULL, _TEXT),
+    "mixture, full, images, layers run again": (replace(_FULL, checkpointing=True), _IMAGES),
+    "mixture, LoRA, 2 rows with images": (_LORA, replace(_IMAGES, batch=2)),
 }
+
+
+def config_of(case: str) -> dict[str, Any]:
+    """The network of a case."""
+    return MIXTURE if case.startswith("mixture") else CONFIG
 
 
 def main(names: list[str]) -> None:
     """Runs the cases and prints a line for each."""
     rows = []
-    print(f"{'case':<34} {'plan':>8} {'measured':>9} {'ratio':>6} {'moving':>8} {'measured':>9} {'ratio':>6}  MB")
+    print(f"{'case':<42} {'plan':>8} {'measured':>9} {'ratio':>6} {'moving':>8} {'measured':>9} {'ratio':>6}  MB")
     for name in names or CASES:
         recipe, shape = CASES[name]
-        memory = Planner(CONFIG, torch.float32, gpu=False).memory(recipe, shape)
+        memory = Planner(config_of(name), torch.float32, gpu=False).memory(recipe, shape)
         ours = memory.total, memory.total - memory.weights - memory.optimizer
         done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, check=True)
         theirs = [int(word) for word in done.stdout.splitlines()[-1].split()]
         words = [f"{a / 1e6:8.1f} {b / 1e6:9.1f} {a / b:6.3f}" for a, b in zip(ours, theirs, strict=True)]
-        print(f"{name:<34} {' '.join(words)}  {memory.when}", flush=True)
+        print(f"{name:<42} {' '.join(words)}  {memory.when}", flush=True)
         for what, a, b in zip(("peak", "of it moving"), ours, theirs, strict=True):
             rows.append((f"{what} of a step on the CPU, {name}", a / 1e6, b / 1e6, a / b, "MB"))
     append("plan_memory", rows, ("torch", "transformers", "peft"))
@@ -86,6 +130,6 @@ if __name__ == "__main__":
     if given.one:
         from finetune.planning.measured import measured
 
-        print(*measured(CONFIG, *CASES[given.one]))
+        print(*measured(config_of(given.one), *CASES[given.one]))
     else:
         main(given.cases)

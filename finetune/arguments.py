@@ -21,7 +21,7 @@ from finetune.batching import BatchArguments, check_streamed_batches, resolve_ba
 from finetune.config.deepspeed import load_deepspeed
 from finetune.config.resolve import resolve
 from finetune.errors import ArgumentError
-from finetune.flags import DataArguments, LoraArguments, MemoryArguments, ModelArguments, check_memory
+from finetune.flags import DataArguments, LoraArguments, MemoryArguments, ModelArguments, check_lora, check_memory
 
 logger = logging.getLogger(__name__)
 
@@ -329,10 +329,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         logger.warning("--image_backend fast decodes JPEG files faster with simplejpeg: pip install -e '.[fast]'")
     if lora.q_lora:
         _check_q_lora(training)
-    if not training.use_lora:
-        given = [f"--{entry.name}" for entry in fields(lora) if getattr(lora, entry.name) != entry.default]
-        if given:
-            logger.warning("%s: no effect without --use_lora true", ", ".join(given))
+    check_lora(lora, use_lora=training.use_lora)
     _check_data(data, training)
     if data.streaming:
         check_streamed_batches(training)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from finetune.errors import ArgumentError
 from finetune.media.sampling import VideoOptions
+
+logger = logging.getLogger(__name__)
 
 VIDEO_FLAGS = (
     "video_fps",
@@ -259,6 +262,13 @@ class LoraArguments:
             "the attention projections of lora_parts, by names that the checkpoint's generation has."
         },
     )
+    lora_target_parameters: str | None = field(
+        default=None,
+        metadata={
+            "help": "Comma-separated ends of parameter names that get adapters too, for weights that are in no linear "
+            "layer: mlp.experts.gate_up_proj,mlp.experts.down_proj of a mixture. Wants lora_dropout 0. Default: none."
+        },
+    )
     lora_bias: str = field(
         default="none", metadata={"help": "Biases to train.", "choices": ["none", "all", "lora_only"]}
     )
@@ -283,3 +293,29 @@ class LoraArguments:
         default=False,
         metadata={"help": "QLoRA: the LLM's linear layers are quantised to 4 bit (nf4, bitsandbytes) on loading."},
     )
+
+
+def check_lora(lora: LoraArguments, *, use_lora: bool) -> None:
+    """Refuses adapters on parameters that would be without effect or that peft does not make; warns of other flags.
+
+    Raises:
+        ArgumentError: --lora_target_parameters without LoRA, or with dropout, DoRA or repeated layers.
+    """
+    if not use_lora:
+        if lora.lora_target_parameters is not None:
+            raise ArgumentError(
+                f"--lora_target_parameters {lora.lora_target_parameters} puts adapters on parameters: it needs "
+                "--use_lora true"
+            )
+        given = [f"--{entry.name}" for entry in fields(lora) if getattr(lora, entry.name) != entry.default]
+        if given:
+            logger.warning("%s: no effect without --use_lora true", ", ".join(given))
+    elif lora.lora_target_parameters is not None:
+        reasons = {
+            f"--lora_dropout {lora.lora_dropout:g}: an adapter on a parameter sees no input that could be dropped; "
+            "--lora_dropout 0 does it": lora.lora_dropout,
+            "--use_dora true: peft has no DoRA for parameters": lora.use_dora,
+            "--lora_layer_replication: repeated layers have other names": lora.lora_layer_replication,
+        }
+        if reason := next((words for words, clash in reasons.items() if clash), None):
+            raise ArgumentError(f"--lora_target_parameters does not go with {reason}")

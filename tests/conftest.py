@@ -47,15 +47,18 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Path of a tiny checkpoint by family name; callers must not write into it."""
+    """Path of a tiny checkpoint by its name in ``variants``, mostly a family; callers must not write into it."""
+    from variants import experts_of, family_name
+
     from finetune.commands.tiny import write_tiny_checkpoint
 
     made: dict[str, Path] = {}
 
-    def make(family: str) -> Path:
-        if family not in made:
-            made[family] = write_tiny_checkpoint(family, tmp_path_factory.mktemp("tiny") / family)
-        return made[family]
+    def make(name: str) -> Path:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("tiny") / name
+            made[name] = write_tiny_checkpoint(family_name(name), folder, experts=experts_of(name))
+        return made[name]
 
     return make
 

@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from variants import MIXTURE, family_of
 
-from finetune.families import by_name
 from finetune.models import load_model
 
 # Module of the resampler, by its whole name where another ends alike.
-RESAMPLERS = {"v4_6": "model.merger", "v4_7": "model.merger"}
+RESAMPLERS = {"v4_6": "model.merger", "v4_7": "model.merger", MIXTURE: "model.merger"}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def targets(family: str) -> str:
     """Every layer that the family puts adapters on."""
-    return "|".join(by_name(family).lora_targets.values())
+    return "|".join(family_of(family).lora_targets.values())
 
 
 def make_adapter(base: Path, family: str, seed: int = 0, **options: Any) -> PeftModel:

@@ -27,12 +27,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the stored weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    parser.add_argument(
+        "--experts", type=int, default=0, help="routed experts of the language model, for v4_7 (default: none, dense)"
+    )
     given = parser.parse_args(argv)
     try:
         out = write_tiny_checkpoint(
-            given.family, given.out, seed=given.seed, dtype=given.dtype, overwrite=given.overwrite
+            given.family,
+            given.out,
+            seed=given.seed,
+            dtype=given.dtype,
+            overwrite=given.overwrite,
+            experts=given.experts,
         )
-    except FileExistsError as error:
+    except (FileExistsError, ValueError) as error:
         print(f"tiny: {error}", file=sys.stderr)
         return 2
     size = sum(file.stat().st_size for file in out.iterdir())
@@ -41,7 +49,13 @@ def main(argv: list[str]) -> int:
 
 
 def write_tiny_checkpoint(
-    family: str, out: Path | str, seed: int = 0, *, dtype: str = "float32", overwrite: bool = False
+    family: str,
+    out: Path | str,
+    seed: int = 0,
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    experts: int = 0,
 ) -> Path:
     """Write a tiny checkpoint folder in the official layout and return its path; equal arguments give equal bytes.
 
@@ -51,9 +65,10 @@ def write_tiny_checkpoint(
         seed: seed of the random weights; the tokenizer does not depend on it.
         dtype: type of the stored weights and ``torch_dtype`` of config.json.
         overwrite: replace an earlier result of this command instead of refusing the folder.
+        experts: routed experts of the language model, of which two see each token; 0 for a dense one.
 
     Raises:
-        ValueError: there is no tiny checkpoint of this family, or no such dtype.
+        ValueError: there is no tiny checkpoint of this family, none with so many experts, or no such dtype.
         FileExistsError: the folder holds something (that this command did not write), or the path is a file.
         UnknownFamilyError: the installed transformers does not have its network.
     """
@@ -61,10 +76,14 @@ def write_tiny_checkpoint(
         raise ValueError(f"no tiny checkpoint for family {family!r}; there is one for {', '.join(FAMILIES)}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if experts and family not in tiny_native.MIXTURES:
+        raise ValueError(f"--experts {experts}: {family} is dense; a mixture is {', '.join(tiny_native.MIXTURES)}")
+    if experts < 0 or experts == 1:
+        raise ValueError(f"--experts {experts}: a mixture has at least 2 experts, 0 stands for a dense network")
     check_transformers(by_name(family))
-    folder = start_folder(Path(out), _readme(family, seed, dtype), overwrite=overwrite)
+    folder = start_folder(Path(out), _readme(family, seed, dtype, experts), overwrite=overwrite)
     if family in tiny_native.NATIVE:
-        tiny_native.write_native(family, folder)
+        tiny_native.write_native(family, folder, experts)
         _write_weights(folder, seed, dtype, {})
         return folder
     if family == "v2_0":
@@ -118,8 +137,9 @@ def _sentence_ids(folder: Path) -> tuple[int, int]:
     return ids[config["bos_token"]], ids[config["eos_token"]]
 
 
-def _readme(family: str, seed: int, dtype: str) -> str:
+def _readme(family: str, seed: int, dtype: str, experts: int) -> str:
     command = f"python -m finetune tiny --family {family} --seed {seed} --dtype {dtype}"
+    command += f" --experts {experts}" if experts else ""
     return (
         "# Tiny random checkpoint\n\n"
         f"Random weights in the layout of a published checkpoint (family {family}), for demos and tests.\n"

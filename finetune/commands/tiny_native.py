@@ -22,6 +22,8 @@ NATIVE = {
 }
 # Where it is not 16x.
 _MODES = {"ocr1_0": "4x"}
+# Of these there are checkpoints whose language model is a mixture of experts (4.7: 35B-A3B).
+MIXTURES = ("v4_7",)
 VOCABULARY = 640
 SCALE_RESOLUTION = 112
 # The tokens that the processor looks up by these names.
@@ -75,24 +77,27 @@ CHAT_TEMPLATE = """\
 """
 
 
-def write_native(family: str, folder: Path) -> None:
+def write_native(family: str, folder: Path, experts: int = 0) -> None:
     """Writes config.json, generation_config.json and the files of tokenizer and processor into ``folder``.
 
     Args:
         family: one of NATIVE.
         folder: an existing folder.
+        experts: routed experts of the language model, for one of MIXTURES; 0 for a dense one.
     """
     maker, _ = NATIVE[family]
     ids = _write_tokenizer(folder, f"{maker}Processor")
-    write_json(folder / "config.json", native_config(family, ids))
+    write_json(folder / "config.json", native_config(family, ids, experts))
     write_json(folder / "processor_config.json", _processor_config(family))
     generation = {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "pad_token_id": ids["<|endoftext|>"]}
     write_json(folder / "generation_config.json", {**generation, "transformers_version": "5.23.0"})
 
 
-def native_config(family: str, ids: dict[str, int]) -> dict[str, Any]:
+def native_config(family: str, ids: dict[str, int], experts: int = 0) -> dict[str, Any]:
     """config.json with tiny sizes; ``ids`` are those of the tokenizer."""
     maker, model_type = NATIVE[family]
+    text = _text_config(ids["<|endoftext|>"])
+    text = _mixture(text, experts) if experts else text
     marks = {
         "image_start_id": ids["<image>"],
         "image_end_id": ids["</image>"],
@@ -111,8 +116,8 @@ def native_config(family: str, ids: dict[str, int]) -> dict[str, Any]:
         "merger_times": 1,
         "model_type": model_type,
         **own[family],
-        "text_config": _text_config(ids["<|endoftext|>"]),
-        "tie_word_embeddings": True,
+        "text_config": text,
+        "tie_word_embeddings": text["tie_word_embeddings"],
         "transformers_version": "5.23.0",
         "video_token_id": ids["<|video_pad|>"],
         "vision_config": _vision_config(f"{model_type}_vision"),
@@ -156,6 +161,21 @@ def _text_config(eos: int) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "use_cache": True,
         "vocab_size": VOCABULARY,
+    }
+
+
+def _mixture(dense: dict[str, Any], experts: int) -> dict[str, Any]:
+    """The language model with experts in place of its MLPs, as Qwen3.5-35B-A3B has them: its ends are two tensors."""
+    kept = {name: value for name, value in dense.items() if name != "intermediate_size"}
+    return kept | {
+        "model_type": "qwen3_5_moe_text",
+        "moe_intermediate_size": 64,
+        "num_experts": experts,
+        "num_experts_per_tok": min(2, experts),
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": 96,
+        "tie_word_embeddings": False,
     }
 
 

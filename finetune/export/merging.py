@@ -6,13 +6,14 @@ which layer and computes every layer's merge, in float32.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from transformers import AutoConfig, PreTrainedModel
 
 from finetune.errors import CheckpointError
@@ -108,9 +109,9 @@ class Merged:
         self._layers: dict[str, tuple[str, LoraLayer]] = {}
         self.kept: dict[str, LoraLayer] = {}
         for path, module in self._model.named_modules():
-            if isinstance(module, LoraLayer) and ".original_module." not in path:
+            if isinstance(module, LoraLayer) and not path.endswith(".base_layer") and ".original_module." not in path:
                 own = _own(path)
-                if keep(own):
+                if keep(own) and not isinstance(module, ParamWrapper):
                     self.kept[own] = module
                 else:
                     tensors = module.get_base_layer().state_dict()
@@ -128,7 +129,11 @@ class Merged:
         }
         self.changed = below.changed | set(self._layers) | set(self._replaced) | set(self._tied)
         if lost := sorted(self.changed - set(self.stored)):
-            raise CheckpointError(f"{folder} changes {lost[0]}, which the weight files of the base do not have")
+            apart = any(re.search(r"\.experts\.\d+\.", name) for name in self.stored)
+            remedy = "; they store every expert by itself: load_model(BASE).save_pretrained(OUT) stores them together"
+            raise CheckpointError(
+                f"{folder} changes {lost[0]}, which the weight files of the base do not have{remedy if apart else ''}"
+            )
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, merged where the adapter changes it.
@@ -186,13 +191,17 @@ class Merged:
         module.to_empty(device=self._device)
         module.load_state_dict(tensors)
         del tensors
+        # Of adapters on several parameters of a module, one is around the other.
+        wrappers = [each for each in module.modules() if isinstance(each, LoraLayer)]
         try:
-            layer.merge(safe_merge=False)
+            for wrapper in wrappers:
+                wrapper.merge(safe_merge=False)
         except RuntimeError as error:
             raise CheckpointError(f"{self._folder}: {_own(path)} cannot be merged: {error}") from error
         own = _own(path)
         merged = {f"{own}.{name}": tensor for name, tensor in layer.get_base_layer().state_dict().items()}
-        layer.merged_adapters.clear()
+        for wrapper in wrappers:
+            wrapper.merged_adapters.clear()
         module.to(device="meta")
         for name, tensor in merged.items():
             if not tensor.isfinite().all():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _FIRST_WEIGHTS = "vpm_resampler_embedtokens.pt"
 _FIRST_PARTS = ("vpm", "resampler", "embed_tokens")
 ADAPTER_PREFIX = "base_model.model."
+_WRAPPERS = re.compile(r"(\.(base_layer|original_module))+\.")
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -193,7 +195,7 @@ def _tensors(network: nn.Module) -> dict[str, torch.Tensor]:
 
 def own_name(name: str) -> str:
     """The name of a module or tensor of the base, without what adapters around it add."""
-    return f"{name}.".replace(".base_layer.", ".").replace(".original_module.", ".")[:-1]
+    return _WRAPPERS.sub(".", f"{name}.")[:-1]
 
 
 def check_fit(
@@ -211,7 +213,7 @@ def check_fit(
     if theirs is not None and theirs.name != family.name:
         misfit = "they are different networks"
     elif not settings.get("layer_replication"):  # which gives layers other numbers
-        misfit = _misfit(network, shapes)
+        misfit = _misfit(network, shapes, settings.get("target_parameters") or ())
     if misfit:
         title = f"{theirs.title}, " if theirs else ""
         raise CheckpointError(
@@ -235,8 +237,14 @@ def _trained_on(folder: Path, settings: dict[str, Any]) -> Family | None:
     return None
 
 
-def _misfit(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str | None:
-    """The first tensor of an adapter that has no place in the network, in words."""
+def _misfit(network: nn.Module, shapes: dict[str, tuple[int, ...]], targets: Sequence[str]) -> str | None:
+    """The first tensor of an adapter that has no place in the network, in words.
+
+    Args:
+        network: that the adapter is to be put on.
+        shapes: of the adapter's tensors, by name.
+        targets: ends of the names of the parameters that it adapts, as peft has them.
+    """
     modules = {own_name(name): module for name, module in network.named_modules()}
     own = {name: tuple(tensor.shape) for name, tensor in _tensors(network).items() if tensor.is_floating_point()}
     for name, shape in sorted(shapes.items()):
@@ -246,12 +254,28 @@ def _misfit(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str | Non
             if plain in own and own[plain] != shape:
                 return f"{plain} is {shape} there, {own[plain]} here"
             continue
-        module = modules.get(found["module"])
+        path = own_name(found["module"])
+        module = modules.get(path)
         if module is None:
-            return f"it has no {found['module']}"
+            return f"it has no {path}"
         there = shape[1] if found["side"] == "A" else shape[0]
         here = getattr(module, "in_features" if found["side"] == "A" else "out_features", there)
+        if adapted := _adapted_parameters(path, module, targets):
+            # One adapter around the other: the innermost belongs to the first parameter.
+            inside = found["module"].count(".base_layer")
+            if inside >= len(adapted):
+                return f"{name} is on a parameter that {ADAPTER_CONFIG} does not name"
+            path, parameter = adapted[-1 - inside]
+            here, ranks = parameter.shape[-1 if found["side"] == "A" else -2], shape[0 if found["side"] == "A" else 1]
+            if parameter.ndim == 3 and ranks % len(parameter):
+                return f"{path} has {len(parameter)} experts here, {name} has {ranks} rows of all experts together"
         if here != there:
             side = "takes" if found["side"] == "A" else "gives"
-            return f"{found['module']} {side} {there} values there, {here} here"
+            return f"{path} {side} {there} values there, {here} here"
     return None
+
+
+def _adapted_parameters(path: str, module: nn.Module, targets: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a module that an adapter of parameters is for, by whole name, in the module's order."""
+    named = ((f"{path}.{name}", parameter) for name, parameter in module.named_parameters(recurse=False))
+    return [(name, value) for name, value in named if any(f".{name}".endswith(f".{end}") for end in targets)]

@@ -5,6 +5,7 @@ A class here has the name of its parent, so that what it saves names the class t
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -40,6 +41,9 @@ class Whole(Frugal, Chatting, StrictLoading):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         put_head(self)
+        # transformers gives this one module to all networks of a process; what DeepSpeed notes in it is this one's own.
+        merger = self.model.vision_tower.vit_merger
+        merger.act = copy.deepcopy(merger.act)
         text = self.model.language_model.config
         text._attn_implementation = implementation_of(text._attn_implementation)
 

@@ -14,18 +14,22 @@ from transformers import PreTrainedModel, set_seed
 from finetune.activations import set_checkpointing
 from finetune.arguments import LoraArguments, TrainingArguments
 from finetune.families import detect
+from finetune.families.common import vocab_size
 from finetune.models.loading import NETWORKS
 from finetune.planning.recipe import Recipe, Shape
 from finetune.tuning.parts import adapt
 
 
-def measured(config: dict[str, Any], recipe: Recipe, shape: Shape) -> tuple[int, int]:
+def measured(
+    config: dict[str, Any], recipe: Recipe, shape: Shape, lora: LoraArguments | None = None
+) -> tuple[int, int]:
     """Bytes at the highest point of the second training step of a network of random weights, in fp32.
 
     Args:
-        config: config.json of a small network of our own (up to 4.5).
+        config: config.json of a small network.
         recipe: stage 0 and one process.
         shape: of the micro-batch.
+        lora: how adapters are made; None for those of the recipe's rank.
 
     Returns:
         All bytes, and those of them that come and go with the step (gradients, activations, logits).
@@ -40,7 +44,7 @@ def measured(config: dict[str, Any], recipe: Recipe, shape: Shape) -> tuple[int,
         if recipe.checkpointing and recipe.checkpoint_parts is not None:
             set_checkpointing(training, True)
             training.checkpoint_parts = [*recipe.checkpoint_parts]
-        model = adapt(model, family, training, LoraArguments(lora_r=recipe.lora_r)).train()
+        model = adapt(model, family, training, lora or LoraArguments(lora_r=recipe.lora_r)).train()
         if recipe.checkpointing:
             base: PreTrainedModel = model.get_base_model() if recipe.adapters else model
             base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -70,28 +74,40 @@ def _step(model: Any, batch: dict[str, torch.Tensor], optimizer: torch.optim.Opt
 
 def micro_batch(config: dict[str, Any], shape: Shape) -> dict[str, torch.Tensor]:
     """Random rows of a shape: images first, then text, the labelled share at the end; the second row is shorter."""
-    queries, vocabulary = config.get("query_num", 64), config["vocab_size"]
-    ids = torch.randint(3, vocabulary, (shape.batch, shape.tokens))
+    ids = torch.randint(3, vocab_size(config), (shape.batch, shape.tokens))
     labels, mask = torch.full_like(ids, -100), torch.ones_like(ids)
     count = max(round(shape.tokens * shape.labelled), 1)
     labels[:, -count:] = ids[:, -count:]
     mask[1:, : shape.tokens // 8] = 0  # padded on the left, so that the labels stay
-    first = shape.tokens // 8 + 1
     side = max(round(shape.patches**0.5) // 4 * 4, 4)
     total = shape.batch * shape.items
     sizes = torch.tensor([[side, max(round(shape.patches / side) // 4 * 4, 4)]] * total).reshape(-1, 2)
+    positions = torch.arange(shape.tokens).repeat(shape.batch, 1)
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+    if not total:
+        return batch
+    return batch | (_seen_whole(config, shape, ids, sizes) if "text_config" in config else _seen(config, shape, sizes))
+
+
+def _seen(config: dict[str, Any], shape: Shape, sizes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The images of a network of ours."""
+    queries, first = config.get("query_num", 64), shape.tokens // 8 + 1
     bounds = [
         [row, first + item * queries, first + (item + 1) * queries]
         for row in range(shape.batch)
         for item in range(shape.items)
     ]
     patches = torch.randint(0, 255, (int(sizes.prod(1).sum()), 588), dtype=torch.uint8)
-    visual = {"patches": patches, "tgt_sizes": sizes, "image_bound": torch.tensor(bounds).reshape(-1, 3)}
-    positions = torch.arange(shape.tokens).repeat(shape.batch, 1)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": positions,
-        "labels": labels,
-        **(visual if total else {}),
-    }
+    return {"patches": patches, "tgt_sizes": sizes, "image_bound": torch.tensor(bounds)}
+
+
+def _seen_whole(
+    config: dict[str, Any], shape: Shape, ids: torch.Tensor, sizes: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Those of a network of transformers, whose places are marked in ``ids``."""
+    count, first = int(sizes.prod(1).sum()), shape.tokens // 8 + 1
+    places = count // (4 if config["downsample_mode"] == "4x" else 16) // shape.batch
+    ids[:] = ids.where(ids != config["image_token_id"], 3)
+    ids[:, first : first + places] = config["image_token_id"]
+    side = config["vision_config"]["patch_size"]
+    return {"pixel_values": torch.randn(1, 3, side, count * side), "target_sizes": sizes}

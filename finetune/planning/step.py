@@ -41,9 +41,11 @@ def blocks_of_step(model: Any, family: Family, shape: Shape, *, autocast: bool, 
             for name in ("vision", "resampler")
             for module in family.parts[name]
         ]
+        # Networks of transformers see before they read, ours the other way round; back, the order is turned.
+        features = _features(network, shape) if shape.items and isinstance(network, Whole) else None
         trace.begin("llm")
         embedded = _embedded(network, shape)
-        features = _features(network, shape) if shape.items else None
+        features = _features(network, shape) if shape.items and features is None else features
         for handle in handles:
             handle.remove()
         trace.begin("llm")
@@ -104,7 +106,10 @@ def _widest_in_head(weight: torch.Tensor, count: int, *, autocast: bool) -> int:
 
 
 def _share_gradients(network: Any, parts: Mapping[str, tuple[str, ...]], blocks: list[Block]) -> None:
-    """Gives trained parameters that are in no layer to the first block of their part, the output layer's to HEAD."""
+    """Gives trained parameters that are in no layer to the first block of their part, the output layer's to HEAD.
+
+    Those of a part that nothing goes through come last on the way back: training runs a tiny dummy there.
+    """
     inside = {
         id(parameter)
         for module in network.modules()
@@ -117,6 +122,6 @@ def _share_gradients(network: Any, parts: Mapping[str, tuple[str, ...]], blocks:
         if parameter.requires_grad and id(parameter) not in inside:
             part = HEAD if id(parameter) in heads else part_of(name, parts)
             size = parameter.numel() * parameter.element_size()
-            block = next((block for block in blocks if block.part == part and not block.layer), blocks[-1])
+            block = next((block for block in blocks if block.part == part and not block.layer), blocks[0])
             block.gradients += size
             block.largest = max(block.largest, size)

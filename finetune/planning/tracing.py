@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.tuners.lora import ParamWrapper
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -55,6 +57,20 @@ class _Flash(torch.autograd.Function):
         rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, rows, *([] if bias is None else [bias]))
         return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pragma: no cover - nothing is run backwards here
+        raise NotImplementedError
+
+
+class _Grouped(torch.autograd.Function):
+    """The product of every group of rows with its own matrix, in any type; the meta device knows it in 16 bit alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        needed = [x for x, other in ((matrices, 0), (rows, 1)) if ctx.needs_input_grad[other]]
+        ctx.save_for_backward(*needed, ends)
+        return rows.new_empty(len(rows), matrices.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pragma: no cover - nothing is run backwards here
@@ -128,6 +144,8 @@ class _Standing(TorchFunctionMode):
             if bias is not None:  # kernels turn a mask into numbers to add, once per layer
                 bias = torch.empty(bias.shape, dtype=first.dtype, device="meta")
             return _Flash.apply(*args[:3], bias)
+        if getattr(func, "__name__", "").endswith(_GROUPED):
+            return _Grouped.apply(first, args[1], given["offs"])
         if func is F.dropout and self.gpu and given.get("training", True) and given.get("p", 0):
             return _Dropped.apply(first)
         if func in (torch.Tensor.item, torch.Tensor.__bool__) and first.device.type == "meta":
@@ -155,9 +173,46 @@ class _Standing(TorchFunctionMode):
         return low
 
 
+# F.grouped_mm by the name under which torch sees it; autocast leaves it alone.
+_GROUPED = "grouped_mm"
 _LOW = {F.linear, F.conv1d, F.conv2d, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm}
 _LOW |= {F.scaled_dot_product_attention}
 _HIGH = {F.layer_norm, torch.Tensor.pow, torch.pow, torch.rsqrt, F.softmax, F.cross_entropy}
+
+
+class _Sum(nn.Module):
+    """A parameter with the adapter on it added: for every expert, or for one matrix."""
+
+    def __init__(self, wrapper: ParamWrapper) -> None:
+        super().__init__()
+        sides: Any = [*wrapper.lora_A.values(), *wrapper.lora_B.values()]
+        self.sides: list[nn.Parameter] = [side.weight for side in sides]
+
+    def forward(self, base: torch.Tensor) -> torch.Tensor:
+        """The sum, in the type of the parameter."""
+        count = len(base) if base.ndim == 3 else 1
+        a, b = (side.to(base.dtype) for side in self.sides)
+        a, b = a.reshape(count, -1, a.shape[1]), b.reshape(len(b), -1, count).permute(2, 0, 1)
+        return torch.baddbmm(base, b, a) if base.ndim == 3 else base + (b @ a)[0]
+
+
+@contextmanager
+def _adapters_added(model: nn.Module) -> Iterator[None]:
+    """Adds adapters on parameters as peft does, which asks for an autocast that the meta device does not have."""
+    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    for wrapper in wrappers:
+        parametrize.register_parametrization(
+            wrapper.get_base_layer(), wrapper.parameter_name, _Sum(wrapper), unsafe=True
+        )
+        wrapper.merged_adapters.extend(wrapper.active_adapters)  # so it adds nothing itself
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            wrapper.merged_adapters.clear()
+            parametrize.remove_parametrizations(
+                wrapper.get_base_layer(), wrapper.parameter_name, leave_parametrized=False
+            )
 
 
 @contextmanager
@@ -182,7 +237,8 @@ def tracing(
             handles += _watch(trace, module, part_of(name))
     try:
         standing = _Standing(trace, padded=padded, gpu=gpu, autocast=autocast)
-        with standing, torch.autograd.graph.saved_tensors_hooks(trace.keep, lambda tensor: tensor):
+        hooks = torch.autograd.graph.saved_tensors_hooks(trace.keep, lambda tensor: tensor)
+        with _adapters_added(model), standing, hooks:
             yield trace
     finally:
         for handle in handles:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig
 from finetune.arguments import LoraArguments
 from finetune.errors import ArgumentError
 from finetune.families.base import Family
+from finetune.models.experts import expert_names
 from finetune.models.folders import nearest_folders
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,16 @@ _ALL_LINEAR = ("all-linear", "all")
 # Names of modules, not a pattern: q_proj,v_proj
 _NAMES = re.compile(r"[A-Za-z_][\w.]*(\s*,\s*[A-Za-z_][\w.]*)*")
 # What decides the shape or the meaning of an adapter.
-_DECISIVE = ("r", "lora_alpha", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora")
+_DECISIVE = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "target_parameters",
+    "modules_to_save",
+    "bias",
+    "use_rslora",
+    "use_dora",
+)
 
 
 def quantisation(dtype: str) -> BitsAndBytesConfig:
@@ -101,6 +111,7 @@ def lora_config(
         ArgumentError: a flag that cannot be read.
     """
     extra = [name.strip() for name in (lora.lora_modules_to_save or "").split(",") if name.strip()]
+    parameters = target_parameters(model, family, parts, lora)
     targets: str | list[str] = lora.lora_target_modules or default_targets(family, parts)
     if odd := sorted({character for character in targets if not character.isascii()}):
         logger.warning("--lora_target_modules %s: %s is not ASCII and matches no module name", targets, " ".join(odd))
@@ -113,10 +124,8 @@ def lora_config(
         # peft takes layer numbers only with a list of names, and a list of plain names would match the vision tower;
         # whole names it does not filter by layer.
         pattern = lora.lora_layers_pattern or "layers"
-        numbers = "|".join(map(str, lora.lora_layers_to_transform))
-        layer = re.compile(rf"(.*\.)?{re.escape(pattern)}\.({numbers})\..*")
         names = (name for name, _ in model.named_modules() if re.fullmatch(targets, name))
-        targets = [name for name in names if layer.fullmatch(name)]
+        targets = [name for name in names if _in_layers(lora)(name)]
     elif lora.lora_layers_pattern is not None:
         logger.warning("--lora_layers_pattern has no effect without --lora_layers_to_transform")
     return LoraConfig(
@@ -124,6 +133,7 @@ def lora_config(
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=targets,
+        target_parameters=parameters,
         bias=lora.lora_bias,  # pyright: ignore[reportArgumentType]
         modules_to_save=[*saved, *extra] or None,
         layers_to_transform=lora.lora_layers_to_transform,
@@ -132,6 +142,48 @@ def lora_config(
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
     )
+
+
+def target_parameters(model: nn.Module, family: Family, parts: Sequence[str], lora: LoraArguments) -> list[str] | None:
+    """Whole names of the experts' weights that get adapters, of some layers where the flags say so; None for none.
+
+    Raises:
+        ArgumentError: a dense network, or a name that no weight of experts or routers in those parts ends in.
+    """
+    prefixes = tuple(f"{prefix}." for part in parts for prefix in family.parts.get(part, ()))
+    known = [name for name in expert_names(model) if name.startswith(prefixes)]
+    if lora.lora_target_parameters is None:
+        if known:
+            logger.info(
+                "experts are parameters, not linear layers, and stay frozen; --lora_target_parameters %s adapts them",
+                ",".join(name for name in _ends(known) if not name.endswith(".weight")),
+            )
+        return None
+    found: list[str] = []
+    for wanted in (name.strip() for name in lora.lora_target_parameters.split(",") if name.strip()):
+        matching = [name for name in known if f".{name}".endswith(f".{wanted}") and _in_layers(lora)(name)]
+        if not matching:
+            what = (
+                f"it has {', '.join(_ends(known))}"
+                if known
+                else f"the {' and '.join(parts)} of this {family.title} has none"
+            )
+            raise ArgumentError(f"--lora_target_parameters {wanted}: no weight of experts is called so; {what}")
+        found += matching
+    return sorted(set(found))
+
+
+def _ends(names: Sequence[str]) -> list[str]:
+    """What names of weights have in common in all layers."""
+    return sorted({re.sub(r".*\.\d+\.", "", name) for name in names})
+
+
+def _in_layers(lora: LoraArguments) -> Callable[[str], Any]:
+    """Whether a name lies in the layers that get adapters."""
+    if lora.lora_layers_to_transform is None:
+        return lambda _: True
+    numbers = "|".join(map(str, lora.lora_layers_to_transform))
+    return re.compile(rf"(.*\.)?{re.escape(lora.lora_layers_pattern or 'layers')}\.({numbers})\..*").fullmatch
 
 
 def default_targets(family: Family, parts: Sequence[str]) -> str:

@@ -5,7 +5,8 @@ if a gradient passes through, and as much again for its weights if they train. A
 query and a key that it sees (two products), and twice that backward if a gradient passes through. So what trains costs
 three times its forward pass, a frozen LLM with adapters about twice, a frozen tower in front once. In causal attention
 a segment of L tokens has L^2 / 2 pairs. The gated delta rule of linear attention counts as its recurrence does: 6
-operations per number of its state and token.
+operations per number of its state and token. Of a mixture only the experts that a token is sent to count, the shared
+one and the router; adapters on experts likewise, though peft adds theirs to the weights of all, once per micro-batch.
 
 Counted is what the result needs: no padding, no layers run again (activation checkpointing), no logits where there is
 no label, none of the pictures that stand in for missing ones; norms, activations and the optimizer are left out too.
@@ -17,6 +18,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from torch import nn
 
 from finetune.families.base import Family
 from finetune.models.adapters import network_of
+from finetune.models.experts import Experts, Router, expert_matrices, routed_shares
 from finetune.models.resampler import CrossAttention, Resampler
 from finetune.models.whole import Whole
 
@@ -114,7 +117,7 @@ def _sum(values: torch.Tensor) -> Count:
 def flops_of(model: Any, family: Family) -> Flops:
     """What a unit of each count costs the model as it is trained now, adapters and frozen parts included."""
     network = network_of(model)
-    rules, chunk = _rules(network), 0
+    rules, routed, chunk = _rules(network), routed_shares(network), 0
     forward, backward = dict.fromkeys(COUNTS, 0.0), dict.fromkeys(COUNTS, 0.0)
     passes: dict[str, bool] = {}
     for part in ("vision", "resampler", "audio", "llm"):
@@ -122,7 +125,7 @@ def flops_of(model: Any, family: Family) -> Flops:
         passing = passes.get("vision", False) if part == "resampler" else part == "llm" and any(passes.values())
         for root in family.parts.get(part, ()):
             for name, module in _inside(network.get_submodule(root), root):
-                for count, cost, weight in _costs(name, module, rules):
+                for count, cost, weight in _costs(name, module, rules, routed):
                     forward[count] += cost
                     if weight is None:
                         backward[count] += 2 * cost * passing
@@ -218,29 +221,30 @@ def _inside(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     yield re.sub(r"\.base_layer$|\.modules_to_save\.[^.]+", "", name), module
 
 
-def _costs(name: str, module: nn.Module, rules: tuple[_Rule, ...]) -> Iterator[tuple[str, float, torch.Tensor | None]]:
+def _costs(
+    name: str, module: nn.Module, rules: tuple[_Rule, ...], routed: Mapping[int, Fraction]
+) -> Iterator[tuple[str, float, torch.Tensor | None]]:
     """What a module costs forward: count, operations per unit, and the weights; None for attention, which has none."""
-    found = _matrix(module)
-    if found is None:
-        return
-    weight, size = found
-    rule = next(rule for rule in rules if re.match(rule.where, name))
-    yield rule.count, 2 * size * rule.share, weight
-    if isinstance(module, Resampler):  # its queries are projected once for all items
-        yield "looks", 2 * size * module.queries, module.attn.in_proj_weight
-    if rule.attention and isinstance(module, nn.Linear):
-        yield rule.attention, 4 * module.in_features * rule.attended, None
+    for weight, size in _matrices(module):
+        rule = next(rule for rule in rules if re.match(rule.where, name))
+        yield rule.count, 2 * size * rule.share * float(routed.get(id(weight), 1)), weight
+        if isinstance(module, Resampler):  # its queries are projected once for all items
+            yield "looks", 2 * size * module.queries, module.attn.in_proj_weight
+        if rule.attention and isinstance(module, nn.Linear):
+            yield rule.attention, 4 * module.in_features * rule.attended, None
 
 
-def _matrix(module: nn.Module) -> tuple[torch.Tensor, int] | None:
-    """The weights of a module and the size of their matrix, which neither ZeRO-3 nor 4 bit tell; None without any."""
+def _matrices(module: nn.Module) -> list[tuple[torch.Tensor, int]]:
+    """The weights of a module and the sizes of their matrices, which neither ZeRO-3 nor 4 bit tell."""
     if isinstance(module, nn.Linear):
-        return module.weight, module.in_features * module.out_features
+        return [(module.weight, module.in_features * module.out_features)]
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         inputs = module.in_channels // module.groups
-        return module.weight, module.out_channels * inputs * math.prod(module.kernel_size)
+        return [(module.weight, module.out_channels * inputs * math.prod(module.kernel_size))]
     if isinstance(module, CrossAttention):
-        return module.in_proj_weight, module.size**2
+        return [(module.in_proj_weight, module.size**2)]
     if isinstance(module, Resampler):
-        return module.proj, module.size**2
-    return None
+        return [(module.proj, module.size**2)]
+    if isinstance(module, Router):
+        return [(module.weight, module.num_experts * module.hidden_dim)]
+    return [*expert_matrices(module)] if isinstance(module, Experts) else []

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import set_seed
 from finetune.arguments import LoraArguments, TrainingArguments
 from finetune.errors import ArgumentError
 from finetune.families.base import Family
+from finetune.models.experts import routed_shares
 from finetune.tuning.adapters import add_lora
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: L
         ArgumentError: a part that the network does not have, or LoRA targets that match none of its modules.
     """
     _save_memory(model, family, training)
+    _warn_of_router_losses(model, family)
     model.requires_grad_(False)
     # Loading draws random numbers, another count of them under ZeRO-3; adapters must start the same in every mode.
     set_seed(training.seed)
@@ -86,6 +88,15 @@ def _make_masters(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.dtype in (torch.bfloat16, torch.float16) and (parameter.requires_grad or id(parameter) in norms):
             parameter.data = parameter.data.float()
+
+
+def _warn_of_router_losses(model: Any, family: Family) -> None:
+    text = getattr(model.config, "text_config", None)
+    if getattr(text, "output_router_logits", False):
+        logger.warning(
+            "output_router_logits in config.json has no effect: the published class of %s adds no router loss",
+            family.title,
+        )
 
 
 def _save_memory(model: Any, family: Family, training: TrainingArguments) -> None:
@@ -140,6 +151,7 @@ class PartRow:
         part: "vision", "resampler", "llm" or "audio".
         mode: "frozen", "full", "LoRA r=..." or a mix such as "LoRA r=64 + embed_tokens".
         total: parameters, copies of saved modules counted once.
+        active: those of them that a token goes through; fewer in a mixture of experts.
         trainable: those that train.
         learning_rate: of the part; None when frozen.
     """
@@ -147,6 +159,7 @@ class PartRow:
     part: str
     mode: str
     total: int
+    active: int
     trainable: int
     learning_rate: float | None
 
@@ -166,13 +179,17 @@ def counted(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def part_rows(model: nn.Module, parts: Parts, learning_rates: Mapping[str, float]) -> list[PartRow]:
     """What trains, part by part, read off the model itself (not off the flags)."""
-    rows = []
+    rows, routed = [], routed_shares(model)
     for part in parts:
         parameters = [(name, p) for name, p in counted(model) if part_of(name, parts) == part]
         trained = [(name, p) for name, p in parameters if p.requires_grad]
         mode = _mode(model, [name for name, _ in trained])
+        if mode.startswith("LoRA") and any(id(p) in routed for _, p in parameters):
+            # Fused experts are no linear layers: LoRA does not reach them by itself.
+            mode += " + experts" if any(id(p) in routed for _, p in trained) else ", experts frozen"
         rate = learning_rates[part] if trained else None
-        rows.append(PartRow(part, mode, _sum(parameters), _sum(trained), rate))
+        active = sum(int(numel(p) * routed.get(id(p), 1)) for _, p in parameters)
+        rows.append(PartRow(part, mode, _sum(parameters), active, _sum(trained), rate))
     return rows
 
 
@@ -202,12 +219,18 @@ def _mode(model: nn.Module, trained: list[str]) -> str:
 
 
 def format_table(rows: list[PartRow]) -> str:
-    """The table as text, with a total line."""
-    lines = [f"{'part':<10} {'mode':<28} {'parameters':>15} {'trainable':>15} {'lr':>10}"]
+    """The table as text, with a total line; of mixtures also how many parameters a token goes through."""
+    total, active, trainable = (sum(getattr(row, name) for row in rows) for name in ("total", "active", "trainable"))
+    mixture = active != total
+
+    def line(part: str, mode: str, counts: Sequence[str], rate: str) -> str:
+        shown = counts if mixture else (counts[0], counts[2])
+        return f"{part:<10} {mode:<28} {' '.join(f'{count:>15}' for count in shown)} {rate:>10}"
+
+    lines = [line("part", "mode", ("parameters", "active", "trainable"), "lr")]
     for row in rows:
         rate = "-" if row.learning_rate is None else f"{row.learning_rate:.2e}"
-        lines.append(f"{row.part:<10} {row.mode:<28} {row.total:>15,} {row.trainable:>15,} {rate:>10}")
-    total, trainable = sum(row.total for row in rows), sum(row.trainable for row in rows)
-    share = 100 * trainable / max(total, 1)
-    lines.append(f"{'all':<10} {f'{share:.2f} % trained':<28} {total:>15,} {trainable:>15,} {'':>10}")
-    return "\n".join(lines)
+        lines.append(line(row.part, row.mode, (f"{row.total:,}", f"{row.active:,}", f"{row.trainable:,}"), rate))
+    share = f"{100 * trainable / max(total, 1):.2f} % trained"
+    lines.append(line("all", share, (f"{total:,}", f"{active:,}", f"{trainable:,}"), ""))
+    return "\n".join(lines) + ("\nactive: what a token goes through, experts that it is not sent to left out" * mixture)

@@ -11,8 +11,9 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from made_adapters import RESAMPLERS, make_adapter, save
+from made_adapters import EXPERTS, RESAMPLERS, make_adapter, save
 from safetensors.torch import load_file
+from variants import MIXTURE
 
 from finetune.commands.export import main
 from finetune.errors import UserError
@@ -92,6 +93,23 @@ def test_round_trip(tiny, adapter, tmp_path, capsys, family):
     assert len(sizes) == len(set(index["weight_map"].values())) > 2
     assert str(adapter(family)) in yaml.safe_load((out / "export.yaml").read_text())["adapters"]
     assert base.name in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("served", [False, True], ids=["merged", "vllm"])
+def test_adapters_on_experts_are_merged(tiny, tmp_path, capsys, served):
+    """Into the fused weights, also for vLLM, whose LoRA knows linear layers alone."""
+    base, out = tiny(MIXTURE), tmp_path / "out"
+    model = make_adapter(base, MIXTURE, target_parameters=EXPERTS, target_modules=by_name("v4_7").lora_targets["llm"])
+    assert main(flags(base, save(model, tmp_path / "adapter"), out, *(["--format", "vllm"] if served else []))) == 0
+    said = capsys.readouterr().out
+    assert "verified=true" in said
+    assert float(said.split("base_difference=")[1].split()[0]) > 0.05, "the adapter does nothing"
+    before, after = tensors(base), tensors(out / "base" if served else out)
+    changed = {name for name in before if before[name] != after[name]}
+    fused = {name for name in before if name.endswith(tuple(EXPERTS))}
+    assert fused == changed if served else fused < changed
+    if served:
+        assert not any("experts" in name for name in load_file(out / "adapter" / "adapter_model.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import set_seed
+from variants import VARIANTS
 
 from dataset import make_supervised_data_module
-from finetune import distributed, families
+from finetune import distributed
 from finetune.arguments import parse_arguments
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
@@ -28,8 +29,10 @@ QUIET = (
 LORA = ("--use_lora", "true", "--lora_r", "8", "--tune_vision", "true")
 # Those that every mode is tried on; the other generations are compared in fewer steps and modes.
 FAMILIES = ("v2_0", "llama3_v2_5")
-OTHERS = tuple(family.name for family in families.FAMILIES if family.name not in FAMILIES)
+OTHERS = tuple(name for name in VARIANTS if name not in FAMILIES)
 KINDS = {"full": (), "lora": LORA}
+# Adapters on the experts of a mixture and on its routers too.
+EXPERTS = (*LORA, "--lora_target_parameters", "experts.gate_up_proj,experts.down_proj,mlp.gate.weight")
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,16 @@ import torch
 from records import EVALUATED, STEPS, write_media_records, write_records
 from safetensors.torch import load_file
 from stack import FAMILIES, KINDS, OTHERS, near
+from variants import MIXTURE
 from worker import BRIEF, MODES, PACKED, SHORT
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 WORKER = Path(__file__).with_name("worker.py")
 # Measured: losses 2e-6, gradient norms 2e-6.
 LOSS, NORM = 1e-5, 2e-5
-BRIEF_RUNS = [*((family, "full") for family in OTHERS), ("o4_5", "lora"), ("v4_7", "lora")]
-WEIGHTS = {"full": "model*.safetensors", "lora": "adapter_model.safetensors"}
+BRIEF_RUNS = [*((family, "full") for family in OTHERS), ("o4_5", "lora"), ("v4_7", "lora"), (MIXTURE, "experts")]
+ADAPTED = [family for family, kind in BRIEF_RUNS if kind != "full"]
+WEIGHTS = {"full": "model*.safetensors", "lora": "adapter_model.safetensors", "experts": "adapter_model.safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +41,8 @@ def brief_runs(tiny, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("brief")
     paths = prepare(folder, OTHERS, tiny)
     launch([*TORCHRUN, str(WORKER), *paths, "--kinds", "full", "--", "ddp", "zero3-0"])
-    paths[paths.index("--families") :] = ["--families", *(family for family, kind in BRIEF_RUNS if kind == "lora")]
-    launch([*TORCHRUN, str(WORKER), *paths, "--kinds", "lora", "--", "ddp", "zero3-0"])
+    paths[paths.index("--families") :] = ["--families", *ADAPTED]
+    launch([*TORCHRUN, str(WORKER), *paths, "--kinds", "lora", "experts", "--", "ddp", "zero3-0"])
     return folder
 
 
@@ -150,6 +152,7 @@ def test_zero3_equals_ddp_in_every_generation(brief_runs, family, kind):
         assert step[1] == pytest.approx(expected[1], rel=NORM), f"gradient norm of step {number}"
     assert ours["eval"] == pytest.approx(ddp["eval"], abs=LOSS)
     assert ours["partitioned"] > 0
+    assert ours["leaves"] == (2 if family == MIXTURE else 0), "blocks of experts that ZeRO-3 takes for one module"
     gathered, whole = weights(brief_runs, "zero3-0", family, kind), weights(brief_runs, "ddp", family, kind)
     assert gathered.keys() == whole.keys()
     assert [name for name, expected in whole.items() if not near(gathered[name], expected)] == []

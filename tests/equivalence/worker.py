@@ -19,7 +19,8 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
 import torch  # noqa: E402
 from records import PER_RANK, STEPS  # noqa: E402
-from stack import FAMILIES, KINDS, build, flags, network, steps  # noqa: E402
+from stack import EXPERTS, FAMILIES, KINDS, build, flags, network, steps  # noqa: E402
+from variants import MIXTURE  # noqa: E402
 
 from finetune.outcome import leave  # noqa: E402
 
@@ -44,6 +45,8 @@ def run(base: Path, data: Path, output: Path, *more: str) -> dict:
     """Trains, evaluates and saves; what the log says."""
     start = time.perf_counter()
     trainer = build(flags(base, data, output, *more))
+    from deepspeed.utils import get_z3_leaf_modules  # not before the flags have told it that there is no GPU
+
     partitioned = sum(hasattr(parameter, "ds_shape") for parameter in network(trainer).parameters())
     trainer.train()
     evaluated = trainer.evaluate()
@@ -52,6 +55,7 @@ def run(base: Path, data: Path, output: Path, *more: str) -> dict:
         "steps": [astuple(step) for step in steps(trainer)],
         "eval": (evaluated["eval_loss"], evaluated["eval_tokens"]),
         "partitioned": partitioned,
+        "leaves": len(get_z3_leaf_modules(network(trainer))),
         "seconds": time.perf_counter() - start,
     }
 
@@ -76,8 +80,9 @@ def main() -> None:
         zero = ("--deepspeed", configs[way]) if way in configs else ()
         packing = ("--packing", "batch") if mode.endswith(PACKED) else ()
         for family in given.families:
-            for kind in given.kinds:
-                chosen = KINDS[kind]
+            # Adapters on experts for the mixture, on linear layers for the others.
+            for kind in (kind for kind in given.kinds if (kind == "experts") <= (family == MIXTURE)):
+                chosen = EXPERTS if kind == "experts" else KINDS[kind]
                 name = f"{mode}-{family}-{kind}"
                 batch = str(PER_RANK * 2 // world)
                 length = str(given.steps or (BRIEF if family not in FAMILIES else STEPS if kind == "full" else SHORT))

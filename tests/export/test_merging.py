@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from made_adapters import make_adapter, save
+from made_adapters import EXPERTS, make_adapter, save
 from safetensors.torch import load_file, save_file
+from variants import MIXTURE
 
 from finetune.errors import CheckpointError
 from finetune.export.merging import Base, Merged, empty_network
@@ -35,6 +36,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora-embeddings": {"target_modules": ["embed_tokens"]},
 }
 
+# Fused weights of a mixture: both of a module, one of them, and a router, which has two dimensions.
+ON_EXPERTS: dict[str, dict[str, Any]] = {
+    "experts": {"target_parameters": EXPERTS, "use_rslora": True},
+    "down-projections": {"target_parameters": EXPERTS[1:], "bias": "all"},
+    "routers": {"target_parameters": [*EXPERTS, "mlp.gate.weight"]},
+}
+
 
 # peft warns of tied ends that are trained apart, which is what is tested.
 pytestmark = pytest.mark.usefixtures("one_thread", "recwarn")
@@ -51,12 +59,13 @@ def merge(base: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
 # Where the ends are tied, peft adds LoRA of one of them to both; see below, and the round trips of the command.
 CASES = [(family, variant) for family in FAMILIES for variant in VARIANTS]
 CASES.remove(("v4_6", "lora-embeddings"))
+CASES += [(MIXTURE, variant) for variant in ("plain", *ON_EXPERTS)]
 
 
 @pytest.mark.parametrize(("family", "variant"), CASES)
 def test_equal_to_peft(tiny, tmp_path, family, variant):
     base = tiny(family)
-    model = make_adapter(base, family, **VARIANTS[variant])
+    model = make_adapter(base, family, **{**VARIANTS, **ON_EXPERTS}[variant])
     found = merge(base, save(model, tmp_path / "adapter"), tmp_path / "out")
     merged: Any = model.merge_and_unload()
     expected = merged.state_dict()

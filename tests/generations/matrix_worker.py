@@ -19,13 +19,16 @@ from typing import Any
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from variants import MIXTURE, family_name  # noqa: E402
 
 from finetune.families import by_name  # noqa: E402
 
 KINDS = {"full": (), "lora": ("--use_lora", "true", "--lora_r", "4", "--learning_rate", "1e-2")}
+# Adapters on the experts of a mixture too.
+EXPERTS = ["--lora_target_parameters", "experts.gate_up_proj,experts.down_proj", "--lora_dropout", "0"]
 DATA = ("text", "image", "several")
 # Kinds of data that some families take; with sound the audio tower is trained too.
 MORE = {
@@ -52,8 +55,16 @@ FLAGS = (
 )
 
 
-def data_of(family: str) -> tuple[str, ...]:
-    """The kinds of data that a family is trained on."""
+def kinds_of(variant: str) -> dict[str, tuple[str, ...]]:
+    """The ways in which a checkpoint is trained."""
+    return {**KINDS, "experts": (*KINDS["lora"], *EXPERTS)} if variant == MIXTURE else KINDS
+
+
+def data_of(variant: str) -> tuple[str, ...]:
+    """The kinds of data that it is trained on; a mixture sees them as its dense sister does."""
+    if variant == MIXTURE:
+        return ("image",)
+    family = variant
     return (*DATA, *(records for records, taken in MORE.items() if taken(family)))
 
 
@@ -71,7 +82,7 @@ def train(families: list[str], models: Path, data: Path, out: Path) -> None:
     verification.verify_in_fresh_process = lambda _, reference: references.append(reference) or 0
     runs, examples = {}, {}
     for family in families:
-        for kind, chosen in KINDS.items():
+        for kind, chosen in kinds_of(family).items():
             for records in data_of(family):
                 name = f"{family}-{kind}-{records}"
                 argv = ["--model_name_or_path", str(models / family), "--output_dir", str(out / name)]
@@ -82,7 +93,8 @@ def train(families: list[str], models: Path, data: Path, out: Path) -> None:
                     str(data / f"{records}.json"),
                 ]
                 if (kind, records) == ("lora", "image"):
-                    argv = [str(ROOT / "examples" / "lora" / f"{family}.yaml"), *argv, "--deepspeed", "none"]
+                    recipe = ROOT / "examples" / "lora" / f"{family_name(family)}.yaml"
+                    argv = [str(recipe), *argv, "--deepspeed", "none"]
                 result = run(launched, [*argv, *FLAGS.split(), *chosen, *FLAGS_OF.get((kind, records), ())])
                 runs[name] = {"result": result, "reference": str(references[-1])}
                 (out / "runs.json").write_text(json.dumps(runs))

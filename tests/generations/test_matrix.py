@@ -11,16 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from clips import write_clip
-from matrix_worker import DATA, EXAMPLES, KINDS, MORE, data_of
+from matrix_worker import DATA, EXAMPLES, MORE, data_of, kinds_of
 from PIL import Image
 from safetensors import safe_open
 from sounds import write_wav
-
-from finetune.families import FAMILIES
+from variants import NAMES, VARIANTS
 
 WORKER = Path(__file__).with_name("matrix_worker.py")
-NAMES = [family.name for family in FAMILIES]
-RUNS = [f"{family}-{kind}-{records}" for family in NAMES for kind in KINDS for records in data_of(family)]
+RUNS = [f"{name}-{kind}-{records}" for name in VARIANTS for kind in kinds_of(name) for records in data_of(name)]
 
 
 def write_data(folder: Path) -> Path:
@@ -61,12 +59,12 @@ def matrix(tiny, tmp_path_factory) -> Path:
     data = write_data(folder / "data")
     (folder / "models").mkdir()
     (folder / "out").mkdir()
-    for name in NAMES:
+    for name in VARIANTS:
         (folder / "models" / name).symlink_to(tiny(name))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(folder)}
     paths = ["--models", str(folder / "models"), "--data", str(data), "--out", str(folder / "out")]
     for action in ("train", "reload"):
-        command = [sys.executable, str(WORKER), action, *paths, "--families", *NAMES]
+        command = [sys.executable, str(WORKER), action, *paths, "--families", *VARIANTS]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     return folder / "out"

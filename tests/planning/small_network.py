@@ -1,4 +1,4 @@
-"""A network of a size that a step on the CPU takes a second with."""
+"""Networks of a size that a step on the CPU takes a second with."""
 
 from finetune.planning.published import CONFIGS
 
@@ -14,6 +14,42 @@ SMALL = {
     "vocab_size": 2000,
     "vision_config": {
         **CONFIGS["v4_5"]["vision_config"],
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+    },
+}
+
+# Its language model is a mixture: every token goes through 2 of 8 experts and the shared one.
+SMALL_MIXTURE = {
+    **CONFIGS["v4_7"],
+    "image_token_id": 5,
+    "insert_layer_id": 1,
+    "text_config": {
+        **CONFIGS["v4_7"]["text_config"],
+        "head_dim": 32,
+        "hidden_size": 256,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_key_head_dim": 32,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_value_head_dim": 32,
+        "model_type": "qwen3_5_moe_text",
+        "moe_intermediate_size": 128,
+        "num_attention_heads": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {**CONFIGS["v4_7"]["text_config"]["rope_parameters"], "mrope_section": [2, 1, 1]},
+        "shared_expert_intermediate_size": 128,
+        "tie_word_embeddings": False,
+        "vocab_size": 2000,
+    },
+    "tie_word_embeddings": False,
+    "vision_config": {
+        **CONFIGS["v4_7"]["vision_config"],
         "hidden_size": 128,
         "intermediate_size": 512,
         "num_attention_heads": 4,

@@ -7,16 +7,18 @@ import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from small_network import SMALL
+from small_network import SMALL, SMALL_MIXTURE
 
 from finetune.__main__ import main
+from finetune.arguments import LoraArguments, TrainingArguments
 from finetune.families import FAMILIES
 from finetune.planning.measured import measured
 from finetune.planning.memory import GIB, Planner
-from finetune.planning.network import build
+from finetune.planning.network import adapted, build
 from finetune.planning.page import HEAD, TAIL, family_row, fitting_row
 from finetune.planning.published import CONFIGS
 from finetune.planning.recipe import Recipe, Shape
@@ -143,20 +145,28 @@ def test_parts_are_run_again_where_that_is_enough() -> None:
     assert frozen[0].checkpoint_parts is None, "a frozen tower keeps nothing"
 
 
+IMAGES = Shape(tokens=256, items=2, patches=256)
+
+
 @pytest.mark.parametrize(
-    ("recipe", "shape"),
+    ("config", "recipe", "shape"),
     [
-        (Recipe(method="full", checkpointing=False), Shape(tokens=256, items=2, patches=256)),
-        (Recipe(method="lora", checkpointing=True), Shape(tokens=256, items=2, patches=256, batch=2)),
-        (Recipe(method="full", checkpoint_parts=("vision",)), Shape(tokens=256, items=2, patches=256)),
-        (Recipe(method="full", checkpoint_parts=("llm",)), Shape(tokens=256, items=2, patches=256)),
+        (SMALL, Recipe(method="full", checkpointing=False), IMAGES),
+        (SMALL, Recipe(method="lora", checkpointing=True), replace(IMAGES, batch=2)),
+        (SMALL, Recipe(method="full", checkpoint_parts=("vision",)), IMAGES),
+        (SMALL, Recipe(method="full", checkpoint_parts=("llm",)), IMAGES),
+        (SMALL_MIXTURE, Recipe(method="full", checkpointing=False), TEXT),
+        (SMALL_MIXTURE, Recipe(method="lora", checkpointing=True), replace(IMAGES, batch=2)),
     ],
-    ids=["full", "LoRA, layers run again", "full, vision run again", "full, LLM run again"],
+    ids=[
+        *("full", "LoRA, layers run again", "full, vision run again", "full, LLM run again"),
+        *("mixture, full, text", "mixture, LoRA, layers run again"),
+    ],
 )
-def test_within_a_fifth_of_a_real_step(recipe: Recipe, shape: Shape) -> None:
+def test_within_a_fifth_of_a_real_step(config: dict[str, Any], recipe: Recipe, shape: Shape) -> None:
     """Every allocation of a training step on the CPU counted."""
-    ours = Planner(SMALL, torch.float32, gpu=False).memory(recipe, shape)
-    total, moving = measured(SMALL, recipe, shape)
+    ours = Planner(config, torch.float32, gpu=False).memory(recipe, shape)
+    total, moving = measured(config, recipe, shape)
     assert ours.total == pytest.approx(total, rel=0.2)
     assert ours.total - ours.weights - ours.optimizer == pytest.approx(moving, rel=0.2)
 
@@ -168,6 +178,28 @@ def test_the_page_is_what_is_generated() -> None:
         assert row in page, f"{row}\nis not in docs/memory.md: write it anew"
     assert page.startswith(HEAD)
     assert page.endswith(TAIL)
+
+
+def test_command_with_a_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Grouped products in 16 bit and, trained in full without DeepSpeed, in fp32."""
+    (tmp_path / "config.json").write_text(json.dumps(SMALL_MIXTURE), encoding="utf-8")
+    command = ["plan", str(tmp_path), "--method", "full", "--length", "256", "--slices", "1", "--gpu_memory", "8"]
+    assert main(command) == 0
+    assert "full (everything in full)" in capsys.readouterr().out
+
+
+def test_adapters_on_experts_are_within_a_fifth_too(tmp_path: Path) -> None:
+    """The weights of all experts with the adapters added are kept for the backward pass of every layer."""
+    training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", use_lora=True)
+    lora = LoraArguments(lora_r=4, lora_dropout=0.0, lora_target_parameters="experts.gate_up_proj,experts.down_proj")
+    recipe = Recipe(method="lora", checkpointing=False)
+    model = adapted(SMALL_MIXTURE, training, lora, recipe, torch.float32)
+    before = {name: id(weight) for name, weight in model.named_parameters()}
+    ours = Planner(SMALL_MIXTURE, torch.float32, gpu=False, model=model).memory(recipe, TEXT)
+    assert before == {name: id(weight) for name, weight in model.named_parameters()}
+    total, moving = measured(SMALL_MIXTURE, recipe, TEXT, lora)
+    assert ours.total == pytest.approx(total, rel=0.2)
+    assert ours.total - ours.weights - ours.optimizer == pytest.approx(moving, rel=0.2)
 
 
 def test_command_with_a_family(capsys: pytest.CaptureFixture[str]) -> None:
