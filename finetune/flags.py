@@ -134,7 +134,7 @@ class DataArguments:
         metadata={
             "help": "How images are resized: pillow, to the bit as Pillow and with it the published code; or fast, by "
             "torch's kernel for bytes, with about 0.2 percent of the bytes (at most 1 in noise) one level off, and "
-            "JPEG files decoded by simplejpeg where it is installed. 4.6 and 4.7 have a way of their own and refuse it."
+            "JPEG files decoded by simplejpeg where it is installed. 4.6, 4.7 and OCR have their own way and refuse it."
         },
     )
     video_fps: float | None = field(
@@ -144,11 +144,12 @@ class DataArguments:
     video_max_frames: int | None = field(
         default=None,
         metadata={
-            "help": "Most frames of a video. Default: 64; of 4.5 180 groups, of 4.6 and 4.7 the checkpoint's 128."
+            "help": "Most frames of a video. Default: 64; of 4.5 180 groups, of 4.6, 4.7 and OCR the checkpoint's 128."
         },
     )
     video_max_slice_nums: int | None = field(
-        default=None, metadata={"help": "Most slices per frame. Default: 1, of 4.6 and 4.7 the checkpoint's value."}
+        default=None,
+        metadata={"help": "Most slices per frame. Default: 1, of 4.6, 4.7 and OCR the checkpoint's value."},
     )
     video_max_pixels: int | None = field(
         default=None,

@@ -22,7 +22,7 @@ LLM_TYPES = {"qwen2": "qwen", "qwen2.5": "qwen", "qwen3": "qwen", "minicpm4": "l
 _TEMPLATES = {
     "minicpm_v": ("v2_6", "o2_6", "v4_0", "v4_5", "o4_5"),
     "minicpm_o": ("o2_6", "o4_5"),
-    "minicpm_v_4_6": ("v4_6", "v4_7"),
+    "minicpm_v_4_6": ("v4_6", "v4_7", "ocr1_0"),
 }
 _DROPPED = {
     "save_safetensors": "weights are always saved as safetensors",

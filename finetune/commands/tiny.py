@@ -13,6 +13,7 @@ from pathlib import Path
 
 from finetune.commands import tiny_chatml, tiny_config, tiny_native, tiny_tokenizer
 from finetune.commands.tiny_tokenizer import write_json
+from finetune.families import by_name, check_transformers
 
 FAMILIES = (*tiny_config.VOCABULARY, *tiny_native.NATIVE)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -54,11 +55,13 @@ def write_tiny_checkpoint(
     Raises:
         ValueError: there is no tiny checkpoint of this family, or no such dtype.
         FileExistsError: the folder holds something (that this command did not write), or the path is a file.
+        UnknownFamilyError: the installed transformers does not have its network.
     """
     if family not in FAMILIES:
         raise ValueError(f"no tiny checkpoint for family {family!r}; there is one for {', '.join(FAMILIES)}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_transformers(by_name(family))
     folder = start_folder(Path(out), _readme(family, seed, dtype), overwrite=overwrite)
     if family in tiny_native.NATIVE:
         tiny_native.write_native(family, folder)
@@ -140,7 +143,7 @@ def _write_weights(folder: Path, seed: int, dtype: str, factors: dict[str, float
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Drawn in float32 whatever is stored, so that the types differ by rounding alone.
-        # AutoModel gives a network without output layer for 4.6 and 4.7.
+        # AutoModel gives a network without output layer for 4.6, 4.7 and OCR.
         maker = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModel
         model = maker.from_config(config, dtype=torch.float32)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()

@@ -1,4 +1,4 @@
-"""Folders of the tiny checkpoints of 4.6 and 4.7: everything but the weights, in the published layout.
+"""Folders of the tiny checkpoints of 4.6, 4.7 and OCR: everything but the weights, in the published layout.
 
 The weights are drawn from the config.json written here, by ``AutoModelForImageTextToText.from_config`` (AutoModel gives
 a network without output layer for these types).
@@ -14,7 +14,14 @@ from tokenizers import AddedToken
 from finetune.commands.tiny_chatml import THINKING, TURN_MARKS, bpe
 from finetune.commands.tiny_tokenizer import write_json
 
-NATIVE = ("v4_6", "v4_7")
+# What the names of their classes begin with, and the model_type of config.json.
+NATIVE = {
+    "v4_6": ("MiniCPMV4_6", "minicpmv4_6"),
+    "v4_7": ("MiniCPMV4_7", "minicpmv4_7"),
+    "ocr1_0": ("MiniCPMOcr", "minicpm_ocr"),
+}
+# Where it is not 16x.
+_MODES = {"ocr1_0": "4x"}
 VOCABULARY = 640
 SCALE_RESOLUTION = 112
 # The tokens that the processor looks up by these names.
@@ -75,16 +82,17 @@ def write_native(family: str, folder: Path) -> None:
         family: one of NATIVE.
         folder: an existing folder.
     """
-    number = family.removeprefix("v")
-    ids = _write_tokenizer(folder, f"MiniCPMV{number}Processor")
-    write_json(folder / "config.json", native_config(number, ids))
-    write_json(folder / "processor_config.json", _processor_config(f"MiniCPMV{number}Processor"))
+    maker, _ = NATIVE[family]
+    ids = _write_tokenizer(folder, f"{maker}Processor")
+    write_json(folder / "config.json", native_config(family, ids))
+    write_json(folder / "processor_config.json", _processor_config(family))
     generation = {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "pad_token_id": ids["<|endoftext|>"]}
     write_json(folder / "generation_config.json", {**generation, "transformers_version": "5.23.0"})
 
 
-def native_config(number: str, ids: dict[str, int]) -> dict[str, Any]:
-    """config.json with tiny sizes; ``ids`` are those of the tokenizer, ``number`` is 4_6 or 4_7."""
+def native_config(family: str, ids: dict[str, int]) -> dict[str, Any]:
+    """config.json with tiny sizes; ``ids`` are those of the tokenizer."""
+    maker, model_type = NATIVE[family]
     marks = {
         "image_start_id": ids["<image>"],
         "image_end_id": ids["</image>"],
@@ -92,21 +100,22 @@ def native_config(number: str, ids: dict[str, int]) -> dict[str, Any]:
         "slice_end_id": ids["</slice>"],
         "newline_id": ids["Ċ"],
     }
+    own = {"v4_6": {"drop_vision_last_layer": False}, "v4_7": marks, "ocr1_0": {}}
     return {
-        "architectures": [f"MiniCPMV{number}ForConditionalGeneration"],
-        "downsample_mode": "16x",
-        "image_size": 448,
+        "architectures": [f"{maker}ForConditionalGeneration"],
+        "downsample_mode": _MODES.get(family, "16x"),
+        **({} if family == "ocr1_0" else {"image_size": 448}),
         "image_token_id": ids["<|image_pad|>"],
         "insert_layer_id": 0,
         "merge_kernel_size": [2, 2],
         "merger_times": 1,
-        "model_type": f"minicpmv{number}",
-        **({"drop_vision_last_layer": False} if number == "4_6" else marks),
+        "model_type": model_type,
+        **own[family],
         "text_config": _text_config(ids["<|endoftext|>"]),
         "tie_word_embeddings": True,
         "transformers_version": "5.23.0",
         "video_token_id": ids["<|video_pad|>"],
-        "vision_config": _vision_config(f"minicpmv{number}_vision"),
+        "vision_config": _vision_config(f"{model_type}_vision"),
     }
 
 
@@ -192,13 +201,15 @@ def _write_tokenizer(folder: Path, processor: str) -> dict[str, int]:
     return tokenizer.get_vocab()
 
 
-def _processor_config(processor: str) -> dict[str, Any]:
+def _processor_config(family: str) -> dict[str, Any]:
+    # 4.7 has the processors of 4.6; that of OCR enlarges small images as all of them do until it is told otherwise.
+    kind = "MiniCPMOcr" if family == "ocr1_0" else "MiniCPMV4_6"
     shared = {
         "do_convert_rgb": True,
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "downsample_mode": "16x",
+        "downsample_mode": _MODES.get(family, "16x"),
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
         "max_slice_nums": 9,
@@ -209,9 +220,10 @@ def _processor_config(processor: str) -> dict[str, Any]:
         "slice_mode": True,
         "use_image_id": True,
     }
+    small = {"small_image_upsize": "always"} if family == "ocr1_0" else {}
     video = {"do_sample_frames": True, "max_num_frames": 128, "max_slice_nums": 1, "stack_frames": 1}
     return {
-        "image_processor": {**shared, "image_processor_type": "MiniCPMV4_6ImageProcessor"},
-        "processor_class": processor,
-        "video_processor": {**shared, **video, "video_processor_type": "MiniCPMV4_6VideoProcessor"},
+        "image_processor": {**shared, **small, "image_processor_type": f"{kind}ImageProcessor"},
+        "processor_class": f"{NATIVE[family][0]}Processor",
+        "video_processor": {**shared, **video, "video_processor_type": f"{kind}VideoProcessor"},
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict, Unpack
 
@@ -28,15 +28,16 @@ from finetune.encoding.hearing import log_mel
 from finetune.encoding.ids import text_tensors
 from finetune.encoding.inputs import INPUTS, ImageBackend
 from finetune.errors import UserError
-from finetune.families import FAMILIES
+from finetune.families import not_taken
 from finetune.families.base import Config, Family
 from finetune.families.settings import DOWNSAMPLE_MODE, disagreements
 from finetune.media import audio, image
+from finetune.media.glyphs import Print, check_installed
 from finetune.media.sampling import VideoOptions
 from finetune.media.slicing import MERGES, Plan, SliceSpec, plan
 from finetune.media.sound import AudioSpec, Sound, sound
 from finetune.notices import warn_once
-from finetune.sample import DataError, Media, MediaKind, Sample
+from finetune.sample import DataError, Media, Sample
 from finetune.templates.probe import complete_layout
 from finetune.templates.rendering import IGNORE, Layout, Rendered, Spoken, Thinking
 from finetune.templates.tokens import TextError, Vocabulary
@@ -48,8 +49,11 @@ _PATCH_COST = 0.1
 _FRAME_COST = 0.02
 """Cost of a mel frame: the audio tower has a twenty-fifth of the parameters, and half as many places as frames."""
 
-Extent = tuple[int, int] | int | Footage
-"""Size of a medium: (width, height) in pixels of an image, samples of a clip, the chosen frames of a video."""
+Extent = tuple[int, int] | Print | int | Footage
+"""Size of a medium: (width, height) in pixels of an image, samples of a clip, the chosen frames of a video.
+
+Images whose pixels decide how they are cut are there decoded.
+"""
 Planned = Plan | Sound | FootagePlan
 """How a medium takes its place in the prompt."""
 
@@ -86,15 +90,6 @@ class Measure:
         return self.tokens + _PATCH_COST * self.patches + _FRAME_COST * self.frames
 
 
-def _not_taken(family: Family, kind: MediaKind) -> str:
-    """That a family has no input for a kind of media, and which have."""
-    has: Callable[[Family], object] = (lambda each: each.video) if kind == "video" else (lambda each: each.audio_spec)
-    able = ", ".join(each.title for each in FAMILIES if has(each) is not None)
-    kinds = ["images", *(["videos"] if family.video else []), *(["sound"] if family.audio_spec else []), "text"]
-    taken = f"{', '.join(kinds[:-1])} and {kinds[-1]}"
-    return f"{family.title} takes {taken}, no {kind}; use a model that does ({able})"
-
-
 class Encoder:
     """Samples to examples for one checkpoint.
 
@@ -111,7 +106,8 @@ class Encoder:
         image_backend: how images are decoded and resized: "pillow", or "fast" with some bytes one level off.
 
     Raises:
-        UserError: the family keeps the pixels of its published image processor, and another backend is asked for.
+        UserError: the family keeps the pixels of its published image processor, and another backend is asked for; or
+            that processor needs a package that is missing.
         MissingTokenError: the tokenizer lacks a token that the family needs.
         TemplateMismatchError: its chat template begins in a way that the family's prompt cannot.
     """
@@ -135,6 +131,8 @@ class Encoder:
                 f"--image_backend {image_backend}: {family.title} keeps the pixels of its published image processor, "
                 "which has its own way to resize; leave the option out"
             )
+        if slicing.enlarge == "adaptive":
+            check_installed()
         self.family = family
         self.tokenizer = tokenizer
         self.layout = complete_layout(family, layout, tokenizer)
@@ -219,12 +217,16 @@ class Encoder:
     def sizes(self, sample: Sample) -> tuple[Extent, ...]:
         """The size of every medium, in reading order: of images as they are cut, from their headers; of sound decoded.
 
+        Images are decoded too where their pixels decide how they are cut.
+
         Raises:
             DataError: a medium that cannot be read, or that this family has no input for.
         """
         return tuple(self._extent(media, sample) for media in sample.media())
 
     def _extent(self, media: Media, sample: Sample) -> Extent:
+        if media.kind == "image" and self.slicing.enlarge == "adaptive":
+            return Print(self._picture(media, sample), self.slicing.scale_resolution)
         if media.kind == "image":
             return image.shrunk(image.size(media, sample.source, self.max_pixels), self.shrink_pixels)
         if media.kind == "audio" and self.hearing is not None:
@@ -237,7 +239,7 @@ class Encoder:
             return samples
         if media.kind == "video" and self.family.video is not None:
             return look(media, sample.source, self.family.video, self.video, self.max_pixels)
-        raise DataError(f"{sample.source}: {media}: {_not_taken(self.family, media.kind)}, or remove the record")
+        raise DataError(f"{sample.source}: {media}: {not_taken(self.family, media.kind)}, or remove the record")
 
     def plans(self, sizes: Sequence[Extent], max_slice_nums: int | None = None) -> tuple[Planned, ...]:
         """How media of these sizes take their places; None for the encoder's own most slices of images."""
@@ -251,6 +253,8 @@ class Encoder:
         if isinstance(size, int):
             assert self.hearing is not None  # or there would be no such size
             return sound(size, self.hearing)
+        if isinstance(size, Print):
+            return plan(*size.size, slicing, size)
         return plan(*size, slicing)
 
     def _spread(self, sample: Sample, plans: Sequence[Planned]) -> Spread:

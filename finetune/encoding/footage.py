@@ -85,7 +85,8 @@ def look(media: Media, source: Source, rule: Video, options: VideoOptions, max_p
 def plan_footage(footage: Footage, slicing: SliceSpec, options: VideoOptions) -> FootagePlan:
     """How the frames are cut: all alike, by the most slices of videos."""
     most = slicing.max_slice_nums if options.max_slice_nums is None else options.max_slice_nums
-    return FootagePlan(footage, plan(*footage.size, replace(slicing, max_slice_nums=most)))
+    # Frames are always enlarged: the published video processors have no other way.
+    return FootagePlan(footage, plan(*footage.size, replace(slicing, max_slice_nums=most, enlarge="always")))
 
 
 class Spread(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -74,9 +75,9 @@ def _patches(
     return torch.from_numpy(patchify(items, side)), grids
 
 
-def _by_processor(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
+def _by_processor(pictures: Pictures, spec: SliceSpec, maker: str = "MiniCPMV4_6") -> tuple[torch.Tensor, Grids]:
     cut = [
-        processor.patch_rows(picture, shown.cuts, spec, video=shown.video)
+        processor.patch_rows(picture, shown.cuts, spec, maker=maker, video=shown.video)
         for shown in pictures
         for picture in shown.pictures
     ]
@@ -176,4 +177,5 @@ INPUTS = {
     "patches": Inputs(torch.uint8, {"pillow": Backend(_by_pillow), "fast": Backend(_by_torch, fast.read)}, _bounded),
     "packed": Inputs(torch.float32, {"pillow": Backend(_by_processor)}, _packed),
     "canvas": Inputs(torch.float32, {"pillow": Backend(_by_processor)}, _typed),
+    "packed_print": Inputs(torch.float32, {"pillow": Backend(partial(_by_processor, maker="MiniCPMOcr"))}, _packed),
 }

@@ -2,38 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.metadata import version
+
 from finetune.errors import UserError
 from finetune.families.base import Config, Family
 from finetune.families.llama3_v2_5 import LLAMA3_V2_5
 from finetune.families.o2_6 import O2_6
 from finetune.families.o4_5 import O4_5
+from finetune.families.ocr1_0 import OCR1_0
 from finetune.families.v2_0 import V2_0
 from finetune.families.v2_6 import V2_6
 from finetune.families.v4_0 import V4_0
 from finetune.families.v4_5 import V4_5
 from finetune.families.v4_6 import V4_6
 from finetune.families.v4_7 import V4_7
+from finetune.sample import MediaKind
 
-FAMILIES: tuple[Family, ...] = (V2_0, LLAMA3_V2_5, V2_6, O2_6, V4_0, V4_5, O4_5, V4_6, V4_7)
+FAMILIES: tuple[Family, ...] = (V2_0, LLAMA3_V2_5, V2_6, O2_6, V4_0, V4_5, O4_5, V4_6, V4_7, OCR1_0)
 
 
 class UnknownFamilyError(UserError):
-    """A checkpoint that is none of the supported generations."""
+    """A checkpoint that is none of the supported generations, or of one that the installed packages do not know."""
 
 
 def detect(config: Config) -> Family:
     """The family of a checkpoint, from its config.json as a dictionary.
 
     Raises:
-        UnknownFamilyError: no family matches; the message lists what was read and what is supported.
+        UnknownFamilyError: no family matches; the message lists what was read and what is supported. Or as
+            ``check_transformers``.
     """
     for family in FAMILIES:
         if family.matches(config):
+            check_transformers(family)
             return family
     keys = ("model_type", "architectures", "version", "hidden_size", "vocab_size", "query_num", "vision_encoder")
     read = ", ".join(f"{key}={config[key]!r}" for key in keys if key in config) or "none of the expected keys"
     supported = "; ".join(f"{family.title} ({family.hub_id})" for family in FAMILIES)
     raise UnknownFamilyError(f"unknown checkpoint: config.json has {read}. Supported: {supported}")
+
+
+def check_transformers(family: Family, installed: str | None = None) -> None:
+    """Checks that transformers has the network of a family.
+
+    Args:
+        family: the generation.
+        installed: version of transformers; None for the one that is installed.
+
+    Raises:
+        UnknownFamilyError: it is too old; the message names both versions.
+    """
+    if family.transformers and _release(installed or version("transformers")) < _release(family.transformers):
+        raise UnknownFamilyError(
+            f"{family.title} needs transformers {family.transformers} or newer, installed is "
+            f"{installed or version('transformers')}: pip install 'transformers>={family.transformers}'"
+        )
+
+
+def usable(installed: str | None = None) -> tuple[Family, ...]:
+    """The families whose networks this version of transformers has; None for the one that is installed."""
+    given = installed or version("transformers")
+    return tuple(each for each in FAMILIES if not each.transformers or _release(given) >= _release(each.transformers))
+
+
+def _release(number: str) -> tuple[int, int]:
+    """Major and minor number of a version."""
+    major, minor, *_ = number.split(".")
+    return int(major), int(minor)
 
 
 def by_name(name: str) -> Family:
@@ -46,3 +82,12 @@ def by_name(name: str) -> Family:
         if family.name == name:
             return family
     raise UnknownFamilyError(f"unknown family {name!r}; known: {', '.join(family.name for family in FAMILIES)}")
+
+
+def not_taken(family: Family, kind: MediaKind) -> str:
+    """That a family has no input for a kind of media, and which have."""
+    has: Callable[[Family], object] = (lambda each: each.video) if kind == "video" else (lambda each: each.audio_spec)
+    able = ", ".join(each.title for each in FAMILIES if has(each) is not None)
+    kinds = ["images", *(["videos"] if family.video else []), *(["sound"] if family.audio_spec else []), "text"]
+    taken = f"{', '.join(kinds[:-1])} and {kinds[-1]}"
+    return f"{family.title} takes {taken}, no {kind}; use a model that does ({able})"

@@ -64,6 +64,7 @@ class Family:
         hub_id: the published checkpoint.
         llm_type: the official LLM_TYPE value.
         matches: whether a config.json (as a dictionary) belongs to this family.
+        transformers: the oldest version of it that has the network; empty where every supported one does.
         network: the parts of our own network; None where transformers has the network as one class.
         settings: which file of a folder each value is read from that shapes prompts or pixels.
         slice_spec: reads the slicing settings by that table, from config.json with what the folder says of processors.
@@ -93,6 +94,7 @@ class Family:
     hub_id: str
     llm_type: str
     matches: Callable[[Config], bool]
+    transformers: str = ""
     network: Network | None = None
     settings: Table
     slice_spec: Callable[[Config], SliceSpec]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from finetune.errors import CheckpointError
@@ -270,3 +270,9 @@ TRANSFORMERS: Table = {
     "video_max_frames": Setting(places=(Place("video_processor", "max_num_frames", 128),), default=128),
 }
 """4.6 and later: the processors of transformers, which never ask config.json."""
+PRINT: Table = {
+    **TRANSFORMERS,
+    DOWNSAMPLE_MODE: replace(TRANSFORMERS[DOWNSAMPLE_MODE], default="4x"),
+    "small_image_upsize": Setting(places=(_processor("small_image_upsize", "always"),), default="always"),
+}
+"""OCR: those of its own processors."""

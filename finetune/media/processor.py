@@ -1,9 +1,9 @@
-"""Pixels by the image processor that transformers has for MiniCPM-V 4.6 and later."""
+"""Pixels by the image processors that transformers has for MiniCPM-V 4.6 and later, and for MiniCPM-OCR."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,7 @@ _MODES = {merge: mode for mode, merge in MERGES.items()}
 
 
 def patch_rows(
-    image: Image.Image, cuts: Plan, spec: SliceSpec, *, video: bool = False
+    image: Image.Image, cuts: Plan, spec: SliceSpec, *, maker: str = "MiniCPMV4_6", video: bool = False
 ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     """Patches of an RGB image as the processor makes them.
 
@@ -26,6 +26,7 @@ def patch_rows(
         image: the decoded image.
         cuts: how it is cut, by ``plan`` with these settings or fewer slices.
         spec: settings of the checkpoint.
+        maker: first part of the names of the processors' classes.
         video: whether it is a frame of a video, which has a processor of its own.
 
     Returns:
@@ -42,9 +43,12 @@ def patch_rows(
     suffix = "_videos" if video else ""
     if video:
         frames = np.array(image).transpose(2, 0, 1)[None]
-        given = _video_processor()(videos=[frames], do_sample_frames=False, stack_frames=1, **options)
+        processor = _processor(f"{maker}VideoProcessor")
+        given = processor(videos=[frames], do_sample_frames=False, stack_frames=1, **options)
     else:
-        given = _processor()(images=[image], **options)
+        if spec.enlarge != "always":
+            options["small_image_upsize"] = spec.enlarge
+        given = _processor(f"{maker}ImageProcessor")(images=[image], **options)
     side = spec.patch_size
     packed = given[f"pixel_values{suffix}"][0]  # (3, P, N*P): the patches side by side
     rows = packed.reshape(3, side, -1, side).permute(2, 0, 1, 3).reshape(-1, 3 * side * side)
@@ -52,21 +56,15 @@ def patch_rows(
 
 
 def _slices_of(cuts: Plan, width: int, height: int, spec: SliceSpec) -> int:
-    """A number of most slices that gives this plan: the processor takes a limit, not a plan."""
+    """A number of most slices that gives this grid: the processor takes a limit, not a plan."""
     limits = range(max(spec.max_slice_nums, cuts.items), 0, -1)
-    found = (most for most in limits if plan(width, height, replace(spec, max_slice_nums=most)) == cuts)
+    of = replace(spec, enlarge="always")  # whatever becomes of small images, the grid is the same
+    found = (most for most in limits if plan(width, height, replace(of, max_slice_nums=most)).grid == cuts.grid)
     return next(found, spec.max_slice_nums)
 
 
-@lru_cache(maxsize=1)
-def _processor() -> Any:
-    from transformers import MiniCPMV4_6ImageProcessor
+@cache
+def _processor(name: str) -> Any:
+    import transformers
 
-    return MiniCPMV4_6ImageProcessor()
-
-
-@lru_cache(maxsize=1)
-def _video_processor() -> Any:
-    from transformers import MiniCPMV4_6VideoProcessor
-
-    return MiniCPMV4_6VideoProcessor()
+    return getattr(transformers, name)()

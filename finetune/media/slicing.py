@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
+
+Box = tuple[int, int, int, int]
+"""A part of an image: left, top, right, bottom in pixels."""
+Look = Callable[[Box], int | None]
+"""From a part of an image to the side in pixels of the square whose area it is enlarged to; None to leave it small."""
+Enlarging = Literal["always", "never", "adaptive"]
+"""Whether what is smaller than a square is enlarged to one; "adaptive" looks at the pixels."""
 
 MERGES = {"16x": 4, "4x": 2}
 """Patches along a side that become one token, by the downsample_mode of 4.6 and later."""
@@ -18,12 +28,14 @@ class SliceSpec:
         scale_resolution: side in pixels of the square whose area a slice should have.
         patch_size: side in pixels of a vision patch.
         merge: patches that become one along a side; every side is a multiple of so many patches.
+        enlarge: what becomes of images smaller than a square of ``scale_resolution``, and with "adaptive" of slices.
     """
 
     max_slice_nums: int
     scale_resolution: int
     patch_size: int
     merge: int = 1
+    enlarge: Enlarging = "always"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +47,14 @@ class Plan:
         grid: columns and rows, or None when the image is not cut.
         refined: size of the resized image that is cut, or None.
         slice: size of each slice, or None.
+        own: size of every slice, row by row, where some are smaller than ``slice``; else None.
     """
 
     thumbnail: tuple[int, int]
     grid: tuple[int, int] | None = None
     refined: tuple[int, int] | None = None
     slice: tuple[int, int] | None = None
+    own: tuple[tuple[int, int], ...] | None = None
 
     @property
     def items(self) -> int:
@@ -48,18 +62,18 @@ class Plan:
         return 1 if self.grid is None else 1 + self.grid[0] * self.grid[1]
 
 
-def plan(width: int, height: int, spec: SliceSpec) -> Plan:
+def plan(width: int, height: int, spec: SliceSpec, look: Look | None = None) -> Plan:
     """How an image of the given size is cut.
 
     An image that covers more than one square of ``scale_resolution`` is cut into about as many slices as squares fit
     into its area, in the grid whose aspect is nearest its own; the whole image is always kept as a thumbnail.
-    The rule is the published one of MiniCPM-V, and so are the roundings.
+    The rule is the published one of MiniCPM-V, and so are the roundings; what is not enlarged, that of MiniCPM-OCR.
 
     >>> nine = SliceSpec(max_slice_nums=9, scale_resolution=448, patch_size=14)
     >>> plan(448, 448, nine)
-    Plan(thumbnail=(448, 448), grid=None, refined=None, slice=None)
+    Plan(thumbnail=(448, 448), grid=None, refined=None, slice=None, own=None)
     >>> plan(640, 480, nine)
-    Plan(thumbnail=(518, 392), grid=(2, 1), refined=(728, 546), slice=(364, 546))
+    Plan(thumbnail=(518, 392), grid=(2, 1), refined=(728, 546), slice=(364, 546), own=None)
     >>> plan(1080, 1920, nine).items
     9
 
@@ -67,23 +81,29 @@ def plan(width: int, height: int, spec: SliceSpec) -> Plan:
         width: pixels, after EXIF orientation.
         height: pixels, after EXIF orientation.
         spec: settings of the checkpoint.
+        look: what the pixels say, for "adaptive" and no other.
 
     Raises:
-        ValueError: a side below 1.
+        ValueError: a side below 1, or ``look`` where it is not needed or missing where it is.
     """
     if width < 1 or height < 1:
         raise ValueError(f"an image of {width} x {height} pixels cannot be cut; both sides must be at least 1")
     squares = min(math.ceil(width * height / (spec.scale_resolution * spec.scale_resolution)), spec.max_slice_nums)
+    if (spec.enlarge == "adaptive") != (look is not None):
+        raise ValueError(f"enlarge {spec.enlarge!r} {'takes no look' if look else 'needs look: the pixels decide'}")
     if squares <= 1:
-        return Plan(_fit(width, height, spec))
+        side = None if look is None else look((0, 0, width, height))
+        return Plan(_fit(width, height, spec) if spec.enlarge == "always" else _small(width, height, spec, side))
     grid = _best_grid(width, height, squares, spec.max_slice_nums)
     columns, rows = grid
     cell = _fit(_nearest(width, columns) / columns, _nearest(height, rows) / rows, spec)
+    own = () if look is None else tuple(_own(box, cell, spec, look) for box in _cells(width, height, grid))
     return Plan(
         thumbnail=_fit(width, height, spec),
         grid=grid,
         refined=(cell[0] * columns, cell[1] * rows),
         slice=cell,
+        own=own if any(size != cell for size in own) else None,
     )
 
 
@@ -95,7 +115,7 @@ def item_sizes(cuts: Plan) -> list[tuple[int, int]]:
     """
     if cuts.slice is None:
         return [cuts.thumbnail]
-    return [cuts.thumbnail] + [cuts.slice] * (cuts.items - 1)
+    return [cuts.thumbnail, *(cuts.own or [cuts.slice] * (cuts.items - 1))]
 
 
 def crop_boxes(cuts: Plan) -> list[tuple[int, int, int, int]]:
@@ -113,6 +133,34 @@ def crop_boxes(cuts: Plan) -> list[tuple[int, int, int, int]]:
         for row in range(rows)
         for column in range(columns)
     ]
+
+
+def _cells(width: int, height: int, grid: tuple[int, int]) -> Iterator[Box]:
+    """The parts of the original image that its slices show, row by row."""
+    columns, rows = grid
+    across = [round(width * column / columns) for column in range(columns + 1)]
+    down = [round(height * row / rows) for row in range(rows + 1)]
+    for top, bottom in pairwise(down):
+        for left, right in pairwise(across):
+            yield left, top, right, bottom
+
+
+def _own(box: Box, cell: tuple[int, int], spec: SliceSpec, look: Look) -> tuple[int, int]:
+    """Size of the slice that shows this part of the image: ``cell``, or one that has fewer pixels and is enough."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    if min(width, height) < 1 or width * height > spec.scale_resolution**2:
+        return cell
+    side = look(box)
+    size = cell if side == spec.scale_resolution else _small(width, height, spec, side)
+    return size if math.prod(size) < math.prod(cell) else cell
+
+
+def _small(width: int, height: int, spec: SliceSpec, side: int | None) -> tuple[int, int]:
+    """The size of what is enlarged to a square of this side, or else only made smaller where it is larger than one."""
+    if side is None and width * height <= spec.scale_resolution**2:
+        step = spec.patch_size * spec.merge
+        return _nearest(width, step), _nearest(height, step)
+    return _fit(width, height, replace(spec, scale_resolution=side or spec.scale_resolution))
 
 
 def _fit(width: float, height: float, spec: SliceSpec) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The networks that transformers has as one class (4.6, 4.7), with the loss and the care of ours.
+"""The networks that transformers has as one class (4.6, 4.7, OCR), with the loss and the care of ours.
 
 A class here has the name of its parent, so that what it saves names the class that everybody has.
 """
@@ -294,3 +294,12 @@ WHOLE_NETWORKS: dict[str, type[PreTrainedModel]] = {
     "minicpmv4_6": MiniCPMV4_6ForConditionalGeneration,
     "minicpmv4_7": MiniCPMV4_7ForConditionalGeneration,
 }
+
+if hasattr(transformers, "MiniCPMOcrForConditionalGeneration"):  # since 5.23; ``families.detect`` refuses it below
+
+    class MiniCPMOcrForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethodOverride]
+        Whole, transformers.MiniCPMOcrForConditionalGeneration
+    ):
+        """MiniCPM-OCR."""
+
+    WHOLE_NETWORKS["minicpm_ocr"] = MiniCPMOcrForConditionalGeneration

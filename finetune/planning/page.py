@@ -90,7 +90,7 @@ TAIL = """
 and compares them with the plan: full and LoRA, with and without images, checkpointing and padding, all were within 6 %
 of what comes and goes with a step and 2 % of the whole. Its figures are in `benchmarks/results.csv`; the tests hold two
 cases within 20 %. **GPU peaks were not measured**: context, fragmentation, the workspaces of libraries and DeepSpeed's
-temporaries are taken from their code and from experience, autocast is imitated, and 4.6 and 4.7 were not measured
+temporaries are taken from their code and from experience, autocast is imitated, and 4.6, 4.7 and OCR were not measured
 anywhere. Their linear attention is counted as transformers computes it where flash-linear-attention is not installed;
 with it less is kept. Sound is not counted: its tower is small, and a clip of 30 s is 1500 steps of it.
 """

@@ -11,7 +11,7 @@ from typing import Any
 from finetune.families.settings import PROCESSORS
 
 # Families with figures that were not read from their own config.json.
-ASSUMED = ("o2_6", "v4_0", "v4_6", "v4_7")
+ASSUMED = ("o2_6", "v4_0", "v4_6", "v4_7", "ocr1_0")
 
 _SLICES = {"max_slice_nums": 9, "patch_size": 14}
 _SIGLIP = {
@@ -99,21 +99,20 @@ _QWEN3_5 = {
 }
 
 
-def _whole(number: str) -> dict[str, Any]:
+def _whole(maker: str, model_type: str, mode: str = "16x") -> dict[str, Any]:
     return {
-        "architectures": [f"MiniCPMV{number}ForConditionalGeneration"],
-        "downsample_mode": "16x",
-        "image_size": 448,
+        "architectures": [f"{maker}ForConditionalGeneration"],
+        "downsample_mode": mode,
         "insert_layer_id": 6,
         "merge_kernel_size": [2, 2],
         "merger_times": 1,
-        "model_type": f"minicpmv{number}",
+        "model_type": model_type,
         "text_config": _QWEN3_5,
         "tie_word_embeddings": True,
         "vision_config": {
             **_SIGLIP,
             "hidden_act": "gelu_pytorch_tanh",
-            "model_type": f"minicpmv{number}_vision",
+            "model_type": f"{model_type}_vision",
             "num_channels": 3,
             "window_kernel_size": [2, 2],
         },
@@ -189,8 +188,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "slice_config": {"max_slice_nums": 1, "patch_size": 14, "scale_resolution": 448},
         "stream_input": True,
     },
-    "v4_6": _whole("4_6"),
-    "v4_7": _whole("4_7"),
+    "v4_6": {**_whole("MiniCPMV4_6", "minicpmv4_6"), "image_size": 448},
+    "v4_7": {**_whole("MiniCPMV4_7", "minicpmv4_7"), "image_size": 448},
+    "ocr1_0": _whole("MiniCPMOcr", "minicpm_ocr", "4x"),
 }
 _PIXELS = {
     "max_slice_nums": 9,

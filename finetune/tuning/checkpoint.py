@@ -107,7 +107,6 @@ def resolve(
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is an adapter; training starts from its base checkpoint")
     config = read_config(folder)
-    check_unquantised(folder)
     family = detect(config)
     mode = decide(family, config, folder, downsample_mode, trained=trained, environment=environment)
     return Checkpoint(folder, name, revision, config, family, mode)
@@ -117,8 +116,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder.
 
     Raises:
-        CheckpointError: it is missing or not JSON.
+        CheckpointError: it is missing or not JSON, or the weights beside it are quantised.
     """
+    check_unquantised(folder)  # first: a folder of GGUF files alone has no config.json
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json; it is not a model folder")

@@ -177,7 +177,7 @@ def _own_rules(network: Any) -> tuple[_Rule, ...]:
 
 
 def _whole_rules(network: Any) -> tuple[_Rule, ...]:
-    """Of 4.6 and 4.7, whose tower merges patches by windows behind one of its layers ("16x") or not at all ("4x")."""
+    """Of 4.6 and later, whose tower merges patches by windows behind one of its layers ("16x") or not at all ("4x")."""
     config = network.config
     vision, text = config.vision_config, config.text_config
     merging = config.downsample_mode != "4x"

@@ -188,6 +188,6 @@ def origin_of(reference: Path) -> Origin:
 
 def _distance(model: torch.nn.Module, batch: dict[str, torch.Tensor], expected: torch.Tensor) -> float:
     keep = expected.shape[1]
-    # The classes of transformers (4.6, 4.7) give all logits whatever is asked for.
+    # The classes of transformers (4.6, 4.7, OCR) give all logits whatever is asked for.
     logits = model(**batch, logits_to_keep=keep).logits[:, -keep:]
     return (logits.float().cpu() - expected).abs().max().item()

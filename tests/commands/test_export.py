@@ -18,11 +18,11 @@ from finetune.commands.export import main
 from finetune.errors import UserError
 from finetune.export import folder as folders
 from finetune.export.writing import WeightFiles
-from finetune.families import FAMILIES, by_name
+from finetune.families import by_name, usable
 from finetune.tuning.checkpoint import FULL_FILES
 from finetune.tuning.tensorfiles import stored_in, weight_files
 
-NAMES = [family.name for family in FAMILIES]
+NAMES = [family.name for family in usable()]
 
 
 # peft warns of tied ends that are trained apart, which is what is tested.

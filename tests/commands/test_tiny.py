@@ -11,7 +11,8 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer
 import finetune.models  # noqa: F401  registers the network and the tokenizer classes
 from finetune.commands import tiny, tiny_corpus
 from finetune.commands.demo_phrases import COLOURS
-from finetune.families import by_name, detect
+from finetune.commands.tiny_native import NATIVE
+from finetune.families import by_name, detect, usable
 
 COMMON = {
     "README.md",
@@ -29,7 +30,8 @@ _NATIVE = COMMON - {"preprocessor_config.json", "special_tokens_map.json"} | {
     "processor_config.json",
 }
 FILES = {family: COMMON for family in tiny.FAMILIES}
-FILES |= {"v2_0": COMMON | {"tokenizer.model"}, "v4_5": _SPLIT, "o4_5": _SPLIT, "v4_6": _NATIVE, "v4_7": _NATIVE}
+FILES |= {"v2_0": COMMON | {"tokenizer.model"}, "v4_5": _SPLIT, "o4_5": _SPLIT}
+FILES |= dict.fromkeys(NATIVE, _NATIVE)
 # What the published config.json holds; a tiny one may add sizes, never leave a key out.
 OFFICIAL_KEYS = {
     "v2_0": "architectures attention_bias attention_dropout auto_map bos_token_id dim_model_base "
@@ -44,11 +46,10 @@ OFFICIAL_KEYS = {
     "num_key_value_heads patch_size pretraining_tp query_num rms_norm_eps rope_scaling rope_theta slice_config "
     "slice_mode tie_word_embeddings torch_dtype transformers_version use_cache version vision_config vocab_size",
 }
-NATIVE = ("v4_6", "v4_7")
 OWN = tuple(family for family in tiny.FAMILIES if family not in NATIVE)
 
 
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
+@pytest.fixture(scope="module", params=[family.name for family in usable()])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("tiny") / request.param
     return request.param, tiny.write_tiny_checkpoint(request.param, folder, seed=3)

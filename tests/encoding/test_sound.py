@@ -20,7 +20,7 @@ from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.fitting import Fitter
 from finetune.encoding.hearing import log_mel
-from finetune.families import FAMILIES, by_name
+from finetune.families import by_name, usable
 from finetune.media.sound import AudioSpec, sound
 from finetune.models import MiniCPMO, load_model, load_tokenizer
 from finetune.readers import read
@@ -179,7 +179,7 @@ def test_measured_without_the_network(ready, family: str) -> None:
     assert heard.cost > silent.cost + heard.tokens - silent.tokens
 
 
-@pytest.mark.parametrize("family", [family.name for family in FAMILIES if family.audio_spec is None])
+@pytest.mark.parametrize("family", [family.name for family in usable() if family.audio_spec is None])
 def test_the_others_say_who_hears(family: str, tiny) -> None:
     base = resolve(str(tiny(family)))
     encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings)

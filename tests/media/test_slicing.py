@@ -70,4 +70,4 @@ def test_geometry_needs_no_pixels() -> None:
     tree = ast.parse(inspect.getsource(slicing))
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert sorted(names) == ["__future__", "dataclasses", "math"]
+    assert sorted(names) == ["__future__", "collections.abc", "dataclasses", "itertools", "math", "typing"]

@@ -1,4 +1,4 @@
-"""Tiny folders of 4.6 and 4.7 with weights that the class of transformers has drawn and saved."""
+"""Tiny folders of 4.6, 4.7 and OCR with weights that the class of transformers has drawn and saved."""
 
 from __future__ import annotations
 

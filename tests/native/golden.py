@@ -1,6 +1,7 @@
-"""Golden figures of 4.6 and 4.7: ids, pixels, loss and gradients by the processor and the class of transformers.
+"""Golden figures of 4.6, 4.7 and OCR: ids, pixels, loss and gradients by the processor and the class of transformers.
 
-``python tests/native/golden.py`` records them with the installed version; nothing of the toolkit computes there.
+``python tests/native/golden.py v4_7`` records those of a family with the installed version, without a name those of
+all; nothing of the toolkit computes there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import transformers
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "native"
-FAMILIES = ("v4_6", "v4_7")
+FAMILIES = ("v4_6", "v4_7", "ocr1_0")
 CASES = ("text", "system", "whole", "several")
 SCALE = 0.1
 
@@ -75,11 +76,11 @@ def _case(folder: Path, model: Any, name: str) -> dict[str, Any]:
     }
 
 
-def record() -> None:
-    """Writes the folders and the figures."""
+def record(*families: str) -> None:
+    """Writes the folders and the figures of these families."""
     from finetune.commands.tiny_native import write_native
 
-    for family in FAMILIES:
+    for family in families:
         folder = GOLDEN / family
         folder.mkdir(parents=True, exist_ok=True)
         write_native(family, folder)
@@ -97,4 +98,4 @@ def record() -> None:
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "native")]
     torch.set_num_threads(1)
-    record()
+    record(*(sys.argv[1:] or FAMILIES))

@@ -1,4 +1,4 @@
-"""The recorded figures of 4.6 and 4.7, by our encoder and our networks."""
+"""The recorded figures of 4.6, 4.7 and OCR, by our encoder and our networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The networks of 4.6 and 4.7: loss, logits and tokens of the class of transformers, and what training asks beyond."""
+"""The networks of 4.6, 4.7 and OCR: figures of the classes of transformers, and what training asks beyond."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import transformers
 from conversations import CONVERSATIONS, encoder, sample
 from safetensors.torch import load_file, save_file
 
+from finetune.commands.tiny_native import NATIVE
 from finetune.encoding.collate import pad
 from finetune.errors import CheckpointError
 from finetune.models import load_model
@@ -125,6 +126,7 @@ def test_batch_is_its_rows(native, family: str) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["v4_6", "v4_7"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_changes_nothing(native, family: str, reentrant: bool) -> None:
     folder = native(family)
@@ -162,6 +164,7 @@ def test_generates_what_the_stock_class_does(native, family: str, beams: int) ->
         torch.testing.assert_close(ours_, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["v4_6", "v4_7"])
 def test_generates_row_by_row_and_without_a_cache(native, family: str) -> None:
     folder = native(family)
     model = ours(folder)
@@ -221,7 +224,7 @@ def test_canvas_positions_matter(native) -> None:
 
 def test_forward_takes_every_input_by_name(family: str) -> None:
     """``generate`` looks at the names to decide what it prepares."""
-    network = WHOLE_NETWORKS[f"minicpm{family}"]
+    network = WHOLE_NETWORKS[NATIVE[family][1]]
     parent = next(base for base in network.__mro__ if base.__module__.startswith("transformers.models"))
     wanted = inspect.signature(parent.forward).parameters  # type: ignore[attr-defined]
     assert network.__name__ == parent.__name__

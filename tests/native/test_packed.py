@@ -1,4 +1,4 @@
-"""Packed rows of 4.6 and 4.7, with the kernels of linear attention that they need: every segment is as it is alone."""
+"""Packed rows of 4.6, 4.7 and OCR, with the kernels of linear attention: every segment is as it is alone."""
 
 from __future__ import annotations
 
@@ -46,6 +46,16 @@ def row_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
         return model(**batch).row_loss
 
 
+def test_segments_of_the_mode_of_ocr(native, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers are those of 4.6, which the next test looks at closely."""
+    folder = native("ocr1_0", "4x")
+    model, alone = load_model(folder).eval(), [pad([each], 0) for each in examples(folder, clip)]
+    rows = torch.cat([row_loss(model, row) for row in alone])
+    put_in_place(monkeypatch)
+    assert torch.allclose(row_loss(model, pack(examples(folder, clip))), rows, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["v4_6", "v4_7"])
 def test_segments_are_sealed(native, clip: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses and gradients of rows by transformers' own code are those of segments by kernels that are told them."""
     folder = native(family)

@@ -7,6 +7,7 @@ import torch
 from test_network import MIXED, batch_of, gradients, ours
 
 
+@pytest.mark.parametrize("family", ["v4_6", "v4_7"])
 @pytest.mark.parametrize("most", [1, 2])
 @pytest.mark.parametrize("mode", ["16x", "4x"])
 def test_pieces_change_nothing(native, family: str, mode: str, most: int) -> None:

@@ -1,4 +1,4 @@
-"""4.6 and 4.7 through the trainer: full and LoRA, saved, loaded again by everybody's classes, merged."""
+"""4.6, 4.7 and OCR through the trainer: full and LoRA, saved, loaded again by everybody's classes, merged."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from dataset import make_supervised_data_module
 from finetune.arguments import parse_arguments
+from finetune.commands.tiny_native import NATIVE
 from finetune.encoding.collate import pad
 from finetune.models import load_model
 from finetune.tuning.checkpoint import resolve
@@ -102,7 +103,8 @@ def test_an_adapter_is_the_trained_network(native, demo_data: Path, family: str,
     assert torch.equal(logits(anywhere, batch), wanted)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     name = type(network(made).get_base_model()).__name__
-    module = f"transformers.models.minicpm{family}.modeling_minicpm{family}"
+    kind = NATIVE[family][1]
+    module = f"transformers.models.{kind}.modeling_{kind}"
     assert written["auto_mapping"] == {"base_model_class": name, "parent_library": module, "downsample_mode": "16x"}
     assert isinstance(again, PeftModel)
     merged = again.merge_and_unload()  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,74 @@
+"""MiniCPM-OCR 1.0: the network of 4.6 with four times its tokens, and an image processor that looks for small print."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import get_args
+
+from finetune.errors import UserError
+from finetune.families.base import Config, Family
+from finetune.families.common import (
+    CHATML_TOKENS,
+    IMAGE_ID_TOKENS,
+    IMAGE_PAD,
+    LINEAR_ATTENTION,
+    MARK_TOKENS,
+    PROCESSED_FRAMES,
+    VIDEO_PAD,
+    WHOLE_LORA,
+    WHOLE_PARTS,
+    merged_layout,
+    merged_slices,
+)
+from finetune.families.settings import DOWNSAMPLE_MODE, PRINT, value_of
+from finetune.media.slicing import Enlarging, SliceSpec
+from finetune.templates.chatml_thinking import ROLES, render
+from finetune.templates.rendering import Layout
+
+_TOKENS = (*MARK_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS, IMAGE_PAD)
+
+
+def _matches(config: Config) -> bool:
+    return config.get("model_type") == "minicpm_ocr"
+
+
+def _complete(config: Config) -> Config:
+    """The settings with the downsampling of its classes where no file has one."""
+    return {**config, DOWNSAMPLE_MODE: value_of(config, PRINT[DOWNSAMPLE_MODE])}
+
+
+def _slice_spec(config: Config) -> SliceSpec:
+    given = value_of(config, PRINT["small_image_upsize"])
+    if given not in get_args(Enlarging):
+        known = ", ".join(get_args(Enlarging))
+        raise UserError(f"the image processor of the checkpoint has small_image_upsize {given!r}; known are {known}")
+    return replace(merged_slices(_complete(config)), enlarge=given)
+
+
+def _layout(config: Config) -> Layout:
+    layout = merged_layout(_complete(config))
+    return replace(layout, video_ids=layout.image_ids)
+
+
+OCR1_0 = Family(
+    name="ocr1_0",
+    title="MiniCPM-OCR 1.0",
+    hub_id="openbmb/MiniCPM-OCR-1.0",
+    llm_type="qwen",
+    matches=_matches,
+    transformers="5.23",
+    video=PROCESSED_FRAMES,
+    settings=PRINT,
+    slice_spec=_slice_spec,
+    layout=_layout,
+    render=render,
+    roles=ROLES,
+    control_tokens=(*_TOKENS, VIDEO_PAD, "<|endoftext|>"),
+    required_tokens=_TOKENS,
+    stop_tokens=("<|im_end|>", "<|endoftext|>"),
+    parts=WHOLE_PARTS,
+    lora_targets=WHOLE_LORA,
+    packing_kernels=LINEAR_ATTENTION,
+    inputs="packed_print",
+    auto_mapping=("MiniCPMOcrForConditionalGeneration", "transformers.models.minicpm_ocr.modeling_minicpm_ocr"),
+)
