@@ -39,7 +39,7 @@ TABLE: dict[str, set[str]] = {
     "templates": {"errors", "notices", "sample", "media.slicing", "media.sound", "media.sampling", "families.base"},
     "readers": {"errors", "cache", "sample"},
     "encoding": {"errors", "cache", "notices", "sample", "media", "templates", "families"},
-    "models": {"errors", "families"},
+    "models": {"errors", "notices", "families"},
     "tuning": MODELS_OR_DATA,
     "evaluation": MODELS_OR_DATA,
     # only the rules of boxes and words

@@ -232,7 +232,8 @@ class Whole(Frugal, Chatting, StrictLoading):
             pixels = pixel_values.to(dtype=tower.dtype)
             hidden = tower(pixels, target_sizes=target_sizes, use_vit_merger=windows).last_hidden_state
             if not windows and torch.is_grad_enabled():
-                hidden = hidden + _idle(tower.vit_merger, hidden, torch.as_tensor([[2, 2]], device=target_sizes.device))
+                assert target_sizes is not None  # _checked_sizes saw it
+                hidden = hidden + _idle(tower.vit_merger, hidden, target_sizes.new_tensor([[2, 2]]))
         if windows:
             sizes = [(rows // 2, columns // 2) for rows, columns in sizes]
         with torch.set_grad_enabled(trained and (hidden.requires_grad or _trainable(merger))):
