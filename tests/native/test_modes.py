@@ -369,14 +369,14 @@ def test_generation_follows_the_prompt_and_leaves_the_network_as_it_was(native) 
     for family in ("v4_6", "v4_7"):
         model = load_model(native(family))
         for mode in ("16x", "4x"):
-            stock = transformers.AutoModelForImageTextToText.from_pretrained(native(family))
+            stock: Any = transformers.AutoModelForImageTextToText.from_pretrained(native(family))
             stock.config.downsample_mode = mode
             made = encoder(resolve(str(native(family)), mode))
             batch = pad([made.encode(sample(CONVERSATIONS["several"]), generate=True)], made.pad_id, side="left")
             length = batch["input_ids"].shape[1]
             given = {key: value for key, value in batch.items() if key != "labels"}
             ids = stock.generate(**given, max_new_tokens=4, do_sample=False, eos_token_id=made.stop_ids, pad_token_id=0)
-            wanted = made.tokenizer.decode(ids[0, length:]).partition("<|im_end|>")[0].strip()
+            wanted = str(made.tokenizer.decode(ids[0, length:])).partition("<|im_end|>")[0].strip()
             msgs = [{"role": "user", "content": parts(sample(CONVERSATIONS["several"]))}]
             options = {"sampling": False, "max_new_tokens": 4, "downsample_mode": mode}
             assert model.chat(msgs=msgs, **options) == wanted  # pyright: ignore[reportCallIssue]
