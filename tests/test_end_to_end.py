@@ -143,7 +143,7 @@ def leave_reference(adapter: Path, base: Path, data: Path, reference: Path) -> N
     from finetune.flags import DataArguments
     from finetune.models import load_model, load_tokenizer
     from finetune.tuning.checkpoint import resolve
-    from finetune.tuning.verification import write_reference
+    from finetune.tuning.verification import Origin, write_reference
 
     found = resolve(str(base))
     encoder = Encoder.from_config(found.family, load_tokenizer(base), found.settings)
@@ -152,7 +152,7 @@ def leave_reference(adapter: Path, base: Path, data: Path, reference: Path) -> N
     del batch["labels"]
     with torch.no_grad():
         logits = load_model(adapter).eval()(**batch, logits_to_keep=8).logits
-    write_reference(reference, batch, logits, "float32", quantised=False)
+    write_reference(reference, batch, logits, Origin("float32"))
 
 
 def test_a_verified_run_leaves_no_sample_behind(lora):

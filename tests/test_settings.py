@@ -139,8 +139,8 @@ def test_the_files_that_transformers_reads(tiny, tmp_path: Path) -> None:
         assert base.family.video is not None
         video = base.family.video.defaults(base.settings)
         ours = base.family.slice_spec(base.settings).max_slice_nums, video.max_slice_nums, video.max_frames
-        images = MiniCPMV4_6ImageProcessor.from_pretrained(tmp_path)
-        videos = MiniCPMV4_6VideoProcessor.from_pretrained(tmp_path)
+        images: Any = MiniCPMV4_6ImageProcessor.from_pretrained(tmp_path)
+        videos: Any = MiniCPMV4_6VideoProcessor.from_pretrained(tmp_path)
         assert ours == (images.max_slice_nums, videos.max_slice_nums, videos.max_num_frames) == wanted
 
 
@@ -149,8 +149,9 @@ def test_the_tiny_checkpoint_disagrees_as_the_published_one_does(tiny, caplog: p
     caplog.set_level(logging.WARNING)
     base = resolve(str(tiny("o4_5")))
     assert (base.config["slice_config"]["max_slice_nums"], base.config["stream_input"]) == (1, True)
+    tokenizer = load_tokenizer(base.folder)
     for _ in range(2):
-        encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings)
+        encoder = Encoder.from_config(base.family, tokenizer, base.settings)
         assert encoder.slicing.max_slice_nums == 9
         assert encoder.hearing is not None
         assert sound(5 * 16_000, encoder.hearing).runs == (50,)
@@ -159,9 +160,7 @@ def test_the_tiny_checkpoint_disagrees_as_the_published_one_does(tiny, caplog: p
         "MiniCPM-o 4.5: max_slice_nums is 9 (in preprocessor_config.json (max_slice_nums)), which published inference "
         "reads; 1 in config.json (slice_config.max_slice_nums) is not used"
     ]
-    assert (
-        Encoder.from_config(base.family, encoder.tokenizer, base.settings, max_slice_nums=2).slicing.max_slice_nums == 2
-    )
+    assert Encoder.from_config(base.family, tokenizer, base.settings, max_slice_nums=2).slicing.max_slice_nums == 2
 
 
 def test_families_travel_to_other_processes() -> None:

@@ -48,4 +48,4 @@ def _whole(parameter: nn.Parameter) -> AbstractContextManager[object]:
 
 def _digest(parameter: nn.Parameter, dtype: torch.dtype) -> str:
     values = parameter.detach().flatten().to(dtype).cpu()
-    return hashlib.blake2b(values.view(torch.uint8).numpy(), digest_size=16).hexdigest()
+    return hashlib.blake2b(values.view(torch.uint8).numpy().data, digest_size=16).hexdigest()

@@ -13,7 +13,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import BatchRebalanceSampler
-from transformers.utils import is_kernels_available
+from transformers.utils.import_utils import is_kernels_available
 
 from finetune.arguments import TrainingArguments
 from finetune.batching import BY_SIZE, row_capacity

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,9 +42,10 @@ def combinations(family: Family) -> Iterator[dict[str, str]]:
 
 def arguments(chosen: dict[str, str], output: Path, *, bf16: bool) -> TrainingArguments:
     adapted = [part for part, mode in chosen.items() if mode == "lora"]
-    lora = {"use_lora": True, "lora_parts": adapted} if adapted else {}
-    tuned = {f"tune_{part}": mode == "full" for part, mode in chosen.items()}
-    return TrainingArguments(output_dir=str(output), use_cpu=True, bf16=bf16, **lora, **tuned)
+    flags: dict[str, Any] = {f"tune_{part}": mode == "full" for part, mode in chosen.items()}
+    if adapted:
+        flags |= {"use_lora": True, "lora_parts": adapted}
+    return TrainingArguments(output_dir=str(output), use_cpu=True, bf16=bf16, **flags)
 
 
 def batch_of(folder: Path, family: Family) -> dict[str, torch.Tensor]:
