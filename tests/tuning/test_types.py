@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def combinations(family: Family) -> Iterator[dict[str, str]]:
     The o models share one network; of the older the sound is treated as the pictures are.
     """
     for modes in product(("frozen", "full", "lora"), repeat=len(family.parts)):
-        chosen = dict(zip(family.parts, modes, strict=True))
+        chosen: dict[str, str] = dict(zip(family.parts, modes, strict=True))
         if family.name == "o2_6" and chosen["audio"] != chosen["vision"]:
             continue
         if set(modes) != {"frozen"} and not (chosen["llm"] == "full" and "lora" in modes):
@@ -41,9 +42,10 @@ def combinations(family: Family) -> Iterator[dict[str, str]]:
 
 def arguments(chosen: dict[str, str], output: Path, *, bf16: bool) -> TrainingArguments:
     adapted = [part for part, mode in chosen.items() if mode == "lora"]
-    lora = {"use_lora": True, "lora_parts": adapted} if adapted else {}
-    tuned = {f"tune_{part}": mode == "full" for part, mode in chosen.items()}
-    return TrainingArguments(output_dir=str(output), use_cpu=True, bf16=bf16, **lora, **tuned)
+    flags: dict[str, Any] = {f"tune_{part}": mode == "full" for part, mode in chosen.items()}
+    if adapted:
+        flags |= {"use_lora": True, "lora_parts": adapted}
+    return TrainingArguments(output_dir=str(output), use_cpu=True, bf16=bf16, **flags)
 
 
 def batch_of(folder: Path, family: Family) -> dict[str, torch.Tensor]:
