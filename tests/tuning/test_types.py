@@ -33,7 +33,7 @@ def combinations(family: Family) -> Iterator[dict[str, str]]:
     The o models share one network; of the older the sound is treated as the pictures are.
     """
     for modes in product(("frozen", "full", "lora"), repeat=len(family.parts)):
-        chosen = dict(zip(family.parts, modes, strict=True))
+        chosen: dict[str, str] = dict(zip(family.parts, modes, strict=True))
         if family.name == "o2_6" and chosen["audio"] != chosen["vision"]:
             continue
         if set(modes) != {"frozen"} and not (chosen["llm"] == "full" and "lora" in modes):
