@@ -123,6 +123,7 @@ class Whole(Frugal, Chatting, StrictLoading):
             embedded = embedded + idle.to(device=embedded.device, dtype=embedded.dtype)
         if mm_token_type_ids is not None:  # 4.6 does not know it
             kwargs["mm_token_type_ids"] = mm_token_type_ids
+        kwargs |= _no_router_logits(self.model.language_model)
         context: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": use_cache}
         if use_cache is None and labels is not None:
             context["use_cache"] = False
@@ -243,6 +244,11 @@ class Whole(Frugal, Chatting, StrictLoading):
             if in_step:
                 return merge_patches(merger, hidden[0], sizes)
             return merger(hidden, torch.tensor(sizes, device=hidden.device))
+
+
+def _no_router_logits(language_model: nn.Module) -> dict[str, Any]:
+    """Keeps a mixture from giving router logits: no loss has a use for them, and transformers 5.24 fails on them."""
+    return {"output_router_logits": False} if hasattr(language_model.config, "output_router_logits") else {}
 
 
 def _pooled(features: list[torch.Tensor]) -> BaseModelOutputWithPooling:

@@ -44,7 +44,8 @@ def learn(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
     raise AssertionError("not learnt in 200 steps")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# The network of OCR is the one of 4.6.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "ocr1_0"])
 def test_what_was_learnt_by_heart_is_answered(tiny, tmp_path, family):
     base = resolve(str(tiny(family)))
     encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings, max_slice_nums=1)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from finetune.commands.tiny_native import NATIVE, write_native
 from finetune.families import by_name
+from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.models.modes import write_mode
 
 Native = Callable[..., Path]
@@ -23,10 +24,11 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Native:
-    """Path of a tiny folder by family name and downsample mode; callers must not write into it."""
+    """Path of a tiny folder by family name and downsample mode, its own by default; callers must not write into it."""
     made: dict[tuple[str, str], Path] = {}
 
-    def make(family: str, mode: str = "16x") -> Path:
+    def make(family: str, mode: str | None = None) -> Path:
+        mode = mode or by_name(family).settings[DOWNSAMPLE_MODE].default
         if (family, mode) not in made:
             made[family, mode] = _write(family, mode, tmp_path_factory.mktemp("native") / f"{family}-{mode}")
         return made[family, mode]

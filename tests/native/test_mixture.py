@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from finetune.encoding.collate import pad
 from finetune.errors import ArgumentError, CheckpointError
 from finetune.models import load_model
 from finetune.models.adapters import put_adapter
+from finetune.models.key_values import CACHE
 from finetune.tuning.checkpoint import resolve
 from finetune.tuning.flops import flops_of
 from finetune.tuning.parts import adapt, format_table, part_rows
@@ -76,9 +78,12 @@ def test_router_losses_are_as_the_class_has_them(tiny, batch, tmp_path, caplog) 
         for asked in (False, True):
             network.config.text_config.output_router_logits = asked
             network.config.text_config.router_aux_loss_coef = 100.0
-            with torch.no_grad():
-                losses.append(network(**batch).loss.item())
-                losses.append(network(**batch, output_router_logits=asked).loss.item())
+            # From 5.24 on the published class cannot put router logits into its output.
+            broken = asked and load is not load_model and CACHE == "cache"
+            for more in ({}, {"output_router_logits": asked}):
+                with torch.no_grad(), pytest.raises(TypeError, match="router_logits") if broken else nullcontext():
+                    losses.append(network(**batch, **more).loss.item())
+    assert len(losses) >= 6
     assert losses == pytest.approx([losses[0]] * len(losses), rel=2e-6)
     training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     adapt(network, FAMILY, training, LoraArguments())

@@ -244,7 +244,7 @@ def test_forward_takes_every_input_by_name(family: str) -> None:
     ],
 )
 def test_what_does_not_fit_is_named(native, family: str, change: Any, message: str) -> None:
-    folder = native(family)
+    folder = native(family, "16x")
     batch = batch_of(folder, "sliced")
     change(batch)
     with pytest.raises(ValueError, match=message):

@@ -124,7 +124,10 @@ def test_adapters_wrap_both_kinds_of_attention(native, demo_data: Path, family: 
     assert any("vit_merger.self_attn.q_proj" in name for name in names)
     assert any("merger.mlp.0.linear_2" in name for name in names)
     state = load_file(tmp_path / "adapter_model.safetensors")
-    assert all(tensor.any() for name, tensor in state.items() if "lora_B" in name)
+    learnt = {name: bool(tensor.any()) for name, tensor in state.items() if "lora_B" in name}
+    # In 4x, the mode of OCR, nothing goes through the tower's own merger.
+    unused = {name for name in learnt if "vit_merger" in name and family == "ocr1_0"}
+    assert {name for name, moved in learnt.items() if not moved} == unused
 
 
 def test_loss_falls_and_evaluation_counts_tokens(native, demo_data: Path, family: str, tmp_path: Path) -> None:
