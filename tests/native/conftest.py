@@ -28,10 +28,10 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Native:
     made: dict[tuple[str, str], Path] = {}
 
     def make(family: str, mode: str | None = None) -> Path:
-        mode = mode or by_name(family).settings[DOWNSAMPLE_MODE].default
-        if (family, mode) not in made:
-            made[family, mode] = _write(family, mode, tmp_path_factory.mktemp("native") / f"{family}-{mode}")
-        return made[family, mode]
+        key = family, mode or str(by_name(family).settings[DOWNSAMPLE_MODE].default)
+        if key not in made:
+            made[key] = _write(*key, tmp_path_factory.mktemp("native") / "-".join(key))
+        return made[key]
 
     return make
 
