@@ -157,7 +157,7 @@ class Comparison:
         rounding, noise = origin.rounding / self.largest, origin.noise / self.largest
         return (
             f"tolerance: rounding the trained model to {origin.dtype} moves these logits by {rounding:.1e} of the "
-            f"largest, one more rounding in every layer by {noise:.1e} here and there; {equal}"
+            f"largest, one more rounding in every layer by {noise:.1e}, here and in the new process; {equal}"
         )
 
 
