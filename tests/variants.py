@@ -1,14 +1,14 @@
-"""Names of tiny checkpoints: the families, and those of them that exist with another network too."""
+"""Names of tiny checkpoints: the families that transformers has, and those that exist with another network too."""
 
 from __future__ import annotations
 
-from finetune.families import FAMILIES, by_name
+from finetune.families import by_name, usable
 from finetune.families.base import Family
 
 MIXTURE = "v4_7_moe"
 """4.7 with four routed experts per layer, two of which see a token, and a shared one."""
 
-NAMES = tuple(family.name for family in FAMILIES)
+NAMES = tuple(family.name for family in usable())
 VARIANTS = (*NAMES, MIXTURE)
 
 

@@ -32,7 +32,7 @@ from finetune.errors import UserError
 from finetune.families import FAMILIES
 from finetune.families.base import Config, Family
 from finetune.families.settings import DOWNSAMPLE_MODE, disagreements
-from finetune.media import audio, image
+from finetune.media import audio, image, processor
 from finetune.media.glyphs import Print, check_installed
 from finetune.media.sampling import VideoOptions
 from finetune.media.slicing import MERGES, Plan, SliceSpec, plan
@@ -220,6 +220,7 @@ class Encoder:
                 )
             return samples
         if media.kind == "video" and self.family.video is not None:
+            processor.check_videos(self.slicing)
             return look(media, sample.source, self.family.video, self.video, self.max_pixels)
         raise DataError(f"{sample.source}: {media}: {_not_taken(self.family, media.kind)}, or remove the record")
 

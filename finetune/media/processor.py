@@ -4,17 +4,37 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from finetune.errors import UserError
 from finetune.media.slicing import MERGES, Plan, SliceSpec, plan
 
 if TYPE_CHECKING:
     import torch
 
 _MODES = {merge: mode for mode, merge in MERGES.items()}
+
+
+def check_videos(spec: SliceSpec, installed: str | None = None) -> None:
+    """Checks that the video processor of transformers knows the mode: that of 5.20 cuts frames in "16x" whatever it is.
+
+    Args:
+        spec: settings of the checkpoint.
+        installed: version of transformers; None for the one that is installed.
+
+    Raises:
+        UserError: it does not; the message names both versions.
+    """
+    given = installed or version("transformers")
+    if _MODES.get(spec.merge) == "4x" and given.startswith("5.20."):
+        raise UserError(
+            f"videos with downsample_mode 4x need transformers 5.21 or newer, installed is {given}: "
+            "pip install 'transformers>=5.21', or use --downsample_mode 16x"
+        )
 
 
 def patch_rows(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,11 @@ from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
 from finetune.encoding.fitting import Fitter
+from finetune.errors import UserError
 from finetune.families import by_name
+from finetune.media.processor import check_videos
 from finetune.media.sampling import VideoOptions
+from finetune.media.slicing import MERGES, SliceSpec
 from finetune.models import load_model, load_tokenizer
 from finetune.models.modes import write_mode
 from finetune.notices import warn_once
@@ -148,6 +153,10 @@ def test_batch_is_the_one_of_the_published_processor(
     frames = frames.to(torch.uint8).reshape(12, 112, 240, 3).permute(0, 3, 1, 2)
     image = Image.open(folder / "image.png")
     given = sample(Media("image", folder / "image.png"), video(folder, "wide.mp4"), Text("What?"))
+    if mode == "4x" and version("transformers").startswith("5.20."):
+        with pytest.raises(UserError, match="need transformers 5.21 or newer"):
+            made.measure(given, True)
+        return
     ours = pad([made.encode(given, generate=True)], made.pad_id)
     processor = AutoProcessor.from_pretrained(model)
     content = [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "What?"}]
@@ -159,6 +168,16 @@ def test_batch_is_the_one_of_the_published_processor(
     assert ours.keys() - {"labels"} == theirs.keys()
     for key, tensor in theirs.items():
         assert torch.equal(ours[key], tensor.to(ours[key].dtype)), key
+
+
+def test_versions_that_cut_videos_in_another_mode() -> None:
+    """The processor of transformers 5.20 cuts frames in 16x whatever it is told."""
+    spec = SliceSpec(max_slice_nums=9, scale_resolution=448, patch_size=14, merge=MERGES["4x"])
+    with pytest.raises(UserError, match=r"need transformers 5.21 or newer, installed is 5.20.2: pip install"):
+        check_videos(spec, "5.20.2")
+    check_videos(spec, "5.21.0")
+    check_videos(replace(spec, merge=MERGES["16x"]), "5.20.2")
+    check_videos(replace(spec, merge=1), "5.20.2")
 
 
 @pytest.mark.parametrize("family", ["v4_6", "v4_7"])

@@ -11,7 +11,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from finetune.encoding.encoder import Encoder
-from finetune.families import FAMILIES, by_name
+from finetune.families import by_name, usable
 from finetune.families.llama3_v2_5 import LLAMA3_V2_5
 from finetune.families.v2_0 import V2_0
 from finetune.models import load_tokenizer
@@ -200,7 +200,7 @@ def test_a_checkpoint_that_thinks_by_default(thinker: Path) -> None:
     assert check_chat_template(base.family, made.tokenizer, told.layout) is True
 
 
-@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+@pytest.mark.parametrize("family", [family.name for family in usable()])
 def test_tiny_checkpoints_agree_with_their_templates(tiny, family: str) -> None:
     base = resolve(str(tiny(family)))
     made = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings)

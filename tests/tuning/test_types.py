@@ -17,7 +17,7 @@ from torch import nn
 from finetune.arguments import LoraArguments, TrainingArguments
 from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
-from finetune.families import FAMILIES
+from finetune.families import usable
 from finetune.families.base import Family
 from finetune.models import load_model, load_tokenizer
 from finetune.sample import Media, Message, Sample, Source, Text
@@ -76,7 +76,7 @@ def fault_of_a_step(model: nn.Module, batch: dict[str, torch.Tensor], *, bf16: b
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", usable(), ids=lambda family: family.name)
 def test_every_combination_of_trained_and_frozen_parts_makes_a_step(tiny, tmp_path, family, bf16):
     folder = tiny(family.name)
     base = load_model(folder, dtype=torch.bfloat16 if bf16 else torch.float32)
@@ -89,7 +89,7 @@ def test_every_combination_of_trained_and_frozen_parts_makes_a_step(tiny, tmp_pa
     assert not faults
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in ("v2_0", "o4_5", "v4_6")], ids=lambda f: f.name)
+@pytest.mark.parametrize("family", [f for f in usable() if f.name in ("v2_0", "o4_5", "v4_6")], ids=lambda f: f.name)
 def test_biases_that_train_beside_frozen_weights(tiny, tmp_path, family):
     """--lora_bias all trains half of every norm."""
     folder = tiny(family.name)
