@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from finetune.families import FAMILIES
@@ -32,13 +31,15 @@ def tables() -> str:
 
 def _table(table: Table) -> str:
     rows = [
-        "| setting | first read from | then | where no file tells | where files disagree |",
-        "|---|---|---|---|---|",
+        "| setting | first read from | then | where no file tells | where files disagree | published rule |",
+        "|---|---|---|---|---|---|",
     ]
     for name, setting in table.items():
-        places = [_place(place) for place in setting.places] or [setting.source]
+        places = [_place(place) for place in setting.places] or ["no file"]
         then = ", ".join(places[1:])
-        rows.append(f"| `{name}` | {places[0]} | {then} | {_default(setting)} | {_verdict(setting)} |")
+        rows.append(
+            f"| `{name}` | {places[0]} | {then} | {_default(setting)} | {_verdict(setting)} | {setting.source} |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -71,4 +72,3 @@ def written(page: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    sys.exit(0)

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 _MODES = {merge: mode for mode, merge in MERGES.items()}
 
 
+@cache
+def _installed() -> str:
+    return version("transformers")
+
+
 def check_videos(spec: SliceSpec, installed: str | None = None) -> None:
     """Checks that the video processor of transformers knows the mode: that of 5.20 cuts frames in "16x" whatever it is.
 
@@ -29,8 +34,10 @@ def check_videos(spec: SliceSpec, installed: str | None = None) -> None:
     Raises:
         UserError: it does not; the message names both versions.
     """
-    given = installed or version("transformers")
-    if _MODES.get(spec.merge) == "4x" and given.startswith("5.20."):
+    if _MODES.get(spec.merge) != "4x":
+        return
+    given = installed or _installed()
+    if given.startswith("5.20."):
         raise UserError(
             f"videos with downsample_mode 4x need transformers 5.21 or newer, installed is {given}: "
             "pip install 'transformers>=5.21', or use --downsample_mode 16x"
