@@ -237,7 +237,7 @@ if __name__ == "__main__":
     try:
         status = main()
     except UserError as error:
-        status = outcome.USER_ERROR
+        status = error.exit_code
         message = outcome.message_of(error)
         print(f"error: {message}", file=sys.stderr)
         outcome.report("error", exit_code=status, message=message)

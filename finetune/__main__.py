@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command.main(rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

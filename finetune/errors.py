@@ -4,7 +4,13 @@ import warnings
 
 
 class UserError(ValueError):
-    """Something given by the user cannot be used. The message says what disagrees and what to do."""
+    """Something given by the user cannot be used. The message says what disagrees and what to do.
+
+    Attributes:
+        exit_code: with which the process ends, one of ``finetune.outcome``.
+    """
+
+    exit_code = 2
 
 
 class CheckpointError(UserError):
@@ -13,6 +19,12 @@ class CheckpointError(UserError):
 
 class ArgumentError(UserError):
     """Flags that contradict each other, the checkpoint or the machine."""
+
+
+class WorthlessError(UserError):
+    """A run whose result nobody could use: nothing was trained, weights are not finite, too much data was left out."""
+
+    exit_code = 4
 
 
 def ignore_what_nobody_can_mend() -> None:

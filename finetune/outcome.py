@@ -25,6 +25,12 @@ OK = 0
 FAILED = 1
 USER_ERROR = 2
 NOT_VERIFIED = 3
+# WorthlessError: nothing was trained, or what came out is of no use.
+WORTHLESS = 4
+# Training went on to its end, but a checkpoint or the result could not be written (disk full, read-only).
+NOT_SAVED = 5
+# Asked to stop by a signal, and saved: --resume_from_checkpoint auto goes on (75 is EX_TEMPFAIL: start it again).
+STOPPED = 75
 INTERRUPTED = 130
 
 # The exit status that ``leave`` was given.
