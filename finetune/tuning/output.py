@@ -46,7 +46,8 @@ _MODEL = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 _LOGS = "runs"
 # What a run that saved nothing leaves; such a folder may be used again.
 _BEGUN = (RECORDS, _RUN, _LOGS)
-_FORMER = ".former-*"
+# Where a former result is kept, with a number.
+_FORMER = ".former-"
 
 
 class OutputError(UserError):
@@ -160,7 +161,7 @@ class OutputFolder:
         """The result is complete: what a former run wrote goes."""
         self.add(*(path.name for pattern in _MODEL for path in self.folder.glob(pattern)) if not self._use_lora else ())
         self._write_list({name: None for name in self._written() if (self.folder / name).exists()})
-        for former in sorted(self.folder.glob(_FORMER)):
+        for former in self._former().values():
             remove(former, _listed(former))
 
     def release(self) -> None:
@@ -204,12 +205,16 @@ class OutputFolder:
         unfinished.write_text(json.dumps({"files": list(names)}, indent=1) + "\n", encoding="utf-8")
         unfinished.replace(self._records / FILES)
 
+    def _former(self) -> dict[int, Path]:
+        """Where former results are kept, by number."""
+        found = ((path.name.removeprefix(_FORMER), path) for path in sorted(self.folder.glob(f"{_FORMER}*")))
+        return {int(number): path for number, path in found if number.isdecimal()}
+
     def _move_aside(self, ours: Iterable[str]) -> None:
         present = [name for name in ours if (self.folder / name).exists()]
         if not present:
             return
-        number = 1 + max((int(path.suffix[8:]) for path in self.folder.glob(_FORMER)), default=0)
-        former = self.folder / f".former-{number}"
+        former = self.folder / f"{_FORMER}{1 + max(self._former(), default=0)}"
         # The list first: whatever ends the process in between, all that is moved is known to be ours.
         OutputFolder(former)._write_list(dict.fromkeys(present))
         for name in present:
