@@ -127,12 +127,15 @@ class CPMTrainer(Trainer):
         if isinstance(dataset, StreamedDataset):
             batch_size = self._train_batch_size
             dataset.deal(args.process_index, args.world_size, batch_size, self._passed)
-            return DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, **loader_options(args))
+            loader: Any = DataLoader(
+                dataset, batch_size=batch_size, collate_fn=self.data_collator, **loader_options(args)
+            )
+            return self._with_own_seeds(loader)
         if is_planned(args):
             collate: Any = self.data_collator
             if args.packing != "off":
                 collate = PackingCollator(dataset.intake.fitter.encoder.empty("a row without samples"))
-            loader: Any = planned_loader(dataset, args, self.accelerator, collate, self._order)
+            loader = planned_loader(dataset, args, self.accelerator, collate, self._order)
         else:
             loader = super().get_train_dataloader()
             if type(sampler := loader.get_sampler()) is SeedableRandomSampler:
@@ -141,6 +144,21 @@ class CPMTrainer(Trainer):
         # Batches move when it is their turn: on the CPU they are counted without waiting for the device, and of those
         # that are accumulated only one at a time takes its memory.
         loader.device = None
+        return self._with_own_seeds(loader)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """The loader of the evaluation data."""
+        return self._with_own_seeds(super().get_eval_dataloader(*args, **kwargs))
+
+    def _with_own_seeds(self, loader: DataLoader) -> DataLoader:
+        """Draws the seeds of loader processes from a generator of their own.
+
+        They would be drawn from the one that dropout uses on the CPU, and how often depends on whether the processes
+        are new: those of a resumed run are in its second epoch, where they would have stayed.
+        """
+        generator = torch.Generator().manual_seed(self.args.seed)
+        for each in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate wraps it, and copies from both
+            each.generator = generator
         return loader
 
     def get_batch_samples(

@@ -23,9 +23,11 @@ logger = logging.getLogger(__name__)
 STACKS = "hang"
 """Folder in OUTPUT_DIR with the stacks of every rank of a run that stood still."""
 
-# Seconds between two looks at the clock, and those that the other ranks get to write theirs.
+# Seconds between two looks at the clock, those that the other ranks get to write theirs, and those after which a
+# process ends that does not even let the thread run.
 _LOOK_EVERY = 1.0
 _GATHER = 5.0
+_LAST_RESORT = 15.0
 
 
 class StoppedError(UserError):
@@ -108,7 +110,7 @@ class HangWatch(TrainerCallback):
         """Something was finished."""
         if self._last is not None:
             self._last = time.monotonic()
-            faulthandler.dump_traceback_later(self._seconds + 3 * _GATHER, exit=True)
+            faulthandler.dump_traceback_later(self._seconds + _LAST_RESORT, exit=True)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
