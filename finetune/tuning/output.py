@@ -186,8 +186,8 @@ class OutputFolder:
             yield
         except OSError as error:
             raise OutputError(
-                f"OUTPUT_DIR {self.folder} cannot be used: {error.strerror or error} ({error.filename}). Choose another "
-                "folder, or mend its permissions or its disk"
+                f"OUTPUT_DIR {self.folder} cannot be used: {error.strerror or error} ({error.filename}). Choose "
+                "another folder, or mend its permissions or its disk"
             ) from error
 
     def _check_apart(self, given: Input) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -110,7 +111,8 @@ class HangWatch(TrainerCallback):
         """Something was finished."""
         if self._last is not None:
             self._last = time.monotonic()
-            faulthandler.dump_traceback_later(self._seconds + _LAST_RESORT, exit=True)
+            # Not sys.stderr, which may be something without a file.
+            faulthandler.dump_traceback_later(self._seconds + _LAST_RESORT, exit=True, file=sys.__stderr__ or 2)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
