@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import finetune
+from finetune.commands.parser import CommandParser
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,12 +70,11 @@ def _record(base: Checkpoint, checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m finetune consolidate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", type=Path, help="checkpoint-N folder of a run with ZeRO-2 or ZeRO-3")
     parser.add_argument("out", type=Path, help="folder of the result: an adapter of a LoRA run, else a model")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.commands.data_flags import add_data_flags
 from finetune.commands.mode_flag import add_mode_flag
+from finetune.commands.parser import CommandParser
 from finetune.commands.video_flags import add_video_flags, video_options
 from finetune.errors import UserError
 from finetune.sample import DataError, Sample
@@ -355,8 +356,8 @@ def _wait(world: int) -> None:
         dist.barrier()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m finetune evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="checkpoint folder, hub id, or adapter (it names its base)")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.commands.mode_flag import add_mode_flag
+from finetune.commands.parser import CommandParser
 from finetune.errors import UserError
 from finetune.legacy_flags import template_fits
 from finetune.outcome import NOT_VERIFIED, OK
@@ -29,8 +30,6 @@ def main(argv: list[str]) -> int:
     given = _parser().parse_args(command_words(argv))
     if given.export_legacy_format == "true":
         raise UserError("--export_legacy_format true: weights are written as safetensors only; leave the flag out")
-    if not given.export_size > 0:
-        raise UserError("--export_size must be more than 0 GB")
     if given.push_to_hub == "true" and given.export_hub_model_id is None:
         raise UserError("--push_to_hub true needs --export_hub_model_id OWNER/NAME")
 
@@ -58,7 +57,7 @@ def command_words(argv: list[str]) -> list[str]:
     """The flags of the command line, behind those of a YAML file where it begins with one."""
     from finetune.config.resolve import resolve
 
-    known = vars(_parser().parse_args(["--export_dir", ""]))
+    known = vars(_parser().parse_args(["--export_dir", "OUT"]))
     return resolve(argv, dict.fromkeys(known, False), "export").words
 
 
@@ -267,12 +266,11 @@ def _upload(given: argparse.Namespace, folder: Path) -> None:
     print(f"uploaded   {name}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m finetune export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     yes = {"choices": ["true", "false"], "nargs": "?", "const": "true", "default": "false"}
     parser.add_argument("--model_name_or_path", help="base: folder or hub id; left out, the one that the adapter names")

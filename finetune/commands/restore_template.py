@@ -6,12 +6,12 @@ asked with another prompt than the published one. What this project trains never
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from finetune.commands.parser import CommandParser
 from finetune.errors import ArgumentError, CheckpointError
 from finetune.families import detect
 from finetune.families.base import Family
@@ -23,7 +23,7 @@ _BESIDE = "chat_template.jinja"
 
 def main(argv: list[str]) -> int:
     """Restores the template and checks the prompt; the files as they were stay beside, with .bak at the end."""
-    parser = argparse.ArgumentParser(prog="python -m finetune restore-template", description=__doc__)
+    parser = CommandParser(prog="python -m finetune restore-template", description=__doc__)
     parser.add_argument("folder", type=Path, help="full checkpoint or adapter, trained by the old scripts")
     folder = parser.parse_args(argv).folder.expanduser()
 

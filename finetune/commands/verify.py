@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+from finetune.commands.parser import CommandParser
+
 
 def main(argv: list[str]) -> int:
     """Loads an adapter or a full model in this process; returns 0 when it loads and its logits agree."""
-    parser = argparse.ArgumentParser(prog="python -m finetune verify", description=__doc__)
+    parser = CommandParser(prog="python -m finetune verify", description=__doc__)
     parser.add_argument("folder", type=Path, help="adapter or full model folder")
     parser.add_argument("--reference", type=Path, help="logits taken at the end of training (safetensors)")
     parser.add_argument("--device", default="auto", help="auto (GPU when the weights fit, else CPU), cpu, cuda, ...")
