@@ -13,12 +13,22 @@ PACKAGE = ROOT / "finetune"
 ROOT_SCRIPTS = {"dataset", "trainer", "chat"}
 
 # Room -> rooms it may import, besides itself. The first entry that fits a module counts.
-MODELS_OR_DATA = {"errors", "jsonfiles", "activations", "outcome", "sample", "arguments", "batching", "distributed"}
+MODELS_OR_DATA = {
+    "errors",
+    "paths",
+    "jsonfiles",
+    "activations",
+    "outcome",
+    "sample",
+    "arguments",
+    "batching",
+    "distributed",
+}
 MODELS_OR_DATA |= {"media", "families", "templates", "encoding", "models"}
 TABLE: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
-    "cache": set(),
+    "cache": {"paths"},
     "notices": set(),
     "sample": {"errors"},
     "legacy_flags": set(),
@@ -26,6 +36,7 @@ TABLE: dict[str, set[str]] = {
     "batching": {"errors"},
     "jsonfiles": {"errors"},
     "zero": {"errors"},
+    "paths": {"errors"},
     "checks": {"errors", "flags", "jsonfiles"},
     "flags": {"errors", "media.sampling"},
     "config": {"errors", "jsonfiles", "legacy_flags"},
@@ -42,7 +53,7 @@ TABLE: dict[str, set[str]] = {
     "templates": {"errors", "notices", "sample", "media.slicing", "media.sound", "media.sampling", "families.base"},
     "readers": {"errors", "cache", "jsonfiles", "sample"},
     "encoding": {"errors", "cache", "notices", "sample", "media", "templates", "families"},
-    "models": {"errors", "jsonfiles", "families", "notices"},
+    "models": {"errors", "jsonfiles", "paths", "families", "notices"},
     "tuning": MODELS_OR_DATA,
     "evaluation": MODELS_OR_DATA,
     # only the rules of boxes and words
@@ -75,6 +86,7 @@ WITHOUT: dict[str, set[str]] = {
     "flags": TORCH | {"transformers"},
     "batching": TORCH | {"transformers"},
     "jsonfiles": TORCH | {"transformers"},
+    "paths": TORCH | {"transformers"},
     "checks": TORCH,
     "config": TORCH | {"transformers"},
     "outcome": TORCH | {"transformers"},

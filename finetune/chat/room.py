@@ -19,6 +19,7 @@ from finetune.errors import ArgumentError
 from finetune.models import base_of, load_model
 from finetune.models.adapters import put_adapter
 from finetune.models.folders import local_folder
+from finetune.paths import expand
 from finetune.sample import Sample
 from finetune.tuning.checkpoint import resolve
 
@@ -126,7 +127,7 @@ def _named(adapters: Sequence[str]) -> dict[str, str]:
         name, equals, folder = given.partition("=")
         if not equals or Path(given).exists():
             # peft's names have no dots.
-            name, folder = Path(given).expanduser().resolve().name.replace(".", "_"), given
+            name, folder = expand(given).resolve().name.replace(".", "_"), given
         if name in found or name == OFF:
             raise ArgumentError(f"--adapter {given}: the name {name!r} is taken; give NAME={folder}")
         found[name] = folder

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import finetune
 from finetune.commands.parser import CommandParser
 from finetune.errors import UserError
+from finetune.paths import expand
 
 if TYPE_CHECKING:
     from finetune.tuning.checkpoint import Checkpoint
@@ -23,7 +24,7 @@ _DTYPES = ("auto", "float16", "bfloat16", "float32")
 def main(argv: list[str]) -> int:
     """Consolidates; 0 when the folder is complete and loads."""
     given = _parser().parse_args(argv)
-    checkpoint, out = given.checkpoint.expanduser(), given.out.expanduser().absolute()
+    checkpoint, out = expand(given.checkpoint), expand(given.out).absolute()
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such folder; give the checkpoint-N folder of a run, from this machine")
 

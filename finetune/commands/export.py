@@ -16,6 +16,7 @@ from finetune.commands.parser import CommandParser
 from finetune.errors import UserError
 from finetune.legacy_flags import template_fits
 from finetune.outcome import NOT_VERIFIED, OK
+from finetune.paths import expand
 
 if TYPE_CHECKING:
     from finetune.export.checking import Agreement
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     from finetune.export.folder import check_target
 
     sources = resolve_sources(given.model_name_or_path, given.adapter_name_or_path, given.downsample_mode)
-    out = Path(given.export_dir).expanduser().absolute()
+    out = expand(given.export_dir).absolute()
     check_target(out, sources.folders, overwrite=given.overwrite_output_dir == "true")
     for line in sources.notes:
         print(line)
@@ -121,7 +122,7 @@ def _notes(adapter: Path, base: Checkpoint) -> list[str]:
 
     notes = []
     named = str(settings_of(adapter).get("base_model_name_or_path") or "a base without a name")
-    if named != base.name and Path(named).expanduser().resolve() != base.folder:
+    if named != base.name and expand(named).resolve() != base.folder:
         notes.append(f"           it was trained on {named}; family and shapes are compared, the weights cannot be")
     if _flags_of(adapter).get("q_lora"):
         notes.append("           it was trained on the base in 4 bit (QLoRA); it is merged into the unquantised base")

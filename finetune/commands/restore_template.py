@@ -15,6 +15,7 @@ from finetune.commands.parser import CommandParser
 from finetune.errors import ArgumentError, CheckpointError
 from finetune.families import detect
 from finetune.families.base import Family
+from finetune.paths import expand
 
 _SETTINGS = "tokenizer_config.json"
 # Newer libraries write the template here, and look here first.
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
     """Restores the template and checks the prompt; the files as they were stay beside, with .bak at the end."""
     parser = CommandParser(prog="python -m finetune restore-template", description=__doc__)
     parser.add_argument("folder", type=Path, help="full checkpoint or adapter, trained by the old scripts")
-    folder = parser.parse_args(argv).folder.expanduser()
+    folder = expand(parser.parse_args(argv).folder)
 
     from finetune.models import load_tokenizer
     from finetune.templates.probe import check_chat_template

@@ -12,6 +12,7 @@ from typing import Any
 
 from finetune.errors import CheckpointError
 from finetune.families.settings import FILES, PROCESSORS
+from finetune.paths import expand
 
 # What makes a folder one that could have been meant.
 _CONFIGS = ("adapter_config.json", "config.json")
@@ -32,7 +33,7 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: neither a folder nor to be had from the hub.
     """
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if folder.is_dir():
         return folder.resolve()
     if folder.exists():

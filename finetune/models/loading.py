@@ -24,6 +24,7 @@ from finetune.models.strict import check_folder
 from finetune.models.tokenization import check_tokens, load_tokenizer
 from finetune.models.whole import WHOLE_NETWORKS
 from finetune.notices import warn_once
+from finetune.paths import expand
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ def _base_folder(adapter: Path, settings: dict[str, Any]) -> Path:
     name = settings.get("base_model_name_or_path")
     if not name:
         raise CheckpointError(f"{adapter / ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
-    for place in (Path(name).expanduser(), adapter / name):
+    for place in (expand(name), adapter / name):
         if place.is_dir():
             return place
     try:

@@ -17,6 +17,7 @@ from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.models.folders import local_folder, read_json, read_settings
 from finetune.models.modes import Mode, decide, with_mode, write_mode
 from finetune.models.strict import check_unquantised
+from finetune.paths import expand
 
 # Tokenizer, processor and generation settings: copied byte for byte, never re-serialised.
 SIDE_FILES = (
@@ -101,7 +102,7 @@ def resolve(
         UnknownFamilyError: a config.json of none of the supported generations.
     """
     folder = local_folder(model_name_or_path)
-    hub = not Path(model_name_or_path).expanduser().is_dir()
+    hub = not expand(model_name_or_path).is_dir()
     # A downloaded snapshot lies in a folder named after its commit.
     name, revision = (model_name_or_path, folder.name) if hub else (str(folder), None)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from finetune.arguments import TrainingArguments
 from finetune.errors import UserError
 from finetune.models.modes import saved_with
+from finetune.paths import expand
 from finetune.tuning.manifest import Manifest, checkpoints, describe, fault, read
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def choose_checkpoint(training: TrainingArguments, output: Path, downsample_mode
         return None
     if wish == "auto":
         return _newest(training, output, downsample_mode)
-    folder = Path(wish).expanduser().absolute()
+    folder = expand(wish).absolute()
     if not folder.is_dir():
         raise ResumeError(
             f"--resume_from_checkpoint {wish}: no such folder; give OUTPUT_DIR/checkpoint-N, auto or none"
