@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     from finetune.export.folder import check_target, model_card, unfinished, write_model, write_record
     from finetune.export.writing import WeightFiles
     from finetune.models import load_model
+    from finetune.models.folders import has_adapter
     from finetune.tuning.checkpoint import resolve
 
     checkpoint = checkpoint.resolve()
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{checkpoint} does not say which base it was trained on: give --model_name_or_path")
     # The run's mode is that of its files, whatever the environment says now.
     base = resolve(name, trained=checkpoint, environment={})
-    lora = (checkpoint / "adapter_config.json").is_file()
+    lora = has_adapter(checkpoint)
     sources = [base.folder, checkpoint]
     check_target(out, sources, overwrite=given.overwrite_output_dir == "true")
     print(f"reading    {checkpoint}, pickles of your own run; base {base.name}, {base.family.title}")

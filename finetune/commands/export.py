@@ -82,15 +82,15 @@ def resolve_sources(model: str | None, adapters: str | None, downsample_mode: st
     Raises:
         UserError: neither is given, or a folder is missing; or adapters were trained with different modes.
     """
-    from finetune.models.folders import local_folder
+    from finetune.models.folders import has_adapter, is_adapter, local_folder
 
     names = [name.strip() for name in (adapters or "").split(",") if name.strip()]
     folders = [local_folder(name) for name in names]
-    if model is not None and _is_adapter(found := local_folder(model)):
+    if model is not None and is_adapter(found := local_folder(model)):
         folders, model = [found, *folders], None
     if model is None and not folders:
         raise UserError("export needs --model_name_or_path, --adapter_name_or_path or both")
-    if wrong := next((folder for folder in folders if not (folder / "adapter_config.json").is_file()), None):
+    if wrong := next((folder for folder in folders if not has_adapter(folder)), None):
         raise UserError(f"--adapter_name_or_path {wrong}: no adapter_config.json there; give the folder of an adapter")
     from finetune.models import base_of
     from finetune.tuning.checkpoint import resolve
@@ -112,16 +112,12 @@ def resolve_sources(model: str | None, adapters: str | None, downsample_mode: st
     return Sources(base, folders, notes)
 
 
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-
-
 def _notes(adapter: Path, base: Checkpoint) -> list[str]:
     """What a user should know about an adapter on this base."""
-    from finetune.models.adapters import settings_of
+    from finetune.models.folders import read_adapter_config
 
     notes = []
-    named = str(settings_of(adapter).get("base_model_name_or_path") or "a base without a name")
+    named = str(read_adapter_config(adapter).get("base_model_name_or_path") or "a base without a name")
     if named != base.name and expand(named).resolve() != base.folder:
         notes.append(f"           it was trained on {named}; family and shapes are compared, the weights cannot be")
     if _flags_of(adapter).get("q_lora"):

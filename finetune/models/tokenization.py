@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, UserError
 from finetune.families.base import Family
+from finetune.jsonfiles import read_object
+from finetune.models import keys
 from finetune.models.bytes_tokenizer import from_vocabulary
+from finetune.models.folders import check_side_files
 from finetune.models.sentencepiece_tokenizer import from_sentencepiece
 
 # Any of these is a tokenizer.
@@ -96,13 +100,44 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
     if path.is_dir() and not any(all((path / name).is_file() for name in form) for form in _FORMS):
         forms = ", ".join(" with ".join(form) for form in _FORMS)
         raise CheckpointError(f"{path} has no tokenizer: it needs one of {forms}")
-    named = _declared_class(path) if path.is_dir() else ""
-    return _CLASSES.get(named, MiniCPMVTokenizerFast).from_pretrained(folder, **kwargs)
+    with tokenizer_errors(path):
+        named = _declared_class(path) if path.is_dir() else ""
+        return _CLASSES.get(named, MiniCPMVTokenizerFast).from_pretrained(folder, **kwargs)
+
+
+@contextmanager
+def tokenizer_errors(folder: Path) -> Iterator[None]:
+    """The files of a tokenizer are looked at before, and what the libraries say of them then is one line.
+
+    Raises:
+        CheckpointError: a file is not what it should be.
+    """
+    if (path := folder / "tokenizer.json").is_file():
+        values = read_object(path)
+        keys.check(values, keys.TOKENIZER, str(path))
+        if "model" not in values:
+            raise CheckpointError(f"{path} has no model: it is no tokenizer; download it again")
+    check_side_files(folder)
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise _unusable(folder, error) from error
+    except Exception as error:  # noqa: BLE001 - tokenizers raises Exception itself, and nothing below it
+        if type(error) is not Exception:
+            raise
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: Exception) -> CheckpointError:
+    reason = " ".join(f"{type(error).__name__}: {error}".removeprefix("Exception: ").split())
+    return CheckpointError(f"the tokenizer of {folder} cannot be made from its files ({reason}); download them again")
 
 
 def _declared_class(folder: Path) -> str:
     file = folder / "tokenizer_config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class", "") if file.is_file() else ""
+    return read_object(file).get("tokenizer_class") or "" if file.is_file() else ""
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, family: Family, vocab_size: int, name: str) -> None:

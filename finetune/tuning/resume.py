@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from finetune.arguments import TrainingArguments
 from finetune.errors import UserError
+from finetune.models.folders import read_trainer_state
 from finetune.models.modes import saved_with
 from finetune.paths import expand
 from finetune.tuning.manifest import Manifest, checkpoints, describe, fault, read
@@ -100,6 +101,7 @@ def _check_nothing_is_lost(output: Path) -> None:
 
 def _check_fits(training: TrainingArguments, folder: Path, manifest: Manifest, mode: str | None) -> None:
     """Whether the state in a complete checkpoint can be continued by this run."""
+    read_trainer_state(folder)
     now = Manifest(step=0, written=0.0, files={}, **describe(training))
     weights = _weights_hint(folder, manifest)
     if not manifest.resumable:

@@ -17,8 +17,9 @@ from finetune.export.merging import Base, Merged, empty_network
 from finetune.export.writing import WeightFiles
 from finetune.families import by_name
 from finetune.models.adapters import put_adapter
+from finetune.models.folders import weight_files
 from finetune.models.loading import load_model
-from finetune.tuning.tensorfiles import read_tensor, stored_in, weight_files
+from finetune.tuning.tensorfiles import read_tensor, stored_in
 
 # The first has untied ends and layers with biases; the second ties them, and its tensors have transformers' names.
 FAMILIES = ("v2_6", "v4_6")
