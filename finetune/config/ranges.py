@@ -120,6 +120,7 @@ RANGES: Mapping[str, Range] = {
     # data
     **dict.fromkeys(("max_samples", "limit", "buffer_size", "train", "eval", "images"), _COUNT),
     "val_size": _NOT_NEGATIVE,
+    "max_bad_share": Range(low=0, high=1, hint="1 never stops"),
     "slices": Range(low=0, hint="0 is text only"),
     "labelled": Range(low=0, high=1, above=True),
     "report_rows": _NOT_NEGATIVE,

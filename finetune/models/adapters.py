@@ -82,6 +82,10 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         CheckpointError: they are not, or the configuration is not what it should be.
     """
     settings = read_adapter_config(folder)
+    if not settings.get("target_modules") and not settings.get("target_parameters"):
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: neither target_modules nor target_parameters says what is adapted"
+        )
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"{folder} has {ADAPTER_CONFIG} but not {ADAPTER_WEIGHTS}")

@@ -99,8 +99,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is no adapter: {ADAPTER_CONFIG} is missing")
     settings = read_object(path)
     keys.check(settings, keys.ADAPTER, str(path))
-    if not settings.get("target_modules") and not settings.get("target_parameters"):
-        raise CheckpointError(f"{path}: neither target_modules nor target_parameters says what is adapted")
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
         raise CheckpointError(
@@ -125,19 +123,6 @@ def check_side_files(folder: Path) -> None:
         keys.check(read_object(path), keys.TOKENIZER_CONFIG, str(path))
     if (path := folder / "chat_template.jinja").is_file():
         read_text(path)
-
-
-def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """trainer_state.json of a checkpoint.
-
-    Raises:
-        CheckpointError: it is missing, or not what it should be.
-    """
-    path = checkpoint / "trainer_state.json"
-    keys.check(state := read_object(path, remedy="resume from another checkpoint"), keys.TRAINER_STATE, str(path))
-    if missing := [key for key in ("global_step", "log_history") if key not in state]:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}: resume from another checkpoint")
-    return state
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What the JSON files of model, adapter and checkpoint folders may say: one table per file, key to kind of value."""
+"""What the JSON files of model and adapter folders may say: one table per file, key to kind of value."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ _LAYERS = Kind("a layer number or a list of them", IDS.fits)
 _PAIRS = Kind("a list of pairs of layer numbers", _list_of(lambda pair: _list_of(_whole(0))(pair) and len(pair) == 2))
 
 ADAPTER: Table = {
-    "peft_type": Kind('"LORA"', lambda value: value == "LORA", null=False),
+    "peft_type": Kind('"LORA", the one kind of adapter that is supported', lambda value: value == "LORA", null=False),
     "base_model_name_or_path": TEXT,
     "revision": TEXT,
     "r": replace(COUNT, null=False),
@@ -199,12 +199,6 @@ ADAPTER: Table = {
     "auto_mapping": OBJECT,
     **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"), TRUTH),
     "init_lora_weights": Kind("true, false or a text", lambda value: isinstance(value, (bool, str))),
-}
-TRAINER_STATE: Table = {
-    "global_step": replace(NATURAL, null=False),
-    "max_steps": Kind("a whole number of at least -1", _whole(-1)),
-    "epoch": NOT_NEGATIVE,
-    "log_history": Kind("a list of objects", _list_of(lambda value: isinstance(value, dict)), null=False),
 }
 
 

@@ -11,9 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from finetune.arguments import TrainingArguments
 from finetune.errors import UserError
-from finetune.models.folders import read_trainer_state
 from finetune.models.modes import saved_with
-from finetune.paths import expand
 from finetune.tuning.manifest import Manifest, checkpoints, describe, fault, read
 
 logger = logging.getLogger(__name__)
@@ -56,7 +54,7 @@ def choose_checkpoint(training: TrainingArguments, output: Path, downsample_mode
         return None
     if wish == "auto":
         return _newest(training, output, downsample_mode)
-    folder = expand(wish).absolute()
+    folder = Path(wish).expanduser().absolute()
     if not folder.is_dir():
         raise ResumeError(
             f"--resume_from_checkpoint {wish}: no such folder; give OUTPUT_DIR/checkpoint-N, auto or none"
@@ -101,7 +99,6 @@ def _check_nothing_is_lost(output: Path) -> None:
 
 def _check_fits(training: TrainingArguments, folder: Path, manifest: Manifest, mode: str | None) -> None:
     """Whether the state in a complete checkpoint can be continued by this run."""
-    read_trainer_state(folder)
     now = Manifest(step=0, written=0.0, files={}, **describe(training))
     weights = _weights_hint(folder, manifest)
     if not manifest.resumable:
