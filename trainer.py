@@ -28,10 +28,12 @@ from finetune.tuning.flops import flops_of
 from finetune.tuning.loaders import is_planned, loader_options, planned_loader
 from finetune.tuning.manifest import zero_stage
 from finetune.tuning.order import EpochOrder, LeanSampler
+from finetune.tuning.output import OutputFolder
 from finetune.tuning.parts import counted, full_parts, numel, part_of
 from finetune.tuning.resume import NothingLeftCallback, NothingLeftError
 from finetune.tuning.saving import finish_adapter, finish_full
 from finetune.tuning.sharding import keep_experts_together
+from finetune.tuning.stopping import HangWatch, StopCallback
 from finetune.tuning.throughput import Throughput
 
 logger = logging.getLogger(__name__)
@@ -55,13 +57,21 @@ class CPMTrainer(Trainer):
         base: the checkpoint the run started from; its tokenizer and processor files go into every save.
         part_learning_rates: learning rate of every part of the network.
         check_base_loss: stop before the first update when the loss of a pretrained checkpoint is near chance.
+        output: where checkpoints are listed as written by this run.
         **kwargs: those of Trainer.
     """
 
     def __init__(
-        self, *, base: Checkpoint, part_learning_rates: dict[str, float], check_base_loss: bool = True, **kwargs: Any
+        self,
+        *,
+        base: Checkpoint,
+        part_learning_rates: dict[str, float],
+        check_base_loss: bool = True,
+        output: OutputFolder | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self._output = output
         self.add_callback(NothingLeftCallback())
         self._order = EpochOrder()
         self.add_callback(self._order)
@@ -81,13 +91,22 @@ class CPMTrainer(Trainer):
         limit = self.args.max_nonfinite_steps  # pyright: ignore[reportAttributeAccessIssue]
         self.alarms = Alarms(self._network(), parts, self.accelerator, declared, limit)
         self.add_callback(self.alarms)
+        self._hangs = HangWatch(self.args.hang_timeout, self.alarms.samples)  # pyright: ignore[reportAttributeAccessIssue]
+        self.add_callback(self._hangs)
+        seconds = self.args.save_on_signal_timeout  # pyright: ignore[reportAttributeAccessIssue]
+        self._stops = StopCallback(seconds, lambda: self.alarms.asked_to_stop)
+        if seconds > 0:
+            self.add_callback(self._stops)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Training; none when the checkpoint that was resumed from has all the steps already."""
         if (checkpoint := kwargs.get("resume_from_checkpoint")) is not None:
             self._passed = streams.batches_passed(Path(checkpoint), self._dealt())
         try:
-            return super().train(*args, **kwargs)
+            with self._stops:
+                done = super().train(*args, **kwargs)
+                self._stops.check(self.args, self.state)
+                return done
         except NothingLeftError:
             logger.info("all %d steps were done before: nothing is trained", self.state.global_step)
             return TrainOutput(self.state.global_step, math.nan, {})
@@ -294,6 +313,8 @@ class CPMTrainer(Trainer):
         if folder == checkpoint and folder.is_dir() and self.args.should_save:
             # A checkpoint of this step, from an interrupted or former run: none of its files may pass for new ones.
             shutil.rmtree(folder)
+        if folder == checkpoint and self.args.should_save and self._output is not None:
+            self._output.add(folder.name)
         self.accelerator.wait_for_everyone()
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:

@@ -22,6 +22,7 @@ from finetune.checks import check_data, check_machine, check_q_lora, check_targe
 from finetune.config.deepspeed import check_deepspeed, load_deepspeed
 from finetune.config.ranges import check_given, check_objects, check_ranges
 from finetune.config.resolve import Resolved, resolve
+from finetune.ending import EndingArguments
 from finetune.errors import ArgumentError, UserError
 from finetune.flags import DataArguments, LoraArguments, MemoryArguments, ModelArguments, check_lora, check_memory
 from finetune.zero import check_zero
@@ -43,7 +44,7 @@ _RESUME_WORDS = {"none": None, "false": None, "auto": "auto", "true": "auto"}
 
 
 @dataclass
-class TrainingArguments(MemoryArguments, BatchArguments, transformers.TrainingArguments):
+class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transformers.TrainingArguments):
     """The flags of transformers.TrainingArguments, with defaults that learn, and those of the official scripts."""
 
     output_dir: str | None = field(default="output", metadata={"help": "Where checkpoints and the result go."})
@@ -144,6 +145,7 @@ class TrainingArguments(MemoryArguments, BatchArguments, transformers.TrainingAr
         check_machine(self)
         resolve_batches(self)
         check_memory(self)
+        self.check_ending()
         self.resume_from_checkpoint = _RESUME_WORDS.get(
             (self.resume_from_checkpoint or "none").lower(), self.resume_from_checkpoint
         )

@@ -13,17 +13,8 @@ PACKAGE = ROOT / "finetune"
 ROOT_SCRIPTS = {"dataset", "trainer", "chat"}
 
 # Room -> rooms it may import, besides itself. The first entry that fits a module counts.
-MODELS_OR_DATA = {
-    "errors",
-    "paths",
-    "jsonfiles",
-    "activations",
-    "outcome",
-    "sample",
-    "arguments",
-    "batching",
-    "distributed",
-}
+MODELS_OR_DATA = {"errors", "paths", "jsonfiles", "activations", "outcome", "processes", "sample", "arguments"}
+MODELS_OR_DATA |= {"batching", "distributed"}
 MODELS_OR_DATA |= {"media", "families", "templates", "encoding", "models"}
 TABLE: dict[str, set[str]] = {
     "__init__": set(),
@@ -40,14 +31,18 @@ TABLE: dict[str, set[str]] = {
     "checks": {"errors", "flags", "jsonfiles"},
     "flags": {"errors", "media.sampling"},
     "config": {"errors", "jsonfiles", "legacy_flags"},
-    "outcome": {"errors"},
+    "processes": set(),
+    "signals": set(),
+    "ending": {"errors"},
+    "outcome": {"errors", "processes", "signals"},
+    "launch": {"outcome", "processes"},
     # distributed only inside a function: DeepSpeed's start on CPU
-    "arguments": {"errors", "activations", "batching", "checks", "flags", "config", "distributed", "zero"},
+    "arguments": {"errors", "activations", "batching", "checks", "ending", "flags", "config", "distributed", "zero"},
     "distributed": {"errors", "arguments"},
     "media.slicing": set(),
     "media.sound": set(),
     "media.sampling": {"errors"},
-    "media": {"errors", "sample"},
+    "media": {"errors", "sample", "processes"},
     "families.base": {"errors", "sample", "media.slicing", "media.sound", "media.sampling", "templates.rendering"},
     "families": {"errors", "sample", "media.slicing", "media.sound", "media.sampling", "templates"},
     "templates": {"errors", "notices", "sample", "media.slicing", "media.sound", "media.sampling", "families.base"},
@@ -65,7 +60,7 @@ TABLE: dict[str, set[str]] = {
     "planning": {"errors", "activations", "arguments", "families", "models", "tuning"},
     "commands": MODELS_OR_DATA
     | {"config", "flags", "legacy_flags", "readers", "tuning", "evaluation", "chat", "export", "planning", "guicourse"},
-    "__main__": {"errors", "outcome", "commands"},
+    "__main__": {"errors", "outcome", "processes", "commands"},
 }
 
 # What stands against the table, inside a function, with its reason.
@@ -90,6 +85,9 @@ WITHOUT: dict[str, set[str]] = {
     "checks": TORCH,
     "config": TORCH | {"transformers"},
     "outcome": TORCH | {"transformers"},
+    "processes": TORCH | {"transformers"},
+    "signals": TORCH | {"transformers"},
+    "ending": TORCH | {"transformers"},
     "sample": TORCH | {"transformers"},
     "arguments": TORCH,
     "families": TORCH | {"transformers"},

@@ -88,6 +88,8 @@ RANGES: Mapping[str, Range] = {
     "save_total_limit": Range(low=1, hint="leave it out to keep all checkpoints"),
     "max_nonfinite_steps": Range(low=0, hint="0 never stops"),
     "torch_empty_cache_steps": _COUNT,
+    "save_on_signal_timeout": Range(low=0, hint="0 ends at once"),
+    "hang_timeout": Range(low=0, hint="0 waits for ever"),
     # the optimizer
     **dict.fromkeys(("learning_rate", "vision_lr", "resampler_lr", "audio_lr"), _RATE),
     "weight_decay": _NOT_NEGATIVE,

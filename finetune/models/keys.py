@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from transformers.activations import ACT2FN
+
 from finetune.errors import CheckpointError
 from finetune.jsonfiles import shown
 
@@ -59,6 +61,7 @@ def _rope(value: Any) -> bool:
 
 
 _ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3", "proportional", "mrope")
+_ACTIVATIONS = frozenset(ACT2FN)
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 
 COUNT = Kind("a whole number of at least 1", _whole(1))
@@ -66,6 +69,7 @@ NATURAL = Kind("a whole number of at least 0", _whole(0))
 POSITIVE = Kind("a number above 0", lambda value: _number(value) and value > 0)
 NOT_NEGATIVE = Kind("a number of at least 0", lambda value: _number(value) and value >= 0)
 SHARE = Kind("a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1)
+SMALL = Kind("a number above 0 and up to 1", lambda value: _number(value) and 0 < value <= 1)
 TRUTH = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("a text", _text)
 OBJECT = Kind("an object {...}", lambda value: isinstance(value, dict))
@@ -75,10 +79,16 @@ SPREADS = Kind(
     "a list of three numbers above 0",
     lambda value: _list_of(_number)(value) and len(value) == 3 and min(value) > 0,
 )
+SIDES = Kind("a list of two whole numbers of at least 1", lambda value: _list_of(_whole(1))(value) and len(value) == 2)
+ACTIVATION = Kind(
+    "the name of an activation function of transformers", lambda value: isinstance(value, str) and value in _ACTIVATIONS
+)
 VERSION = Kind("a text or a number", lambda value: _text(value) or _number(value))
 DTYPE = Kind(f"one of {', '.join(_DTYPES)}", lambda value: isinstance(value, str) and value in _DTYPES)
 ROPE = Kind(f"an object whose rope_type is one of {', '.join(_ROPES)}", _rope)
-IDS = Kind("a token id or a list of them", lambda value: _whole(0)(value) or _list_of(_whole(0))(value))
+IDS = Kind(
+    "a token id or a list of them", lambda value: _whole(0)(value) or (_list_of(_whole(0))(value) and value != [])
+)
 TOKEN = Kind("a text or an object {...} with its content", lambda value: isinstance(value, str) or _is_token(value))
 
 
@@ -103,19 +113,23 @@ _SIZES = (
     *("linear_key_head_dim", "linear_num_key_heads", "linear_num_value_heads", "linear_value_head_dim"),
     *("full_attention_interval", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "audio_pool_step"),
     *("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins"),
-    *("max_source_positions", "shared_expert_intermediate_size", "dim_model_base"),
+    *("merger_times", "max_source_positions", "shared_expert_intermediate_size", "dim_model_base"),
 )
 _PARTS = ("text_config", "vision_config", "audio_config", "slice_config")
 
 CONFIG: Table = {
     **dict.fromkeys(_NEEDED, replace(COUNT, null=False)),
     **dict.fromkeys(_SIZES, COUNT),
-    **dict.fromkeys(("rope_theta", "rms_norm_eps", "layer_norm_eps", "scale_emb", "scale_depth"), POSITIVE),
-    "initializer_range": NOT_NEGATIVE,
+    **dict.fromkeys(("rope_theta", "scale_emb", "scale_depth"), POSITIVE),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps"), SMALL),
+    "initializer_range": SMALL,
     "attention_dropout": SHARE,
     **dict.fromkeys(("slice_mode", "tie_word_embeddings", "use_image_id", "drop_vision_last_layer"), TRUTH),
     **dict.fromkeys(("attention_bias", "use_cache", "batch_vision_input"), TRUTH),
-    **dict.fromkeys(("model_type", "hidden_act", "vision_encoder", "downsample_mode"), TEXT),
+    **dict.fromkeys(("model_type", "vision_encoder", "downsample_mode"), TEXT),
+    **dict.fromkeys(("hidden_act", "activation_function"), ACTIVATION),
+    **dict.fromkeys(("merge_kernel_size", "window_kernel_size"), SIDES),
+    **dict.fromkeys(("image_token_id", "video_token_id", "insert_layer_id"), replace(NATURAL, null=False)),
     "version": VERSION,
     "architectures": TEXTS,
     **dict.fromkeys(("torch_dtype", "dtype"), DTYPE),
@@ -244,6 +258,12 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
                 f"{place}: num_attention_heads {heads} is no multiple of num_key_value_heads {shared}: correct one of "
                 "them, or download the file again"
             )
+    tower = config.get("vision_config") or {}
+    if (after := config.get("insert_layer_id")) is not None and after >= tower.get("num_hidden_layers", after + 1):
+        raise CheckpointError(
+            f"{where}: insert_layer_id is {after}, but vision_config has {tower['num_hidden_layers']} layers: correct "
+            "one of them, or download the file again"
+        )
 
 
 def _with_parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

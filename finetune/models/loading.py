@@ -129,7 +129,7 @@ def _load_full(
     config, _ = MiniCPMVConfig.get_config_dict(folder)
     family = detect(config)
     if tokenizer_required:
-        check_tokens(load_tokenizer(folder), family, vocab_size(config), str(folder))
+        check_tokens(load_tokenizer(folder), family, vocab_size(config), str(folder), config)
     mode = decide(family, config, folder, wish, trained=trained)
     network = NETWORKS[config["model_type"]].from_pretrained(folder, **options)
     if mode is not None:

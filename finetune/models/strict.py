@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, UserError
 from finetune.families import detect
 from finetune.jsonfiles import read_object
 from finetune.models.finite import check_network, check_types
@@ -146,6 +148,24 @@ def check_loaded(name: str, info: dict[str, Any], allow_mismatched: bool) -> Non
         raise CheckpointError(f"{name} does not fit its config.json. {'. '.join(problems)}")
 
 
+@contextmanager
+def network_errors(name: str) -> Iterator[None]:
+    """What is raised where a network is made of a config.json that lacks something, as one line.
+
+    Raises:
+        CheckpointError: with the reason.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{name}: no network can be made of its config.json ({type(error).__name__}: {reason}); download it again"
+        ) from error
+
+
 class StrictLoading(PreTrainedModel):
     """Makes ``from_pretrained``, also through AutoModel, fail instead of filling gaps with random weights."""
 
@@ -164,13 +184,14 @@ class StrictLoading(PreTrainedModel):
         if checked:
             check_folder(folder)
         allow_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, with names
-            **kwargs,
-        )
+        with network_errors(name):
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with names
+                **kwargs,
+            )
         model, info = loaded
         check_loaded(name, info, allow_mismatched)
         check_network(model, name, weight_files(folder) if checked else [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,12 +11,14 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from finetune.errors import CheckpointError, UserError
 from finetune.families.base import Family
+from finetune.families.common import IMAGE_PAD, VIDEO_PAD
 from finetune.jsonfiles import read_object
 from finetune.models import keys
 from finetune.models.bytes_tokenizer import from_vocabulary
 from finetune.models.folders import check_side_files
 from finetune.models.sentencepiece_tokenizer import from_sentencepiece
 
+_PLACEHOLDERS = {"image_token_id": IMAGE_PAD, "video_token_id": VIDEO_PAD}
 # Any of these is a tokenizer.
 _FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
 
@@ -140,7 +142,9 @@ def _declared_class(folder: Path) -> str:
     return read_object(file).get("tokenizer_class") or "" if file.is_file() else ""
 
 
-def check_tokens(tokenizer: PreTrainedTokenizerBase, family: Family, vocab_size: int, name: str) -> None:
+def check_tokens(
+    tokenizer: PreTrainedTokenizerBase, family: Family, vocab_size: int, name: str, config: Mapping[str, Any]
+) -> None:
     """Checks that every token the family needs is one id, and that every id has an embedding.
 
     Args:
@@ -148,11 +152,18 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, family: Family, vocab_size:
         family: the checkpoint's family.
         vocab_size: rows of the embedding table.
         name: the checkpoint, for the message.
+        config: its config.json; the ids of placeholders in it must be those of the tokenizer.
 
     Raises:
         CheckpointError: naming the tokens.
     """
     vocabulary = tokenizer.get_vocab()
+    for key, token in _PLACEHOLDERS.items():
+        if token in family.required_tokens and config.get(key) != vocabulary.get(token):
+            raise CheckpointError(
+                f"{name}: {key} is {config.get(key)} in config.json, {token} is {vocabulary.get(token)} in the tokenizer: "
+                "the files belong to different checkpoints; download the folder again"
+            )
     if missing := [token for token in family.required_tokens if token not in vocabulary]:
         raise CheckpointError(
             f"the tokenizer of {name} does not know {', '.join(missing)}, which {family.title} needs: the tokenizer "
