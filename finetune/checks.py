@@ -77,8 +77,9 @@ def check_machine(training: TrainingArguments) -> None:
 
 def _check_loggers(training: TrainingArguments) -> None:
     """Of those that are asked for, "all" being those that are installed."""
-    given = training.report_to if isinstance(training.report_to, list) else [training.report_to]
-    names = [name for name in given if name not in (None, "", "none", "all")]
+    given = training.report_to if isinstance(training.report_to, list) else [training.report_to or "none"]
+    training.report_to = [name for entry in given for name in entry.split(",")]  # a YAML list comes as one word
+    names = [name for name in training.report_to if name not in ("", "none", "all")]
     if unknown := [name for name in names if name not in LOGGERS]:
         raise ArgumentError(f"--report_to {unknown[0]}: it is none, all or some of {', '.join(LOGGERS)}")
     installed = set(get_available_reporting_integrations())

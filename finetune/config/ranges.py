@@ -124,6 +124,7 @@ RANGES: Mapping[str, Range] = {
     "val_size": _NOT_NEGATIVE,
     "max_bad_share": Range(low=0, high=1, hint="1 never stops"),
     "slices": Range(low=0, hint="0 is text only"),
+    "experts": Range(low=0, hint="0 is a dense model"),
     "labelled": Range(low=0, high=1, above=True),
     "report_rows": _NOT_NEGATIVE,
     **dict.fromkeys(("max_slice_nums", "video_max_slice_nums"), Range(low=1, hint="1 is the thumbnail alone")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,21 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     check_whole(weights)
     check_types(weights)
     check_file(weights)
+    _check_ranks(settings, weights)
     return settings
+
+
+def _check_ranks(settings: Mapping[str, Any], weights: Path) -> None:
+    """Of adapters on parameters the rows of all experts are one tensor: their ranks are left to peft."""
+    if settings.get("target_parameters"):
+        return
+    known = {settings.get("r"), *(settings.get("rank_pattern") or {}).values()}
+    for name, shape in stored_shapes(weights).items():
+        if (found := _LORA.fullmatch(name)) and (rank := shape[0 if found["side"] == "A" else 1]) not in known:
+            raise CheckpointError(
+                f"{weights}: {name} is of rank {rank}, {ADAPTER_CONFIG} beside it says {' or '.join(map(str, known))}: "
+                "the files belong to different adapters; copy or download both again"
+            )
 
 
 @contextmanager
@@ -238,6 +252,8 @@ def check_fit(
     misfit = None
     if theirs is not None and theirs.name != family.name:
         misfit = "they are different networks"
+    elif gone := _gone(network, settings.get("modules_to_save") or ()):
+        misfit = f"it saves {gone}, which is no module here"
     elif not settings.get("layer_replication"):  # which gives layers other numbers
         misfit = _misfit(network, shapes, settings.get("target_parameters") or ())
     if misfit:
@@ -246,6 +262,12 @@ def check_fit(
             f"the adapter {folder} was trained on {title}{settings.get('base_model_name_or_path') or 'an unnamed base'}"
             f" and does not fit {family.title}, {network.name_or_path or 'this network'}: {misfit}"
         )
+
+
+def _gone(network: nn.Module, saved: Sequence[str]) -> str | None:
+    """The first of some ends of module names that no module has."""
+    names = [f".{own_name(name)}" for name, _ in network.named_modules()]
+    return next((name for name in saved if not any(known.endswith(f".{name}") for known in names)), None)
 
 
 def _trained_on(folder: Path, settings: dict[str, Any]) -> Family | None:

@@ -57,7 +57,9 @@ def _pattern(value: Any) -> bool:
 
 
 def _rope(value: Any) -> bool:
-    return isinstance(value, dict) and (value.get("rope_type") or value.get("type") or "default") in _ROPES
+    if not isinstance(value, dict) or (value.get("rope_type") or value.get("type") or "default") not in _ROPES:
+        return False
+    return all(kind.fits(value[key]) for key, kind in _ROPE_KEYS.items() if key in value)
 
 
 _ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3", "proportional", "mrope")
@@ -85,10 +87,13 @@ ACTIVATION = Kind(
 )
 VERSION = Kind("a text or a number", lambda value: _text(value) or _number(value))
 DTYPE = Kind(f"one of {', '.join(_DTYPES)}", lambda value: isinstance(value, str) and value in _DTYPES)
-ROPE = Kind(f"an object whose rope_type is one of {', '.join(_ROPES)}", _rope)
-IDS = Kind(
-    "a token id or a list of them", lambda value: _whole(0)(value) or (_list_of(_whole(0))(value) and value != [])
-)
+_ROPE_KEYS = {
+    "partial_rotary_factor": SMALL,
+    **dict.fromkeys(("rope_theta", "factor"), POSITIVE),
+    "mrope_section": Kind("three sizes", lambda value: _list_of(_whole(1))(value) and len(value) == 3),
+}
+ROPE = Kind(f"an object whose rope_type is one of {', '.join(_ROPES)}, with its numbers in their ranges", _rope)
+IDS = Kind("a token id or a list of them", lambda value: _whole(0)(value) or _ids(value))
 TOKEN = Kind("a text or an object {...} with its content", lambda value: isinstance(value, str) or _is_token(value))
 
 
@@ -96,10 +101,14 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("content"), str)
 
 
+def _ids(value: Any) -> bool:
+    return _list_of(_whole(0))(value) and value != []
+
+
 def _templates(value: Any) -> bool:
     parts = ("name", "template")
     each = _list_of(lambda item: isinstance(item, dict) and all(isinstance(item.get(key), str) for key in parts))
-    return isinstance(value, str) or each(value)
+    return isinstance(value, str) or (each(value) and value != [])
 
 
 def _added(value: Any) -> bool:
@@ -144,6 +153,7 @@ PROCESSOR: Table = {
     **dict.fromkeys(("max_slice_nums", "scale_resolution", "patch_size", "image_feature_size"), COUNT),
     **dict.fromkeys(("feature_size", "hop_length", "n_fft", "chunk_length", "sampling_rate", "max_num_frames"), COUNT),
     "audio_pool_step": COUNT,
+    "stack_frames": replace(COUNT, null=False),
     **dict.fromkeys(("slice_mode", "use_image_id", "do_resize", "do_rescale", "do_normalize"), TRUTH),
     **dict.fromkeys(("norm_mean", "image_mean"), COLOURS),
     **dict.fromkeys(("norm_std", "image_std"), SPREADS),

@@ -150,7 +150,7 @@ def check_loaded(name: str, info: dict[str, Any], allow_mismatched: bool) -> Non
 
 @contextmanager
 def network_errors(name: str) -> Iterator[None]:
-    """What is raised where a network is made of a config.json that lacks something, as one line.
+    """What is raised where a network is made of files that lack something, as one line.
 
     Raises:
         CheckpointError: with the reason.
@@ -159,10 +159,10 @@ def network_errors(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OSError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{name}: no network can be made of its config.json ({type(error).__name__}: {reason}); download it again"
+            f"{name}: no network can be made of its files ({type(error).__name__}: {reason}); download it again"
         ) from error
 
 

@@ -161,7 +161,7 @@ def check_tokens(
     for key, token in _PLACEHOLDERS.items():
         if token in family.required_tokens and config.get(key) != vocabulary.get(token):
             raise CheckpointError(
-                f"{name}: {key} is {config.get(key)} in config.json, {token} is {vocabulary.get(token)} in the tokenizer: "
+                f"{name}: {key} of config.json is {config.get(key)}, {token} of the tokenizer {vocabulary.get(token)}; "
                 "the files belong to different checkpoints; download the folder again"
             )
     if missing := [token for token in family.required_tokens if token not in vocabulary]:
