@@ -8,7 +8,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.utils.import_utils import is_torch_cuda_available, is_torch_tf32_available
 
 from finetune.errors import ArgumentError

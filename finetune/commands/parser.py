@@ -39,6 +39,6 @@ class CommandParser(argparse.ArgumentParser):
                 raise ArgumentError(
                     f"{(name or before) or 'an argument'} has an empty value: give one, or leave it out"
                 )
-        values, rest = super().parse_known_args(args, namespace)
+        values, rest = super().parse_known_args(args, namespace or argparse.Namespace())
         check_ranges(vars(values))
         return values, rest

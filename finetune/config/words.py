@@ -60,12 +60,15 @@ def read_file(path: Path) -> list[str]:
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise ArgumentError(f"{path}: each line should be a flag and its value, as in learning_rate: 1.0e-4")
     words = []
-    try:
-        for key, value in given.items():
-            if value is not None:
-                words += [f"--{key}", *(_word(item) for item in (value if isinstance(value, list) else [value]))]
-    except (TypeError, ValueError) as error:  # a date, a set, or a list that holds itself
-        raise ArgumentError(f"{path}: {key} has a value that is no text, number or list of them ({error})") from error
+    for key, value in given.items():
+        if value is None:
+            continue
+        try:
+            words += [f"--{key}", *(_word(item) for item in (value if isinstance(value, list) else [value]))]
+        except (TypeError, ValueError) as error:  # a date inside of an object, or a list that holds itself
+            raise ArgumentError(
+                f"{path}: {key} has a value that is no text, number or list of them ({error})"
+            ) from error
     return words
 
 

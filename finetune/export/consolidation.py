@@ -19,8 +19,7 @@ from finetune.errors import CheckpointError
 from finetune.export.merging import Base, adapter_names, empty_network, ties_of
 from finetune.models.adapters import ADAPTER_WEIGHTS, trained_beside
 from finetune.models.folders import ADAPTER_CONFIG, has_adapter, read_adapter_config
-from finetune.models.strict import some
-from finetune.tuning.carrying import CARRIED
+from finetune.models.strict import CARRIED, some
 from finetune.tuning.checkpoint import SIDE_FILES, Checkpoint, copy_files, take_over
 from finetune.tuning.tensorfiles import Stored, write_header
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.errors import CheckpointError
 
-Edit = Callable[[Path], None]
+Edit = Callable[[Path], Any]
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +309,7 @@ WEIGHTS: dict[str, tuple[Edit, str]] = {
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
     "unknown generation": (write("config.json", {"model_type": "x"}), "unknown checkpoint"),
     "no config.json": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-    "empty folder": (lambda folder: [path.unlink() for path in folder.iterdir()] and None, "no config.json"),
+    "empty folder": (lambda folder: [path.unlink() for path in folder.iterdir()], "no config.json"),
 }
 
 
