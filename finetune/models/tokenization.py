@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from finetune.errors import CheckpointError, UserError
 from finetune.families.base import Family
 from finetune.families.common import IMAGE_PAD, VIDEO_PAD
-from finetune.jsonfiles import read_object
+from finetune.jsonfiles import read_object, shown
 from finetune.models import keys
 from finetune.models.bytes_tokenizer import from_vocabulary
 from finetune.models.folders import check_side_files
@@ -119,6 +119,7 @@ def tokenizer_errors(folder: Path) -> Iterator[None]:
         keys.check(values, keys.TOKENIZER, str(path))
         if "model" not in values:
             raise CheckpointError(f"{path} has no model: it is no tokenizer; download it again")
+        _check_ends(folder, values)
     check_side_files(folder)
     try:
         yield
@@ -130,6 +131,25 @@ def tokenizer_errors(folder: Path) -> Iterator[None]:
         if type(error) is not Exception:
             raise
         raise _unusable(folder, error) from error
+
+
+def _check_ends(folder: Path, tokenizer: Mapping[str, Any]) -> None:
+    """A bos or eos that tokenizer.json does not have would be a new token, with an embedding that nobody trained."""
+    settings = read_object(path) if (path := folder / "tokenizer_config.json").is_file() else {}
+    words = tokenizer["model"].get("vocab")
+    known = set(words) if isinstance(words, dict) else set()
+    if isinstance(words, list):  # of sentencepiece: words with their scores
+        known = {word[0] for word in words if isinstance(word, list) and word}
+    added = [*(tokenizer.get("added_tokens") or ()), *(settings.get("added_tokens_decoder") or {}).values()]
+    known |= {token["content"] for token in added}
+    for key in ("bos_token", "eos_token"):
+        token = settings.get(key)
+        text = token["content"] if isinstance(token, dict) else token
+        if text and text not in known:
+            raise CheckpointError(
+                f"{path}: {key} is {shown(text)}, which tokenizer.json does not have: the files belong to different "
+                "checkpoints; download them again"
+            )
 
 
 def _unusable(folder: Path, error: Exception) -> CheckpointError:

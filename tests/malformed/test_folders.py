@@ -306,6 +306,13 @@ WEIGHTS: dict[str, tuple[Edit, str]] = {
         lambda folder: put(folder / "tokenizer.json", {"model": {"type": "BPE", "vocab": 5, "merges": []}}),
         "the tokenizer of",
     ),
+    "end of text of another tokenizer": (
+        lambda folder: put(
+            folder / "tokenizer_config.json",
+            json.loads((folder / "tokenizer_config.json").read_text()) | {"eos_token": "<gone>"},
+        ),
+        'eos_token is "<gone>", which tokenizer.json does not have',
+    ),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
     "unknown generation": (write("config.json", {"model_type": "x"}), "unknown checkpoint"),
     "no config.json": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
