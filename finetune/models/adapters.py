@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,9 @@ from finetune.jsonfiles import read_object
 from finetune.models.finite import check_file, check_types, finite
 from finetune.models.folders import ADAPTER_CONFIG, read_adapter_config
 from finetune.models.strict import check_whole, some
+from finetune.notices import warn_once
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # The first published scripts left what was trained in full beside the adapter, under the names of their training.
@@ -250,10 +254,12 @@ def check_fit(
     family = detect(network.config.to_dict())
     theirs = _trained_on(folder, settings)
     misfit = None
+    if gone := _gone(network, settings.get("modules_to_save") or ()):
+        warn_once(
+            logger, f"{folder}: its modules_to_save names {gone}, which is no module of {family.title}: no effect"
+        )
     if theirs is not None and theirs.name != family.name:
         misfit = "they are different networks"
-    elif gone := _gone(network, settings.get("modules_to_save") or ()):
-        misfit = f"it saves {gone}, which is no module here"
     elif not settings.get("layer_replication"):  # which gives layers other numbers
         misfit = _misfit(network, shapes, settings.get("target_parameters") or ())
     if misfit:

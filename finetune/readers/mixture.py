@@ -282,7 +282,7 @@ def _drawn(records: int, number: int | None, random: np.random.Generator, where:
     """
     if number is None:
         return range(records)
-    if number > max(records, _MOST_DRAWN):
+    if number > max(_MOST_DRAWN, 10 * records):
         raise DataError(f"{where}: 'num_samples' is {number}, of {records} records; at most {_MOST_DRAWN} are drawn")
     once = random.permutation(records)[:number]
     return np.concatenate([once, random.integers(0, records, number - len(once))])

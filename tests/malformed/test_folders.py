@@ -370,7 +370,6 @@ ADAPTERS: dict[str, tuple[Edit, str]] = {
     "targets nothing": (configured(target_modules=["nothing"]), "cannot be put on its base"),
     "parameters text": (configured(target_parameters="x"), 'target_parameters is "x"'),
     "saved modules text": (configured(modules_to_save="x"), 'modules_to_save is "x"'),
-    "saved modules gone": (configured(modules_to_save=["gone"]), "it saves gone, which is no module here"),
     "ranks list": (configured(rank_pattern=[1]), "rank_pattern is [1]"),
     "ranks text": (configured(rank_pattern={"q_proj": "x"}), "rank_pattern is"),
     "ranks 0": (configured(rank_pattern={"q_proj": 0}), "rank_pattern is"),
