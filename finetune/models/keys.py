@@ -135,7 +135,7 @@ CONFIG: Table = {
     "attention_dropout": SHARE,
     **dict.fromkeys(("slice_mode", "tie_word_embeddings", "use_image_id", "drop_vision_last_layer"), TRUTH),
     **dict.fromkeys(("attention_bias", "use_cache", "batch_vision_input"), TRUTH),
-    **dict.fromkeys(("model_type", "vision_encoder", "downsample_mode"), TEXT),
+    **dict.fromkeys(("model_type", "vision_encoder"), TEXT),
     **dict.fromkeys(("hidden_act", "activation_function"), ACTIVATION),
     **dict.fromkeys(("merge_kernel_size", "window_kernel_size"), SIDES),
     **dict.fromkeys(("image_token_id", "video_token_id", "insert_layer_id"), replace(NATURAL, null=False)),
@@ -158,7 +158,7 @@ PROCESSOR: Table = {
     **dict.fromkeys(("norm_mean", "image_mean"), COLOURS),
     **dict.fromkeys(("norm_std", "image_std"), SPREADS),
     "rescale_factor": POSITIVE,
-    **dict.fromkeys(("downsample_mode", "small_image_upsize"), TEXT),
+    "small_image_upsize": TEXT,
     **dict.fromkeys(("image_processor", "video_processor", "audio_processor", "feature_extractor"), OBJECT),
 }
 """processor_config.json, its parts, and the files of single processors."""
