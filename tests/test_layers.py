@@ -13,26 +13,31 @@ PACKAGE = ROOT / "finetune"
 ROOT_SCRIPTS = {"dataset", "trainer", "chat"}
 
 # Room -> rooms it may import, besides itself. The first entry that fits a module counts.
-MODELS_OR_DATA = {"errors", "activations", "outcome", "processes", "sample", "arguments", "batching", "distributed"}
+MODELS_OR_DATA = {"errors", "paths", "jsonfiles", "activations", "outcome", "processes", "sample", "arguments"}
+MODELS_OR_DATA |= {"batching", "distributed"}
 MODELS_OR_DATA |= {"media", "families", "templates", "encoding", "models"}
 TABLE: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
-    "cache": set(),
+    "cache": {"paths"},
     "notices": set(),
     "sample": {"errors"},
     "legacy_flags": set(),
     "activations": {"errors"},
     "batching": {"errors"},
+    "jsonfiles": {"errors"},
+    "zero": {"errors"},
+    "paths": {"errors"},
+    "checks": {"errors", "flags", "jsonfiles"},
     "flags": {"errors", "media.sampling"},
-    "config": {"errors", "legacy_flags"},
+    "config": {"errors", "jsonfiles", "legacy_flags"},
     "processes": set(),
     "signals": set(),
     "ending": {"errors"},
     "outcome": {"errors", "processes", "signals"},
     "launch": {"outcome", "processes"},
     # distributed only inside a function: DeepSpeed's start on CPU
-    "arguments": {"errors", "activations", "batching", "ending", "flags", "config", "distributed"},
+    "arguments": {"errors", "activations", "batching", "checks", "ending", "flags", "config", "distributed", "zero"},
     "distributed": {"errors", "arguments"},
     "media.slicing": set(),
     "media.sound": set(),
@@ -41,9 +46,9 @@ TABLE: dict[str, set[str]] = {
     "families.base": {"errors", "sample", "media.slicing", "media.sound", "media.sampling", "templates.rendering"},
     "families": {"errors", "sample", "media.slicing", "media.sound", "media.sampling", "templates"},
     "templates": {"errors", "notices", "sample", "media.slicing", "media.sound", "media.sampling", "families.base"},
-    "readers": {"errors", "cache", "sample"},
+    "readers": {"errors", "cache", "jsonfiles", "sample"},
     "encoding": {"errors", "cache", "notices", "sample", "media", "templates", "families"},
-    "models": {"errors", "families", "notices"},
+    "models": {"errors", "jsonfiles", "paths", "families", "notices"},
     "tuning": MODELS_OR_DATA,
     "evaluation": MODELS_OR_DATA,
     # only the rules of boxes and words
@@ -75,6 +80,9 @@ WITHOUT: dict[str, set[str]] = {
     "legacy_flags": TORCH | {"transformers"},
     "flags": TORCH | {"transformers"},
     "batching": TORCH | {"transformers"},
+    "jsonfiles": TORCH | {"transformers"},
+    "paths": TORCH | {"transformers"},
+    "checks": TORCH,
     "config": TORCH | {"transformers"},
     "outcome": TORCH | {"transformers"},
     "processes": TORCH | {"transformers"},

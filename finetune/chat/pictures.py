@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from finetune.media import image
+from finetune.paths import expand
 from finetune.sample import DataError, Media, Source
 
 Picture = Image.Image | Path | str | bytes
@@ -52,7 +53,7 @@ def as_media(picture: Picture, source: Source) -> Media:
     if isinstance(picture, bytes):
         return Media("image", image.decode(picture, source))
     if isinstance(picture, (str, Path)):
-        path = Path(picture).expanduser()
+        path = expand(picture)
         if not path.is_file():
             raise DataError(f"{source}: image {str(picture)[:200]!r} does not exist (looked in {Path.cwd()})")
         return Media("image", path)

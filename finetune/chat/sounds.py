@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.paths import expand
 from finetune.sample import DataError, Media, Source
 
 SUFFIXES = frozenset(
@@ -36,7 +37,7 @@ def as_sound(sound: Any, source: Source) -> Media:
     if isinstance(sound, (np.ndarray, bytes)):
         return Media("audio", sound)
     if isinstance(sound, Path) or (isinstance(sound, str) and len(sound) < 4096 and not sound.startswith("data:")):
-        path = Path(sound).expanduser()
+        path = expand(sound)
         if path.is_file():
             return Media("audio", path)
         if isinstance(sound, Path) or is_sound(path):

@@ -10,6 +10,7 @@ import sys
 
 from finetune.commands.data_flags import add_data_flags
 from finetune.commands.mode_flag import add_mode_flag
+from finetune.commands.parser import CommandParser
 from finetune.commands.video_flags import add_video_flags, video_options
 from finetune.errors import UserError
 
@@ -60,8 +61,8 @@ def main(argv: list[str]) -> int:
     return 2 if problems else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m finetune check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id: its tokenizer and slicing count")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.commands.data_flags import add_data_flags
 from finetune.commands.mode_flag import add_mode_flag
+from finetune.commands.parser import CommandParser
 from finetune.commands.video_flags import add_video_flags, video_options
 from finetune.errors import UserError
 from finetune.sample import DataError, Sample
@@ -103,18 +104,18 @@ def _source(given: argparse.Namespace) -> ModelSource:
     Raises:
         UserError: a folder is missing, or there is nothing that "base" could mean.
     """
-    from finetune.models.folders import local_folder
+    from finetune.models import base_of
+    from finetune.models.folders import has_adapter, is_adapter, local_folder
     from finetune.tuning.checkpoint import resolve
 
     folder, adapter, mode = local_folder(given.model), given.adapter, given.downsample_mode
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if is_adapter(folder):
         if adapter is not None:
             raise UserError(
                 f"--model {given.model} is an adapter, and --adapter {adapter} another one; give one of them"
             )
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        adapter, folder = str(folder), local_folder(settings.get("base_model_name_or_path") or "")
-    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
+        adapter, folder = str(folder), base_of(folder)
+    if adapter is not None and not has_adapter(Path(adapter)):
         raise UserError(f"--adapter {adapter}: no adapter_config.json there; give the folder that training wrote")
     if given.compare == "base" and adapter is None:
         raise UserError("--compare base means the model without its adapter: give --adapter, or --compare FOLDER")
@@ -355,8 +356,8 @@ def _wait(world: int) -> None:
         dist.barrier()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m finetune evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="checkpoint folder, hub id, or adapter (it names its base)")

@@ -42,8 +42,8 @@ class VideoOptions:
 
     def __post_init__(self) -> None:
         for name, value in self.given.items():
-            if value is not True and value is not False and value <= 0:
-                raise ArgumentError(f"videos: {name} is {value}; it must be above 0")
+            if value is not True and value is not False and not 0 < value < math.inf:
+                raise ArgumentError(f"videos: {name} is {value}; it must be above 0 and finite")
 
     @property
     def given(self) -> dict[str, Any]:

@@ -23,6 +23,9 @@ from finetune.sample import DataError, Sample, Source
 
 logger = logging.getLogger(__name__)
 
+# Records of a data set that are drawn beyond those it has; each takes eight bytes in every process.
+_MOST_DRAWN = 10**8
+
 
 class Mixture(Sequence[Sample]):
     """Records of some files in an order of their own.
@@ -253,7 +256,13 @@ def read_named(
         file = open_entry(entry, media_dir=media_dir, image_root=image_root, train_on=train_on, rebuild=rebuild)
         random = np.random.default_rng([seed, zlib.crc32(each.name.encode())])
         files.append(file)
-        chosen.append(_weighted(_drawn(len(file), entry.num_samples, random)[:max_samples], each.weight, random))
+        drawn = _drawn(len(file), entry.num_samples, random, entry.where)[:max_samples]
+        if each.weight * len(drawn) > max(_MOST_DRAWN, 10 * len(drawn)):
+            raise DataError(
+                f"data sets {names!r}: {each.name}:{each.weight:g} takes {each.weight * len(drawn):.3g} records, of "
+                f"{len(drawn)}; at most {_MOST_DRAWN} are drawn: give a smaller weight"
+            )
+        chosen.append(_weighted(drawn, each.weight, random))
     total = sum(map(len, chosen))
     for file, numbers in zip(files, chosen, strict=True):
         share = 100 * len(numbers) / total
@@ -265,10 +274,16 @@ def read_named(
     return Mixture(files, np.concatenate(shifted))
 
 
-def _drawn(records: int, number: int | None, random: np.random.Generator) -> Numbers:
-    """So many records at random: each once, then some again when there are not as many."""
+def _drawn(records: int, number: int | None, random: np.random.Generator, where: str) -> Numbers:
+    """So many records at random: each once, then some again when there are not as many.
+
+    Raises:
+        DataError: more than memory is made for.
+    """
     if number is None:
         return range(records)
+    if number > max(_MOST_DRAWN, 10 * records):
+        raise DataError(f"{where}: 'num_samples' is {number}, of {records} records; at most {_MOST_DRAWN} are drawn")
     once = random.permutation(records)[:number]
     return np.concatenate([once, random.integers(0, records, number - len(once))])
 

@@ -173,6 +173,11 @@ def _place(given: Mapping[str, Any], info: Path, where: str) -> tuple[Path | Non
     if file is None:
         raise DataError(f"{where}: has no 'file_name'; give the file or folder, relative to {info.parent}")
     path = info.parent / file
+    if not Path(file).is_absolute() and os.path.relpath(path, info.parent).split(os.sep)[0] == os.pardir:
+        raise DataError(
+            f"{where}: file_name {file!r} leaves the folder {info.parent.absolute()}; move the file there, or write "
+            "its whole path if it is meant"
+        )
     if not path.exists():
         raise DataError(f"{where}: file_name {file!r} does not exist (looked for {path.absolute()}); correct it")
     return path, None
