@@ -177,6 +177,7 @@ def make_supervised_data_module(
             max_samples=data.max_samples,
             seed=seed,
             rebuild=data.overwrite_cache,
+            strict_paths=data.strict_paths,
         )
 
     evaluation = None
@@ -215,4 +216,5 @@ def _stream(data: DataArguments, seed: int) -> StreamedSamples:
         data_format=data.data_format,
         seed=seed,
         buffer_size=data.buffer_size,
+        strict_paths=data.strict_paths,
     )

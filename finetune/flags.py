@@ -108,6 +108,13 @@ class DataArguments:
     image_root: str | None = field(
         default=None, metadata={"help": "Folder that relative image paths may also be relative to."}
     )
+    strict_paths: bool = field(
+        default=False,
+        metadata={
+            "help": "Refuse records whose media are outside of the folder of their data file, image_root and media_dir, "
+            "links followed: for data from elsewhere."
+        },
+    )
     train_on: Literal["all", "last"] = field(
         default="all",
         metadata={
@@ -185,6 +192,13 @@ class DataArguments:
             "help": "Records that cannot be used: error stops; skip leaves them out and lists them in "
             "OUTPUT_DIR/bad_samples.jsonl.",
             "choices": ["error", "skip"],
+        },
+    )
+    max_bad_share: float = field(
+        default=0.1,
+        metadata={
+            "help": "With on_bad_sample skip: the run stops, with status 4, when more than this share of the samples "
+            "cannot be used. Samples that are only too long do not count. 1 never stops."
         },
     )
     check: str | None = field(

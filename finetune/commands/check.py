@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     from finetune.readers.mixture import open_data, parse_names
     from finetune.tuning.checkpoint import resolve
 
-    problems = 0
+    problems, rebuild = 0, given.overwrite_cache == "true"
     try:
         base = resolve(given.model, given.downsample_mode)
         if base.mode is not None:
@@ -50,8 +50,10 @@ def main(argv: list[str]) -> int:
                 media_dir=given.media_dir,
                 image_root=given.image_root,
                 data_format=given.data_format,
+                rebuild=rebuild,
+                strict_paths=given.strict_paths == "true",
             )
-            report = check(samples, Fitter(encoder, given.overlong), given.check, cached=not given.no_cache)
+            report = check(samples, Fitter(encoder, given.overlong), given.check, rebuild=rebuild)
             print(report)
             problems += len(report.problems)
     except UserError as error:
@@ -75,5 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", choices=["full", "sample"], default="full", help="sample: 1000 of the records")
     add_mode_flag(parser)
     add_video_flags(parser)
-    parser.add_argument("--no-cache", action="store_true", help="look at every record again")
+    parser.add_argument(
+        "--overwrite_cache",
+        choices=["true", "false"],
+        default="false",
+        help="index the data files anew and look at every record again",
+    )
     return parser

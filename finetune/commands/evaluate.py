@@ -128,7 +128,8 @@ def _samples(given: argparse.Namespace) -> Mixture:
     from finetune.readers.mixture import open_data
 
     places = {"dataset_dir": given.dataset_dir, "media_dir": given.media_dir, "image_root": given.image_root}
-    return open_data(given.data, given.dataset, data_format=given.data_format, **places)
+    strict = given.strict_paths == "true"
+    return open_data(given.data, given.dataset, data_format=given.data_format, strict_paths=strict, **places)
 
 
 def read_questions(samples: Mixture, limit: int | None, *, skip_bad: bool = False) -> tuple[Questions, list[str]]:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from finetune.cache import signature
 from finetune.encoding.check_cache import CheckCache, Looked, fingerprint
 from finetune.encoding.fitting import OUTCOMES, Fitter, OverlongError
 from finetune.encoding.intake import Intake, source_of
@@ -86,7 +85,7 @@ def check_before_training(intakes: Sequence[Intake], level: str | None) -> None:
     reports = []
     for intake in intakes:
         if level != "off":
-            reports.append((intake, check(intake.samples, intake.fitter, level)))
+            reports.append((intake, check(intake.samples, intake.fitter, level, rebuild=intake.remeasure)))
             logger.info("%s", reports[-1][1])
     fatal = [report for intake, report in reports if report.problems and intake.on_bad_sample == "error"]
     if fatal:
@@ -105,21 +104,22 @@ def check_before_training(intakes: Sequence[Intake], level: str | None) -> None:
         intake.probe()
 
 
-def check(samples: Sequence[Sample], fitter: Fitter, level: str | None = None, *, cached: bool = True) -> Report:
-    """Looks at the records of a data set without decoding an image.
+def check(samples: Sequence[Sample], fitter: Fitter, level: str | None = None, *, rebuild: bool = False) -> Report:
+    """Looks at the records of a data set without decoding an image; good ones are remembered.
 
     Args:
         samples: the data set.
         fitter: the encoder of the run and its policy for long samples.
         level: "full", "sample", or None for the default.
-        cached: remember good records by the state of their files, so that a second check is fast.
+        rebuild: look again at good records that are remembered by the state of their files.
     """
     started = time.perf_counter()
     samples = getattr(samples, "once", samples)
     chosen = _chosen(len(samples), level)
     report = Report(_title(samples), len(samples), len(chosen))
     report.duplicates = _duplicates(samples, chosen)
-    cache = CheckCache(getattr(samples, "files", [Path(report.file)]), fingerprint(fitter, samples)) if cached else None
+    files = getattr(samples, "files", [Path(report.file)])
+    cache = CheckCache(files, fingerprint(fitter, samples), rebuild=rebuild)
     chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
     with (
         _threads() as pool,
@@ -136,9 +136,8 @@ def check(samples: Sequence[Sample], fitter: Fitter, level: str | None = None, *
             bar.update(len(results))
             for result in results:
                 _enter(report, result)
-    if cache is not None:
-        report.reused = cache.reused
-        cache.write()
+    report.reused = cache.reused
+    cache.write()
     report.seconds = time.perf_counter() - started
     return report
 
@@ -167,9 +166,9 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _look(samples: Sequence[Sample], index: int, fitter: Fitter, cache: CheckCache | None) -> Looked | DataError:
+def _look(samples: Sequence[Sample], index: int, fitter: Fitter, cache: CheckCache) -> Looked | DataError:
     """What becomes of one record; of good ones from the cache, when none of their files has changed."""
-    if cache is not None and (known := cache.get(index)) is not None:
+    if (known := cache.get(index)) is not None:
         return known
     try:
         sample = samples[index]
@@ -178,8 +177,7 @@ def _look(samples: Sequence[Sample], index: int, fitter: Fitter, cache: CheckCac
         return error
     paths = [path for media in sample.media() for path in media.files]
     looked = Looked(fitted.outcome, len(fitted.rendered.input_ids), fitted.lost_images)
-    if cache is not None:
-        cache.put(index, looked, [signature(path) for path in paths])
+    cache.put(index, looked, paths)
     return looked
 
 

@@ -25,6 +25,7 @@ def read(
     train_on: TrainOn = "all",
     data_format: DataFormat = "auto",
     rebuild: bool = False,
+    strict_paths: bool = False,
     records: Sequence[Any] | None = None,
 ) -> SampleFile:
     """The samples of a data file; each is built, and may fail, when it is asked for.
@@ -36,6 +37,7 @@ def read(
             that turn out in either case.
         data_format: the form of the records, "auto" to tell it from the first ones.
         rebuild: make the index of the file anew.
+        strict_paths: take no file outside of the folder of the data file and ``image_root``.
         records: those of the file that are read already, instead of all of them.
 
     Raises:
@@ -48,4 +50,4 @@ def read(
     form, why = choose(some_records(records), str(path), data_format)
     logger.info("%s: %d records in the %s form (%s)", path, len(records), form.name, why)
     beside = file if file.is_dir() else file.resolve().parent
-    return SampleFile(records, path, Reading(form, places(beside, image_root), train_on))
+    return SampleFile(records, path, Reading(form, places(beside, image_root, strict=strict_paths), train_on))

@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+from finetune.quoting import shown
 from finetune.readers.forms import MEDIA_COLUMNS, Columns
+from finetune.readers.json_values import ValueFault, parse
 from finetune.readers.media import Places, json_cell, json_type, listed
 from finetune.sample import DataError, Media, MediaKind, Message, Part, Sample, Source, Text
 
@@ -146,7 +148,7 @@ def loss(turn: Mapping[str, Any], role: str, number: int, source: Source) -> boo
         return True
     if not isinstance(given, int) or given not in (0, 1):
         raise DataError(
-            f"{source}: turn {number}: 'loss' is {json.dumps(given)}; it must be 1 (train the answer) or 0 (do not)"
+            f"{source}: turn {number}: 'loss' is {shown(given, 40)}; it must be 1 (train the answer) or 0 (do not)"
         )
     if given and role != "assistant":
         raise DataError(
@@ -213,9 +215,11 @@ def check_call(text: str, number: int, source: Source) -> None:
         DataError: it is JSON.
     """
     try:
-        json.loads(text)
+        parse(text)
     except json.JSONDecodeError:
         return
+    except ValueFault:
+        pass  # it is JSON, of a kind
     raise DataError(
         f"{source}: turn {number} calls a tool in JSON ({text[:40]!r}); how a call is written differs from model to "
         "model: write it as your model's chat template does (<tool_call>...</tool_call>)"

@@ -32,10 +32,22 @@ _CONVERSATION = ("messages", "conversations")
 
 
 def some_records(records: Sequence[Any]) -> list[Any]:
-    """The records that decide about the form."""
+    """The records that decide about the form; those that cannot be read are passed over, and met again one by one.
+
+    Raises:
+        DataError: none of them can be read.
+    """
     rest = max(len(records) - LOOKED_AT, 0)
     later = {LOOKED_AT + number * rest // LOOKED_AT for number in range(LOOKED_AT if rest else 0)}
-    return [records[index] for index in [*range(min(LOOKED_AT, len(records))), *sorted(later)]]
+    found, fault = [], None
+    for index in [*range(min(LOOKED_AT, len(records))), *sorted(later)]:
+        try:
+            found.append(records[index])
+        except DataError as error:
+            fault = fault or error
+    if fault is not None and not found:
+        raise fault
+    return found
 
 
 def choose(records: Sequence[Any], where: str, asked: DataFormat = "auto") -> tuple[Form, str]:

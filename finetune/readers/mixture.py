@@ -164,6 +164,7 @@ def open_data(
     max_samples: int | None = None,
     seed: int = 42,
     rebuild: bool = False,
+    strict_paths: bool = False,
 ) -> Mixture:
     """The samples of a data file, as ``readers.read``, or where there is none of data sets by name, as ``read_named``.
 
@@ -171,7 +172,14 @@ def open_data(
         DataError: as they do.
     """
     if path is not None:
-        file = read(path, image_root=image_root, train_on=train_on, data_format=data_format, rebuild=rebuild)
+        file = read(
+            path,
+            image_root=image_root,
+            train_on=train_on,
+            data_format=data_format,
+            rebuild=rebuild,
+            strict_paths=strict_paths,
+        )
         return Mixture([file]).first(max_samples)
     return read_named(
         names or "",
@@ -182,6 +190,7 @@ def open_data(
         max_samples=max_samples,
         seed=seed,
         rebuild=rebuild,
+        strict_paths=strict_paths,
     )
 
 
@@ -229,6 +238,7 @@ def read_named(
     max_samples: int | None = None,
     seed: int = 42,
     rebuild: bool = False,
+    strict_paths: bool = False,
 ) -> Mixture:
     """The records of registered data sets, one set after another.
 
@@ -242,6 +252,7 @@ def read_named(
         max_samples: only the first so many records of every set, before weights.
         seed: of all draws; what is drawn of a set does not depend on the others.
         rebuild: make the indices of the files anew.
+        strict_paths: take no file outside of these folders and those of the data files.
 
     Raises:
         DataError: a name is not registered, its description cannot be used, or its file cannot be read.
@@ -250,7 +261,14 @@ def read_named(
     chosen: list[Numbers] = []
     for each in parse_names(names):
         entry = find_entry(each.name, dataset_dir)
-        file = open_entry(entry, media_dir=media_dir, image_root=image_root, train_on=train_on, rebuild=rebuild)
+        file = open_entry(
+            entry,
+            media_dir=media_dir,
+            image_root=image_root,
+            train_on=train_on,
+            rebuild=rebuild,
+            strict_paths=strict_paths,
+        )
         random = np.random.default_rng([seed, zlib.crc32(each.name.encode())])
         files.append(file)
         chosen.append(_weighted(_drawn(len(file), entry.num_samples, random)[:max_samples], each.weight, random))
