@@ -57,8 +57,8 @@ def told(file: Path | bytes) -> str | None:
 
 def _told(head: bytes, size: int) -> str | None:
     if not size:
-        return "is empty (0 bytes): download or copy it again, or remove the record"
-    if not head.strip(b"\0"):
+        return "is empty (0 bytes): download or copy it again"
+    if len(head) >= 64 and not head.strip(b"\0"):
         return f"begins with {len(head)} zero bytes, as interrupted copies do: download or copy it again"
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         return "is a Git LFS pointer, not the file itself: run git lfs pull in its repository"

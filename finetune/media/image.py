@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from finetune.errors import UserError
 from finetune.filetypes import told
 from finetune.media.depth import is_deep, to_grey
-from finetune.media.pictures import DAMAGED, UnreadableError, open_picture, reading
+from finetune.media.pictures import DAMAGED, UnreadableError, check_end, open_picture, reading
 from finetune.media.resample import PILLOW_13, Size, lowered, narrowed, vertical_first
 from finetune.media.slicing import Plan, crop_boxes
 from finetune.quoting import reason
@@ -176,12 +177,15 @@ def _opened(media: Media, source: Source, max_pixels: int) -> Iterator[Image.Ima
         if isinstance(media.data, Path):
             with open_picture(media.data) as image:
                 _check_pixels(image, media, source, max_pixels)
+                check_end(image, media.data)
                 yield image
         elif isinstance(media.data, Image.Image):
             _check_pixels(media.data, media, source, max_pixels)
             yield media.data
         else:
             raise DataError(f"{source}: {media} is no picture; give the path of an image or a PIL image")
+    except UserError:
+        raise
     except UnreadableError as error:
         known = told(media.data) if isinstance(media.data, Path) else None
         raise DataError(f"{source}: {media} {known or error}") from error

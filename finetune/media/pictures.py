@@ -57,13 +57,19 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
         OSError: the file cannot be opened.
     """
     with reading():
-        picture = Image.open(file, formats=FORMATS)
+        return Image.open(file, formats=FORMATS)
+
+
+def check_end(picture: Image.Image, file: Path | BinaryIO) -> None:
+    """Checks that a file was copied to its end, where its format has one: Pillow does not miss that of PNG.
+
+    Raises:
+        UnreadableError: it is cut.
+    """
     if picture.format == "PNG" and not _ends(file):
-        picture.close()
         raise UnreadableError(
             "cannot be decoded (a PNG file without its end, IEND); it is truncated: replace it or remove the record"
         )
-    return picture
 
 
 def decode(data: bytes, source: Source, what: str = "the image") -> Image.Image:
@@ -77,8 +83,11 @@ def decode(data: bytes, source: Source, what: str = "the image") -> Image.Image:
     Raises:
         DataError: they are not an image, or one with far too many pixels.
     """
+    file = io.BytesIO(data)
     try:
-        return open_picture(io.BytesIO(data))
+        picture = open_picture(file)
+        check_end(picture, file)
+        return picture
     except UnreadableError as error:
         raise DataError(f"{source}: {what} ({len(data)} bytes) {told(data) or error}") from error
 

@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from finetune.quoting import shown
 from finetune.readers.forms import MEDIA_COLUMNS, Columns
-from finetune.readers.json_values import ValueFault, parse
+from finetune.readers.json_values import ValueFault, parse, written
 from finetune.readers.media import Places, json_cell, json_type, listed
 from finetune.sample import DataError, Media, MediaKind, Message, Part, Sample, Source, Text
 
@@ -148,7 +147,7 @@ def loss(turn: Mapping[str, Any], role: str, number: int, source: Source) -> boo
         return True
     if not isinstance(given, int) or given not in (0, 1):
         raise DataError(
-            f"{source}: turn {number}: 'loss' is {shown(given, 40)}; it must be 1 (train the answer) or 0 (do not)"
+            f"{source}: turn {number}: 'loss' is {written(given)}; it must be 1 (train the answer) or 0 (do not)"
         )
     if given and role != "assistant":
         raise DataError(

@@ -29,6 +29,15 @@ def parse(text: str | bytes) -> Any:
         raise ValueFault("is nested too deeply to be read") from error
 
 
+def written(value: Any, most: int = 60) -> str:
+    """A value of a file as messages show it: as JSON, cut where it is long."""
+    try:
+        text = json.dumps(value)
+    except (RecursionError, ValueError, TypeError):
+        text = shown(value, most)
+    return text if len(text) <= most else text[:most] + "..."
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object each of whose keys stands there once: of two values neither is the one that is meant."""
     found = dict(pairs)

@@ -26,7 +26,7 @@ from finetune.readers.forms import (
     named_columns,
     named_tags,
 )
-from finetune.readers.json_values import ValueFault, parse
+from finetune.readers.json_values import ValueFault, parse, written
 from finetune.readers.media import json_type, places
 from finetune.readers.records import open_records, take_split
 from finetune.readers.samples import Reading, SampleFile
@@ -143,7 +143,7 @@ def _entry(name: str, info: Path, given: Any) -> Entry:
         )
     formatting = given.get("formatting")
     if formatting not in (None, *FORMS):
-        raise DataError(f"{where}: 'formatting' is {shown(formatting)}; there are {', '.join(FORMS)}")
+        raise DataError(f"{where}: 'formatting' is {written(formatting)}; there are {', '.join(FORMS)}")
     if formatting is None and columns is not None:
         if columns.get("messages"):
             raise DataError(
@@ -157,7 +157,7 @@ def _entry(name: str, info: Path, given: Any) -> Entry:
             logger.warning("%s: %r has no effect on a file", where, key)
     number = given.get("num_samples")
     if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-        raise DataError(f"{where}: 'num_samples' is {shown(number)}; it must be a number of records, at least 1")
+        raise DataError(f"{where}: 'num_samples' is {written(number)}; it must be a number of records, at least 1")
     texts = {key: _text(given, key, where) for key in ("subset", "folder", "split")}
     split = texts["split"] or "train"
     return Entry(name, info, file, hub, formatting, columns, tags, texts["subset"], texts["folder"], split, number)
@@ -205,7 +205,7 @@ def _words(given: Mapping[str, Any], key: str, known: Sequence[str], where: str)
     _check_keys(words, known, f"{where}, {key}", "name")
     for name, word in words.items():
         if word is not None and (not isinstance(word, str) or not word):
-            raise DataError(f"{where}, {key}: {name!r} is {shown(word)}; it must be a string")
+            raise DataError(f"{where}, {key}: {name!r} is {written(word)}; it must be a string")
     used = [word for name, word in words.items() if word is not None]
     twice = sorted({word for word in used if used.count(word) > 1})
     if twice:
@@ -216,7 +216,7 @@ def _words(given: Mapping[str, Any], key: str, known: Sequence[str], where: str)
 def _text(given: Mapping[str, Any], key: str, where: str) -> str | None:
     value = given.get(key)
     if value is not None and (not isinstance(value, str) or not value):
-        raise DataError(f"{where}: {key!r} is {shown(value)}; it must be a string")
+        raise DataError(f"{where}: {key!r} is {written(value)}; it must be a string")
     return value
 
 
