@@ -72,7 +72,8 @@ def test_all_problems_at_once(write_records: Write, make_encoder: Make) -> None:
         assert sum(fault.format(zoo=zoo) in problem for problem in report.problems) == 1, fault
         assert fault.format(zoo=zoo) in str(report)
     assert len(report.problems) == 9
-    assert "2 x image PATH is not an image in a format Pillow reads" in str(report)
+    assert "1 x image PATH is a web page (HTML)" in str(report)
+    assert "1 x image PATH is empty (N bytes)" in str(report)
 
 
 def test_first_five_of_each_kind_in_full(write_records: Write, make_encoder: Make) -> None:
