@@ -160,6 +160,7 @@ def make_supervised_data_module(
             on_bad_sample=data.on_bad_sample,
             report=report,
             remeasure=data.overwrite_cache,
+            max_bad_share=data.max_bad_share,
         )
 
     def dataset(samples: Sequence[Sample]) -> SupervisedDataset:

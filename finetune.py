@@ -125,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     # Train, evaluate, save.
     from finetune.evaluation.plots import plot_loss
     from finetune.evaluation.progress import PLOT_NAME, ProgressCallback
+    from finetune.tuning.bad_share import BadShareCallback
     from finetune.tuning.manifest import ManifestCallback
     from trainer import CPMTrainer
 
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         base=base,
         part_learning_rates=rates,
         check_base_loss=args.model.check_base_loss == "auto",
-        callbacks=[ManifestCallback(), ProgressCallback()],
+        callbacks=[ManifestCallback(), ProgressCallback(), BadShareCallback(train.intake)],
         **data,
     )
     trainer.train(resume_from_checkpoint=resume_from)

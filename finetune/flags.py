@@ -209,6 +209,10 @@ class DataArguments:
         },
     )
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_share <= 1:
+            raise ArgumentError(f"--max_bad_share {self.max_bad_share}: it is a share, from 0 to 1")
+
     @property
     def video_options(self) -> VideoOptions:
         """How videos are looked at; what is not given keeps the checkpoint's value."""

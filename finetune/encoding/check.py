@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from finetune.encoding.check_cache import CheckCache, Looked, fingerprint
 from finetune.encoding.fitting import OUTCOMES, Fitter, OverlongError
-from finetune.encoding.intake import Intake, source_of
+from finetune.encoding.intake import Intake, share_is_bad, source_of
+from finetune.errors import WorthlessError
 from finetune.sample import DataError, Sample
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ def check_before_training(intakes: Sequence[Intake], level: str | None) -> None:
 
     Raises:
         CheckError: records cannot be used and are not to be skipped; the report is logged before.
+        WorthlessError: more of them cannot be used than the intake's share allows.
         DataError: a data set without any sample to use.
     """
     reports = []
@@ -94,12 +96,18 @@ def check_before_training(intakes: Sequence[Intake], level: str | None) -> None:
             f"{count} records cannot be used, the first: {fatal[0].problems[0]} (all kinds above; "
             "--on_bad_sample skip leaves such records out, --check off starts without looking)"
         )
-    for _, report in reports:
+    for intake, report in reports:
         if report.problems:
             logger.warning("%s: %d records will be left out", report.file, len(report.problems))
         if not report.outcomes.total():
             first = (report.problems + report.left_out)[0]
             raise CheckError(f"{report.file}: none of {report.looked_at} records can be used; the first: {first}")
+        if share_is_bad(len(report.problems), report.looked_at, intake.max_bad_share):
+            raise WorthlessError(
+                f"{report.file}: {len(report.problems)} of {report.looked_at} records cannot be used, more than "
+                f"--max_bad_share {intake.max_bad_share:g} allows; the first: {report.problems[0]}. Mend the data, or "
+                "raise --max_bad_share if so many are expected to be unusable"
+            )
     for intake in intakes:
         intake.probe()
 
@@ -248,6 +256,6 @@ def shape(message: str) -> str:
     text = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "'...'", text)
     # Lists of places differ in number; a path ends where our messages go on.
     text = re.sub(r"\(looked [^)]*\)", "(looked ...)", text)
-    text = re.sub(r"(?<=\bimage )\S.*?(?= (?:cannot|is|has|does)\b)", "PATH", text)
+    text = re.sub(r"(?<=\b(?:image|video|audio) )\S.*?(?= (?:cannot|is|has|does|begins|ends)\b)", "PATH", text)
     text = re.sub(r"\S*/\S*", "PATH", text)
     return re.sub(r"\d+(?:\.\d+)?", "N", text)
