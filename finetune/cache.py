@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 Signature = tuple[str, int, int, int, int]
 
@@ -43,7 +43,7 @@ def state_of(found: os.stat_result) -> tuple[int, int, int, int]:
 
 
 @contextmanager
-def replacing(place: Path) -> Iterator[BinaryIO]:
+def replacing(place: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes its place when it is finished; what is unfinished goes, of killed runs after a day.
 
     Several processes may write the same one at once: each has a file of its own, and the last one stays.

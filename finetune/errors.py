@@ -8,7 +8,7 @@ from finetune.quoting import plain
 class UserError(ValueError):
     """Something given by the user cannot be used. The message says what disagrees and what to do.
 
-    What files and records put into a message is shown with its control characters escaped: no message steers a terminal.
+    What files and records put into a message is shown with control characters escaped: no message steers a terminal.
 
     Attributes:
         exit_code: with which the process ends, one of ``finetune.outcome``.

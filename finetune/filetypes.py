@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 _HEAD = 512
-_MARKUP = re.compile(rb"\s*(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(!doctype\s+)?([a-z]+)", re.I | re.S)
+_MARKUP = re.compile(
+    rb"\s*(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(!doctype\s+)?([a-z]+)", re.I | re.S
+)
 # First bytes, and where they stand, by what they are; the remedy is that of the kind.
 _SIGNS = (
     (0, b"%PDF-", "a PDF document", "save its pages as pictures"),

@@ -111,8 +111,8 @@ class DataArguments:
     strict_paths: bool = field(
         default=False,
         metadata={
-            "help": "Refuse records whose media are outside of the folder of their data file, image_root and media_dir, "
-            "links followed: for data from elsewhere."
+            "help": "Refuse records with media outside of the folder of their data file, image_root and media_dir "
+            "(links are followed): for data from elsewhere."
         },
     )
     train_on: Literal["all", "last"] = field(

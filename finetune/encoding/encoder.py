@@ -38,7 +38,7 @@ from finetune.media.sampling import VideoOptions
 from finetune.media.slicing import MERGES, Plan, SliceSpec, plan
 from finetune.media.sound import AudioSpec, Sound, sound
 from finetune.notices import warn_once
-from finetune.sample import DataError, Media, MediaKind, Message, Sample
+from finetune.sample import DataError, Media, MediaKind, Sample
 from finetune.templates.probe import complete_layout
 from finetune.templates.rendering import IGNORE, Layout, Rendered, Spoken, Thinking
 from finetune.templates.rendering import Vocabulary as Spelling
@@ -62,12 +62,6 @@ class PromptOptions(TypedDict, total=False):
     enable_thinking: bool | None
     image_ids: bool
     spoken: Spoken
-
-
-def _surely_written(message: Message) -> str:
-    """The part of a turn's text that every template writes."""
-    text = message.text
-    return (text.rpartition("</think>")[2] if message.role == "assistant" else text).strip()
 
 
 def _not_taken(family: Family, kind: MediaKind) -> str:
@@ -289,17 +283,6 @@ class Encoder:
         if not generate:
             self.check_labels(sample, rendered)
         return self.assemble(sample, plans, rendered)
-
-    def fewest(self, sample: Sample) -> int:
-        """A number of tokens that a sample has at least, from the length of its text; nothing is tokenised.
-
-        White space around turns and the thinking of answers are left out of it, as some templates leave them out.
-        """
-        return self.vocabulary.fewest(map(_surely_written, sample.messages))
-
-    def surely_too_long(self, sample: Sample) -> bool:
-        """Whether the length of its text alone tells that a sample is above max_length."""
-        return self.max_length is not None and self.fewest(sample) > self.max_length
 
     def render(
         self,

@@ -88,8 +88,8 @@ class Fitter:
         """
         encoder, attempt = self.encoder, _Attempt(self.encoder)
         sizes = encoder.sizes(sample)
-        length = f"at least {encoder.fewest(sample)} tokens by the length of its text"
-        if _letters(sample) <= _COUNTED or not encoder.surely_too_long(sample):
+        length = f"at least {fewest(encoder, sample)} tokens by the length of its text"
+        if _letters(sample) <= _COUNTED or not _surely_too_long(encoder, sample):
             drafted, plans, rendered = attempt.draft(sample, sizes)
             encoder.check_labels(sample, rendered)
             if encoder.fits(rendered):
@@ -190,9 +190,27 @@ class _Attempt:
 
     def fits(self, sample: Sample, sizes: Sizes, slices: int | None = None) -> bool:
         """Whether a draft fits; one whose length tells that it does not is not made."""
-        if self._encoder.surely_too_long(sample):
+        if _surely_too_long(self._encoder, sample):
             return False
         return self._encoder.fits(self.draft(sample, sizes, slices)[2])
+
+
+def fewest(encoder: Encoder, sample: Sample) -> int:
+    """A number of tokens that a sample has at least, from the length of its text; nothing is tokenised.
+
+    White space around turns and the thinking of answers are left out of it, as some templates leave them out.
+    """
+    return encoder.vocabulary.fewest(map(_surely_written, sample.messages))
+
+
+def _surely_too_long(encoder: Encoder, sample: Sample) -> bool:
+    return encoder.max_length is not None and fewest(encoder, sample) > encoder.max_length
+
+
+def _surely_written(message: Message) -> str:
+    """The part of a turn's text that every template writes."""
+    text = message.text
+    return (text.rpartition("</think>")[2] if message.role == "assistant" else text).strip()
 
 
 def _letters(sample: Sample) -> int:

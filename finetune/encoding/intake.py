@@ -153,7 +153,7 @@ class Intake:
 
 
 def share_is_bad(bad: int, taken: int, most: float, *, few: bool = True) -> bool:
-    """Whether more than the share ``most`` of the samples taken is bad; of less than 50 only where ``few`` are judged."""
+    """Whether more than the share ``most`` of the samples taken is bad; less than 50 are judged only with ``few``."""
     return (few or taken >= _ENOUGH) and bad > most * taken
 
 

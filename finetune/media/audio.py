@@ -69,7 +69,9 @@ def load(media: Media, source: Source) -> np.ndarray:
     except FileNotFoundError as error:
         raise DataError(f"{source}: {media} does not exist; correct the path or remove the record") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{source}: {media} cannot be read ({reason(error)}); replace it or remove the record") from error
+        raise DataError(
+            f"{source}: {media} cannot be read ({reason(error)}); replace it or remove the record"
+        ) from error
     except _UnusableError as error:
         known = told(media.data) if isinstance(media.data, (Path, bytes)) else None
         raise DataError(f"{source}: {media} {known or error}") from error

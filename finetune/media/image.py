@@ -192,7 +192,9 @@ def _opened(media: Media, source: Source, max_pixels: int) -> Iterator[Image.Ima
     except FileNotFoundError as error:
         raise DataError(f"{source}: {media} does not exist; correct the path or remove the record") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{source}: {media} cannot be read ({reason(error)}); replace it or remove the record") from error
+        raise DataError(
+            f"{source}: {media} cannot be read ({reason(error)}); replace it or remove the record"
+        ) from error
 
 
 def _check_pixels(image: Image.Image, media: Media, source: Source, max_pixels: int) -> None:

@@ -15,11 +15,14 @@ from PIL import Image, UnidentifiedImageError
 from finetune.filetypes import told
 from finetune.sample import DataError, Source
 
+# fmt: off
 FORMATS = (
-    "PNG JPEG WEBP GIF BMP TIFF PPM JPEG2000 AVIF QOI ICO ICNS CUR DIB PCX DCX SGI SUN MSP XBM XPM DDS PSD IM TGA"
-).split()
-"""What is read, by Pillow's names. Left out: EPS and WMF, which other programs draw; formats without pixels of their own
-(BUFR, GRIB, HDF5, MPEG); and those that hold no photographs and have decoders that nobody tests. TGA, which has no
+    "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "ICO", "ICNS", "CUR", "DIB", "PCX",
+    "DCX", "SGI", "SUN", "MSP", "XBM", "XPM", "DDS", "PSD", "IM", "TGA",
+)
+# fmt: on
+"""What is read, by Pillow's names. Left out: EPS and WMF, which other programs draw; formats without pixels of their
+own (BUFR, GRIB, HDF5, MPEG); and formats of games and instruments, whose decoders are little used. TGA, which has no
 signature, is tried last."""
 
 DAMAGED = (

@@ -378,7 +378,8 @@ def _errors(media: Media, source: Source) -> Iterator[None]:
     except (FFmpegError, OSError, ValueError, EOFError, IndexError) as error:
         words = (isinstance(error, OSError) and error.strerror) or error
         what = _told(media) or (
-            f"cannot be decoded ({words}); it is truncated, damaged or no video (mp4, mkv, webm, avi, mov, gif): {_MEND}"
+            f"cannot be decoded ({words}); it is truncated, damaged or no video (mp4, mkv, webm, avi, mov, gif): "
+            f"{_MEND}"
         )
         raise DataError(f"{source}: {media} {what}") from error
 

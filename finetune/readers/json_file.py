@@ -35,10 +35,10 @@ class JsonRecords(Sequence[Any]):
     """Records of a JSON array or of JSON Lines.
 
     When a file is opened for the first time, each record is parsed once and its place is noted in an index in the
-    cache folder, which counts as long as path and state of the file (``cache.signature``) stay the same. Later only the
-    records asked for are read; should one not be where the index says, it is made anew. Both files are read at offsets rather than mapped: no memory grows with them, and a data
-    file that is cut short while it is open gives an error instead of ending the process. Processes may share an object;
-    a pickled one opens its file again.
+    cache folder, which counts as long as path and state of the file (``cache.signature``) stay the same. Later only
+    the records asked for are read; should one not be where the index says, it is made anew. Both files are read at
+    offsets rather than mapped: no memory grows with them, and a data file that is cut short while it is open gives an
+    error instead of ending the process. Processes may share an object; a pickled one opens its file again.
 
     Args:
         path: the data file.

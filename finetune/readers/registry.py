@@ -238,7 +238,8 @@ def open_entry(
         image_root: another place for them.
         train_on: one of TRAIN_ON.
         rebuild: make the index of its file anew.
-        strict_paths: take no file outside of these folders and that of its file, which lies under ``dataset_info.json``.
+        strict_paths: take no file outside of these folders and that of its file, which lies beside
+            ``dataset_info.json`` or below.
         records: those of its file that are read already, instead of all of them.
 
     Raises:
@@ -247,8 +248,8 @@ def open_entry(
     if entry.file is not None:
         if strict_paths and not entry.file.resolve().is_relative_to(entry.info.parent.resolve()):
             raise DataError(
-                f"{entry.where}: its file {cut(str(entry.file.resolve()))} is outside of {entry.info.parent.resolve()}, and "
-                "--strict_paths allows no other place; move it there"
+                f"{entry.where}: its file is {cut(str(entry.file.resolve()))}, outside of "
+                f"{entry.info.parent.resolve()}, and --strict_paths allows no other place; move it there"
             )
         if records is None:
             records = take_split(open_records(entry.file, rebuild=rebuild), entry.split, entry.where)

@@ -54,7 +54,9 @@ class Reading:
     @property
     def meaning(self) -> str:
         """All that decides what a record means, as text that changes with it."""
-        return json.dumps([asdict(self.form), [str(folder) for folder in self.where.folders], self.where.allowed is not None])
+        return json.dumps(
+            [asdict(self.form), [str(folder) for folder in self.where.folders], self.where.allowed is not None]
+        )
 
 
 class SampleFile(Sequence[Sample]):

@@ -13,8 +13,8 @@ from finetune.readers.conversation import TrainOn
 from finetune.readers.detection import DataFormat
 from finetune.readers.mixture import Mixture, Named, parse_names
 from finetune.readers.registry import Entry, find_entry, open_entry
-from finetune.readers.streaming import Stream, Streamed
 from finetune.readers.samples import identity
+from finetune.readers.streaming import Stream, Streamed
 from finetune.sample import DataError, Sample
 
 logger = logging.getLogger(__name__)

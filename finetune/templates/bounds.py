@@ -5,9 +5,9 @@ the longest piece. That is sound only where no step of the tokenizer leaves text
 than its own letters; every step is looked at, and one that is not known here makes the bound 0.
 
 - Byte-level BPE: a token is written with one letter per byte of the text, so lengths are counted in bytes.
-- Sentencepiece's BPE as tokenizer.json has it: a token is written with the letters of the text, a space as one mark, and
-  a letter that is in no token becomes its bytes, one token each: lengths are counted in letters. Without these bytes
-  unknown letters are joined into one token, and there is no bound.
+- Sentencepiece's BPE as tokenizer.json has it: a token is written with the letters of the text, a space as one mark,
+  and a letter that is in no token becomes its bytes, one token each: lengths are counted in letters. Without these
+  bytes unknown letters are joined into one token, and there is no bound.
 - Normalisation to NFC makes UTF-8 shorter, at most to a third of its bytes (three jamo of three bytes become a syllable
   of three), and at most four letters one: by Unicode's own tables of the largest growth of the inverse (NFD).
 - An added token that takes the white space beside it stands for any amount of it: there is no bound.
@@ -49,8 +49,10 @@ def longest_token(spec: Mapping[str, Any]) -> Longest:
     steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
     in_bytes = any(step["type"] == "ByteLevel" for step in steps)
     shorter = _shortening(_steps(spec.get("normalizer"), "normalizers"), in_bytes)
-    whole = model["type"] == "BPE" and not model.get("continuing_subword_prefix") and not model.get("end_of_word_suffix")
-    whole = whole and (in_bytes or bool(model.get("byte_fallback")) or not model.get("fuse_unk"))
+    whole = (
+        model["type"] == "BPE" and not model.get("continuing_subword_prefix") and not model.get("end_of_word_suffix")
+    )
+    whole = whole and bool(in_bytes or model.get("byte_fallback") or not model.get("fuse_unk"))
     stretching = any(token.get("lstrip") or token.get("rstrip") for token in added)
     if not whole or stretching or not shorter or not all(map(_keeps, steps)):
         return Longest(0, in_bytes)

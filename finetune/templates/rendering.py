@@ -96,9 +96,8 @@ class Remembered:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.control, self.fixed = vocabulary.control, vocabulary.fixed
-        self.text, self.continuation, self.spans = (
-            cache(spell) for spell in (vocabulary.text, vocabulary.continuation, vocabulary.spans)
-        )
+        self.text, self.continuation = cache(vocabulary.text), cache(vocabulary.continuation)
+        self.spans = cache(vocabulary.spans)
 
 
 @dataclass(slots=True)

@@ -20,8 +20,9 @@ _NAMED = 3
 class BadShareCallback(TrainerCallback):
     """Stops the run when more than ``intake.max_bad_share`` of its samples could not be used.
 
-    The counts of all ranks and their loader processes are added up every 10 optimizer steps, once 50 samples were taken,
-    and when training ends. Loader processes are ahead of training, and so are the counts. A resumed run counts anew.
+    The counts of all ranks and their loader processes are added up every 10 optimizer steps, once 50 samples were
+    taken, and when training ends. Loader processes are ahead of training, and so are the counts. A resumed run counts
+    anew.
 
     Args:
         intake: of the training data.
