@@ -34,6 +34,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; False for what none can be called, or where nobody may look."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def foreign(file: Path | bytes) -> str | None:
     """What a file is instead of data or media, and what to do, to stand behind its name; None for anything else.
 

@@ -81,7 +81,7 @@ def not_utf8(path: Path, at: int) -> DataError:
     return DataError(f"{path}: not UTF-8 at byte {at}; save the file as UTF-8")
 
 
-def unreadable(path: Path, error: OSError) -> DataError:
+def unreadable(path: Path, error: OSError | ValueError) -> DataError:
     """The error for a file that is not there, or cannot be opened."""
     if isinstance(error, FileNotFoundError):
         return DataError(f"{path}: no such data file (looked from {Path.cwd()}); correct the path")

@@ -52,7 +52,7 @@ class JsonRecords(Sequence[Any]):
         self._path = path
         try:
             self._file = path.open("rb")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise unreadable(path, error) from error
         weakref.finalize(self, self._file.close)
         self._opened_as = _state(self._file)

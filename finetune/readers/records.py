@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from finetune.filetypes import is_folder
 from finetune.readers.json_errors import unreadable
 from finetune.readers.json_file import JsonRecords
 from finetune.readers.tables import TABLES, open_table
@@ -38,7 +39,7 @@ def open_records(path: Path, *, rebuild: bool = False) -> Sequence[Any]:
     Raises:
         DataError: missing, malformed (with line and cause) or without records; or a folder of files of several kinds.
     """
-    if path.is_dir():
+    if is_folder(path):
         files = data_files(path)
         if files[0].suffix.lower() in TABLES:
             return open_table(files, rebuild=rebuild)
@@ -54,7 +55,7 @@ def data_files(path: Path) -> list[Path]:
     Raises:
         DataError: the folder has none, or several kinds.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         return [path]
     if (path / _SPLITS).is_file():
         raise DataError(_of_splits(path))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import cache
-from finetune.filetypes import told
+from finetune.filetypes import foreign
 from finetune.readers.json_errors import unreadable
 from finetune.sample import DataError
 
@@ -63,9 +63,11 @@ def open_table(files: Sequence[Path], *, rebuild: bool = False) -> TableRecords:
 
     for file in files:
         try:
-            file.open("rb").close()
-        except OSError as error:
+            kind = foreign(file)
+        except (OSError, ValueError) as error:
             raise unreadable(file, error) from error
+        if kind is not None:  # the library would unpack archives
+            raise DataError(f"{file}: {kind}")
     name = str(files[0] if len(files) == 1 else files[0].parent)
     kind = TABLES[files[0].suffix.lower()]
     with quiet():
@@ -78,9 +80,6 @@ def open_table(files: Sequence[Path], *, rebuild: bool = False) -> TableRecords:
                 download_mode="force_redownload" if rebuild else None,
             )
         except (DatasetsError, *arrow_errors(), OSError, ValueError, TypeError, KeyError) as error:
-            for file in files:
-                if (known := told(file)) is not None:
-                    raise DataError(f"{file}: {known}") from error
             if "corresponds to no data" in str(error):
                 raise DataError(f"{name}: the table has no row; training and evaluation need at least one") from error
             raise DataError(f"{name}: cannot be read as {kind}: {_reason(error)}") from error
