@@ -61,7 +61,7 @@ def told(file: Path | bytes) -> str | None:
     """As ``foreign``, for an error that is being explained: None where the file cannot be read either."""
     try:
         return foreign(file)
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 

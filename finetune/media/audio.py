@@ -114,8 +114,9 @@ def _decode(file: Path | bytes) -> np.ndarray:
     """The waveform of a file, or of the bytes of one."""
     chunks, total, end, short = [], 0, 0.0, False
     with _opened(str(file) if isinstance(file, Path) else io.BytesIO(file)) as (container, stream):
-        # The channels are averaged below: swresample would add them up, louder than either.
-        resampler = av().AudioResampler(format="fltp", rate=RATE)
+        # The channels are averaged below: swresample would add them up, louder than either. They come in one plane,
+        # because PyAV cannot count the planes of 8 channels and more.
+        resampler = av().AudioResampler(format="flt", rate=RATE)
         for packet in chain(container.demux(stream), [None]):
             short |= packet is not None and packet.is_corrupt
             # Behind the last packet the resampler gives what it still holds.
@@ -124,7 +125,8 @@ def _decode(file: Path | bytes) -> np.ndarray:
                     end = max(end, (frame.time or 0.0) + frame.samples / frame.sample_rate)
                     frame.pts = None  # gaps and jumps in time are not filled
                 for piece in resampler.resample(frame):
-                    chunks.append(piece.to_ndarray().mean(axis=0))
+                    planes = piece.to_ndarray().reshape(piece.samples, -1).T
+                    chunks.append(np.ascontiguousarray(planes).mean(axis=0))
                     total += len(chunks[-1])
             if total > MAX_SECONDS * RATE:
                 raise _UnusableError(_too_long())
@@ -163,6 +165,8 @@ def _opened(file: str | io.BytesIO) -> Iterator[tuple[Any, Any]]:
             if not container.streams.audio:
                 raise _UnusableError("has no sound track; give a file with sound, or remove it from the record")
             stream = container.streams.audio[0]
+            if stream.codec_context is None:
+                raise _UnusableError("has sound in a coding that FFmpeg does not know; save it as WAV")
             _check_channels(stream.codec_context.channels)
             yield container, stream
     except (library.FFmpegError, ValueError, EOFError, IndexError) as error:

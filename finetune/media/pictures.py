@@ -138,7 +138,7 @@ def _ends(file: Path | BinaryIO) -> bool:
             file.seek(at)
             length, kind = struct.unpack(">I4s", file.read(8))
             if kind == b"IEND":
-                return True
+                return at + len(_END) <= size
             at += 12 + length
         return False
     finally:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from finetune.errors import UserError
-from finetune.filetypes import told
+from finetune.filetypes import is_folder, told
 from finetune.media import image
 from finetune.media.sampling import Clip, Length
 from finetune.sample import DataError, Media, Source
@@ -95,7 +95,7 @@ def pictures_of(media: Media, source: Source) -> tuple[Path, ...] | None:
     """
     if isinstance(media.data, tuple):
         found = media.data
-    elif isinstance(media.data, Path) and media.data.is_dir():
+    elif isinstance(media.data, Path) and is_folder(media.data):
         found = tuple(sorted((file for file in media.data.iterdir() if _is_picture(file)), key=_natural))
     else:
         return None
@@ -340,6 +340,8 @@ def _opened(file: Path) -> tuple[InputContainer, VideoStream]:
 
     container = av.open(str(file), options=_OPTIONS)
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    # One in a coding that FFmpeg does not know has no decoder.
+    streams = [stream for stream in streams if stream.codec_context is not None]
     if not streams:
         container.close()
         raise _NoFramesError

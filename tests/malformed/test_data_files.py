@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from malformed_inputs import guarded, json_texts, mutated, records
+from malformed_inputs import FOREIGN, guarded, json_texts, mutated, records
 
 from finetune import cache
 from finetune.errors import UserError
@@ -17,21 +17,6 @@ from finetune.readers.json_file import JsonRecords
 from finetune.readers.records import open_records
 from finetune.readers.streamed import open_stream
 from finetune.sample import DataError
-
-FOREIGN = {
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git lfs pull"),
-    "page": (b"\n<!DOCTYPE html>\n<html lang=en>", "a web page"),
-    "old page": (b"<html><head><title>404</title></head>", "a web page"),
-    "xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML document"),
-    "svg": (b"<?xml version='1.0'?><!-- made --><svg xmlns=''/>", "an SVG drawing"),
-    "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF document"),
-    "zip": (b"PK\x03\x04\x14\0\0\0", "a zip archive"),
-    "gzip": (b"\x1f\x8b\x08\0\0\0\0\0\0\3", "gzip"),
-    "tar": (b"a.json".ljust(257, b"\0") + b"ustar\x0000", "a tar archive"),
-    "xz": (b"\xfd7zXZ\0\0\4", "xz"),
-    "7z": (b"7z\xbc\xaf\x27\x1c\0\4", "a 7z archive"),
-}
-
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
