@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 import unicodedata
+from collections.abc import Iterable
 
 LONGEST = 120
 """Characters that are shown of a word."""
@@ -39,6 +40,17 @@ def shown(value: object, most: int = LONGEST) -> str:
     brief.maxlong = brief.maxstring = brief.maxother = most
     text = brief.repr(value)
     return text if len(text) <= most else text[:most] + "..."
+
+
+def listed(words: Iterable[object], most: int = 12) -> str:
+    """Some words as a message lists them; "nothing" where there is none.
+
+    >>> listed(["a", "b", "c"], 2)
+    "'a', 'b' and 1 more"
+    """
+    found = [shown(word, 60) for word in words]
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return (", ".join(found[:most]) + more) or "nothing"
 
 
 def cut(text: str, most: int = 300) -> str:

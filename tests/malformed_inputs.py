@@ -179,7 +179,14 @@ def wav(channels: int = 1, rate: int = 16_000, frames: int = 3200, bits: int = 1
     data = np.random.default_rng(1).integers(0, 255, min(channels, 9) * width * frames, dtype=np.uint8).tobytes()
     head = b"".join(
         number.to_bytes(size, "little")
-        for number, size in ((1, 2), (channels, 2), (rate, 4), (rate * channels * width, 4), (channels * width, 2), (bits, 2))
+        for number, size in (
+            (1, 2),
+            (channels, 2),
+            (rate, 4),
+            (rate * channels * width, 4),
+            (channels * width, 2),
+            (bits, 2),
+        )
     )
     body = b"WAVEfmt " + len(head).to_bytes(4, "little") + head + b"data" + len(data).to_bytes(4, "little") + data
     return b"RIFF" + len(body).to_bytes(4, "little") + body
@@ -187,7 +194,9 @@ def wav(channels: int = 1, rate: int = 16_000, frames: int = 3200, bits: int = 1
 
 def json_texts() -> dict[str, bytes]:
     """Data files that are no JSON, or JSON that says strange things."""
-    good = json.dumps({"id": "1", "conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]})
+    good = json.dumps(
+        {"id": "1", "conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    )
     lines: dict[str, str | bytes] = {
         "empty": "",
         "blank": " \n\t\n",

@@ -20,6 +20,7 @@ from finetune.encoding.check_cache import CheckCache, Looked, fingerprint
 from finetune.encoding.fitting import OUTCOMES, Fitter, OverlongError
 from finetune.encoding.intake import Intake, share_is_bad, source_of
 from finetune.errors import WorthlessError
+from finetune.quoting import shown
 from finetune.sample import DataError, Sample
 
 logger = logging.getLogger(__name__)
@@ -225,7 +226,9 @@ def _lines(report: Report) -> Iterator[str]:
     if report.lost_images:
         yield f"  warning: {report.lost_images} images go with turns that are dropped; later answers may refer to them"
     if report.duplicates:
-        first = ", ".join(f"{identity!r} ({count})" for identity, count in list(report.duplicates.items())[:_SHOWN])
+        first = ", ".join(
+            f"{shown(identity, 60)} ({count})" for identity, count in list(report.duplicates.items())[:_SHOWN]
+        )
         yield f"  warning: {len(report.duplicates)} ids occur more than once: {first}{_more(report.duplicates)}"
     for kind, messages in group([*report.problems, *report.left_out]).items():
         yield f"  {len(messages)} x {kind}"

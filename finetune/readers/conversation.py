@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+from finetune.quoting import listed
 from finetune.readers.forms import MEDIA_COLUMNS, Columns
 from finetune.readers.json_values import ValueFault, parse, written
 from finetune.readers.media import Places, json_cell, json_type, listed
@@ -166,8 +167,9 @@ def turn_list(record: Mapping[str, Any], column: str | None, source: Source) -> 
         raise DataError(f"{source}: no column is named for the turns; name it under columns: messages")
     turns = json_cell(record.get(column))
     if turns is None:
-        found = ", ".join(map(repr, record)) or "nothing"
-        raise DataError(f"{source}: has no {column!r} (found {found}); add the list of turns, or name its column")
+        raise DataError(
+            f"{source}: has no {column!r} (found {listed(record)}); add the list of turns, or name its column"
+        )
     if not isinstance(turns, (list, tuple)):
         raise DataError(f"{source}: {column!r} is {json_type(turns)}; it must be a list of turns")
     for number, turn in enumerate(turns):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from finetune.quoting import shown
 from finetune.readers.conversation import (
     Slot,
     TrainOn,
@@ -76,7 +77,7 @@ def _part(part: Any, number: int, source: Source, where: Places) -> Part | Slot:
     medium = str(kind).removesuffix("_url")
     if medium not in MEDIA_COLUMNS:
         raise DataError(
-            f"{source}: turn {number} has a part of type {kind!r}; known are text, image_url, image, video and audio"
+            f"{source}: turn {number} has a part of type {shown(kind, 60)}; known are text, image_url, image, video and audio"
         )
     return _medium(part, medium, number, source, where)  # pyright: ignore[reportArgumentType]
 

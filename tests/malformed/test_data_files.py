@@ -18,6 +18,7 @@ from finetune.readers.records import open_records
 from finetune.readers.streamed import open_stream
 from finetune.sample import DataError
 
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -18,7 +18,7 @@ from sounds import write_coded
 
 from finetune.media import audio, image, pictures, video
 from finetune.readers.media import one, places
-from finetune.sample import DataError, MediaKind, Media, Source
+from finetune.sample import DataError, Media, MediaKind, Source
 
 SOURCE = Source("data.json", 7)
 MUTATIONS = 25
@@ -64,7 +64,9 @@ def test_damaged_pictures(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError, KeyError, SyntaxError, EOFError, OverflowError])
-def test_whatever_a_reader_of_pillow_raises(error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_a_reader_of_pillow_raises(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.png").write_bytes(picture("PNG"))
 
     def fail(*_: object) -> None:

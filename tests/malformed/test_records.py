@@ -89,7 +89,9 @@ def test_every_value_replaced_by_every_other(form: str, tmp_path: Path, encoder:
     good = records(tmp_path)[form]
     made = [replaced(good, path, value) for path in places(good) for value in VALUES]
     samples = SampleFile(made, tmp_path / "data.json", read(written(tmp_path, good)).reading)
-    escapes = [guarded(json.dumps(made[index])[:300], lambda: samples[index], (UserError,)) for index in range(len(made))]
+    escapes = [
+        guarded(json.dumps(made[index])[:300], lambda: samples[index], (UserError,)) for index in range(len(made))
+    ]
     assert [each for each in escapes if each] == []
     intake = take_all(SampleFile(made[::7], tmp_path / "data.json", samples.reading), encoder)
     taken, bad = intake.taken()
@@ -144,7 +146,9 @@ def test_a_bad_record_is_named_and_left_out_alone(tmp_path: Path, encoder: Encod
         assert len(message) < 1200
     with pytest.raises(DataError, match=r"turn 1 \(assistant\): character 3 is half of a surrogate pair"):
         samples[3]
-    with pytest.raises(DataError, match=r"'iVBORw0KGgo.{29}'\.\.\. .*looks like base64.*'data:image/png;base64,' in front"):
+    with pytest.raises(
+        DataError, match=r"'iVBORw0KGgo.{29}'\.\.\. .*looks like base64.*'data:image/png;base64,' in front"
+    ):
         samples[8]
 
 
@@ -157,20 +161,27 @@ def test_strict_paths(tmp_path: Path, encoder: Encoder) -> None:
     (inside / "link.png").symlink_to(outside / "a.png")
     (inside / "frames").mkdir()
     (inside / "frames" / "0.png").symlink_to(outside / "a.png")
-    path = written(inside, good, *(good | {"image": name} for name in ("../elsewhere/a.png", str(outside / "a.png"), "link.png")))
+    path = written(
+        inside, good, *(good | {"image": name} for name in ("../elsewhere/a.png", str(outside / "a.png"), "link.png"))
+    )
     assert take_all(read(path), encoder).taken() == (4, 0)
     assert take_all(read(path, strict_paths=True), encoder).taken() == (4, 3)
     assert take_all(read(path, strict_paths=True, image_root=outside), encoder).taken() == (4, 0)
     with pytest.raises(DataError, match=r"a.png, outside of .*data, and --strict_paths allows no other place"):
         read(path, strict_paths=True)[3]
-    film = {"video": "frames", "conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    film = {
+        "video": "frames",
+        "conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
+    }
     path = written(inside, film)
     assert read(path)[0].messages
     with pytest.raises(DataError, match="--strict_paths"):
         read(path, strict_paths=True)[0]
 
 
-def test_text_that_cannot_fit_is_not_tokenised(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_cannot_fit_is_not_tokenised(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A lower bound refuses it; of a long conversation each text is spelled at most once."""
     spelled: list[int] = []
     plain = type(encoder.vocabulary).text
