@@ -42,10 +42,10 @@ def shown(value: object, most: int = LONGEST) -> str:
     return text if len(text) <= most else text[:most] + "..."
 
 
-def listed(words: Iterable[object], most: int = 12) -> str:
+def words_of(words: Iterable[object], most: int = 12) -> str:
     """Some words as a message lists them; "nothing" where there is none.
 
-    >>> listed(["a", "b", "c"], 2)
+    >>> words_of(["a", "b", "c"], 2)
     "'a', 'b' and 1 more"
     """
     found = [shown(word, 60) for word in words]

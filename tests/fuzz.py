@@ -3,8 +3,8 @@
     python tests/fuzz.py --minutes 10
 
 Anything that ends in an exception other than UserError, ends the process, or takes longer than 20 seconds is an escape:
-its input is saved, its seed printed, and the exit status is 1. The inputs run in a process of their own. One input again:
-``--seed S --only N``.
+its input is saved, its seed printed, and the exit status is 1. The inputs run in a process of their own. To see one
+input again: ``--seed S --only N``.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from finetune.quoting import listed, shown
+from finetune.quoting import shown, words_of
 from finetune.readers.conversation import TrainOn, Turn, build, refuse_tools, system_text
 from finetune.readers.forms import Form
 from finetune.readers.media import Places, json_cell, json_type
@@ -68,4 +68,4 @@ def _history(record: Mapping[str, Any], column: str | None, source: Source) -> I
 
 
 def _keys(record: Mapping[str, Any]) -> str:
-    return listed(record)
+    return words_of(record)

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from finetune.quoting import listed
 from finetune.readers.forms import MEDIA_COLUMNS, Columns
 from finetune.readers.json_values import ValueFault, parse, written
 from finetune.readers.media import Places, json_cell, json_type, listed

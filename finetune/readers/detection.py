@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from finetune.quoting import listed, shown
+from finetune.quoting import shown, words_of
 from finetune.readers.forms import (
     FROM_VALUE,
     MEDIA_COLUMNS,
@@ -128,7 +128,7 @@ def _by_signs(records: Sequence[Mapping[str, Any]], where: str, looked_at: int) 
         return name, f"the records have {sign}"
     if plain:
         return "official", "plain turns"
-    found = listed(dict.fromkeys(key for record in records for key in record)) if records else "no object"
+    found = words_of(dict.fromkeys(key for record in records for key in record)) if records else "no object"
     raise DataError(f"{where}: the {looked_at} records looked at fit no form (found {found}); {WANTED}")
 
 
@@ -183,7 +183,7 @@ def check_columns(records: Sequence[Any], columns: Columns, form: FormName, wher
             continue
         close = difflib.get_close_matches(column, keys, 1, cutoff=0.8)
         text = f"{where}: none of the {len(records)} records looked at has {column!r}, the column of {name}"
-        found = f"(found {listed(keys)})"
+        found = f"(found {words_of(keys)})"
         if close or name in ("messages", "response") or (name == "prompt" and columns.query not in keys):
             hint = f"did you mean {close[0]!r}? Name it" if close else "name the right one"
             raise DataError(f"{text} {found}; {hint} under columns")
@@ -200,6 +200,6 @@ def check_columns(records: Sequence[Any], columns: Columns, form: FormName, wher
     filled = [key for key in keys if key in ours - named and any(isinstance(r, dict) and r.get(key) for r in records)]
     if filled:
         warnings.append(
-            f"{where}: records have {listed(filled)}, not used, as dataset_info.json does not name them under columns"
+            f"{where}: records have {words_of(filled)}, not used, as dataset_info.json does not name them under columns"
         )
     return warnings

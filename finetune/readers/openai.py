@@ -77,7 +77,8 @@ def _part(part: Any, number: int, source: Source, where: Places) -> Part | Slot:
     medium = str(kind).removesuffix("_url")
     if medium not in MEDIA_COLUMNS:
         raise DataError(
-            f"{source}: turn {number} has a part of type {shown(kind, 60)}; known are text, image_url, image, video and audio"
+            f"{source}: turn {number} has a part of type {shown(kind, 60)}; known are text, image_url, image, video "
+            "and audio"
         )
     return _medium(part, medium, number, source, where)  # pyright: ignore[reportArgumentType]
 

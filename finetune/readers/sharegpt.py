@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.quoting import listed, shown
+from finetune.quoting import shown, words_of
 from finetune.readers.conversation import TrainOn, Turn, build, check_call, loss, refuse_tools, system_text, turn_list
 from finetune.readers.forms import Form, Tags
 from finetune.readers.media import Places, json_type
@@ -67,4 +67,4 @@ def state(turn: Mapping[str, Any], key: str) -> str:
     """What a turn has instead of a string."""
     if turn.get(key) is not None:
         return f"{key!r} is {json_type(turn[key])}"
-    return f"{key!r} is null" if key in turn else f"{key!r} is missing (found {listed(turn)})"
+    return f"{key!r} is null" if key in turn else f"{key!r} is missing (found {words_of(turn)})"

@@ -270,7 +270,6 @@ def test_the_smallest_video(tmp_path: Path) -> None:
 def test_paths_and_embedded_bytes_of_every_kind(kind: MediaKind, tmp_path: Path) -> None:
     for value in ("x" * 5000, "a\x1b[31m", "\ud800", "~/a", "file://", "data:;base64,QUJD", "iVBORw0" * 40, "x" * 100):
         with pytest.raises(DataError) as caught:
-            medium = one(value, kind, kind, SOURCE, places(tmp_path))
-            hear(medium.data)  # pyright: ignore[reportArgumentType] - bytes
+            hear(one(value, kind, kind, SOURCE, places(tmp_path)).data)  # pyright: ignore[reportArgumentType] - bytes
         assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 1500
