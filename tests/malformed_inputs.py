@@ -104,12 +104,12 @@ def mutated(data: bytes, random: Random) -> bytes:
 
 
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1.5, float("nan"), float("inf"), 10**30, "", " ", "a" * 5000, "\x00",
-    "\x1b[31mred\x1b[0m", "\ud83d", "é\u202e", "<image>", "<image_00>", "../../etc/passwd", "/", "file:///", "http://x/a.png", "data:,",
-    "data:a;base64,!", "data:image/png;base64,AAAA", "iVBORw0KGgo" * 30, "/9j/" * 60, [], [[]], [None], [0], {},
-    {"a": {"b": [1]}}, {"bytes": "x"}, {"path": None}, {"bytes": None, "path": "a.png"}, {"<image_00>": "a.png"},
-    {"url": 3}, [{"type": "image"}], [{"type": 7}], [{"type": "text", "text": None}], [["a", "b"]], [{"role": "user"}],
-    "[", "[1", '{"a"', "a.png\n", "a.png\0b",
+    None, True, False, 0, -1, 1.5, float("nan"), float("inf"), 10**30, "", " ", "a" * 5000, "\x00", "\ud83d",
+    "\x1b[31mred\x1b[0m", "é\u202e", "<image>", "<image_00>", "../../etc/passwd", "/", "file:///", "http://x/a.png",
+    "data:,", "data:a;base64,!", "data:image/png;base64,AAAA", "iVBORw0KGgo" * 30, "/9j/" * 60, "[", "[1", '{"a"',
+    "a.png\n", "a.png\0b", [], [[]], [None], [0], {}, {"a": {"b": [1]}}, {"bytes": "x"}, {"path": None},
+    {"bytes": None, "path": "a.png"}, {"<image_00>": "a.png"}, {"url": 3}, [{"type": "image"}], [{"type": 7}],
+    [{"type": "text", "text": None}], [["a", "b"]], [{"role": "user"}],
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+from finetune.quoting import words_of
 from finetune.readers.forms import MEDIA_COLUMNS, Columns
 from finetune.readers.json_values import ValueFault, parse, written
 from finetune.readers.media import Places, json_cell, json_type, listed
@@ -167,7 +168,7 @@ def turn_list(record: Mapping[str, Any], column: str | None, source: Source) -> 
     turns = json_cell(record.get(column))
     if turns is None:
         raise DataError(
-            f"{source}: has no {column!r} (found {listed(record)}); add the list of turns, or name its column"
+            f"{source}: has no {column!r} (found {words_of(record)}); add the list of turns, or name its column"
         )
     if not isinstance(turns, (list, tuple)):
         raise DataError(f"{source}: {column!r} is {json_type(turns)}; it must be a list of turns")

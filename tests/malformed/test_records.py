@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -90,7 +91,8 @@ def test_every_value_replaced_by_every_other(form: str, tmp_path: Path, encoder:
     made = [replaced(good, path, value) for path in places(good) for value in VALUES]
     samples = SampleFile(made, tmp_path / "data.json", read(written(tmp_path, good)).reading)
     escapes = [
-        guarded(json.dumps(made[index])[:300], lambda: samples[index], (UserError,)) for index in range(len(made))
+        guarded(json.dumps(each)[:300], partial(samples.__getitem__, index), (UserError,))
+        for index, each in enumerate(made)
     ]
     assert [each for each in escapes if each] == []
     intake = take_all(SampleFile(made[::7], tmp_path / "data.json", samples.reading), encoder)
