@@ -145,14 +145,15 @@ def check_texts(sample: Sample) -> None:
     Raises:
         DataError: naming where it stands.
     """
-    _check_text(sample.source.id, "'id'", sample.source)
+    check_text(sample.source.id, "'id'", sample.source)
     for turn, message in enumerate(sample.messages):
         for part in message.parts:
             if isinstance(part, Text):
-                _check_text(part.text, f"turn {turn} ({message.role})", sample.source)
+                check_text(part.text, f"turn {turn} ({message.role})", sample.source)
 
 
-def _check_text(text: str, where: str, source: Source) -> None:
+def check_text(text: str, where: str, source: Source) -> None:
+    """Checks that a text can be written, as ``check_texts``; ``where`` it stands in the record is for the error."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
