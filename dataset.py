@@ -150,6 +150,9 @@ def make_supervised_data_module(
     Raises:
         DataError: a file that is missing or malformed, or without records; a data set that is not described.
     """
+    default = DataArguments.__dataclass_fields__["max_bad_share"].default
+    if data.on_bad_sample != "skip" and data.max_bad_share != default:
+        logger.warning("--max_bad_share %g: no effect without --on_bad_sample skip", data.max_bad_share)
 
     def intake(samples: Sequence[Sample]) -> Intake:
         report = None if output is None else output / BAD_SAMPLES

@@ -40,7 +40,6 @@ PICTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "MSP": ("1", {}),
     "XBM": ("1", {}),
     "DDS": ("RGB", {}),
-    "IM": ("RGB", {}),
     "TGA": ("RGB", {}),
     "TGA rle": ("RGB", {"compression": "tga_rle"}),
     "QOI": ("RGB", {}),

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
             video=video_options(given),
         )
         # Shares decide how often records are taken, not whether they can be used.
-        named = [named.name for named in parse_names(given.dataset)] if given.dataset else []
+        named = [named.name for named in parse_names(given.dataset)] if given.dataset is not None else []
         for path, name in [*((path, None) for path in given.data or ()), *((None, name) for name in named)]:
             samples = open_data(
                 path,

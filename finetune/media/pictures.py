@@ -18,7 +18,7 @@ from finetune.sample import DataError, Source
 # fmt: off
 FORMATS = (
     "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "ICO", "ICNS", "CUR", "DIB", "PCX",
-    "DCX", "SGI", "SUN", "MSP", "XBM", "XPM", "DDS", "PSD", "IM", "TGA",
+    "DCX", "SGI", "SUN", "MSP", "XBM", "XPM", "DDS", "PSD", "TGA",
 )
 # fmt: on
 """What is read, by Pillow's names. Left out: EPS and WMF, which other programs draw; formats without pixels of their

@@ -23,6 +23,9 @@ from finetune.sample import DataError, Sample, Source
 
 logger = logging.getLogger(__name__)
 
+MOST_TIMES = 10_000
+"""How often a record may be taken in an epoch: more is a slip, and would fill the memory with its number."""
+
 
 class Mixture(Sequence[Sample]):
     """Records of some files in an order of their own.
@@ -217,10 +220,10 @@ def parse_names(text: str) -> list[Named]:
             number = float(weight) if colon else 1.0
         except ValueError:
             number = 0.0
-        if not 0 < number < float("inf"):
+        if not 0 < number <= MOST_TIMES:
             raise DataError(
-                f"data sets {text!r}: the weight of {name!r} is {weight!r}; it must be a number above 0: 0.3 takes "
-                "30 % of the records, 2 takes each twice"
+                f"data sets {text!r}: the weight of {name!r} is {weight!r}; it must be a number above 0 and at most "
+                f"{MOST_TIMES}: 0.3 takes 30 % of the records, 2 takes each twice"
             )
         if name in (named.name for named in found):
             raise DataError(f"data sets {text!r}: {name!r} is named twice; to take its records twice write {name}:2")
@@ -271,6 +274,11 @@ def read_named(
         )
         random = np.random.default_rng([seed, zlib.crc32(each.name.encode())])
         files.append(file)
+        if entry.num_samples is not None and entry.num_samples > MOST_TIMES * len(file):
+            raise DataError(
+                f"{entry.where}: 'num_samples' is {entry.num_samples}, of {len(file)} records; each may be taken "
+                f"{MOST_TIMES} times at most"
+            )
         chosen.append(_weighted(_drawn(len(file), entry.num_samples, random)[:max_samples], each.weight, random))
     total = sum(map(len, chosen))
     for file, numbers in zip(files, chosen, strict=True):

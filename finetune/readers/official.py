@@ -63,11 +63,15 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
 def _turns(record: Mapping[str, Any], source: Source) -> list[_Turn]:
     """Every turn, its values checked."""
     key = "messages" if record.get("conversations") is None and record.get("messages") is not None else "conversations"
+    if record.get("conversations") is not None and record.get("messages") is not None:
+        raise DataError(f"{source}: has 'conversations' and 'messages', two lists of turns; keep one")
     result = []
     for number, turn in enumerate(turn_list(record, key, source)):
         # Files of columns have every key in every turn, null where it is not used.
         tagged = turn.get("from") is not None and turn.get("role") is None
         names = ("from", "value") if tagged else ("role", "content")
+        if turn.get("from") is not None and not tagged:
+            raise DataError(f"{source}: turn {number} has 'role' and 'from', two names for who speaks; keep one")
         for name in names:
             if not isinstance(turn.get(name), str):
                 raise DataError(f"{source}: turn {number}: {state(turn, name)}; it must be a string")

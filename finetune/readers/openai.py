@@ -53,6 +53,8 @@ def _turn(turn: Mapping[str, Any], number: int, tags: Tags, source: Source, wher
         )
     content = turn.get(tags.content_tag)
     if isinstance(content, (list, tuple)):
+        if not content:
+            raise DataError(f"{source}: turn {number}: {tags.content_tag!r} is an empty list; give its parts, or text")
         parts = tuple(_part(part, number, source, where) for part in content)
     elif isinstance(content, str):
         parts = content

@@ -95,7 +95,7 @@ def test_the_folder_of_several_splits(tmp_path: Path) -> None:
     import datasets
 
     rows = datasets.Dataset.from_list([{"instruction": "Q", "output": "A"}])
-    datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "dd"))
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "dd"))
     with pytest.raises(DataError, match=r"dd: a DatasetDict with the splits test, train; give \S+dd/train$"):
         read(tmp_path / "dd")
     assert len(read(tmp_path / "dd" / "train")) == 1

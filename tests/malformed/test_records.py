@@ -154,6 +154,25 @@ def test_a_bad_record_is_named_and_left_out_alone(tmp_path: Path, encoder: Encod
         samples[8]
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"messages": [{"role": "user", "content": "Q"}]}, "has 'conversations' and 'messages', two lists of turns"),
+        ({"conversations": [{"role": "user", "from": "gpt", "content": "Q"}]}, "turn 0 has 'role' and 'from'"),
+    ],
+)
+def test_what_is_said_twice(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    good = {name: value for name, value in records(tmp_path)["official"].items() if name != "image"}
+    with pytest.raises(DataError, match=rf"record 0 \(id '1'\): {words}"):
+        read(written(tmp_path, good | change))[0]
+
+
+def test_an_empty_list_of_parts(tmp_path: Path) -> None:
+    good = records(tmp_path)["openai"]
+    with pytest.raises(DataError, match="turn 0: 'content' is an empty list"):
+        read(written(tmp_path, good, replaced(good, ("messages", 0, "content"), [])))[1]
+
+
 def test_strict_paths(tmp_path: Path, encoder: Encoder) -> None:
     inside, outside = tmp_path / "data", tmp_path / "elsewhere"
     inside.mkdir()
