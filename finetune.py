@@ -131,6 +131,7 @@ def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the 
         write_run(args, base, output.folder)
     from finetune.evaluation.plots import plot_loss
     from finetune.evaluation.progress import PLOT_NAME, ProgressCallback
+    from finetune.tuning.bad_share import BadShareCallback
     from finetune.tuning.manifest import ManifestCallback
     from trainer import CPMTrainer
 
@@ -140,7 +141,7 @@ def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the 
         base=base,
         part_learning_rates=rates,
         check_base_loss=args.model.check_base_loss == "auto",
-        callbacks=[ManifestCallback(), ProgressCallback(), LogsCallback(output)],
+        callbacks=[ManifestCallback(), ProgressCallback(), LogsCallback(output), BadShareCallback(train.intake)],
         output=output,
         **data,
     )

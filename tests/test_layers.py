@@ -13,15 +13,17 @@ PACKAGE = ROOT / "finetune"
 ROOT_SCRIPTS = {"dataset", "trainer", "chat"}
 
 # Room -> rooms it may import, besides itself. The first entry that fits a module counts.
-MODELS_OR_DATA = {"errors", "paths", "jsonfiles", "activations", "outcome", "processes", "sample", "arguments"}
-MODELS_OR_DATA |= {"batching", "distributed"}
+MODELS_OR_DATA = {"errors", "paths", "quoting", "filetypes", "jsonfiles", "activations", "outcome", "processes"}
+MODELS_OR_DATA |= {"sample", "arguments", "batching", "distributed"}
 MODELS_OR_DATA |= {"media", "families", "templates", "encoding", "models"}
 TABLE: dict[str, set[str]] = {
     "__init__": set(),
-    "errors": set(),
+    "quoting": set(),
+    "filetypes": set(),
+    "errors": {"quoting"},
     "cache": {"paths"},
     "notices": set(),
-    "sample": {"errors"},
+    "sample": {"errors", "quoting"},
     "legacy_flags": set(),
     "activations": {"errors"},
     "batching": {"errors"},
@@ -42,17 +44,26 @@ TABLE: dict[str, set[str]] = {
     "media.slicing": set(),
     "media.sound": set(),
     "media.sampling": {"errors"},
-    "media": {"errors", "sample", "processes"},
+    "media": {"errors", "notices", "quoting", "filetypes", "sample", "processes"},
     "families.base": {"errors", "sample", "media.slicing", "media.sound", "media.sampling", "templates.rendering"},
     "families": {"errors", "sample", "media.slicing", "media.sound", "media.sampling", "templates"},
-    "templates": {"errors", "notices", "sample", "media.slicing", "media.sound", "media.sampling", "families.base"},
-    "readers": {"errors", "cache", "jsonfiles", "sample"},
-    "encoding": {"errors", "cache", "notices", "sample", "media", "templates", "families"},
+    "templates": {
+        "errors",
+        "notices",
+        "quoting",
+        "sample",
+        "media.slicing",
+        "media.sound",
+        "media.sampling",
+        "families.base",
+    },
+    "readers": {"errors", "cache", "jsonfiles", "quoting", "filetypes", "sample", "media.pictures"},
+    "encoding": {"errors", "cache", "notices", "quoting", "sample", "media", "templates", "families"},
     "models": {"errors", "jsonfiles", "paths", "families", "notices"},
     "tuning": MODELS_OR_DATA,
     "evaluation": MODELS_OR_DATA,
     # only the rules of boxes and words
-    "guicourse": {"errors", "sample", "evaluation.metrics"},
+    "guicourse": {"errors", "quoting", "sample", "media.pictures", "evaluation.metrics"},
     "chat": MODELS_OR_DATA | {"tuning", "evaluation"},
     "export": MODELS_OR_DATA | {"tuning"},
     # the one plan that is made for a run with its records
@@ -75,6 +86,8 @@ WITHOUT: dict[str, set[str]] = {
     "__init__": TORCH | {"transformers"},
     "cache": TORCH | {"transformers"},
     "notices": TORCH | {"transformers"},
+    "quoting": TORCH | {"transformers"},
+    "filetypes": TORCH | {"transformers"},
     "__main__": TORCH | {"transformers"},
     "errors": TORCH | {"transformers"},
     "legacy_flags": TORCH | {"transformers"},

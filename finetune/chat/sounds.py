@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from finetune.filetypes import is_file
 from finetune.paths import expand
+from finetune.quoting import shown
 from finetune.sample import DataError, Media, Source
 
 SUFFIXES = frozenset(
@@ -38,10 +40,10 @@ def as_sound(sound: Any, source: Source) -> Media:
         return Media("audio", sound)
     if isinstance(sound, Path) or (isinstance(sound, str) and len(sound) < 4096 and not sound.startswith("data:")):
         path = expand(sound)
-        if path.is_file():
+        if is_file(path):
             return Media("audio", path)
         if isinstance(sound, Path) or is_sound(path):
-            raise DataError(f"{source}: audio {str(sound)[:200]!r} does not exist (looked in {Path.cwd()})")
+            raise DataError(f"{source}: audio {shown(str(sound))} does not exist (looked in {Path.cwd()})")
     if isinstance(sound, str):
         return Media("audio", _from_base64(sound, source))
     raise DataError(

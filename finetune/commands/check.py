@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     from finetune.readers.mixture import open_data, parse_names
     from finetune.tuning.checkpoint import resolve
 
-    problems = 0
+    problems, rebuild = 0, given.overwrite_cache == "true"
     try:
         base = resolve(given.model, given.downsample_mode)
         if base.mode is not None:
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
             video=video_options(given),
         )
         # Shares decide how often records are taken, not whether they can be used.
-        named = [named.name for named in parse_names(given.dataset)] if given.dataset else []
+        named = [named.name for named in parse_names(given.dataset)] if given.dataset is not None else []
         for path, name in [*((path, None) for path in given.data or ()), *((None, name) for name in named)]:
             samples = open_data(
                 path,
@@ -51,8 +51,10 @@ def main(argv: list[str]) -> int:
                 media_dir=given.media_dir,
                 image_root=given.image_root,
                 data_format=given.data_format,
+                rebuild=rebuild,
+                strict_paths=given.strict_paths == "true",
             )
-            report = check(samples, Fitter(encoder, given.overlong), given.check, cached=not given.no_cache)
+            report = check(samples, Fitter(encoder, given.overlong), given.check, rebuild=rebuild)
             print(report)
             problems += len(report.problems)
     except UserError as error:
@@ -76,5 +78,10 @@ def _parser() -> CommandParser:
     parser.add_argument("--check", choices=["full", "sample"], default="full", help="sample: 1000 of the records")
     add_mode_flag(parser)
     add_video_flags(parser)
-    parser.add_argument("--no-cache", action="store_true", help="look at every record again")
+    parser.add_argument(
+        "--overwrite_cache",
+        choices=["true", "false"],
+        default="false",
+        help="index the data files anew and look at every record again",
+    )
     return parser

@@ -23,8 +23,8 @@ from finetune.sample import DataError, Sample, Source
 
 logger = logging.getLogger(__name__)
 
-# Records of a data set that are drawn beyond those it has; each takes eight bytes in every process.
-_MOST_DRAWN = 10**8
+MOST_TIMES = 10_000
+"""How often a record may be taken in an epoch: more is a slip, and would fill the memory with its number."""
 
 
 class Mixture(Sequence[Sample]):
@@ -167,6 +167,7 @@ def open_data(
     max_samples: int | None = None,
     seed: int = 42,
     rebuild: bool = False,
+    strict_paths: bool = False,
 ) -> Mixture:
     """The samples of a data file, as ``readers.read``, or where there is none of data sets by name, as ``read_named``.
 
@@ -174,7 +175,14 @@ def open_data(
         DataError: as they do.
     """
     if path is not None:
-        file = read(path, image_root=image_root, train_on=train_on, data_format=data_format, rebuild=rebuild)
+        file = read(
+            path,
+            image_root=image_root,
+            train_on=train_on,
+            data_format=data_format,
+            rebuild=rebuild,
+            strict_paths=strict_paths,
+        )
         return Mixture([file]).first(max_samples)
     return read_named(
         names or "",
@@ -185,6 +193,7 @@ def open_data(
         max_samples=max_samples,
         seed=seed,
         rebuild=rebuild,
+        strict_paths=strict_paths,
     )
 
 
@@ -211,10 +220,10 @@ def parse_names(text: str) -> list[Named]:
             number = float(weight) if colon else 1.0
         except ValueError:
             number = 0.0
-        if not 0 < number < float("inf"):
+        if not 0 < number <= MOST_TIMES:
             raise DataError(
-                f"data sets {text!r}: the weight of {name!r} is {weight!r}; it must be a number above 0: 0.3 takes "
-                "30 % of the records, 2 takes each twice"
+                f"data sets {text!r}: the weight of {name!r} is {weight!r}; it must be a number above 0 and at most "
+                f"{MOST_TIMES}: 0.3 takes 30 % of the records, 2 takes each twice"
             )
         if name in (named.name for named in found):
             raise DataError(f"data sets {text!r}: {name!r} is named twice; to take its records twice write {name}:2")
@@ -232,6 +241,7 @@ def read_named(
     max_samples: int | None = None,
     seed: int = 42,
     rebuild: bool = False,
+    strict_paths: bool = False,
 ) -> Mixture:
     """The records of registered data sets, one set after another.
 
@@ -245,6 +255,7 @@ def read_named(
         max_samples: only the first so many records of every set, before weights.
         seed: of all draws; what is drawn of a set does not depend on the others.
         rebuild: make the indices of the files anew.
+        strict_paths: take no file outside of these folders and those of the data files.
 
     Raises:
         DataError: a name is not registered, its description cannot be used, or its file cannot be read.
@@ -253,16 +264,22 @@ def read_named(
     chosen: list[Numbers] = []
     for each in parse_names(names):
         entry = find_entry(each.name, dataset_dir)
-        file = open_entry(entry, media_dir=media_dir, image_root=image_root, train_on=train_on, rebuild=rebuild)
+        file = open_entry(
+            entry,
+            media_dir=media_dir,
+            image_root=image_root,
+            train_on=train_on,
+            rebuild=rebuild,
+            strict_paths=strict_paths,
+        )
         random = np.random.default_rng([seed, zlib.crc32(each.name.encode())])
         files.append(file)
-        drawn = _drawn(len(file), entry.num_samples, random, entry.where)[:max_samples]
-        if each.weight * len(drawn) > max(_MOST_DRAWN, 10 * len(drawn)):
+        if entry.num_samples is not None and entry.num_samples > MOST_TIMES * len(file):
             raise DataError(
-                f"data sets {names!r}: {each.name}:{each.weight:g} takes {each.weight * len(drawn):.3g} records, of "
-                f"{len(drawn)}; at most {_MOST_DRAWN} are drawn: give a smaller weight"
+                f"{entry.where}: 'num_samples' is {entry.num_samples}, of {len(file)} records; each may be taken "
+                f"{MOST_TIMES} times at most"
             )
-        chosen.append(_weighted(drawn, each.weight, random))
+        chosen.append(_weighted(_drawn(len(file), entry.num_samples, random)[:max_samples], each.weight, random))
     total = sum(map(len, chosen))
     for file, numbers in zip(files, chosen, strict=True):
         share = 100 * len(numbers) / total
@@ -274,16 +291,10 @@ def read_named(
     return Mixture(files, np.concatenate(shifted))
 
 
-def _drawn(records: int, number: int | None, random: np.random.Generator, where: str) -> Numbers:
-    """So many records at random: each once, then some again when there are not as many.
-
-    Raises:
-        DataError: more than memory is made for.
-    """
+def _drawn(records: int, number: int | None, random: np.random.Generator) -> Numbers:
+    """So many records at random: each once, then some again when there are not as many."""
     if number is None:
         return range(records)
-    if number > max(_MOST_DRAWN, 10 * records):
-        raise DataError(f"{where}: 'num_samples' is {number}, of {records} records; at most {_MOST_DRAWN} are drawn")
     once = random.permutation(records)[:number]
     return np.concatenate([once, random.integers(0, records, number - len(once))])
 
