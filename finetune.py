@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     args = parse_arguments(argv)
     output = Path(args.training.output_dir or "output").absolute()
 
+    from dataset import data_files
+    from finetune.tuning.identity import Identity, identify
     from finetune.tuning.loaders import check_kernels
     from finetune.tuning.resume import choose_checkpoint
     from finetune.tuning.saving import prepare_output, write_run
@@ -47,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     base = find_base(args)
     check_names(args, base.family)
     check_kernels(args.training, base.family, from_hub=args.model.use_hub_kernels)
-    resume = None
+    resume, identity = None, Identity()
     if distributed.is_main_process():
-        resume = choose_checkpoint(args.training, output, base.downsample_mode)
+        identity = identify(args, base, data_files(args.data))
+        resume = choose_checkpoint(args.training, output, identity, base.downsample_mode)
         going_on = args.training.resume_from_checkpoint == "auto" or (resume is not None and resume.parent == output)
         prepare_output(output, resuming=going_on, overwrite=args.training.overwrite_output_dir)
         write_run(args, base, output)
@@ -125,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     # Train, evaluate, save.
     from finetune.evaluation.plots import plot_loss
     from finetune.evaluation.progress import PLOT_NAME, ProgressCallback
-    from finetune.tuning.manifest import ManifestCallback
+    from finetune.tuning.keeping import Keeper
     from trainer import CPMTrainer
 
     trainer = CPMTrainer(
@@ -134,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         base=base,
         part_learning_rates=rates,
         check_base_loss=args.model.check_base_loss == "auto",
-        callbacks=[ManifestCallback(), ProgressCallback()],
+        keeper=Keeper(identity),
+        callbacks=[ProgressCallback()],
         **data,
     )
     trainer.train(resume_from_checkpoint=resume_from)
@@ -144,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         trainer.save_metrics("eval", metrics)
         logger.info("eval_loss %.4f over %d answer tokens", metrics["eval_loss"], metrics["eval_tokens"])
     trainer.save_state()
+    trainer.check_result()
     report_samples(trainer, train, output)
     if distributed.is_main_process():
         plot_loss(trainer.state.log_history, output / PLOT_NAME)

@@ -41,6 +41,11 @@ _RESULT_FILES = (
 )
 
 
+UNFINISHED = ".unfinished-result"
+"""Folder in an output folder where a result lies until all of it is written."""
+# Weights of a former result, which must not stay beside those of a new one.
+_WEIGHT_FILES = ("adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json")
+
 # What a run that saved nothing leaves; such a folder may be used again.
 _START_FILES = ("run.yaml", "runs")
 
@@ -123,6 +128,22 @@ def finish_full(folder: Path, base: Checkpoint) -> None:
     carry(base.folder, folder)
     (folder / "README.md").write_text(_full_card(base), encoding="utf-8")
     _tidy(folder)
+
+
+def put_in_place(unfinished: Path, folder: Path) -> None:
+    """Moves a result that is complete to where it belongs; weights of a former one go first.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    for path in [path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)]:
+        path.unlink()
+    for path in sorted(unfinished.iterdir()):
+        target = folder / path.name
+        if path.is_dir() and target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    unfinished.rmdir()
 
 
 def _saved_dtype(folder: Path) -> str | None:
