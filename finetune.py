@@ -126,11 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         logger.info("%s", describe_parameters(model))
 
     # Train, evaluate, save.
-    from finetune.evaluation.plots import plot_loss
-    from finetune.evaluation.progress import PLOT_NAME, ProgressCallback
+    from finetune.evaluation.progress import ProgressCallback
     from finetune.tuning.keeping import Keeper
     from trainer import CPMTrainer
 
+    progress = ProgressCallback()
     trainer = CPMTrainer(
         model=model,
         args=args.training,
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         part_learning_rates=rates,
         check_base_loss=args.model.check_base_loss == "auto",
         keeper=Keeper(identity),
-        callbacks=[ProgressCallback()],
+        callbacks=[progress],
         **data,
     )
     trainer.train(resume_from_checkpoint=resume_from)
@@ -148,10 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         trainer.save_metrics("eval", metrics)
         logger.info("eval_loss %.4f over %d answer tokens", metrics["eval_loss"], metrics["eval_tokens"])
     trainer.save_state()
+    progress.on_save(args.training, trainer.state, trainer.control)
     trainer.check_result()
     report_samples(trainer, train, output)
-    if distributed.is_main_process():
-        plot_loss(trainer.state.log_history, output / PLOT_NAME)
 
     # Verify in a fresh process, once this one has released its devices.
     from finetune.tuning.verification import take_reference, verify_in_fresh_process

@@ -16,12 +16,13 @@ from accelerate.data_loader import SeedableRandomSampler
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from dataset import PackingCollator, StreamedDataset
 from finetune.errors import UserError, WorthlessError
 from finetune.evaluation.in_training import GeneratedMetric
+from finetune.evaluation.progress import Forgiving
 from finetune.tuning import streams
 from finetune.tuning.alarms import Alarms
 from finetune.tuning.checkpoint import Checkpoint
@@ -49,6 +50,11 @@ _SHARDED = 3
 
 class BaseLossError(UserError):
     """The checkpoint predicts no better than chance before the first update."""
+
+
+def _reports(callback: TrainerCallback) -> bool:
+    """Whether a callback only tells some service or file how the run is going."""
+    return type(callback).__module__.startswith("transformers.integrations")
 
 
 class CPMTrainer(Trainer):
@@ -91,6 +97,9 @@ class CPMTrainer(Trainer):
         limit = self.args.max_nonfinite_steps  # pyright: ignore[reportAttributeAccessIssue]
         self.alarms = Alarms(self._network(), parts, self.accelerator, declared, limit)
         self.add_callback(self.alarms)
+        for callback in [each for each in self.callback_handler.callbacks if _reports(each)]:
+            self.remove_callback(callback)
+            self.add_callback(Forgiving(callback))
         self.keeper = keeper or Keeper()
         self.add_callback(self.keeper)
 
@@ -388,6 +397,6 @@ class CPMTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise NotSavedError(
-                f"the result could not be written: {error} ({describe_space(folder, self.keeper.size)}). Make space and "
-                "go on from the last checkpoint with --resume_from_checkpoint auto"
+                f"the result could not be written: {error} ({describe_space(folder, self.keeper.size)}). Make space "
+                "and go on from the last checkpoint with --resume_from_checkpoint auto"
             ) from None

@@ -269,16 +269,6 @@ class Arguments(NamedTuple):
                     values[entry.name] = _plain(value)
         return values
 
-    def values(self) -> dict[str, Any]:
-        """Every flag at its resolved value, by name, in plain types; secrets and derived objects are left out."""
-        groups = (self.model, self.data, self.training, self.lora)
-        entries = ((group, entry.name) for group in groups for entry in fields(group))
-        return {
-            name: None if getattr(group, name) is None else _plain(getattr(group, name))
-            for group, name in entries
-            if name not in _NOT_RECORDED
-        }
-
     def origin(self, name: str) -> str:
         """Where the value of a flag comes from."""
         return self.origins.get(name, "derived")

@@ -292,8 +292,8 @@ def _nonfinite(
     causes.append("these samples, when the warnings before name them again and again")
     return (
         f"the {what} was not finite {steps}. Samples of step {step}: {_listed(samples)}. Likely causes: "
-        f"{'; '.join(causes)}. These steps changed no weight{before}; --max_nonfinite_steps {limit} sets when to stop, "
-        "0 never does"
+        f"{'; '.join(causes)}. These steps changed no weight{before}; --max_nonfinite_steps {limit} sets when to "
+        "stop, 0 never does"
     )
 
 

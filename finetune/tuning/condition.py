@@ -1,4 +1,4 @@
-"""Whether a complete checkpoint can be gone on from: all that a resumed run reads is there, is readable and is finite."""
+"""Whether a complete checkpoint can be gone on from: all that a resumed run reads is there, readable and finite."""
 
 from __future__ import annotations
 

@@ -124,11 +124,19 @@ _BY_FLAG = {name: rule for rule in RULES for name in rule.flags.split()}
 
 @dataclass(slots=True)
 class Comparison:
-    """What is the same, what differs and is taken over, and what cannot be continued, each in words."""
+    """What is the same, what differs and is taken over, and what cannot be continued, each in words.
+
+    Attributes:
+        same: goes on.
+        taken: differs and is taken over.
+        refused: cannot be continued.
+        felt: whether something that is taken over changes what is trained.
+    """
 
     same: list[str] = field(default_factory=list)
     taken: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    felt: bool = False
 
     def __str__(self) -> str:
         """The three lists."""
@@ -155,6 +163,7 @@ def compare(manifest: Manifest, now: Identity) -> Comparison:
             refused.setdefault(rule.why, []).append(f"--{name} was {_short(before)}, now {_short(after)}")
         elif rule.fate is Fate.TAKEN:
             why = f" ({rule.why})" if rule.why else ""
+            result.felt |= bool(why)
             result.taken.append(f"{name} {_short(before)} -> {_short(after)}{why}")
     result.refused += [f"{', '.join(flags)}: {why}" for why, flags in refused.items()]
     if same:
@@ -192,6 +201,7 @@ def _compare_data(before: Mapping[str, Any], after: Mapping[str, Any], result: C
         return
     count = f" ({before['samples']} samples)" if before.get("samples") else ""
     changed = [name for name in now if name in files and files[name] != now[name]]
+    result.felt = True
     what = f"changed: {', '.join(changed)}" if changed else f"{', '.join(files)}{count} -> {', '.join(now)}"
     result.taken.append(f"data {what} ({_ORDER})")
 

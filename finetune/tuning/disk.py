@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # What else a checkpoint has: tokenizer, states of the Trainer and of random numbers, scripts of DeepSpeed.
 _BESIDE = 1 << 18
+_BLOCK = 4096
 # What torch's writer of archives says when the system did not take its bytes.
 _TORCH_WRITER = ("inline_container.cc", "PytorchStreamWriter", "iostream error", "cannot be opened", "Parent directory")
 _STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "lion": 4, "lion_32bit": 4, "adagrad": 4}
@@ -56,6 +57,12 @@ def free_space(folder: Path) -> int | None:
         except OSError:
             return None
     return None
+
+
+def written_size(folder: Path) -> int:
+    """Bytes that the files of a folder take, in whole blocks."""
+    sizes = (path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(-(-size // _BLOCK) * _BLOCK for size in sizes)
 
 
 def describe_space(folder: Path, needed: int | None) -> str:

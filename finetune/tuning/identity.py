@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +19,8 @@ from finetune.tuning.checkpoint import Checkpoint
 from finetune.tuning.manifest import Manifest
 
 _LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "numpy")
+# A secret, and an object that transformers derives from other flags.
+_NOT_NOTED = ("hub_token", "accelerator_config")
 # What a base says of itself beside its weights, where the folder has it.
 _DESCRIBED = ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer.model")
 _DESCRIBED += ("tokenizer_config.json", "chat_template.jinja")
@@ -62,7 +65,7 @@ def identify(args: Arguments, base: Checkpoint, data_files: Sequence[Path]) -> I
     Raises:
         CheckpointError: the weights of the base cannot be read.
     """
-    return Identity(base=base_of(base), data=data_of(data_files), flags=args.values(), versions=versions())
+    return Identity(base=base_of(base), data=data_of(data_files), flags=flags_of(args), versions=versions())
 
 
 def base_of(base: Checkpoint) -> dict[str, Any]:
@@ -99,6 +102,13 @@ def data_of(files: Iterable[Path]) -> dict[str, Any]:
             continue  # whoever opens it for its records says so
         found[path.name] = {"bytes": size, "digest": digest.hexdigest()}
     return {"files": found}
+
+
+def flags_of(args: Arguments) -> dict[str, Any]:
+    """Every flag at its resolved value, by name, as it comes back from JSON."""
+    groups = (args.model, args.data, args.training, args.lora)
+    named = ((entry.name, getattr(group, entry.name)) for group in groups for entry in fields(group))
+    return {name: json.loads(json.dumps(value, default=str)) for name, value in named if name not in _NOT_NOTED}
 
 
 def versions() -> dict[str, str]:

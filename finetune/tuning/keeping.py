@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 import traceback
 from collections.abc import Callable
@@ -25,8 +27,10 @@ from finetune.tuning.disk import (
     check_space,
     checkpoint_size,
     describe_space,
+    free_space,
     probe,
     write_fault,
+    written_size,
 )
 from finetune.tuning.finite import nonfinite_weights
 from finetune.tuning.identity import Identity
@@ -84,7 +88,7 @@ class Keeper(TrainerCallback):
             raise NotSavedError(message)
 
     def end(self, args: TrainingArguments, state: TrainerState) -> None:
-        """After training, well or not: gives the flag back; casts doubt on a checkpoint after which nothing was finite."""
+        """After training, well or not: gives the flag back, and doubts a checkpoint after which nothing was finite."""
         args.save_total_limit = self._limit
         if not state.is_world_process_zero:
             return
@@ -131,10 +135,10 @@ class Keeper(TrainerCallback):
             return
         best = state.best_model_checkpoint
         try:
-            agree(accelerator, fault_of(lambda: probe(folder)))
+            main = state.is_world_process_zero
+            agree(accelerator, fault_of(lambda: self._make_room(folder)) if main else None)
             agree(accelerator, self._written(accelerator, write_all))
-            samples = state.is_world_process_zero and fault_of(lambda: self._sign(folder, args, state))
-            agree(accelerator, samples or None)
+            agree(accelerator, fault_of(lambda: self._sign(folder, args, state)) if main else None)
         except UnsavedError as error:
             self.unsaved = f"{folder} could not be written: {error} ({describe_space(folder.parent, self.size)})"
             if state.best_model_checkpoint == str(folder):
@@ -161,8 +165,16 @@ class Keeper(TrainerCallback):
         fault = fault_of(write_all, alone=accelerator.num_processes == 1)
         return fault or (writer.faults[0] if writer is not None and writer.faults else None)
 
+    def _make_room(self, folder: Path) -> None:
+        """Looks whether the folder can be written and has space, before any rank begins to."""
+        probe(folder)
+        free = free_space(folder)
+        if self.size is not None and free is not None and free < self.size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def _sign(self, folder: Path, args: TrainingArguments, state: TrainerState) -> None:
         write(folder, state.global_step, {**describe(args), **self.identity.noted()})
+        self.size = written_size(folder)
 
     def _rotate(self, args: transformers.TrainingArguments, state: TrainerState) -> None:
         if self._limit is not None and self._limit > 0:
@@ -248,7 +260,7 @@ def check_finite(accelerator: Accelerator, model: nn.Module, *, lora: bool, outp
         left = [str(folder) for _, folder in checkpoints(output) if read(folder) is not None]
         hint = f"the last checkpoint that was written is {left[-1]}" if left else "no checkpoint was written"
         raise WorthlessError(
-            f"{len(names)} of the trained weights are not finite: {some(names)}. The result is not saved; {hint}. Likely "
+            f"{len(names)} of the weights are not finite: {some(names)}. The result is not saved; {hint}. Likely "
             "causes: a learning rate that is too high, fp16 (--bf16 true where the GPU has it), a damaged base"
         )
 

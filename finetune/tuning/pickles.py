@@ -66,8 +66,8 @@ def check_pickles(files: Iterable[Path]) -> None:
             ) from error
         if foreign:
             raise ForeignCodeError(
-                f"{path} is not read: it would import {', '.join(foreign)}, which no checkpoint needs and which may run "
-                "code. It is not of a run of this project, or was changed since; take weights from *.safetensors only"
+                f"{path} is not read: it would import {', '.join(foreign)}, which no checkpoint needs and which may "
+                "run code. It is not of a run of this project, or was changed since; take weights from *.safetensors only"
             )
 
 

@@ -119,8 +119,8 @@ def _newest(output: Path) -> tuple[Path, Manifest] | None:
             return folder, manifest
     if spoilt is not None:
         raise ResumeError(
-            f"no checkpoint in {output} can be gone on from ({spoilt}): start anew with another --output_dir, or replace "
-            "them with --resume_from_checkpoint none --overwrite_output_dir true"
+            f"no checkpoint in {output} can be gone on from ({spoilt}): start anew with another --output_dir, or "
+            "replace them with --resume_from_checkpoint none --overwrite_output_dir true"
         )
     return None
 
@@ -141,11 +141,13 @@ def _compare(folder: Path, manifest: Manifest, now: Identity) -> None:
         logger.warning("%s was written by an older version: its base, data and flags are not compared", folder)
         return
     found = compare(manifest, now)
-    logger.info("%s and this run:\n%s", folder, found)
+    logger.log(logging.WARNING if found.felt else logging.INFO, "%s and this run:\n%s", folder, found)
     if found.refused:
+        other_base = manifest.base.get("digest") != now.base.get("digest")
+        hint = "" if other_base else f" {_weights_hint(folder, manifest)}"
         raise ResumeError(
-            f"{folder} cannot be continued with what this run has: {'; '.join(found.refused)}. Give what it was started "
-            f"with. {_weights_hint(folder, manifest)}"
+            f"{folder} cannot be continued with what this run has: {'; '.join(found.refused)}. Give what it was "
+            f"started with.{hint}"
         )
 
 

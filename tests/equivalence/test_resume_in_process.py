@@ -8,7 +8,6 @@ import pytest
 import torch
 from stack import KINDS, build, flags, steps, trained
 
-from finetune.tuning.manifest import ManifestCallback
 from finetune.tuning.resume import choose_checkpoint
 from trainer import CPMTrainer
 
@@ -19,9 +18,7 @@ def test_five_and_five_steps_are_ten(tiny, demo_data, tmp_path, kind):
         shuffled = ("--train_sampling_strategy", "random", "--lora_dropout", "0.05", "--max_slice_nums", "1")
         saved = ("--max_steps", "10", "--save_strategy", "steps", "--save_steps", "5", "--lr_scheduler_type", "cosine")
         dropout = shuffled if kind == "lora" else (*shuffled[:2], *shuffled[4:])
-        trainer = build(flags(tiny("llama3_v2_5"), demo_data, output, *KINDS[kind], *dropout, *saved, *more))
-        trainer.add_callback(ManifestCallback())
-        return trainer
+        return build(flags(tiny("llama3_v2_5"), demo_data, output, *KINDS[kind], *dropout, *saved, *more))
 
     whole = made(tmp_path / "out")
     whole.train()
