@@ -108,7 +108,7 @@ class CPMTrainer(Trainer):
 
         Raises:
             WorthlessError: no step was trained, or none was finite.
-            NotSavedError: there is no space for a single checkpoint.
+            SpaceError: there is no space for a single checkpoint.
         """
         flags: Any = self.args
         if (checkpoint := kwargs.get("resume_from_checkpoint")) is not None:
@@ -138,6 +138,7 @@ class CPMTrainer(Trainer):
             WorthlessError: its last steps were not finite.
             NotSavedError: its last checkpoint could not be written.
         """
+        self.accelerator.wait_for_everyone()  # a rank that ends first has the launcher end the others
         self.alarms.check_end()
         if self.keeper.unsaved is not None:
             raise NotSavedError(f"the result is saved in {self.args.output_dir}, but {self.keeper.unsaved}")

@@ -225,7 +225,7 @@ class Alarms(TrainerCallback):
         """
         if self.in_a_row:
             raise NonFiniteError(
-                f"the last {self.in_a_row} steps were not finite. The weights that are saved are finite and those after "
+                f"the last {self.in_a_row} steps were not finite. The weights that are saved are finite, those after "
                 "the last finite step; the warnings before name the samples"
             )
 
@@ -292,7 +292,7 @@ def _nonfinite(
     causes.append("these samples, when the warnings before name them again and again")
     return (
         f"the {what} was not finite {steps}. Samples of step {step}: {_listed(samples)}. Likely causes: "
-        f"{'; '.join(causes)}. These steps changed no weight{before}; --max_nonfinite_steps {limit} sets when to "
+        f"{'; '.join(causes)}. These steps changed no weight{before}. --max_nonfinite_steps {limit} sets when to "
         "stop, 0 never does"
     )
 

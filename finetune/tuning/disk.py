@@ -34,6 +34,10 @@ class NotSavedError(UserError):
     exit_code = outcome.NOT_SAVED
 
 
+class SpaceError(UserError):
+    """There is no space for what the run would save."""
+
+
 def write_fault(error: BaseException) -> str | None:
     """What kept something from being written, in words; None for an error that is about something else."""
     if isinstance(error, OSError):
@@ -112,13 +116,13 @@ def check_space(output: Path, size: int, count: int | None) -> None:
         count: how many there will be at once, None where no limit is set and their number is not known.
 
     Raises:
-        NotSavedError: not even one fits.
+        SpaceError: not even one fits.
     """
     free = free_space(output)
     if free is None:
         return
     if free < size:
-        raise NotSavedError(
+        raise SpaceError(
             f"a checkpoint takes about {_size(size)}, {output} has {_size(free)} free: make space, give another "
             "--output_dir, or train without checkpoints (--save_strategy no)"
         )

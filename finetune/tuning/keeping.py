@@ -24,6 +24,7 @@ from finetune.models.strict import some
 from finetune.tuning.disk import (
     NotingWriter,
     NotSavedError,
+    SpaceError,
     check_space,
     checkpoint_size,
     describe_space,
@@ -73,7 +74,7 @@ class Keeper(TrainerCallback):
         """Before training: takes the removal of old checkpoints over, and looks whether there is space for them.
 
         Raises:
-            NotSavedError: there is no space for a single one.
+            SpaceError: there is no space for a single one.
         """
         self._alarms, self._unproven = alarms, resumed
         self._limit, args.save_total_limit = args.save_total_limit, None
@@ -82,10 +83,10 @@ class Keeper(TrainerCallback):
         if distributed.is_main_process() and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
             try:
                 check_space(Path(args.output_dir or "output"), self.size, self._limit and self._limit + 1)
-            except NotSavedError as error:
+            except SpaceError as error:
                 message = str(error)
         if (message := distributed.from_main_process(message)) is not None:
-            raise NotSavedError(message)
+            raise SpaceError(message)
 
     def end(self, args: TrainingArguments, state: TrainerState) -> None:
         """After training, well or not: gives the flag back, and doubts a checkpoint after which nothing was finite."""

@@ -67,7 +67,7 @@ def check_pickles(files: Iterable[Path]) -> None:
         if foreign:
             raise ForeignCodeError(
                 f"{path} is not read: it would import {', '.join(foreign)}, which no checkpoint needs and which may "
-                "run code. It is not of a run of this project, or was changed since; take weights from *.safetensors only"
+                "run code. It is not of a run of this project, or was changed since: take weights from *.safetensors"
             )
 
 
