@@ -26,15 +26,15 @@ from finetune.evaluation.progress import Forgiving
 from finetune.tuning import streams
 from finetune.tuning.alarms import Alarms
 from finetune.tuning.checkpoint import Checkpoint
-from finetune.tuning.disk import NotSavedError, describe_space
+from finetune.tuning.disk import NotSavedError
 from finetune.tuning.flops import flops_of
-from finetune.tuning.keeping import Keeper, UnsavedError, agree, check_finite, fault_of
+from finetune.tuning.keeping import Keeper, agree, fault_of
 from finetune.tuning.loaders import is_planned, loader_options, planned_loader
 from finetune.tuning.manifest import zero_stage
 from finetune.tuning.order import EpochOrder, LeanSampler
 from finetune.tuning.parts import counted, full_parts, numel, part_of
 from finetune.tuning.resume import NothingLeftCallback, NothingLeftError
-from finetune.tuning.saving import UNFINISHED, finish_adapter, finish_full, put_in_place
+from finetune.tuning.saving import finish_adapter, finish_full
 from finetune.tuning.sharding import keep_experts_together
 from finetune.tuning.throughput import Throughput
 
@@ -359,7 +359,8 @@ class CPMTrainer(Trainer):
                 shutil.rmtree(folder)
             self._save_weights(folder, streamed=True)
         else:
-            self._save_result(folder)
+            flags: Any = self.args
+            self.keeper.save_result(flags, self.accelerator, self._network(), folder, self._save_weights)
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         self.throughput.pause(time.perf_counter() - start)
@@ -384,20 +385,3 @@ class CPMTrainer(Trainer):
 
         self.accelerator.wait_for_everyone()
         agree(self.accelerator, fault_of(work, alone=self.accelerator.num_processes == 1))
-
-    def _save_result(self, folder: Path) -> None:
-        """Puts a result in place at once, when it is finite and written in full."""
-        flags: Any = self.args
-        check_finite(self.accelerator, self._network(), lora=flags.use_lora, output=folder)
-        unfinished = folder / UNFINISHED
-        try:
-            self._save_weights(unfinished)
-            placed = fault_of(partial(put_in_place, unfinished, folder)) if self.args.should_save else None
-            agree(self.accelerator, placed)
-        except UnsavedError as error:
-            if self.args.should_save:
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise NotSavedError(
-                f"the result could not be written: {error} ({describe_space(folder, self.keeper.size)}). Make space "
-                "and go on from the last checkpoint with --resume_from_checkpoint auto"
-            ) from None

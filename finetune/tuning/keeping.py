@@ -8,6 +8,7 @@ import os
 import shutil
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ from finetune.tuning.disk import (
 from finetune.tuning.finite import nonfinite_weights
 from finetune.tuning.identity import Identity
 from finetune.tuning.manifest import Manifest, cast_doubt, checkpoints, describe, read, write
+from finetune.tuning.saving import UNFINISHED, put_in_place
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -150,12 +152,46 @@ class Keeper(TrainerCallback):
             return
         self.unsaved, self._unproven = None, folder
 
+    def save_result(
+        self,
+        args: TrainingArguments,
+        accelerator: Accelerator,
+        model: nn.Module,
+        folder: Path,
+        write_weights: Callable[[Path], None],
+    ) -> None:
+        """Puts a result in place at once, when it is finite and written in full; every rank must call it.
+
+        Args:
+            args: of the run.
+            accelerator: of the Trainer.
+            model: the network, not wrapped.
+            folder: where it belongs.
+            write_weights: writes all its files into a folder.
+
+        Raises:
+            WorthlessError: weights are not finite; nothing is written.
+            NotSavedError: it could not be written; what was there before is still there.
+        """
+        check_finite(accelerator, model, lora=args.use_lora, output=folder)
+        unfinished = folder / UNFINISHED
+        try:
+            write_weights(unfinished)
+            agree(accelerator, fault_of(partial(put_in_place, unfinished, folder)) if args.should_save else None)
+        except UnsavedError as error:
+            if args.should_save:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise NotSavedError(
+                f"the result could not be written: {error} ({describe_space(folder, self.size)}). Make space and go on "
+                "from the last checkpoint with --resume_from_checkpoint auto"
+            ) from None
+
     def _unfit(self, accelerator: Accelerator, model: nn.Module, *, lora: bool) -> str | None:
         """Why no checkpoint should be made of the weights; the same on every rank."""
         if self._alarms is not None and self._alarms.in_a_row:
             return f"the last {self._alarms.in_a_row} steps were not finite"
         if names := agreed_nonfinite(accelerator, model, lora=lora):
-            return f"{len(names)} weights are not finite: {some(names)}"
+            return f"weights are not finite: {some(names)}"
         return None
 
     def _written(self, accelerator: Accelerator, write_all: Callable[[], None]) -> str | None:
@@ -258,10 +294,11 @@ def check_finite(accelerator: Accelerator, model: nn.Module, *, lora: bool, outp
         WorthlessError: some are not finite.
     """
     if names := agreed_nonfinite(accelerator, model, lora=lora):
-        left = [str(folder) for _, folder in checkpoints(output) if read(folder) is not None]
-        hint = f"the last checkpoint that was written is {left[-1]}" if left else "no checkpoint was written"
+        read_ones = ((folder, read(folder)) for _, folder in checkpoints(output))
+        left = [folder for folder, manifest in read_ones if manifest is not None and not manifest.doubt]
+        hint = f"the last good checkpoint is {left[-1]}" if left else "there is no good checkpoint"
         raise WorthlessError(
-            f"{len(names)} of the weights are not finite: {some(names)}. The result is not saved; {hint}. Likely "
+            f"weights are not finite: {some(names)}. The result is not saved; {hint}. Likely "
             "causes: a learning rate that is too high, fp16 (--bf16 true where the GPU has it), a damaged base"
         )
 

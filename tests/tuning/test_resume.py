@@ -108,7 +108,9 @@ def test_a_complete_folder_that_nothing_can_go_on_from(tmp_path, caplog, reason)
     sign(bad, 4, tmp_path)
     with pytest.raises(ResumeError, match=rf"checkpoint-4 cannot be gone on from.*{reason}.*--lora_weight_path"):
         choose_checkpoint(training(tmp_path, str(bad)), tmp_path)
-    with pytest.raises(ResumeError, match=rf"no checkpoint in .* can be gone on from.*{reason}.*--overwrite_output_dir"):
+    with pytest.raises(
+        ResumeError, match=rf"no checkpoint in .* can be gone on from.*{reason}.*--overwrite_output_dir"
+    ):
         choose_checkpoint(training(tmp_path), tmp_path)
     good = checkpoint(tmp_path, 2)
     assert choose_checkpoint(training(tmp_path), tmp_path) == good
