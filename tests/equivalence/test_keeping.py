@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stack import LORA, build, flags, network
+from torch import nn
 
 from finetune import outcome
 from finetune.errors import WorthlessError
@@ -93,9 +94,11 @@ def test_a_run_that_learnt_nothing_has_no_result(make):
 
 def test_a_run_whose_last_step_was_not_finite_is_not_well(make):
     trainer = make("--max_nonfinite_steps", "0", "--max_steps", "2")
-    network(trainer).get_submodule("base_model.model.resampler").register_forward_hook(
-        lambda _, __, result: result * torch.nan if trainer.state.global_step == 1 else result
-    )
+
+    def ruin(_: nn.Module, __: object, result: torch.Tensor) -> torch.Tensor:
+        return result * torch.nan if trainer.state.global_step == 1 else result
+
+    network(trainer).get_submodule("base_model.model.resampler").register_forward_hook(ruin)
     trainer.train()
     trainer.save_model()
     assert left(trainer) == [1]

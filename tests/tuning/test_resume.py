@@ -13,6 +13,8 @@ import torch
 from made_checkpoints import checkpoint, sign, training
 from safetensors.torch import save_file
 
+from finetune.errors import CheckpointError
+from finetune.export.consolidation import read_parts
 from finetune.tuning.identity import Identity
 from finetune.tuning.keeping import rotate
 from finetune.tuning.manifest import cast_doubt, checkpoints, describe, fault, read, write
@@ -162,6 +164,18 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, wish, nam
     with pytest.raises(ForeignCodeError, match=f"{Path(name).name} is not read: .*run code"):
         choose_checkpoint(training(tmp_path, "auto" if wish == "auto" else str(folder)), tmp_path)
     assert not made.exists()
+
+
+def test_parts_are_checked_before_they_are_consolidated(tmp_path):
+    folder = checkpoint(tmp_path, 4, zero_stage=2)
+    made = tmp_path / "made"
+    torch.save({"module": Payload(made)}, folder / "global_step" / "mp_rank_00_model_states.pt")
+    with pytest.raises(ForeignCodeError, match=r"mp_rank_00_model_states\.pt is not read: it would import pathlib"):
+        read_parts(folder, trained_only=True)
+    assert not made.exists()
+    (folder / "latest").write_text("/elsewhere")
+    with pytest.raises(CheckpointError, match="not complete: the file 'latest' names '/elsewhere'"):
+        read_parts(folder, trained_only=True)
 
 
 def test_auto_without_a_checkpoint_starts(tmp_path, caplog):
