@@ -170,7 +170,7 @@ def test_parts_are_checked_before_they_are_consolidated(tmp_path):
     folder = checkpoint(tmp_path, 4, zero_stage=2)
     made = tmp_path / "made"
     torch.save({"module": Payload(made)}, folder / "global_step" / "mp_rank_00_model_states.pt")
-    with pytest.raises(ForeignCodeError, match=r"mp_rank_00_model_states\.pt is not read: it would import pathlib"):
+    with pytest.raises(ForeignCodeError, match=r"mp_rank_00_model_states\.pt is not read: it would import .*pathlib"):
         read_parts(folder, trained_only=True)
     assert not made.exists()
     (folder / "latest").write_text("/elsewhere")
