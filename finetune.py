@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -27,36 +26,37 @@ if TYPE_CHECKING:
 
     from dataset import StreamedDataset, SupervisedDataset
     from finetune.tuning.checkpoint import Checkpoint
+    from finetune.tuning.identity import Identity
+    from finetune.tuning.output import Input, OutputFolder
 
 logger = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story is told in one piece
+def main(argv: Sequence[str] | None = None) -> int:
     """Trains, saves and verifies; returns the exit status."""
     distributed.setup_logging()
     # Loader processes share the work; a tokenizer that had started threads of its own would warn when they fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args = parse_arguments(argv)
-    output = Path(args.training.output_dir or "output").absolute()
+    from finetune.tuning.output import OutputFolder
 
-    from dataset import data_files
-    from finetune.tuning.identity import Identity, identify
+    with OutputFolder(Path(args.training.output_dir or "output").absolute()) as output:
+        return train(args, output)
+
+
+def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the story is told in one piece
+    """Everything behind the flags; only what has been looked at is changed."""
+    from finetune.media import loader_process
     from finetune.tuning.loaders import check_kernels
-    from finetune.tuning.resume import choose_checkpoint
-    from finetune.tuning.saving import prepare_output, write_run
+    from finetune.tuning.output import LogsCallback
+    from finetune.tuning.saving import write_run
 
+    loader_process.take_notes()
     # Base checkpoint: what it is, read from the folder.
     base = find_base(args)
     check_names(args, base.family)
     check_kernels(args.training, base.family, from_hub=args.model.use_hub_kernels)
-    resume, identity = None, Identity()
-    if distributed.is_main_process():
-        identity = identify(args, base, data_files(args.data))
-        resume = choose_checkpoint(args.training, output, identity, base.downsample_mode)
-        going_on = args.training.resume_from_checkpoint == "auto" or (resume is not None and resume.parent == output)
-        prepare_output(output, resuming=going_on, overwrite=args.training.overwrite_output_dir)
-        write_run(args, base, output)
-        logger.info("%s", args.describe())
+    resume, identity = look_at_output(args, base, output) if distributed.is_main_process() else (None, None)
 
     # Tokenizer.
     distributed.start(args.training)
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     )
     check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
     seed = args.training.seed if args.training.data_seed is None else args.training.data_seed
-    data = make_supervised_data_module(args.data, encoder, output, seed)
+    data = make_supervised_data_module(args.data, encoder, output.folder, seed)
     train, evaluation = data["train_dataset"], data["eval_dataset"]
     if distributed.is_main_process():
         check_before_training([part.intake for part in (train, evaluation) if part is not None], args.data.check)
@@ -125,7 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
     if args.model.print_param_status:
         logger.info("%s", describe_parameters(model))
 
-    # Train, evaluate, save.
+    # Train, evaluate, save: from here on the output folder changes.
+    if distributed.is_main_process():
+        output.open()
+        write_run(args, base, output.folder)
     from finetune.evaluation.progress import ProgressCallback
     from finetune.tuning.keeping import Keeper
     from trainer import CPMTrainer
@@ -138,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         part_learning_rates=rates,
         check_base_loss=args.model.check_base_loss == "auto",
         keeper=Keeper(identity),
-        callbacks=[progress],
+        callbacks=[progress, LogsCallback(output)],
+        output=output,
         **data,
     )
     trainer.train(resume_from_checkpoint=resume_from)
@@ -149,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         logger.info("eval_loss %.4f over %d answer tokens", metrics["eval_loss"], metrics["eval_tokens"])
     trainer.save_state()
     progress.on_save(args.training, trainer.state, trainer.control)
-    trainer.check_result()
-    report_samples(trainer, train, output)
+    report_samples(trainer, train, output.folder)
+    trouble = trainer.trouble()
 
     # Verify in a fresh process, once this one has released its devices.
     from finetune.tuning.verification import take_reference, verify_in_fresh_process
@@ -161,19 +165,21 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915 - the story
         reference = take_reference(trainer, example, encoder.pad_id, dtype, args.lora.q_lora)
     history = trainer.state.log_history
     result = {
-        "output_dir": str(output),
+        "output_dir": str(output.folder),
         "steps": trainer.state.global_step,
         "train_loss": outcome.mean_train_loss(history),
         "eval_loss": outcome.last_eval_loss(history),
-        "skipped_samples": outcome.distinct_lines(output / BAD_SAMPLES),
+        "skipped_samples": outcome.distinct_lines(output.folder / BAD_SAMPLES),
     }
     distributed.stop()
     del trainer, model
     distributed.free_memory()
-    status, verified = outcome.OK, None
-    if reference is not None:
-        verified = verify_in_fresh_process(output, reference) == 0
-        status = outcome.OK if verified else outcome.NOT_VERIFIED
+    verified = None if reference is None else verify_in_fresh_process(output.folder, reference) == 0
+    status = outcome.NOT_VERIFIED if verified is False else outcome.OK
+    if status == outcome.OK and distributed.is_main_process():
+        if trouble is not None:
+            raise trouble
+        output.finish()
     outcome.report("error" if status else "ok", exit_code=status, **result, verified=verified)
     return status
 
@@ -201,6 +207,44 @@ def find_base(args: Arguments) -> Checkpoint:
     if base.mode is not None:
         logger.info("%s", base.mode)
     return base
+
+
+def look_at_output(args: Arguments, base: Checkpoint, output: OutputFolder) -> tuple[Path | None, Identity]:
+    """Makes sure that this run, and no other, may write its output folder.
+
+    Returns:
+        the checkpoint it goes on from, and what the run is.
+    """
+    from dataset import data_files
+    from finetune.tuning.checkpoint import side_files
+    from finetune.tuning.identity import identify
+    from finetune.tuning.resume import choose_checkpoint
+
+    training = args.training
+    identity = identify(args, base, data_files(args.data))
+    resume = choose_checkpoint(training, output.folder, identity, base.downsample_mode)
+    output.check(
+        inputs_of(args, base),
+        side_files(base, use_lora=training.use_lora),
+        use_lora=training.use_lora,
+        resuming=training.resume_from_checkpoint == "auto" or (resume and resume.parent) == output.folder,
+        overwrite=training.overwrite_output_dir,
+    )
+    output.own()
+    logger.info("%s", args.describe())
+    return resume, identity
+
+
+def inputs_of(args: Arguments, base: Checkpoint) -> list[Input]:
+    """What the run reads, as far as it is files and folders here."""
+    from finetune.tuning.output import Input
+
+    given = {"--model_name_or_path": str(base.folder), "--lora_weight_path": args.lora.lora_weight_path}
+    given |= {"--data_path": args.data.data_path, "--eval_data_path": args.data.eval_data_path}
+    if args.data.dataset or args.data.eval_dataset:
+        given["--dataset_dir"] = args.data.dataset_dir
+    paths = {flag: Path(path).expanduser().absolute() for flag, path in given.items() if path is not None}
+    return [Input(flag, path) for flag, path in paths.items() if path.exists()]
 
 
 def check_modes(mode: str | None) -> None:
@@ -242,7 +286,6 @@ if __name__ == "__main__":
         status = main()
     except UserError as error:
         status = error.exit_code
-        message = outcome.message_of(error)
-        print(f"error: {message}", file=sys.stderr)
-        outcome.report("error", exit_code=status, message=message)
+        message = outcome.print_error(error)
+        outcome.report("stopped" if status == outcome.STOPPED else "error", exit_code=status, message=message)
     outcome.leave(status)

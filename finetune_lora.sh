@@ -15,6 +15,7 @@ set -eu
 #DS_CONFIG="ds_config_zero2_offload.json"
 
 GPUS_PER_NODE=${GPUS_PER_NODE:-} # empty: the visible GPUs, or 2 CPU processes where there is none
+TORCHRUN=${TORCHRUN:-} # empty: torchrun's own Python interface (finetune/launch.py); a program is called in its place
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-localhost}
@@ -87,12 +88,17 @@ fi
 # "--" keeps torchrun from reading the script's flags as abbreviations of its own.
 set -- --nproc_per_node "${GPUS_PER_NODE:-$gpus}" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
   --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" -- "$here/finetune.py" "$@"
-if [ -n "${PYTHON:-}" ] && [ -z "${TORCHRUN:-}" ]; then
-  set -- "$PYTHON" -m torch.distributed.run "$@"
-else
-  set -- "${TORCHRUN:-torchrun}" "$@"
+program=${TORCHRUN:-${PYTHON:-torchrun}}
+path=$(command -v "$program") || problem "no $program; install with: python3 -m pip install -r '$here/requirements.txt'"
+if [ -z "${TORCHRUN:-}${PYTHON:-}" ] && grep -qs 'torch.distributed.run' "$path"; then
+  program=$(dirname "$path")/python3 # of the environment that torchrun belongs to
+  [ -x "$program" ] || program=python3
+elif [ -z "${PYTHON:-}" ] || [ -n "${TORCHRUN:-}" ]; then
+  set -- "$program" "$@"
+  program=
 fi
-command -v "$1" >/dev/null || problem "no $1; install with: python3 -m pip install -r '$here/requirements.txt'"
+# torchrun, with statuses that say how a run ended, time to save when it is told to stop, and nothing left behind.
+[ -z "$program" ] || set -- env PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "$program" -m finetune.launch "$@"
 [ "${DRY_RUN:-0}" != 0 ] || exec "$@"
 for arg do # quoted for the shell
   printf "'%s' " "$(printf '%s' "$arg" | sed "s/'/'\\\\''/g")"

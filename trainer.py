@@ -32,10 +32,12 @@ from finetune.tuning.keeping import Keeper, agree, fault_of
 from finetune.tuning.loaders import is_planned, loader_options, planned_loader
 from finetune.tuning.manifest import zero_stage
 from finetune.tuning.order import EpochOrder, LeanSampler
+from finetune.tuning.output import OutputFolder
 from finetune.tuning.parts import counted, full_parts, numel, part_of
 from finetune.tuning.resume import NothingLeftCallback, NothingLeftError
 from finetune.tuning.saving import finish_adapter, finish_full
 from finetune.tuning.sharding import keep_experts_together
+from finetune.tuning.stopping import HangWatch, StopCallback
 from finetune.tuning.throughput import Throughput
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ class CPMTrainer(Trainer):
         part_learning_rates: learning rate of every part of the network.
         check_base_loss: stop before the first update when the loss of a pretrained checkpoint is near chance.
         keeper: of the checkpoints; it knows which run they are of.
+        output: where checkpoints are listed as written by this run.
         **kwargs: those of Trainer.
     """
 
@@ -75,9 +78,11 @@ class CPMTrainer(Trainer):
         part_learning_rates: dict[str, float],
         check_base_loss: bool = True,
         keeper: Keeper | None = None,
+        output: OutputFolder | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self._output = output
         self.add_callback(NothingLeftCallback())
         self._order = EpochOrder()
         self.add_callback(self._order)
@@ -97,11 +102,16 @@ class CPMTrainer(Trainer):
         limit = self.args.max_nonfinite_steps  # pyright: ignore[reportAttributeAccessIssue]
         self.alarms = Alarms(self._network(), parts, self.accelerator, declared, limit)
         self.add_callback(self.alarms)
-        for callback in [each for each in self.callback_handler.callbacks if _reports(each)]:
-            self.remove_callback(callback)
-            self.add_callback(Forgiving(callback))
+        callbacks = self.callback_handler.callbacks
+        callbacks[:] = [Forgiving(each) if _reports(each) else each for each in callbacks]
         self.keeper = keeper or Keeper()
         self.add_callback(self.keeper)
+        self._hangs = HangWatch(self.args.hang_timeout, self.alarms.samples)  # pyright: ignore[reportAttributeAccessIssue]
+        self.add_callback(self._hangs)
+        seconds = self.args.save_on_signal_timeout  # pyright: ignore[reportAttributeAccessIssue]
+        self._stops = StopCallback(seconds, lambda: self.alarms.asked_to_stop)
+        if seconds > 0:
+            self.add_callback(self._stops)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Training; none when the checkpoint that was resumed from has all the steps already.
@@ -113,9 +123,11 @@ class CPMTrainer(Trainer):
         flags: Any = self.args
         if (checkpoint := kwargs.get("resume_from_checkpoint")) is not None:
             self._passed = streams.batches_passed(Path(checkpoint), self._dealt())
-        self.keeper.begin(flags, self._network(), self.alarms, checkpoint and Path(checkpoint))
+        self.keeper.begin(flags, self._network(), self.alarms, checkpoint and Path(checkpoint), self._output)
         try:
-            output = super().train(*args, **kwargs)
+            with self._stops:
+                done = super().train(*args, **kwargs)
+                self._stops.check(self.args, self.state, self.keeper.missing(self.state.global_step))
         except NothingLeftError:
             if not self.state.global_step:
                 raise WorthlessError(
@@ -129,19 +141,15 @@ class CPMTrainer(Trainer):
         if not self.state.global_step:
             raise WorthlessError("0 steps were trained: the data gave no batch")
         self.alarms.check_any()
-        return output
+        return done
 
-    def check_result(self) -> None:
-        """Says what is wrong with a run that came to its end and whose result is saved.
-
-        Raises:
-            WorthlessError: its last steps were not finite.
-            NotSavedError: its last checkpoint could not be written.
-        """
-        self.accelerator.wait_for_everyone()  # a rank that ends first has the launcher end the others
-        self.alarms.check_end()
-        if self.keeper.unsaved is not None:
-            raise NotSavedError(f"the result is saved in {self.args.output_dir}, but {self.keeper.unsaved}")
+    def trouble(self) -> UserError | None:
+        """What is wrong with a run that came to its end and whose result is saved."""
+        if (error := self.alarms.at_end()) is not None:
+            return error
+        if (unsaved := self.keeper.unsaved) is not None:
+            return NotSavedError(f"the result is saved in {self.args.output_dir}, but {unsaved}")
+        return None
 
     def _dealt(self) -> dict[str, Any] | None:
         """How streamed records are dealt; None for other data."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from finetune import outcome
 from finetune.errors import UserError, ignore_what_nobody_can_mend
+from finetune.processes import end_with_launcher
 
 # One line per command; its module is imported only when it runs, so that the list appears at once.
 COMMANDS = {
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     ignore_what_nobody_can_mend()
     command = importlib.import_module(f"finetune.commands.{name.replace('-', '_')}")
+    end_with_launcher()
     try:
         return command.main(rest)
     except UserError as error:

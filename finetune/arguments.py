@@ -20,6 +20,7 @@ from finetune.activations import hand_over
 from finetune.batching import BatchArguments, check_streamed_batches, resolve_batches
 from finetune.config.deepspeed import load_deepspeed
 from finetune.config.resolve import resolve
+from finetune.ending import EndingArguments
 from finetune.errors import ArgumentError
 from finetune.flags import DataArguments, LoraArguments, MemoryArguments, ModelArguments, check_lora, check_memory
 
@@ -40,7 +41,7 @@ _RESUME_WORDS = {"none": None, "false": None, "auto": "auto", "true": "auto"}
 
 
 @dataclass
-class TrainingArguments(MemoryArguments, BatchArguments, transformers.TrainingArguments):
+class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transformers.TrainingArguments):
     """The flags of transformers.TrainingArguments, with defaults that learn, and those of the official scripts."""
 
     output_dir: str | None = field(default="output", metadata={"help": "Where checkpoints and the result go."})
@@ -140,6 +141,7 @@ class TrainingArguments(MemoryArguments, BatchArguments, transformers.TrainingAr
         self._resolve_precision()
         resolve_batches(self)
         check_memory(self)
+        self.check_ending()
         self.resume_from_checkpoint = _RESUME_WORDS.get(
             (self.resume_from_checkpoint or "none").lower(), self.resume_from_checkpoint
         )

@@ -6,20 +6,21 @@ A program imports this before torch: exit handlers run in reverse order, so that
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 import logging
 import math
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
 from finetune.errors import UserError
+from finetune.processes import RUN_FOLDER, a_rank_has_died, end_with_launcher
+from finetune.signals import Watch
 
 OK = 0
 FAILED = 1
@@ -33,8 +34,13 @@ NOT_SAVED = 5
 STOPPED = 75
 INTERRUPTED = 130
 
+RESULT = "result.json"
+"""The last line of rank 0, in the launcher's folder for the run."""
+
 # The exit status that ``leave`` was given.
 _leaving: int | None = None
+# What is done before the process ends.
+_endings: list[Callable[[], object]] = []
 
 
 def plain_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,9 +76,11 @@ def distinct_lines(path: Path) -> int:
 def report(status: str, **fields: Any) -> None:
     """Prints the last line of a run, ``result={...}``, on rank 0; other ranks print nothing."""
     if _is_main_process():
-        result = plain_numbers({"status": status, **fields})
+        result = json.dumps(plain_numbers({"status": status, **fields}), ensure_ascii=False, allow_nan=False)
+        if (folder := os.environ.get(RUN_FOLDER)) is not None:
+            (Path(folder) / RESULT).write_text(result, encoding="utf-8")
         # In one write: a launcher's other processes share this stream.
-        sys.stdout.write("result=" + json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.write(f"result={result}\n")
         sys.stdout.flush()
 
 
@@ -99,13 +107,14 @@ def _leave() -> None:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(_leaving)
+        _end(_leaving)
 
 
 def install() -> None:
     """From here on every end of this process has its message, its last line and its exit code."""
     sys.excepthook = _excepthook
-    _watch_sigterm()
+    end_with_launcher()
+    watch.install()
 
 
 def _is_main_process() -> bool:
@@ -116,38 +125,63 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Tracebac
     global _leaving
     if isinstance(error, KeyboardInterrupt):
         _interrupted("interrupted")
+    if isinstance(error, RuntimeError) and a_rank_has_died():
+        # What a collective says then; the other process has said why.
+        end_now(FAILED, "ended, as another process of the run has died: see its message")
     traceback.print_exception(kind, error, trace)
     report("error", exit_code=FAILED, message=f"{kind.__name__}: {error}")
     _leaving = FAILED
 
 
-def _interrupted(message: str) -> None:
-    if _is_main_process():
-        sys.stderr.write(f"{message}; --resume_from_checkpoint auto continues from the last checkpoint\n")
-    report("interrupted", exit_code=INTERRUPTED, message=message)
-    sys.stderr.flush()
-    # Loader processes and collectives that wait for dead ranks would hold a normal exit up.
-    os._exit(INTERRUPTED)
+def _interrupted(message: str) -> NoReturn:
+    end_now(INTERRUPTED, message, "; --resume_from_checkpoint auto continues from the last checkpoint")
 
 
-def _watch_sigterm() -> None:
-    """Ends the process at once when it is told to, even while its main thread waits inside a collective.
+def end_now(status: int, message: str, advice: str = "") -> NoReturn:
+    """Ends the process without waiting for anything: loader processes, collectives that wait for dead ranks.
 
-    A Python handler runs only once the main thread is back in Python; torchrun would wait 30 seconds for that.
+    Args:
+        status: exit status.
+        message: for the last line and, with ``advice`` behind it, the screen.
+        advice: what to do.
     """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    owner = os.getpid()
+    if _is_main_process():
+        sys.stderr.write(f"{message}{advice}\n")
+    report("interrupted" if status == INTERRUPTED else "error", exit_code=status, message=message)
+    sys.stderr.flush()
+    _end(status)
 
-    def watch() -> None:
-        while True:
-            if signal.SIGTERM in os.read(reader, 1):
-                _interrupted("ended by SIGTERM (the job was stopped, or another process of the run failed)")
 
-    def ignore(number: int, frame: object) -> None:
-        if os.getpid() != owner:  # a loader process, made by fork, has no thread that watches
-            os._exit(128 + number)
+def print_error(error: UserError) -> str:
+    """Prints what the user reads, once for all ranks of the machine that say the same; returns it."""
+    message = message_of(error)
+    if _first_to_say(message):
+        title = "" if error.exit_code == STOPPED else "error: "
+        sys.stderr.write(f"{title}{message}\n")
+    return message
 
-    signal.signal(signal.SIGTERM, ignore)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=watch, daemon=True, name="sigterm").start()
+
+def _first_to_say(message: str) -> bool:
+    if (folder := os.environ.get(RUN_FOLDER)) is None:
+        return True
+    said = Path(folder) / f"said-{hashlib.sha256(message.encode(errors='replace')).hexdigest()[:16]}"
+    try:
+        said.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def at_end(clear: Callable[[], object]) -> None:
+    """Has something done when this process ends, however it does, SIGKILL and crashes of C code aside."""
+    _endings.append(clear)
+
+
+def _end(status: int) -> NoReturn:
+    while _endings:
+        _endings.pop()()
+    os._exit(status)
+
+
+watch = Watch(_interrupted)
+"""Of the signals of this process; ``install`` lets it begin."""

@@ -417,7 +417,8 @@ def test_torchrun_is_found(launcher: Launcher) -> None:
     assert chosen.argv[0] == "--nproc_per_node"
     executable(launcher.stubs / "my python", RECORD.format(python=sys.executable, record=record))
     call = launcher.run(DATA="train.json", PYTHON=str(launcher.stubs / "my python"), MASTER_PORT="7001")
-    assert call.argv[:2] == ["-m", "torch.distributed.run"]
+    assert call.argv[:2] == ["-m", "finetune.launch"]
+    assert call.environment["PYTHONPATH"] == str(launcher.home)
     both = {"PYTHON": str(launcher.stubs / "my python"), "TORCHRUN": str(launcher.stubs / "other run")}
     assert launcher.run(DATA="train.json", MASTER_PORT="7001", **both).argv[0] == "--nproc_per_node"
     (beside / "torchrun").unlink()
@@ -425,6 +426,18 @@ def test_torchrun_is_found(launcher: Launcher) -> None:
     message = launcher.fail(DATA="train.json")
     assert "no torchrun" in message
     assert f"pip install -r '{launcher.home / 'requirements.txt'}'" in message
+
+
+def test_torch_s_own_torchrun_is_called_through_its_interface(launcher: Launcher) -> None:
+    """By the Python beside it; a torchrun that is something else is called as it is."""
+    (launcher.stubs / "torchrun").write_text("#!/bin/sh\n# from torch.distributed.run import main\nexit 9\n")
+    (launcher.stubs / "python3").unlink()  # a link to the real one
+    executable(launcher.stubs / "python3", RECORD.format(python=sys.executable, record=str(launcher.record)))
+    call = launcher.run(DATA="train.json", MASTER_PORT="7001")
+    assert call.argv[:2] == ["-m", "finetune.launch"]
+    assert call.script == str(launcher.home / "finetune.py")
+    pasted = launcher.start(DATA="train.json", MASTER_PORT="7001", DRY_RUN="1", PYTHONPATH="/other").stdout
+    assert shlex.split(pasted)[:3] == ["env", f"PYTHONPATH={launcher.home}:/other", str(launcher.stubs / "python3")]
 
 
 def test_exit_status_is_torchruns(launcher: Launcher) -> None:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "finetune"
 ROOT_SCRIPTS = {"dataset", "trainer", "chat"}
 
 # Room -> rooms it may import, besides itself. The first entry that fits a module counts.
-MODELS_OR_DATA = {"errors", "activations", "outcome", "sample", "arguments", "batching", "distributed"}
+MODELS_OR_DATA = {"errors", "activations", "outcome", "processes", "sample", "arguments", "batching", "distributed"}
 MODELS_OR_DATA |= {"media", "families", "templates", "encoding", "models"}
 TABLE: dict[str, set[str]] = {
     "__init__": set(),
@@ -26,14 +26,18 @@ TABLE: dict[str, set[str]] = {
     "batching": {"errors"},
     "flags": {"errors", "media.sampling"},
     "config": {"errors", "legacy_flags"},
-    "outcome": {"errors"},
+    "processes": set(),
+    "signals": set(),
+    "ending": {"errors"},
+    "outcome": {"errors", "processes", "signals"},
+    "launch": {"outcome", "processes"},
     # distributed only inside a function: DeepSpeed's start on CPU
-    "arguments": {"errors", "activations", "batching", "flags", "config", "distributed"},
+    "arguments": {"errors", "activations", "batching", "ending", "flags", "config", "distributed"},
     "distributed": {"errors", "arguments"},
     "media.slicing": set(),
     "media.sound": set(),
     "media.sampling": {"errors"},
-    "media": {"errors", "sample"},
+    "media": {"errors", "sample", "processes"},
     "families.base": {"errors", "sample", "media.slicing", "media.sound", "media.sampling", "templates.rendering"},
     "families": {"errors", "sample", "media.slicing", "media.sound", "media.sampling", "templates"},
     "templates": {"errors", "notices", "sample", "media.slicing", "media.sound", "media.sampling", "families.base"},
@@ -51,7 +55,7 @@ TABLE: dict[str, set[str]] = {
     "planning": {"errors", "activations", "arguments", "families", "models", "tuning"},
     "commands": MODELS_OR_DATA
     | {"config", "flags", "legacy_flags", "readers", "tuning", "evaluation", "chat", "export", "planning", "guicourse"},
-    "__main__": {"errors", "outcome", "commands"},
+    "__main__": {"errors", "outcome", "processes", "commands"},
 }
 
 # What stands against the table, inside a function, with its reason.
@@ -73,6 +77,9 @@ WITHOUT: dict[str, set[str]] = {
     "batching": TORCH | {"transformers"},
     "config": TORCH | {"transformers"},
     "outcome": TORCH | {"transformers"},
+    "processes": TORCH | {"transformers"},
+    "signals": TORCH | {"transformers"},
+    "ending": TORCH | {"transformers"},
     "sample": TORCH | {"transformers"},
     "arguments": TORCH,
     "families": TORCH | {"transformers"},

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune import outcome
 from finetune.commands import consolidate
 from finetune.errors import UserError
 
@@ -126,25 +127,49 @@ def test_five_and_five_steps_are_ten(uninterrupted, tiny, demo_data, tmp_path, m
     assert result_of(out)["train_loss"] == pytest.approx(sum(loss for _, loss, _ in losses(whole)) / 10)
 
 
-def test_killed_during_a_save(uninterrupted, tiny, demo_data, tmp_path):
-    """kill -9 as soon as the folder of the second checkpoint appears; the run goes on from the first."""
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_killed_during_a_save_and_stopped_by_a_signal(uninterrupted, tiny, demo_data, tmp_path):
+    """kill -9 of the launcher as soon as the folder of the second checkpoint appears ends everything; the run goes on
+    from the first, is asked to stop, saves, and goes on once more."""
     output = tmp_path / "out"
     base = tiny("llama3_v2_5")
-    process = start("lora", base, demo_data, output, "--save_steps", "1")
+    often = ("--save_steps", "1", "--dataloader_num_workers", "1")
+    process = start("lora", base, demo_data, output, *often)
     first, second = output / "checkpoint-1" / "manifest.json", output / "checkpoint-2"
     wait_for(first.is_file, process)
-    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    assert len(everyone) >= 4, "two ranks, each with a loader process"
     wait_for(second.is_dir, process)
-    for member in everyone:  # torchrun gives each worker a session of its own
-        member.send_signal(signal.SIGKILL)
+    process.kill()
     _, err = process.communicate(timeout=60)
+    psutil.wait_procs(everyone, timeout=10)
+    assert alive(everyone) == []
     assert second.is_dir(), err
     assert not (second / "manifest.json").exists(), "it was not killed in time; the save has become faster"
     assert (output / "checkpoint-1" / "manifest.json").is_file()
-    status, out, err = launch("lora", base, demo_data, output, "--save_steps", "1", "--resume_from_checkpoint", "auto")
-    assert status == 0, err
+
+    rare = ("--save_steps", "100", "--dataloader_num_workers", "1", "--resume_from_checkpoint", "auto")
+    process = start("lora", base, demo_data, output, *rare)
+    log = output / "trainer_log.jsonl"
+    wait_for(lambda: '"step": 3,' in log.read_text(), process)
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == outcome.STOPPED, err
+    assert alive(everyone) == []
+    assert f"{output} belonged to process" in err
     assert f"{second} is not complete and is passed over" in err
     assert f"resuming from {output / 'checkpoint-1'} (step 1)" in err
+    stopped = result_of(out)
+    assert (stopped["status"], stopped["exit_code"]) == ("stopped", outcome.STOPPED)
+    assert "--resume_from_checkpoint auto goes on from there" in stopped["message"]
+
+    status, out, err = launch("lora", base, demo_data, output, *rare)
+    assert status == 0, err
+    assert "taken over" not in err
     assert result_of(out)["steps"] == 10
     assert_same_result(uninterrupted("lora", 2), output)
 

@@ -78,7 +78,7 @@ class Intake:
         Raises:
             DataError: the sample cannot be used and is not left out.
         """
-        loader_process.settle()
+        loader_process.settle(str(source()))
         try:
             example, outcome = self.fitter.encode(build())
         except DataError as error:

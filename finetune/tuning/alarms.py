@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune import outcome
 from finetune.errors import UserError, WorthlessError
 from finetune.tuning.parts import Parts, part_of
 
@@ -31,6 +32,8 @@ _TITLES = {
     "llm": "the LLM",
     "audio": "the audio tower",
 }
+# So many samples without a label are no coincidence. A step has as many, or several steps together.
+_UNLABELLED = 8
 # Samples and weights named in a message.
 _NAMED = 8
 
@@ -41,6 +44,10 @@ class DeadPartError(UserError):
 
 class NonFiniteError(WorthlessError):
     """Loss or gradient were not finite for too many steps in a row."""
+
+
+class NoLabelError(WorthlessError):
+    """Samples in a row without a single label: nothing is learnt from them."""
 
 
 class GradientWatch:
@@ -163,17 +170,25 @@ class Alarms(TrainerCallback):
     ) -> None:
         self.limit = limit
         self.since_log = False
+        self.asked_to_stop = False
         self._accelerator = accelerator
         self._gradients = GradientWatch(model, parts, declared)
         self._sources: list[list[str]] = []
         self._bad_rows: list[torch.Tensor] = []
+        self._labelled: list[torch.Tensor] = []
+        self._unlabelled = 0
         self.in_a_row = 0
         self._finite = 0
 
     def begin(self, inputs: dict[str, Any]) -> None:
         """Takes what the network does not read out of a micro-batch that is about to be trained on."""
         self._sources.append(inputs.pop("sources", None) or ["a sample without a source"] * len(inputs["input_ids"]))
+        self._labelled.append((inputs["labels"] >= 0).any())
         self._gradients.begin(inputs)
+
+    def samples(self) -> list[str]:
+        """Names of the samples of the step so far, on this rank."""
+        return [source for batch in self._sources for source in batch]
 
     def note(self, row_loss: torch.Tensor) -> None:
         """Notes the loss of every row, (B, 2), of the micro-batch that has begun."""
@@ -187,13 +202,23 @@ class Alarms(TrainerCallback):
         Raises:
             NonFiniteError: too many steps in a row were not finite.
             DeadPartError: a part does not learn.
+            NoLabelError: nothing in this step says what should be learnt.
         """
         device = self._accelerator.device
-        own = [torch.cat(self._bad_rows).any(), self._bad_gradient(args, kwargs["model"]), *self._gradients.flags()]
+        own = [
+            torch.cat(self._bad_rows).any(),
+            self._bad_gradient(args, kwargs["model"]),
+            torch.stack(self._labelled).any(),
+            len(self.samples()),
+            outcome.watch.request is not None,
+            *self._gradients.flags(),
+        ]
         flags = torch.stack([torch.as_tensor(flag, dtype=torch.float32, device=device) for flag in own])
         total = self._accelerator.reduce(flags, reduction="sum")
         assert isinstance(total, torch.Tensor)
-        bad_loss, bad_gradient, *seen = total.tolist()
+        bad_loss, bad_gradient, labelled, samples, stop, *seen = total.tolist()
+        self.asked_to_stop = bool(stop)
+        self._count_labels(state.global_step + 1, bool(labelled), int(samples))
         if bad_loss or bad_gradient:
             if self._accelerator.scaler is None and _engine(self._accelerator) is None:
                 # An optimizer passes over a parameter without gradient: no update, no decay, no change of its moments.
@@ -203,7 +228,7 @@ class Alarms(TrainerCallback):
             self.in_a_row = 0
             self._finite += 1
             self._gradients.judge(seen)
-        self._sources, self._bad_rows = [], []
+        self._sources, self._bad_rows, self._labelled = [], [], []
 
     def check_any(self) -> None:
         """At the end of training, before a result is saved.
@@ -217,17 +242,14 @@ class Alarms(TrainerCallback):
                 "warnings before name the samples; a base that is not finite looks like this too"
             )
 
-    def check_end(self) -> None:
-        """At the end of training, when the result is saved.
-
-        Raises:
-            NonFiniteError: the last step was not finite.
-        """
-        if self.in_a_row:
-            raise NonFiniteError(
-                f"the last {self.in_a_row} steps were not finite. The weights that are saved are finite, those after "
-                "the last finite step; the warnings before name the samples"
-            )
+    def at_end(self) -> NonFiniteError | None:
+        """What is to be said when training has ended and its result is saved: whether the last step was not finite."""
+        if not self.in_a_row:
+            return None
+        return NonFiniteError(
+            f"the last {self.in_a_row} steps were not finite. The weights that are saved are finite, those after the "
+            "last finite step; the warnings before name the samples"
+        )
 
     def _bad_gradient(self, args: TrainingArguments, model: nn.Module) -> bool | torch.Tensor:
         if args.fp16:
@@ -255,9 +277,21 @@ class Alarms(TrainerCallback):
                 step, what, self.in_a_row, f", stops at {self.limit}" if self.limit else "", _listed(samples),
             )  # fmt: skip
 
+    def _count_labels(self, step: int, labelled: bool, samples: int) -> None:
+        """Stops a run whose samples are all empty; in small steps a few of them are left out by chance."""
+        self._unlabelled = 0 if labelled else self._unlabelled + samples
+        if self._unlabelled >= _UNLABELLED:
+            names = gather_object(self.samples())
+            raise NoLabelError(
+                f"step {step}: the last {self._unlabelled} samples have no token with a label, so that nothing is "
+                f"learnt from them ({_listed(names)}). Either all of them were left out (the warnings before and "
+                "bad_samples.jsonl in the output folder say why), or their answers are not trained on (--train_on, "
+                '"loss" of the records)'
+            )
+
     def _suspects(self, bad_loss: bool) -> list[str]:
         """The rows of this rank whose loss is not finite; all of the step when only the gradient is not."""
-        rows = [source for batch in self._sources for source in batch]
+        rows = self.samples()
         if not bad_loss:
             return rows
         return [source for source, bad in zip(rows, torch.cat(self._bad_rows).tolist(), strict=True) if bad]

@@ -125,6 +125,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(path)
 
 
+def side_files(base: Checkpoint, *, use_lora: bool) -> list[str]:
+    """Names of the files that a result takes over from its base."""
+    return _matching(base.folder, SIDE_FILES if use_lora else FULL_FILES)
+
+
 def take_over(base: Checkpoint, target: Path, patterns: tuple[str, ...]) -> None:
     """Copies files of a base byte for byte; only its downsample_mode becomes that of the run, where they differ."""
     copy_files(base.folder, target, patterns)
@@ -141,7 +146,11 @@ def but_mode(base: Checkpoint) -> str:
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> list[str]:
     """Copies the files of ``source`` that match, byte for byte; returns their names."""
-    names = sorted({path.name for pattern in patterns for path in source.glob(pattern) if path.is_file()})
+    names = _matching(source, patterns)
     for name in names:
         shutil.copyfile(source / name, target / name)
     return names
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[str]:
+    return sorted({path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file()})

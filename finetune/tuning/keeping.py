@@ -37,15 +37,20 @@ from finetune.tuning.disk import (
 from finetune.tuning.finite import nonfinite_weights
 from finetune.tuning.identity import Identity
 from finetune.tuning.manifest import Manifest, cast_doubt, checkpoints, describe, read, write
-from finetune.tuning.saving import UNFINISHED, put_in_place
+from finetune.tuning.output import RECORDS
+from finetune.tuning.saving import put_in_place
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
     from finetune.tuning.alarms import Alarms
+    from finetune.tuning.output import OutputFolder
 
 logger = logging.getLogger(__name__)
+
+# In the folder of records, where a result lies until all of it is written.
+_UNFINISHED = "result"
 
 
 class UnsavedError(Exception):
@@ -67,18 +72,27 @@ class Keeper(TrainerCallback):
     def __init__(self, identity: Identity | None = None) -> None:
         self.identity = identity or Identity()
         self.unsaved: str | None = None
+        self._left_out: tuple[int, str] | None = None
+        self._output: OutputFolder | None = None
         self._unproven: Path | None = None
         self._limit: int | None = None
         self.size: int | None = None
         self._alarms: Alarms | None = None
 
-    def begin(self, args: TrainingArguments, model: nn.Module, alarms: Alarms, resumed: Path | None) -> None:
+    def begin(
+        self,
+        args: TrainingArguments,
+        model: nn.Module,
+        alarms: Alarms,
+        resumed: Path | None,
+        output: OutputFolder | None = None,
+    ) -> None:
         """Before training: takes the removal of old checkpoints over, and looks whether there is space for them.
 
         Raises:
             SpaceError: there is no space for a single one.
         """
-        self._alarms, self._unproven = alarms, resumed
+        self._alarms, self._unproven, self._output = alarms, resumed, output
         self._limit, args.save_total_limit = args.save_total_limit, None
         self.size = checkpoint_size(model, args)
         message = None
@@ -113,6 +127,10 @@ class Keeper(TrainerCallback):
             if state.is_world_process_zero:
                 self._rotate(args, state)
 
+    def missing(self, step: int) -> str | None:
+        """Why there is no checkpoint of a step that should have one; None where nothing went wrong with it."""
+        return self._left_out[1] if self._left_out is not None and self._left_out[0] == step else None
+
     def save(
         self,
         args: TrainingArguments,
@@ -134,7 +152,8 @@ class Keeper(TrainerCallback):
         """
         folder = Path(args.output_dir or "output") / f"checkpoint-{state.global_step}"
         if (reason := self._unfit(accelerator, model, lora=args.use_lora)) is not None:
-            self._say(state, "no %s is written: %s", folder.name, reason)
+            self._left_out = state.global_step, f"no {folder.name} is written: {reason}"
+            self._say(state, "%s", self._left_out[1])
             return
         best = state.best_model_checkpoint
         try:
@@ -148,6 +167,7 @@ class Keeper(TrainerCallback):
                 state.best_model_checkpoint = best
             if state.is_world_process_zero:
                 shutil.rmtree(folder, ignore_errors=True)
+            self._left_out = state.global_step, self.unsaved
             self._say(state, "%s. Training goes on to the next save", self.unsaved)
             return
         self.unsaved, self._unproven = None, folder
@@ -174,7 +194,9 @@ class Keeper(TrainerCallback):
             NotSavedError: it could not be written; what was there before is still there.
         """
         check_finite(accelerator, model, lora=args.use_lora, output=folder)
-        unfinished = folder / UNFINISHED
+        unfinished = folder / RECORDS / _UNFINISHED
+        if args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
         try:
             write_weights(unfinished)
             agree(accelerator, fault_of(partial(put_in_place, unfinished, folder)) if args.should_save else None)
@@ -204,6 +226,8 @@ class Keeper(TrainerCallback):
 
     def _make_room(self, folder: Path) -> None:
         """Looks whether the folder can be written and has space, before any rank begins to."""
+        if self._output is not None:
+            self._output.add(folder.name)
         probe(folder)
         free = free_space(folder)
         if self.size is not None and free is not None and free < self.size:

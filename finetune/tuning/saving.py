@@ -18,62 +18,12 @@ from safetensors import safe_open
 
 import finetune
 from finetune.arguments import Arguments
-from finetune.errors import UserError
 from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.tuning.carrying import carry
 from finetune.tuning.checkpoint import FULL_FILES, SIDE_FILES, Checkpoint, but_mode, read_config, take_over
 
-# What a former run leaves in an output folder.
-_RESULT_FILES = (
-    "checkpoint-*",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "trainer_state.json",
-    "all_results.json",
-    "run.yaml",
-    "loss.png",
-    "bad_samples.jsonl",
-    "trainer_log.jsonl",
-    "runs",
-)
-
-
-UNFINISHED = ".unfinished-result"
-"""Folder in an output folder where a result lies until all of it is written."""
 # Weights of a former result, which must not stay beside those of a new one.
 _WEIGHT_FILES = ("adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json")
-
-# What a run that saved nothing leaves; such a folder may be used again.
-_START_FILES = ("run.yaml", "runs")
-
-
-class OutputError(UserError):
-    """An output folder that must not be written to."""
-
-
-def prepare_output(folder: Path, *, resuming: bool, overwrite: bool) -> None:
-    """Makes the output folder; one with files in it is refused unless resuming or overwriting.
-
-    With ``overwrite`` the files of a former result are removed, others are left alone.
-
-    Raises:
-        OutputError: the folder is not empty and neither was asked for.
-    """
-    if folder.is_file():
-        raise OutputError(f"OUTPUT_DIR {folder} is a file; give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not resuming:
-        if not overwrite and any(path.name not in _START_FILES for path in folder.iterdir()):
-            raise OutputError(
-                f"OUTPUT_DIR {folder} is not empty: choose another, continue its run with "
-                "--resume_from_checkpoint auto, or replace it with --overwrite_output_dir true"
-            )
-        for pattern in _RESULT_FILES:
-            for path in folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_run(args: Arguments, base: Checkpoint, folder: Path) -> None:
@@ -133,6 +83,10 @@ def finish_full(folder: Path, base: Checkpoint) -> None:
 def put_in_place(unfinished: Path, folder: Path) -> None:
     """Moves a result that is complete to where it belongs; weights of a former one go first.
 
+    Args:
+        unfinished: the result, in a folder of its own, which goes when it is empty.
+        folder: where it belongs.
+
     Raises:
         OSError: it cannot be moved.
     """
@@ -144,6 +98,8 @@ def put_in_place(unfinished: Path, folder: Path) -> None:
             shutil.rmtree(target)
         path.replace(target)
     unfinished.rmdir()
+    if not any(unfinished.parent.iterdir()):
+        unfinished.parent.rmdir()
 
 
 def _saved_dtype(folder: Path) -> str | None:

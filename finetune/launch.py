@@ -1,0 +1,136 @@
+"""Starts the ranks of a run as torchrun does, with its options, and sees to it that nothing of them stays.
+
+``python -m finetune.launch [options of torchrun] -- finetune.py [flags]``. Beyond torchrun:
+
+- it exits with the status of the run (see ``finetune.outcome``) instead of always 1;
+- SIGUSR1 is passed on to the ranks like SIGTERM, and they get the time they ask for to save;
+- the ranks keep temporary files in a folder of their own, which goes when they do; what a run left that was killed as
+  a whole goes when the next one starts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from finetune import outcome
+from finetune.processes import PROCESSES, RUN_FOLDER
+
+_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+# Ranks end by themselves when their own time is over (--save_on_signal_timeout); this is for those that cannot.
+_LONGEST_SAVE = 6 * 3600
+_PREFIX = "finetune-run-"
+_LOCK = "lock"
+# A socket of multiprocessing below a longer temporary folder would not fit into its address.
+_LONGEST_PATH = 60
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the ranks to their end.
+
+    Args:
+        argv: options of torchrun, the program and its flags.
+
+    Returns:
+        The exit status of the run, 128 + N where signal N ended a rank.
+    """
+    options = run.parse_args(sys.argv[1:] if argv is None else list(argv))
+    options.signals_to_handle = _SIGNALS
+    options.shutdown_timeout = _LONGEST_SAVE
+    # Its table of failures says less than our own last line, and its traceback is of no use.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with run_folder() as folder:
+        try:
+            run.run(options)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            return _status_of(rank, failure.pid, failure.exitcode)
+        except SignalException as error:
+            return _result(folder) or 128 + error.sigval
+    return outcome.OK
+
+
+def _status_of(rank: int, pid: int, code: int) -> int:
+    if code >= 0:
+        return code
+    name = signal.Signals(-code).name
+    cause = "; memory may have run out (dmesg)" if -code == signal.SIGKILL else ""
+    sys.stderr.write(f"rank {rank} (process {pid}) was ended by {name}{cause}, and the run with it\n")
+    return 128 - code
+
+
+def _result(folder: Path) -> int | None:
+    """The exit status that rank 0 has reported; None where it has not, as on other nodes."""
+    path = folder / outcome.RESULT
+    return json.loads(path.read_text(encoding="utf-8"))["exit_code"] if path.is_file() else None
+
+
+@contextmanager
+def run_folder() -> Iterator[Path]:
+    """A folder for the temporary files of the ranks, which is gone afterwards.
+
+    It is locked by this process alone: whoever gets the lock of another such folder knows that its run is dead.
+    """
+    root = Path(tempfile.gettempdir())
+    for former in root.glob(f"{_PREFIX}*"):
+        _remove_if_dead(former)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
+    lock = (folder / _LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.environ[RUN_FOLDER] = str(folder)
+    # What is compiled once for all runs stays where it is.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / f"torchinductor_{_user()}"))
+    if len(str(folder)) <= _LONGEST_PATH:
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    try:
+        yield folder
+    finally:
+        _remove(folder, lock)
+
+
+def _remove_if_dead(folder: Path) -> None:
+    try:
+        lock = (folder / _LOCK).open("r+")
+    except OSError:  # of another user, or being made or removed just now
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+    else:
+        _remove(folder, lock)
+
+
+def _remove(folder: Path, lock: IO[str]) -> None:
+    for process in (folder / PROCESSES).glob("*"):
+        # Tensors that loader processes hand over lie there until their rank has taken them.
+        for left in Path("/dev/shm").glob(f"torch_{process.name}_*"):  # noqa: S108 - where the C library puts them
+            left.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.close()
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # no entry for this user id
+        return str(os.getuid())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

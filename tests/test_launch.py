@@ -1,0 +1,121 @@
+"""The launcher: statuses of the run, and nothing left of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from finetune import outcome
+from finetune.processes import PROCESSES
+
+ROOT = Path(__file__).resolve().parent.parent
+# A rank that does not import torch, so that it starts at once.
+RANK = """
+import os, pathlib, sys, tempfile, time
+from finetune import outcome
+outcome.install()
+rank = os.environ["RANK"]
+(pathlib.Path(tempfile.gettempdir()) / ("left-by-" + rank)).touch()
+{body}
+"""
+SAVES = """
+outcome.watch.can_save(20, lambda: False)
+print("ready", flush=True)
+while outcome.watch.request is None: time.sleep(0.01)
+outcome.watch.saved()
+outcome.report("stopped", exit_code=outcome.STOPPED)
+outcome.leave(outcome.STOPPED)
+"""
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """With a short path, so that the launcher can have temporary files below it."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def start(folder: Path, body: str) -> subprocess.Popen[str]:
+    script = folder / "rank.py"
+    script.write_text(RANK.format(body=body))
+    words = ["--nproc_per_node", "2", "--standalone", "--", str(script)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "finetune.launch", *words],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=-1,
+        stderr=-1,
+        text=True,
+    )
+
+
+def left(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name != "rank.py"]
+
+
+ENDS = [
+    ("outcome.leave(5)", 5, ""),
+    ("os.kill(os.getpid(), 9) if rank == '1' else time.sleep(60)", 137, "rank 1 (process"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "said"), ENDS)
+def test_status(folder, body, status, said):
+    process = start(folder, body)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert said in err
+    assert "Traceback" not in err
+    assert left(folder) == []
+
+
+def test_a_signal_is_passed_on_and_ranks_may_save(folder):
+    process = start(folder, SAVES)
+    assert process.stdout is not None
+    assert [process.stdout.readline(), process.stdout.readline()] == ["ready\n"] * 2
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == outcome.STOPPED, err
+    assert json.loads(out.removeprefix("result="))["status"] == "stopped"
+    assert left(folder) == []
+
+
+def test_killed_as_a_whole(folder, monkeypatch):
+    """The ranks end with it; the next start removes what it left, and nothing that is not of a dead run of ours."""
+    process = start(folder, 'print("ready", flush=True); time.sleep(60)')
+    assert process.stdout is not None
+    assert [process.stdout.readline(), process.stdout.readline()] == ["ready\n"] * 2
+    ranks = psutil.Process(process.pid).children()
+    assert len(ranks) == 2
+    process.kill()
+    process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert alive == []
+    (own,) = (path for path in folder.iterdir() if path.is_dir())
+    assert {path.name for path in (own / PROCESSES).iterdir()} == {str(rank.pid) for rank in ranks}
+    tensor = Path(f"/dev/shm/torch_{ranks[0].pid}_{time.time_ns()}_0")
+    foreign = Path(f"/dev/shm/torch_{os.getpid()}_{time.time_ns()}_0")
+    other = folder / "finetune-run-of-somebody-else"
+    other.mkdir()
+    for path in (tensor, foreign):
+        path.touch()
+    try:
+        second = start(folder, "outcome.leave(0)")
+        second.communicate(timeout=60)
+        assert second.returncode == 0
+        assert left(folder) == [other.name]
+        assert not tensor.exists()
+        assert foreign.exists()
+    finally:
+        tensor.unlink(missing_ok=True)
+        foreign.unlink(missing_ok=True)
