@@ -108,7 +108,8 @@ RULES = (
         "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
         "dataloader_multiprocessing_context dataloader_in_order remove_unused_columns label_names "
         "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout "
-        "debug skip_memory_metrics do_train do_eval do_predict logging_dir jit_mode_eval torchdynamo save_safetensors",
+        "hang_timeout save_on_signal_timeout debug skip_memory_metrics do_train do_eval do_predict logging_dir "
+        "jit_mode_eval torchdynamo save_safetensors",
     ),
     Rule(
         # base, data, method, batches, downsample_mode and streams are compared as what they mean; see ``resume``
