@@ -4,6 +4,8 @@
 # make test-web      runs the tests of the chat page in headless Chromium, in .venv-web
 # make lint          ruff and pyright
 # make bench         measures the performance table of README.md again and writes it
+# make soak          kills runs at random and looks at what is lost and what stays (about half an hour; two hosts want root)
+# make audit         looks the installed packages up in the advisory databases
 # make install, make clean (keeps output/)
 #
 # PYTHON=python3.12 chooses the interpreter, PYTEST="-k launchers" passes options to pytest, WORKERS=4 runs the tests in
@@ -15,7 +17,7 @@ WORKERS ?= 2
 SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: train test test-lowest test-web lint bench install install-dev clean
+.PHONY: train test test-lowest test-web lint bench soak audit install install-dev clean
 
 train: install
 	PYTHON="$(CURDIR)/.venv/bin/python" .venv/bin/python -m finetune demo
@@ -45,6 +47,18 @@ lint: install-dev
 bench: install-dev
 	.venv/bin/python benchmarks/all.py
 
+soak: install-dev
+	.venv/bin/python tests/soak/soak.py
+	.venv/bin/python tests/soak/two_hosts.py
+
+# In an environment of its own, which looks at the other.
+audit: install-dev .venv-audit/installed
+	.venv-audit/bin/pip-audit --skip-editable --path "$$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+.venv-audit/installed: | .venv-audit/bin/python
+	.venv-audit/bin/python $(PIP_INSTALL) 'pip-audit>=2.9,<3'
+	touch $@
+
 install: .venv/installed
 install-dev: .venv/installed-dev
 
@@ -66,10 +80,10 @@ install-dev: .venv/installed-dev
 	.venv-web/bin/python $(PIP_INSTALL) --editable '.[dev,web]' playwright
 	touch $@
 
-.venv/bin/python .venv-lowest/bin/python .venv-web/bin/python:
+.venv/bin/python .venv-lowest/bin/python .venv-web/bin/python .venv-audit/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, $(PYTHON) is %d.%d; try: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(@D:/bin=)
 
 clean:
-	rm -rf .venv .venv-lowest .venv-web build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-web .venv-audit build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find finetune tests -name __pycache__ -exec rm -rf {} +

@@ -50,6 +50,7 @@ def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the 
     from finetune.tuning.loaders import check_kernels
     from finetune.tuning.output import LogsCallback
     from finetune.tuning.saving import write_run
+    from finetune.tuning.universal import expect_converted
 
     loader_process.take_notes()
     # Base checkpoint: what it is, read from the folder.
@@ -62,6 +63,7 @@ def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the 
     distributed.start(args.training)
     check_modes(base.downsample_mode)
     resume_from = distributed.from_main_process(resume and str(resume))
+    expect_converted(args.training, resume_from)
     from transformers import set_seed
 
     from finetune.models import load_model, load_tokenizer
@@ -154,7 +156,7 @@ def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the 
     trainer.save_state()
     progress.on_save(args.training, trainer.state, trainer.control)
     report_samples(trainer, train, output.folder)
-    trouble = trainer.trouble()
+    trouble = trainer.keeper.trouble(args.training)
 
     # Verify in a fresh process, once this one has released its devices.
     from finetune.tuning.verification import take_reference, verify_in_fresh_process
@@ -219,6 +221,7 @@ def look_at_output(args: Arguments, base: Checkpoint, output: OutputFolder) -> t
     from finetune.tuning.checkpoint import side_files
     from finetune.tuning.identity import identify
     from finetune.tuning.resume import choose_checkpoint
+    from finetune.tuning.universal import for_processes
 
     training = args.training
     identity = identify(args, base, data_files(args.data))
@@ -232,7 +235,7 @@ def look_at_output(args: Arguments, base: Checkpoint, output: OutputFolder) -> t
     )
     output.own()
     logger.info("%s", args.describe())
-    return resume, identity
+    return for_processes(resume, output.folder), identity
 
 
 def inputs_of(args: Arguments, base: Checkpoint) -> list[Input]:

@@ -16,17 +16,16 @@ from accelerate.data_loader import SeedableRandomSampler
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from dataset import PackingCollator, StreamedDataset
 from finetune.errors import UserError, WorthlessError
 from finetune.evaluation.in_training import GeneratedMetric
-from finetune.evaluation.progress import Forgiving
+from finetune.evaluation.progress import forgive
 from finetune.tuning import streams
 from finetune.tuning.alarms import Alarms
 from finetune.tuning.checkpoint import Checkpoint
-from finetune.tuning.disk import NotSavedError
 from finetune.tuning.flops import flops_of
 from finetune.tuning.keeping import Keeper, agree, fault_of
 from finetune.tuning.loaders import is_planned, loader_options, planned_loader
@@ -52,11 +51,6 @@ _SHARDED = 3
 
 class BaseLossError(UserError):
     """The checkpoint predicts no better than chance before the first update."""
-
-
-def _reports(callback: TrainerCallback) -> bool:
-    """Whether a callback only tells some service or file how the run is going."""
-    return type(callback).__module__.startswith("transformers.integrations")
 
 
 class CPMTrainer(Trainer):
@@ -102,8 +96,7 @@ class CPMTrainer(Trainer):
         limit = self.args.max_nonfinite_steps  # pyright: ignore[reportAttributeAccessIssue]
         self.alarms = Alarms(self._network(), parts, self.accelerator, declared, limit)
         self.add_callback(self.alarms)
-        callbacks = self.callback_handler.callbacks
-        callbacks[:] = [Forgiving(each) if _reports(each) else each for each in callbacks]
+        forgive(self.callback_handler.callbacks)
         self.keeper = keeper or Keeper()
         self.add_callback(self.keeper)
         self._hangs = HangWatch(self.args.hang_timeout, self.alarms.samples)  # pyright: ignore[reportAttributeAccessIssue]
@@ -143,14 +136,6 @@ class CPMTrainer(Trainer):
         self.alarms.check_any()
         return done
 
-    def trouble(self) -> UserError | None:
-        """What is wrong with a run that came to its end and whose result is saved."""
-        if (error := self.alarms.at_end()) is not None:
-            return error
-        if (unsaved := self.keeper.unsaved) is not None:
-            return NotSavedError(f"the result is saved in {self.args.output_dir}, but {unsaved}")
-        return None
-
     def _dealt(self) -> dict[str, Any] | None:
         """How streamed records are dealt; None for other data."""
         dataset = self.train_dataset
@@ -167,12 +152,15 @@ class CPMTrainer(Trainer):
         if isinstance(dataset, StreamedDataset):
             batch_size = self._train_batch_size
             dataset.deal(args.process_index, args.world_size, batch_size, self._passed)
-            return DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator, **loader_options(args))
+            loader: Any = DataLoader(
+                dataset, batch_size=batch_size, collate_fn=self.data_collator, **loader_options(args)
+            )
+            return self._with_own_seeds(loader)
         if is_planned(args):
             collate: Any = self.data_collator
             if args.packing != "off":
                 collate = PackingCollator(dataset.intake.fitter.encoder.empty("a row without samples"))
-            loader: Any = planned_loader(dataset, args, self.accelerator, collate, self._order)
+            loader = planned_loader(dataset, args, self.accelerator, collate, self._order)
         else:
             loader = super().get_train_dataloader()
             if type(sampler := loader.get_sampler()) is SeedableRandomSampler:
@@ -181,6 +169,21 @@ class CPMTrainer(Trainer):
         # Batches move when it is their turn: on the CPU they are counted without waiting for the device, and of those
         # that are accumulated only one at a time takes its memory.
         loader.device = None
+        return self._with_own_seeds(loader)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """The loader of the evaluation data."""
+        return self._with_own_seeds(super().get_eval_dataloader(*args, **kwargs))
+
+    def _with_own_seeds(self, loader: DataLoader) -> DataLoader:
+        """Draws the seeds of loader processes from a generator of their own.
+
+        They would be drawn from the one that dropout uses on the CPU, and how often depends on whether the processes
+        are new: those of a resumed run are in its second epoch, where they would have stayed.
+        """
+        generator = torch.Generator().manual_seed(self.args.seed)
+        for each in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate wraps it, and copies from both
+            each.generator = generator
         return loader
 
     def get_batch_samples(

@@ -134,6 +134,13 @@ for _event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
     setattr(Forgiving, _event, _hand_on(_event))
 
 
+def forgive(callbacks: list[TrainerCallback]) -> None:
+    """Puts those that only tell some service or file how the run is going into ``Forgiving``, in their places."""
+    for place, callback in enumerate(callbacks):
+        if type(callback).__module__.startswith("transformers.integrations"):
+            callbacks[place] = Forgiving(callback)
+
+
 def _append(path: Path, line: str) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")

@@ -10,12 +10,10 @@ import faulthandler
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from functools import cache
 from pathlib import Path
-from typing import IO
 
 import psutil
 from torch.utils.data import get_worker_info
@@ -30,8 +28,8 @@ _NICENESS = 10
 # Bytes for the name of the sample that a loader process is at, and seconds that it has to write its stacks.
 _NAME = 512
 _WRITES = 1.0
-# Made by a rank before its loader processes, which inherit them: names of samples by process, and stacks.
-_notes: tuple[IO[bytes], IO[bytes]] | None = None
+# Files in memory, made by a rank before its loader processes, which inherit them: names of samples by process, stacks.
+_notes: tuple[int, int] | None = None
 
 
 def settle(sample: str = "") -> None:
@@ -51,7 +49,7 @@ def settle(sample: str = "") -> None:
         _show_stacks_when_asked()
         if _notes is not None:
             name = sample.encode(errors="replace")[:_NAME].ljust(_NAME, b"\0")
-            os.pwrite(_notes[0].fileno(), name, os.getpid() * _NAME)
+            os.pwrite(_notes[0], name, os.getpid() * _NAME)
 
 
 @cache
@@ -70,7 +68,8 @@ def _wait_for_sigterm() -> None:
 def take_notes() -> None:
     """Lets loader processes that are made from here on tell what they do; call it in their rank."""
     global _notes
-    _notes = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+    if _notes is None:
+        _notes = os.memfd_create("samples"), os.memfd_create("stacks")
 
 
 def what_loaders_do() -> str:
@@ -82,10 +81,10 @@ def what_loaders_do() -> str:
     for process in asked:
         os.kill(process, signal.SIGUSR2)
     time.sleep(_WRITES)
-    at = [os.pread(names.fileno(), _NAME, process * _NAME).rstrip(b"\0").decode(errors="replace") for process in asked]
+    at = [os.pread(names, _NAME, process * _NAME).rstrip(b"\0").decode(errors="replace") for process in asked]
     lines = [f"loader process {process} is at {name}" for process, name in zip(asked, at, strict=True)]
-    stacks.seek(0)
-    return "\n".join([*lines, "", stacks.read().decode(errors="replace")])
+    written = os.pread(stacks, os.fstat(stacks).st_size, 0)
+    return "\n".join([*lines, "", written.decode(errors="replace")])
 
 
 @cache

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from finetune import distributed
 from finetune.arguments import TrainingArguments
-from finetune.errors import WorthlessError
+from finetune.errors import UserError, WorthlessError
 from finetune.models.strict import some
 from finetune.tuning.disk import (
     NotingWriter,
@@ -39,6 +39,7 @@ from finetune.tuning.identity import Identity
 from finetune.tuning.manifest import Manifest, cast_doubt, checkpoints, describe, read, write
 from finetune.tuning.output import RECORDS
 from finetune.tuning.saving import put_in_place
+from finetune.tuning.universal import is_converted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -74,6 +75,7 @@ class Keeper(TrainerCallback):
         self.unsaved: str | None = None
         self._left_out: tuple[int, str] | None = None
         self._output: OutputFolder | None = None
+        self._converted: Path | None = None
         self._unproven: Path | None = None
         self._limit: int | None = None
         self.size: int | None = None
@@ -92,7 +94,9 @@ class Keeper(TrainerCallback):
         Raises:
             SpaceError: there is no space for a single one.
         """
-        self._alarms, self._unproven, self._output = alarms, resumed, output
+        self._converted = resumed if resumed is not None and is_converted(resumed) else None
+        self._alarms, self._output = alarms, output
+        self._unproven = None if self._converted else resumed
         self._limit, args.save_total_limit = args.save_total_limit, None
         self.size = checkpoint_size(model, args)
         message = None
@@ -109,6 +113,8 @@ class Keeper(TrainerCallback):
         args.save_total_limit = self._limit
         if not state.is_world_process_zero:
             return
+        if self._converted is not None:
+            shutil.rmtree(self._converted.parent, ignore_errors=True)
         if self._unproven is not None and self._alarms is not None and self._alarms.in_a_row:
             try:
                 cast_doubt(self._unproven, f"none of the {self._alarms.in_a_row} steps after it was finite")
@@ -126,6 +132,14 @@ class Keeper(TrainerCallback):
             self._unproven = None
             if state.is_world_process_zero:
                 self._rotate(args, state)
+
+    def trouble(self, args: transformers.TrainingArguments) -> UserError | None:
+        """What is wrong with a run that came to its end and whose result is saved."""
+        if self._alarms is not None and (error := self._alarms.at_end()) is not None:
+            return error
+        if self.unsaved is not None:
+            return NotSavedError(f"the result is saved in {args.output_dir}, but {self.unsaved}")
+        return None
 
     def missing(self, step: int) -> str | None:
         """Why there is no checkpoint of a step that should have one; None where nothing went wrong with it."""

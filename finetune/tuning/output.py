@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,10 @@ class OutputFolder:
         self._use_lora, self._resuming, self._side_files = use_lora, resuming, list(side_files)
         for given in inputs:
             self._check_apart(given)
+        with self._in_words():
+            self._check_contents(resuming=resuming, overwrite=overwrite)
+
+    def _check_contents(self, *, resuming: bool, overwrite: bool) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise OutputError(f"OUTPUT_DIR {self.folder} is a file; give a folder")
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
@@ -137,17 +142,19 @@ class OutputFolder:
         Raises:
             OwnedError: another run writes to it.
         """
-        self._ownership = Ownership(self._records)
+        with self._in_words():
+            self._ownership = Ownership(self._records)
         outcome.at_end(self.release)
 
     def open(self) -> None:
         """Moves what a former run wrote aside, unless it is gone on with, and lists what this one will write."""
-        ours = self._written()
-        if not self._resuming:
-            self._move_aside(ours)
-            ours = {}
-        planned = [*_ALWAYS, *self._fixed()]
-        self._write_list({**ours, **dict.fromkeys(planned)})
+        with self._in_words():
+            ours = self._written()
+            if not self._resuming:
+                self._move_aside(ours)
+                ours = {}
+            planned = [*_ALWAYS, *self._fixed()]
+            self._write_list({**ours, **dict.fromkeys(planned)})
 
     def add(self, *names: str) -> None:
         """Lists what is about to be written below the folder."""
@@ -172,6 +179,16 @@ class OutputFolder:
             for folder in (self._records, self.folder):  # as it was, where nothing came of the run
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"OUTPUT_DIR {self.folder} cannot be used: {error.strerror or error} ({error.filename}). Choose "
+                "another folder, or mend its permissions or its disk"
+            ) from error
 
     def _check_apart(self, given: Input) -> None:
         folder, path = self.folder.resolve(), given.path.resolve()

@@ -19,6 +19,9 @@ from finetune.tuning.manifest import Manifest, checkpoints, describe, fault, rea
 
 logger = logging.getLogger(__name__)
 
+# The ZeRO stage in which no rank has whole weights; see ``universal``.
+_SHARDED = 3
+
 
 class ResumeError(UserError):
     """A checkpoint that this run cannot continue from."""
@@ -179,11 +182,11 @@ def _check_fits(training: TrainingArguments, folder: Path, manifest: Manifest, m
             f"{folder} was written with {_zero(manifest.zero_stage)}, this run uses {_zero(now.zero_stage)}: the state "
             f"of the optimizer cannot be read. Use the DS_CONFIG it was started with. {weights}"
         )
-    if manifest.world_size != now.world_size and now.zero_stage > 0:
+    if manifest.world_size != now.world_size and now.zero_stage == _SHARDED:
         raise ResumeError(
-            f"{folder} was written by {manifest.world_size} processes, this run has {now.world_size}: with ZeRO each "
-            f"process holds a part of the optimizer's state. Start {manifest.world_size} processes (GPUS_PER_NODE, "
-            f"NNODES). {weights}"
+            f"{folder} was written by {manifest.world_size} processes, this run has {now.world_size}: with ZeRO-3 each "
+            f"process holds a part of the optimizer's state, which DeepSpeed does not restore rightly for another "
+            f"number (with ZeRO-2 it does). Start {manifest.world_size} processes (GPUS_PER_NODE, NNODES). {weights}"
         )
     if (saved := saved_with(folder)) not in (None, mode):
         raise ResumeError(

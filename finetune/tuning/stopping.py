@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,9 +25,11 @@ logger = logging.getLogger(__name__)
 STACKS = "hang"
 """Folder in OUTPUT_DIR with the stacks of every rank of a run that stood still."""
 
-# Seconds between two looks at the clock, and those that the other ranks get to write theirs.
+# Seconds between two looks at the clock, those that the other ranks get to write theirs, and those after which a
+# process ends that does not even let the thread run.
 _LOOK_EVERY = 1.0
 _GATHER = 5.0
+_LAST_RESORT = 15.0
 
 
 class StoppedError(UserError):
@@ -117,7 +120,8 @@ class HangWatch(TrainerCallback):
         """Something was finished."""
         if self._last is not None:
             self._last = time.monotonic()
-            faulthandler.dump_traceback_later(self._seconds + 3 * _GATHER, exit=True)
+            # Not sys.stderr, which may be something without a file.
+            faulthandler.dump_traceback_later(self._seconds + _LAST_RESORT, exit=True, file=sys.__stderr__ or 2)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -103,7 +103,7 @@ def test_a_run_whose_last_step_was_not_finite_is_not_well(make):
     trainer.train()
     trainer.save_model()
     assert left(trainer) == [1]
-    trouble = trainer.trouble()
+    trouble = trainer.keeper.trouble(trainer.args)
     assert isinstance(trouble, WorthlessError)
     assert str(trouble).startswith("the last 1 steps were not finite. The weights that are saved are finite")
 
@@ -134,12 +134,12 @@ def test_a_save_that_fails_is_said_and_training_goes_on(make, monkeypatch, caplo
     assert "free in " in caplog.text
     trainer.save_model()
     if 4 in steps:
-        trouble = trainer.trouble()
+        trouble = trainer.keeper.trouble(trainer.args)
         assert trouble is not None
         assert trouble.exit_code == outcome.NOT_SAVED
         assert re.match(r"the result is saved in .*, but .*checkpoint-4 could not", str(trouble))
     else:
-        assert trainer.trouble() is None
+        assert trainer.keeper.trouble(trainer.args) is None
 
 
 def test_no_space_is_known_before_writing(make, monkeypatch, caplog):

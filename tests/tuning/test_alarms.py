@@ -13,12 +13,15 @@ import torch
 from torch import nn
 
 from dataset import make_supervised_data_module
+from finetune import outcome
 from finetune.arguments import parse_arguments
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
-from finetune.tuning.alarms import DeadPartError, NonFiniteError, shown
+from finetune.signals import Watch
+from finetune.tuning.alarms import DeadPartError, NoLabelError, NonFiniteError, shown
 from finetune.tuning.checkpoint import resolve
 from finetune.tuning.parts import adapt
+from finetune.tuning.stopping import StoppedError
 from trainer import CPMTrainer
 
 Make = Callable[..., CPMTrainer]
@@ -190,3 +193,27 @@ def test_weights_that_are_not_finite_are_named(make):
         network(trainer).get_parameter("resampler.kv_proj.weight")[0, 0] = torch.inf
     with pytest.raises(NonFiniteError, match=r"1 to 3.*weights that are not finite: resampler\.kv_proj\.weight"):
         trainer.train()
+
+
+def test_a_run_without_a_label_stops(make, monkeypatch):
+    """One sample per step: a few in a row may be left out by chance, eight are no chance."""
+    trainer = make("--max_steps", "20")
+    collate = trainer.data_collator
+    monkeypatch.setattr(trainer, "data_collator", lambda samples: unlabelled(collate(samples)))
+    with pytest.raises(NoLabelError, match=r"step 8: the last 8 samples have no token with a label.*train\.json, rec"):
+        trainer.train()
+    assert NoLabelError.exit_code == 4
+
+
+def unlabelled(batch: dict) -> dict:
+    return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+
+def test_a_run_that_is_asked_to_stop_saves_at_the_end_of_the_step(make, monkeypatch, tmp_path):
+    trainer = make()
+    monkeypatch.setattr(outcome, "watch", Watch(pytest.fail))
+    spoil(trainer, lambda step: step == 2 and setattr(outcome.watch, "_request", "SIGTERM") is not None)
+    with pytest.raises(StoppedError, match="step 2 of 4 is saved"):
+        trainer.train()
+    assert (tmp_path / "out" / "checkpoint-2" / "model.safetensors").is_file()
+    assert not (tmp_path / "out" / "checkpoint-3").exists()

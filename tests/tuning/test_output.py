@@ -154,6 +154,12 @@ def test_an_output_folder_is_not_an_input(tmp_path, out, given, how):
     )
 
 
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    write(tmp_path, "file")
+    with pytest.raises(OutputError, match=r"file/out cannot be used: Not a directory \(.*file"):
+        run(tmp_path / "file" / "out")
+
+
 def test_a_list_from_elsewhere_reaches_nothing_outside(tmp_path):
     folder = tmp_path / "out"
     write(tmp_path, "precious")
