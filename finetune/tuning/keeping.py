@@ -124,6 +124,12 @@ class Keeper(TrainerCallback):
         else:
             self._rotate(args, state)
 
+    def on_train_begin(
+        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Lets the flags say when a resumed run saves, evaluates and logs: the Trainer takes it from the checkpoint."""
+        state.compute_steps(args, state.max_steps)
+
     def on_step_end(
         self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -231,10 +231,13 @@ def test_another_way_to_make_batches_is_said(tmp_path, caplog):
 
 
 def test_another_number_of_processes(tmp_path, monkeypatch, caplog):
-    folder = checkpoint(tmp_path, 2, zero_stage=2, world_size=4)
+    folder = checkpoint(tmp_path, 2, zero_stage=3, world_size=4)
+    for rank in range(1, 4):
+        torch.save({}, folder / "global_step" / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+    sign(folder, 2, tmp_path, zero_stage=3, world_size=4)
     arguments = training(tmp_path)
     # Without starting DeepSpeed: only the stage of its configuration is read.
-    arguments.deepspeed = ZERO2
+    arguments.deepspeed = {"zero_optimization": {"stage": 3}}
     with pytest.raises(
         ResumeError, match=r"written by 4 processes, this run has 1.*Start 4 processes.*lora_weight_path"
     ):
