@@ -169,7 +169,7 @@ def test_killed_during_a_save_and_stopped_by_a_signal(uninterrupted, tiny, demo_
 
     status, out, err = launch("lora", base, demo_data, output, *rare)
     assert status == 0, err
-    assert "taken over" not in err
+    assert "belonged to process" not in err
     assert result_of(out)["steps"] == 10
     assert_same_result(uninterrupted("lora", 2), output)
 
