@@ -15,7 +15,9 @@ from finetune.encoding.collate import Batch, pack, pad
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
 from finetune.encoding.intake import BAD_SAMPLES, Intake
-from finetune.readers.mixture import Mixture, open_data
+from finetune.readers import records
+from finetune.readers.mixture import Mixture, open_data, parse_names
+from finetune.readers.registry import find_entry
 from finetune.readers.streamed import StreamedSamples, open_stream
 from finetune.sample import DataError, Sample
 
@@ -199,6 +201,18 @@ def make_supervised_data_module(
     count = "streamed" if isinstance(train, StreamedDataset) else len(train)
     logger.info("%s training samples, %d evaluation samples", count, len(evaluation or ()))
     return DataModule(train_dataset=train, eval_dataset=evaluation, data_collator=DataCollator(encoder.pad_id))
+
+
+def data_files(data: DataArguments) -> list[Path]:
+    """The files that the flags about training data name, none of them opened; data sets of the hub have none.
+
+    Raises:
+        DataError: a folder without data files, or a data set that is not described.
+    """
+    if data.data_path is not None:
+        return records.data_files(Path(data.data_path).expanduser())
+    entries = [find_entry(named.name, data.dataset_dir) for named in parse_names(data.dataset or "")]
+    return [file for entry in entries if entry.file is not None for file in records.data_files(entry.file)]
 
 
 def _stream(data: DataArguments, seed: int) -> StreamedSamples:

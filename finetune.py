@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from dataset import StreamedDataset, SupervisedDataset
     from finetune.tuning.checkpoint import Checkpoint
+    from finetune.tuning.identity import Identity
     from finetune.tuning.output import Input, OutputFolder
 
 logger = logging.getLogger(__name__)
@@ -50,18 +51,20 @@ def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the 
     from finetune.tuning.loaders import check_kernels
     from finetune.tuning.output import LogsCallback
     from finetune.tuning.saving import write_run
+    from finetune.tuning.universal import expect_converted
 
     loader_process.take_notes()
     # Base checkpoint: what it is, read from the folder.
     base = find_base(args)
     check_names(args, base.family)
     check_kernels(args.training, base.family, from_hub=args.model.use_hub_kernels)
-    resume = look_at_output(args, base, output) if distributed.is_main_process() else None
+    resume, identity = look_at_output(args, base, output) if distributed.is_main_process() else (None, None)
 
     # Tokenizer.
     distributed.start(args.training)
     check_modes(base.downsample_mode)
     resume_from = distributed.from_main_process(resume and str(resume))
+    expect_converted(args.training, resume_from)
     from transformers import set_seed
 
     from finetune.models import load_model, load_tokenizer
@@ -129,19 +132,20 @@ def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the 
     if distributed.is_main_process():
         output.open()
         write_run(args, base, output.folder)
-    from finetune.evaluation.plots import plot_loss
-    from finetune.evaluation.progress import PLOT_NAME, ProgressCallback
+    from finetune.evaluation.progress import ProgressCallback
     from finetune.tuning.bad_share import BadShareCallback
-    from finetune.tuning.manifest import ManifestCallback
+    from finetune.tuning.keeping import Keeper
     from trainer import CPMTrainer
 
+    progress = ProgressCallback()
     trainer = CPMTrainer(
         model=model,
         args=args.training,
         base=base,
         part_learning_rates=rates,
         check_base_loss=args.model.check_base_loss == "auto",
-        callbacks=[ManifestCallback(), ProgressCallback(), LogsCallback(output), BadShareCallback(train.intake)],
+        keeper=Keeper(identity),
+        callbacks=[progress, LogsCallback(output), BadShareCallback(train.intake)],
         output=output,
         **data,
     )
@@ -152,9 +156,9 @@ def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the 
         trainer.save_metrics("eval", metrics)
         logger.info("eval_loss %.4f over %d answer tokens", metrics["eval_loss"], metrics["eval_tokens"])
     trainer.save_state()
+    progress.on_save(args.training, trainer.state, trainer.control)
     report_samples(trainer, train, output.folder)
-    if distributed.is_main_process():
-        plot_loss(trainer.state.log_history, output.folder / PLOT_NAME)
+    trouble = trainer.keeper.trouble(args.training)
 
     # Verify in a fresh process, once this one has released its devices.
     from finetune.tuning.verification import take_reference, verify_in_fresh_process
@@ -177,6 +181,8 @@ def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the 
     verified = None if reference is None else verify_in_fresh_process(output.folder, reference) == 0
     status = outcome.NOT_VERIFIED if verified is False else outcome.OK
     if status == outcome.OK and distributed.is_main_process():
+        if trouble is not None:
+            raise trouble
         output.finish()
     outcome.report("error" if status else "ok", exit_code=status, **result, verified=verified)
     return status
@@ -207,13 +213,21 @@ def find_base(args: Arguments) -> Checkpoint:
     return base
 
 
-def look_at_output(args: Arguments, base: Checkpoint, output: OutputFolder) -> Path | None:
-    """Makes sure that this run, and no other, may write its output folder; gives the checkpoint it goes on from."""
+def look_at_output(args: Arguments, base: Checkpoint, output: OutputFolder) -> tuple[Path | None, Identity]:
+    """Makes sure that this run, and no other, may write its output folder.
+
+    Returns:
+        the checkpoint it goes on from, and what the run is.
+    """
+    from dataset import data_files
     from finetune.tuning.checkpoint import side_files
+    from finetune.tuning.identity import identify
     from finetune.tuning.resume import choose_checkpoint
+    from finetune.tuning.universal import for_processes
 
     training = args.training
-    resume = choose_checkpoint(training, output.folder, base.downsample_mode)
+    identity = identify(args, base, data_files(args.data))
+    resume = choose_checkpoint(training, output.folder, identity, base.downsample_mode)
     output.check(
         inputs_of(args, base),
         side_files(base, use_lora=training.use_lora),
@@ -223,7 +237,7 @@ def look_at_output(args: Arguments, base: Checkpoint, output: OutputFolder) -> P
     )
     output.own()
     logger.info("%s", args.describe())
-    return resume
+    return for_processes(resume, output.folder), identity
 
 
 def inputs_of(args: Arguments, base: Checkpoint) -> list[Input]:

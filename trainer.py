@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from dataset import PackingCollator, StreamedDataset
-from finetune.errors import UserError
+from finetune.errors import UserError, WorthlessError
 from finetune.evaluation.in_training import GeneratedMetric
+from finetune.evaluation.progress import forgive
 from finetune.tuning import streams
 from finetune.tuning.alarms import Alarms
 from finetune.tuning.checkpoint import Checkpoint
 from finetune.tuning.flops import flops_of
+from finetune.tuning.keeping import Keeper, agree, fault_of
 from finetune.tuning.loaders import is_planned, loader_options, planned_loader
 from finetune.tuning.manifest import zero_stage
 from finetune.tuning.order import EpochOrder, LeanSampler
@@ -57,6 +60,7 @@ class CPMTrainer(Trainer):
         base: the checkpoint the run started from; its tokenizer and processor files go into every save.
         part_learning_rates: learning rate of every part of the network.
         check_base_loss: stop before the first update when the loss of a pretrained checkpoint is near chance.
+        keeper: of the checkpoints; it knows which run they are of.
         output: where checkpoints are listed as written by this run.
         **kwargs: those of Trainer.
     """
@@ -67,6 +71,7 @@ class CPMTrainer(Trainer):
         base: Checkpoint,
         part_learning_rates: dict[str, float],
         check_base_loss: bool = True,
+        keeper: Keeper | None = None,
         output: OutputFolder | None = None,
         **kwargs: Any,
     ) -> None:
@@ -91,6 +96,9 @@ class CPMTrainer(Trainer):
         limit = self.args.max_nonfinite_steps  # pyright: ignore[reportAttributeAccessIssue]
         self.alarms = Alarms(self._network(), parts, self.accelerator, declared, limit)
         self.add_callback(self.alarms)
+        forgive(self.callback_handler.callbacks)
+        self.keeper = keeper or Keeper()
+        self.add_callback(self.keeper)
         self._hangs = HangWatch(self.args.hang_timeout, self.alarms.samples)  # pyright: ignore[reportAttributeAccessIssue]
         self.add_callback(self._hangs)
         seconds = self.args.save_on_signal_timeout  # pyright: ignore[reportAttributeAccessIssue]
@@ -99,17 +107,34 @@ class CPMTrainer(Trainer):
             self.add_callback(self._stops)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Training; none when the checkpoint that was resumed from has all the steps already."""
+        """Training; none when the checkpoint that was resumed from has all the steps already.
+
+        Raises:
+            WorthlessError: no step was trained, or none was finite.
+            SpaceError: there is no space for a single checkpoint.
+        """
+        flags: Any = self.args
         if (checkpoint := kwargs.get("resume_from_checkpoint")) is not None:
             self._passed = streams.batches_passed(Path(checkpoint), self._dealt())
+        self.keeper.begin(flags, self._network(), self.alarms, checkpoint and Path(checkpoint), self._output)
         try:
             with self._stops:
                 done = super().train(*args, **kwargs)
-                self._stops.check(self.args, self.state)
-                return done
+                self._stops.check(self.args, self.state, self.keeper.missing(self.state.global_step))
         except NothingLeftError:
+            if not self.state.global_step:
+                raise WorthlessError(
+                    f"0 steps were trained: --max_steps {flags.max_steps}, --num_train_epochs "
+                    f"{flags.num_train_epochs:g}"
+                ) from None
             logger.info("all %d steps were done before: nothing is trained", self.state.global_step)
             return TrainOutput(self.state.global_step, math.nan, {})
+        finally:
+            self.keeper.end(flags, self.state)
+        if not self.state.global_step:
+            raise WorthlessError("0 steps were trained: the data gave no batch")
+        self.alarms.check_any()
+        return done
 
     def _dealt(self) -> dict[str, Any] | None:
         """How streamed records are dealt; None for other data."""
@@ -323,24 +348,51 @@ class CPMTrainer(Trainer):
         with self.compute_loss_context_manager():
             return self._generated(self._network(), rank=args.process_index, world=args.world_size, synced=synced)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint that is finite and complete, or none: training goes on either way."""
+        flags: Any = self.args
+        write_all = partial(super()._save_checkpoint, model, trial)
+        self.keeper.save(flags, self.state, self.accelerator, self._network(), write_all)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves weights, then what makes the folder loadable by itself."""
+        """Saves weights, then what makes the folder loadable by itself.
+
+        Raises:
+            UnsavedError: weights of a checkpoint could not be written, on every rank alike.
+            NotSavedError: a result could not be written; what was there before is still there.
+            WorthlessError: weights of a result are not finite; nothing is written.
+        """
         start = time.perf_counter()
         folder = Path(output_dir or self.args.output_dir or ".")
-        checkpoint = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
-        if folder == checkpoint and folder.is_dir() and self.args.should_save:
-            # A checkpoint of this step, from an interrupted or former run: none of its files may pass for new ones.
-            shutil.rmtree(folder)
-        if folder == checkpoint and self.args.should_save and self._output is not None:
-            self._output.add(folder.name)
-        self.accelerator.wait_for_everyone()
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            model = self._network()
-            if isinstance(model, PeftModel):
-                finish_adapter(model, folder, self.base)
-            else:
-                finish_full(folder, self.base)
-            if folder == checkpoint and (dealt := self._dealt()) is not None:
-                streams.write(folder, dealt)
+        if folder == Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}":
+            if folder.is_dir() and self.args.should_save:
+                # A checkpoint of this step, from an interrupted or former run: none of its files may pass for new ones.
+                shutil.rmtree(folder)
+            self._save_weights(folder, streamed=True)
+        else:
+            flags: Any = self.args
+            self.keeper.save_result(flags, self.accelerator, self._network(), folder, self._save_weights)
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         self.throughput.pause(time.perf_counter() - start)
+
+    def _save_weights(self, folder: Path, *, streamed: bool = False) -> None:
+        """Writes weights and their side files into a folder.
+
+        Raises:
+            UnsavedError: some rank could not, on every rank alike.
+        """
+
+        def work() -> None:
+            Trainer.save_model(self, str(folder), _internal_call=True)
+            if self.args.should_save:
+                model = self._network()
+                if isinstance(model, PeftModel):
+                    finish_adapter(model, folder, self.base)
+                else:
+                    finish_full(folder, self.base)
+                if streamed and (dealt := self._dealt()) is not None:
+                    streams.write(folder, dealt)
+
+        self.accelerator.wait_for_everyone()
+        agree(self.accelerator, fault_of(work, alone=self.accelerator.num_processes == 1))

@@ -1,7 +1,7 @@
 """``python -m finetune consolidate CHECKPOINT OUT``: the parts that ZeRO's processes wrote become a model or adapter.
 
 For a run that ended before its weights were gathered, or with stage3_gather_16bit_weights_on_model_save off. The parts
-are pickles, which run code when they are read: give folders of your own runs only.
+are pickles: one that would import anything but what DeepSpeed and torch write is refused before it is read.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     lora = has_adapter(checkpoint)
     sources = [base.folder, checkpoint]
     check_target(out, sources, overwrite=given.overwrite_output_dir == "true")
-    print(f"reading    {checkpoint}, pickles of your own run; base {base.name}, {base.family.title}")
+    print(f"reading    {checkpoint}; base {base.name}, {base.family.title}")
     state = read_parts(checkpoint, trained_only=lora)
     with unfinished(out, sources, overwrite=given.overwrite_output_dir == "true") as folder:
         if lora:

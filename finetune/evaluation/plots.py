@@ -34,6 +34,9 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     Args:
         history: ``trainer.state.log_history``.
         path: the PNG to write, replaced in one go; nothing is written when no loss was logged.
+
+    Raises:
+        OSError: it cannot be written.
     """
     import matplotlib as mpl
 
@@ -80,9 +83,11 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes in panels:
         axes.grid(alpha=0.3)
     unfinished = path.with_name(f".{path.name}")
-    figure.savefig(unfinished, dpi=110, format="png")
-    unfinished.replace(path)
-    plt.close(figure)
+    try:
+        figure.savefig(unfinished, dpi=110, format="png")
+        unfinished.replace(path)
+    finally:
+        plt.close(figure)
 
 
 def _points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:

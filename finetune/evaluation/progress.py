@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune.evaluation.plots import metric_names, plot_loss
 from finetune.outcome import plain_numbers
+
+logger = logging.getLogger(__name__)
 
 LOG_NAME = "trainer_log.jsonl"
 PLOT_NAME = "loss.png"
@@ -35,13 +39,14 @@ class ProgressCallback(TrainerCallback):
 
     A line of trainer_log.jsonl has step, total_steps, epoch, elapsed and eta (seconds), those of ``_FIGURES`` that
     were measured, and the metric of --eval_generate as ``eval_<metric>``; numbers that are not finite are null. A
-    resumed run keeps the lines up to its checkpoint.
+    resumed run keeps the lines up to its checkpoint. What cannot be written is said once and ends nothing.
     """
 
     def __init__(self) -> None:
         self._clock = 0.0
         self._elapsed = 0.0
         self._first_step = 0
+        self._warned = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,7 +59,7 @@ class ProgressCallback(TrainerCallback):
         kept = _lines_until(path, state.global_step) if state.global_step else []
         if kept:
             self._elapsed = json.loads(kept[-1])["elapsed"]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._try(path, lambda: path.write_text("".join(line + "\n" for line in kept), encoding="utf-8"))
 
     def on_log(
         self,
@@ -80,13 +85,65 @@ class ProgressCallback(TrainerCallback):
             "elapsed": round(self._elapsed + running, 1),
             "eta": None if eta is None else round(eta, 1),
         }
-        with (_folder(args) / LOG_NAME).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain_numbers(line), allow_nan=False) + "\n")
+        path = _folder(args) / LOG_NAME
+        self._try(path, lambda: _append(path, json.dumps(plain_numbers(line), allow_nan=False)))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draws the losses so far."""
         if state.is_world_process_zero:
-            plot_loss(state.log_history, _folder(args) / PLOT_NAME)
+            path = _folder(args) / PLOT_NAME
+            self._try(path, lambda: plot_loss(state.log_history, path))
+
+    def _try(self, path: Path, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if not self._warned:
+                logger.warning("%s cannot be written, training goes on: %s", path, error)
+            self._warned = True
+
+
+class Forgiving(TrainerCallback):
+    """A callback of somebody else that only reports: one that cannot write is turned off, and ends nothing.
+
+    Args:
+        inner: the callback, of transformers' integrations.
+    """
+
+    def __init__(self, inner: TrainerCallback) -> None:
+        self.inner: TrainerCallback | None = inner
+
+    def tell(self, event: str, *args: Any, **kwargs: Any) -> Any:
+        """Hands an event on."""
+        try:
+            return None if self.inner is None else getattr(self.inner, event)(*args, **kwargs)
+        except OSError as error:
+            logger.warning("%s cannot write and is turned off: %s", type(self.inner).__name__, error)
+            self.inner = None
+            return None
+
+
+def _hand_on(event: str) -> Callable[..., Any]:
+    def tell(self: Forgiving, *args: Any, **kwargs: Any) -> Any:
+        return self.tell(event, *args, **kwargs)
+
+    return tell
+
+
+for _event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
+    setattr(Forgiving, _event, _hand_on(_event))
+
+
+def forgive(callbacks: list[TrainerCallback]) -> None:
+    """Puts those that only tell some service or file how the run is going into ``Forgiving``, in their places."""
+    for place, callback in enumerate(callbacks):
+        if type(callback).__module__.startswith("transformers.integrations"):
+            callbacks[place] = Forgiving(callback)
+
+
+def _append(path: Path, line: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def _folder(args: TrainingArguments) -> Path:

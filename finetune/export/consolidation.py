@@ -1,6 +1,6 @@
 """Weights out of the parts that ZeRO's processes wrote: what a run left when it ended before they were gathered.
 
-DeepSpeed's files are pickles, which run code when they are read: only those of the user's own runs, from local folders.
+DeepSpeed's files are pickles, which can run code when they are read: each is checked before DeepSpeed opens it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from finetune.models.adapters import ADAPTER_WEIGHTS, trained_beside
 from finetune.models.folders import ADAPTER_CONFIG, has_adapter, read_adapter_config
 from finetune.models.strict import CARRIED, some
 from finetune.tuning.checkpoint import SIDE_FILES, Checkpoint, copy_files, take_over
+from finetune.tuning.condition import parts_folder
+from finetune.tuning.pickles import DamagedError, check_pickles, pickled_files
 from finetune.tuning.tensorfiles import Stored, write_header
 
 # Holds the name of the folder that the parts lie in.
@@ -65,6 +67,7 @@ def read_parts(checkpoint: Path, *, trained_only: bool) -> Mapping[str, Any]:
 
     Raises:
         CheckpointError: parts are missing or damaged.
+        ForeignCodeError: a part would run code when it is read.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -73,6 +76,12 @@ def read_parts(checkpoint: Path, *, trained_only: bool) -> Mapping[str, Any]:
             f"{checkpoint} has no parts of ZeRO (the file {_LATEST!r} is missing): a checkpoint-N folder of a run with "
             "DeepSpeed is wanted. If it has weights (*.safetensors), it needs no consolidation"
         )
+    if isinstance(parts := parts_folder(checkpoint), str):
+        raise CheckpointError(f"the parts in {checkpoint} are not complete: {parts}")
+    try:
+        check_pickles([*pickled_files(checkpoint), *pickled_files(parts)])
+    except DamagedError as error:
+        raise CheckpointError(f"the parts in {checkpoint} are not complete: {error}") from error
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):

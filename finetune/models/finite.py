@@ -42,8 +42,7 @@ def check_file(path: Path) -> None:
     Raises:
         CheckpointError: naming the first tensor with a value that is not finite.
     """
-    with safe_open(str(path), framework="pt") as file:
-        _refuse(path, (name for name in file.keys() if not finite(file.get_tensor(name))))  # noqa: SIM118 - as above
+    _refuse(path, nonfinite_tensors([path]))
 
 
 def check_network(model: nn.Module, name: str, files: Sequence[Path]) -> None:
@@ -57,27 +56,63 @@ def check_network(model: nn.Module, name: str, files: Sequence[Path]) -> None:
     Raises:
         CheckpointError: naming the first weight with a value that is not finite.
     """
-    parts = {key: getattr(weight, "ds_tensor", weight) for key, weight in model.named_parameters()}
-    wrong = [key for key, weight in parts.items() if not finite(weight)]
+    wrong = nonfinite_weights(model, trained_only=False)
     if any(hasattr(weight, "ds_tensor") for weight in model.parameters()) and dist.is_initialized():
         found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, wrong)
         wrong = [key for part in found for key in part]
     _refuse(name, wrong)
-    if not all(weight.is_floating_point() for weight in parts.values()):
+    if not all(_part(weight).is_floating_point() for weight in model.parameters()):
         for path in files:
             check_file(path)
 
 
-def finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are finite; also of tensors without values here, or of integers."""
+def nonfinite_weights(model: nn.Module, *, trained_only: bool) -> list[str]:
+    """Names of parameters that hold a value that is not finite; under ZeRO-3 of those whose own part does.
+
+    Args:
+        model: the network.
+        trained_only: look at those that train alone; nothing else is saved of an adapter.
+    """
+    chosen = [(name, p) for name, p in model.named_parameters() if p.requires_grad or not trained_only]
+    flags = [finite(_part(parameter)) for _, parameter in chosen]
+    by_device: dict[torch.device, list[int]] = {}
+    for place, flag in enumerate(flags):
+        by_device.setdefault(flag.device, []).append(place)
+    bad = []
+    for places in by_device.values():  # one wait per device
+        good = torch.stack([flags[place] for place in places]).tolist()
+        bad += [place for place, fine in zip(places, good, strict=True) if not fine]
+    return [chosen[place][0] for place in sorted(bad)]
+
+
+def nonfinite_tensors(files: Iterable[Path]) -> list[str]:
+    """Names of tensors in safetensors files that hold a value that is not finite.
+
+    Raises:
+        safetensors.SafetensorError: a file is damaged.
+    """
+    bad = []
+    for path in files:
+        with safe_open(str(path), framework="pt") as file:
+            bad += [name for name in file.keys() if not bool(finite(file.get_tensor(name)))]  # noqa: SIM118 - as above
+    return bad
+
+
+def finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether all values are finite, as a scalar on the tensor's device; also of none, and of integers."""
     if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
-        return True
+        return torch.ones((), dtype=torch.bool, device="cpu" if tensor.is_meta else tensor.device)
     if tensor.element_size() == 1:
         tensor = tensor.float()
     # One pass without a copy: NaN is both, and infinity one of them.
     low, high = torch.aminmax(tensor.detach())
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return torch.isfinite(low) & torch.isfinite(high)
+
+
+def _part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a parameter: those that ZeRO-3 has partitioned are empty, with a part beside."""
+    return getattr(parameter, "ds_tensor", parameter)
 
 
 def _refuse(name: str | Path, wrong: Iterable[str]) -> None:

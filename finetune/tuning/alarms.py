@@ -42,7 +42,7 @@ class DeadPartError(UserError):
     """A part that is declared trainable receives no gradient."""
 
 
-class NonFiniteError(UserError):
+class NonFiniteError(WorthlessError):
     """Loss or gradient were not finite for too many steps in a row."""
 
 
@@ -177,7 +177,8 @@ class Alarms(TrainerCallback):
         self._bad_rows: list[torch.Tensor] = []
         self._labelled: list[torch.Tensor] = []
         self._unlabelled = 0
-        self._in_a_row = 0
+        self.in_a_row = 0
+        self._finite = 0
 
     def begin(self, inputs: dict[str, Any]) -> None:
         """Takes what the network does not read out of a micro-batch that is about to be trained on."""
@@ -224,9 +225,31 @@ class Alarms(TrainerCallback):
                 kwargs["optimizer"].zero_grad(set_to_none=True)
             self._count(args, state.global_step + 1, bool(bad_loss), kwargs["model"])
         else:
-            self._in_a_row = 0
+            self.in_a_row = 0
+            self._finite += 1
             self._gradients.judge(seen)
         self._sources, self._bad_rows, self._labelled = [], [], []
+
+    def check_any(self) -> None:
+        """At the end of training, before a result is saved.
+
+        Raises:
+            NonFiniteError: no step was finite.
+        """
+        if self.in_a_row and not self._finite:
+            raise NonFiniteError(
+                f"none of the {self.in_a_row} steps was finite: nothing was learned, and no result is saved. The "
+                "warnings before name the samples; a base that is not finite looks like this too"
+            )
+
+    def at_end(self) -> NonFiniteError | None:
+        """What is to be said when training has ended and its result is saved: whether the last step was not finite."""
+        if not self.in_a_row:
+            return None
+        return NonFiniteError(
+            f"the last {self.in_a_row} steps were not finite. The weights that are saved are finite, those after the "
+            "last finite step; the warnings before name the samples"
+        )
 
     def _bad_gradient(self, args: TrainingArguments, model: nn.Module) -> bool | torch.Tensor:
         if args.fp16:
@@ -241,17 +264,17 @@ class Alarms(TrainerCallback):
     def _count(self, args: TrainingArguments, step: int, bad_loss: bool, model: nn.Module) -> None:
         """Warns about a step that was not finite, on rank 0, or stops, on all."""
         self.since_log = True
-        self._in_a_row += 1
+        self.in_a_row += 1
         samples = gather_object(self._suspects(bad_loss))
         what = "loss" if bad_loss else "gradient"
-        if self._in_a_row == self.limit:
+        if self.in_a_row == self.limit:
             weights = [n for n, p in model.named_parameters() if not torch.isfinite(p.detach()).all()][:_NAMED]
             weights = list(dict.fromkeys(gather_object(weights)))
             raise NonFiniteError(_nonfinite(args, what, step, self.limit, samples, weights))
         if self._accelerator.is_main_process:
             logger.warning(
                 "step %d: the %s is not finite, the step changes no weight (%d in a row%s). Samples: %s",
-                step, what, self._in_a_row, f", stops at {self.limit}" if self.limit else "", _listed(samples),
+                step, what, self.in_a_row, f", stops at {self.limit}" if self.limit else "", _listed(samples),
             )  # fmt: skip
 
     def _count_labels(self, step: int, labelled: bool, samples: int) -> None:
@@ -299,11 +322,12 @@ def _nonfinite(
         causes.insert(0, f"weights that are not finite: {_listed(weights)}")
     elif first == 1:
         causes.insert(0, "a damaged checkpoint (it was so from the first step on)")
+    before = "" if first == 1 else f", but the update of step {first - 1} may have done the damage"
     causes.append("these samples, when the warnings before name them again and again")
     return (
         f"the {what} was not finite {steps}. Samples of step {step}: {_listed(samples)}. Likely causes: "
-        f"{'; '.join(causes)}. These steps changed no weight; --max_nonfinite_steps {limit} sets when to stop, 0 never "
-        "does"
+        f"{'; '.join(causes)}. These steps changed no weight{before}. --max_nonfinite_steps {limit} sets when to "
+        "stop, 0 never does"
     )
 
 

@@ -5,24 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import transformers
-from accelerate import PartialState
-from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from finetune import distributed
 from finetune.arguments import TrainingArguments
 from finetune.batching import row_capacity
 
 NAME = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
+# Format 1 has no identity of the run: what it lacks is not compared.
+_READABLE = (1, _FORMAT)
 # hashlib releases the interpreter: several files are read at once, as fast as the disk allows.
 _READERS = 8
 
@@ -47,9 +44,16 @@ class Manifest:
         batch_size: samples per device and micro-batch.
         accumulation: micro-batches per optimizer step.
         resumable: whether the optimizer's state was saved too.
-        written: seconds since 1970.
+        written: seconds since 1970, for people: clocks differ between machines, so nothing is decided by it.
         files: by path relative to the folder.
         order: how batches are made of the samples, in words; empty where an older version did not note it.
+        run: id of the run, kept when it is resumed; this and what follows is empty in format 1.
+        attempt: how often the run was started until this was written.
+        base: of ``identity.base_of``.
+        data: of ``identity.data_of``, with the number of samples.
+        flags: every flag, in plain types.
+        versions: of the libraries.
+        doubt: why the weights are probably not worth going on from; empty where nothing is known against them.
     """
 
     step: int
@@ -62,6 +66,18 @@ class Manifest:
     written: float
     files: dict[str, File]
     order: str = ""
+    run: str = ""
+    attempt: int = 0
+    base: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    doubt: str = ""
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Orders the checkpoints of a run from old to new, whatever the clocks say: start of the run, then step."""
+        return self.attempt, self.step
 
 
 def describe(training: TrainingArguments) -> dict[str, Any]:
@@ -91,12 +107,29 @@ def zero_stage(config: dict[str, Any] | str | None) -> int:
 
 
 def write(folder: Path, step: int, layout: dict[str, Any]) -> None:
-    """Writes the manifest of all files in ``folder``, by renaming a finished file into place."""
-    manifest = Manifest(step=step, written=time.time(), files=_hash_all(folder), **layout)
-    text = json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1) + "\n"
+    """Writes the manifest of all files in ``folder``.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    _put(folder, Manifest(step=step, written=time.time(), files=_hash_all(folder), **layout))
+
+
+def cast_doubt(folder: Path, reason: str) -> None:
+    """Notes in a manifest why its weights are probably not worth going on from.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if (manifest := read(folder)) is not None:
+        _put(folder, replace(manifest, doubt=reason))
+
+
+def _put(folder: Path, manifest: Manifest) -> None:
+    """Renames a finished file into place."""
     unfinished = folder / f"{NAME}.tmp"
     with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(folder / NAME)
@@ -106,12 +139,27 @@ def read(folder: Path) -> Manifest | None:
     """The manifest of a folder; None when it has none that this version can read."""
     try:
         values = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        if values.pop("format") != _FORMAT:
+        if values.pop("format") not in _READABLE:
             return None
         files = {name: File(**entry) for name, entry in values.pop("files").items()}
-        return Manifest(files=files, **values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        manifest = Manifest(files=files, **values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    return manifest if _typed(manifest) else None
+
+
+def _typed(manifest: Manifest) -> bool:
+    """Whether the values that decisions are made on are of their types."""
+    whole = (manifest.step, manifest.world_size, manifest.zero_stage, manifest.attempt)
+    tables = (manifest.base, manifest.data, manifest.flags, manifest.versions)
+    words = (manifest.method, manifest.order, manifest.run, manifest.doubt)
+    inside = (not Path(name).is_absolute() and ".." not in Path(name).parts for name in manifest.files)
+    return (
+        all(isinstance(value, int) for value in whole)
+        and all(isinstance(value, dict) for value in tables)
+        and all(isinstance(value, str) for value in words)
+        and all(inside)
+    )
 
 
 def fault(folder: Path, manifest: Manifest | None) -> str | None:
@@ -153,50 +201,3 @@ def checkpoints(output: Path) -> list[tuple[int, Path]]:
         if number.isdecimal() and path.is_dir():
             found.append((int(number), path))
     return sorted(found)
-
-
-class ManifestCallback(TrainerCallback):
-    """Completes every checkpoint with its manifest, and only then removes those beyond ``save_total_limit``.
-
-    The Trainer would remove them before: a run killed while the manifest is written would be left with none.
-    """
-
-    def __init__(self) -> None:
-        self._limit: int | None = None
-
-    def on_train_begin(
-        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Takes the removal of old checkpoints over from the Trainer."""
-        self._limit, args.save_total_limit = args.save_total_limit, None
-
-    def on_train_end(
-        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Gives the flag back."""
-        args.save_total_limit = self._limit
-
-    def on_save(
-        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Waits until every process has written its part, then hashes the folder."""
-        assert isinstance(args, TrainingArguments)
-        PartialState().wait_for_everyone()
-        if not state.is_world_process_zero:
-            return
-        output = Path(args.output_dir or "output")
-        current = output / f"checkpoint-{state.global_step}"
-        write(current, state.global_step, describe(args))
-        if self._limit is not None and self._limit > 0:
-            _rotate(output, self._limit, {current.name, Path(state.best_model_checkpoint or "").name})
-
-
-def _rotate(output: Path, limit: int, kept: set[str]) -> None:
-    """Removes checkpoints until ``limit`` are left: unfinished ones first, then the oldest; never ``kept``."""
-    ages = []
-    for step, folder in checkpoints(output):
-        manifest = read(folder)
-        ages.append((manifest is not None, manifest.written if manifest else 0.0, step, folder))
-    surplus = max(len(ages) - limit, 0)
-    for *_, folder in [age for age in sorted(ages) if age[-1].name not in kept][:surplus]:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -274,8 +274,9 @@ class LogsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Lists what is new."""
-        self._output.add(*(name for name in self._output.logs() if name not in self._known))
+        """Lists what is new, on the main process."""
+        if state.is_world_process_zero:
+            self._output.add(*(name for name in self._output.logs() if name not in self._known))
 
 
 def _listed(folder: Path) -> list[str]:

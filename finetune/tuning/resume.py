@@ -12,9 +12,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from finetune.arguments import TrainingArguments
 from finetune.errors import UserError
 from finetune.models.modes import saved_with
+from finetune.tuning.condition import unusable
+from finetune.tuning.continuing import compare
+from finetune.tuning.identity import Identity
 from finetune.tuning.manifest import Manifest, checkpoints, describe, fault, read
 
 logger = logging.getLogger(__name__)
+
+# The ZeRO stage in which no rank has whole weights; see ``universal``.
+_SHARDED = 3
 
 
 class ResumeError(UserError):
@@ -36,7 +42,9 @@ class NothingLeftCallback(TrainerCallback):
             raise NothingLeftError
 
 
-def choose_checkpoint(training: TrainingArguments, output: Path, downsample_mode: str | None = None) -> Path | None:
+def choose_checkpoint(
+    training: TrainingArguments, output: Path, now: Identity | None = None, downsample_mode: str | None = None
+) -> Path | None:
     """The checkpoint that --resume_from_checkpoint stands for, checked; None to start from the base.
 
     Only one process should call this: it reads every byte of the checkpoint.
@@ -44,47 +52,106 @@ def choose_checkpoint(training: TrainingArguments, output: Path, downsample_mode
     Args:
         training: flags of the run.
         output: its folder.
+        now: what the run is; it takes the id of the run that it goes on with. None compares the layout alone.
         downsample_mode: of the run, None for a family without.
 
     Raises:
         ResumeError: a path that is no complete checkpoint, or a checkpoint that does not fit this run.
+        ForeignCodeError: a file of the checkpoint would run code when it is read.
     """
     wish = training.resume_from_checkpoint
     if wish is None:
         return None
-    if wish == "auto":
-        return _newest(training, output, downsample_mode)
+    found = _newest(output) if wish == "auto" else _named(wish)
+    if found is None:
+        _check_nothing_is_lost(output)
+        logger.info("no complete checkpoint in %s: starting from the base", output)
+        return None
+    folder, manifest = found
+    now = now or Identity()
+    _check_fits(training, folder, manifest, downsample_mode)
+    _compare(folder, manifest, now)
+    known = (read(path) for _, path in checkpoints(output))
+    now.go_on_from(manifest, [each.attempt for each in known if each is not None and each.run == manifest.run])
+    logger.info("resuming from %s (step %d)", folder, manifest.step)
+    return folder
+
+
+def _named(wish: str) -> tuple[Path, Manifest]:
+    """The checkpoint of a path."""
     folder = Path(wish).expanduser().absolute()
     if not folder.is_dir():
         raise ResumeError(
             f"--resume_from_checkpoint {wish}: no such folder; give OUTPUT_DIR/checkpoint-N, auto or none"
         )
     manifest = read(folder)
-    if (reason := fault(folder, manifest)) is not None:
+    reason = fault(folder, manifest)
+    if manifest is None or reason is not None:
         inside = checkpoints(folder)
         hint = f"give one of its checkpoints, e.g. {inside[-1][1]}" if inside else "auto takes the newest complete one"
         raise ResumeError(f"{folder} is not a complete checkpoint, {reason}. --resume_from_checkpoint: {hint}")
-    assert manifest is not None
-    _check_fits(training, folder, manifest, downsample_mode)
-    logger.info("resuming from %s (step %d)", folder, manifest.step)
-    return folder
+    # One that was saved on purpose without its state is told so by ``_check_fits``.
+    if manifest.resumable and (reason := unusable(folder, manifest)) is not None:
+        raise ResumeError(
+            f"{folder} cannot be gone on from: {reason}. Name another checkpoint. {_weights_hint(folder, manifest)}"
+        )
+    return folder, manifest
 
 
-def _newest(training: TrainingArguments, output: Path, mode: str | None) -> Path | None:
-    """The complete checkpoint written last; unfinished and damaged ones are named and passed over."""
+def _newest(output: Path) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint of the folder's run that can be gone on from; those passed over are named.
+
+    Newest is what the latest start of the run that saved anything got furthest with, whatever the clocks say.
+
+    Raises:
+        ResumeError: there are complete checkpoints, but none that can be gone on from.
+    """
     found = [(folder, read(folder)) for _, folder in checkpoints(output)]
-    found.sort(key=lambda entry: entry[1].written if entry[1] else float("inf"), reverse=True)
+    run = _run_of(found)
+    spoilt = None
+    found.sort(key=lambda entry: (entry[1] is None, entry[1].age if entry[1] else (0, 0)), reverse=True)
     for folder, manifest in found:
-        if (reason := fault(folder, manifest)) is not None:
+        if manifest is not None and manifest.run not in (run, ""):
+            logger.warning("%s is of another run and is passed over: name it to go on from it", folder)
+        elif (reason := fault(folder, manifest)) is not None:
             logger.warning("%s is not complete and is passed over: %s", folder, reason)
-            continue
-        assert manifest is not None
-        _check_fits(training, folder, manifest, mode)
-        logger.info("resuming from %s (step %d)", folder, manifest.step)
-        return folder
-    _check_nothing_is_lost(output)
-    logger.info("no complete checkpoint in %s: starting from the base", output)
+        elif manifest is not None and manifest.resumable and (reason := unusable(folder, manifest)) is not None:
+            logger.warning("%s cannot be gone on from and is passed over: %s", folder, reason)
+            spoilt = spoilt or f"{folder}: {reason}"
+        elif manifest is not None:
+            return folder, manifest
+    if spoilt is not None:
+        raise ResumeError(
+            f"no checkpoint in {output} can be gone on from ({spoilt}): start anew with another --output_dir, or "
+            "replace them with --resume_from_checkpoint none --overwrite_output_dir true"
+        )
     return None
+
+
+def _run_of(found: list[tuple[Path, Manifest | None]]) -> str:
+    """The id of the run that a folder is of: of the highest step, where checkpoints of several lie there."""
+    known = [manifest for _, manifest in found if manifest is not None]
+    return max(known, key=lambda manifest: (manifest.run != "", manifest.step)).run if known else ""
+
+
+def _compare(folder: Path, manifest: Manifest, now: Identity) -> None:
+    """Says what goes on, what is taken over and what is not.
+
+    Raises:
+        ResumeError: something differs that cannot.
+    """
+    if not manifest.run:
+        logger.warning("%s was written by an older version: its base, data and flags are not compared", folder)
+        return
+    found = compare(manifest, now)
+    logger.log(logging.WARNING if found.felt else logging.INFO, "%s and this run:\n%s", folder, found)
+    if found.refused:
+        other_base = manifest.base.get("digest") != now.base.get("digest")
+        hint = "" if other_base else f" {_weights_hint(folder, manifest)}"
+        raise ResumeError(
+            f"{folder} cannot be continued with what this run has: {'; '.join(found.refused)}. Give what it was "
+            f"started with.{hint}"
+        )
 
 
 def _check_nothing_is_lost(output: Path) -> None:
@@ -115,11 +182,11 @@ def _check_fits(training: TrainingArguments, folder: Path, manifest: Manifest, m
             f"{folder} was written with {_zero(manifest.zero_stage)}, this run uses {_zero(now.zero_stage)}: the state "
             f"of the optimizer cannot be read. Use the DS_CONFIG it was started with. {weights}"
         )
-    if manifest.world_size != now.world_size and now.zero_stage > 0:
+    if manifest.world_size != now.world_size and now.zero_stage == _SHARDED:
         raise ResumeError(
-            f"{folder} was written by {manifest.world_size} processes, this run has {now.world_size}: with ZeRO each "
-            f"process holds a part of the optimizer's state. Start {manifest.world_size} processes (GPUS_PER_NODE, "
-            f"NNODES). {weights}"
+            f"{folder} was written by {manifest.world_size} processes, this run has {now.world_size}: with ZeRO-3 each "
+            f"process holds a part of the optimizer's state, which DeepSpeed does not restore rightly for another "
+            f"number (with ZeRO-2 it does). Start {manifest.world_size} processes (GPUS_PER_NODE, NNODES). {weights}"
         )
     if (saved := saved_with(folder)) not in (None, mode):
         raise ResumeError(

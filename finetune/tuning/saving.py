@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from finetune.arguments import Arguments
 from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.tuning.carrying import carry
 from finetune.tuning.checkpoint import FULL_FILES, SIDE_FILES, Checkpoint, but_mode, read_config, take_over
+
+# Weights of a former result, which must not stay beside those of a new one.
+_WEIGHT_FILES = ("adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json")
 
 
 def write_run(args: Arguments, base: Checkpoint, folder: Path) -> None:
@@ -74,6 +78,28 @@ def finish_full(folder: Path, base: Checkpoint) -> None:
     carry(base.folder, folder)
     (folder / "README.md").write_text(_full_card(base), encoding="utf-8")
     _tidy(folder)
+
+
+def put_in_place(unfinished: Path, folder: Path) -> None:
+    """Moves a result that is complete to where it belongs; weights of a former one go first.
+
+    Args:
+        unfinished: the result, in a folder of its own, which goes when it is empty.
+        folder: where it belongs.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    for path in [path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)]:
+        path.unlink()
+    for path in sorted(unfinished.iterdir()):
+        target = folder / path.name
+        if path.is_dir() and target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    unfinished.rmdir()
+    if not any(unfinished.parent.iterdir()):
+        unfinished.parent.rmdir()
 
 
 def _saved_dtype(folder: Path) -> str | None:

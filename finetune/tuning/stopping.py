@@ -18,6 +18,7 @@ from finetune import outcome
 from finetune.errors import UserError
 from finetune.media import loader_process
 from finetune.processes import a_rank_has_died
+from finetune.tuning.disk import NotSavedError
 
 logger = logging.getLogger(__name__)
 
@@ -72,15 +73,23 @@ class StopCallback(TrainerCallback):
             control.should_evaluate, control.should_save, control.should_training_stop = False, True, True
             args.load_best_model_at_end = False
 
-    def check(self, args: TrainingArguments, state: TrainerState) -> None:
+    def check(self, args: TrainingArguments, state: TrainerState, missing: str | None = None) -> None:
         """Called when the training has ended, for whatever reason.
+
+        Args:
+            args: of the run.
+            state: of the Trainer.
+            missing: why there is no checkpoint of the last step; None where there is.
 
         Raises:
             StoppedError: it was asked for.
+            NotSavedError: it was asked for, and the state could not be saved.
         """
         if not self._asked():
             return
         outcome.watch.saved()
+        if missing is not None:
+            raise NotSavedError(f"stopped as asked at step {state.global_step} of {state.max_steps}, but {missing}")
         saved = f"step {state.global_step} of {state.max_steps} is saved in {args.output_dir}/checkpoint-"
         how = "--resume_from_checkpoint auto goes on from there"
         if args.save_only_model:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
@@ -16,20 +17,24 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 import torch  # noqa: E402
 from stack import build, flags, network, steps  # noqa: E402
 from torch import nn  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
 from worker import deepspeed_configs  # noqa: E402
 
 from finetune.errors import UserError  # noqa: E402
 from finetune.outcome import leave  # noqa: E402
+from finetune.tuning.manifest import checkpoints, read  # noqa: E402
 from trainer import CPMTrainer  # noqa: E402
 
 FAMILY = "llama3_v2_5"
 # DDP cannot detach: its reducer complains itself about what never gets a gradient.
 FAULTS_BY_MODE = {
-    "ddp": ("nan_for_good", "nan_now_and_then", "frozen"),
-    "zero2": ("nan_for_good", "nan_now_and_then", "detached"),
-    "zero3": ("nan_for_good", "nan_now_and_then", "detached"),
+    "ddp": ("nan_for_good", "nan_now_and_then", "frozen", "full_disk"),
+    "zero2": ("nan_for_good", "nan_now_and_then", "detached", "full_disk"),
+    "zero3": ("nan_for_good", "nan_now_and_then", "detached", "full_disk", "spoilt_part"),
     "zero2-bf16": ("nan_for_good",),
 }
+# Those whose runs save their checkpoints.
+SAVING = ("full_disk", "spoilt_part")
 RANK = int(os.environ.get("RANK", "0"))
 
 
@@ -58,7 +63,33 @@ def detached(trainer: CPMTrainer) -> None:
     network(trainer).get_submodule("vpm").register_forward_hook(lambda _, __, result: result.detach())
 
 
-FAULTS = {fault.__name__: fault for fault in (nan_for_good, nan_now_and_then, frozen, detached)}
+def full_disk(trainer: CPMTrainer) -> None:
+    """The second rank cannot write its part of the second checkpoint."""
+
+    def save(value: Any, path: Any, **options: Any) -> None:
+        name = Path(path).name
+        own = "rank_1_" in name if trainer.args.deepspeed else name == "rng_state_1.pth"
+        if RANK == 1 and trainer.state.global_step == 2 and own:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 210496 vs 210388")
+        WRITE(value, path, **options)
+
+    torch.save = save
+
+
+def spoilt_part(trainer: CPMTrainer) -> None:
+    """Once two steps are made the second rank's part of a weight is not finite."""
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if RANK == 1 and state.global_step == 2:
+                weight: Any = network(trainer).get_parameter("resampler.kv_proj.weight")
+                weight.ds_tensor[0] = torch.inf
+
+    trainer.add_callback(Spoil())
+
+
+FAULTS = {f.__name__: f for f in (nan_for_good, nan_now_and_then, frozen, detached, full_disk, spoilt_part)}
+WRITE = torch.save
 
 
 def outcome(trainer: CPMTrainer) -> dict:
@@ -68,8 +99,11 @@ def outcome(trainer: CPMTrainer) -> dict:
         trainer.train()
     except UserError as raised:
         error = f"{type(raised).__name__}: {raised}"
+    torch.save = WRITE
     finite = all(bool(torch.isfinite(p.detach()).all()) for p in network(trainer).parameters())
-    return {"error": error, "finite": finite, "losses": [step.loss for step in steps(trainer)]}
+    saved = [step for step, folder in checkpoints(Path(trainer.args.output_dir or "")) if read(folder) is not None]
+    losses = [step.loss for step in steps(trainer)]
+    return {"error": error, "finite": finite, "losses": losses, "saved": saved, "unsaved": trainer.keeper.unsaved}
 
 
 def main() -> None:
@@ -87,7 +121,11 @@ def main() -> None:
         precision = ("--bf16", "true") if mode.endswith("bf16") else ()
         for name in names:
             sizes = ("--per_device_train_batch_size", "2", "--max_steps", "6")
-            argv = flags(given.checkpoints / FAMILY, given.data, given.out / "run", *zero, *precision, *sizes)
+            if name in SAVING:
+                sizes = (*sizes[:2], "--max_steps", "3" if name == "full_disk" else "6")
+                sizes += ("--save_strategy", "steps", "--save_steps", "1")
+            output = given.out / f"{mode}-{name}"
+            argv = flags(given.checkpoints / FAMILY, given.data, output, *zero, *precision, *sizes)
             trainer = build(argv)
             FAULTS[name](trainer)
             results[f"{mode}-{name}"] = outcome(trainer)

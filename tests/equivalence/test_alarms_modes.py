@@ -60,7 +60,23 @@ def test_single_nonfinite_steps_are_left_out_and_the_run_goes_on(ends, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_part_that_does_not_learn_stops_every_rank(ends, mode):
-    end = ends[f"{mode}-{FAULTS_BY_MODE[mode][-1]}"]
+    end = ends[f"{mode}-{FAULTS_BY_MODE[mode][2]}"]
     assert end["error"].startswith("DeadPartError: the vision tower should train")
     assert "--tune_vision false" in end["error"]
     assert len(end["losses"]) == 1, "raised before the second step is over"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rank_that_cannot_write_costs_one_checkpoint(ends, mode):
+    end = ends[f"{mode}-full_disk"]
+    assert end["error"] is None
+    assert len(end["losses"]) == 3
+    assert end["saved"] == [1, 3]
+    assert end["unsaved"] is None, "the last one could be written"
+
+
+def test_a_part_of_one_rank_that_is_not_finite_is_not_saved(ends):
+    end = ends["zero3-spoilt_part"]
+    assert end["saved"] == [1]
+    assert end["error"].startswith("NonFiniteError: the loss was not finite in 3 steps in a row (3 to 5).")
+    assert "but the update of step 2 may have done the damage" in end["error"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from stack import KINDS, build, flags, steps, trained
 
-from finetune.tuning.manifest import ManifestCallback
+from finetune.tuning.manifest import checkpoints
 from finetune.tuning.resume import choose_checkpoint
 from trainer import CPMTrainer
 
@@ -23,18 +23,17 @@ def test_five_and_five_steps_are_ten(tiny, demo_data, tmp_path, kind):
             saved += ("--max_samples", "7", "--dataloader_num_workers", "1")
             saved += ("--eval_strategy", "steps", "--eval_steps", "3")
         dropout = shuffled if kind == "lora" else (*shuffled[:2], *shuffled[4:])
-        trainer = build(flags(tiny("llama3_v2_5"), demo_data, output, *KINDS[kind], *dropout, *saved, *more))
-        trainer.add_callback(ManifestCallback())
-        return trainer
+        return build(flags(tiny("llama3_v2_5"), demo_data, output, *KINDS[kind], *dropout, *saved, *more))
 
     whole = made(tmp_path / "out")
     whole.train()
     first = tmp_path / "out" / "checkpoint-5"
-    resumed = made(tmp_path / "again", "--resume_from_checkpoint", str(first))
+    resumed = made(tmp_path / "again", "--resume_from_checkpoint", str(first), "--save_steps", "4")
     chosen = choose_checkpoint(resumed.args, tmp_path / "again")  # pyright: ignore[reportArgumentType]
     assert chosen == first
     resumed.train(resume_from_checkpoint=str(chosen))
     assert steps(resumed) == steps(whole)
+    assert [step for step, _ in checkpoints(tmp_path / "again")] == [8, 10], "saved when its own flags say"
     expected = trained(whole)
     assert [name for name, value in trained(resumed).items() if not torch.equal(value, expected[name])] == []
     # Once more from the end: there is nothing left to do, and nothing is done.

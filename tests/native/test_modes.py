@@ -254,9 +254,9 @@ def test_another_mode_does_not_go_on_from_a_checkpoint(lora: Path) -> None:
     checkpoint = str(lora / "checkpoint-1")
     words = ["--model_name_or_path", "m", "--data_path", "d", "--use_cpu", "true", "--use_lora", "true"]
     training = parse_arguments([*words, "--resume_from_checkpoint", checkpoint]).training
-    assert choose_checkpoint(training, lora, "4x") == Path(checkpoint)
+    assert choose_checkpoint(training, lora, downsample_mode="4x") == Path(checkpoint)
     with pytest.raises(ResumeError, match="trained with downsample_mode 4x, this run has 16x: give --downsample_mode"):
-        choose_checkpoint(training, lora, "16x")
+        choose_checkpoint(training, lora, downsample_mode="16x")
 
 
 def test_training_goes_on_from_an_adapter_in_its_mode(native, lora: Path) -> None:
