@@ -3,6 +3,7 @@
 # make test-lowest   runs them with the oldest supported packages, in .venv-lowest
 # make test-web      runs the tests of the chat page in headless Chromium, in .venv-web
 # make lint          ruff and pyright
+# make fuzz          feeds damaged records, pictures, sound and videos to what reads them, for MINUTES=10
 # make bench         measures the performance table of README.md again and writes it
 # make soak          kills runs at random and looks at what is lost and what stays (about half an hour; two hosts want root)
 # make audit         looks the installed packages up in the advisory databases
@@ -14,10 +15,11 @@
 PYTHON ?= python3
 PYTEST ?=
 WORKERS ?= 2
+MINUTES ?= 10
 SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: train test test-lowest test-web lint bench soak audit install install-dev clean
+.PHONY: train test test-lowest test-web lint fuzz bench soak audit install install-dev clean
 
 train: install
 	PYTHON="$(CURDIR)/.venv/bin/python" .venv/bin/python -m finetune demo
@@ -42,6 +44,9 @@ lint: install-dev
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
+
+fuzz: install-dev
+	.venv/bin/python tests/fuzz.py --minutes $(MINUTES)
 
 # One after another: side by side they would measure each other.
 bench: install-dev

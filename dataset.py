@@ -152,6 +152,9 @@ def make_supervised_data_module(
     Raises:
         DataError: a file that is missing or malformed, or without records; a data set that is not described.
     """
+    default = DataArguments.__dataclass_fields__["max_bad_share"].default
+    if data.on_bad_sample != "skip" and data.max_bad_share != default:
+        logger.warning("--max_bad_share %g: no effect without --on_bad_sample skip", data.max_bad_share)
 
     def intake(samples: Sequence[Sample]) -> Intake:
         report = None if output is None else output / BAD_SAMPLES
@@ -162,6 +165,7 @@ def make_supervised_data_module(
             on_bad_sample=data.on_bad_sample,
             report=report,
             remeasure=data.overwrite_cache,
+            max_bad_share=data.max_bad_share,
         )
 
     def dataset(samples: Sequence[Sample]) -> SupervisedDataset:
@@ -179,6 +183,7 @@ def make_supervised_data_module(
             max_samples=data.max_samples,
             seed=seed,
             rebuild=data.overwrite_cache,
+            strict_paths=data.strict_paths,
         )
 
     evaluation = None
@@ -229,4 +234,5 @@ def _stream(data: DataArguments, seed: int) -> StreamedSamples:
         data_format=data.data_format,
         seed=seed,
         buffer_size=data.buffer_size,
+        strict_paths=data.strict_paths,
     )

@@ -20,6 +20,7 @@ from finetune.arguments import Arguments, parse_arguments
 from finetune.errors import ArgumentError, UserError
 from finetune.families.base import Family
 from finetune.legacy_flags import LLM_TYPES, template_fits
+from finetune.paths import expand
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -132,6 +133,7 @@ def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the 
         output.open()
         write_run(args, base, output.folder)
     from finetune.evaluation.progress import ProgressCallback
+    from finetune.tuning.bad_share import BadShareCallback
     from finetune.tuning.keeping import Keeper
     from trainer import CPMTrainer
 
@@ -143,7 +145,7 @@ def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the 
         part_learning_rates=rates,
         check_base_loss=args.model.check_base_loss == "auto",
         keeper=Keeper(identity),
-        callbacks=[progress, LogsCallback(output)],
+        callbacks=[progress, LogsCallback(output), BadShareCallback(train.intake)],
         output=output,
         **data,
     )
@@ -246,7 +248,7 @@ def inputs_of(args: Arguments, base: Checkpoint) -> list[Input]:
     given |= {"--data_path": args.data.data_path, "--eval_data_path": args.data.eval_data_path}
     if args.data.dataset or args.data.eval_dataset:
         given["--dataset_dir"] = args.data.dataset_dir
-    paths = {flag: Path(path).expanduser().absolute() for flag, path in given.items() if path is not None}
+    paths = {flag: expand(path).absolute() for flag, path in given.items() if path is not None}
     return [Input(flag, path) for flag, path in paths.items() if path.exists()]
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import transformers
 import yaml
@@ -18,11 +18,14 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torc
 
 from finetune.activations import hand_over
 from finetune.batching import BatchArguments, check_streamed_batches, resolve_batches
-from finetune.config.deepspeed import load_deepspeed
-from finetune.config.resolve import resolve
+from finetune.checks import check_data, check_machine, check_q_lora, check_targets, check_training, resolve_attention
+from finetune.config.deepspeed import check_deepspeed, load_deepspeed
+from finetune.config.ranges import check_given, check_objects, check_ranges
+from finetune.config.resolve import Resolved, resolve
 from finetune.ending import EndingArguments
-from finetune.errors import ArgumentError
+from finetune.errors import ArgumentError, UserError
 from finetune.flags import DataArguments, LoraArguments, MemoryArguments, ModelArguments, check_lora, check_memory
+from finetune.zero import check_zero
 
 logger = logging.getLogger(__name__)
 
@@ -139,13 +142,14 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
         self._resolve_parts()
         self._resolve_learning_rates()
         self._resolve_precision()
+        check_machine(self)
         resolve_batches(self)
         check_memory(self)
-        self.check_ending()
         self.resume_from_checkpoint = _RESUME_WORDS.get(
             (self.resume_from_checkpoint or "none").lower(), self.resume_from_checkpoint
         )
         self.deepspeed = load_deepspeed(self.deepspeed)
+        check_deepspeed(self.deepspeed, self)
         if self.remove_unused_columns:
             # With true, transformers would drop our batch keys it cannot find in a wrapped forward.
             logger.warning("--remove_unused_columns true has no meaning here and is set to false")
@@ -160,6 +164,7 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
                 prepare_deepspeed_on_cpu()
             else:  # transformers connects the processes as soon as it sees the flags
                 prepare_lone_process()
+            check_zero(self.deepspeed)
         hand_over(self)
         super().__post_init__()
 
@@ -313,79 +318,55 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     Raises:
         ArgumentError: unknown or contradicting flags.
     """
-    parser = HfArgumentParser(GROUPS)  # pyright: ignore[reportArgumentType]
     known = flags_of(GROUPS)
     resolved = resolve(sys.argv[1:] if argv is None else argv, known)
-    *groups, unknown = parser.parse_args_into_dataclasses(resolved.words, return_remaining_strings=True)
-    if unknown:
-        raise ArgumentError(_unknown_flags(unknown, [f"--{name}" for name in known]))
-    model, data, training, lora = groups
+    model, data, training, lora = _groups(resolved, known)
     if "do_train" in resolved.origins and not training.do_train:
         raise ArgumentError(
             f"{resolved.origins['do_train']} false: this trains; `python -m finetune evaluate` evaluates"
         )
     if training.do_predict:
         raise ArgumentError("--do_predict true is not training: `python -m finetune evaluate` predicts and scores")
-    _resolve_attention(model)
+    check_training(training)
+    resolve_attention(model)
     if data.image_backend == "fast" and importlib.util.find_spec("simplejpeg") is None:
         logger.warning("--image_backend fast decodes JPEG files faster with simplejpeg: pip install -e '.[fast]'")
     if lora.q_lora:
-        _check_q_lora(training)
+        check_q_lora(training)
     check_lora(lora, use_lora=training.use_lora)
-    _check_data(data, training)
+    check_targets(lora)
+    check_data(data, training)
     if data.streaming:
         check_streamed_batches(training)
     return Arguments(model, data, training, lora, resolved.origins)
 
 
-def _resolve_attention(model: ModelArguments) -> None:
-    """FlashAttention where the machine has it."""
-    if model.attn_implementation != "flash_attention_2":
-        return
-    lacks = "no GPU" if not is_torch_cuda_available() else "no flash-attn (pip install flash-attn)"
-    if not is_torch_cuda_available() or importlib.util.find_spec("flash_attn") is None:
-        logger.warning("flash_attention_2 is asked for but there is %s: sdpa is used instead", lacks)
-        model.attn_implementation = "sdpa"
+class _Parser(HfArgumentParser):
+    """One line instead of the usage of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ArgumentError(f"{message}; --help lists every flag")
 
 
-def _check_data(data: DataArguments, training: TrainingArguments) -> None:
-    if (data.data_path is None) == (data.dataset is None):
-        given = "both are given" if data.dataset else "neither is given"
-        raise ArgumentError(f"{given}: --data_path (a file) or --dataset (names in dataset_info.json); give one")
-    evaluation = [name for name in ("eval_data_path", "eval_dataset", "val_size") if getattr(data, name)]
-    if len(evaluation) > 1:
-        raise ArgumentError(f"--{' and --'.join(evaluation)} both say what evaluation data are; give one of them")
-    if training.do_eval and not evaluation:
-        raise ArgumentError(
-            "evaluation is on (--do_eval or --eval_strategy) but none of --eval_data_path, --eval_dataset and "
-            "--val_size is given"
-        )
-    if training.eval_generate < 0 or training.eval_max_new_tokens < 1:
-        raise ArgumentError("--eval_generate must be at least 0, --eval_max_new_tokens at least 1")
-    if training.eval_generate and not evaluation:
-        raise ArgumentError(f"--eval_generate {training.eval_generate} asks evaluation samples: give --eval_data_path")
-    if data.max_slice_nums is not None and data.max_slice_nums < 1:
-        raise ArgumentError(f"--max_slice_nums {data.max_slice_nums}: the smallest value is 1 (the thumbnail alone)")
-    if data.max_samples is not None and data.max_samples < 1:
-        raise ArgumentError(f"--max_samples {data.max_samples}: at least 1 record is needed")
-    if data.val_size < 0 or (data.val_size > 1 and data.val_size != int(data.val_size)):
-        raise ArgumentError(f"--val_size {data.val_size:g}: a share below 1, or a whole number of records")
-    if data.streaming and training.max_steps < 1:
-        raise ArgumentError("--streaming true reads on and on: say with --max_steps when training ends")
+def _groups(resolved: Resolved, known: Mapping[str, bool]) -> tuple[Any, ...]:
+    """The flags as their dataclasses; every number is looked at before the first of them is made.
 
-
-def _check_q_lora(training: TrainingArguments) -> None:
-    if not training.use_lora:
-        raise ArgumentError("--q_lora true quantises a frozen LLM and trains adapters in it: it needs --use_lora true")
-    config = training.deepspeed
-    stage = config.get("zero_optimization", {}).get("stage", 0) if isinstance(config, dict) else 0
-    if stage == 3:
-        raise ArgumentError(
-            "--q_lora true with ZeRO-3: quantised weights cannot be partitioned; use ds_config_zero2.json "
-            "(DS_CONFIG=ds_config_zero2.json)"
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ArgumentError("--q_lora true needs bitsandbytes: pip install 'bitsandbytes>=0.49,<0.51'")
+    Raises:
+        ArgumentError: also for what transformers says of its own flags.
+    """
+    parser = _Parser(GROUPS, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
+    check_given(resolved.words)
+    values, unknown = parser.parse_known_args(resolved.words)
+    if unknown:
+        raise ArgumentError(_unknown_flags(unknown, [f"--{name}" for name in known]))
+    check_ranges(vars(values), resolved.origins)
+    check_objects(vars(values))
+    try:
+        return parser.parse_args_into_dataclasses(resolved.words)
+    except UserError:
+        raise
+    except (ValueError, ImportError, NotImplementedError) as error:
+        raise ArgumentError(" ".join(str(error).split())) from error
 
 
 def _unknown_flags(unknown: list[str], known: list[str]) -> str:

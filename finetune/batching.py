@@ -52,9 +52,6 @@ def resolve_batches(training: TrainingArguments) -> None:
     training.packing = packing
     if training.dataloader_persistent_workers is None:
         training.dataloader_persistent_workers = training.dataloader_num_workers > 0
-    for name in ("packing_tokens", "packing_items"):
-        if (value := getattr(training, name)) is not None and value < 1:
-            raise ArgumentError(f"--{name} {value}: the smallest value is 1")
     if idle := _idle(training):
         logger.warning("--%s: no effect with --packing %s", ", --".join(idle), training.packing)
     if training.packing == "off":

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from finetune.errors import ArgumentError
-
 
 @dataclass
 class EndingArguments:
@@ -25,13 +23,3 @@ class EndingArguments:
             "its stacks and the samples of the step into OUTPUT_DIR/hang and the run ends; 0: never."
         },
     )
-
-    def check_ending(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ArgumentError: a negative time.
-        """
-        for name in ("save_on_signal_timeout", "hang_timeout"):
-            if not getattr(self, name) >= 0:
-                raise ArgumentError(f"--{name} {getattr(self, name):g}: seconds, at least 0")

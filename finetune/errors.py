@@ -2,15 +2,22 @@
 
 import warnings
 
+from finetune.quoting import plain
+
 
 class UserError(ValueError):
     """Something given by the user cannot be used. The message says what disagrees and what to do.
+
+    What files and records put into a message is shown with control characters escaped: no message steers a terminal.
 
     Attributes:
         exit_code: with which the process ends, one of ``finetune.outcome``.
     """
 
     exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(plain(message))
 
 
 class CheckpointError(UserError):
@@ -32,5 +39,6 @@ def ignore_what_nobody_can_mend() -> None:
     # Old names that libraries use among themselves.
     for message in ("`is_gradient_checkpointing` is deprecated", "`torch.distributed.all_gather_into_tensor` is dep"):
         warnings.filterwarnings("ignore", message=message)
-    # Pillow's remark about large images; ours is an error, at --max_image_pixels.
-    warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
+    # Pillow's remarks about single files: they name none of them. What cannot be decoded is an error of ours, and so is
+    # a picture above --max_image_pixels.
+    warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -108,6 +108,13 @@ class DataArguments:
     image_root: str | None = field(
         default=None, metadata={"help": "Folder that relative image paths may also be relative to."}
     )
+    strict_paths: bool = field(
+        default=False,
+        metadata={
+            "help": "Refuse records with media outside of the folder of their data file, image_root and media_dir "
+            "(links are followed): for data from elsewhere."
+        },
+    )
     train_on: Literal["all", "last"] = field(
         default="all",
         metadata={
@@ -187,6 +194,13 @@ class DataArguments:
             "choices": ["error", "skip"],
         },
     )
+    max_bad_share: float = field(
+        default=0.1,
+        metadata={
+            "help": "With on_bad_sample skip: the run stops, with status 4, when more than this share of the samples "
+            "cannot be used. Samples that are only too long do not count. 1 never stops."
+        },
+    )
     check: str | None = field(
         default=None,
         metadata={
@@ -194,6 +208,10 @@ class DataArguments:
             "choices": ["full", "sample", "off"],
         },
     )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_share <= 1:
+            raise ArgumentError(f"--max_bad_share {self.max_bad_share}: it is a share, from 0 to 1")
 
     @property
     def video_options(self) -> VideoOptions:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from finetune.errors import UserError
+from finetune.quoting import cut, plain, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +45,7 @@ class Source:
     unit: str = "record"
 
     def __str__(self) -> str:
-        return f"{self.file}, {self.unit} {self.index}" + (f" (id {self.id!r})" if self.id else "")
+        return f"{plain(self.file)}, {self.unit} {self.index}" + (f" (id {shown(self.id)})" if self.id else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +71,10 @@ class Media:
 
     def __str__(self) -> str:
         if isinstance(self.data, Path):
-            return f"{self.kind} {self.data}"
+            return f"{self.kind} {cut(plain(str(self.data)))}"
         if isinstance(self.data, tuple):
-            return f"{self.kind} of {len(self.data)} frames{f' from {self.data[0]}' if self.data else ''}"
+            first = f" from {cut(plain(str(self.data[0])))}" if self.data else ""
+            return f"{self.kind} of {len(self.data)} frames{first}"
         return f"{self.kind} in memory"
 
     @property
@@ -126,7 +128,7 @@ class Sample:
         for turn, message in enumerate(self.messages):
             if message.role not in ROLES:
                 known = ", ".join(ROLES)
-                raise DataError(f"{self.source}: turn {turn} has role {message.role!r}; known roles are {known}")
+                raise DataError(f"{self.source}: turn {turn} has role {shown(message.role)}; known roles are {known}")
             if message.train and message.role != "assistant":
                 raise DataError(
                     f"{self.source}: turn {turn} is a {message.role} turn; only assistant turns are trained"

@@ -238,7 +238,7 @@ def test_skipped_records_leave_the_ranks_in_step(tiny, demo_data, tmp_path):
             record["image"] = str(tmp_path / "no_such.png")
     for name in ("train.json", "eval.json"):
         (tmp_path / name).write_text(json.dumps(records))
-    flags = ("--max_steps", "6", "--on_bad_sample", "skip", "--image_root", str(demo_data))
+    flags = ("--max_steps", "6", "--on_bad_sample", "skip", "--max_bad_share", "1", "--image_root", str(demo_data))
     run = launch(
         "finetune_lora.sh", tiny("llama3_v2_5"), tmp_path, tmp_path / "out", *flags, DS_CONFIG="ds_config_zero3.json"
     )

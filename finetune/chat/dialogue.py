@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.chat.messages import read_messages
 from finetune.errors import ArgumentError
+from finetune.paths import expand
 from finetune.sample import MediaKind, Sample
 
 File = tuple[MediaKind, Path]
@@ -40,7 +41,7 @@ class Dialogue:
         Raises:
             ArgumentError: there is no such file.
         """
-        file = Path(path).expanduser()
+        file = expand(path)
         if not (file.is_file() or (kind == "video" and file.is_dir())):
             raise ArgumentError(f"{path}: no such file (looked in {Path.cwd()})")
         self.files.append((kind, file.resolve()))
@@ -87,7 +88,7 @@ class Dialogue:
         Raises:
             ArgumentError: nothing to save, the file exists already, or it cannot be written.
         """
-        file = Path(path).expanduser().resolve()
+        file = expand(path).resolve()
         if not self.turns:
             raise ArgumentError("nothing has been said yet")
         if file.exists() and file not in self._saved:

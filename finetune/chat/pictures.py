@@ -8,7 +8,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from finetune.media import image
+from finetune.filetypes import is_file
+from finetune.media.pictures import decode
+from finetune.paths import expand
+from finetune.quoting import shown
 from finetune.sample import DataError, Media, Source
 
 Picture = Image.Image | Path | str | bytes
@@ -22,7 +25,7 @@ def img2base64(file: str | Path) -> str:
         DataError: there is no such file.
     """
     path = Path(file)
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"{path}: no such image file")
     return base64.b64encode(path.read_bytes()).decode("ascii")
 
@@ -38,7 +41,7 @@ def from_base64(text: str | bytes, source: Source) -> Image.Image:
         data = base64.b64decode(given.rpartition(b",")[2] if given.startswith(b"data:") else given, validate=True)
     except (UnicodeEncodeError, binascii.Error) as error:
         raise DataError(f"{source}: the image is not base64 ({error}); img2base64(path) makes it") from error
-    return image.decode(data, source)
+    return decode(data, source)
 
 
 def as_media(picture: Picture, source: Source) -> Media:
@@ -50,10 +53,10 @@ def as_media(picture: Picture, source: Source) -> Media:
     if isinstance(picture, Image.Image):
         return Media("image", picture)
     if isinstance(picture, bytes):
-        return Media("image", image.decode(picture, source))
+        return Media("image", decode(picture, source))
     if isinstance(picture, (str, Path)):
-        path = Path(picture).expanduser()
-        if not path.is_file():
-            raise DataError(f"{source}: image {str(picture)[:200]!r} does not exist (looked in {Path.cwd()})")
+        path = expand(picture)
+        if not is_file(path):
+            raise DataError(f"{source}: image {shown(str(picture))} does not exist (looked in {Path.cwd()})")
         return Media("image", path)
     raise DataError(f"{source}: an image is a {type(picture).__name__}; give a PIL image or the path of a file")

@@ -18,7 +18,8 @@ from finetune.chat.talker import Decoding, Prompting, Talker
 from finetune.errors import ArgumentError
 from finetune.models import base_of, load_model
 from finetune.models.adapters import put_adapter
-from finetune.models.folders import local_folder
+from finetune.models.folders import is_adapter, local_folder
+from finetune.paths import expand
 from finetune.sample import Sample
 from finetune.tuning.checkpoint import resolve
 
@@ -55,7 +56,7 @@ class Room:
         dtype: torch.dtype | str = "auto",
         downsample_mode: str | None = None,
     ) -> None:
-        if model is not None and _is_adapter(Path(model)):
+        if model is not None and is_adapter(expand(model)):
             model, adapters = None, (model, *adapters)
         self.adapters = _named(adapters)
         if model is None and not adapters:
@@ -115,10 +116,6 @@ class Room:
                 yield
 
 
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-
-
 def _named(adapters: Sequence[str]) -> dict[str, str]:
     """Folders by name."""
     found: dict[str, str] = {}
@@ -126,7 +123,7 @@ def _named(adapters: Sequence[str]) -> dict[str, str]:
         name, equals, folder = given.partition("=")
         if not equals or Path(given).exists():
             # peft's names have no dots.
-            name, folder = Path(given).expanduser().resolve().name.replace(".", "_"), given
+            name, folder = expand(given).resolve().name.replace(".", "_"), given
         if name in found or name == OFF:
             raise ArgumentError(f"--adapter {given}: the name {name!r} is taken; give NAME={folder}")
         found[name] = folder

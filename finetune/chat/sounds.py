@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from finetune.filetypes import is_file
+from finetune.paths import expand
+from finetune.quoting import shown
 from finetune.sample import DataError, Media, Source
 
 SUFFIXES = frozenset(
@@ -36,11 +39,11 @@ def as_sound(sound: Any, source: Source) -> Media:
     if isinstance(sound, (np.ndarray, bytes)):
         return Media("audio", sound)
     if isinstance(sound, Path) or (isinstance(sound, str) and len(sound) < 4096 and not sound.startswith("data:")):
-        path = Path(sound).expanduser()
-        if path.is_file():
+        path = expand(sound)
+        if is_file(path):
             return Media("audio", path)
         if isinstance(sound, Path) or is_sound(path):
-            raise DataError(f"{source}: audio {str(sound)[:200]!r} does not exist (looked in {Path.cwd()})")
+            raise DataError(f"{source}: audio {shown(str(sound))} does not exist (looked in {Path.cwd()})")
     if isinstance(sound, str):
         return Media("audio", _from_base64(sound, source))
     raise DataError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from finetune.paths import expand
 from finetune.sample import DataError, Media, Source
 
 
@@ -26,7 +27,7 @@ def as_video(video: Any, source: Source) -> Media:
 
 
 def _found(given: str | Path, source: Source) -> Path:
-    path = Path(given).expanduser()
+    path = expand(given)
     if not path.exists():
         raise DataError(f"{source}: video {str(given)[:200]!r} does not exist (looked in {Path.cwd()})")
     return path

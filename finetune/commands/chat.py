@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from finetune.commands.mode_flag import add_mode_flag
+from finetune.commands.parser import CommandParser
 from finetune.commands.video_flags import add_video_flags, video_options
 from finetune.errors import ArgumentError, UserError
 
@@ -71,8 +72,8 @@ def main(argv: list[str]) -> int:
     return Terminal(room, dialogue, prompting, decoding).run()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m finetune chat",
         description=__doc__,
         epilog=HELP,

@@ -10,6 +10,7 @@ import sys
 
 from finetune.commands.data_flags import add_data_flags
 from finetune.commands.mode_flag import add_mode_flag
+from finetune.commands.parser import CommandParser
 from finetune.commands.video_flags import add_video_flags, video_options
 from finetune.errors import UserError
 
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
     from finetune.readers.mixture import open_data, parse_names
     from finetune.tuning.checkpoint import resolve
 
-    problems = 0
+    problems, rebuild = 0, given.overwrite_cache == "true"
     try:
         base = resolve(given.model, given.downsample_mode)
         if base.mode is not None:
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
             video=video_options(given),
         )
         # Shares decide how often records are taken, not whether they can be used.
-        named = [named.name for named in parse_names(given.dataset)] if given.dataset else []
+        named = [named.name for named in parse_names(given.dataset)] if given.dataset is not None else []
         for path, name in [*((path, None) for path in given.data or ()), *((None, name) for name in named)]:
             samples = open_data(
                 path,
@@ -50,8 +51,10 @@ def main(argv: list[str]) -> int:
                 media_dir=given.media_dir,
                 image_root=given.image_root,
                 data_format=given.data_format,
+                rebuild=rebuild,
+                strict_paths=given.strict_paths == "true",
             )
-            report = check(samples, Fitter(encoder, given.overlong), given.check, cached=not given.no_cache)
+            report = check(samples, Fitter(encoder, given.overlong), given.check, rebuild=rebuild)
             print(report)
             problems += len(report.problems)
     except UserError as error:
@@ -60,8 +63,8 @@ def main(argv: list[str]) -> int:
     return 2 if problems else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m finetune check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id: its tokenizer and slicing count")
@@ -75,5 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", choices=["full", "sample"], default="full", help="sample: 1000 of the records")
     add_mode_flag(parser)
     add_video_flags(parser)
-    parser.add_argument("--no-cache", action="store_true", help="look at every record again")
+    parser.add_argument(
+        "--overwrite_cache",
+        choices=["true", "false"],
+        default="false",
+        help="index the data files anew and look at every record again",
+    )
     return parser

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import finetune
+from finetune.commands.parser import CommandParser
 from finetune.errors import UserError
+from finetune.paths import expand
 
 if TYPE_CHECKING:
     from finetune.tuning.checkpoint import Checkpoint
@@ -22,7 +24,7 @@ _DTYPES = ("auto", "float16", "bfloat16", "float32")
 def main(argv: list[str]) -> int:
     """Consolidates; 0 when the folder is complete and loads."""
     given = _parser().parse_args(argv)
-    checkpoint, out = given.checkpoint.expanduser(), given.out.expanduser().absolute()
+    checkpoint, out = expand(given.checkpoint), expand(given.out).absolute()
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such folder; give the checkpoint-N folder of a run, from this machine")
 
@@ -32,6 +34,7 @@ def main(argv: list[str]) -> int:
     from finetune.export.folder import check_target, model_card, unfinished, write_model, write_record
     from finetune.export.writing import WeightFiles
     from finetune.models import load_model
+    from finetune.models.folders import has_adapter
     from finetune.tuning.checkpoint import resolve
 
     checkpoint = checkpoint.resolve()
@@ -40,7 +43,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{checkpoint} does not say which base it was trained on: give --model_name_or_path")
     # The run's mode is that of its files, whatever the environment says now.
     base = resolve(name, trained=checkpoint, environment={})
-    lora = (checkpoint / "adapter_config.json").is_file()
+    lora = has_adapter(checkpoint)
     sources = [base.folder, checkpoint]
     check_target(out, sources, overwrite=given.overwrite_output_dir == "true")
     print(f"reading    {checkpoint}; base {base.name}, {base.family.title}")
@@ -69,12 +72,11 @@ def _record(base: Checkpoint, checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m finetune consolidate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", type=Path, help="checkpoint-N folder of a run with ZeRO-2 or ZeRO-3")
     parser.add_argument("out", type=Path, help="folder of the result: an adapter of a LoRA run, else a model")

@@ -19,3 +19,9 @@ def add_data_flags(parser: argparse.ArgumentParser, **data: Any) -> None:
         default="auto",
         help="form of the records of --data (default: told from the first ones)",
     )
+    parser.add_argument(
+        "--strict_paths",
+        choices=["true", "false"],
+        default="false",
+        help="refuse records whose media are outside of the folder of their data file, --image_root and --media_dir",
+    )

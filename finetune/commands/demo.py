@@ -5,7 +5,6 @@ Runs what a user runs (sh finetune_lora.sh), then asks the held-out questions be
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import finetune
+from finetune.commands.parser import CommandParser
 
 ROOT = Path(finetune.__file__).resolve().parent.parent
 # What makes the tiny model learn in a minute; a real checkpoint keeps the launcher's defaults.
@@ -26,7 +26,7 @@ FLAGS = (
 
 def main(argv: list[str]) -> int:
     """Makes model and data, trains, evaluates; the last line of the output says what came out."""
-    parser = argparse.ArgumentParser(prog="python -m finetune demo", description=__doc__)
+    parser = CommandParser(prog="python -m finetune demo", description=__doc__)
     parser.add_argument("--family", default="llama3_v2_5", help="family of the tiny checkpoint")
     parser.add_argument("--out", type=Path, default=Path("output/demo"), help="where everything goes")
     parser.add_argument("--epochs", type=float, default=3, help="passes over the training records")

@@ -7,7 +7,6 @@ answered in their order) and ``multi_turn`` (two turns with an image each).
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from finetune.commands.demo_phrases import COLOURS, DOTS, SQUARE, SQUARES, SQUARES_ARE
+from finetune.commands.parser import CommandParser
 from finetune.commands.tiny import start_folder
 
 TRAIN = 2048
@@ -38,7 +38,7 @@ Drawn = tuple[list[Image.Image], list[tuple[str, str]]]
 
 def main(argv: list[str]) -> int:
     """Run ``python -m finetune demo-data``; 0 on success, 2 when the target folder is refused."""
-    parser = argparse.ArgumentParser(prog="python -m finetune demo-data", description=__doc__)
+    parser = CommandParser(prog="python -m finetune demo-data", description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--train", type=int, default=TRAIN, help="training records")
     parser.add_argument("--eval", type=int, default=EVAL, help="held-out records")

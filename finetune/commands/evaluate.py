@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.commands.data_flags import add_data_flags
 from finetune.commands.mode_flag import add_mode_flag
+from finetune.commands.parser import CommandParser
 from finetune.commands.video_flags import add_video_flags, video_options
 from finetune.errors import UserError
 from finetune.sample import DataError, Sample
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> int:
 
     source = _source(given)
     samples = _samples(given)
-    questions, skipped = read_questions(samples, given.limit, skip_bad=given.on_bad_sample == "skip")
+    judge = _encoder(given, source.base) if given.on_bad_sample == "skip" else None
+    questions, skipped = read_questions(samples, given.limit, judge)
     title = given.data or given.dataset
     metric, why = resolve_metric(given.metric, [references for _, references in questions.values()])
     folder = Path(given.data).stem if given.data else "-".join(re.findall(r"[\w.]+", given.dataset))
@@ -103,18 +105,18 @@ def _source(given: argparse.Namespace) -> ModelSource:
     Raises:
         UserError: a folder is missing, or there is nothing that "base" could mean.
     """
-    from finetune.models.folders import local_folder
+    from finetune.models import base_of
+    from finetune.models.folders import has_adapter, is_adapter, local_folder
     from finetune.tuning.checkpoint import resolve
 
     folder, adapter, mode = local_folder(given.model), given.adapter, given.downsample_mode
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if is_adapter(folder):
         if adapter is not None:
             raise UserError(
                 f"--model {given.model} is an adapter, and --adapter {adapter} another one; give one of them"
             )
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        adapter, folder = str(folder), local_folder(settings.get("base_model_name_or_path") or "")
-    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
+        adapter, folder = str(folder), base_of(folder)
+    if adapter is not None and not has_adapter(Path(adapter)):
         raise UserError(f"--adapter {adapter}: no adapter_config.json there; give the folder that training wrote")
     if given.compare == "base" and adapter is None:
         raise UserError("--compare base means the model without its adapter: give --adapter, or --compare FOLDER")
@@ -124,20 +126,40 @@ def _source(given: argparse.Namespace) -> ModelSource:
     return ModelSource(base, trained, other and resolve(str(other), mode))
 
 
+def _encoder(given: argparse.Namespace, checkpoint: Checkpoint) -> Encoder:
+    """What makes prompts of samples, as the command line has it."""
+    from finetune.encoding.encoder import Encoder
+    from finetune.models import load_tokenizer
+
+    asked = given.enable_thinking
+    # None would be an answer too: left out, the generation's own default holds.
+    thinking: PromptOptions = {} if asked is None else {"enable_thinking": asked == "true"}
+    return Encoder.from_config(
+        checkpoint.family,
+        load_tokenizer(checkpoint.folder),
+        checkpoint.settings,
+        max_slice_nums=given.max_slice_nums,
+        shrink_pixels=given.image_max_pixels,
+        video=video_options(given),
+        **thinking,
+    )
+
+
 def _samples(given: argparse.Namespace) -> Mixture:
     from finetune.readers.mixture import open_data
 
     places = {"dataset_dir": given.dataset_dir, "media_dir": given.media_dir, "image_root": given.image_root}
-    return open_data(given.data, given.dataset, data_format=given.data_format, **places)
+    strict = given.strict_paths == "true"
+    return open_data(given.data, given.dataset, data_format=given.data_format, strict_paths=strict, **places)
 
 
-def read_questions(samples: Mixture, limit: int | None, *, skip_bad: bool = False) -> tuple[Questions, list[str]]:
+def read_questions(samples: Mixture, limit: int | None, judge: Encoder | None = None) -> tuple[Questions, list[str]]:
     """Samples as questions and accepted answers: the last answer, or "answers" of a record in the official form.
 
     Args:
         samples: the data.
         limit: only the first so many records.
-        skip_bad: leave out records that cannot be used, images that cannot be decoded included.
+        judge: leave out records that cannot be used, and those of which this makes no prompt; None leaves none out.
 
     Returns:
         The questions, and what is wrong with each record left out.
@@ -145,20 +167,19 @@ def read_questions(samples: Mixture, limit: int | None, *, skip_bad: bool = Fals
     Raises:
         DataError: a record that cannot be used, or none that can.
     """
-    from finetune.media import image, video
+    from finetune.media import video
 
     questions: Questions = {}
     skipped = []
     for index in range(len(samples) if limit is None else min(limit, len(samples))):
         try:
             question = _question(samples, index)
-            if skip_bad:
-                for media in question[0].media("image"):
-                    image.load(media, question[0].source)
+            if judge is not None:
+                judge.encode(question[0], generate=True)
                 for media in question[0].media("video"):
                     video.check(media, question[0].source)
         except DataError as error:
-            if not skip_bad:
+            if judge is None:
                 raise
             skipped.append(str(error))
         else:
@@ -173,6 +194,7 @@ def read_questions(samples: Mixture, limit: int | None, *, skip_bad: bool = Fals
 
 def _question(samples: Mixture, index: int) -> tuple[Sample, list[str]]:
     from finetune.evaluation.generation import split_answer
+    from finetune.readers.samples import check_text
 
     prompt, answer = split_answer(samples[index])
     answers = samples.record(index).get("answers") if samples.form_of(index) == "official" else None
@@ -180,6 +202,8 @@ def _question(samples: Mixture, index: int) -> tuple[Sample, list[str]]:
         return prompt, [answer]
     if not isinstance(answers, list) or not answers or not all(isinstance(each, str) for each in answers):
         raise DataError(f"{prompt.source}: 'answers' must be a list of strings, the accepted answers")
+    for answer in answers:
+        check_text(answer, "'answers'", prompt.source)
     return prompt, answers
 
 
@@ -233,13 +257,15 @@ class Asking:
         base = self.store.missing(self.questions, BASE) if self.given.compare is not None else []
         if main or (adapter_off and base):
             model = self._load(source.base, source.adapter)
-            self._ask(model, self._encoder(source.base), main, MAIN, "answers")
+            self._ask(model, _encoder(self.given, source.base), main, MAIN, "answers")
             if adapter_off and source.other is not None:
                 with model.disable_adapter():  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues]
-                    self._ask(model, self._encoder(source.other), base, BASE, "answers of the base")
+                    self._ask(model, _encoder(self.given, source.other), base, BASE, "answers of the base")
             del model
         if source.other is not None and not adapter_off and base:
-            self._ask(self._load(source.other, None), self._encoder(source.other), base, BASE, "answers to compare")
+            self._ask(
+                self._load(source.other, None), _encoder(self.given, source.other), base, BASE, "answers to compare"
+            )
 
     def _load(self, checkpoint: Checkpoint, adapter: Path | None) -> nn.Module:
         from finetune.models import load_model
@@ -249,23 +275,6 @@ class Asking:
         if adapter is None:
             return load_model(checkpoint.folder, **options)
         return load_model(adapter, base=checkpoint.folder, **options)
-
-    def _encoder(self, checkpoint: Checkpoint) -> Encoder:
-        from finetune.encoding.encoder import Encoder
-        from finetune.models import load_tokenizer
-
-        asked = self.given.enable_thinking
-        # None would be an answer too: left out, the generation's own default holds.
-        thinking: PromptOptions = {} if asked is None else {"enable_thinking": asked == "true"}
-        return Encoder.from_config(
-            checkpoint.family,
-            load_tokenizer(checkpoint.folder),
-            checkpoint.settings,
-            max_slice_nums=self.given.max_slice_nums,
-            shrink_pixels=self.given.image_max_pixels,
-            video=video_options(self.given),
-            **thinking,
-        )
 
     def _ask(self, model: nn.Module, encoder: Encoder, wanted: Sequence[int], key: str, what: str) -> None:
         from tqdm.auto import tqdm
@@ -355,8 +364,8 @@ def _wait(world: int) -> None:
         dist.barrier()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m finetune evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="checkpoint folder, hub id, or adapter (it names its base)")

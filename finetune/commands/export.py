@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.commands.mode_flag import add_mode_flag
+from finetune.commands.parser import CommandParser
 from finetune.errors import UserError
 from finetune.legacy_flags import template_fits
 from finetune.outcome import NOT_VERIFIED, OK
+from finetune.paths import expand
 
 if TYPE_CHECKING:
     from finetune.export.checking import Agreement
@@ -29,15 +31,13 @@ def main(argv: list[str]) -> int:
     given = _parser().parse_args(command_words(argv))
     if given.export_legacy_format == "true":
         raise UserError("--export_legacy_format true: weights are written as safetensors only; leave the flag out")
-    if not given.export_size > 0:
-        raise UserError("--export_size must be more than 0 GB")
     if given.push_to_hub == "true" and given.export_hub_model_id is None:
         raise UserError("--push_to_hub true needs --export_hub_model_id OWNER/NAME")
 
     from finetune.export.folder import check_target
 
     sources = resolve_sources(given.model_name_or_path, given.adapter_name_or_path, given.downsample_mode)
-    out = Path(given.export_dir).expanduser().absolute()
+    out = expand(given.export_dir).absolute()
     check_target(out, sources.folders, overwrite=given.overwrite_output_dir == "true")
     for line in sources.notes:
         print(line)
@@ -58,7 +58,7 @@ def command_words(argv: list[str]) -> list[str]:
     """The flags of the command line, behind those of a YAML file where it begins with one."""
     from finetune.config.resolve import resolve
 
-    known = vars(_parser().parse_args(["--export_dir", ""]))
+    known = vars(_parser().parse_args(["--export_dir", "OUT"]))
     return resolve(argv, dict.fromkeys(known, False), "export").words
 
 
@@ -82,15 +82,15 @@ def resolve_sources(model: str | None, adapters: str | None, downsample_mode: st
     Raises:
         UserError: neither is given, or a folder is missing; or adapters were trained with different modes.
     """
-    from finetune.models.folders import local_folder
+    from finetune.models.folders import has_adapter, is_adapter, local_folder
 
     names = [name.strip() for name in (adapters or "").split(",") if name.strip()]
     folders = [local_folder(name) for name in names]
-    if model is not None and _is_adapter(found := local_folder(model)):
+    if model is not None and is_adapter(found := local_folder(model)):
         folders, model = [found, *folders], None
     if model is None and not folders:
         raise UserError("export needs --model_name_or_path, --adapter_name_or_path or both")
-    if wrong := next((folder for folder in folders if not (folder / "adapter_config.json").is_file()), None):
+    if wrong := next((folder for folder in folders if not has_adapter(folder)), None):
         raise UserError(f"--adapter_name_or_path {wrong}: no adapter_config.json there; give the folder of an adapter")
     from finetune.models import base_of
     from finetune.tuning.checkpoint import resolve
@@ -112,17 +112,13 @@ def resolve_sources(model: str | None, adapters: str | None, downsample_mode: st
     return Sources(base, folders, notes)
 
 
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-
-
 def _notes(adapter: Path, base: Checkpoint) -> list[str]:
     """What a user should know about an adapter on this base."""
-    from finetune.models.adapters import settings_of
+    from finetune.models.folders import read_adapter_config
 
     notes = []
-    named = str(settings_of(adapter).get("base_model_name_or_path") or "a base without a name")
-    if named != base.name and Path(named).expanduser().resolve() != base.folder:
+    named = str(read_adapter_config(adapter).get("base_model_name_or_path") or "a base without a name")
+    if named != base.name and expand(named).resolve() != base.folder:
         notes.append(f"           it was trained on {named}; family and shapes are compared, the weights cannot be")
     if _flags_of(adapter).get("q_lora"):
         notes.append("           it was trained on the base in 4 bit (QLoRA); it is merged into the unquantised base")
@@ -267,12 +263,11 @@ def _upload(given: argparse.Namespace, folder: Path) -> None:
     print(f"uploaded   {name}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m finetune export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     yes = {"choices": ["true", "false"], "nargs": "?", "const": "true", "default": "false"}
     parser.add_argument("--model_name_or_path", help="base: folder or hub id; left out, the one that the adapter names")

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.commands.parser import CommandParser
 from finetune.errors import UserError
 from finetune.sample import DataError
 
@@ -206,8 +207,8 @@ def _write_records(path: Path, records: list[dict[str, Any]]) -> None:
     unfinished.replace(path)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m finetune guicourse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="what", required=True, metavar="convert|score")

@@ -6,15 +6,16 @@ asked with another prompt than the published one. What this project trains never
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
 
+from finetune.commands.parser import CommandParser
 from finetune.errors import ArgumentError, CheckpointError
 from finetune.families import detect
 from finetune.families.base import Family
+from finetune.jsonfiles import read_object
+from finetune.paths import expand
 
 _SETTINGS = "tokenizer_config.json"
 # Newer libraries write the template here, and look here first.
@@ -23,9 +24,9 @@ _BESIDE = "chat_template.jinja"
 
 def main(argv: list[str]) -> int:
     """Restores the template and checks the prompt; the files as they were stay beside, with .bak at the end."""
-    parser = argparse.ArgumentParser(prog="python -m finetune restore-template", description=__doc__)
+    parser = CommandParser(prog="python -m finetune restore-template", description=__doc__)
     parser.add_argument("folder", type=Path, help="full checkpoint or adapter, trained by the old scripts")
-    folder = parser.parse_args(argv).folder.expanduser()
+    folder = expand(parser.parse_args(argv).folder)
 
     from finetune.models import load_tokenizer
     from finetune.templates.probe import check_chat_template
@@ -57,7 +58,7 @@ def restore(folder: Path, template: str) -> list[Path]:
     file, beside = folder / _SETTINGS, folder / _BESIDE
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {_SETTINGS}; give the folder of a checkpoint or an adapter")
-    settings = _read(file)
+    settings = read_object(file)
     backups = []
     if settings.get("chat_template") != template:
         backups.append(_free(file))
@@ -75,20 +76,15 @@ def restore(folder: Path, template: str) -> list[Path]:
 
 def _family(folder: Path) -> Family:
     """The family of a checkpoint, or of the base of an adapter."""
-    if (folder / "config.json").is_file():
-        return detect(_read(folder / "config.json"))
-    if not (folder / "adapter_config.json").is_file():
+    from finetune.models.folders import CONFIG, is_adapter
+
+    if (folder / CONFIG).is_file():
+        return detect(read_object(folder / CONFIG))
+    if not is_adapter(folder):
         raise CheckpointError(f"{folder} is neither a checkpoint (config.json) nor an adapter (adapter_config.json)")
     from finetune.models import base_of
 
-    return detect(_read(base_of(folder) / "config.json"))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    return detect(read_object(base_of(folder) / CONFIG))
 
 
 def _free(file: Path) -> Path:

@@ -7,13 +7,13 @@ step runs does.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.commands.mode_flag import add_mode_flag
+from finetune.commands.parser import CommandParser
 from finetune.sample import Media, Message, Sample, Source, Text
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _SHOWN_IDS = 24
 
 def main(argv: list[str]) -> int:
     """Runs every check; returns 0 when all ran, UserError says what is wrong with the checkpoint."""
-    parser = argparse.ArgumentParser(prog="python -m finetune selfcheck", description=__doc__)
+    parser = CommandParser(prog="python -m finetune selfcheck", description=__doc__)
     parser.add_argument("model", help="folder of a checkpoint, or a hub id")
     parser.add_argument("--adapter", help="folder of an adapter trained on it")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, ...")

@@ -5,13 +5,13 @@ It is what the demo trains and what the tests load. It knows nothing: answers be
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
 from pathlib import Path
 
 from finetune.commands import tiny_chatml, tiny_config, tiny_native, tiny_tokenizer
+from finetune.commands.parser import CommandParser
 from finetune.commands.tiny_tokenizer import write_json
 from finetune.families import by_name, check_transformers
 
@@ -21,7 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def main(argv: list[str]) -> int:
     """Run ``python -m finetune tiny``; 0 on success, 2 when the arguments or the target folder are refused."""
-    parser = argparse.ArgumentParser(prog="python -m finetune tiny", description=__doc__)
+    parser = CommandParser(prog="python -m finetune tiny", description=__doc__)
     parser.add_argument("--family", required=True, choices=FAMILIES)
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
+
+from finetune.commands.parser import CommandParser
 
 
 def main(argv: list[str]) -> int:
     """Loads an adapter or a full model in this process; returns 0 when it loads and its logits agree."""
-    parser = argparse.ArgumentParser(prog="python -m finetune verify", description=__doc__)
+    parser = CommandParser(prog="python -m finetune verify", description=__doc__)
     parser.add_argument("folder", type=Path, help="adapter or full model folder")
     parser.add_argument("--reference", type=Path, help="logits taken at the end of training (safetensors)")
     parser.add_argument("--device", default="auto", help="auto (GPU when the weights fit, else CPU), cpu, cuda, ...")
@@ -20,20 +20,28 @@ def main(argv: list[str]) -> int:
     from transformers import AutoTokenizer
 
     from finetune.models import base_of, load_model
+    from finetune.models.adapters import check_adapter, peft_errors
+    from finetune.models.folders import check_side_files, has_adapter, local_folder
     from finetune.models.strict import some
+    from finetune.models.tokenization import tokenizer_errors
     from finetune.tuning.adapters import quantisation
     from finetune.tuning.checkpoint import resolve
     from finetune.tuning.verification import Origin, compare, origin_of
 
-    adapter = (args.folder / "adapter_config.json").is_file()
+    adapter = has_adapter(folder := local_folder(str(args.folder)))
+    if adapter:
+        check_adapter(folder)
+        check_side_files(folder)
     origin = origin_of(args.reference) if args.reference else Origin("auto")
     options: dict[str, Any] = {"quantization_config": quantisation(origin.dtype)} if origin.quantised else {}
     device = _device(args.folder, adapter) if args.device == "auto" else args.device
     # As it was saved, whatever the environment says: the placeholders of the reference were counted that way.
     base = resolve(str(base_of(args.folder) if adapter else args.folder), trained=args.folder, environment={})
     loader = AutoPeftModel.from_pretrained if adapter else load_model
-    model = loader(str(args.folder), dtype=origin.dtype, device_map={"": device}, **options).eval()
-    tokenizer = AutoTokenizer.from_pretrained(str(args.folder))
+    with peft_errors(folder):
+        model = loader(str(args.folder), dtype=origin.dtype, device_map={"": device}, **options).eval()
+    with tokenizer_errors(folder):
+        tokenizer = AutoTokenizer.from_pretrained(str(args.folder))
     print(f"loaded {args.folder} on {device}: {type(model).__name__}, {type(tokenizer).__name__}")
     if base.mode is not None:
         model.config.downsample_mode = base.mode.name  # peft loads the base as it is
@@ -64,12 +72,10 @@ def _device(folder: Path, adapter: bool) -> str:
         return "cpu"
     folders = [folder]
     if adapter:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        if not Path(base).is_dir():
-            from huggingface_hub import snapshot_download
+        from finetune.models import base_of
 
-            base = snapshot_download(base, allow_patterns=["*.safetensors"], local_files_only=True)
-        folders.append(Path(base))
+        base = base_of(folder)
+        folders.append(base)
     weights = sum(path.stat().st_size for place in folders for path in place.glob("*.safetensors"))
     free, _ = torch.cuda.mem_get_info()
     return "cuda" if free > 1.3 * weights + 2**31 else "cpu"

@@ -16,7 +16,7 @@ def add_video_flags(parser: argparse.ArgumentParser) -> None:
         if entry.name not in VIDEO_FLAGS:
             continue
         flag, said = f"--{entry.name}", entry.metadata["help"]
-        if entry.type == "bool":
+        if "bool" in str(entry.type):  # transformers resolves the annotations of what it parses
             group.add_argument(flag, action="store_true", help=said)
         else:
             group.add_argument(flag, type=float if "float" in str(entry.type) else int, help=said)

@@ -17,7 +17,23 @@ Words = dict[str, list[str]]
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 # What OmegaConf, and with it LLaMA-Factory, takes behind a YAML file.
+_MERGE = "tag:yaml.org,2002:merge"
 _PAIR = re.compile(r"[A-Za-z_]\w*=")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key is given twice: of two values the last would count in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.tag != _MERGE and key.value in lines:
+                raise yaml.YAMLError(
+                    f"line {line}: {key.value} is given twice, in line {lines[key.value]} too; leave one of them out"
+                )
+            lines[str(key.value)] = line
+        return super().construct_mapping(node, deep)
 
 
 def split_file(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -33,11 +49,11 @@ def read_file(path: Path) -> list[str]:
     Raises:
         ArgumentError: there is no such file, or it is no mapping of flags to values.
     """
-    try:
-        given: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:  # the loader is a safe one, with a check
+        given: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError as error:
         raise ArgumentError(f"{path}: no such file (looked from {Path.cwd()})") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ArgumentError(f"{path}: not a YAML file of flags: {' '.join(str(error).split())}") from error
     if isinstance(given, dict) and isinstance(given.get("flags"), dict) and "versions" in given:
         given = given["flags"]
@@ -45,8 +61,14 @@ def read_file(path: Path) -> list[str]:
         raise ArgumentError(f"{path}: each line should be a flag and its value, as in learning_rate: 1.0e-4")
     words = []
     for key, value in given.items():
-        if value is not None:
+        if value is None:
+            continue
+        try:
             words += [f"--{key}", *(_word(item) for item in (value if isinstance(value, list) else [value]))]
+        except (TypeError, ValueError) as error:  # a date inside of an object, or a list that holds itself
+            raise ArgumentError(
+                f"{path}: {key} has a value that is no text, number or list of them ({error})"
+            ) from error
     return words
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from finetune.cache import signature
 from finetune.encoding.check_cache import CheckCache, Looked, fingerprint
 from finetune.encoding.fitting import OUTCOMES, Fitter, OverlongError
-from finetune.encoding.intake import Intake, source_of
+from finetune.encoding.intake import Intake, share_is_bad, source_of
+from finetune.errors import WorthlessError
+from finetune.quoting import shown
 from finetune.sample import DataError, Sample
 
 logger = logging.getLogger(__name__)
@@ -81,12 +82,13 @@ def check_before_training(intakes: Sequence[Intake], level: str | None) -> None:
 
     Raises:
         CheckError: records cannot be used and are not to be skipped; the report is logged before.
+        WorthlessError: more of them cannot be used than the intake's share allows.
         DataError: a data set without any sample to use.
     """
     reports = []
     for intake in intakes:
         if level != "off":
-            reports.append((intake, check(intake.samples, intake.fitter, level)))
+            reports.append((intake, check(intake.samples, intake.fitter, level, rebuild=intake.remeasure)))
             logger.info("%s", reports[-1][1])
     fatal = [report for intake, report in reports if report.problems and intake.on_bad_sample == "error"]
     if fatal:
@@ -95,31 +97,38 @@ def check_before_training(intakes: Sequence[Intake], level: str | None) -> None:
             f"{count} records cannot be used, the first: {fatal[0].problems[0]} (all kinds above; "
             "--on_bad_sample skip leaves such records out, --check off starts without looking)"
         )
-    for _, report in reports:
+    for intake, report in reports:
         if report.problems:
             logger.warning("%s: %d records will be left out", report.file, len(report.problems))
         if not report.outcomes.total():
             first = (report.problems + report.left_out)[0]
             raise CheckError(f"{report.file}: none of {report.looked_at} records can be used; the first: {first}")
+        if share_is_bad(len(report.problems), report.looked_at, intake.max_bad_share):
+            raise WorthlessError(
+                f"{report.file}: {len(report.problems)} of {report.looked_at} records cannot be used, more than "
+                f"--max_bad_share {intake.max_bad_share:g} allows; the first: {report.problems[0]}. Mend the data, or "
+                "raise --max_bad_share if so many are expected to be unusable"
+            )
     for intake in intakes:
         intake.probe()
 
 
-def check(samples: Sequence[Sample], fitter: Fitter, level: str | None = None, *, cached: bool = True) -> Report:
-    """Looks at the records of a data set without decoding an image.
+def check(samples: Sequence[Sample], fitter: Fitter, level: str | None = None, *, rebuild: bool = False) -> Report:
+    """Looks at the records of a data set without decoding an image; good ones are remembered.
 
     Args:
         samples: the data set.
         fitter: the encoder of the run and its policy for long samples.
         level: "full", "sample", or None for the default.
-        cached: remember good records by the state of their files, so that a second check is fast.
+        rebuild: look again at good records that are remembered by the state of their files.
     """
     started = time.perf_counter()
     samples = getattr(samples, "once", samples)
     chosen = _chosen(len(samples), level)
     report = Report(_title(samples), len(samples), len(chosen))
     report.duplicates = _duplicates(samples, chosen)
-    cache = CheckCache(getattr(samples, "files", [Path(report.file)]), fingerprint(fitter, samples)) if cached else None
+    files = getattr(samples, "files", [Path(report.file)])
+    cache = CheckCache(files, fingerprint(fitter, samples), rebuild=rebuild)
     chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
     with (
         _threads() as pool,
@@ -136,9 +145,8 @@ def check(samples: Sequence[Sample], fitter: Fitter, level: str | None = None, *
             bar.update(len(results))
             for result in results:
                 _enter(report, result)
-    if cache is not None:
-        report.reused = cache.reused
-        cache.write()
+    report.reused = cache.reused
+    cache.write()
     report.seconds = time.perf_counter() - started
     return report
 
@@ -167,9 +175,9 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _look(samples: Sequence[Sample], index: int, fitter: Fitter, cache: CheckCache | None) -> Looked | DataError:
+def _look(samples: Sequence[Sample], index: int, fitter: Fitter, cache: CheckCache) -> Looked | DataError:
     """What becomes of one record; of good ones from the cache, when none of their files has changed."""
-    if cache is not None and (known := cache.get(index)) is not None:
+    if (known := cache.get(index)) is not None:
         return known
     try:
         sample = samples[index]
@@ -178,8 +186,7 @@ def _look(samples: Sequence[Sample], index: int, fitter: Fitter, cache: CheckCac
         return error
     paths = [path for media in sample.media() for path in media.files]
     looked = Looked(fitted.outcome, len(fitted.rendered.input_ids), fitted.lost_images)
-    if cache is not None:
-        cache.put(index, looked, [signature(path) for path in paths])
+    cache.put(index, looked, paths)
     return looked
 
 
@@ -219,7 +226,9 @@ def _lines(report: Report) -> Iterator[str]:
     if report.lost_images:
         yield f"  warning: {report.lost_images} images go with turns that are dropped; later answers may refer to them"
     if report.duplicates:
-        first = ", ".join(f"{identity!r} ({count})" for identity, count in list(report.duplicates.items())[:_SHOWN])
+        first = ", ".join(
+            f"{shown(identity, 60)} ({count})" for identity, count in list(report.duplicates.items())[:_SHOWN]
+        )
         yield f"  warning: {len(report.duplicates)} ids occur more than once: {first}{_more(report.duplicates)}"
     for kind, messages in group([*report.problems, *report.left_out]).items():
         yield f"  {len(messages)} x {kind}"
@@ -250,6 +259,6 @@ def shape(message: str) -> str:
     text = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "'...'", text)
     # Lists of places differ in number; a path ends where our messages go on.
     text = re.sub(r"\(looked [^)]*\)", "(looked ...)", text)
-    text = re.sub(r"(?<=\bimage )\S.*?(?= (?:cannot|is|has|does)\b)", "PATH", text)
+    text = re.sub(r"(?<=\b(?:image|video|audio) )\S.*?(?= (?:cannot|is|has|does|begins|ends)\b)", "PATH", text)
     text = re.sub(r"\S*/\S*", "PATH", text)
     return re.sub(r"\d+(?:\.\d+)?", "N", text)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import finetune
-from finetune.cache import Signature, folder, signature
+from finetune.cache import folder, replacing, signature
 from finetune.encoding.fitting import Fitter, Outcome
 from finetune.sample import Sample
 
@@ -42,15 +41,16 @@ class CheckCache:
     Args:
         data: the data files; no result is remembered where there is none, or one cannot be read.
         setting: everything else the results depend on; see ``fingerprint``.
+        rebuild: look at every record again.
     """
 
-    def __init__(self, data: Sequence[Path], setting: str) -> None:
+    def __init__(self, data: Sequence[Path], setting: str, *, rebuild: bool = False) -> None:
         # Relative image paths are also looked for in the current directory.
         key = "\n".join([*(str(path.resolve()) for path in data), str(Path.cwd()), setting])
         self._path = folder() / f"check-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         readable = data and all(path.is_file() for path in data)
         self._state = [list(signature(path)) for path in data] if readable else None
-        self._known = self._read()
+        self._known = {} if rebuild else self._read()
         self._fresh: dict[str, list] = {}
         self.reused = 0
 
@@ -61,7 +61,7 @@ class CheckCache:
             return None
         looked, files = entry
         try:
-            if any(list(signature(Path(path))) != [path, time, size] for path, time, size in files):
+            if any(list(signature(Path(path))) != [path, *state] for path, *state in files):
                 return None
         except OSError:
             return None
@@ -69,29 +69,31 @@ class CheckCache:
         self.reused += 1
         return Looked(*looked)
 
-    def put(self, index: int, looked: Looked, files: list[Signature]) -> None:
-        """Remembers a result, which depends on these files."""
-        self._fresh[str(index)] = [looked, files]
+    def put(self, index: int, looked: Looked, files: Sequence[Path]) -> None:
+        """Remembers a result, which depends on these files; not where one of them has vanished."""
+        try:
+            self._fresh[str(index)] = [looked, [signature(path) for path in files]]
+        except OSError:
+            self._known.pop(str(index), None)
 
     def write(self) -> None:
         """Saves what was looked at; a folder that cannot be written is no reason to stop."""
         if self._state is None:
             return
         text = json.dumps({"data": self._state, "records": self._known | self._fresh})
-        partial = self._path.with_suffix(f".{os.getpid()}")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self._path)
+            with replacing(self._path) as file:
+                file.write(text.encode())
         except OSError as error:
             logger.warning("the results of the check are not remembered: %s", error)
 
     def _read(self) -> dict[str, list]:
         try:
             stored = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}  # absent, or cut short: then everything is looked at again
-        return stored["records"] if self._state is not None and stored["data"] == self._state else {}
+            same = self._state is not None and stored["data"] == self._state
+            return dict(stored["records"]) if same else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}  # absent, cut short or of another version: then everything is looked at again
 
 
 def fingerprint(fitter: Fitter, samples: Sequence[Sample]) -> str:

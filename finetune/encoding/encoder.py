@@ -41,6 +41,7 @@ from finetune.notices import warn_once
 from finetune.sample import DataError, Media, MediaKind, Sample
 from finetune.templates.probe import complete_layout
 from finetune.templates.rendering import IGNORE, Layout, Rendered, Spoken, Thinking
+from finetune.templates.rendering import Vocabulary as Spelling
 from finetune.templates.tokens import TextError, Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -283,8 +284,21 @@ class Encoder:
             self.check_labels(sample, rendered)
         return self.assemble(sample, plans, rendered)
 
-    def render(self, sample: Sample, plans: Sequence[Planned], generate: bool = False) -> Rendered:
+    def render(
+        self,
+        sample: Sample,
+        plans: Sequence[Planned],
+        generate: bool = False,
+        *,
+        vocabulary: Spelling | None = None,
+    ) -> Rendered:
         """Ids and labels of a sample whose media take their places by ``plans``.
+
+        Args:
+            sample: the conversation.
+            plans: one per medium.
+            generate: as in ``encode``.
+            vocabulary: this encoder's, in a ``Remembered`` where a sample is rendered several times.
 
         Raises:
             DataError: text the tokenizer cannot represent, or turns the template lacks.
@@ -293,7 +307,7 @@ class Encoder:
         if shown.sample is not sample and not layout.ids_beside_video:
             layout = replace(layout, image_ids=False)
         try:
-            return self.family.render(*shown, self.vocabulary, layout, generate)
+            return self.family.render(*shown, vocabulary or self.vocabulary, layout, generate)
         except TextError as error:
             raise DataError(f"{sample.source}: {error}") from error
 

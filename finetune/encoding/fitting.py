@@ -13,12 +13,14 @@ from typing import Literal, get_args
 from finetune.encoding.encoder import Encoder, Extent, Planned
 from finetune.encoding.example import Example
 from finetune.sample import DataError, Media, Message, Part, Sample, Text
-from finetune.templates.rendering import IGNORE, Rendered
+from finetune.templates.rendering import IGNORE, Remembered, Rendered
 
 POLICIES = ("shrink", "drop", "truncate", "error")
 Outcome = Literal["kept", "shrunk", "turns dropped", "truncated"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Sizes = Sequence[Extent]
+# Texts of so many letters are tokenised though they cannot fit, so that their error has the number of tokens.
+_COUNTED = 1 << 16
 Draft = tuple[Sample, tuple[Planned, ...], Rendered]
 
 
@@ -84,24 +86,31 @@ class Fitter:
             OverlongError: it is left out; the message says why.
             DataError: a sample that cannot be used at any length, or with ``error`` one that is too long.
         """
-        encoder = self.encoder
+        encoder, attempt = self.encoder, _Attempt(self.encoder)
         sizes = encoder.sizes(sample)
-        plans = encoder.plans(sizes)
-        rendered = encoder.render(sample, plans)
-        encoder.check_labels(sample, rendered)
-        if encoder.fits(rendered):
-            return Fitted(sample, plans, rendered, "kept")
+        length = f"at least {fewest(encoder, sample)} tokens by the length of its text"
+        if _letters(sample) <= _COUNTED or not _surely_too_long(encoder, sample):
+            drafted, plans, rendered = attempt.draft(sample, sizes)
+            encoder.check_labels(sample, rendered)
+            if encoder.fits(rendered):
+                return Fitted(drafted, plans, rendered, "kept")
+            length = f"{len(rendered.input_ids)} tokens"
+            if self.policy == "error":
+                encoder.check_length(sample, rendered)
         if self.policy == "error":
-            encoder.check_length(sample, rendered)
-        fitted = self._squeezed(sample, sizes)
+            raise DataError(
+                f"{sample.source}: {length}, the limit is {encoder.max_length}; raise model_max_length, or shorten or "
+                "split the record"
+            )
+        fitted = self._squeezed(sample, sizes, attempt)
         if fitted is None:
             raise OverlongError(
-                f"{sample.source}: left out: {len(rendered.input_ids)} tokens, the limit is {encoder.max_length}"
+                f"{sample.source}: left out: {length}, the limit is {encoder.max_length}"
                 f"{self._reason()}; raise model_max_length, or shorten or split the record"
             )
         if all(label == IGNORE for label in fitted.rendered.labels):
             raise OverlongError(
-                f"{sample.source}: left out: {len(rendered.input_ids)} tokens, the limit is {encoder.max_length}, "
+                f"{sample.source}: left out: {length}, the limit is {encoder.max_length}, "
                 "and no answer that is trained fits into it; raise model_max_length, or shorten or split the record"
             )
         return fitted
@@ -112,22 +121,28 @@ class Fitter:
             "truncate": ", and its last exchange needs more for its images, its answer and a word of its question",
         }.get(self.policy, " (--overlong drop)")
 
-    def _squeezed(self, sample: Sample, sizes: Sizes) -> Fitted | None:
+    def _squeezed(self, sample: Sample, sizes: Sizes, attempt: _Attempt) -> Fitted | None:
         """The sample without as few of its oldest turns as let the rest fit; None when not even the last does."""
         if self.policy == "drop":
             return None
-        squeeze = self._fewer_slices if self.policy == "shrink" else self._shorter_texts
-        smallest = self._one_slice if self.policy == "shrink" else self._no_text
         turns = [index for index, message in enumerate(sample.messages) if message.role == "user"]
+
+        def rest_fits(dropped: int) -> bool:
+            rest, left = self._without(sample, sizes, turns[0], turns[dropped])
+            if self.policy == "shrink":
+                return attempt.fits(rest, left, 1)
+            return attempt.fits(_shortened(rest, _removable(rest)), left)
+
         # Every dropped turn makes the rest shorter, so the least number that does is found by halving.
-        rests = [self._without(sample, sizes, turns[0], turn) for turn in turns]
-        dropped = bisect_left(range(len(turns)), True, key=lambda index: self.encoder.fits(smallest(*rests[index])[2]))
+        dropped = bisect_left(range(len(turns)), True, key=rest_fits)
         if dropped == len(turns):
             return None
-        fitted = squeeze(*rests[dropped])
+        rest, left = self._without(sample, sizes, turns[0], turns[dropped])
+        squeeze = self._fewer_slices if self.policy == "shrink" else self._shorter_texts
+        fitted = squeeze(rest, left, attempt)
         if fitted is None or not dropped:
             return fitted
-        return replace(fitted, outcome="turns dropped", lost_images=len(sizes) - len(rests[dropped][1]))
+        return replace(fitted, outcome="turns dropped", lost_images=len(sizes) - len(left))
 
     @staticmethod
     def _without(sample: Sample, sizes: Sizes, first: int, last: int) -> tuple[Sample, Sizes]:
@@ -137,41 +152,69 @@ class Fitter:
         kept = sum(isinstance(part, Media) for message in sample.messages[:first] for part in message.parts)
         return rest, (*sizes[:kept], *sizes[len(sizes) - sum(1 for _ in rest.media()) + kept :])
 
-    def _draft(self, sample: Sample, sizes: Sizes, slices: int | None = None) -> Draft:
-        plans = self.encoder.plans(sizes, slices)
-        return sample, plans, self.encoder.render(sample, plans)
-
-    def _one_slice(self, sample: Sample, sizes: Sizes) -> Draft:
-        return self._draft(sample, sizes, 1)
-
-    def _fewer_slices(self, sample: Sample, sizes: Sizes) -> Fitted | None:
+    def _fewer_slices(self, sample: Sample, sizes: Sizes, attempt: _Attempt) -> Fitted | None:
         tried = None
         for slices in range(self.encoder.slicing.max_slice_nums, 0, -1):
             plans = self.encoder.plans(sizes, slices)
             if plans == tried:
                 continue
             tried = plans
-            rendered = self.encoder.render(sample, plans)
+            drafted, _, rendered = attempt.draft(sample, sizes, slices)
             if self.encoder.fits(rendered):
-                return Fitted(sample, plans, rendered, "shrunk")
+                return Fitted(drafted, plans, rendered, "shrunk")
         return None
 
-    def _no_text(self, sample: Sample, sizes: Sizes) -> Draft:
-        return self._draft(_shortened(sample, _removable(sample)), sizes)
-
-    def _shorter_texts(self, sample: Sample, sizes: Sizes) -> Fitted | None:
+    def _shorter_texts(self, sample: Sample, sizes: Sizes, attempt: _Attempt) -> Fitted | None:
         most = _removable(sample)
-
-        def draft(characters: int) -> Draft:
-            return self._draft(_shortened(sample, characters), sizes)
-
         # Tokens do not fall with every character, but what halving ends at has been seen to fit.
-        least = bisect_left(range(most), True, key=lambda characters: self.encoder.fits(draft(characters)[2]))
-        rest, plans, rendered = draft(least)
+        least = bisect_left(
+            range(most), True, key=lambda characters: attempt.fits(_shortened(sample, characters), sizes)
+        )
+        rest, plans, rendered = attempt.draft(_shortened(sample, least), sizes)
         question = next(message for message in reversed(rest.messages) if message.role == "user")
         if not self.encoder.fits(rendered) or not (question.text.strip() or _has_media(question)):
             return None
         return Fitted(rest, plans, rendered, "truncated")
+
+
+class _Attempt:
+    """Drafts of one sample: each of its texts is tokenised once, however many drafts have it."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._vocabulary = Remembered(encoder.vocabulary)
+
+    def draft(self, sample: Sample, sizes: Sizes, slices: int | None = None) -> Draft:
+        plans = self._encoder.plans(sizes, slices)
+        return sample, plans, self._encoder.render(sample, plans, vocabulary=self._vocabulary)
+
+    def fits(self, sample: Sample, sizes: Sizes, slices: int | None = None) -> bool:
+        """Whether a draft fits; one whose length tells that it does not is not made."""
+        if _surely_too_long(self._encoder, sample):
+            return False
+        return self._encoder.fits(self.draft(sample, sizes, slices)[2])
+
+
+def fewest(encoder: Encoder, sample: Sample) -> int:
+    """A number of tokens that a sample has at least, from the length of its text; nothing is tokenised.
+
+    White space around turns and the thinking of answers are left out of it, as some templates leave them out.
+    """
+    return encoder.vocabulary.fewest(map(_surely_written, sample.messages))
+
+
+def _surely_too_long(encoder: Encoder, sample: Sample) -> bool:
+    return encoder.max_length is not None and fewest(encoder, sample) > encoder.max_length
+
+
+def _surely_written(message: Message) -> str:
+    """The part of a turn's text that every template writes."""
+    text = message.text
+    return (text.rpartition("</think>")[2] if message.role == "assistant" else text).strip()
+
+
+def _letters(sample: Sample) -> int:
+    return sum(len(message.text) for message in sample.messages)
 
 
 def _has_media(message: Message) -> bool:

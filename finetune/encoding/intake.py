@@ -23,6 +23,8 @@ BAD_SAMPLES = "bad_samples.jsonl"
 # So many records from the start of a data set that all fail are taken for all of them.
 _PROBED = 50
 _COUNTED = (*OUTCOMES, "left out")
+# Of fewer samples no share is judged while a run goes on.
+_ENOUGH = 50
 
 
 class Intake:
@@ -38,7 +40,9 @@ class Intake:
         overlong: what happens to samples above the limit; see ``Fitter``.
         on_bad_sample: "error" or "skip".
         report: file that gets a line for every record left out, once per process; None for no file.
-        remeasure: measure the samples anew where their sizes are asked for, though they are remembered.
+        remeasure: look at the samples and measure them anew, though results are remembered.
+        max_bad_share: with "skip", the largest share of samples taken that may be unusable. Samples that are left out
+            only because they are too long are not counted as such: that is the policy asked for.
     """
 
     def __init__(
@@ -50,15 +54,17 @@ class Intake:
         on_bad_sample: str = "error",
         report: Path | None = None,
         remeasure: bool = False,
+        max_bad_share: float = 1.0,
     ) -> None:
         self.samples = samples
         self.remeasure = remeasure
         self.fitter = Fitter(encoder, overlong)
         self.on_bad_sample = on_bad_sample
+        self.max_bad_share = max_bad_share
         self._report = report
         self._reported: set[tuple[str, int]] = set()
         # Shared with the loader processes, which do the counting.
-        self._counts = multiprocessing.Array("q", len(_COUNTED))
+        self._counts = multiprocessing.Array("q", len(_COUNTED) + 1)
 
     def take(self, index: int) -> Example:
         """The example of sample ``index``, or a filler.
@@ -85,7 +91,7 @@ class Intake:
             if not self.leaves_out(error):
                 raise
             self._note(source(), error)
-            self._count("left out")
+            self._count("left out", bad=not isinstance(error, OverlongError))
             return self.fitter.encoder.empty(str(source()))
         self._count(outcome)
         return example
@@ -100,7 +106,12 @@ class Intake:
 
     def counts(self) -> list[int]:
         """How often samples were kept, shrunk, ..., in this process and its loaders; ``describe_counts`` names them."""
-        return self._counts[:]
+        return self._counts[: len(_COUNTED)]
+
+    def taken(self) -> tuple[int, int]:
+        """How many samples were taken in this process and its loaders, and how many of them could not be used."""
+        *counts, bad = self._counts[:]
+        return sum(counts), bad
 
     def probe(self) -> None:
         """Makes sure that a run has something to learn: one of the first samples becomes an example.
@@ -121,9 +132,10 @@ class Intake:
                 return
         raise DataError(f"none of the first {tried} records can be used; the first of them: {first}")
 
-    def _count(self, outcome: str) -> None:
+    def _count(self, outcome: str, *, bad: bool = False) -> None:
         with self._counts.get_lock():
             self._counts[_COUNTED.index(outcome)] += 1
+            self._counts[-1] += bad
 
     def _note(self, source: Source, error: DataError) -> None:
         if (source.file, source.index) in self._reported:
@@ -135,8 +147,14 @@ class Intake:
         line = {"file": source.file, "record": source.index, "id": source.id}
         line |= {"exception": type(error).__name__, "message": str(error)}
         # One write of one line in append mode: the lines of several processes do not mix.
-        with self._report.open("a", encoding="utf-8") as file:
+        # Half of a surrogate pair in an id is escaped as JSON escapes it.
+        with self._report.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def share_is_bad(bad: int, taken: int, most: float, *, few: bool = True) -> bool:
+    """Whether more than the share ``most`` of the samples taken is bad; less than 50 are judged only with ``few``."""
+    return (few or taken >= _ENOUGH) and bad > most * taken
 
 
 def source_of(samples: Sequence[Sample], index: int) -> Source:

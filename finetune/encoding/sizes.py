@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from finetune.cache import folder, signature
+from finetune.cache import folder, replacing, signature
 from finetune.encoding.check_cache import fingerprint
 from finetune.encoding.intake import Intake
 from finetune.encoding.measure import Measure
@@ -163,10 +162,8 @@ def _read(file: Path, count: int) -> np.ndarray | None:
 
 
 def _write(file: Path, table: np.ndarray) -> None:
-    partial = file.with_suffix(f".{os.getpid()}.npy")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(partial, table)
-        partial.replace(file)
+        with replacing(file) as opened:
+            np.save(opened, table)
     except OSError as error:
         logger.warning("the sizes of the samples are not remembered: %s", error)

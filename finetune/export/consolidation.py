@@ -17,9 +17,9 @@ import yaml
 
 from finetune.errors import CheckpointError
 from finetune.export.merging import Base, adapter_names, empty_network, ties_of
-from finetune.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, trained_beside
-from finetune.models.strict import some
-from finetune.tuning.carrying import CARRIED
+from finetune.models.adapters import ADAPTER_WEIGHTS, trained_beside
+from finetune.models.folders import ADAPTER_CONFIG, has_adapter, read_adapter_config
+from finetune.models.strict import CARRIED, some
 from finetune.tuning.checkpoint import SIDE_FILES, Checkpoint, copy_files, take_over
 from finetune.tuning.condition import parts_folder
 from finetune.tuning.pickles import DamagedError, check_pickles, pickled_files
@@ -95,8 +95,8 @@ def read_parts(checkpoint: Path, *, trained_only: bool) -> Mapping[str, Any]:
 
 def base_named_by(checkpoint: Path) -> str | None:
     """The base of a run: of the adapter's settings, else of run.yaml in the checkpoint or in the folder above."""
-    if (checkpoint / ADAPTER_CONFIG).is_file():
-        name = yaml.safe_load((checkpoint / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if has_adapter(checkpoint):
+        name = read_adapter_config(checkpoint).get("base_model_name_or_path")
         if name:
             return name
     for place in (checkpoint, checkpoint.parent):

@@ -16,6 +16,7 @@ import yaml
 
 from finetune.errors import UserError
 from finetune.export.writing import WeightFiles, check_room
+from finetune.paths import expand
 from finetune.tuning.checkpoint import FULL_FILES, Checkpoint, but_mode, read_config, take_over
 
 # Says what the folder was made of; also the sign that a folder is ours to replace.
@@ -39,7 +40,7 @@ def unfinished(target: Path, sources: Sequence[Path], *, overwrite: bool) -> Ite
     Raises:
         ExportError: the target must not be written to.
     """
-    target = target.expanduser().absolute()
+    target = expand(target).absolute()
     check_target(target, sources, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f".{target.name}.unfinished-{os.getpid()}")

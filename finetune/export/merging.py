@@ -18,25 +18,24 @@ from transformers import AutoConfig, PreTrainedModel
 
 from finetune.errors import CheckpointError
 from finetune.models.adapters import (
-    ADAPTER_CONFIG,
     ADAPTER_PREFIX,
     ADAPTER_WEIGHTS,
+    check_adapter,
     check_complete,
     check_fit,
     lora_config_of,
     own_name,
-    settings_of,
+    peft_errors,
     stored_shapes,
     trained_beside,
 )
+from finetune.models.folders import weight_files
 from finetune.models.loading import NETWORKS
 from finetune.models.strict import check_folder, check_whole
-from finetune.tuning.tensorfiles import Stored, read_tensor, stored_in, weight_files
+from finetune.tuning.tensorfiles import Stored, read_tensor, stored_in
 
 _NAME = "default"
 _SAVED = f".modules_to_save.{_NAME}."
-# Ways of starting an adapter that change the base too: its own weights are not those it was trained on.
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Weights(Protocol):
@@ -156,12 +155,11 @@ class Merged:
 
     def _outline(self, network: PreTrainedModel) -> PeftModel:
         """The adapter on the network, both without weights, once its files are known to fit and to be complete."""
-        if not self._file.is_file():
-            raise CheckpointError(f"{self._folder} has {ADAPTER_CONFIG} but not {ADAPTER_WEIGHTS}")
-        check_whole(self._file)
+        settings = check_adapter(self._folder)
         shapes = stored_shapes(self._file) | {name: tuple(tensor.shape) for name, tensor in self._beside.items()}
-        check_fit(network, self._folder, settings_of(self._folder), shapes)
-        model = PeftModel(network, self.config, adapter_name=_NAME, low_cpu_mem_usage=True)
+        check_fit(network, self._folder, settings, shapes)
+        with peft_errors(self._folder):
+            model = PeftModel(network, self.config, adapter_name=_NAME, low_cpu_mem_usage=True)
         stored = set(shapes)
         if self._beside:  # saved beside the adapter was only what had been trained of a module
             stored |= {key for key in _described(model) if ".lora_" not in key}
@@ -272,10 +270,4 @@ def _check_kind(folder: Path, config: LoraConfig) -> None:
         raise CheckpointError(
             f"{folder} repeats layers (layer_replication): merged, the copies would need weights of their own and a "
             "config.json with more layers, which no official code reads. Use it as an adapter"
-        )
-    start = config.init_lora_weights
-    if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
-        raise CheckpointError(
-            f"{folder} was started by {start}, which changes the base's weights too: what is to be merged is not in "
-            "its file. Save it with peft's path_initial_model_for_weight_conversion and export that"
         )

@@ -12,8 +12,9 @@ import torch
 
 from finetune.errors import CheckpointError, UserError
 from finetune.export.merging import Weights
-from finetune.tuning.carrying import CARRIED
-from finetune.tuning.tensorfiles import DTYPES, INDEX, WEIGHTS, copy_tensor, shard_name, write_header
+from finetune.models.folders import INDEX, WEIGHTS
+from finetune.models.strict import CARRIED
+from finetune.tuning.tensorfiles import DTYPES, copy_tensor, shard_name, write_header
 
 _HEADER_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Room on the disk beyond the weights: tokenizer, code files, headers.

@@ -128,8 +128,14 @@ IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 
 
 def vocab_size(config: Config) -> int:
-    """Rows of the embedding table; 4.6 and later describe the language model in a part of its own."""
-    return (config.get("text_config") or config)["vocab_size"]
+    """Rows of the embedding table; 4.6 and later describe the language model in a part of its own.
+
+    Raises:
+        CheckpointError: config.json does not say it.
+    """
+    if (size := (config.get("text_config") or config).get("vocab_size")) is None:
+        raise CheckpointError("config.json has no vocab_size; download it again")
+    return size
 
 
 def merged_slices(table: Table, config: Config) -> SliceSpec:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
+from finetune.media.pictures import UnreadableError, open_picture, reading
+from finetune.quoting import shown
 from finetune.sample import DataError
 
 _DATA = "base64"
@@ -63,11 +62,11 @@ def _write(name: str, data: Any, place: Path, original: bool, paths: dict[str, P
         return
     try:
         content = _bytes(data)
-        with Image.open(io.BytesIO(content)) as image:
+        with open_picture(io.BytesIO(content)) as image, reading():
             kind = (image.format or "PNG").lower().replace("jpeg", "jpg")
             decoded = image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, binascii.Error) as error:
-        bad[name] = f"image {name!r} cannot be decoded ({error})"
+    except (UnreadableError, OSError, ValueError) as error:
+        bad[name] = f"image {shown(name)} cannot be decoded ({error})"
         return
     target = place.with_name(f"{place.name}.{kind if original else 'png'}")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,15 +9,20 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from finetune.errors import UserError
+from finetune.filetypes import told
+from finetune.quoting import reason
 from finetune.sample import DataError, Media, Source
 
 RATE = 16_000
 """Samples per second of every waveform."""
+MAX_CHANNELS = 8
+"""Most channels of a clip (7.1). Files of very many are refused by their header: FFmpeg fails at them, or ends the
+process."""
 MAX_SECONDS = 1800
 """Longest clip that is decoded; at 10 to 25 tokens per second it is more than any context holds."""
 
@@ -54,17 +59,22 @@ def load(media: Media, source: Source) -> np.ndarray:
     try:
         if isinstance(media.data, Path):
             state = media.data.stat()
-            return _of_file(media.data, state.st_size, state.st_mtime_ns)
+            return _of_file(media.data, state.st_size, state.st_mtime_ns, state.st_ino, state.st_ctime_ns)
         if isinstance(media.data, bytes):
             return _decode(media.data)
         if isinstance(media.data, np.ndarray):
             return _given(media.data)
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise DataError(f"{source}: {media} does not exist; correct the path or remove the record") from error
-    except OSError as error:
-        raise DataError(f"{source}: {media} cannot be read ({error}); replace it or remove the record") from error
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{source}: {media} cannot be read ({reason(error)}); replace it or remove the record"
+        ) from error
     except _UnusableError as error:
-        raise DataError(f"{source}: {media} {error}") from error
+        known = told(media.data) if isinstance(media.data, (Path, bytes)) else None
+        raise DataError(f"{source}: {media} {known or error}") from error
     raise DataError(f"{source}: {media} is no sound; give the path of a sound file or samples at 16 kHz")
 
 
@@ -81,7 +91,7 @@ def av() -> Any:
 
 
 @lru_cache(maxsize=_KEPT)
-def _of_file(path: Path, size: int, changed: int) -> np.ndarray:
+def _of_file(path: Path, size: int, *_: int) -> np.ndarray:
     """The waveform of a file in this state."""
     if path.is_dir():
         raise _UnusableError("is a folder; give the path of a sound file")
@@ -104,8 +114,9 @@ def _decode(file: Path | bytes) -> np.ndarray:
     """The waveform of a file, or of the bytes of one."""
     chunks, total, end, short = [], 0, 0.0, False
     with _opened(str(file) if isinstance(file, Path) else io.BytesIO(file)) as (container, stream):
-        # The channels are averaged below: swresample would add them up, louder than either.
-        resampler = av().AudioResampler(format="fltp", rate=RATE)
+        # The channels are averaged below: swresample would add them up, louder than either. They come in one plane,
+        # because PyAV cannot count the planes of 8 channels and more.
+        resampler = av().AudioResampler(format="flt", rate=RATE)
         for packet in chain(container.demux(stream), [None]):
             short |= packet is not None and packet.is_corrupt
             # Behind the last packet the resampler gives what it still holds.
@@ -114,7 +125,8 @@ def _decode(file: Path | bytes) -> np.ndarray:
                     end = max(end, (frame.time or 0.0) + frame.samples / frame.sample_rate)
                     frame.pts = None  # gaps and jumps in time are not filled
                 for piece in resampler.resample(frame):
-                    chunks.append(piece.to_ndarray().mean(axis=0))
+                    planes = piece.to_ndarray().reshape(piece.samples, -1).T
+                    chunks.append(np.ascontiguousarray(planes).mean(axis=0))
                     total += len(chunks[-1])
             if total > MAX_SECONDS * RATE:
                 raise _UnusableError(_too_long())
@@ -146,13 +158,18 @@ def _too_long() -> str:
 def _opened(file: str | io.BytesIO) -> Iterator[tuple[Any, Any]]:
     """The container and its first sound track; what goes wrong inside becomes _UnusableError."""
     library = av()
+    _check_channels(_channels(_head(file if isinstance(file, str) else file.getvalue())))
     try:
         # Broken text in the tags of a file is no reason to refuse its sound.
         with library.open(file, metadata_errors="ignore", options=_OPTIONS) as container:
             if not container.streams.audio:
                 raise _UnusableError("has no sound track; give a file with sound, or remove it from the record")
-            yield container, container.streams.audio[0]
-    except (library.FFmpegError, ValueError, EOFError) as error:
+            stream = container.streams.audio[0]
+            if stream.codec_context is None:
+                raise _UnusableError("has sound in a coding that FFmpeg does not know; save it as WAV")
+            _check_channels(stream.codec_context.channels)
+            yield container, stream
+    except (library.FFmpegError, ValueError, EOFError, IndexError) as error:
         raise _UnusableError(
             f"cannot be decoded as sound ({error}); the file is no sound, truncated or damaged: save it as WAV, "
             "replace it or remove the record"
@@ -183,9 +200,34 @@ def _states_bytes(file: Path | bytes, container: Any) -> bool:
     return container.format.name in _COUNTED and 0 < int.from_bytes(size, order) < _UNKNOWN
 
 
-def _head(file: Path | bytes) -> bytes:
+def _check_channels(count: int | None) -> None:
+    if count is not None and count > MAX_CHANNELS:
+        raise _UnusableError(f"has {count} channels, and at most {MAX_CHANNELS} are read; mix it down to one or two")
+
+
+def _channels(head: bytes) -> int | None:
+    """Channels by the header of WAV, W64, AIFF, AU and CAF files, the formats that hold any number; None of others."""
+    if head[:4] in (b"RIFF", b"RF64", b"RIFX", b"BW64"):
+        return _number(head, b"fmt ", 10, 2, "big" if head[:4] == b"RIFX" else "little")
+    if head[:4] == b"riff":
+        return _number(head, b"fmt ", 26, 2, "little")
+    if head[:4] == b"FORM":
+        return _number(head, b"COMM", 8, 2, "big")
+    if head[:4] == b".snd":
+        return int.from_bytes(head[20:24], "big")
+    return _number(head, b"desc", 36, 4, "big") if head[:4] == b"caff" else None
+
+
+def _number(head: bytes, chunk: bytes, at: int, size: int, order: Literal["little", "big"]) -> int | None:
+    """A number so many bytes behind the name of a chunk; None where that is not near the beginning."""
+    start = head.find(chunk, 8 if chunk == b"desc" else 12)
+    value = head[start + at : start + at + size]
+    return int.from_bytes(value, order) if start >= 0 and len(value) == size else None
+
+
+def _head(file: Path | str | bytes) -> bytes:
     """The first bytes, without the tags in front of an MP3."""
-    with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as opened:
+    with io.BytesIO(file) if isinstance(file, bytes) else Path(file).open("rb") as opened:
         start = opened.read(10)
         if start[:3] != b"ID3":
             return start + opened.read(2048)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import math
-import struct
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from finetune.errors import UserError
+from finetune.filetypes import told
+from finetune.media.depth import is_deep, to_grey
+from finetune.media.pictures import DAMAGED, UnreadableError, check_end, open_picture, reading
 from finetune.media.resample import PILLOW_13, Size, lowered, narrowed, vertical_first
 from finetune.media.slicing import Plan, crop_boxes
+from finetune.quoting import reason
 from finetune.sample import DataError, Media, Source
 
 MAX_PIXELS = 89_478_485
@@ -36,25 +38,6 @@ _TURN = {
     8: Image.Transpose.ROTATE_90,
 }
 _SWAPS_SIDES = (5, 6, 7, 8)
-# What Pillow raises for damaged data, by format: none of its decoders wraps these.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
-_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-
-
-def decode(data: bytes, source: Source) -> Image.Image:
-    """A picture from the bytes of a file, with its header read.
-
-    Raises:
-        DataError: they are not an image, or one with far too many pixels.
-    """
-    try:
-        return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        raise DataError(f"{source}: the image ({len(data)} bytes) is in no format that Pillow reads") from error
-    except _BOMB as error:
-        raise DataError(f"{source}: the image has too many pixels ({error}); shrink it") from error
-    except _DAMAGED as error:
-        raise DataError(f"{source}: the image ({len(data)} bytes) cannot be decoded ({error})") from error
 
 
 def size(media: Media, source: Source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -87,7 +70,7 @@ def left_to_pillow(path: Path, header: Image.Image) -> None:
 def load(media: Media, source: Source, max_pixels: int = MAX_PIXELS, read: Reader = left_to_pillow) -> Image.Image:
     """The decoded image as RGB with EXIF orientation applied; an alpha channel is dropped, not blended.
 
-    Of 16 bit grey values the high byte counts, so that the whole range from black to white is kept.
+    Grey values of more than 8 bits are made 8 bits by the rule of ``finetune.media.depth``.
 
     Args:
         media: what to decode.
@@ -102,7 +85,8 @@ def load(media: Media, source: Source, max_pixels: int = MAX_PIXELS, read: Reade
         turn = _TURN.get(_orientation(image))
         decoded = read(media.data, image) if isinstance(media.data, Path) else None
         if decoded is None:
-            image.load()
+            with reading():
+                image.load()
             decoded = _rgb(image)
     return decoded if turn is None else decoded.transpose(turn)
 
@@ -191,28 +175,25 @@ def _opened(media: Media, source: Source, max_pixels: int) -> Iterator[Image.Ima
     """The image with its header read; errors of opening and of the body become DataError."""
     try:
         if isinstance(media.data, Path):
-            with Image.open(media.data) as image:
+            with open_picture(media.data) as image:
                 _check_pixels(image, media, source, max_pixels)
+                check_end(image, media.data)
                 yield image
         elif isinstance(media.data, Image.Image):
             _check_pixels(media.data, media, source, max_pixels)
             yield media.data
         else:
             raise DataError(f"{source}: {media} is no picture; give the path of an image or a PIL image")
-    except DataError:
+    except UserError:
         raise
+    except UnreadableError as error:
+        known = told(media.data) if isinstance(media.data, Path) else None
+        raise DataError(f"{source}: {media} {known or error}") from error
     except FileNotFoundError as error:
         raise DataError(f"{source}: {media} does not exist; correct the path or remove the record") from error
-    except UnidentifiedImageError as error:
+    except (OSError, ValueError) as error:
         raise DataError(
-            f"{source}: {media} is not an image in a format Pillow reads; save it as PNG or JPEG, or remove the record"
-        ) from error
-    except _BOMB as error:
-        raise DataError(f"{source}: {media} has too many pixels ({error}); shrink it or remove the record") from error
-    except _DAMAGED as error:
-        raise DataError(
-            f"{source}: {media} cannot be decoded ({error}); the file is truncated, damaged or not readable: "
-            "replace it or remove the record"
+            f"{source}: {media} cannot be read ({reason(error)}); replace it or remove the record"
         ) from error
 
 
@@ -223,20 +204,21 @@ def _check_pixels(image: Image.Image, media: Media, source: Source, max_pixels: 
     if width * height > max_pixels:
         raise DataError(
             f"{source}: {media} has {width} x {height} = {width * height} pixels, the limit is {max_pixels}; "
-            "shrink the image, or raise max_pixels if it is meant to be that large"
+            "shrink the image, or raise --max_image_pixels if it is meant to be that large"
         )
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    if is_deep(image):
         # Pillow would take everything above 255 for white.
-        return Image.fromarray((np.clip(np.asarray(image), 0, 0xFFFF) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        # By way of RGBA, or Pillow warns about every such file.
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+        return to_grey(image).convert("RGB")
+    with reading():
+        if image.mode == "P" and "transparency" in image.info:
+            # By way of RGBA, or Pillow warns about every such file.
+            image = image.convert("RGBA")
+        return image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -246,6 +228,6 @@ def _orientation(image: Image.Image) -> int:
     try:
         # The method of the base class: that of PNG files decodes the pixels to look for EXIF behind them.
         value = Image.Image.getexif(image).get(_ORIENTATION, 1)
-    except (SyntaxError, ValueError, KeyError, TypeError, struct.error):
+    except DAMAGED:
         return 1
     return value if value in _TURN else 1

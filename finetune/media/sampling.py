@@ -27,7 +27,7 @@ class VideoOptions:
         time_scale: seconds per time index.
 
     Raises:
-        ArgumentError: a value of 0 or less.
+        ArgumentError: a value of 0 or less, or that is not finite.
     """
 
     fps: float | None = None
@@ -42,8 +42,8 @@ class VideoOptions:
 
     def __post_init__(self) -> None:
         for name, value in self.given.items():
-            if value is not True and value is not False and value <= 0:
-                raise ArgumentError(f"videos: {name} is {value}; it must be above 0")
+            if value is not True and value is not False and not 0 < value < math.inf:
+                raise ArgumentError(f"videos: {name} is {value}; it must be a number above 0")
 
     @property
     def given(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from finetune.errors import UserError
+from finetune.filetypes import is_folder, told
 from finetune.media import image
 from finetune.media.sampling import Clip, Length
 from finetune.sample import DataError, Media, Source
@@ -33,6 +34,10 @@ _OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,asf,ogg,apng",
     "protocol_whitelist": "file",
 }
+# Containers whose header tells the length, and which are readable without their end.
+_ENDS = {"matroska", "webm", "avi"}
+# Seconds that may be missing there: lengths are rounded, and the last frame may have none.
+_SLACK = 0.5
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 _MEND = "replace it or remove the record"
@@ -61,12 +66,12 @@ def probe(media: Media, source: Source, fps: float = 1.0, max_pixels: int = imag
         raise DataError(f"{source}: {media} is no video; give the path of a file or of a folder of frames")
     with _errors(media, source):
         state = media.data.stat()
-        clip = _probed(media.data, state.st_mtime_ns, state.st_size)
+        clip = _probed(media.data, state.st_mtime_ns, state.st_size, state.st_ino, state.st_ctime_ns)
     width, height = clip.size
     if width * height > max_pixels:
         raise DataError(
             f"{source}: {media} has frames of {width} x {height} = {width * height} pixels, the limit is {max_pixels}; "
-            "shrink the video, or raise max_pixels if it is meant to be that large"
+            "shrink the video, or raise --max_image_pixels if it is meant to be that large"
         )
     return clip
 
@@ -90,7 +95,7 @@ def pictures_of(media: Media, source: Source) -> tuple[Path, ...] | None:
     """
     if isinstance(media.data, tuple):
         found = media.data
-    elif isinstance(media.data, Path) and media.data.is_dir():
+    elif isinstance(media.data, Path) and is_folder(media.data):
         found = tuple(sorted((file for file in media.data.iterdir() if _is_picture(file)), key=_natural))
     else:
         return None
@@ -156,6 +161,7 @@ class _Walk:
         self._file = file
         self._container, self._stream = _opened(file)
         self._index = _index(self._container, self._stream)
+        _check_index(self._container, self._index)
         self._headers_say = self._stream.frames
         self._left: Iterator[VideoFrame] = iter(())
         self._current: VideoFrame | None = None
@@ -186,6 +192,9 @@ class _Walk:
         if self._current is not None:
             pts = self._current.pts
             self._now = self._now + 1 if self._index.counted or pts is None else pts
+            # Frames in front of the first key frame lack what they are made of, and are not shown.
+            if self._current.is_corrupt and self._now >= self._index.times[0]:
+                raise _CutError(f"is damaged: its frame at {self._current.time or 0:.2f} seconds cannot be decoded")
 
     def _go_to(self, key: int, wanted: int) -> None:
         """Steps onto a frame that is not behind the wanted one."""
@@ -226,6 +235,8 @@ class _Index:
         counted: whether they are places.
         packets: number of all packets.
         seconds: from the first frame to the end of the last, 0 where that is unknown.
+        end: the second at which the last packet of any stream ends; 0 where that is unknown.
+        cut: whether a packet is not there as a whole.
     """
 
     times: list[int]
@@ -233,16 +244,24 @@ class _Index:
     counted: bool
     packets: int
     seconds: float
+    end: float = 0.0
+    cut: bool = False
 
 
 def _index(container: InputContainer, stream: VideoStream) -> _Index:
     """The frames of a file, without decoding it."""
-    packets = [packet for packet in container.demux(stream) if packet.size]
+    packets, end, cut = [], 0.0, False
+    for packet in container.demux():
+        cut |= packet.is_corrupt
+        if packet.size and packet.pts is not None and packet.time_base is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.size and packet.stream_index == stream.index:
+            packets.append(packet)
     begun = next((place for place, packet in enumerate(packets) if packet.is_keyframe), len(packets))
     usable = [packet for packet in packets[begun:] if not packet.is_discard]
     stamps = [packet.pts for packet in usable if packet.pts is not None]
     if len(stamps) < len(usable) or len(set(stamps)) < len(stamps):
-        return _Index(list(range(len(usable))), [0], True, len(packets), 0.0)
+        return _Index(list(range(len(usable))), [0], True, len(packets), 0.0, end, cut)
     # Pictures in front of the first key frame that come behind it in the file cannot be decoded.
     shown = [packet for packet in usable if packet.pts >= stamps[0]]  # pyright: ignore[reportOptionalOperand]
     times = sorted(stamp for stamp in stamps if stamp >= stamps[0])
@@ -251,18 +270,44 @@ def _index(container: InputContainer, stream: VideoStream) -> _Index:
     if times and stream.time_base is not None:
         last = max(shown, key=lambda packet: packet.pts or 0)
         seconds = float((times[-1] + (last.duration or 0) - times[0]) * stream.time_base)
-    return _Index(times, keys, False, len(packets), seconds)
+    return _Index(times, keys, False, len(packets), seconds, end, cut)
+
+
+def _check_bytes(stream: VideoStream, size: int) -> None:
+    """Checks that a file is as long as the table in its header says (MP4, MOV), without reading on.
+
+    Raises:
+        _CutError: it is shorter.
+    """
+    ends = [entry.pos + entry.size for entry in getattr(stream, "index_entries", ()) or ()]  # PyAV 14 has none
+    if ends and max(ends) > size:
+        raise _CutError(f"is {size} bytes long, and its header speaks of {max(ends)}")
+
+
+def _check_index(container: InputContainer, index: _Index) -> None:
+    """Checks that the packets of a file go on to where its header says.
+
+    Raises:
+        _CutError: they end before, or one of them is damaged.
+    """
+    if index.cut:
+        raise _CutError("has packets that are not whole")
+    told = (container.duration or 0) / 1_000_000
+    if _ENDS & set(container.format.name.split(",")) and index.end and index.end < told - _SLACK:
+        raise _CutError(f"ends after {index.end:.2f} seconds, and its header speaks of {told:.2f}")
 
 
 @lru_cache(maxsize=4096)
-def _probed(file: Path, changed: int, size: int) -> Clip:
+def _probed(file: Path, changed: int, size: int, *_: int) -> Clip:
     """Length and size of a video file in this state."""
     container, stream = _opened(file)
     try:
+        _check_bytes(stream, size)
         frames, fps = stream.frames, float(stream.average_rate or 0)
-        if frames < 1 or fps <= 0:
+        if frames < 1 or fps <= 0 or _ENDS & set(container.format.name.split(",")):
             index = _index(container, stream)
-            frames = len(index.times)
+            _check_index(container, index)
+            frames = frames if frames > 0 and fps > 0 else len(index.times)
             measured = frames / index.seconds if index.seconds > 0 else 0.0
             # Of files that do not tell, the rate is guessed from their first packets.
             if measured and abs(fps - measured) > 0.01 * measured:
@@ -280,6 +325,10 @@ def _probed(file: Path, changed: int, size: int) -> Clip:
     return Clip((file,), Length(frames, fps or 1.0), _shown_size(first))
 
 
+class _CutError(Exception):
+    """A file that is not whole; the message says what disagrees."""
+
+
 class _NoFramesError(Exception):
     """A file without a picture that can be shown."""
 
@@ -291,6 +340,8 @@ def _opened(file: Path) -> tuple[InputContainer, VideoStream]:
 
     container = av.open(str(file), options=_OPTIONS)
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    # One in a coding that FFmpeg does not know has no decoder.
+    streams = [stream for stream in streams if stream.codec_context is not None]
     if not streams:
         container.close()
         raise _NoFramesError
@@ -317,12 +368,23 @@ def _errors(media: Media, source: Source) -> Iterator[None]:
         raise UserError(f"{source}: {media}: videos need PyAV: {INSTALL}") from error
     try:
         yield
+    except UserError:
+        raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{source}: {media} does not exist; correct the path or remove the record") from error
+    except _CutError as error:
+        raise DataError(f"{source}: {media} {error}; the file is truncated or damaged: {_MEND}") from error
     except _NoFramesError as error:
-        raise DataError(f"{source}: {media} has no picture that can be shown; {_MEND}") from error
-    except (FFmpegError, OSError) as error:
-        raise DataError(
-            f"{source}: {media} cannot be decoded ({error.strerror or error}); it is empty, truncated, damaged or no "
-            f"video (mp4, mkv, webm, avi, mov, gif): {_MEND}"
-        ) from error
+        what = _told(media) or f"has no picture that can be shown; {_MEND}"
+        raise DataError(f"{source}: {media} {what}") from error
+    except (FFmpegError, OSError, ValueError, EOFError, IndexError) as error:
+        words = (isinstance(error, OSError) and error.strerror) or error
+        what = _told(media) or (
+            f"cannot be decoded ({words}); it is truncated, damaged or no video (mp4, mkv, webm, avi, mov, gif): "
+            f"{_MEND}"
+        )
+        raise DataError(f"{source}: {media} {what}") from error
+
+
+def _told(media: Media) -> str | None:
+    return told(media.data) if isinstance(media.data, Path) else None

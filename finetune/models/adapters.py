@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,14 @@ from transformers import PreTrainedModel
 from finetune.errors import CheckpointError, UserError
 from finetune.families import by_name, detect
 from finetune.families.base import Family
+from finetune.jsonfiles import read_object
+from finetune.models.finite import check_file, check_types, finite
+from finetune.models.folders import ADAPTER_CONFIG, read_adapter_config
 from finetune.models.strict import check_whole, some
+from finetune.notices import warn_once
 
-ADAPTER_CONFIG = "adapter_config.json"
+logger = logging.getLogger(__name__)
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # The first published scripts left what was trained in full beside the adapter, under the names of their training.
 _FIRST_WEIGHTS = "vpm_resampler_embedtokens.pt"
@@ -52,24 +58,18 @@ def put_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "d
     pieces = {piece for path, _ in network_of(model).named_modules() for piece in path.split(".")}
     if not name or "." in name or name in pieces:  # peft looks for names between the dots of a path
         raise CheckpointError(f"{folder}: {name!r} cannot be the name of an adapter; give another")
-    settings = settings_of(folder)
-    weights = folder / ADAPTER_WEIGHTS
-    if not weights.is_file():
-        raise CheckpointError(f"{folder} has {ADAPTER_CONFIG} but not {ADAPTER_WEIGHTS}")
-    check_whole(weights)
+    settings, weights = check_adapter(folder), folder / ADAPTER_WEIGHTS
     beside = trained_beside(folder)
     shapes = stored_shapes(weights) | {name: tuple(tensor.shape) for name, tensor in beside.items()}
     check_fit(model, folder, settings, shapes)
-    if beside:
-        return _put_first_generation(model, folder, beside, name)
-    try:
+    with peft_errors(folder):
+        if beside:
+            return _put_first_generation(model, folder, beside, name)
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), adapter_name=name)
             adapted = model
         else:
             adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-    except KeyError as error:  # what peft raises for a module saved in full that lacks a tensor
-        raise CheckpointError(f"{weights} lacks tensors of the adapter: {error}") from error
     check_complete(adapted, weights, set(shapes), name)
     return adapted
 
@@ -79,19 +79,60 @@ def network_of(model: PreTrainedModel | PeftModel) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def settings_of(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a folder.
+def check_adapter(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a folder, whose weights are there, whole and finite.
 
     Raises:
-        CheckpointError: it is missing or not JSON.
+        CheckpointError: they are not, or the configuration is not what it should be.
     """
-    file = folder / ADAPTER_CONFIG
-    if not file.is_file():
-        raise CheckpointError(f"{folder} is no adapter: {ADAPTER_CONFIG} is missing")
+    settings = read_adapter_config(folder)
+    if not settings.get("target_modules") and not settings.get("target_parameters"):
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: neither target_modules nor target_parameters says what is adapted"
+        )
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(f"{folder} has {ADAPTER_CONFIG} but not {ADAPTER_WEIGHTS}")
+    check_whole(weights)
+    check_types(weights)
+    check_file(weights)
+    _check_ranks(settings, weights)
+    return settings
+
+
+def _check_ranks(settings: Mapping[str, Any], weights: Path) -> None:
+    """Of adapters on parameters the rows of all experts are one tensor: their ranks are left to peft."""
+    if settings.get("target_parameters"):
+        return
+    known = {settings.get("r"), *(settings.get("rank_pattern") or {}).values()}
+    for name, shape in stored_shapes(weights).items():
+        if (found := _LORA.fullmatch(name)) and (rank := shape[0 if found["side"] == "A" else 1]) not in known:
+            raise CheckpointError(
+                f"{weights}: {name} is of rank {rank}, {ADAPTER_CONFIG} beside it says {' or '.join(map(str, known))}: "
+                "the files belong to different adapters; copy or download both again"
+            )
+
+
+@contextmanager
+def peft_errors(folder: Path) -> Iterator[None]:
+    """What peft and torch say of an adapter that cannot be put on its base, as one line.
+
+    Raises:
+        CheckpointError: with their reason.
+    """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except KeyError as error:  # of a module saved in full that lacks a tensor
+        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} lacks tensors of the adapter: {error}") from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), None)
+        reason = reason or " ".join(str(error).split())
+        raise CheckpointError(
+            f"the adapter {folder} cannot be put on its base, {ADAPTER_CONFIG} and its weights disagree or do not fit "
+            f"it: {reason}"
+        ) from error
 
 
 def stored_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
@@ -122,6 +163,8 @@ def trained_beside(folder: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(f"{file} has {name}, which is not of {', '.join(_FIRST_PARTS)}")
         if not tensor.numel():
             raise CheckpointError(f"{file}: {name} is empty, as ZeRO-3 leaves it when weights are not gathered")
+        if not finite(tensor):
+            raise CheckpointError(f"{file}: {name} has values that are not finite (NaN or infinity)")
         result[ADAPTER_PREFIX + plain] = tensor
     return result
 
@@ -136,6 +179,7 @@ def lora_config_of(folder: Path, beside: dict[str, torch.Tensor]) -> LoraConfig:
     Raises:
         CheckpointError: it is another kind of adapter.
     """
+    read_adapter_config(folder)
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise CheckpointError(f"{folder} is no LoRA adapter but {config.peft_type}")
@@ -210,6 +254,10 @@ def check_fit(
     family = detect(network.config.to_dict())
     theirs = _trained_on(folder, settings)
     misfit = None
+    if gone := _gone(network, settings.get("modules_to_save") or ()):
+        warn_once(
+            logger, f"{folder}: its modules_to_save names {gone}, which is no module of {family.title}: no effect"
+        )
     if theirs is not None and theirs.name != family.name:
         misfit = "they are different networks"
     elif not settings.get("layer_replication"):  # which gives layers other numbers
@@ -222,6 +270,12 @@ def check_fit(
         )
 
 
+def _gone(network: nn.Module, saved: Sequence[str]) -> str | None:
+    """The first of some ends of module names that no module has."""
+    names = [f".{own_name(name)}" for name, _ in network.named_modules()]
+    return next((name for name in saved if not any(known.endswith(f".{name}") for known in names)), None)
+
+
 def _trained_on(folder: Path, settings: dict[str, Any]) -> Family | None:
     """The family that an adapter was trained on, where its run or its base says so."""
     run = folder / "run.yaml"
@@ -231,8 +285,8 @@ def _trained_on(folder: Path, settings: dict[str, Any]) -> Family | None:
             return by_name(yaml.safe_load(run.read_text(encoding="utf-8"))["base"]["family"])
         for place in (base, folder / base):
             if (config := place / "config.json").is_file():
-                return detect(json.loads(config.read_text(encoding="utf-8")))
-    except (KeyError, TypeError, yaml.YAMLError, json.JSONDecodeError, UserError):
+                return detect(read_object(config))
+    except (KeyError, TypeError, yaml.YAMLError, UserError):
         return None  # a run.yaml or a base of something else; the shapes decide
     return None
 

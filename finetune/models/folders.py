@@ -1,9 +1,8 @@
-"""Where a checkpoint is on this machine."""
+"""Where a checkpoint is on this machine, what kind of folder it is, and its files, read with care."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -12,9 +11,21 @@ from typing import Any
 
 from finetune.errors import CheckpointError
 from finetune.families.settings import FILES, PROCESSORS
+from finetune.jsonfiles import read_object, read_text, shown
+from finetune.models import keys
+from finetune.paths import expand
 
-# What makes a folder one that could have been meant.
-_CONFIGS = ("adapter_config.json", "config.json")
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SIDE_FILES = {
+    "tokenizer_config.json": keys.TOKENIZER_CONFIG,
+    "special_tokens_map.json": keys.SPECIAL_TOKENS,
+    "generation_config.json": keys.GENERATION,
+}
+# Ways of starting an adapter that change the base too: its own weights are not those it was trained on.
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Folders that are looked into for a hint.
 _LOOKED_INTO = 2000
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -32,7 +43,7 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: neither a folder nor to be had from the hub.
     """
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if folder.is_dir():
         return folder.resolve()
     if folder.exists():
@@ -51,16 +62,96 @@ def local_folder(name: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a folder.
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is an adapter: of one that has config.json too, the whole model counts."""
+    return has_adapter(folder) and not (folder / CONFIG).is_file()
+
+
+def has_adapter(folder: Path) -> bool:
+    """Whether a folder can be used where an adapter is asked for."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder; the other files beside it that decide what is made of it are looked at too.
 
     Raises:
-        CheckpointError: it is not JSON.
+        CheckpointError: it is missing, or a file is not what it should be.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {CONFIG}; it is not a model folder")
+    config = read_object(path)
+    keys.check_config(config, str(path))
+    read_settings(folder, config)
+    check_side_files(folder)
+    return config
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a folder, of an adapter that can be put on a base.
+
+    Raises:
+        CheckpointError: it is missing, not what it should be, or of an adapter that changes the base's own weights.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no adapter: {ADAPTER_CONFIG} is missing")
+    settings = read_object(path)
+    keys.check(settings, keys.ADAPTER, str(path))
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
+        raise CheckpointError(
+            f"{path}: the adapter was started by {start}, which changes the base's weights too: the base is not what "
+            "it was trained on. Save it with peft's path_initial_model_for_weight_conversion and use that"
+        )
+    return settings
+
+
+def check_side_files(folder: Path) -> None:
+    """Checks what a model or adapter folder says of its tokenizer and of generation.
+
+    Raises:
+        CheckpointError: a file is not what it should be.
+    """
+    for name, table in _SIDE_FILES.items():
+        if (path := folder / name).is_file():
+            keys.check(read_object(path), table, str(path))
+    if (path := folder / "added_tokens.json").is_file():
+        keys.check(added := read_object(path), dict.fromkeys(added, keys.NATURAL), str(path))
+    if (path := folder / "chat_template.json").is_file():
+        keys.check(read_object(path), keys.TOKENIZER_CONFIG, str(path))
+    if (path := folder / "chat_template.jinja").is_file():
+        read_text(path)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder.
+
+    Raises:
+        CheckpointError: there are none, or the index of the shards cannot be used: it names a file that is not there
+            or outside the folder.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    path = folder / INDEX
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no weights: {WEIGHTS} or {INDEX} is missing")
+    places = read_object(path).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(
+            f"{path}: weight_map is {shown(places)}; it should be an object from tensors to files: download it again"
+        )
+    names = sorted(set(places.values()))
+    if outside := next((name for name in names if Path(name).name != name), None):
+        raise CheckpointError(f"{path}: weight_map names {outside!r}, which is not a file beside it; download it again")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{folder} lacks {missing[0]}{more} of the {len(names)} weight files that {INDEX} names: an interrupted "
+            "download? Run it again"
+        )
+    return [folder / name for name in names]
 
 
 def read_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,7 +160,7 @@ def read_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     Those are the keys of ``families.settings.PROCESSORS``; ``setting_files`` says which file each was read from.
 
     Raises:
-        CheckpointError: a file that is not JSON.
+        CheckpointError: a file that is not what it should be.
     """
     read: dict[str, dict[str, Any]] = {}
     given: dict[str, Any] = {}
@@ -77,12 +168,22 @@ def read_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         for file, key in places:
             path = folder / file
             if file not in read:
-                read[file] = read_json(path) if path.is_file() else {}
+                read[file] = _processor(path) if path.is_file() else {}
             if found := (read[file].get(key) if key else read[file]):
                 given[name] = found
                 given.setdefault(FILES, {})[name] = f"{file}, {key}" if key else file
                 break
     return {**config, **given}
+
+
+def _processor(path: Path) -> dict[str, Any]:
+    """A file about processors, its parts included."""
+    values = read_object(path)
+    keys.check(values, keys.PROCESSOR, str(path))
+    for part, inside in values.items():
+        if isinstance(inside, dict):
+            keys.check(inside, keys.PROCESSOR, f"{path}, {part}")
+    return values
 
 
 def nearest_folders(missing: Path) -> str:
@@ -100,7 +201,7 @@ def nearest_folders(missing: Path) -> str:
         folders[:] = [
             name for name in folders if not name.startswith(".") and name not in ("node_modules", "__pycache__")
         ]
-        if any(name in files for name in _CONFIGS):
+        if any(name in files for name in (ADAPTER_CONFIG, CONFIG)):
             found.append(os.path.relpath(folder, root))
         if number > _LOOKED_INTO:
             break

@@ -14,9 +14,9 @@ from finetune.errors import CheckpointError
 from finetune.families import detect
 from finetune.families.common import vocab_size
 from finetune.families.settings import DOWNSAMPLE_MODE
-from finetune.models.adapters import ADAPTER_CONFIG, put_adapter, settings_of
+from finetune.models.adapters import put_adapter
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
-from finetune.models.folders import local_folder
+from finetune.models.folders import ADAPTER_CONFIG, is_adapter, local_folder, read_adapter_config
 from finetune.models.minicpmo import MiniCPMO
 from finetune.models.minicpmv import MiniCPMV
 from finetune.models.modes import decide, saved_with
@@ -24,6 +24,7 @@ from finetune.models.strict import check_folder
 from finetune.models.tokenization import check_tokens, load_tokenizer
 from finetune.models.whole import WHOLE_NETWORKS
 from finetune.notices import warn_once
+from finetune.paths import expand
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +80,12 @@ def load_model(
     options = {"dtype": dtype, "device_map": device_map, **kwargs}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    trained = folder if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file() else None
+    trained = folder if is_adapter(folder) else None
     if trained is None and base is not None:
         raise CheckpointError(f"{folder} is no adapter ({ADAPTER_CONFIG} is missing): it cannot be put on {base}")
     below = folder
     if trained is not None:
-        below = _base_folder(folder, settings_of(folder)) if base is None else Path(base)
+        below = _base_folder(folder, read_adapter_config(folder)) if base is None else Path(base)
     network = _load_full(below, tokenizer_required, downsample_mode, trained, options)
     if hub_kernels:
         _use_hub_kernels(network)
@@ -118,7 +119,7 @@ def base_of(adapter: str | Path) -> Path:
         CheckpointError: it is no adapter, or its base is not there.
     """
     folder = local_folder(str(adapter))
-    return _base_folder(folder, settings_of(folder))
+    return _base_folder(folder, read_adapter_config(folder))
 
 
 def _load_full(
@@ -128,7 +129,7 @@ def _load_full(
     config, _ = MiniCPMVConfig.get_config_dict(folder)
     family = detect(config)
     if tokenizer_required:
-        check_tokens(load_tokenizer(folder), family, vocab_size(config), str(folder))
+        check_tokens(load_tokenizer(folder), family, vocab_size(config), str(folder), config)
     mode = decide(family, config, folder, wish, trained=trained)
     network = NETWORKS[config["model_type"]].from_pretrained(folder, **options)
     if mode is not None:
@@ -158,7 +159,7 @@ def _base_folder(adapter: Path, settings: dict[str, Any]) -> Path:
     name = settings.get("base_model_name_or_path")
     if not name:
         raise CheckpointError(f"{adapter / ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
-    for place in (Path(name).expanduser(), adapter / name):
+    for place in (expand(name), adapter / name):
         if place.is_dir():
             return place
     try:

@@ -25,7 +25,8 @@ from finetune.families import FAMILIES
 from finetune.families.base import Config, Family
 from finetune.families.common import merge_of
 from finetune.families.settings import DOWNSAMPLE_MODE, FILES, PROCESSORS, Found, Processor
-from finetune.models.folders import read_json, read_settings
+from finetune.jsonfiles import read_object
+from finetune.models.folders import ADAPTER_CONFIG, CONFIG, has_adapter, read_adapter_config, read_settings
 from finetune.notices import warn_once
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 FLAG = f"--{DOWNSAMPLE_MODE}"
 VARIABLE = "DOWNSAMPLE_MODE"
 _ENVIRONMENT = f"environment variable {VARIABLE}"
-_ADAPTER = "adapter_config.json"
-_CONFIG = "config.json"
 _COUNTING: tuple[Processor, ...] = ("image_processor", "video_processor")
 _VALUE = re.compile(rf'("{DOWNSAMPLE_MODE}"\s*:\s*)"[^"\\]*"')
 
@@ -137,9 +136,9 @@ def saved_with(folder: Path) -> str | None:
     Raises:
         CheckpointError: a file that is not JSON.
     """
-    if (file := folder / _ADAPTER).is_file():
-        return (read_json(file).get("auto_mapping") or {}).get(DOWNSAMPLE_MODE)
-    return read_json(file).get(DOWNSAMPLE_MODE) if (file := folder / _CONFIG).is_file() else None
+    if has_adapter(folder):
+        return (read_adapter_config(folder).get("auto_mapping") or {}).get(DOWNSAMPLE_MODE)
+    return read_object(file).get(DOWNSAMPLE_MODE) if (file := folder / CONFIG).is_file() else None
 
 
 def write_mode(folder: Path, family: Family, name: str) -> None:
@@ -147,7 +146,7 @@ def write_mode(folder: Path, family: Family, name: str) -> None:
 
     Nothing else in them changes; a file by which it is the same mode already stays as it is.
     """
-    parts: dict[str, set[str]] = {_CONFIG: {""}}
+    parts: dict[str, set[str]] = {CONFIG: {""}}
     for processor in _COUNTING:
         for file, key in PROCESSORS[processor]:
             parts.setdefault(file, set()).add(key)
@@ -195,7 +194,7 @@ def _held(settings: Config) -> list[Found]:
     names = settings.get(FILES) or {}
     processors = {name: settings[name] for name in _COUNTING if settings.get(name)}
     return [
-        Found(settings.get(DOWNSAMPLE_MODE), _CONFIG),
+        Found(settings.get(DOWNSAMPLE_MODE), CONFIG),
         *(Found(given.get(DOWNSAMPLE_MODE), names.get(name, name)) for name, given in processors.items()),
     ]
 
@@ -221,9 +220,9 @@ def _in_files(family: Family, settings: Config, place: str) -> tuple[Found, str]
 
 def _in_result(trained: Path, base: Config) -> Found | None:
     """The mode by the files of a result, where they are not simply those of its base."""
-    if (trained / _ADAPTER).is_file() and (name := saved_with(trained)) is not None:
-        return Found(name, str(trained / _ADAPTER))
-    config = read_json(trained / _CONFIG) if (trained / _CONFIG).is_file() else {}
+    if has_adapter(trained) and (name := saved_with(trained)) is not None:
+        return Found(name, str(trained / ADAPTER_CONFIG))
+    config = read_object(trained / CONFIG) if (trained / CONFIG).is_file() else {}
     before = {found.where: found.value for found in _held(base)}
     for found in _held(read_settings(trained, config)):
         if found.value is not None and found.value != before.get(found.where):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, UserError
 from finetune.families import detect
+from finetune.jsonfiles import read_object
+from finetune.models.finite import check_network, check_types
+from finetune.models.folders import CONFIG, INDEX, WEIGHTS, read_config, weight_files
 
+# Beginnings of the names of tensors that no network reads.
+CARRIED = ("tts.",)
 # What quantisers write beside the weights (GPTQ, AWQ), and what only quantised layers have (those and bitsandbytes).
 _QUANTISED_FILES = ("quant_config.json", "quantize_config.json")
 _QUANTISED_TENSORS = (".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".nested_absmax", ".SCB")
@@ -33,8 +39,17 @@ def check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(f"{folder} is no checkpoint: config.json is missing (found: {found})")
-    if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
+    read_config(folder)
+    if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+        for path in weight_files(folder):
+            check_whole(path)
+            check_types(path, CARRIED)
         return
+    if shards := sorted(path.name for path in folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder} has {shards[0]}, but neither {WEIGHTS} nor {INDEX}, which says what lies where: an interrupted "
+            "download? Run it again"
+        )
     if pickled := sorted(path.name for path in folder.glob("*.bin")):
         raise CheckpointError(
             f"{folder} has weights only as {pickled[0]}, which runs code when read; only safetensors are loaded: "
@@ -68,6 +83,8 @@ def _quantised(folder: Path) -> str | None:
         if (folder / name).is_file():
             return f"it has {name}"
     weights = sorted(folder.glob("*.safetensors"))
+    if weights and (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+        weight_files(folder)  # of an interrupted download, before anything else is opened
     if not weights and (packed := sorted(path.name for path in folder.glob("*.gguf"))):
         return f"its weights are {packed[0]}"
     for path in weights:
@@ -82,10 +99,9 @@ def _quantised(folder: Path) -> str | None:
 def _config_of(folder: Path) -> dict[str, Any]:
     """config.json, empty when it is missing; what is not JSON is left to those who need it."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        return read_object(folder / CONFIG)
+    except CheckpointError:
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def check_whole(path: Path) -> None:
@@ -97,6 +113,8 @@ def check_whole(path: Path) -> None:
     try:
         with safe_open(str(path), framework="pt"):
             pass
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is truncated or no safetensors file ({error}); copy or download it "
@@ -130,6 +148,24 @@ def check_loaded(name: str, info: dict[str, Any], allow_mismatched: bool) -> Non
         raise CheckpointError(f"{name} does not fit its config.json. {'. '.join(problems)}")
 
 
+@contextmanager
+def network_errors(name: str) -> Iterator[None]:
+    """What is raised where a network is made of files that lack something, as one line.
+
+    Raises:
+        CheckpointError: with the reason.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OSError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{name}: no network can be made of its files ({type(error).__name__}: {reason}); download it again"
+        ) from error
+
+
 class StrictLoading(PreTrainedModel):
     """Makes ``from_pretrained``, also through AutoModel, fail instead of filling gaps with random weights."""
 
@@ -144,17 +180,20 @@ class StrictLoading(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         name = str(pretrained_model_name_or_path)
         folder = Path(name, kwargs.get("subfolder") or "")
-        if pretrained_model_name_or_path is not None and folder.is_dir() and kwargs["use_safetensors"]:
+        checked = pretrained_model_name_or_path is not None and folder.is_dir() and kwargs["use_safetensors"]
+        if checked:
             check_folder(folder)
         allow_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, with names
-            **kwargs,
-        )
+        with network_errors(name):
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with names
+                **kwargs,
+            )
         model, info = loaded
         check_loaded(name, info, allow_mismatched)
+        check_network(model, name, weight_files(folder) if checked else [])
         result: Any = (model, info) if wants_info else model
         return result

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, UserError
 from finetune.families.base import Family
+from finetune.families.common import IMAGE_PAD, VIDEO_PAD
+from finetune.jsonfiles import read_object, shown
+from finetune.models import keys
 from finetune.models.bytes_tokenizer import from_vocabulary
+from finetune.models.folders import check_side_files
 from finetune.models.sentencepiece_tokenizer import from_sentencepiece
 
+_PLACEHOLDERS = {"image_token_id": IMAGE_PAD, "video_token_id": VIDEO_PAD}
 # Any of these is a tokenizer.
 _FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
 
@@ -96,16 +102,69 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
     if path.is_dir() and not any(all((path / name).is_file() for name in form) for form in _FORMS):
         forms = ", ".join(" with ".join(form) for form in _FORMS)
         raise CheckpointError(f"{path} has no tokenizer: it needs one of {forms}")
-    named = _declared_class(path) if path.is_dir() else ""
-    return _CLASSES.get(named, MiniCPMVTokenizerFast).from_pretrained(folder, **kwargs)
+    with tokenizer_errors(path):
+        named = _declared_class(path) if path.is_dir() else ""
+        return _CLASSES.get(named, MiniCPMVTokenizerFast).from_pretrained(folder, **kwargs)
+
+
+@contextmanager
+def tokenizer_errors(folder: Path) -> Iterator[None]:
+    """The files of a tokenizer are looked at before, and what the libraries say of them then is one line.
+
+    Raises:
+        CheckpointError: a file is not what it should be.
+    """
+    if (path := folder / "tokenizer.json").is_file():
+        values = read_object(path)
+        keys.check(values, keys.TOKENIZER, str(path))
+        if "model" not in values:
+            raise CheckpointError(f"{path} has no model: it is no tokenizer; download it again")
+        _check_ends(folder, values)
+    check_side_files(folder)
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise _unusable(folder, error) from error
+    except Exception as error:  # noqa: BLE001 - tokenizers raises Exception itself, and nothing below it
+        if type(error) is not Exception:
+            raise
+        raise _unusable(folder, error) from error
+
+
+def _check_ends(folder: Path, tokenizer: Mapping[str, Any]) -> None:
+    """A bos or eos that tokenizer.json does not have would be a new token, with an embedding that nobody trained."""
+    settings = read_object(path) if (path := folder / "tokenizer_config.json").is_file() else {}
+    words = tokenizer["model"].get("vocab")
+    known = set(words) if isinstance(words, dict) else set()
+    if isinstance(words, list):  # of sentencepiece: words with their scores
+        known = {word[0] for word in words if isinstance(word, list) and word}
+    added = [*(tokenizer.get("added_tokens") or ()), *(settings.get("added_tokens_decoder") or {}).values()]
+    known |= {token["content"] for token in added}
+    for key in ("bos_token", "eos_token"):
+        token = settings.get(key)
+        text = token["content"] if isinstance(token, dict) else token
+        if text and text not in known:
+            raise CheckpointError(
+                f"{path}: {key} is {shown(text)}, which tokenizer.json does not have: the files belong to different "
+                "checkpoints; download them again"
+            )
+
+
+def _unusable(folder: Path, error: Exception) -> CheckpointError:
+    reason = " ".join(f"{type(error).__name__}: {error}".removeprefix("Exception: ").split())
+    return CheckpointError(f"the tokenizer of {folder} cannot be made from its files ({reason}); download them again")
 
 
 def _declared_class(folder: Path) -> str:
     file = folder / "tokenizer_config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class", "") if file.is_file() else ""
+    return read_object(file).get("tokenizer_class") or "" if file.is_file() else ""
 
 
-def check_tokens(tokenizer: PreTrainedTokenizerBase, family: Family, vocab_size: int, name: str) -> None:
+def check_tokens(
+    tokenizer: PreTrainedTokenizerBase, family: Family, vocab_size: int, name: str, config: Mapping[str, Any]
+) -> None:
     """Checks that every token the family needs is one id, and that every id has an embedding.
 
     Args:
@@ -113,11 +172,18 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, family: Family, vocab_size:
         family: the checkpoint's family.
         vocab_size: rows of the embedding table.
         name: the checkpoint, for the message.
+        config: its config.json; the ids of placeholders in it must be those of the tokenizer.
 
     Raises:
         CheckpointError: naming the tokens.
     """
     vocabulary = tokenizer.get_vocab()
+    for key, token in _PLACEHOLDERS.items():
+        if token in family.required_tokens and config.get(key) != vocabulary.get(token):
+            raise CheckpointError(
+                f"{name}: {key} of config.json is {config.get(key)}, {token} of the tokenizer {vocabulary.get(token)}; "
+                "the files belong to different checkpoints; download the folder again"
+            )
     if missing := [token for token in family.required_tokens if token not in vocabulary]:
         raise CheckpointError(
             f"the tokenizer of {name} does not know {', '.join(missing)}, which {family.title} needs: the tokenizer "

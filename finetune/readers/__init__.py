@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.filetypes import is_folder
 from finetune.readers.conversation import TRAIN_ON, TrainOn
 from finetune.readers.detection import DATA_FORMATS, DataFormat, choose, some_records
 from finetune.readers.media import places
@@ -25,6 +26,7 @@ def read(
     train_on: TrainOn = "all",
     data_format: DataFormat = "auto",
     rebuild: bool = False,
+    strict_paths: bool = False,
     records: Sequence[Any] | None = None,
 ) -> SampleFile:
     """The samples of a data file; each is built, and may fail, when it is asked for.
@@ -36,6 +38,7 @@ def read(
             that turn out in either case.
         data_format: the form of the records, "auto" to tell it from the first ones.
         rebuild: make the index of the file anew.
+        strict_paths: take no file outside of the folder of the data file and ``image_root``.
         records: those of the file that are read already, instead of all of them.
 
     Raises:
@@ -47,5 +50,5 @@ def read(
     records = open_records(file, rebuild=rebuild) if records is None else records
     form, why = choose(some_records(records), str(path), data_format)
     logger.info("%s: %d records in the %s form (%s)", path, len(records), form.name, why)
-    beside = file if file.is_dir() else file.resolve().parent
-    return SampleFile(records, path, Reading(form, places(beside, image_root), train_on))
+    beside = file if is_folder(file) else file.resolve().parent
+    return SampleFile(records, path, Reading(form, places(beside, image_root, strict=strict_paths), train_on))

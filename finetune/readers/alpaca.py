@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from finetune.quoting import shown, words_of
 from finetune.readers.conversation import TrainOn, Turn, build, refuse_tools, system_text
 from finetune.readers.forms import Form
 from finetune.readers.media import Places, json_cell, json_type
@@ -59,7 +60,7 @@ def _history(record: Mapping[str, Any], column: str | None, source: Source) -> I
     for number, pair in enumerate(pairs):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise DataError(
-                f"{source}: {column!r}, entry {number} is {str(pair)[:60]}; it must be a pair of strings, [prompt, "
+                f"{source}: {column!r}, entry {number} is {shown(pair, 60)}; it must be a pair of strings, [prompt, "
                 "response]"
             )
         yield Turn("user", pair[0])
@@ -67,4 +68,4 @@ def _history(record: Mapping[str, Any], column: str | None, source: Source) -> I
 
 
 def _keys(record: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, record)) or "nothing"
+    return words_of(record)

@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+from finetune.quoting import words_of
 from finetune.readers.forms import MEDIA_COLUMNS, Columns
+from finetune.readers.json_values import ValueFault, parse, written
 from finetune.readers.media import Places, json_cell, json_type, listed
 from finetune.sample import DataError, Media, MediaKind, Message, Part, Sample, Source, Text
 
@@ -146,7 +148,7 @@ def loss(turn: Mapping[str, Any], role: str, number: int, source: Source) -> boo
         return True
     if not isinstance(given, int) or given not in (0, 1):
         raise DataError(
-            f"{source}: turn {number}: 'loss' is {json.dumps(given)}; it must be 1 (train the answer) or 0 (do not)"
+            f"{source}: turn {number}: 'loss' is {written(given)}; it must be 1 (train the answer) or 0 (do not)"
         )
     if given and role != "assistant":
         raise DataError(
@@ -165,8 +167,9 @@ def turn_list(record: Mapping[str, Any], column: str | None, source: Source) -> 
         raise DataError(f"{source}: no column is named for the turns; name it under columns: messages")
     turns = json_cell(record.get(column))
     if turns is None:
-        found = ", ".join(map(repr, record)) or "nothing"
-        raise DataError(f"{source}: has no {column!r} (found {found}); add the list of turns, or name its column")
+        raise DataError(
+            f"{source}: has no {column!r} (found {words_of(record)}); add the list of turns, or name its column"
+        )
     if not isinstance(turns, (list, tuple)):
         raise DataError(f"{source}: {column!r} is {json_type(turns)}; it must be a list of turns")
     for number, turn in enumerate(turns):
@@ -213,9 +216,11 @@ def check_call(text: str, number: int, source: Source) -> None:
         DataError: it is JSON.
     """
     try:
-        json.loads(text)
+        parse(text)
     except json.JSONDecodeError:
         return
+    except ValueFault:
+        pass  # it is JSON, of a kind
     raise DataError(
         f"{source}: turn {number} calls a tool in JSON ({text[:40]!r}); how a call is written differs from model to "
         "model: write it as your model's chat template does (<tool_call>...</tool_call>)"

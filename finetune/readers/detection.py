@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
+from finetune.quoting import shown, words_of
 from finetune.readers.forms import (
     FROM_VALUE,
     MEDIA_COLUMNS,
@@ -32,10 +33,22 @@ _CONVERSATION = ("messages", "conversations")
 
 
 def some_records(records: Sequence[Any]) -> list[Any]:
-    """The records that decide about the form."""
+    """The records that decide about the form; those that cannot be read are passed over, and met again one by one.
+
+    Raises:
+        DataError: none of them can be read.
+    """
     rest = max(len(records) - LOOKED_AT, 0)
     later = {LOOKED_AT + number * rest // LOOKED_AT for number in range(LOOKED_AT if rest else 0)}
-    return [records[index] for index in [*range(min(LOOKED_AT, len(records))), *sorted(later)]]
+    found, fault = [], None
+    for index in [*range(min(LOOKED_AT, len(records))), *sorted(later)]:
+        try:
+            found.append(records[index])
+        except DataError as error:
+            fault = fault or error
+    if fault is not None and not found:
+        raise fault
+    return found
 
 
 def choose(records: Sequence[Any], where: str, asked: DataFormat = "auto") -> tuple[Form, str]:
@@ -115,7 +128,7 @@ def _by_signs(records: Sequence[Mapping[str, Any]], where: str, looked_at: int) 
         return name, f"the records have {sign}"
     if plain:
         return "official", "plain turns"
-    found = ", ".join(map(repr, dict.fromkeys(key for record in records for key in record))) or "no object"
+    found = words_of(dict.fromkeys(key for record in records for key in record)) if records else "no object"
     raise DataError(f"{where}: the {looked_at} records looked at fit no form (found {found}); {WANTED}")
 
 
@@ -137,7 +150,7 @@ def _signs(record: Mapping[str, Any]) -> Iterator[tuple[FormName, str]]:
             yield "openai", "'tool_calls'"
         word = turn.get("from") or turn.get("role")
         if word in ("observation", "function_call"):
-            yield "sharegpt", f"turns of {word!r}"
+            yield "sharegpt", f"turns of {shown(word, 40)}"
 
 
 def _refuse_ranking(record: Mapping[str, Any], where: str) -> None:
@@ -170,7 +183,7 @@ def check_columns(records: Sequence[Any], columns: Columns, form: FormName, wher
             continue
         close = difflib.get_close_matches(column, keys, 1, cutoff=0.8)
         text = f"{where}: none of the {len(records)} records looked at has {column!r}, the column of {name}"
-        found = f"(found {', '.join(map(repr, keys))})"
+        found = f"(found {words_of(keys)})"
         if close or name in ("messages", "response") or (name == "prompt" and columns.query not in keys):
             hint = f"did you mean {close[0]!r}? Name it" if close else "name the right one"
             raise DataError(f"{text} {found}; {hint} under columns")
@@ -187,7 +200,6 @@ def check_columns(records: Sequence[Any], columns: Columns, form: FormName, wher
     filled = [key for key in keys if key in ours - named and any(isinstance(r, dict) and r.get(key) for r in records)]
     if filled:
         warnings.append(
-            f"{where}: records have {', '.join(map(repr, filled))}, not used, as dataset_info.json does not name them "
-            "under columns"
+            f"{where}: records have {words_of(filled)}, not used, as dataset_info.json does not name them under columns"
         )
     return warnings

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import BinaryIO
 
+from finetune.filetypes import told
+from finetune.quoting import reason
 from finetune.sample import DataError
 
 # So many bytes around a mistake are looked at.
@@ -66,7 +68,7 @@ def explain_line(path: Path, file: BinaryIO, start: int, end: int, *, alone: boo
             "JSON Lines; put [ in front of the first record and ] behind the last, or one record on each line"
         )
     try:
-        json.loads(text)
+        json.JSONDecoder(parse_int=str).decode(text)
     except json.JSONDecodeError as error:
         return explain(path, file, start + len(text[: error.pos].encode()), error.msg, (start, end))
     raise AssertionError(f"{path}: bytes {start} to {end} are a record")
@@ -74,14 +76,16 @@ def explain_line(path: Path, file: BinaryIO, start: int, end: int, *, alone: boo
 
 def not_utf8(path: Path, at: int) -> DataError:
     """The error for a byte that UTF-8 does not have."""
+    if (kind := told(path)) is not None:
+        return DataError(f"{path}: {kind}")
     return DataError(f"{path}: not UTF-8 at byte {at}; save the file as UTF-8")
 
 
-def unreadable(path: Path, error: OSError) -> DataError:
+def unreadable(path: Path, error: OSError | ValueError) -> DataError:
     """The error for a file that is not there, or cannot be opened."""
     if isinstance(error, FileNotFoundError):
         return DataError(f"{path}: no such data file (looked from {Path.cwd()}); correct the path")
-    return DataError(f"{path}: cannot be read ({error}); give a JSON or JSON Lines file")
+    return DataError(f"{path}: cannot be read ({reason(error)}); give a data file that may be read")
 
 
 def _read(file: BinaryIO, start: int, end: int) -> str:

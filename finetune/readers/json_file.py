@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import struct
-import tempfile
 import weakref
 from array import array
 from collections.abc import Sequence
@@ -17,15 +16,18 @@ from typing import Any, BinaryIO
 from finetune import cache
 from finetune.readers.json_errors import unreadable
 from finetune.readers.json_scan import scan
+from finetune.readers.json_values import ValueFault, parse
 from finetune.sample import DataError
 
 logger = logging.getLogger(__name__)
 
+State = tuple[int, int, int, int]
+
 # What the index of a smaller file saves is not worth a file of its own.
 _SMALL = 1 << 20
-_MAGIC = b"mcpvidx1"
-# Magic, size and time of the data file, number of records; behind it first byte and end of each record.
-_HEADER = struct.Struct("=8sqqq")
+_MAGIC = b"mcpvidx2"
+# Magic, state of the data file, number of records; behind it first byte and end of each record.
+_HEADER = struct.Struct("=8sqqQqq")
 _SPAN = struct.Struct("=qq")
 
 
@@ -33,10 +35,10 @@ class JsonRecords(Sequence[Any]):
     """Records of a JSON array or of JSON Lines.
 
     When a file is opened for the first time, each record is parsed once and its place is noted in an index in the
-    cache folder, which counts as long as path, size and time of change of the file stay the same. Later only the
-    records asked for are read. Both files are read at offsets rather than mapped: no memory grows with them, and a data
-    file that is cut short while it is open gives an error instead of ending the process. Processes may share an object;
-    a pickled one opens its file again.
+    cache folder, which counts as long as path and state of the file (``cache.signature``) stay the same. Later only
+    the records asked for are read; should one not be where the index says, it is made anew. Both files are read at
+    offsets rather than mapped: no memory grows with them, and a data file that is cut short while it is open gives an
+    error instead of ending the process. Processes may share an object; a pickled one opens its file again.
 
     Args:
         path: the data file.
@@ -50,9 +52,10 @@ class JsonRecords(Sequence[Any]):
         self._path = path
         try:
             self._file = path.open("rb")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise unreadable(path, error) from error
         weakref.finalize(self, self._file.close)
+        self._opened_as = _state(self._file)
         self._index = _open_index(path, self._file, rebuild=rebuild)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -65,20 +68,41 @@ class JsonRecords(Sequence[Any]):
         """The record at ``index``, as plain Python values.
 
         Raises:
+            DataError: the file has changed since it was opened, or the record cannot be taken (``json_values.parse``).
+        """
+        number = range(len(self))[index]
+        try:
+            try:
+                return self._parsed(number)
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                # It was valid when the index was made.
+                self._renew(number)
+                return self._parsed(number)
+        except ValueFault as error:
+            raise DataError(f"{self._path}, record {number}: {error}") from error
+        except OSError as error:
+            raise unreadable(self._path, error) from error
+
+    def _parsed(self, number: int) -> Any:
+        start, end = self._index.span(number)
+        return parse(os.pread(self._file.fileno(), end - start, start))
+
+    def _renew(self, number: int) -> None:
+        """Makes an index anew that does not fit its file.
+
+        Raises:
             DataError: the file has changed since it was opened.
         """
-        start, end = self._index.span(range(len(self))[index])
-        data = os.pread(self._file.fileno(), end - start, start)
-        try:
-            return json.loads(data.decode())
-        except ValueError as error:
-            # It was valid when the index was made.
-            raise DataError(
-                f"{self._path}, record {index}: the file has changed during the run; start again"
-            ) from error
+        count = len(self)
+        if _state(self._file) == self._opened_as:
+            self._index = _open_index(self._path, self._file, rebuild=True)
+            logger.warning("%s: the index did not fit the file and was made anew", self._path)
+            if len(self) == count:
+                return
+        raise DataError(f"{self._path}, record {number}: the file has changed during the run; start again")
 
 
-def _reopen(resolved: Path, state: tuple[int, int], path: Path) -> JsonRecords:
+def _reopen(resolved: Path, state: State, path: Path) -> JsonRecords:
     """A pickled object in another process, which must find the same records."""
     records = JsonRecords(resolved)
     records._path = path
@@ -116,12 +140,12 @@ class _FileIndex:
 
 def _open_index(path: Path, file: BinaryIO, *, rebuild: bool) -> _MemoryIndex | _FileIndex:
     """The index of a data file: that of the cache, or a new one."""
-    size, time = _state(file)
-    if size >= _SMALL:
+    state = _state(file)
+    if state[1] >= _SMALL:
         place = cache.folder() / f"index-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.bin"
-        known = None if rebuild else _known(place, size, time)
+        known = None if rebuild else _known(place, state)
         if known is None and _write(place, path, file):
-            known = _known(place, size, time)
+            known = _known(place, state)
         if known is not None:
             return known
     spans: array[int] = array("q")
@@ -130,7 +154,7 @@ def _open_index(path: Path, file: BinaryIO, *, rebuild: bool) -> _MemoryIndex | 
     return _MemoryIndex(spans)
 
 
-def _known(place: Path, size: int, time: int) -> _FileIndex | None:
+def _known(place: Path, state: State) -> _FileIndex | None:
     """The index in the cache when it is of this state of the data file."""
     try:
         file = place.open("rb")
@@ -138,9 +162,9 @@ def _known(place: Path, size: int, time: int) -> _FileIndex | None:
         return None
     header = file.read(_HEADER.size)
     if len(header) == _HEADER.size:
-        magic, *state, count = _HEADER.unpack(header)
+        magic, *noted, count = _HEADER.unpack(header)
         whole = os.fstat(file.fileno()).st_size == _HEADER.size + _SPAN.size * count
-        if (magic, *state) == (_MAGIC, size, time) and whole:
+        if (magic, *noted) == (_MAGIC, *state) and whole:
             return _FileIndex(file, count)
     file.close()
     return None
@@ -149,13 +173,9 @@ def _known(place: Path, size: int, time: int) -> _FileIndex | None:
 def _write(place: Path, path: Path, file: BinaryIO) -> bool:
     """Puts a new index into the cache; False when the cache cannot be written, which is no reason to stop."""
     state = _state(file)
-    logger.info("%s: finding the records (%.1f GB); this is done once", path, state[0] / 1e9)
-    partial = None
+    logger.info("%s: finding the records (%.1f GB); this is done once", path, state[1] / 1e9)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        # Several ranks may do so at once: each writes a file of its own, and the last one stays.
-        with tempfile.NamedTemporaryFile(dir=place.parent, prefix="index-", delete=False) as target:
-            partial = Path(target.name)
+        with cache.replacing(place) as target:
             target.write(bytes(_HEADER.size))
             count = 0
             for spans in scan(path, file):
@@ -163,17 +183,11 @@ def _write(place: Path, path: Path, file: BinaryIO) -> bool:
                 count += len(spans) // 2
             target.seek(0)
             target.write(_HEADER.pack(_MAGIC, *state, count))
-        partial.replace(place)
     except OSError as error:
         logger.warning("the index of %s is not kept: %s", path, error)
         return False
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
     return True
 
 
-def _state(file: BinaryIO) -> tuple[int, int]:
-    """Size and time of change."""
-    state = os.fstat(file.fileno())
-    return state.st_size, state.st_mtime_ns
+def _state(file: BinaryIO) -> State:
+    return cache.state_of(os.fstat(file.fileno()))

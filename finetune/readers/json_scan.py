@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from finetune.filetypes import told
 from finetune.readers.json_errors import explain, explain_line, newlines, not_utf8, unreadable
 from finetune.sample import DataError
 
@@ -20,7 +21,8 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _NEXT = re.compile(r"[ \t\r\n]*(?:,[ \t\r\n]*(?=[^ \t\r\n])|(\]))")
 # No token but a string is longer: a parser that stops further from the end of a block would stop there anyway.
 _TOKEN = 16
-_parse = json.JSONDecoder().raw_decode
+# Only the place counts: no number is converted, of however many digits.
+_parse = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
 
 
 def scan(path: Path, file: BinaryIO) -> Iterator[array[int]]:
@@ -46,9 +48,11 @@ def scan(path: Path, file: BinaryIO) -> Iterator[array[int]]:
         at = window.skip_space(len(_BOM) if window.text.startswith(_BOM) else 0)
         start = window.text[at : at + 1]
         if not start:
-            raise DataError(f"{path}: the file is empty; it should hold a JSON array of records")
+            raise DataError(f"{path}: the file is empty; it should hold a JSON array of records (copied completely?)")
         if start not in "[{":
             start = window.text[at : at + 4].encode("latin-1").decode(errors="ignore")[:1]
+            if (kind := told(path)) is not None:
+                raise DataError(f"{path}: {kind}")
             line = newlines(file, window.base + at) + 1
             raise DataError(f"{path}, line {line}: starts with {start!r}; expected a JSON array ([) or JSON Lines ({{)")
         yield from _array(window, at) if start == "[" else _lines(window, at)

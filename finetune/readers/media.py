@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from finetune.media import pictures
+from finetune.quoting import cut, reason, shown
+from finetune.readers.json_values import parse
 from finetune.sample import DataError, Media, MediaKind, Source
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+# Text of base64 that is long enough to be the bytes of a file, and what files begin with in it.
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{80,}={0,2}\s*")
+_BEGINNINGS = {"/9j/": "image/jpeg", "iVBOR": "image/png", "R0lGOD": "image/gif", "UklGR": "image/webp"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +30,22 @@ class Places:
     Attributes:
         folders: absolute, in the order of the search.
         flag: what a user gives to name another one.
+        allowed: with --strict_paths the folders, links followed, in which every file must lie; None for anywhere.
     """
 
     folders: tuple[Path, ...]
     flag: str = "--image_root"
+    allowed: tuple[Path, ...] | None = None
 
 
-def places(*folders: str | Path | None, flag: str = "--image_root") -> Places:
-    """The folders that are given, in order, and the current one; a later change of directory moves nothing."""
+def places(*folders: str | Path | None, flag: str = "--image_root", strict: bool = False) -> Places:
+    """The folders that are given, in order, and the current one; a later change of directory moves nothing.
+
+    With ``strict`` those given alone, and no file outside of them is taken.
+    """
     found = [Path(folder).resolve() for folder in folders if folder is not None]
+    if strict:
+        return Places(tuple(dict.fromkeys(found)), flag, tuple(found))
     return Places(tuple(dict.fromkeys([*found, Path.cwd()])), flag)
 
 
@@ -42,22 +53,62 @@ def find(path: str, kind: MediaKind, source: Source, where: Places) -> Path:
     """The file of a path.
 
     Raises:
-        DataError: it is nowhere, or at a remote address.
+        DataError: it is nowhere, cannot be reached, is at a remote address, or outside of the places that are allowed.
     """
     if path.startswith("file://"):
         path = path.removeprefix("file://")
     if _REMOTE.match(path):
         raise DataError(
-            f"{source}: {kind} {path!r} is a remote address, and nothing is fetched from the network; download the "
-            "file and give its path"
+            f"{source}: {kind} {shown(path)} is a remote address, and nothing is fetched from the network; download "
+            "the file and give its path"
         )
     tried = [Path(path)] if Path(path).is_absolute() else [folder / path for folder in where.folders]
+    fault: OSError | ValueError | None = None
     for candidate in tried:
-        if candidate.exists():
+        try:
+            candidate.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        # A name that is too long, a folder that may not be entered, a null byte or half a surrogate pair in the name.
+        except (OSError, ValueError) as error:
+            fault = fault or error
+        else:
+            _check_place(candidate, path, kind, source, where)
             return candidate
-    looked = ", ".join(str(candidate) for candidate in tried)
+    _refuse_base64(path, kind, source)
+    if fault is not None:
+        raise DataError(
+            f"{source}: {kind} {shown(path)} cannot be reached ({reason(fault)}); correct the path or its permissions"
+        )
+    looked = ", ".join(cut(str(candidate)) for candidate in tried)
     raise DataError(
-        f"{source}: {kind} {path!r} does not exist (looked for {looked}); correct the path or give {where.flag}"
+        f"{source}: {kind} {shown(path)} does not exist (looked for {looked}); correct the path or give {where.flag}"
+    )
+
+
+def _check_place(found: Path, path: str, kind: MediaKind, source: Source, where: Places) -> None:
+    """With --strict_paths a file, and what is in a folder of frames, lies in the places that are allowed."""
+    if where.allowed is None:
+        return
+    for each in [found, *(found.iterdir() if found.is_dir() else ())]:
+        real = each.resolve()
+        if not any(real.is_relative_to(folder) for folder in where.allowed):
+            allowed = ", ".join(map(str, where.allowed))
+            raise DataError(
+                f"{source}: {kind} {shown(path)} is {cut(str(real))}, outside of {allowed}, and --strict_paths allows "
+                f"no other place; move the file there or give {where.flag}"
+            )
+
+
+def _refuse_base64(path: str, kind: MediaKind, source: Source) -> None:
+    """Text of base64 without its head is told as what it is: a path is never taken for it, nor it for a path."""
+    if not _BASE64.fullmatch(path):
+        return
+    known = next((name for start, name in _BEGINNINGS.items() if path.startswith(start)), None)
+    head = f"data:{known or f'{kind}/...'};base64,"
+    raise DataError(
+        f"{source}: {kind} {path[:40]!r}... ({len(path)} characters) looks like base64 text and is no path; write "
+        f"{head!r} in front of it"
     )
 
 
@@ -86,9 +137,12 @@ def one(value: Any, kind: MediaKind, column: str, source: Source, where: Places)
     if kind == "video" and isinstance(value, (list, tuple)):
         return Media(kind, tuple(_frame(each, column, source, where) for each in value))
     if is_embedded(value):
-        if value.get("bytes") is not None:
-            return Media(kind, _decoded(value["bytes"], kind, source))
-        value = value["path"]
+        data = value.get("bytes")
+        if data is not None:
+            if not isinstance(data, bytes):
+                raise DataError(f"{source}: {column!r} has {json_type(data)} under 'bytes'; give a path")
+            return Media(kind, _decoded(data, kind, source))
+        value = value.get("path")
     if isinstance(value, str) and value.startswith("data:"):
         return Media(kind, _decoded(_base64(value, kind, source), kind, source))
     if not isinstance(value, str) or not value:
@@ -140,22 +194,15 @@ def _decoded(data: bytes, kind: MediaKind, source: Source) -> Image.Image | byte
         raise DataError(
             f"{source}: {A_FILE[kind]} of {len(data)} bytes inside the record; write it to a file, give its path"
         )
-    try:
-        return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        raise DataError(
-            f"{source}: an image of {len(data)} bytes inside the record is in no format that Pillow reads"
-        ) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{source}: an image of {len(data)} bytes inside the record is damaged ({error})") from error
+    return pictures.decode(data, source, "an image inside the record")
 
 
 def json_cell(value: Any) -> Any:
     """The list or object of a cell of CSV, which holds it as JSON text; every other value as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
-        except json.JSONDecodeError:
+            return parse(value)
+        except ValueError:
             return value  # a path may begin like this too
     return value
 

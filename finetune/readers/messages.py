@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from finetune.quoting import shown
 from finetune.sample import VIDEO_SUFFIXES, DataError, Media, Message, Part, Sample, Source, Text
 
 CHAT = Source("chat", 0)
@@ -63,7 +64,7 @@ def sample(
     turns: list[Message] = []
     for turn, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise DataError(f"{source}: turn {turn} is {str(message)[:80]!r}; it needs 'role' and 'content'")
+            raise DataError(f"{source}: turn {turn} is {shown(message, 80)}; it needs 'role' and 'content'")
         content = message["content"]
         if turn == 0 and image is not None:
             content = [image, *(content if isinstance(content, (list, tuple)) else [content])]

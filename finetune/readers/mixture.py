@@ -23,6 +23,9 @@ from finetune.sample import DataError, Sample, Source
 
 logger = logging.getLogger(__name__)
 
+MOST_TIMES = 10_000
+"""How often a record may be taken in an epoch: more is a slip, and would fill the memory with its number."""
+
 
 class Mixture(Sequence[Sample]):
     """Records of some files in an order of their own.
@@ -164,6 +167,7 @@ def open_data(
     max_samples: int | None = None,
     seed: int = 42,
     rebuild: bool = False,
+    strict_paths: bool = False,
 ) -> Mixture:
     """The samples of a data file, as ``readers.read``, or where there is none of data sets by name, as ``read_named``.
 
@@ -171,7 +175,14 @@ def open_data(
         DataError: as they do.
     """
     if path is not None:
-        file = read(path, image_root=image_root, train_on=train_on, data_format=data_format, rebuild=rebuild)
+        file = read(
+            path,
+            image_root=image_root,
+            train_on=train_on,
+            data_format=data_format,
+            rebuild=rebuild,
+            strict_paths=strict_paths,
+        )
         return Mixture([file]).first(max_samples)
     return read_named(
         names or "",
@@ -182,6 +193,7 @@ def open_data(
         max_samples=max_samples,
         seed=seed,
         rebuild=rebuild,
+        strict_paths=strict_paths,
     )
 
 
@@ -208,10 +220,10 @@ def parse_names(text: str) -> list[Named]:
             number = float(weight) if colon else 1.0
         except ValueError:
             number = 0.0
-        if not 0 < number < float("inf"):
+        if not 0 < number <= MOST_TIMES:
             raise DataError(
-                f"data sets {text!r}: the weight of {name!r} is {weight!r}; it must be a number above 0: 0.3 takes "
-                "30 % of the records, 2 takes each twice"
+                f"data sets {text!r}: the weight of {name!r} is {weight!r}; it must be a number above 0 and at most "
+                f"{MOST_TIMES}: 0.3 takes 30 % of the records, 2 takes each twice"
             )
         if name in (named.name for named in found):
             raise DataError(f"data sets {text!r}: {name!r} is named twice; to take its records twice write {name}:2")
@@ -229,6 +241,7 @@ def read_named(
     max_samples: int | None = None,
     seed: int = 42,
     rebuild: bool = False,
+    strict_paths: bool = False,
 ) -> Mixture:
     """The records of registered data sets, one set after another.
 
@@ -242,6 +255,7 @@ def read_named(
         max_samples: only the first so many records of every set, before weights.
         seed: of all draws; what is drawn of a set does not depend on the others.
         rebuild: make the indices of the files anew.
+        strict_paths: take no file outside of these folders and those of the data files.
 
     Raises:
         DataError: a name is not registered, its description cannot be used, or its file cannot be read.
@@ -250,9 +264,21 @@ def read_named(
     chosen: list[Numbers] = []
     for each in parse_names(names):
         entry = find_entry(each.name, dataset_dir)
-        file = open_entry(entry, media_dir=media_dir, image_root=image_root, train_on=train_on, rebuild=rebuild)
+        file = open_entry(
+            entry,
+            media_dir=media_dir,
+            image_root=image_root,
+            train_on=train_on,
+            rebuild=rebuild,
+            strict_paths=strict_paths,
+        )
         random = np.random.default_rng([seed, zlib.crc32(each.name.encode())])
         files.append(file)
+        if entry.num_samples is not None and entry.num_samples > MOST_TIMES * len(file):
+            raise DataError(
+                f"{entry.where}: 'num_samples' is {entry.num_samples}, of {len(file)} records; each may be taken "
+                f"{MOST_TIMES} times at most"
+            )
         chosen.append(_weighted(_drawn(len(file), entry.num_samples, random)[:max_samples], each.weight, random))
     total = sum(map(len, chosen))
     for file, numbers in zip(files, chosen, strict=True):

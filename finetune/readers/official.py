@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from finetune.quoting import cut, shown
 from finetune.readers.conversation import TrainOn, assemble, loss, turn_list
 from finetune.readers.media import A_FILE, Places, is_embedded, json_cell, json_type, one
 from finetune.readers.sharegpt import state
@@ -62,11 +63,15 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
 def _turns(record: Mapping[str, Any], source: Source) -> list[_Turn]:
     """Every turn, its values checked."""
     key = "messages" if record.get("conversations") is None and record.get("messages") is not None else "conversations"
+    if record.get("conversations") is not None and record.get("messages") is not None:
+        raise DataError(f"{source}: has 'conversations' and 'messages', two lists of turns; keep one")
     result = []
     for number, turn in enumerate(turn_list(record, key, source)):
         # Files of columns have every key in every turn, null where it is not used.
         tagged = turn.get("from") is not None and turn.get("role") is None
         names = ("from", "value") if tagged else ("role", "content")
+        if turn.get("from") is not None and not tagged:
+            raise DataError(f"{source}: turn {number} has 'role' and 'from', two names for who speaks; keep one")
         for name in names:
             if not isinstance(turn.get(name), str):
                 raise DataError(f"{source}: turn {number}: {state(turn, name)}; it must be a string")
@@ -83,7 +88,7 @@ def _files(kind: MediaKind, given: Any, source: Source, where: Places) -> _Files
     if isinstance(given, dict) and not is_embedded(given):
         for tag in given:
             if _kind(tag) != kind or not _TAG.fullmatch(tag):
-                raise DataError(f"{source}: {kind!r} has the key {tag!r}; keys must look like <{kind}_00>")
+                raise DataError(f"{source}: {kind!r} has the key {shown(tag, 60)}; keys must look like <{kind}_00>")
         return {tag: _medium(kind, path, source, where) for tag, path in given.items() if path is not None}
     return [_medium(kind, path, source, where) for path in (given if isinstance(given, (list, tuple)) else [given])]
 
@@ -130,7 +135,7 @@ def _match(kind: MediaKind, found: list[str], files: _Files, source: Source) -> 
             unused = [tag for tag in known if tag not in found]
             twice = [tag for tag in known if found.count(tag) > 1]
             faults = [
-                f"{', '.join(tags)} {fault}"
+                f"{cut(', '.join(tags))} {fault}"
                 for tags, fault in (
                     (missing, f"in the text without {a}"),
                     (unused, f"under {kind!r} but in no user turn"),
@@ -145,7 +150,7 @@ def _match(kind: MediaKind, found: list[str], files: _Files, source: Source) -> 
     numbered = [tag for tag in found if tag != f"<{kind}>"]
     if numbered:
         raise DataError(
-            f"{source}: {', '.join(numbered)} in the text, but {kind!r} names no tags; write <{kind}>, "
+            f"{source}: {cut(', '.join(numbered))} in the text, but {kind!r} names no tags; write <{kind}>, "
             f"or make {kind!r} an object from tags to paths"
         )
     if len(found) != len(files):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from finetune.quoting import shown
 from finetune.readers.conversation import (
     Slot,
     TrainOn,
@@ -52,6 +53,8 @@ def _turn(turn: Mapping[str, Any], number: int, tags: Tags, source: Source, wher
         )
     content = turn.get(tags.content_tag)
     if isinstance(content, (list, tuple)):
+        if not content:
+            raise DataError(f"{source}: turn {number}: {tags.content_tag!r} is an empty list; give its parts, or text")
         parts = tuple(_part(part, number, source, where) for part in content)
     elif isinstance(content, str):
         parts = content
@@ -76,7 +79,8 @@ def _part(part: Any, number: int, source: Source, where: Places) -> Part | Slot:
     medium = str(kind).removesuffix("_url")
     if medium not in MEDIA_COLUMNS:
         raise DataError(
-            f"{source}: turn {number} has a part of type {kind!r}; known are text, image_url, image, video and audio"
+            f"{source}: turn {number} has a part of type {shown(kind, 60)}; known are text, image_url, image, video "
+            "and audio"
         )
     return _medium(part, medium, number, source, where)  # pyright: ignore[reportArgumentType]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from finetune.filetypes import is_folder
 from finetune.readers.json_errors import unreadable
 from finetune.readers.json_file import JsonRecords
 from finetune.readers.tables import TABLES, open_table
@@ -17,6 +19,8 @@ from finetune.sample import DataError
 _JSON = (".json", ".jsonl")
 # Beside the Arrow files of Dataset.save_to_disk; no data.
 _NO_DATA = ("dataset_info.json", "state.json")
+# Of DatasetDict.save_to_disk, whose splits are folders beside it.
+_SPLITS = "dataset_dict.json"
 _SPLIT = re.compile(r"train(?:\[(?:(-?\d+)(%?))?(:)(?:(-?\d+)(%?))?\])?")
 
 
@@ -35,7 +39,7 @@ def open_records(path: Path, *, rebuild: bool = False) -> Sequence[Any]:
     Raises:
         DataError: missing, malformed (with line and cause) or without records; or a folder of files of several kinds.
     """
-    if path.is_dir():
+    if is_folder(path):
         files = data_files(path)
         if files[0].suffix.lower() in TABLES:
             return open_table(files, rebuild=rebuild)
@@ -51,8 +55,10 @@ def data_files(path: Path) -> list[Path]:
     Raises:
         DataError: the folder has none, or several kinds.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         return [path]
+    if (path / _SPLITS).is_file():
+        raise DataError(_of_splits(path))
     try:
         found = sorted(file for file in path.iterdir() if file.suffix.lower() in (*_JSON, *TABLES))
     except OSError as error:
@@ -66,6 +72,19 @@ def data_files(path: Path) -> list[Path]:
             f"{path}: the folder has data files of several kinds ({', '.join(sorted(kinds))}); keep one, or name a file"
         )
     return files
+
+
+def _of_splits(path: Path) -> str:
+    """What to say of a folder of several data sets."""
+    try:
+        noted = json.loads((path / _SPLITS).read_text(encoding="utf-8"))
+        splits = sorted(map(str, noted["splits"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        splits = sorted(each.name for each in path.iterdir() if each.is_dir())
+    if not splits:
+        return f"{path}: a DatasetDict without a split; give the folder of a data set"
+    last = path / ("train" if "train" in splits else splits[0])
+    return f"{path}: a DatasetDict with the splits {', '.join(splits)}; give {last}"
 
 
 class Chain(Sequence[Any]):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetune.quoting import cut, reason, shown
 from finetune.readers.conversation import TrainOn
 from finetune.readers.detection import check_columns, choose, some_records, vocabulary
 from finetune.readers.forms import (
@@ -25,6 +26,7 @@ from finetune.readers.forms import (
     named_columns,
     named_tags,
 )
+from finetune.readers.json_values import ValueFault, parse, written
 from finetune.readers.media import json_type, places
 from finetune.readers.records import open_records, take_split
 from finetune.readers.samples import Reading, SampleFile
@@ -93,7 +95,7 @@ def load_info(dataset_dir: str | Path) -> tuple[Path, dict[str, Any]]:
         )
     path = Path(dataset_dir) / INFO
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+        entries = parse(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: no such file (looked from {Path.cwd()}); --dataset names data sets that are described there: "
@@ -103,6 +105,8 @@ def load_info(dataset_dir: str | Path) -> tuple[Path, dict[str, Any]]:
         raise DataError(f"{path}: cannot be read ({error})") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    except ValueFault as error:
+        raise DataError(f"{path}: {error}") from error
     if not isinstance(entries, dict):
         raise DataError(f"{path}: is {json_type(entries)}; it must be an object from names to descriptions")
     return path, entries
@@ -139,7 +143,7 @@ def _entry(name: str, info: Path, given: Any) -> Entry:
         )
     formatting = given.get("formatting")
     if formatting not in (None, *FORMS):
-        raise DataError(f"{where}: 'formatting' is {json.dumps(formatting)}; there are {', '.join(FORMS)}")
+        raise DataError(f"{where}: 'formatting' is {written(formatting)}; there are {', '.join(FORMS)}")
     if formatting is None and columns is not None:
         if columns.get("messages"):
             raise DataError(
@@ -153,7 +157,7 @@ def _entry(name: str, info: Path, given: Any) -> Entry:
             logger.warning("%s: %r has no effect on a file", where, key)
     number = given.get("num_samples")
     if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-        raise DataError(f"{where}: 'num_samples' is {json.dumps(number)}; it must be a number of records, at least 1")
+        raise DataError(f"{where}: 'num_samples' is {written(number)}; it must be a number of records, at least 1")
     texts = {key: _text(given, key, where) for key in ("subset", "folder", "split")}
     split = texts["split"] or "train"
     return Entry(name, info, file, hub, formatting, columns, tags, texts["subset"], texts["folder"], split, number)
@@ -173,8 +177,18 @@ def _place(given: Mapping[str, Any], info: Path, where: str) -> tuple[Path | Non
     if file is None:
         raise DataError(f"{where}: has no 'file_name'; give the file or folder, relative to {info.parent}")
     path = info.parent / file
-    if not path.exists():
-        raise DataError(f"{where}: file_name {file!r} does not exist (looked for {path.absolute()}); correct it")
+    if not Path(file).is_absolute() and os.path.relpath(path, info.parent).split(os.sep)[0] == os.pardir:
+        raise DataError(
+            f"{where}: file_name {shown(file)} leaves the folder {info.parent.absolute()}; move the file there, or "
+            "write its whole path if it is meant"
+        )
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        looked = cut(str(path.absolute()))
+        raise DataError(f"{where}: file_name {shown(file)} does not exist (looked for {looked}); correct it") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{where}: file_name {shown(file)} cannot be reached ({reason(error)}); correct it") from error
     return path, None
 
 
@@ -196,7 +210,7 @@ def _words(given: Mapping[str, Any], key: str, known: Sequence[str], where: str)
     _check_keys(words, known, f"{where}, {key}", "name")
     for name, word in words.items():
         if word is not None and (not isinstance(word, str) or not word):
-            raise DataError(f"{where}, {key}: {name!r} is {json.dumps(word)}; it must be a string")
+            raise DataError(f"{where}, {key}: {name!r} is {written(word)}; it must be a string")
     used = [word for name, word in words.items() if word is not None]
     twice = sorted({word for word in used if used.count(word) > 1})
     if twice:
@@ -207,7 +221,7 @@ def _words(given: Mapping[str, Any], key: str, known: Sequence[str], where: str)
 def _text(given: Mapping[str, Any], key: str, where: str) -> str | None:
     value = given.get(key)
     if value is not None and (not isinstance(value, str) or not value):
-        raise DataError(f"{where}: {key!r} is {json.dumps(value)}; it must be a string")
+        raise DataError(f"{where}: {key!r} is {written(value)}; it must be a string")
     return value
 
 
@@ -218,6 +232,7 @@ def open_entry(
     image_root: str | Path | None = None,
     train_on: TrainOn = "all",
     rebuild: bool = False,
+    strict_paths: bool = False,
     records: Sequence[Any] | None = None,
 ) -> SampleFile:
     """The samples of a registered data set; ``num_samples`` is not applied yet.
@@ -228,12 +243,19 @@ def open_entry(
         image_root: another place for them.
         train_on: one of TRAIN_ON.
         rebuild: make the index of its file anew.
+        strict_paths: take no file outside of these folders and that of its file, which lies beside
+            ``dataset_info.json`` or below.
         records: those of its file that are read already, instead of all of them.
 
     Raises:
         DataError: its file cannot be read, or its records are not as described.
     """
     if entry.file is not None:
+        if strict_paths and not entry.file.resolve().is_relative_to(entry.info.parent.resolve()):
+            raise DataError(
+                f"{entry.where}: its file is {cut(str(entry.file.resolve()))}, outside of "
+                f"{entry.info.parent.resolve()}, and --strict_paths allows no other place; move it there"
+            )
         if records is None:
             records = take_split(open_records(entry.file, rebuild=rebuild), entry.split, entry.where)
         path: str | Path = entry.file
@@ -244,7 +266,7 @@ def open_entry(
     first = some_records(records)
     form, why = _form(entry, first)
     logger.info("data set %s: %d records of %s in the %s form (%s)", entry.name, len(records), path, form.name, why)
-    where = places(media_dir or entry.info.parent, beside, image_root, flag="--media_dir")
+    where = places(media_dir or entry.info.parent, beside, image_root, flag="--media_dir", strict=strict_paths)
     return SampleFile(records, path, Reading(form, where, train_on), entry.name)
 
 
@@ -296,4 +318,4 @@ def _from_hub(entry: Entry) -> Sequence[Any]:
             f"{entry.where}: {entry.hub} of the Hugging Face hub cannot be loaded ({state}); go online once, or "
             "download it and give its file under 'file_name'"
         ) from error
-    return TableRecords(undecoded(rows))
+    return TableRecords(undecoded(rows), entry.hub)

@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
 
+from finetune.quoting import shown
 from finetune.readers import alpaca, official, openai, sharegpt
 from finetune.readers.conversation import TRAIN_ON, TrainOn
 from finetune.readers.forms import Form
 from finetune.readers.media import Places, json_type
 from finetune.readers.records import data_files
-from finetune.sample import DataError, Sample, Source
+from finetune.sample import DataError, Sample, Source, Text
 
 _READERS = {"sharegpt": sharegpt.sample, "alpaca": alpaca.sample, "openai": openai.sample}
 _TURNS = {"official": "'conversations'", "alpaca": "'instruction' and 'output'"}
@@ -44,13 +45,18 @@ class Reading:
             wanted = _TURNS.get(name, repr(self.form.columns.messages))
             raise DataError(f"{source}: is {json_type(record)}, not an object with {wanted}")
         if name == "official":
-            return official.sample(record, source, self.where, self.train_on)
-        return _READERS[name](record, source, self.where, self.train_on, self.form)
+            sample = official.sample(record, source, self.where, self.train_on)
+        else:
+            sample = _READERS[name](record, source, self.where, self.train_on, self.form)
+        check_texts(sample)
+        return sample
 
     @property
     def meaning(self) -> str:
         """All that decides what a record means, as text that changes with it."""
-        return json.dumps([asdict(self.form), [str(folder) for folder in self.where.folders]])
+        return json.dumps(
+            [asdict(self.form), [str(folder) for folder in self.where.folders], self.where.allowed is not None]
+        )
 
 
 class SampleFile(Sequence[Sample]):
@@ -101,7 +107,10 @@ class SampleFile(Sequence[Sample]):
     def source(self, index: int) -> Source:
         """Where record ``index`` is and what its id is, whether or not it makes a sample."""
         number = range(len(self))[index]
-        return self._source(self._records[number], number)
+        try:
+            return self._source(self._records[number], number)
+        except DataError:  # told when the sample is asked for
+            return Source(self._file, number)
 
     @property
     def files(self) -> list[Path]:
@@ -119,5 +128,37 @@ class SampleFile(Sequence[Sample]):
         return self.reading.meaning
 
     def _source(self, record: Any, number: int) -> Source:
-        identity = record.get("id") if isinstance(record, dict) else None
-        return Source(self._file, number, "" if identity is None else str(identity))
+        return Source(self._file, number, identity(record))
+
+
+def identity(record: Any) -> str:
+    """The own id of a record, empty where it has none. It is a label only, of any type."""
+    given = record.get("id") if isinstance(record, dict) else None
+    if given is None:
+        return ""
+    return given if isinstance(given, str) else shown(given) if isinstance(given, (dict, list)) else str(given)
+
+
+def check_texts(sample: Sample) -> None:
+    """Checks that all text of a sample can be written: half of a surrogate pair is no character.
+
+    Raises:
+        DataError: naming where it stands.
+    """
+    check_text(sample.source.id, "'id'", sample.source)
+    for turn, message in enumerate(sample.messages):
+        for part in message.parts:
+            if isinstance(part, Text):
+                check_text(part.text, f"turn {turn} ({message.role})", sample.source)
+
+
+def check_text(text: str, where: str, source: Source) -> None:
+    """Checks that a text can be written, as ``check_texts``; ``where`` it stands in the record is for the error."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(error.start - 20, 0) : error.start + 20]
+        raise DataError(
+            f"{source}: {where}: character {error.start} is half of a surrogate pair ({text[error.start]!a}, in "
+            f"{around!r}), as text cut between two halves has it; write the whole character or remove it"
+        ) from error

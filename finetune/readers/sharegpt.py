@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from finetune.quoting import shown, words_of
 from finetune.readers.conversation import TrainOn, Turn, build, check_call, loss, refuse_tools, system_text, turn_list
 from finetune.readers.forms import Form, Tags
 from finetune.readers.media import Places, json_type
@@ -56,7 +57,7 @@ def role_of(turn: Mapping[str, Any], number: int, tags: Tags, source: Source) ->
     if word not in roles:
         known = ", ".join(roles)
         raise DataError(
-            f"{source}: turn {number}: {tags.role_tag!r} is {word!r}, an unknown tag; known are {known} "
+            f"{source}: turn {number}: {tags.role_tag!r} is {shown(word, 60)}, an unknown tag; known are {known} "
             "(dataset_info.json names others under tags)"
         )
     return roles[word]
@@ -66,4 +67,4 @@ def state(turn: Mapping[str, Any], key: str) -> str:
     """What a turn has instead of a string."""
     if turn.get(key) is not None:
         return f"{key!r} is {json_type(turn[key])}"
-    return f"{key!r} is null" if key in turn else f"{key!r} is missing (found {', '.join(map(repr, turn))})"
+    return f"{key!r} is null" if key in turn else f"{key!r} is missing (found {words_of(turn)})"

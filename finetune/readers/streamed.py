@@ -6,12 +6,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from finetune.readers import SampleFile, read
 from finetune.readers.conversation import TrainOn
 from finetune.readers.detection import DataFormat
 from finetune.readers.mixture import Mixture, Named, parse_names
 from finetune.readers.registry import Entry, find_entry, open_entry
+from finetune.readers.samples import identity
 from finetune.readers.streaming import Stream, Streamed
 from finetune.sample import DataError, Sample
 
@@ -41,10 +43,21 @@ class StreamedSamples:
             DataError: the record is not JSON or not of its form, or a media file does not exist.
         """
         value, source = record.parse(), record.source()
-        identity = value.get("id") if isinstance(value, dict) else None
-        if identity is not None:
-            source = replace(source, id=str(identity))
-        return self._readings[record.which].sample(value, source)
+        return self._readings[record.which].sample(value, replace(source, id=identity(value)))
+
+
+class _Parsed(Sequence[Any]):
+    """Records of a stream, each parsed, and perhaps refused, when it is asked for."""
+
+    def __init__(self, records: Sequence[Streamed]) -> None:
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The record at ``index``."""
+        return self._records[index].parse()
 
 
 def open_stream(
@@ -58,6 +71,7 @@ def open_stream(
     data_format: DataFormat = "auto",
     seed: int = 42,
     buffer_size: int = 16384,
+    strict_paths: bool = False,
 ) -> StreamedSamples:
     """The samples of a data file, or where there is none of data sets by name, read from front to back.
 
@@ -71,22 +85,23 @@ def open_stream(
         data_format: the form of the records of ``path``, "auto" to tell it from the first ones.
         seed: of the order.
         buffer_size: records that each reader draws from.
+        strict_paths: take no file outside of the folders above and those of the data files.
 
     Raises:
         DataError: data of another kind, a malformed or missing file, or a wish that needs all records at once.
     """
     if path is not None:
         stream = Stream([Path(path)], seed=seed, buffer_size=buffer_size)
-        head = [record.parse() for record in stream.head()]
+        head = _Parsed(stream.head())
         logger.info("%s: streaming, told from the first %d records:", path, len(head))
-        options = {"image_root": image_root, "train_on": train_on}
+        options = {"image_root": image_root, "train_on": train_on, "strict_paths": strict_paths}
         return StreamedSamples(stream, [read(path, data_format=data_format, records=head, **options)])
     entries = [_entry(named, dataset_dir) for named in parse_names(names or "")]
     stream = Stream([entry.file for entry in entries if entry.file], seed=seed, buffer_size=buffer_size)
-    options = {"media_dir": media_dir, "image_root": image_root, "train_on": train_on}
+    options = {"media_dir": media_dir, "image_root": image_root, "train_on": train_on, "strict_paths": strict_paths}
     heads = []
     for which, entry in enumerate(entries):
-        head = [record.parse() for record in stream.head(which)]
+        head = _Parsed(stream.head(which))
         logger.info("data set %s: streaming, told from the first %d records:", entry.name, len(head))
         heads.append(open_entry(entry, records=head, **options))
     return StreamedSamples(stream, heads)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.readers.json_errors import explain_line, not_utf8, unreadable
+from finetune.readers.json_values import ValueFault, parse
 from finetune.readers.records import data_files
 from finetune.readers.tables import TABLES, present
 from finetune.sample import DataError, Source
@@ -76,7 +77,9 @@ class Streamed:
         if isinstance(self.data, dict):
             return present(self.data)
         try:
-            return json.loads(self.data.decode())
+            return parse(self.data)
+        except ValueFault as error:
+            raise DataError(f"{self.source()}: {error}") from error
         except UnicodeDecodeError as error:
             raise not_utf8(self.file, self.at + error.start) from error
         except json.JSONDecodeError as error:

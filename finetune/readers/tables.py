@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import cache
+from finetune.filetypes import foreign
 from finetune.readers.json_errors import unreadable
 from finetune.sample import DataError
 
@@ -24,17 +25,27 @@ class TableRecords(Sequence[Any]):
 
     Args:
         rows: a ``datasets.Dataset``.
+        name: of the file, in errors.
     """
 
-    def __init__(self, rows: Any) -> None:
+    def __init__(self, rows: Any, name: str = "the table") -> None:
         self._rows = rows
+        self._name = name
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The row at ``index``."""
-        return present(self._rows[range(len(self))[index]])
+        """The row at ``index``.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        number = range(len(self))[index]
+        try:
+            return present(self._rows[number])
+        except (*arrow_errors(), OSError, ValueError, OverflowError) as error:
+            raise DataError(f"{self._name}, record {number}: cannot be read ({_reason(error)})") from error
 
 
 def open_table(files: Sequence[Path], *, rebuild: bool = False) -> TableRecords:
@@ -52,9 +63,11 @@ def open_table(files: Sequence[Path], *, rebuild: bool = False) -> TableRecords:
 
     for file in files:
         try:
-            file.open("rb").close()
-        except OSError as error:
+            kind = foreign(file)
+        except (OSError, ValueError) as error:
             raise unreadable(file, error) from error
+        if kind is not None:  # the library would unpack archives
+            raise DataError(f"{file}: {kind}")
     name = str(files[0] if len(files) == 1 else files[0].parent)
     kind = TABLES[files[0].suffix.lower()]
     with quiet():
@@ -66,11 +79,11 @@ def open_table(files: Sequence[Path], *, rebuild: bool = False) -> TableRecords:
                 cache_dir=str(cache.folder() / "tables"),
                 download_mode="force_redownload" if rebuild else None,
             )
-        except (DatasetsError, OSError, ValueError) as error:
+        except (DatasetsError, *arrow_errors(), OSError, ValueError, TypeError, KeyError) as error:
             if "corresponds to no data" in str(error):
                 raise DataError(f"{name}: the table has no row; training and evaluation need at least one") from error
             raise DataError(f"{name}: cannot be read as {kind}: {_reason(error)}") from error
-    return TableRecords(undecoded(rows))
+    return TableRecords(undecoded(rows), name)
 
 
 @contextmanager
@@ -109,6 +122,13 @@ def undecoded(rows: Any) -> Any:
         elif isinstance(feature, datasets.List) and isinstance(feature.feature, media):
             rows = rows.cast_column(column, datasets.List(type(feature.feature)(decode=False)))
     return rows
+
+
+def arrow_errors() -> tuple[type[Exception], ...]:
+    """What Arrow raises; some of it is no ArrowException."""
+    from pyarrow import ArrowException, ArrowKeyError, ArrowNotImplementedError, ArrowTypeError
+
+    return ArrowException, ArrowKeyError, ArrowNotImplementedError, ArrowTypeError
 
 
 def _reason(error: BaseException) -> str:

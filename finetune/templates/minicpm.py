@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from finetune.media.slicing import Plan
@@ -92,7 +93,8 @@ class _Run:
         no position is left where the model should stop, and the end token is not taught for this answer.
         """
         first, last = answer
-        for index, (left, right) in enumerate(ranges):
+        for index in range(bisect_left(ranges, first, key=lambda each: each[0]), len(ranges)):
+            left, right = ranges[index]
             if first <= left and right <= last:
                 self._rendered.labels[start + index] = ids[index]
             elif left >= last:

@@ -132,10 +132,10 @@ def _apply(
     options: dict[str, Any] = {} if layout.enable_thinking is None else {"enable_thinking": layout.enable_thinking}
     try:
         return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **options))
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
         roles = ", ".join(role for role, _ in turns)
         raise TemplateMismatchError(
-            f"the chat template of {tokenizer.name_or_path!r} cannot render {roles}: {error}; "
+            f"the chat template of {tokenizer.name_or_path!r} cannot render {roles} ({type(error).__name__}: {error}); "
             f"put the published tokenizer_config.json of {family.hub_id} back"
         ) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, Protocol
 
 from finetune.media.sound import Sound
@@ -84,6 +85,19 @@ class Vocabulary(Protocol):
     def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """As ``text``, with the half-open character range of every id."""
         ...
+
+
+class Remembered:
+    """A vocabulary that spells each text once; what it gives must not be written into.
+
+    Args:
+        vocabulary: does the spelling.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.control, self.fixed = vocabulary.control, vocabulary.fixed
+        self.text, self.continuation = cache(vocabulary.text), cache(vocabulary.continuation)
+        self.spans = cache(vocabulary.spans)
 
 
 @dataclass(slots=True)

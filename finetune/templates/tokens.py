@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 from tokenizers import Encoding, Tokenizer
 
 from finetune.errors import UserError
+from finetune.quoting import shown
 from finetune.sample import DataError
+from finetune.templates.bounds import longest_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,6 +88,11 @@ class Vocabulary:
         kept.sort(key=len, reverse=True)
         self._kept = re.compile("|".join(map(re.escape, kept))) if kept else None
         self._fixed: dict[str, list[int]] = {}
+        self._longest = longest_token(spec)
+
+    def fewest(self, texts: Iterable[str]) -> int:
+        """A number of tokens that texts have at least, from their length; see ``finetune.templates.bounds``."""
+        return self._longest.fewest(texts)
 
     def has(self, token: str) -> bool:
         """Whether there is such a control token."""
@@ -144,11 +151,17 @@ class Vocabulary:
         if os.environ.get(_PARALLELISM, "on").lower() not in _OFF:
             # Only batches can do without, and by default they start threads, which a process must not have to fork.
             return self._encode(tokenizer, text).ids
-        ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        try:
+            ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except TypeError as error:
+            raise _no_text(text) from error
         return ids if self._names.keys().isdisjoint(ids) else self._encode(tokenizer, text).ids
 
     def _encode(self, tokenizer: Tokenizer, text: str) -> Encoding:
-        encoding = tokenizer.encode(text, add_special_tokens=False)
+        try:
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+        except TypeError as error:
+            raise _no_text(text) from error
         ids = encoding.ids
         if not self._names.keys().isdisjoint(ids):
             at = next(index for index, number in enumerate(ids) if number in self._names)
@@ -158,6 +171,16 @@ class Vocabulary:
                 f"it would become the control token {self._names[ids[at]]}; remove the character"
             )
         return encoding
+
+
+def _no_text(text: str) -> TextError:
+    """The error for what the tokenizer takes for no text: it has half of a surrogate pair in it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(error.start - 20, 0) : error.start + 20]
+        return TextError(f"half of a surrogate pair in {around!r}: write the whole character or remove it")
+    return TextError(f"{shown(text)} is no text to the tokenizer")
 
 
 def _hide(spec: dict[str, Any], banned: set[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from finetune.quoting import shown
 from finetune.sample import DataError, Media, Message, Sample, Text
 
 
@@ -44,7 +45,7 @@ def _check_turn(sample: Sample, turn: int, message: Message, roles: Sequence[str
         known = ", ".join(roles)
         fix = "move its text to the first user turn" if message.role == "system" else "rename or remove the turn"
         raise DataError(
-            f"{sample.source}: turn {turn} has role {message.role!r}, this model's prompt has {known}; {fix}"
+            f"{sample.source}: turn {turn} has role {shown(message.role, 60)}, this model's prompt has {known}; {fix}"
         )
     if message.role != "user":
         for part in message.parts:

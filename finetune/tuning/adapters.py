@@ -17,8 +17,9 @@ from transformers import BitsAndBytesConfig
 from finetune.arguments import LoraArguments
 from finetune.errors import ArgumentError
 from finetune.families.base import Family
+from finetune.models.adapters import ADAPTER_WEIGHTS, check_adapter, check_fit, peft_errors, stored_shapes
 from finetune.models.experts import expert_names
-from finetune.models.folders import nearest_folders
+from finetune.models.folders import has_adapter, nearest_folders
 
 logger = logging.getLogger(__name__)
 
@@ -261,10 +262,12 @@ def _replication(given: str | None) -> list[tuple[int, int]] | None:
 
 
 def _continue(model: nn.Module, wanted: LoraConfig, folder: Path, in_fp32: bool) -> PeftModel:
-    if not (folder / "adapter_config.json").is_file():
+    if not has_adapter(folder):
         raise ArgumentError(
             f"--lora_weight_path {folder}: no adapter there (adapter_config.json is missing){nearest_folders(folder)}"
         )
+    settings = check_adapter(folder)
+    check_fit(model, folder, settings, stored_shapes(folder / ADAPTER_WEIGHTS))  # pyright: ignore[reportArgumentType]
     found = LoraConfig.from_pretrained(str(folder))
     assert isinstance(found, LoraConfig)
     if _as_set(found.modules_to_save) != _as_set(wanted.modules_to_save):
@@ -277,7 +280,8 @@ def _continue(model: nn.Module, wanted: LoraConfig, folder: Path, in_fp32: bool)
         if name != "modules_to_save" and _comparable(here) != _comparable(there):
             logger.warning("--lora_weight_path %s: its %s %s counts, not %s of the flags", folder, name, there, here)
     base: Any = model
-    return PeftModel.from_pretrained(base, str(folder), is_trainable=True, autocast_adapter_dtype=in_fp32)
+    with peft_errors(folder):
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True, autocast_adapter_dtype=in_fp32)
 
 
 def _comparable(value: Any) -> Any:

@@ -9,19 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.tuning.tensorfiles import (
-    INDEX,
-    WEIGHTS,
-    Stored,
-    copy_tensor,
-    shard_name,
-    stored_in,
-    weight_files,
-    write_header,
-)
-
-# Beginnings of their names.
-CARRIED = ("tts.",)
+from finetune.models.folders import INDEX, WEIGHTS, weight_files
+from finetune.models.strict import CARRIED
+from finetune.tuning.tensorfiles import Stored, copy_tensor, shard_name, stored_in, write_header
 
 
 def carry(base: Path, folder: Path) -> None:

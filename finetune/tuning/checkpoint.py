@@ -14,9 +14,11 @@ from finetune.families import detect
 from finetune.families.base import Family
 from finetune.families.common import vocab_size
 from finetune.families.settings import DOWNSAMPLE_MODE
-from finetune.models.folders import local_folder, read_json, read_settings
+from finetune.models import folders
+from finetune.models.folders import is_adapter, local_folder, read_settings
 from finetune.models.modes import Mode, decide, with_mode, write_mode
 from finetune.models.strict import check_unquantised
+from finetune.paths import expand
 
 # Tokenizer, processor and generation settings: copied byte for byte, never re-serialised.
 SIDE_FILES = (
@@ -101,10 +103,10 @@ def resolve(
         UnknownFamilyError: a config.json of none of the supported generations.
     """
     folder = local_folder(model_name_or_path)
-    hub = not Path(model_name_or_path).expanduser().is_dir()
+    hub = not expand(model_name_or_path).is_dir()
     # A downloaded snapshot lies in a folder named after its commit.
     name, revision = (model_name_or_path, folder.name) if hub else (str(folder), None)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if is_adapter(folder):
         raise CheckpointError(f"{folder} is an adapter; training starts from its base checkpoint")
     config = read_config(folder)
     family = detect(config)
@@ -116,13 +118,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder.
 
     Raises:
-        CheckpointError: it is missing or not JSON, or the weights beside it are quantised.
+        CheckpointError: it or a file beside it is not what it should be, or the weights beside it are quantised.
     """
     check_unquantised(folder)  # first: a folder of GGUF files alone has no config.json
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json; it is not a model folder")
-    return read_json(path)
+    return folders.read_config(folder)
 
 
 def side_files(base: Checkpoint, *, use_lora: bool) -> list[str]:

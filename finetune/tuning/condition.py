@@ -8,8 +8,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from finetune.models.strict import some
-from finetune.tuning.finite import nonfinite_tensors
+from finetune.errors import CheckpointError
+from finetune.models.finite import check_file, check_types
+from finetune.tuning.carrying import CARRIED
 from finetune.tuning.manifest import Manifest
 from finetune.tuning.pickles import DamagedError, check_pickles, pickled_files
 from finetune.tuning.tensorfiles import INDEX, WEIGHTS
@@ -101,11 +102,12 @@ def _weights_fault(folder: Path, manifest: Manifest) -> str | None:
         return fault
     for path in files:
         try:
-            bad = nonfinite_tensors([path])
+            check_types(path, CARRIED)
+            check_file(path)
+        except CheckpointError as error:
+            return str(error)
         except (SafetensorError, OSError) as error:
             return f"{path.name} is damaged: {error}"
-        if bad:
-            return f"{len(bad)} tensors of {path.name} are not finite: {some(bad)}"
     return None
 
 

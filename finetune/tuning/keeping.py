@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from finetune import distributed
 from finetune.arguments import TrainingArguments
 from finetune.errors import UserError, WorthlessError
+from finetune.models.finite import finite
 from finetune.models.strict import some
 from finetune.tuning.disk import (
     NotingWriter,
@@ -34,7 +35,6 @@ from finetune.tuning.disk import (
     write_fault,
     written_size,
 )
-from finetune.tuning.finite import nonfinite_weights
 from finetune.tuning.identity import Identity
 from finetune.tuning.manifest import Manifest, cast_doubt, checkpoints, describe, read, write
 from finetune.tuning.output import RECORDS
@@ -324,7 +324,9 @@ def agree(accelerator: Accelerator, fault: str | None) -> None:
 
 def agreed_nonfinite(accelerator: Accelerator, model: nn.Module, *, lora: bool) -> list[str]:
     """Names of weights that would be saved and are not finite, on any rank; the same on every rank."""
-    own = nonfinite_weights(model, trained_only=lora)
+    saved = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad or not lora)
+    # DeepSpeed leaves parameters that ZeRO-3 has partitioned empty; each rank has its part in ds_tensor.
+    own = [name for name, weight in saved if not finite(getattr(weight, "ds_tensor", weight))]
     flag = torch.tensor([float(len(own))], device=accelerator.device)
     total = accelerator.reduce(flag, reduction="sum")
     assert isinstance(total, torch.Tensor)

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune import outcome
 from finetune.errors import UserError
-from finetune.models.folders import read_json
+from finetune.jsonfiles import read_object
 from finetune.tuning.manifest import checkpoints
 from finetune.tuning.ownership import Ownership
 
@@ -283,6 +283,6 @@ def _listed(folder: Path) -> list[str]:
     path = folder / RECORDS / FILES
     if not path.is_file():
         return []
-    names = [name for name in read_json(path).get("files", []) if isinstance(name, str)]
+    names = [name for name in read_object(path).get("files", []) if isinstance(name, str)]
     # Only what lies below the folder: the list may have been edited, or come from elsewhere.
     return [name for name in names if ".." not in Path(name).parts and not Path(name).is_absolute()]

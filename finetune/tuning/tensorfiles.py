@@ -12,8 +12,6 @@ import torch
 
 from finetune.errors import CheckpointError
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _BLOCK = 1 << 24
 # As headers name them; those that a merge computes with.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -36,14 +34,6 @@ class Stored:
     size: int
     dtype: str
     shape: list[int]
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    return [folder / name for name in sorted(set(index["weight_map"].values()))]
 
 
 def stored_in(files: Iterable[Path]) -> dict[str, Stored]:

@@ -20,8 +20,9 @@ from finetune.errors import UserError
 from finetune.export import folder as folders
 from finetune.export.writing import WeightFiles
 from finetune.families import by_name, usable
+from finetune.models.folders import weight_files
 from finetune.tuning.checkpoint import FULL_FILES
-from finetune.tuning.tensorfiles import stored_in, weight_files
+from finetune.tuning.tensorfiles import stored_in
 
 NAMES = [family.name for family in usable()]
 

@@ -81,13 +81,13 @@ def test_measure_takes_a_sample_as_it_is(family: str) -> None:
 
 @BOTH
 def test_measure_reads_headers_only(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Image.effect_noise((300, 200), 50).save(tmp_path / "whole.png")
-    (tmp_path / "a.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
-    conversation = sample(Media("image", tmp_path / "a.png"))
+    Image.effect_noise((300, 200), 50).save(tmp_path / "whole.jpg")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
+    conversation = sample(Media("image", tmp_path / "a.jpg"))
     monkeypatch.setattr(Image.Image, "resize", None)
     # 300 x 200 at 112: six slices and the thumbnail.
     assert encoder(family).measure(conversation).items == 7
-    with pytest.raises(DataError, match=r"record 5 \(id 'q'\): image .*a.png cannot be decoded"):
+    with pytest.raises(DataError, match=r"record 5 \(id 'q'\): image .*a.jpg cannot be decoded"):
         encoder(family).encode(conversation)
 
 

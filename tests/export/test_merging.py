@@ -17,8 +17,9 @@ from finetune.export.merging import Base, Merged, empty_network
 from finetune.export.writing import WeightFiles
 from finetune.families import by_name
 from finetune.models.adapters import put_adapter
+from finetune.models.folders import weight_files
 from finetune.models.loading import load_model
-from finetune.tuning.tensorfiles import read_tensor, stored_in, weight_files
+from finetune.tuning.tensorfiles import read_tensor, stored_in
 
 # The first has untied ends and layers with biases; the second ties them, and its tensors have transformers' names.
 FAMILIES = ("v2_6", "v4_6")
@@ -126,7 +127,7 @@ def test_adapters_of_the_first_scripts(tiny, tmp_path):
     [
         ({"layer_replication": [[0, 2], [1, 2]]}, "repeats layers"),
         ({"init_lora_weights": "pissa"}, "changes the base's weights too"),
-        ({"peft_type": "VERA"}, "is no LoRA adapter"),
+        ({"peft_type": "VERA"}, "the one kind of adapter"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(tiny, tmp_path, options, message):
@@ -150,5 +151,5 @@ def test_misfits_and_damage_are_named(tiny, tmp_path):
     with pytest.raises(CheckpointError, match="lacks tensors"):
         Merged(Base(base), empty_network(base), adapter)
     save_file({key: tensor * float("nan") for key, tensor in tensors.items()}, file)
-    with pytest.raises(CheckpointError, match="not be finite"):
+    with pytest.raises(CheckpointError, match="not finite"):
         merge(base, adapter, tmp_path / "out")

@@ -101,8 +101,8 @@ def test_alpha_is_dropped_not_blended() -> None:
 
 def png_header(width: int, height: int) -> bytes:
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = b"IDAT" + zlib.compress(b"\x00")
-    chunks = (struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (body, data))
+    parts = (body, b"IDAT" + zlib.compress(b"\x00"), b"IEND")
+    chunks = (struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts)
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
@@ -139,9 +139,9 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_not_an_image(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("<html>404</html>")
-    with pytest.raises(DataError, match=r"record 7 .*a.png is not an image in a format Pillow reads"):
+    with pytest.raises(DataError, match=r"record 7 .*a.png is a web page"):
         image.size(Media("image", tmp_path / "a.png"), SOURCE)
-    with pytest.raises(DataError, match=r"record 7 .*cannot be decoded .*directory"):
+    with pytest.raises(DataError, match=r"record 7 .*cannot be read .*directory"):
         image.size(Media("image", tmp_path), SOURCE)
 
 
@@ -151,8 +151,13 @@ def test_truncated(tmp_path: Path, kind: str) -> None:
     noise(200, 200).save(buffer, kind)
     (tmp_path / "cut").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
     media = Media("image", tmp_path / "cut")
-    assert image.size(media, SOURCE) == (200, 200)
-    with pytest.raises(DataError, match=r"record 7 .*cannot be decoded .*truncated, damaged .*replace it or remove"):
+    words = r"record 7 .*cannot be decoded .*truncated.*replace it or remove"
+    if kind == "JPEG":
+        assert image.size(media, SOURCE) == (200, 200)
+    else:  # whose end is looked for at once
+        with pytest.raises(DataError, match=words):
+            image.size(media, SOURCE)
+    with pytest.raises(DataError, match=words):
         image.load(media, SOURCE)
 
 

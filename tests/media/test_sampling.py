@@ -102,5 +102,5 @@ def test_the_processor_of_transformers_chooses_the_same() -> None:
 
 
 def test_values_that_mean_nothing() -> None:
-    with pytest.raises(ArgumentError, match="packing is 0; it must be above 0"):
+    with pytest.raises(ArgumentError, match="packing is 0; it must be a number above 0"):
         VideoOptions(packing=0)

@@ -114,7 +114,6 @@ def test_cut_short_behind_a_whole_header(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("empty.mp4", b""),
         ("text.mp4", b"hello\n"),
         ("list.mp4", b"ffconcat version 1.0\nfile 'whole.mp4'\n"),
         ("list.m3u8", b"#EXTM3U\n#EXTINF:9,\nwhole.ts\n#EXT-X-ENDLIST\n"),
@@ -126,6 +125,12 @@ def test_no_video(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"record 7 \(id 'x'\): video \S*{name} .*no video.*replace it or remove"):
         probe(Media("video", tmp_path / name), SOURCE)
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a.mp4 is empty \(0 bytes\)"):
+        probe(Media("video", tmp_path / "a.mp4"), SOURCE)
 
 
 def test_missing(tmp_path: Path) -> None:

@@ -398,7 +398,7 @@ def test_lengths_and_plans_follow(native, tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "data.json").write_text(json.dumps([record]))
     lengths = {}
     for mode in ("16x", "4x"):
-        words = ["--model", str(native("v4_6")), "--data", str(tmp_path / "data.json"), "--no-cache"]
+        words = ["--model", str(native("v4_6")), "--data", str(tmp_path / "data.json"), "--overwrite_cache", "true"]
         assert main(["check", *words, "--downsample_mode", mode]) == 0
         said = capsys.readouterr().out
         assert f"downsample_mode {mode} (--downsample_mode" in said

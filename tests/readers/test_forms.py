@@ -401,7 +401,7 @@ BAD: list[tuple[str, Any, str]] = [
     (
         "openai",
         parts({"type": "image", "image": "data:image/png;base64,AAAA"}),
-        "an image of 3 bytes inside .* no format",
+        "an image inside the record .3 bytes. is not an image in a format",
     ),
     (
         "openai",

@@ -201,3 +201,9 @@ def test_commands_take_names(work: Path, tiny: Any, capsys: pytest.CaptureFixtur
     assert evaluate(["--model", base, "--dataset", "b,a", *words]) == 0
     lines = (work / "output" / "evaluate-b-a" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["references"] for line in lines] == [["o"], ["o"]]
+
+
+@pytest.mark.parametrize("weight", ["1e9", "inf", "nan"])
+def test_weights_beyond_any_use(weight: str) -> None:
+    with pytest.raises(DataError, match="at most 10000"):
+        parse_names(f"a:{weight}")

@@ -184,7 +184,7 @@ def test_folder_of_files_of_one_kind(tmp_path: Path) -> None:
     [
         ("a.parquet", b"no", "a.parquet: cannot be read as parquet: Parquet file size is 2 bytes"),
         ("a.csv", b"id\n", "a.csv: the table has no row"),
-        ("a.csv", b"", "a.csv: cannot be read as csv"),
+        ("a.csv", b"", "a.csv: is empty"),
         ("a.arrow", b"no", "a.arrow: cannot be read as arrow"),
         ("a.csv", b"a,b\n1,2,3,4\n1\n1,2,3,4,5,6\n", "a.csv: cannot be read as csv"),
         ("a.parquet", None, "a.parquet: no such data file"),

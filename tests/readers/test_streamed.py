@@ -85,5 +85,6 @@ def test_what_a_stream_cannot_give(folder: Path, names: str, message: str) -> No
 def test_a_bad_line_in_the_head(folder: Path) -> None:
     path = folder / "lines.jsonl"
     path.write_text(path.read_text().replace("A dog.", "A dog.'}", 1).replace('"}', "'}", 1))
+    streamed = open_stream(path, None)
     with pytest.raises(DataError, match="lines.jsonl, line 1: not valid JSON"):
-        open_stream(path, None)
+        streamed.head[0]

@@ -62,7 +62,7 @@ def test_the_training_template_of_the_official_scripts() -> None:
     [
         (TURNS.replace("\n\n", "\n") + HEADER, r"before turn 0 \(user\) it has .*; after turn 0 \(user\) it has "),
         (HEADER, r"turn 0 \(user\), turn 1 \(assistant\), turn 2 \(user\) does not appear"),
-        ("{{ raise_exception('no') }}", "cannot render user, assistant, user: no"),
+        ("{{ raise_exception('no') }}", "cannot render user, assistant, user .TemplateError: no"),
     ],
 )
 def test_other_differences(template: str, message: str) -> None:

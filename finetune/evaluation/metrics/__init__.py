@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from finetune.evaluation.metrics.base import Metric, MetricError, own
+from finetune.evaluation.metrics.base import Metric, MetricError, failed, own
 from finetune.evaluation.metrics.boxes import BOX_IOU, POINT_IN_BOX
 from finetune.evaluation.metrics.choose import choose
 from finetune.evaluation.metrics.distance import ANLS, CER, ROUGE_L, WER
@@ -62,6 +62,8 @@ def _module(where: str, name: str) -> ModuleType:
             raise MetricError(
                 f"metric {name!r}: {error}; is the package installed, or its folder in PYTHONPATH?"
             ) from error
+        except Exception as error:  # noqa: BLE001 - a module of the user's, which may raise anything
+            raise failed(name, error) from error
     path = Path(where)
     if not path.is_file():
         raise MetricError(f"metric {name!r}: no such file {path} (looked from {Path.cwd()})")
@@ -71,5 +73,8 @@ def _module(where: str, name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # A dataclass in the file looks its module up by name.
     sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 - a file of the user's, which may raise anything
+        raise failed(name, error) from error
     return module

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,16 +64,31 @@ def best(name: str, function: Callable[[str, str], float]) -> Score:
     return score
 
 
+def failed(name: str, error: BaseException) -> MetricError:
+    """What a user's own code raised, with the place where it did."""
+    if isinstance(error, SyntaxError):
+        place = f"{error.filename}, line {error.lineno}"
+    else:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{last.filename}, line {last.lineno}"
+    message = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+    return MetricError(f"metric {name!r} failed at {place}: {type(error).__name__}: {message}; correct the function")
+
+
 def own(name: str, function: Callable[[str, list[str]], Any]) -> Metric:
     """A metric of the user's function, which gives a number or a dictionary of numbers whose first is the score."""
 
     def score(prediction: str, references: Sequence[str]) -> dict[str, float]:
-        value = function(prediction, list(references))
+        try:
+            value = function(prediction, list(references))
+        except Exception as error:  # noqa: BLE001 - a function of the user's, which may raise anything
+            raise failed(name, error) from error
         figures = dict(value) if isinstance(value, Mapping) else {name: value}
-        if not figures or not all(isinstance(figure, (bool, int, float)) for figure in figures.values()):
+        numbers = all(isinstance(each, (bool, int, float)) and math.isfinite(each) for each in figures.values())
+        if not figures or not numbers:
             raise MetricError(
                 f"metric {name!r} gave {value!r} for {prediction!r} and {list(references)!r}; "
-                "it must give a number or a dictionary of numbers"
+                "it must give a finite number or a dictionary of them"
             )
         first = next(iter(figures.values()))
         return {name: float(first), **{key: float(figure) for key, figure in figures.items()}}

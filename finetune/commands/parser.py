@@ -1,0 +1,44 @@
+"""The parser of every command: what is wrong with its options is one line, as it is in training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from finetune.config.ranges import check_ranges
+from finetune.errors import ArgumentError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Takes no abbreviated options, no empty values, and numbers in their ranges only.
+
+    Args:
+        **options: as of ``argparse.ArgumentParser``.
+
+    Raises:
+        ArgumentError: by ``parse_args``, for anything that argparse would end the process for.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Instead of the usage and the end of the process."""
+        raise ArgumentError(f"{message}; {self.prog} --help lists the options")
+
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As there; the values are looked at."""
+        words = list(sys.argv[1:] if args is None else args)
+        for before, word in zip(["", *words], words, strict=False):
+            name, equals, value = word.partition("=")
+            if not word or (name.startswith("--") and equals and not value):
+                raise ArgumentError(
+                    f"{(name or before) or 'an argument'} has an empty value: give one, or leave it out"
+                )
+        values, rest = super().parse_known_args(args, namespace or argparse.Namespace())
+        check_ranges(vars(values))
+        return values, rest

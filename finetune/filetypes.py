@@ -1,0 +1,86 @@
+"""What a file is that is not what its place asks for: each kind has its own words, since each has another remedy."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_HEAD = 512
+_MARKUP = re.compile(
+    rb"\s*(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(!doctype\s+)?([a-z]+)", re.I | re.S
+)
+# First bytes, and where they stand, by what they are; the remedy is that of the kind.
+_SIGNS = (
+    (0, b"%PDF-", "a PDF document", "save its pages as pictures"),
+    (0, b"%!PS", "a PostScript document", "save it as PNG"),
+    (0, b"\xc5\xd0\xd3\xc6", "an EPS document", "save it as PNG"),
+    (0, b"PK\x03\x04", "a zip archive", "unpack it and give what is in it"),
+    (0, b"PK\x05\x06", "an empty zip archive", "download it again"),
+    (0, b"\x1f\x8b", "compressed by gzip", "unpack it (gunzip, tar xzf) and give what is in it"),
+    (0, b"BZh", "compressed by bzip2", "unpack it and give what is in it"),
+    (0, b"\xfd7zXZ\0", "compressed by xz", "unpack it and give what is in it"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it and give what is in it"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it and give what is in it"),
+    (0, b"Rar!\x1a\x07", "a rar archive", "unpack it and give what is in it"),
+    (257, b"ustar", "a tar archive", "unpack it (tar xf) and give what is in it"),
+)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False for what no file can be called, or where nobody may look."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; False for what none can be called, or where nobody may look."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def foreign(file: Path | bytes) -> str | None:
+    """What a file is instead of data or media, and what to do, to stand behind its name; None for anything else.
+
+    Args:
+        file: its path, or what it holds.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if isinstance(file, bytes):
+        return _told(file[:_HEAD], len(file))
+    with file.open("rb") as opened:
+        return _told(opened.read(_HEAD), file.stat().st_size)
+
+
+def told(file: Path | bytes) -> str | None:
+    """As ``foreign``, for an error that is being explained: None where the file cannot be read either."""
+    try:
+        return foreign(file)
+    except (OSError, ValueError):
+        return None
+
+
+def _told(head: bytes, size: int) -> str | None:
+    if not size:
+        return "is empty (0 bytes): download or copy it again"
+    if len(head) >= 64 and not head.strip(b"\0"):
+        return f"begins with {len(head)} zero bytes, as interrupted copies do: download or copy it again"
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "is a Git LFS pointer, not the file itself: run git lfs pull in its repository"
+    if (markup := _MARKUP.match(head)) is not None:
+        doctype, name = markup[1], markup[2].lower()
+        if name == b"svg":
+            return "is an SVG drawing: save it as PNG"
+        if name == b"html" or (doctype is None and name in (b"head", b"body", b"title", b"script", b"meta")):
+            return "is a web page (HTML), as failed downloads leave it: download the file again"
+        if head.lstrip().startswith(b"<?xml"):
+            return "is an XML document, as failed downloads leave it: download the file again"
+    for at, sign, what, remedy in _SIGNS:
+        if head.startswith(sign, at):
+            return f"is {what}: {remedy}"
+    return None
