@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 
 from finetune.errors import CheckpointError
 from finetune.models.finite import check_file, check_types
+from finetune.models.folders import INDEX, WEIGHTS
 from finetune.tuning.carrying import CARRIED
 from finetune.tuning.manifest import Manifest
 from finetune.tuning.pickles import DamagedError, check_pickles, pickled_files
-from finetune.tuning.tensorfiles import INDEX, WEIGHTS
 
 _LATEST = "latest"
 _STATE = "trainer_state.json"
