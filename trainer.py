@@ -118,7 +118,7 @@ class CPMTrainer(Trainer):
             self._passed = streams.batches_passed(Path(checkpoint), self._dealt())
         self.keeper.begin(flags, self._network(), self.alarms, checkpoint and Path(checkpoint), self._output)
         try:
-            with self._stops:
+            with self._stops, self._hangs:
                 done = super().train(*args, **kwargs)
                 self._stops.check(self.args, self.state, self.keeper.missing(self.state.global_step))
         except NothingLeftError:

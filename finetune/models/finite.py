@@ -42,7 +42,8 @@ def check_file(path: Path) -> None:
     Raises:
         CheckpointError: naming the first tensor with a value that is not finite.
     """
-    _refuse(path, nonfinite_tensors([path]))
+    with safe_open(str(path), framework="pt") as file:
+        _refuse(path, (name for name in file.keys() if not finite(file.get_tensor(name))))  # noqa: SIM118 - as above
 
 
 def check_network(model: nn.Module, name: str, files: Sequence[Path]) -> None:
@@ -84,19 +85,6 @@ def nonfinite_weights(model: nn.Module, *, trained_only: bool) -> list[str]:
         good = torch.stack([flags[place] for place in places]).tolist()
         bad += [place for place, fine in zip(places, good, strict=True) if not fine]
     return [chosen[place][0] for place in sorted(bad)]
-
-
-def nonfinite_tensors(files: Iterable[Path]) -> list[str]:
-    """Names of tensors in safetensors files that hold a value that is not finite.
-
-    Raises:
-        safetensors.SafetensorError: a file is damaged.
-    """
-    bad = []
-    for path in files:
-        with safe_open(str(path), framework="pt") as file:
-            bad += [name for name in file.keys() if not bool(finite(file.get_tensor(name)))]  # noqa: SIM118 - as above
-    return bad
 
 
 def finite(tensor: torch.Tensor) -> torch.Tensor:

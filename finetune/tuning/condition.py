@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 
 from finetune.errors import CheckpointError
 from finetune.jsonfiles import read_object
-from finetune.models.finite import nonfinite_tensors
+from finetune.models.finite import check_file, check_types
 from finetune.models.folders import INDEX, WEIGHTS
-from finetune.models.strict import some
+from finetune.tuning.carrying import CARRIED
 from finetune.tuning.manifest import Manifest
 from finetune.tuning.pickles import DamagedError, check_pickles, pickled_files
 
@@ -99,11 +99,12 @@ def _weights_fault(folder: Path, manifest: Manifest) -> str | None:
         return fault
     for path in files:
         try:
-            bad = nonfinite_tensors([path])
+            check_types(path, CARRIED)
+            check_file(path)
+        except CheckpointError as error:
+            return str(error)
         except (SafetensorError, OSError) as error:
             return f"{path.name} is damaged: {error}"
-        if bad:
-            return f"{len(bad)} tensors of {path.name} are not finite: {some(bad)}"
     return None
 
 

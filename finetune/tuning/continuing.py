@@ -91,7 +91,7 @@ RULES = (
         "torch_compile_mode gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
         "activation_checkpointing_kwargs checkpoint_parts vision_batch use_cache use_liger_kernel "
         "liger_kernel_config auto_find_batch_size torch_empty_cache_steps use_cpu deepspeed fsdp fsdp_config "
-        "parallelism_config check check_base_loss verify_adapter",
+        "parallelism_config check check_base_loss verify_adapter max_bad_share strict_paths",
     ),
     Rule(
         Fate.TAKEN,

@@ -160,7 +160,10 @@ class HangWatch(TrainerCallback):
         """A checkpoint is written."""
         self.progress()
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+    def __enter__(self) -> HangWatch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Ends the watch."""
         self._last = None
         faulthandler.cancel_dump_traceback_later()

@@ -89,8 +89,10 @@ def test_a_run_that_learnt_nothing_has_no_result(make):
     with pytest.raises(WorthlessError, match="none of the 2 steps was finite"):
         trainer.train()
     assert left(trainer) == []
+    trainer = make()
+    trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     with pytest.raises(WorthlessError, match=r"0 steps were trained: --max_steps -1, --num_train_epochs 0"):
-        make("--max_steps", "-1", "--num_train_epochs", "0").train()
+        trainer.train()
 
 
 def test_a_run_whose_last_step_was_not_finite_is_not_well(make):

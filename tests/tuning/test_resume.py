@@ -98,7 +98,7 @@ UNUSABLE = {
     r"log_history is no list": replaced("trainer_state.json", '{"global_step": 4}'),
     r"adapter_model\.safetensors is missing": lambda folder: (folder / "adapter_model.safetensors").unlink(),
     r"adapter_model\.safetensors is damaged": cut("adapter_model.safetensors"),
-    r"1 tensors of adapter_model\.safetensors are not finite: a": not_finite,
+    r"adapter_model\.safetensors: a has values that are not finite": not_finite,
     r"adapter_config\.json holds list": replaced("adapter_config.json", "[]"),
 }
 

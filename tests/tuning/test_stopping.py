@@ -60,13 +60,13 @@ def test_a_rank_that_only_waits_is_called_by_the_one_that_notices(tmp_path, monk
     monkeypatch.setattr(HangWatch, "_end", lambda self, silent: setattr(self, "_last", None) or ended.append(silent))
     ended: list[float] = []
     args, state = TrainingArguments(str(tmp_path)), TrainerState(global_step=3)
-    watch.on_train_begin(args, state, TrainerControl())
-    watch.on_step_begin(args, state, TrainerControl())
-    (tmp_path / "hang" / "step-4").mkdir(parents=True)
-    while not ended:
-        pass
+    with watch:
+        watch.on_train_begin(args, state, TrainerControl())
+        watch.on_step_begin(args, state, TrainerControl())
+        (tmp_path / "hang" / "step-4").mkdir(parents=True)
+        while not ended:
+            pass
     assert ended[0] < 600
-    watch.on_train_end()
 
 
 @pytest.mark.parametrize(("weights_only", "how"), [(False, "auto goes on from there"), (True, "this one cannot go on")])
