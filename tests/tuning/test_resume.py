@@ -93,13 +93,13 @@ UNUSABLE = {
     r"optimizer\.pt is damaged": cut("optimizer.pt"),
     r"trainer_state\.json is missing": lambda folder: (folder / "trainer_state.json").unlink(),
     r"trainer_state\.json is not valid JSON": cut("trainer_state.json"),
-    r"trainer_state\.json holds list": replaced("trainer_state.json", "[]"),
+    r"trainer_state\.json is a list": replaced("trainer_state.json", "[]"),
     r"global_step 7, the manifest step 4": replaced("trainer_state.json", '{"global_step": 7}'),
     r"log_history is no list": replaced("trainer_state.json", '{"global_step": 4}'),
     r"adapter_model\.safetensors is missing": lambda folder: (folder / "adapter_model.safetensors").unlink(),
     r"adapter_model\.safetensors is damaged": cut("adapter_model.safetensors"),
     r"adapter_model\.safetensors: a has values that are not finite": not_finite,
-    r"adapter_config\.json holds list": replaced("adapter_config.json", "[]"),
+    r"adapter_config\.json is a list": replaced("adapter_config.json", "[]"),
 }
 
 
