@@ -219,7 +219,9 @@ class Keeper(TrainerCallback):
             shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
         try:
             write_weights(unfinished)
-            agree(accelerator, fault_of(partial(put_in_place, unfinished, folder)) if args.should_save else None)
+            ours = [] if self._output is None or not args.should_save else self._output.written
+            move = partial(put_in_place, unfinished, folder, ours)
+            agree(accelerator, fault_of(move) if args.should_save else None)
         except UnsavedError as error:
             if args.should_save:
                 shutil.rmtree(unfinished, ignore_errors=True)

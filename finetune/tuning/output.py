@@ -156,6 +156,11 @@ class OutputFolder:
             planned = [*_ALWAYS, *self._fixed()]
             self._write_list({**ours, **dict.fromkeys(planned)})
 
+    @property
+    def written(self) -> list[str]:
+        """Names below the folder that runs have written, or this one is about to."""
+        return list(self._written())
+
     def add(self, *names: str) -> None:
         """Lists what is about to be written below the folder."""
         self._write_list({**self._written(), **dict.fromkeys(names)})

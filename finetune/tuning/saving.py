@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,17 +81,18 @@ def finish_full(folder: Path, base: Checkpoint) -> None:
     _tidy(folder)
 
 
-def put_in_place(unfinished: Path, folder: Path) -> None:
+def put_in_place(unfinished: Path, folder: Path, ours: Container[str] = ()) -> None:
     """Moves a result that is complete to where it belongs; weights of a former one go first.
 
     Args:
         unfinished: the result, in a folder of its own, which goes when it is empty.
         folder: where it belongs.
+        ours: names there that runs of this toolkit have written; other files are left alone.
 
     Raises:
         OSError: it cannot be moved.
     """
-    for path in [path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)]:
+    for path in [path for pattern in _WEIGHT_FILES for path in folder.glob(pattern) if path.name in ours]:
         path.unlink()
     for path in sorted(unfinished.iterdir()):
         target = folder / path.name

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = [*sorted((ROOT / "finetune").rglob("*.py")), *ROOT.glob("*.py")]
 # Options of other programs that messages tell users to call.
 FOREIGN = {"enable-lora", "lora-modules", "max-lora-rank", "trust-remote-code", "nproc_per_node"}
+# Of DeepSpeed's converter.
+FOREIGN |= {"input_folder", "output_folder", "inject_missing_state", "num_extract_workers", "num_merge_workers"}
 
 
 def known_flags() -> set[str]:
