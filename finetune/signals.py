@@ -71,6 +71,8 @@ class Watch:
             if signal.getsignal(request) != signal.SIG_IGN:
                 signal.signal(request, note)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        # What a loader process, made by fork, is sent is not for this one.
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         threading.Thread(target=self._run, args=(reader,), daemon=True, name="signals").start()
 
     def _run(self, reader: int) -> None:

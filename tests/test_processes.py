@@ -73,8 +73,9 @@ def test_a_process_ends_with_its_parent(setup):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_loader_processes_end_with_their_rank(number):
-    rank = subprocess.Popen([sys.executable, "-c", RANK], cwd=ROOT, stdout=-1, text=True)
+def test_loader_processes_end_with_their_rank(number, tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    rank = subprocess.Popen([sys.executable, "-c", RANK], cwd=ROOT, env=environment, stdout=-1, text=True)
     assert rank.stdout is not None
     loaders = [int(word) for word in rank.stdout.readline().split()]
     assert len(loaders) == 2

@@ -66,6 +66,20 @@ def test_a_process_that_cannot_save_ends_at_once(setup):
     assert "ended by SIGUSR1" in err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_what_a_forked_process_is_sent_is_not_for_its_parent(number):
+    fork = f"""
+if not os.fork():
+    try: os.kill(os.getpid(), {int(number)}); time.sleep(0.1)
+    finally: os._exit(0)
+os.wait(); time.sleep(0.3)
+assert outcome.watch.request is None
+"""
+    setup = "import finetune.signals; finetune.signals._PATIENCE = 0.1; "
+    status, out, _ = ended(setup + CAN_SAVE.format(seconds=20, failed=False) + fork, signal.SIGTERM)
+    assert (status, out) == (outcome.STOPPED, ["SIGTERM"])
+
+
 def test_nohup_is_respected():
     setup = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); outcome.watch.install(); "
     setup += CAN_SAVE.format(seconds=20, failed=False)

@@ -28,6 +28,8 @@ _NICENESS = 10
 # Bytes for the name of the sample that a loader process is at, and seconds that it has to write its stacks.
 _NAME = 512
 _WRITES = 1.0
+# Seconds that it has to end when its rank tells it to.
+_ENDS = 2.0
 # Files in memory, made by a rank before its loader processes, which inherit them: names of samples by process, stacks.
 _notes: tuple[int, int] | None = None
 
@@ -62,6 +64,10 @@ def _listen_to_its_rank_alone() -> None:
 def _wait_for_sigterm() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
+    # Its main thread ends it as Ctrl-C would and removes temporary files, unless it waits for a full pipe for ever.
+    if (main := threading.main_thread().ident) is not None:
+        signal.pthread_kill(main, signal.SIGINT)
+    time.sleep(_ENDS)
     os._exit(0)
 
 
