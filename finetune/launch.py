@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from finetune import outcome
-from finetune.processes import PROCESSES, RUN_FOLDER
+from finetune.processes import ABOVE, PROCESSES, RUN_FOLDER
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 # Ranks end by themselves when their own time is over (--save_on_signal_timeout); this is for those that cannot.
@@ -93,6 +93,7 @@ def run_folder() -> Iterator[Path]:
     lock = (folder / _LOCK).open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     os.environ[RUN_FOLDER] = str(folder)
+    os.environ[ABOVE] = str(os.getpid())
     # What is compiled once for all runs stays where it is.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / f"torchinductor_{_user()}"))
     if len(str(folder)) <= _LONGEST_PATH:

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from finetune.errors import UserError
-from finetune.processes import RUN_FOLDER, a_rank_has_died, end_with_launcher
+from finetune.processes import RUN_FOLDER, a_rank_has_died, end_children, end_with_launcher
 from finetune.signals import Watch
 
 OK = 0
@@ -98,6 +98,7 @@ def leave(status: int) -> NoReturn:
     """
     global _leaving
     _leaving = status
+    end_children()
     sys.exit(status)
 
 
@@ -130,6 +131,7 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Tracebac
         end_now(FAILED, "ended, as another process of the run has died: see its message")
     traceback.print_exception(kind, error, trace)
     report("error", exit_code=FAILED, message=f"{kind.__name__}: {error}")
+    end_children()
     _leaving = FAILED
 
 

@@ -16,6 +16,9 @@ import psutil
 RUN_FOLDER = "FINETUNE_RUN_FOLDER"
 """Environment variable of the launcher's folder for a run."""
 
+ABOVE = "FINETUNE_ABOVE"
+"""Environment variable of the process that another one ends with; it may have ended while that one was starting."""
+
 PROCESSES = "processes"
 """Folder in it with a file per process of the run, named by its id, which says what it is."""
 
@@ -28,29 +31,35 @@ _LOOK_EVERY = 2.0
 
 
 @cache
-def end_with_parent(parent: int | None = None) -> None:
+def end_with_parent(above: int | None = None) -> None:
     """From here on this process is killed when its parent ends, also by SIGKILL, and ends at once if it has already.
 
     The kernel sees to it; where a sandbox forbids that, a thread looks at the parent every two seconds.
 
     Args:
-        parent: its process id, the present one if it is not given.
+        above: id of a process that is above it as long as that one lives; the parent if it is not given.
     """
-    expected = os.getppid() if parent is None else parent
+    parent = os.getppid()
     prctl = getattr(ctypes.CDLL(None, use_errno=True), "prctl", None)
     told = prctl is not None and prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
-    if os.getppid() != expected:
+    if os.getppid() != parent or (above not in (None, parent) and above not in _ancestors()):
         os._exit(128 + signal.SIGKILL)
     if not told:
-        threading.Thread(target=_watch, args=(expected,), daemon=True, name="parent").start()
+        threading.Thread(target=_watch, args=(parent,), daemon=True, name="parent").start()
+
+
+def _ancestors() -> list[int]:
+    return [process.pid for process in psutil.Process().parents()]
 
 
 def end_with_launcher() -> None:
-    """Ends this process with its parent where torchrun, or a rank that torchrun started, has started it."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    """Ends this process with its parent where a launcher, or a rank, has started it."""
+    if (above := os.environ.get(ABOVE)) is not None:
+        end_with_parent(int(above))
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
-        if "RANK" in os.environ:
-            _enter(_RANK)
+    if "RANK" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
+        _enter(_RANK)
 
 
 def end_with_rank() -> None:
@@ -73,6 +82,12 @@ def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_LOOK_EVERY)
     os._exit(128 + signal.SIGKILL)
+
+
+def end_children() -> None:
+    """Tells all loader processes of this one to end, so that none of them is waited for, one after another."""
+    for child in multiprocessing.active_children():
+        child.terminate()
 
 
 def a_rank_has_died() -> bool:

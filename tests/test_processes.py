@@ -72,6 +72,16 @@ def test_a_process_ends_with_its_parent(setup):
     assert gone([child])
 
 
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_process_whose_launcher_has_died_while_it_was_starting_ends(lives):
+    environment = {**os.environ, processes.ABOVE: str(os.getpid() if lives else 2**22 + 1)}
+    code = "from finetune import processes; processes.end_with_launcher(); print('here')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout == "here\n") is lives
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_loader_processes_end_with_their_rank(number, tmp_path):
     environment = {**os.environ, "TMPDIR": str(tmp_path)}

@@ -23,6 +23,7 @@ from transformers import Trainer
 import finetune
 from finetune.encoding.collate import pad
 from finetune.encoding.example import Example
+from finetune.processes import ABOVE
 from finetune.tuning.fingerprints import fingerprints, trained_names
 from finetune.tuning.rounding import FLOAT32, computing_noise, round_weights
 
@@ -105,6 +106,7 @@ def verify_in_fresh_process(folder: Path, reference: Path) -> int:
     foreign = ("RANK", "LOCAL_", "WORLD_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
     source = str(Path(finetune.__file__).resolve().parent.parent)
+    environment[ABOVE] = str(os.getpid())
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, environment.get("PYTHONPATH", "")]))
     command = [sys.executable, "-m", "finetune", "verify", str(folder), "--reference", str(reference)]
     status = subprocess.run(command, cwd=reference.parent, env=environment, check=False).returncode
