@@ -124,7 +124,20 @@ def members(process: subprocess.Popen[bytes]) -> dict[str, list[psutil.Process]]
     return {"launcher": [launcher], "rank": ranks, "loader": loaders, "everything": [launcher, *ranks, *loaders]}
 
 
-def strike(bench: Bench, process: subprocess.Popen[bytes], wait: float) -> None:
+def state(process: subprocess.Popen[bytes], log: Path) -> str:
+    """What a run that should be gone is doing: its processes, with stacks where py-spy is installed, and its log."""
+    lines: list[str] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(process.pid)
+        for one in (launcher, *launcher.children(recursive=True)):
+            lines.append(f"{one.pid} {one.status()}: {' '.join(one.cmdline())[:150]}")
+            if shutil.which("py-spy"):
+                command = ["py-spy", "dump", "-p", str(one.pid)]
+                lines.append(subprocess.run(command, capture_output=True, text=True).stdout)
+    return "\n".join([*lines, *log.read_text(errors="replace").splitlines()[-20:]])
+
+
+def strike(bench: Bench, process: subprocess.Popen[bytes], wait: float, log: Path) -> None:
     """Ends a run after some seconds, and sees whether everything of it ends; it may have ended by itself."""
     try:
         process.wait(wait)
@@ -150,7 +163,8 @@ def strike(bench: Bench, process: subprocess.Popen[bytes], wait: float) -> None:
         _, left = psutil.wait_procs([*everyone.get("rank", []), *everyone.get("loader", [])], timeout=GONE_WITHIN)
         left += [psutil.Process(process.pid)] if process.poll() is None else []
         if left:
-            bench.tally.complain(f"{number.name} to {kind}: {left} still alive after {patience:g} s")
+            took = f"{left} still alive after {time.monotonic() - began:.1f} s"
+            bench.tally.complain(f"{number.name} to {kind}: {took}\n{state(process, log)}")
             for one in left:
                 one.kill()
         bench.tally.slowest_end = max(bench.tally.slowest_end, time.monotonic() - began)
@@ -191,7 +205,7 @@ def soak(bench: Bench, kills: int) -> None:
         output = bench.root / f"{way[0]}-{way[1]}-{number}"
         while True:
             process = bench.start(*way, output)
-            strike(bench, process, bench.random.uniform(0.1, 1.2) * duration)
+            strike(bench, process, bench.random.uniform(0.1, 1.2) * duration, Path(f"{output}.log"))
             bench.tally.runs += 1
             bench.tally.statuses[process.returncode] += 1
             if process.returncode == 0:
