@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from finetune.errors import UserError
 from finetune.quoting import cut, plain, shown
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from finetune.media.sampling import Frames
 
 MediaKind = Literal["image", "video", "audio"]
+MEDIA_KINDS: tuple[MediaKind, ...] = get_args(MediaKind)
 ROLES = ("system", "user", "assistant", "tool")
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
@@ -112,6 +113,13 @@ class Message:
 class Sample:
     """One conversation, validated on construction.
 
+    Attributes:
+        id: the record's own id, or its position.
+        source: where it came from.
+        messages: its turns.
+        notes: what its author may not have meant, though it can be used; a sentence names no record, so that equal ones
+            are counted.
+
     Raises:
         DataError: no message, an unknown role, a trained turn that is not the assistant's, a system turn that is
             not the first, or two turns in a row of user or of assistant.
@@ -120,6 +128,7 @@ class Sample:
     id: str
     source: Source
     messages: tuple[Message, ...]
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.messages:

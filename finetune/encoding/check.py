@@ -21,7 +21,8 @@ from finetune.encoding.fitting import OUTCOMES, Fitter, OverlongError
 from finetune.encoding.intake import Intake, share_is_bad, source_of
 from finetune.errors import WorthlessError
 from finetune.quoting import shown
-from finetune.sample import DataError, Sample
+from finetune.sample import MEDIA_KINDS, DataError, MediaKind, Sample
+from finetune.templates.rendering import IGNORE
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ FULL_UP_TO = 20_000
 SAMPLED = 1_000
 """Records that a sampled check looks at."""
 
+_A: dict[MediaKind, str] = {"image": "an image", "video": "a video", "audio": "sound"}
 _SHOWN = 5
 _CHUNK = 32
 
@@ -47,6 +49,8 @@ class Report:
         outcomes: how many samples are kept, shrunk, ... as training will do.
         lost_images: images that go with dropped turns.
         longest: most tokens of a sample that stays.
+        with_media: records that have an image, a video, a sound, by kind.
+        notes: how many records have each note.
         left_out: messages of samples that are too long and left out.
         problems: messages of records that cannot be used.
         duplicates: ids that occur more than once, with their number.
@@ -60,6 +64,8 @@ class Report:
     outcomes: Counter[str] = field(default_factory=Counter)
     lost_images: int = 0
     longest: int = 0
+    with_media: Counter[MediaKind] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
     left_out: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     duplicates: dict[str, int] = field(default_factory=dict)
@@ -185,7 +191,17 @@ def _look(samples: Sequence[Sample], index: int, fitter: Fitter, cache: CheckCac
     except DataError as error:
         return error
     paths = [path for media in sample.media() for path in media.files]
-    looked = Looked(fitted.outcome, len(fitted.rendered.input_ids), fitted.lost_images)
+    size = fitter.encoder.measured(fitted.sample, fitted.plans, fitted.rendered)
+    images, videos, sounds = (sum(1 for _ in sample.media(kind)) for kind in MEDIA_KINDS)
+    looked = Looked(
+        fitted.outcome,
+        size.tokens,
+        fitted.lost_images,
+        trained=sum(label != IGNORE for label in fitted.rendered.labels),
+        items=size.items,
+        media=(images, videos, sounds),
+        notes=sample.notes,
+    )
     cache.put(index, looked, paths)
     return looked
 
@@ -199,6 +215,8 @@ def _enter(report: Report, result: Looked | DataError) -> None:
         report.outcomes[result.outcome] += 1
         report.lost_images += result.lost_images
         report.longest = max(report.longest, result.tokens)
+        report.with_media.update(kind for kind, count in zip(MEDIA_KINDS, result.media, strict=True) if count)
+        report.notes.update(set(result.notes))
 
 
 def _title(samples: Sequence[Sample]) -> str:
@@ -223,6 +241,10 @@ def _lines(report: Report) -> Iterator[str]:
     found += [f"{len(report.left_out)} too long and left out"] if report.left_out else []
     found += [f"{len(report.problems)} that cannot be used"] if report.problems else []
     yield f"  {', '.join(found)}; longest {report.longest} tokens"
+    used = report.outcomes.total()
+    yield "  " + ", ".join(f"{report.with_media[kind]} of {used} have {a}" for kind, a in _A.items())
+    for note, count in report.notes.most_common():
+        yield f"  warning: {count} of {used} records: {note}"
     if report.lost_images:
         yield f"  warning: {report.lost_images} images go with turns that are dropped; later answers may refer to them"
     if report.duplicates:

@@ -25,11 +25,19 @@ class Looked(NamedTuple):
         outcome: what had to give for it.
         tokens: its length then.
         lost_images: images that go with dropped turns.
+        trained: tokens that carry loss.
+        items: thumbnails, slices and frames.
+        media: images, videos and sounds of the record, whatever goes with dropped turns.
+        notes: of the sample.
     """
 
     outcome: Outcome
     tokens: int
     lost_images: int
+    trained: int
+    items: int
+    media: tuple[int, int, int]
+    notes: tuple[str, ...]
 
 
 class CheckCache:
@@ -46,7 +54,7 @@ class CheckCache:
 
     def __init__(self, data: Sequence[Path], setting: str, *, rebuild: bool = False) -> None:
         # Relative image paths are also looked for in the current directory.
-        key = "\n".join([*(str(path.resolve()) for path in data), str(Path.cwd()), setting])
+        key = "\n".join([*(str(path.resolve()) for path in data), str(Path.cwd()), setting, *Looked._fields])
         self._path = folder() / f"check-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         readable = data and all(path.is_file() for path in data)
         self._state = [list(signature(path)) for path in data] if readable else None

@@ -10,10 +10,8 @@ from finetune.quoting import cut, shown
 from finetune.readers.conversation import TrainOn, assemble, loss, turn_list
 from finetune.readers.media import A_FILE, Places, is_embedded, json_cell, json_type, one
 from finetune.readers.sharegpt import state
-from finetune.sample import DataError, Media, MediaKind, Part, Sample, Source, Text
+from finetune.sample import MEDIA_KINDS, DataError, Media, MediaKind, Part, Sample, Source, Text
 
-KINDS: tuple[MediaKind, ...] = ("image", "video", "audio")
-"""Keys of media, and what they hold."""
 _TAG = re.compile(r"<(?:image|video|audio)(?:_\d+)?>")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 FOREIGN = ("images", "videos", "audios")
@@ -53,7 +51,9 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
                 "(or the file is of another form: --data_format sharegpt)"
             )
     turns = _turns(record, source)
-    files: dict[MediaKind, _Files] = {kind: _files(kind, json_cell(record.get(kind)), source, where) for kind in KINDS}
+    files: dict[MediaKind, _Files] = {
+        kind: _files(kind, json_cell(record.get(kind)), source, where) for kind in MEDIA_KINDS
+    }
     placed = _place(turns, files, source)
     return assemble(
         [(turn.role, parts, turn.loss) for turn, parts in zip(turns, placed, strict=True)], source, train_on

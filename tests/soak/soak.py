@@ -52,8 +52,9 @@ VICTIMS = ["launcher"] * 4 + ["rank"] * 2 + ["loader"] + ["everything"] * 2
 GONE_WITHIN = 10.0
 # Growth of memory that is not called growth, and looks at a process that a third of its life must have.
 GROWTH, MEASURED = 0.02, 10
-# Statuses of a run that was ended.
-ENDED = {outcome.FAILED, outcome.STOPPED, outcome.INTERRUPTED, *(128 + number for number in (1, 2, 9, 10, 15))}
+# Statuses of a run that was ended; negative where the signal came before anybody listened.
+ENDED = {outcome.FAILED, outcome.STOPPED, outcome.INTERRUPTED}
+ENDED |= {status for number in SIGNALS for status in (-number, 128 + number)}
 
 
 @dataclass
@@ -210,8 +211,8 @@ def soak(bench: Bench, kills: int) -> None:
             bench.tally.statuses[process.returncode] += 1
             if process.returncode == 0:
                 break
-            if process.returncode % 256 not in ENDED and process.returncode != -signal.SIGKILL:
-                bench.tally.complain(f"{output.name}: status {process.returncode}, see {output}.log")
+            if process.returncode not in ENDED:
+                bench.tally.complain(f"status {process.returncode}\n{state(process, Path(f'{output}.log'))}")
                 return
         if found := list(differences(reference, output, way[0])):
             bench.tally.complain(f"{output.name}: not what a run is that nobody disturbs: {found[:3]}")
@@ -249,7 +250,7 @@ def memory(bench: Bench, steps: int) -> dict[str, float]:
             name = f"{method} {kind}"
             growth[name] = max(growth.get(name, -1.0), last / middle - 1)
         if process.returncode:
-            bench.tally.complain(f"{output}: status {process.returncode}")
+            bench.tally.complain(f"status {process.returncode}\n{state(process, Path(f'{output}.log'))}")
     for name, share in growth.items():
         if share > GROWTH:
             bench.tally.complain(f"{name}: its memory has grown by {share:.1%}")
