@@ -152,39 +152,16 @@ def make_supervised_data_module(
     Raises:
         DataError: a file that is missing or malformed, or without records; a data set that is not described.
     """
-    default = DataArguments.__dataclass_fields__["max_bad_share"].default
-    if data.on_bad_sample != "skip" and data.max_bad_share != default:
-        logger.warning("--max_bad_share %g: no effect without --on_bad_sample skip", data.max_bad_share)
 
     def intake(samples: Sequence[Sample]) -> Intake:
         report = None if output is None else output / BAD_SAMPLES
-        return Intake(
-            samples,
-            encoder,
-            overlong=data.overlong,
-            on_bad_sample=data.on_bad_sample,
-            report=report,
-            remeasure=data.overwrite_cache,
-            max_bad_share=data.max_bad_share,
-        )
+        return Intake(samples, encoder, report=report, **data.policies)
 
     def dataset(samples: Sequence[Sample]) -> SupervisedDataset:
         return SupervisedDataset(samples, encoder, intake(samples))
 
     def opened(path: str | None, names: str | None) -> Mixture:
-        return open_data(
-            path,
-            names,
-            dataset_dir=data.dataset_dir,
-            media_dir=data.media_dir,
-            image_root=data.image_root,
-            train_on=data.train_on,
-            data_format=data.data_format,
-            max_samples=data.max_samples,
-            seed=seed,
-            rebuild=data.overwrite_cache,
-            strict_paths=data.strict_paths,
-        )
+        return open_data(path, names, seed=seed, **data.reading)
 
     evaluation = None
     if data.eval_data_path or data.eval_dataset:

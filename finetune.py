@@ -12,9 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import outcome  # before torch, which distributed imports
+from finetune import outcome
 
-# isort: split
+if __name__ == "__main__":
+    outcome.install()  # before torch, whose import takes seconds in which the launcher may end
+
 from finetune import distributed
 from finetune.arguments import Arguments, parse_arguments
 from finetune.errors import ArgumentError, UserError
@@ -88,13 +90,8 @@ def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the 
         base.family,
         tokenizer,
         base.settings,
-        max_slice_nums=args.data.max_slice_nums,
         max_length=args.training.model_max_length,
-        max_pixels=args.data.max_image_pixels,
-        shrink_pixels=args.data.image_max_pixels,
-        image_backend=args.data.image_backend,
-        video=args.data.video_options,
-        thinking=args.data.thinking,
+        **args.data.looking,
     )
     check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
     seed = args.training.seed if args.training.data_seed is None else args.training.data_seed
@@ -286,7 +283,6 @@ def check_names(args: Arguments, family: Family) -> None:
 
 
 if __name__ == "__main__":
-    outcome.install()
     try:
         status = main()
     except UserError as error:

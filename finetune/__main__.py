@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"python -m finetune: unknown command {name!r}. {hint}", file=sys.stderr)
         return 2
     ignore_what_nobody_can_mend()
-    command = importlib.import_module(f"finetune.commands.{name.replace('-', '_')}")
     end_with_launcher()
+    command = importlib.import_module(f"finetune.commands.{name.replace('-', '_')}")
     try:
         return command.main(rest)
     except UserError as error:

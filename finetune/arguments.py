@@ -22,9 +22,10 @@ from finetune.checks import check_data, check_machine, check_q_lora, check_targe
 from finetune.config.deepspeed import check_deepspeed, load_deepspeed
 from finetune.config.ranges import check_given, check_objects, check_ranges
 from finetune.config.resolve import Resolved, resolve
+from finetune.data_flags import DataArguments
 from finetune.ending import EndingArguments
 from finetune.errors import ArgumentError, UserError
-from finetune.flags import DataArguments, LoraArguments, MemoryArguments, ModelArguments, check_lora, check_memory
+from finetune.flags import LoraArguments, MemoryArguments, ModelArguments, check_lora, check_memory
 from finetune.zero import check_zero
 
 logger = logging.getLogger(__name__)
@@ -358,7 +359,7 @@ def _groups(resolved: Resolved, known: Mapping[str, bool]) -> tuple[Any, ...]:
     check_given(resolved.words)
     values, unknown = parser.parse_known_args(resolved.words)
     if unknown:
-        raise ArgumentError(_unknown_flags(unknown, [f"--{name}" for name in known]))
+        refuse_unknown(unknown, [f"--{name}" for name in known])
     check_ranges(vars(values), resolved.origins)
     check_objects(vars(values))
     try:
@@ -369,10 +370,19 @@ def _groups(resolved: Resolved, known: Mapping[str, bool]) -> tuple[Any, ...]:
         raise ArgumentError(" ".join(str(error).split())) from error
 
 
-def _unknown_flags(unknown: list[str], known: list[str]) -> str:
-    names = [word for word in unknown if word.startswith("--")] or unknown
+def refuse_unknown(words: Sequence[str], known: Sequence[str]) -> NoReturn:
+    """Refuses what no flag takes.
+
+    Args:
+        words: flags, perhaps with their values, or words that stand alone.
+        known: all flags.
+
+    Raises:
+        ArgumentError: with the nearest known flag.
+    """
+    names = [word for word in words if word.startswith("--")] or words
     hints = []
     for name in names:
         close = difflib.get_close_matches(name.partition("=")[0], known, n=1)
         hints.append(f"{name} (did you mean {close[0]}?)" if close else name)
-    return f"unknown: {', '.join(hints)}; --help lists every flag"
+    raise ArgumentError(f"unknown: {', '.join(hints)}; --help lists every flag")

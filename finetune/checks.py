@@ -15,7 +15,8 @@ from finetune.errors import ArgumentError
 
 if TYPE_CHECKING:
     from finetune.arguments import TrainingArguments
-    from finetune.flags import DataArguments, LoraArguments, ModelArguments
+    from finetune.data_flags import DataArguments
+    from finetune.flags import LoraArguments, ModelArguments
 
 logger = logging.getLogger(__name__)
 

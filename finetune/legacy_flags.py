@@ -24,10 +24,11 @@ _TEMPLATES = {
     "minicpm_o": ("o2_6", "o4_5"),
     "minicpm_v_4_6": ("v4_6", "v4_7", "ocr1_0"),
 }
+# A switch that became a value of another flag.
+_SWITCHES = {"group_by_length": ("train_sampling_strategy", "group_by_length")}
 _DROPPED = {
     "save_safetensors": "weights are always saved as safetensors",
     "prediction_loss_only": "evaluation keeps losses, never logits",
-    "group_by_length": "batches are drawn at random",
     "bf16_full_eval": "evaluation runs in the precision of training",
     "fp16_full_eval": "evaluation runs in the precision of training",
     "logging_dir": "TensorBoard logs go there (TENSORBOARD_LOGGING_DIR)",
@@ -56,7 +57,7 @@ def template_fits(template: str, family: str) -> bool:
 
 def legacy_names() -> list[str]:
     """All names that ``translate`` knows."""
-    return [*_RENAMED, *_DROPPED]
+    return [*_RENAMED, *_SWITCHES, *_DROPPED]
 
 
 def translate(argv: Sequence[str]) -> list[str]:
@@ -70,7 +71,7 @@ def translate(argv: Sequence[str]) -> list[str]:
     while words:
         word = words.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in {**_RENAMED, **_DROPPED}:
+        if not word.startswith("--") or name not in legacy_names():
             result.append(word)
             continue
         if not equals and words and not words[0].startswith("--"):
@@ -81,9 +82,13 @@ def translate(argv: Sequence[str]) -> list[str]:
             # Published launchers switch most of these off, which is what happens anyway.
             if value.lower() not in ("false", "0"):
                 logger.warning("--%s %s: has no meaning any more; %s", name, value, _DROPPED[name])
-        elif _RENAMED[name] in given:
-            logger.warning("--%s %s: ignored, --%s is given too", name, value, _RENAMED[name])
+            continue
+        flag, meant = _SWITCHES.get(name) or (_RENAMED[name], value or "true")
+        if name in _SWITCHES and value.lower() in ("false", "0"):
+            continue
+        if flag in given:
+            logger.warning("--%s %s: ignored, --%s is given too", name, value, flag)
         else:
-            logger.warning("--%s is now --%s", name, _RENAMED[name])
-            result += [f"--{_RENAMED[name]}", value or "true"]
+            logger.warning("--%s is now --%s%s", name, flag, f" {meant}" if name in _SWITCHES else "")
+            result += [f"--{flag}", meant]
     return result

@@ -101,6 +101,9 @@ def test_flags_of_published_launchers_are_mapped_or_named(caplog, monkeypatch):
         assert f"--{flag} " in caplog.text, flag
     assert "prediction_loss_only" not in caplog.text
     assert parse("--warmup_ratio", "0.5", "--warmup_steps", "7").training.warmup_steps == 7
+    for words, order in (("--group_by_length", "group_by_length"), ("--group_by_length false", "random")):
+        assert parse(*words.split()).training.train_sampling_strategy == order
+    assert "--group_by_length is now --train_sampling_strategy group_by_length" in caplog.text
 
 
 def test_checkpointing_is_one_flag_with_two_names(recwarn):

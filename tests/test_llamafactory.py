@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from finetune.commands.export import main as export
+from finetune.data_flags import VIDEO_FLAGS
 from finetune.errors import UserError
-from finetune.flags import VIDEO_FLAGS
 from finetune.models import load_model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,9 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from finetune.commands.mode_flag import add_mode_flag
 from finetune.commands.parser import CommandParser
-from finetune.commands.video_flags import add_video_flags, video_options
+from finetune.commands.training_flags import add_mode_flag, add_video_flags, data_arguments
 from finetune.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
@@ -51,7 +50,11 @@ def main(argv: list[str]) -> int:
         torch.manual_seed(args.seed)
     names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "max_slice_nums")
     options = {name: getattr(args, name) for name in names}
-    options |= {"sampling": not args.greedy, "enable_thinking": args.thinking, "video": video_options(args)}
+    options |= {
+        "sampling": not args.greedy,
+        "enable_thinking": args.thinking,
+        "video": data_arguments(args).video_options,
+    }
     prompting, decoding = read_options(options)
     dialogue = Dialogue(args.system)
     for path in args.image:

@@ -1,87 +1,162 @@
-"""Looks at every record of a data file as training will: structure, image headers, lengths; no image is decoded.
+"""Looks at every record of data files as training will: structure, image headers, lengths; no image is decoded.
 
-Prints the counts, the warnings, and all problems by kind. Exit status 0 when every record can be used, else 2.
+Takes the flags of training, also in a YAML file in front: those about data count, others are named and left alone.
+Prints the counts, the warnings, and all problems by kind. The exit status is what training would end with: 0 when it
+would begin, 2 when it would refuse the data, 4 when too many records would be left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from finetune.commands.data_flags import add_data_flags
-from finetune.commands.mode_flag import add_mode_flag
 from finetune.commands.parser import CommandParser
-from finetune.commands.video_flags import add_video_flags, video_options
-from finetune.errors import UserError
+from finetune.commands.training_flags import MODE_FLAG, add_flags, data_arguments
+from finetune.data_flags import DataArguments
+from finetune.errors import ArgumentError, UserError
+from finetune.flags import ModelArguments
+
+if TYPE_CHECKING:
+    from finetune.encoding.encoder import Encoder
+    from finetune.readers.mixture import Mixture
+
+_SHORT = {"model": "model_name_or_path", "data": "data_path"}
+"""Names that other commands have for flags of training."""
 
 
 def main(argv: list[str]) -> int:
-    """Run ``python -m finetune check``; 0 when every record can be used, 2 when one cannot or an argument is wrong."""
-    given = _parser().parse_args(argv)
+    """Run ``python -m finetune check``; the status that training with these data would end with."""
+    given = _parsed(argv)
+    if given.write_json is not None:
+        return _converted(given)
+    data, seed = data_arguments(given), given.seed if given.data_seed is None else given.data_seed
 
-    from finetune.encoding.check import check
-    from finetune.encoding.encoder import Encoder
-    from finetune.encoding.fitting import Fitter
-    from finetune.models import load_tokenizer
-    from finetune.readers.mixture import open_data, parse_names
-    from finetune.tuning.checkpoint import resolve
+    from finetune.encoding.check import check, judge, overlap
+    from finetune.encoding.intake import Intake
+    from finetune.encoding.lengths import measure_lengths
 
-    problems, rebuild = 0, given.overwrite_cache == "true"
+    encoder = _encoder(given, data)
     try:
-        base = resolve(given.model, given.downsample_mode)
-        if base.mode is not None:
-            print(base.mode)
-        encoder = Encoder.from_config(
-            base.family,
-            load_tokenizer(base.folder),
-            base.settings,
-            max_slice_nums=given.max_slice_nums,
-            max_length=given.model_max_length,
-            max_pixels=given.max_image_pixels,
-            shrink_pixels=given.image_max_pixels,
-            video=video_options(given),
-        )
-        # Shares decide how often records are taken, not whether they can be used.
-        named = [named.name for named in parse_names(given.dataset)] if given.dataset is not None else []
-        for path, name in [*((path, None) for path in given.data or ()), *((None, name) for name in named)]:
-            samples = open_data(
-                path,
-                name,
-                dataset_dir=given.dataset_dir,
-                media_dir=given.media_dir,
-                image_root=given.image_root,
-                data_format=given.data_format,
-                rebuild=rebuild,
-                strict_paths=given.strict_paths == "true",
-            )
-            report = check(samples, Fitter(encoder, given.overlong), given.check, rebuild=rebuild)
-            print(report)
-            problems += len(report.problems)
+        intakes = [Intake(samples, encoder, **data.policies) for samples in _opened(data, given.data_path, seed)]
+        reports = []
+        for intake in intakes:
+            reports.append(check(intake.samples, intake.fitter, data.check or "full", rebuild=data.overwrite_cache))
+            print(reports[-1])
+            if (lengths := measure_lengths(intake.samples, encoder)) is not None:
+                print(lengths)
+        for line in overlap(reports):
+            print(f"warning: {line}")
+        judge(intakes, reports)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 2 if problems else 0
+        return error.exit_code
+    return 0
+
+
+def _encoder(given: argparse.Namespace, data: DataArguments) -> Encoder:
+    """The encoder that training would have."""
+    from finetune.encoding.encoder import Encoder
+    from finetune.models import load_tokenizer
+    from finetune.templates.probe import check_chat_template
+    from finetune.tuning.checkpoint import resolve
+
+    base = resolve(given.model_name_or_path, given.downsample_mode)
+    if base.mode is not None:
+        print(base.mode)
+    tokenizer = load_tokenizer(base.folder)
+    encoder = Encoder.from_config(
+        base.family, tokenizer, base.settings, max_length=given.model_max_length, **data.looking
+    )
+    check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
+    return encoder
+
+
+def _opened(data: DataArguments, files: Sequence[str], seed: int) -> Iterator[Mixture]:
+    """The data sets: those to train on, the part of them kept for evaluation, and those to evaluate."""
+    from finetune.readers.mixture import open_data
+
+    for path in files or [None]:
+        samples = open_data(path, data.dataset, seed=seed, **data.reading)
+        yield from samples.split(data.val_size, seed) if data.val_size else (samples,)
+    if data.eval_data_path or data.eval_dataset:
+        yield open_data(data.eval_data_path, data.eval_dataset, seed=seed, **data.reading)
+
+
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; what is not about data is looked up among the flags of training, and a YAML file read.
+
+    Raises:
+        ArgumentError: a flag that training does not have either, or no model, or no data.
+    """
+    parser = _parser()
+    words = [_long(word) for word in argv]
+    given, rest = parser.parse_known_args(words)
+    if rest:
+        given = _with_training(parser, words)
+    if given.model_name_or_path is None and given.write_json is None:
+        parser.error("--model is missing: the folder of a checkpoint, or its hub id")
+    if bool(given.data_path) == bool(given.dataset):
+        parser.error("give data, either files by --data or names of dataset_info.json by --dataset")
+    return given
+
+
+def _converted(given: argparse.Namespace) -> int:
+    """Writes the data file as JSON instead of looking at its records."""
+    from finetune.readers.python_literals import write_json
+
+    if len(given.data_path) != 1:
+        raise ArgumentError("--write_json takes the file of --data, one of them")
+    source, target = Path(given.data_path[0]), Path(given.write_json)
+    print(f"{target}: {write_json(source, target)} records of {source} as JSON")
+    return 0
+
+
+def _long(word: str) -> str:
+    name, equals, value = word.removeprefix("--").partition("=")
+    return f"--{_SHORT[name]}{equals}{value}" if word.startswith("--") and name in _SHORT else word
+
+
+def _with_training(parser: CommandParser, words: Sequence[str]) -> argparse.Namespace:
+    """The command line where it has a YAML file or flags that are not about data."""
+    from finetune.arguments import GROUPS, flags_of, refuse_unknown
+    from finetune.config.resolve import resolve
+
+    known = {**flags_of(GROUPS), "data_path": True}
+    resolved = resolve(words, known)
+    given, rest = parser.parse_known_args(resolved.words)
+    others = [word for word in rest if word.startswith("--")]
+    stray = [resolved.words[0]] if not resolved.words[0].startswith("--") else []
+    if unknown := stray + [flag for flag in others if flag.removeprefix("--") not in known]:
+        refuse_unknown(unknown, [f"--{name}" for name in known])
+    typed = {word.partition("=")[0] for word in words}
+    if mine := [flag for flag in others if flag in typed]:
+        print(f"not about data, and of no effect here: {' '.join(mine)}", file=sys.stderr)
+    return given
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(
-        prog="python -m finetune check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m finetune check",
+        usage="%(prog)s [FILE.yaml] --model MODEL (--data FILE ... | --dataset NAMES) [flags of training]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub id: its tokenizer and slicing count")
-    add_data_flags(parser, nargs="+", help="data files")
-    parser.add_argument("--image_root", help="folder that relative image paths may also be relative to")
-    parser.add_argument("--max_slice_nums", type=int, help="most slices per image (default: the checkpoint's)")
-    parser.add_argument("--image_max_pixels", type=int, help="as in training: larger images are shrunk to this")
-    parser.add_argument("--max_image_pixels", type=int, help="largest image accepted, in pixels")
-    parser.add_argument("--model_max_length", type=int, default=2048, help="longest sample in tokens (default: 2048)")
-    parser.add_argument("--overlong", choices=["shrink", "drop", "truncate", "error"], default="shrink")
-    parser.add_argument("--check", choices=["full", "sample"], default="full", help="sample: 1000 of the records")
-    add_mode_flag(parser)
-    add_video_flags(parser)
+    model = parser.add_argument_group("model")
+    add_flags(model, ModelArguments, ["model_name_or_path", MODE_FLAG])
+    data = parser.add_argument_group("data (--model and --data are short for the names that training has)")
+    data.add_argument("--data_path", nargs="+", default=[], metavar="FILE", help="data files, each looked at by itself")
+    names = {entry.name for entry in fields(DataArguments)} - {"data_path"}
+    add_flags(data, DataArguments, names)
+    data.add_argument("--model_max_length", type=int, default=2048, help="longest sample in tokens (default: 2048)")
+    data.add_argument("--seed", type=int, default=42, help="of what is drawn from data sets (default: 42)")
+    data.add_argument("--data_seed", type=int, help="the same; default: --seed")
     parser.add_argument(
-        "--overwrite_cache",
-        choices=["true", "false"],
-        default="false",
-        help="index the data files anew and look at every record again",
+        "--write_json",
+        metavar="OUT",
+        help="only write the file of --data as JSON: for one with single quotes, as guides print it",
     )
     return parser

@@ -15,22 +15,32 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from finetune.commands.data_flags import add_data_flags
-from finetune.commands.mode_flag import add_mode_flag
 from finetune.commands.parser import CommandParser
-from finetune.commands.video_flags import add_video_flags, video_options
-from finetune.errors import UserError
+from finetune.commands.training_flags import (
+    PLACE_FLAGS,
+    add_flags,
+    add_mode_flag,
+    add_video_flags,
+    data_arguments,
+)
+from finetune.data_flags import DataArguments
+from finetune.errors import UserError, WorthlessError
 from finetune.sample import DataError, Sample
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from finetune.encoding.encoder import Encoder, PromptOptions
+    from finetune.encoding.encoder import Encoder
     from finetune.evaluation.predictions import Predictions
     from finetune.readers.mixture import Mixture
     from finetune.tuning.checkpoint import Checkpoint
+
+
+class _Thinking(TypedDict, total=False):
+    enable_thinking: bool
+
 
 # By position in the data file: the conversation up to the question, and the accepted answers.
 Questions = dict[int, tuple[Sample, list[str]]]
@@ -49,7 +59,7 @@ def main(argv: list[str]) -> int:
     source = _source(given)
     samples = _samples(given)
     judge = _encoder(given, source.base) if given.on_bad_sample == "skip" else None
-    questions, skipped = read_questions(samples, given.limit, judge)
+    questions, skipped = read_questions(samples, given.limit, judge, given.max_bad_share)
     title = given.data or given.dataset
     metric, why = resolve_metric(given.metric, [references for _, references in questions.values()])
     folder = Path(given.data).stem if given.data else "-".join(re.findall(r"[\w.]+", given.dataset))
@@ -133,14 +143,12 @@ def _encoder(given: argparse.Namespace, checkpoint: Checkpoint) -> Encoder:
 
     asked = given.enable_thinking
     # None would be an answer too: left out, the generation's own default holds.
-    thinking: PromptOptions = {} if asked is None else {"enable_thinking": asked == "true"}
+    thinking: _Thinking = {} if asked is None else {"enable_thinking": asked == "true"}
     return Encoder.from_config(
         checkpoint.family,
         load_tokenizer(checkpoint.folder),
         checkpoint.settings,
-        max_slice_nums=given.max_slice_nums,
-        shrink_pixels=given.image_max_pixels,
-        video=video_options(given),
+        **data_arguments(given).looking,
         **thinking,
     )
 
@@ -148,25 +156,28 @@ def _encoder(given: argparse.Namespace, checkpoint: Checkpoint) -> Encoder:
 def _samples(given: argparse.Namespace) -> Mixture:
     from finetune.readers.mixture import open_data
 
-    places = {"dataset_dir": given.dataset_dir, "media_dir": given.media_dir, "image_root": given.image_root}
-    strict = given.strict_paths == "true"
-    return open_data(given.data, given.dataset, data_format=given.data_format, strict_paths=strict, **places)
+    return open_data(given.data, given.dataset, **data_arguments(given).reading)
 
 
-def read_questions(samples: Mixture, limit: int | None, judge: Encoder | None = None) -> tuple[Questions, list[str]]:
+def read_questions(
+    samples: Mixture, limit: int | None, judge: Encoder | None = None, max_bad_share: float = 1.0
+) -> tuple[Questions, list[str]]:
     """Samples as questions and accepted answers: the last answer, or "answers" of a record in the official form.
 
     Args:
         samples: the data.
         limit: only the first so many records.
         judge: leave out records that cannot be used, and those of which this makes no prompt; None leaves none out.
+        max_bad_share: the largest share of records that may be left out.
 
     Returns:
         The questions, and what is wrong with each record left out.
 
     Raises:
         DataError: a record that cannot be used, or none that can.
+        WorthlessError: more of them are left out than that share allows.
     """
+    from finetune.encoding.intake import share_is_bad
     from finetune.media import video
 
     questions: Questions = {}
@@ -188,6 +199,11 @@ def read_questions(samples: Mixture, limit: int | None, judge: Encoder | None = 
         title = samples.title
         raise DataError(
             f"{title}: no record can be used; the first: {skipped[0]}" if skipped else f"{title}: no record"
+        )
+    if share_is_bad(len(skipped), len(questions) + len(skipped), max_bad_share):
+        raise WorthlessError(
+            f"{samples.title}: {len(skipped)} of {len(questions) + len(skipped)} records cannot be used, more than "
+            f"--max_bad_share {max_bad_share:g} allows; mend the data, or raise it. The first: {skipped[0]}"
         )
     return questions, skipped
 
@@ -220,7 +236,7 @@ def _settings(given: argparse.Namespace, source: ModelSource, samples: Mixture) 
         "max_new_tokens": given.max_new_tokens,
         "max_slice_nums": given.max_slice_nums,
         "image_max_pixels": given.image_max_pixels,
-        "video": video_options(given).given,
+        "video": data_arguments(given).video_options.given,
         # By the files it is part of their state.
         "downsample_mode": mode.name if mode is not None and mode.chosen else None,
         "enable_thinking": given.enable_thinking,
@@ -370,20 +386,18 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--model", required=True, help="checkpoint folder, hub id, or adapter (it names its base)")
     parser.add_argument("--adapter", help="adapter on the model")
-    add_data_flags(parser, help="data file in a form of the training data")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--data", help="data file in a form of the training data")
+    add_flags(which, DataArguments, ["dataset"])
+    add_flags(parser, DataArguments, [*PLACE_FLAGS, "max_slice_nums", "image_max_pixels", "max_image_pixels"])
+    add_flags(parser, DataArguments, ["on_bad_sample", "max_bad_share"])
     parser.add_argument("--metric", default="auto", help="auto, a name, package.module:function or file.py:function")
     parser.add_argument("--compare", help="base (the adapter off), or the folder of another checkpoint")
     parser.add_argument("--out", help="folder of the results (default: output/evaluate-<data>)")
     parser.add_argument("--overwrite", action="store_true", help="ask everything again")
     parser.add_argument("--limit", type=int, help="only the first so many records")
-    parser.add_argument(
-        "--on_bad_sample", choices=["error", "skip"], default="error", help="records that cannot be used"
-    )
-    parser.add_argument("--image_root", help="folder that relative image paths may also be relative to")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
-    parser.add_argument("--max_slice_nums", type=int, help="most slices per image (default: the checkpoint's)")
-    parser.add_argument("--image_max_pixels", type=int, help="as in training: larger images are shrunk to this")
     parser.add_argument(
         "--enable_thinking", choices=["true", "false"], help="for models that think (default: the generation's)"
     )

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.commands.mode_flag import add_mode_flag
 from finetune.commands.parser import CommandParser
+from finetune.commands.training_flags import add_mode_flag
 from finetune.errors import UserError
 from finetune.legacy_flags import template_fits
 from finetune.outcome import NOT_VERIFIED, OK

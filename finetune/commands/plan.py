@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.commands.mode_flag import add_mode_flag
 from finetune.commands.parser import CommandParser
+from finetune.commands.training_flags import PLACE_FLAGS, add_flags, add_mode_flag, data_arguments, truth
+from finetune.data_flags import VIDEO_FLAGS, DataArguments
 from finetune.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def _plan(given: argparse.Namespace) -> int:
         found = [search.gpus_needed(planner, shape, base, method, limit) for method in methods]
     fitting = [(recipe, memory) for recipe, memory in filter(None, found)]
     print(f"the fastest settings that fit {report.gigabytes(limit)} GB per GPU:" if fitting else "nothing fits")
-    more = [f"--model_name_or_path {name}", f"--data_path {given.data or 'DATA'}", f"--model_max_length {shape.tokens}"]
+    data = f"--dataset {given.dataset}" if given.dataset else f"--data_path {given.data or 'DATA'}"
+    more = [f"--model_name_or_path {name}", data, f"--model_max_length {shape.tokens}"]
     more += [f"--per_device_train_batch_size {shape.batch}"]
     more += [f"--max_slice_nums {given.slices}"] if given.slices else []
     more += [f"--downsample_mode {mode.name}"] if mode is not None and mode.chosen else []
@@ -99,7 +101,9 @@ def _shape(given: argparse.Namespace, settings: dict[str, Any]) -> Shape:
     # Of images that are longer than that, training takes fewer slices.
     items = min(items, max(tokens // each, given.images))
     shape = Shape(batch=given.batch, tokens=tokens, items=items, patches=patches, labelled=given.labelled)
-    if given.data is None:
+    if given.data is None and given.dataset is None:
+        if data_arguments(given) != DataArguments():
+            raise ArgumentError("flags about data have no effect without DATA or --dataset")
         return shape
     if given.model in _families():
         raise ArgumentError("to measure DATA a tokenizer is needed: give the folder of the checkpoint, not a family")
@@ -122,16 +126,14 @@ def _measured(given: argparse.Namespace, shape: Shape) -> Shape:
     from finetune.tuning.checkpoint import resolve
 
     base = resolve(given.model, given.downsample_mode)
+    data = data_arguments(given)
+    data.max_slice_nums = given.slices or None
     encoder = Encoder.from_config(
-        base.family,
-        load_tokenizer(base.folder),
-        base.settings,
-        max_slice_nums=given.slices or None,
-        max_length=given.length or 2048,
+        base.family, load_tokenizer(base.folder), base.settings, max_length=given.length or 2048, **data.looking
     )
-    samples = open_data(given.data, None, image_root=given.image_root)
-    if (found := measured_shape(Fitter(encoder, "shrink"), samples, shape)) is None:
-        raise ArgumentError(f"{given.data}: none of its records can be used; python -m finetune check tells why")
+    samples = open_data(given.data, data.dataset, **data.reading)
+    if (found := measured_shape(Fitter(encoder, data.overlong), samples, shape)) is None:
+        raise ArgumentError(f"{samples.title}: none of its records can be used; python -m finetune check tells why")
     return found
 
 
@@ -184,12 +186,6 @@ def _write_table(path: Path) -> int:
     return 0
 
 
-def _truth(word: str) -> bool:
-    if word.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{word!r}: true or false is wanted")
-    return word.lower() == "true"
-
-
 def _positive(word: str) -> int:
     if not word.isdecimal() or not int(word):
         raise argparse.ArgumentTypeError(f"{word!r}: a number of at least 1 is wanted")
@@ -225,13 +221,15 @@ def _parser() -> CommandParser:
     parser.add_argument("--gradient_accumulation_steps", type=_positive, default=1)
     parser.add_argument("--vision_batch", type=_positive, help="most visual items encoded at once (default: all)")
     parser.add_argument("--lora_r", type=_positive, default=64)
-    parser.add_argument("--tune_vision", type=_truth, metavar="true|false")
-    parser.add_argument("--tune_resampler", type=_truth, metavar="true|false")
+    parser.add_argument("--tune_vision", type=truth, metavar="true|false")
+    parser.add_argument("--tune_resampler", type=truth, metavar="true|false")
     add_mode_flag(parser)
-    parser.add_argument("--image_root", help="folder that relative image paths of DATA may also be relative to")
+    data = parser.add_argument_group("records that are measured, with DATA or --dataset, as in training")
+    add_flags(data, DataArguments, ["dataset", *PLACE_FLAGS, *VIDEO_FLAGS])
+    add_flags(data, DataArguments, ["max_samples", "train_on", "thinking", "image_max_pixels", "overlong"])
     chosen = parser.add_argument_group("only the rows with")
     chosen.add_argument("--zero", type=int, choices=[0, 2, 3], help="this stage of ZeRO")
-    chosen.add_argument("--offload", type=_truth, metavar="true|false")
-    chosen.add_argument("--gradient_checkpointing", type=_truth, metavar="true|false")
+    chosen.add_argument("--offload", type=truth, metavar="true|false")
+    chosen.add_argument("--gradient_checkpointing", type=truth, metavar="true|false")
     parser.add_argument("--table", metavar="FILE", help="write the page about all families (docs/memory.md) instead")
     return parser

@@ -12,8 +12,8 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.commands.mode_flag import add_mode_flag
 from finetune.commands.parser import CommandParser
+from finetune.commands.training_flags import add_mode_flag
 from finetune.sample import Media, Message, Sample, Source, Text
 
 if TYPE_CHECKING:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 from tqdm import tqdm
 
 from finetune.encoding.check_cache import CheckCache, Looked, fingerprint
-from finetune.encoding.fitting import OUTCOMES, Fitter, OverlongError
+from finetune.encoding.check_report import Report
+from finetune.encoding.fitting import Fitter, OverlongError
 from finetune.encoding.intake import Intake, share_is_bad, source_of
+from finetune.encoding.suspicion import content, last_answer, suspicions
 from finetune.errors import WorthlessError
-from finetune.quoting import shown
-from finetune.sample import MEDIA_KINDS, DataError, MediaKind, Sample
+from finetune.sample import MEDIA_KINDS, DataError, Sample
 from finetune.templates.rendering import IGNORE
 
 logger = logging.getLogger(__name__)
@@ -32,47 +32,7 @@ FULL_UP_TO = 20_000
 SAMPLED = 1_000
 """Records that a sampled check looks at."""
 
-_A: dict[MediaKind, str] = {"image": "an image", "video": "a video", "audio": "sound"}
-_SHOWN = 5
 _CHUNK = 32
-
-
-@dataclass(slots=True)
-class Report:
-    """What a check found.
-
-    Attributes:
-        file: the data file, or the names of the data sets.
-        records: records in the data set.
-        looked_at: records that were checked.
-        seconds: time it took.
-        outcomes: how many samples are kept, shrunk, ... as training will do.
-        lost_images: images that go with dropped turns.
-        longest: most tokens of a sample that stays.
-        with_media: records that have an image, a video, a sound, by kind.
-        notes: how many records have each note.
-        left_out: messages of samples that are too long and left out.
-        problems: messages of records that cannot be used.
-        duplicates: ids that occur more than once, with their number.
-        reused: records whose result was remembered from an earlier check.
-    """
-
-    file: str
-    records: int
-    looked_at: int
-    seconds: float = 0.0
-    outcomes: Counter[str] = field(default_factory=Counter)
-    lost_images: int = 0
-    longest: int = 0
-    with_media: Counter[MediaKind] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
-    left_out: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    duplicates: dict[str, int] = field(default_factory=dict)
-    reused: int = 0
-
-    def __str__(self) -> str:
-        return "\n".join(_lines(self))
 
 
 class CheckError(DataError):
@@ -87,26 +47,43 @@ def check_before_training(intakes: Sequence[Intake], level: str | None) -> None:
         level: one of LEVELS, None for "full" up to FULL_UP_TO records and "sample" above.
 
     Raises:
-        CheckError: records cannot be used and are not to be skipped; the report is logged before.
+        DataError, WorthlessError: as ``judge``; the reports are logged before.
+    """
+    reports: list[Report | None] = []
+    for intake in intakes:
+        report = None if level == "off" else check(intake.samples, intake.fitter, level, rebuild=intake.remeasure)
+        reports.append(report)
+        if report is not None:
+            logger.info("%s", report)
+    for line in overlap([report for report in reports if report is not None]):
+        logger.warning("%s", line)
+    judge(intakes, reports)
+
+
+def judge(intakes: Sequence[Intake], reports: Sequence[Report | None]) -> None:
+    """Whether training would begin with these data sets.
+
+    Args:
+        intakes: the data sets and their policies.
+        reports: what was found in each; None where nobody has looked.
+
+    Raises:
+        CheckError: records cannot be used and are not to be skipped.
         WorthlessError: more of them cannot be used than the intake's share allows.
         DataError: a data set without any sample to use.
     """
-    reports = []
-    for intake in intakes:
-        if level != "off":
-            reports.append((intake, check(intake.samples, intake.fitter, level, rebuild=intake.remeasure)))
-            logger.info("%s", reports[-1][1])
-    fatal = [report for intake, report in reports if report.problems and intake.on_bad_sample == "error"]
+    looked = [(intake, report) for intake, report in zip(intakes, reports, strict=True) if report is not None]
+    fatal = [report for intake, report in looked if report.problems and intake.on_bad_sample == "error"]
     if fatal:
         count = sum(len(report.problems) for report in fatal)
         raise CheckError(
             f"{count} records cannot be used, the first: {fatal[0].problems[0]} (all kinds above; "
             "--on_bad_sample skip leaves such records out, --check off starts without looking)"
         )
-    for intake, report in reports:
+    for intake, report in looked:
         if report.problems:
             logger.warning("%s: %d records will be left out", report.file, len(report.problems))
-        if not report.outcomes.total():
+        if not report.usable:
             first = (report.problems + report.left_out)[0]
             raise CheckError(f"{report.file}: none of {report.looked_at} records can be used; the first: {first}")
         if share_is_bad(len(report.problems), report.looked_at, intake.max_bad_share):
@@ -117,6 +94,13 @@ def check_before_training(intakes: Sequence[Intake], level: str | None) -> None:
             )
     for intake in intakes:
         intake.probe()
+
+
+def overlap(reports: Sequence[Report]) -> Iterator[str]:
+    """A line for every two data sets that share records: what a model has been trained on measures nothing."""
+    for one, other in combinations(reports, 2):
+        if shared := len(one.contents.keys() & other.contents.keys()):
+            yield f"{shared} records have the same text and media in {one.file} and in {other.file}"
 
 
 def check(samples: Sequence[Sample], fitter: Fitter, level: str | None = None, *, rebuild: bool = False) -> Report:
@@ -190,7 +174,6 @@ def _look(samples: Sequence[Sample], index: int, fitter: Fitter, cache: CheckCac
         fitted = fitter.fit(sample)
     except DataError as error:
         return error
-    paths = [path for media in sample.media() for path in media.files]
     size = fitter.encoder.measured(fitted.sample, fitted.plans, fitted.rendered)
     images, videos, sounds = (sum(1 for _ in sample.media(kind)) for kind in MEDIA_KINDS)
     looked = Looked(
@@ -200,9 +183,11 @@ def _look(samples: Sequence[Sample], index: int, fitter: Fitter, cache: CheckCac
         trained=sum(label != IGNORE for label in fitted.rendered.labels),
         items=size.items,
         media=(images, videos, sounds),
-        notes=sample.notes,
+        notes=(*sample.notes, *suspicions(sample, fitter.encoder.vocabulary)),
+        content=content(sample),
+        answer=last_answer(sample),
     )
-    cache.put(index, looked, paths)
+    cache.put(index, looked, [path for media in sample.media() for path in media.files])
     return looked
 
 
@@ -212,11 +197,7 @@ def _enter(report: Report, result: Looked | DataError) -> None:
     elif isinstance(result, DataError):
         report.problems.append(str(result))
     else:
-        report.outcomes[result.outcome] += 1
-        report.lost_images += result.lost_images
-        report.longest = max(report.longest, result.tokens)
-        report.with_media.update(kind for kind, count in zip(MEDIA_KINDS, result.media, strict=True) if count)
-        report.notes.update(set(result.notes))
+        report.enter(result)
 
 
 def _title(samples: Sequence[Sample]) -> str:
@@ -231,56 +212,3 @@ def _duplicates(samples: Sequence[Sample], chosen: Sequence[int]) -> dict[str, i
     sources = {source_of(samples, index) for index in chosen}
     ids = Counter((source.file, source.id) for source in sources)
     return {identity: count for (_, identity), count in ids.items() if identity and count > 1}
-
-
-def _lines(report: Report) -> Iterator[str]:
-    part = "" if report.looked_at == report.records else f" of {report.records}, evenly spaced"
-    known = f", {report.reused} of them known from before" if report.reused else ""
-    yield f"check of {report.file}: {report.looked_at} records{part} in {report.seconds:.1f} s{known}"
-    found = [f"{report.outcomes[outcome]} {outcome}" for outcome in OUTCOMES if report.outcomes[outcome]]
-    found += [f"{len(report.left_out)} too long and left out"] if report.left_out else []
-    found += [f"{len(report.problems)} that cannot be used"] if report.problems else []
-    yield f"  {', '.join(found)}; longest {report.longest} tokens"
-    used = report.outcomes.total()
-    yield "  " + ", ".join(f"{report.with_media[kind]} of {used} have {a}" for kind, a in _A.items())
-    for note, count in report.notes.most_common():
-        yield f"  warning: {count} of {used} records: {note}"
-    if report.lost_images:
-        yield f"  warning: {report.lost_images} images go with turns that are dropped; later answers may refer to them"
-    if report.duplicates:
-        first = ", ".join(
-            f"{shown(identity, 60)} ({count})" for identity, count in list(report.duplicates.items())[:_SHOWN]
-        )
-        yield f"  warning: {len(report.duplicates)} ids occur more than once: {first}{_more(report.duplicates)}"
-    for kind, messages in group([*report.problems, *report.left_out]).items():
-        yield f"  {len(messages)} x {kind}"
-        yield from (f"      {message}" for message in messages[:_SHOWN])
-        if len(messages) > _SHOWN:
-            yield f"      ... and {len(messages) - _SHOWN} more"
-
-
-def _more(found: Sequence[str] | dict[str, int]) -> str:
-    return ", ..." if len(found) > _SHOWN else ""
-
-
-def group(messages: Sequence[str]) -> dict[str, list[str]]:
-    """Messages by kind, the most frequent first: the same words about other files, records, numbers and quotations."""
-    kinds: dict[str, list[str]] = {}
-    for message in messages:
-        kinds.setdefault(shape(message), []).append(message)
-    return dict(sorted(kinds.items(), key=lambda item: -len(item[1])))
-
-
-def shape(message: str) -> str:
-    """A message without what differs from record to record.
-
-    >>> shape("d/a.json, record 3 (id 'x'): image /i/7.png has 5 x 5 = 25 pixels, the limit is 9")
-    'image PATH has N x N = N pixels, the limit is N'
-    """
-    text = re.sub(r"^.*?, record \d+(?: \(id (?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")\))?: ", "", message, flags=re.S)
-    text = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "'...'", text)
-    # Lists of places differ in number; a path ends where our messages go on.
-    text = re.sub(r"\(looked [^)]*\)", "(looked ...)", text)
-    text = re.sub(r"(?<=\b(?:image|video|audio) )\S.*?(?= (?:cannot|is|has|does|begins|ends)\b)", "PATH", text)
-    text = re.sub(r"\S*/\S*", "PATH", text)
-    return re.sub(r"\d+(?:\.\d+)?", "N", text)

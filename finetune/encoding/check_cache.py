@@ -28,7 +28,9 @@ class Looked(NamedTuple):
         trained: tokens that carry loss.
         items: thumbnails, slices and frames.
         media: images, videos and sounds of the record, whatever goes with dropped turns.
-        notes: of the sample.
+        notes: of the sample, and what is suspicious in it.
+        content: stands for its text and media; equal for equal ones.
+        answer: its last answer that is trained; a long one is shortened, and still differs from others.
     """
 
     outcome: Outcome
@@ -38,6 +40,8 @@ class Looked(NamedTuple):
     items: int
     media: tuple[int, int, int]
     notes: tuple[str, ...]
+    content: str
+    answer: str
 
 
 class CheckCache:

@@ -33,6 +33,7 @@ def explain(path: Path, file: BinaryIO, at: int, message: str, line: tuple[int, 
     here = after[:1]
     if here == "," and after[1:].lstrip()[:1] in ("]", "}"):
         rest, here = before + ",", after[1:].lstrip()[:1]
+    python = line is None  # whether Python would read the file as one list
     if rest.endswith(",") and here in ("]", "}"):
         # The comma is the fault, and it may stand lines above the bracket at which the parser stops.
         lines -= before.count("\n", len(rest))
@@ -42,13 +43,17 @@ def explain(path: Path, file: BinaryIO, at: int, message: str, line: tuple[int, 
     elif after.startswith(("None", "True", "False")):
         cause = f"{_excerpt(after)} is Python; JSON has null, true and false"
     elif after.startswith(("//", "#")):
+        python = python and after.startswith("#")
         cause = "JSON has no comments; remove it"
     elif not after.strip():
+        python = False
         what = "file" if line is None else "line"
         cause = f"the {what} ends in the middle of a record; was the file copied completely?"
     else:
+        python = False
         cause = f"{message.removesuffix(' at')} at {_excerpt(after)}"
-    return DataError(f"{path}, line {lines}: not valid JSON: {cause}")
+    convert = f"; python -m finetune check --data {path} --write_json OUT.json makes JSON of it" if python else ""
+    return DataError(f"{path}, line {lines}: not valid JSON: {cause}{convert}")
 
 
 def explain_line(path: Path, file: BinaryIO, start: int, end: int, *, alone: bool) -> DataError:

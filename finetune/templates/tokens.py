@@ -79,6 +79,7 @@ class Vocabulary:
                 "it belongs to another model, or its added tokens were lost"
             )
         self._names = {number: token for token, number in self._ids.items()}
+        self._spelled = re.compile("|".join(re.escape(token) for token in sorted(self._ids, key=len, reverse=True)))
         _hide(spec, set(self._ids))
         _prefix_every_chunk(spec)
         self._tokenizer = Tokenizer.from_str(json.dumps(spec))
@@ -97,6 +98,10 @@ class Vocabulary:
     def has(self, token: str) -> bool:
         """Whether there is such a control token."""
         return token in self._ids
+
+    def spelled(self, text: str) -> list[str]:
+        """The names of control tokens that stand in a text, each once; they become plain letters."""
+        return list(dict.fromkeys(self._spelled.findall(text)))
 
     def control(self, token: str) -> int:
         """The id of a control token.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 import os
 import sys
 import threading
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune import outcome
 from finetune.errors import UserError
@@ -52,6 +53,7 @@ class StopCallback(TrainerCallback):
     def __init__(self, seconds: float, asked: Callable[[], bool]) -> None:
         self._seconds = seconds
         self._asked = asked
+        self._on_start = False
 
     def __enter__(self) -> StopCallback:
         return self
@@ -63,8 +65,14 @@ class StopCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """From here on there is something to save."""
+        """From here on there is something to save; an evaluation that a stop left out is made up for."""
         outcome.watch.can_save(self._seconds, a_rank_has_died)
+        self._on_start = args.eval_on_start
+        args.eval_on_start = self._on_start or _evaluation_left_out(args, state)
+
+    def on_epoch_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
+        """The flag is as it was given."""
+        args.eval_on_start = self._on_start
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Lets the Trainer save after this step and go no further."""
@@ -72,6 +80,13 @@ class StopCallback(TrainerCallback):
             logger.info("asked to stop: saving after step %d", state.global_step)
             control.should_evaluate, control.should_save, control.should_training_stop = False, True, True
             args.load_best_model_at_end = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An epoch that was cut short is not evaluated, and what is saved is not saved again."""
+        if self._asked():
+            control.should_evaluate = control.should_save = False
 
     def check(self, args: TrainingArguments, state: TrainerState, missing: str | None = None) -> None:
         """Called when the training has ended, for whatever reason.
@@ -95,6 +110,17 @@ class StopCallback(TrainerCallback):
         if args.save_only_model:
             how = "of its weights only (--save_only_model true): a new run can start from them, this one cannot go on"
         raise StoppedError(f"stopped as asked: {saved}{state.global_step}; {how}")
+
+
+def _evaluation_left_out(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the checkpoint that is gone on from was saved by a stop at a step after which to evaluate."""
+    if not state.global_step or state.global_step < args.eval_delay:
+        return False
+    if args.eval_strategy == IntervalStrategy.STEPS:
+        due = state.global_step % state.eval_steps == 0
+    else:
+        due = args.eval_strategy == IntervalStrategy.EPOCH and math.isclose(state.epoch or 0, round(state.epoch or 0))
+    return due and not any(entry["step"] == state.global_step and "eval_loss" in entry for entry in state.log_history)
 
 
 class HangWatch(TrainerCallback):

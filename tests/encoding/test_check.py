@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ from PIL import Image
 
 from finetune.cache import folder
 from finetune.encoding import check as checking
-from finetune.encoding.check import CheckError, Report, check, check_before_training, shape
+from finetune.encoding.check import CheckError, check, check_before_training, overlap
+from finetune.encoding.check_report import Report, shape
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.fitting import Fitter
 from finetune.encoding.intake import Intake
+from finetune.encoding.lengths import measure_lengths
 from finetune.readers import read
 from finetune.sample import DataError
 
@@ -238,17 +240,72 @@ def test_shape(one: str, other: str) -> None:
     assert shape(one) == shape(other)
 
 
-def test_command(
-    tiny: Callable[[str], Path], write_records: Write, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    from finetune.commands.check import main
+def test_shape_keeps_names_and_tags() -> None:
+    assert shape("a, record 3: MiniCPM-V 4.6 takes 2 of 3") == "MiniCPM-V 4.6 takes N of N"
+    assert shape("a, record 3: no answer behind </think> in d/x.png") == "no answer behind </think> in PATH"
+    assert shape("a, record 3: <|im_end|> and <image/> stay") == "<|im_end|> and <image/> stay"
 
-    base = str(tiny("llama3_v2_5"))
-    good = write_records("good.png", None, name="good.json")
-    assert main(["--model", base, "--data", str(good)]) == 0
-    assert "check of" in capsys.readouterr().out
-    bad = write_records("good.png", "page.jpg")
-    assert main(["--model", base, "--data", str(good), str(bad), "--check", "sample"]) == 2
-    printed = capsys.readouterr().out
-    assert "record 1 (id '1')" in printed
-    assert json.loads(next(folder().iterdir()).read_text())["records"]
+
+def answered(text: str, **record: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": text}]
+    return {"conversations": turns, **record}
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("<box>10 20 30 1000</box>", None),
+        ("<box>10 20 30</box>", "is not four numbers"),
+        ("<box>10 20 30 1001</box>", "outside of 0 to 1000"),
+        ("<box>-1 20 30 40</box>", "outside of 0 to 1000"),
+        ("<box>0.1 0.2 0.3 0.4</box>", "is not whole"),
+        ("A dog.<|eot_id|>", "'<|eot_id|>', which is a control token"),
+        ("<b>A dog</b>", None),
+        ("<think>A dog?</think>\n", "empty behind its thinking"),
+    ],
+)
+def test_what_is_seldom_meant_is_told(write_records: Write, make_encoder: Make, text: str, note: str | None) -> None:
+    report = look(write_records(answered(text), answered("A cat.")), make_encoder())
+    assert list(report.notes.values()) == ([1] if note else [])
+    assert all(note is not None and note in found for found in report.notes)
+    assert ("warning: 1 of 2 records: " in str(report)) == (note is not None)
+
+
+def test_one_answer_for_most_records(write_records: Write, make_encoder: Make) -> None:
+    records = [answered("yes" if number % 3 else "no", id=str(number)) for number in range(20)]
+    report = str(look(write_records(*records), make_encoder()))
+    assert "warning: 13 of 20 records have the same last answer, 'yes'" in report
+    assert "same last answer" not in str(look(write_records(*records[:19]), make_encoder()))
+
+
+def test_repeated_records_are_told_by_what_they_say(write_records: Write, make_encoder: Make) -> None:
+    train = look(write_records("good.png", "good.png", "cmyk.jpg", None, name="train.json"), make_encoder())
+    assert train.repeated == 1
+    assert "warning: 1 records have the text and the media of an earlier one" in str(train)
+    evaluation = look(write_records("cmyk.jpg", answered("A cat."), name="eval.json"), make_encoder())
+    (line,) = overlap([train, evaluation])
+    assert line.startswith("1 records have the same text and media in ")
+    assert list(overlap([evaluation])) == []
+
+
+def test_media_are_counted_by_record(write_records: Write, make_encoder: Make, zoo: Path) -> None:
+    pair = {"image": [str(zoo / "good.png"), str(zoo / "good.png")], **answered("Two.")}
+    assert "2 of 3 records have an image" in str(look(write_records("good.png", None, pair), make_encoder()))
+    assert "none of 1 records has an image" in str(look(write_records(None), make_encoder()))
+
+
+def test_lengths_are_those_of_other_settings(write_records: Write, make_encoder: Make, zoo: Path) -> None:
+    Image.new("RGB", (300, 200)).save(zoo.parent / "wide.png")
+    path = write_records(str(zoo.parent / "wide.png"), "good.png", None, "gone.png")
+    encoder = make_encoder(64)
+    found = measure_lengths(read(path), encoder)
+    assert found is not None
+    assert list(found.tokens) == [1, 2, 4, 6, 9]
+    for slices, tokens in found.tokens.items():
+        other = make_encoder()
+        other.slicing = replace(other.slicing, max_slice_nums=slices)
+        assert list(tokens) == [other.measure(read(path)[number]).tokens for number in range(3)]
+    share = f"{100 * sum(found.tokens[9] > 64) / 3:.0f}%"
+    row = next(line for line in str(found).splitlines() if line.split()[0] == "9*")
+    assert row.split()[4] == share
+    assert measure_lengths(read(write_records("gone.png")), encoder) is None

@@ -8,13 +8,19 @@ import pytest
 import torch
 from stack import KINDS, build, flags, steps, trained
 
+from finetune.tuning.alarms import Alarms
 from finetune.tuning.manifest import checkpoints
 from finetune.tuning.resume import choose_checkpoint
+from finetune.tuning.stopping import StoppedError
 from trainer import CPMTrainer
 
 
+def evaluations(trainer: CPMTrainer) -> list[tuple[int, float]]:
+    return [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_five_and_five_steps_are_ten(tiny, demo_data, tmp_path, kind):
+def test_five_and_five_steps_are_ten(tiny, demo_data, tmp_path, monkeypatch, kind):
     def made(output: Path, *more: str) -> CPMTrainer:
         shuffled = ("--train_sampling_strategy", "random", "--lora_dropout", "0.05", "--max_slice_nums", "1")
         saved = ("--max_steps", "10", "--save_strategy", "steps", "--save_steps", "5", "--lr_scheduler_type", "cosine")
@@ -36,6 +42,16 @@ def test_five_and_five_steps_are_ten(tiny, demo_data, tmp_path, kind):
     assert [step for step, _ in checkpoints(tmp_path / "again")] == [8, 10], "saved when its own flags say"
     expected = trained(whole)
     assert [name for name, value in trained(resumed).items() if not torch.equal(value, expected[name])] == []
+    if kind == "lora":  # asked to stop where an evaluation is due, which comes when it goes on
+        stopped = made(tmp_path / "stopped")
+        asked = property(lambda _: stopped.state.global_step == 3, lambda *_: None)
+        monkeypatch.setattr(Alarms, "asked_to_stop", asked, raising=False)
+        with pytest.raises(StoppedError, match="step 3 of 10"):
+            stopped.train()
+        monkeypatch.undo()
+        goes_on = made(tmp_path / "stopped", "--resume_from_checkpoint", "auto")
+        goes_on.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-3"))
+        assert evaluations(goes_on) == evaluations(whole)
     # Once more from the end: there is nothing left to do, and nothing is done.
     done = made(tmp_path / "done")
     done.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-10"))

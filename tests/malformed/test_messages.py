@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from finetune.arguments import TrainingArguments
+from finetune.data_flags import DataArguments
 from finetune.errors import UserError
-from finetune.flags import DataArguments, LoraArguments, ModelArguments
+from finetune.flags import LoraArguments, ModelArguments
 from finetune.quoting import cut, plain, shown, words_of
 from finetune.sample import DataError, Media, Source
 
@@ -32,7 +33,7 @@ def known_flags() -> set[str]:
     }
     for path in FILES:
         found |= set(re.findall(r'add_argument\(\s*f?"--([\w-]+)"', path.read_text(encoding="utf-8")))
-    from finetune.flags import VIDEO_FLAGS
+    from finetune.data_flags import VIDEO_FLAGS
 
     return found | set(VIDEO_FLAGS) | {"help", "config"}
 

@@ -146,6 +146,8 @@ def strike(bench: Bench, process: subprocess.Popen[bytes], wait: float, log: Pat
         kind = bench.random.choice(VICTIMS)
         number = signal.SIGKILL if kind in ("loader", "everything") else bench.random.choice(SIGNALS)
         everyone = members(process)
+        if not everyone.get(kind):  # before the first loader process there is none, and after the run nobody
+            kind = "launcher"
         victims = everyone.get(kind, [])
         if kind != "everything":
             victims = bench.random.sample(victims, min(1, len(victims)))

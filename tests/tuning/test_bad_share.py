@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.data_flags import DataArguments
 from finetune.encoding.check import check_before_training
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.intake import BAD_SAMPLES, Intake
 from finetune.errors import ArgumentError, WorthlessError
-from finetune.flags import DataArguments
 from finetune.models import load_tokenizer
 from finetune.outcome import WORTHLESS
 from finetune.readers import read
