@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from finetune.chat.messages import read_messages
 from finetune.errors import ArgumentError
+from finetune.media import audio, image, video
 from finetune.paths import expand
-from finetune.sample import MediaKind, Sample
+from finetune.sample import Media, MediaKind, Sample, Source
 
 File = tuple[MediaKind, Path]
+
+
+CHAT = Source("chat", 0)
+# What opens a file of a kind: one that cannot be used is told when it is named.
+_OPENED: dict[MediaKind, Callable[[Media, Source], object]] = {
+    "image": image.size,
+    "video": video.probe,
+    "audio": audio.load,
+}
+
+
+def _found(path: str, kind: MediaKind) -> Path | None:
+    """The file of a path; of one in quotes or with backslashes where there is none of that very name."""
+    try:
+        words = shlex.split(path)
+    except ValueError:  # a quote without its other half
+        words = []
+    for each in (path, *(words if len(words) == 1 else ())):
+        file = expand(each)
+        if file.is_file() or (kind == "video" and file.is_dir()):
+            return file
+    return None
 
 
 class Dialogue:
@@ -38,12 +63,18 @@ class Dialogue:
     def show(self, path: str, kind: MediaKind = "image") -> None:
         """Puts a picture, or a file of another kind, in front of the next question.
 
+        Args:
+            path: as it is, or quoted as terminals write the path of a file that is dragged into them.
+            kind: what it is.
+
         Raises:
             ArgumentError: there is no such file.
+            DataError: it is not of that kind, or cannot be read.
         """
-        file = expand(path)
-        if not (file.is_file() or (kind == "video" and file.is_dir())):
+        file = _found(path, kind)
+        if file is None:
             raise ArgumentError(f"{path}: no such file (looked in {Path.cwd()})")
+        _OPENED[kind](Media(kind, file), CHAT)
         self.files.append((kind, file.resolve()))
 
     def ask(self, question: str) -> Sample:

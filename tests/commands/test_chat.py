@@ -22,6 +22,7 @@ from finetune.errors import ArgumentError
 from finetune.families import by_name
 from finetune.models import load_model
 from finetune.readers import read
+from finetune.sample import DataError
 from finetune.tuning.checkpoint import resolve
 from finetune.tuning.saving import finish_adapter
 
@@ -153,6 +154,27 @@ def test_a_saved_conversation_is_a_record(picture, tmp_path):
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ArgumentError, match="exists"):
         dialogue.save(str(tmp_path / "other.json"))
+
+
+@pytest.mark.parametrize("written", ["{}", "'{}'", '"{}"', "BACKSLASHES"])
+def test_a_path_as_a_terminal_writes_it(picture, tmp_path, written):
+    file = tmp_path / "it's a picture.png"
+    file.write_bytes(picture.read_bytes())
+    path = str(file).replace(" ", "\\ ").replace("'", "\\'") if written == "BACKSLASHES" else written.format(file)
+    dialogue = Dialogue()
+    if written == "'{}'":  # a file with a quote in its name is quoted in another way
+        path = path.replace("it's", "it'\\''s")
+    dialogue.show(path)
+    assert dialogue.files == [("image", file.resolve())]
+
+
+@pytest.mark.parametrize("kind", ["image", "video", "audio"])
+def test_a_file_is_opened_when_it_is_named(tmp_path, kind):
+    (tmp_path / "empty.bin").touch()
+    dialogue = Dialogue()
+    with pytest.raises(DataError, match="is empty"):
+        dialogue.show(str(tmp_path / "empty.bin"), kind)
+    assert dialogue.files == []
 
 
 def test_in_a_new_process(adapters, tmp_path):

@@ -15,7 +15,7 @@ from finetune.tuning.stopping import StoppedError
 from trainer import CPMTrainer
 
 
-def evaluations(trainer: CPMTrainer) -> list[tuple[int, float]]:
+def evaluations(trainer: CPMTrainer) -> list[tuple[float, float]]:
     return [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
