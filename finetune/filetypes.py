@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 
 _HEAD = 512
 _MARKUP = re.compile(
@@ -40,6 +41,15 @@ def is_folder(path: Path) -> bool:
         return path.is_dir()
     except (OSError, ValueError):
         return False
+
+
+def is_special(path: Path) -> bool:
+    """Whether it is a pipe, a socket or a device: reading would wait for somebody, or never end."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not (S_ISREG(mode) or S_ISDIR(mode))
 
 
 def foreign(file: Path | bytes) -> str | None:

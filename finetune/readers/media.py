@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from finetune.filetypes import is_special
 from finetune.media import pictures
 from finetune.quoting import cut, reason, shown
 from finetune.readers.json_values import parse
@@ -73,6 +74,8 @@ def find(path: str, kind: MediaKind, source: Source, where: Places) -> Path:
         except (OSError, ValueError) as error:
             fault = fault or error
         else:
+            if is_special(candidate):
+                raise DataError(f"{source}: {kind} {shown(path)} is a pipe, a socket or a device; give a regular file")
             _check_place(candidate, path, kind, source, where)
             return candidate
     _refuse_base64(path, kind, source)

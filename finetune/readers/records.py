@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from finetune.filetypes import is_folder
+from finetune.filetypes import is_folder, is_special
 from finetune.readers.json_errors import unreadable
 from finetune.readers.json_file import JsonRecords
 from finetune.readers.tables import TABLES, open_table
@@ -55,6 +55,8 @@ def data_files(path: Path) -> list[Path]:
     Raises:
         DataError: the folder has none, or several kinds.
     """
+    if is_special(path):
+        raise DataError(f"{path}: is a pipe, a socket or a device; write the records to a file and give that")
     if not is_folder(path):
         return [path]
     if (path / _SPLITS).is_file():

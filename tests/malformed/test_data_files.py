@@ -154,3 +154,18 @@ def test_a_folder_that_is_no_data(tmp_path: Path) -> None:
     for given in ("no.json", "a" * 300 + ".json", "a\0.json", "x/" * 3000):
         with pytest.raises(DataError):
             open_records(tmp_path / given)
+
+
+def test_what_is_no_regular_file(tmp_path: Path) -> None:
+    """A pipe would be waited for, a device never ends; the same for the media of a record."""
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path / "pipe.json", Path("/dev/zero")):
+        with pytest.raises(DataError, match="is a pipe, a socket or a device"):
+            read(path)
+    os.mkfifo(tmp_path / "pipe")
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
+    records = [{kind: "pipe", "conversations": turns} for kind in ("image", "video", "audio")]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    for number in range(3):
+        with pytest.raises(DataError, match=f"record {number}: .* 'pipe' is a pipe, a socket or a device"):
+            read(tmp_path / "data.json")[number]
