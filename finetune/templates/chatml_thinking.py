@@ -40,7 +40,7 @@ def render(
     """
     rendered = Rendered()
     media = numbered(sample, plans)
-    messages = turns(sample, ROLES, generate, trim=layout.trim)
+    messages = turns(sample, ROLES, generate, trim=layout.trim, thinks=True)
     speech = [vocabulary.control(token) for token in speech_of(messages, layout)]
     begin(rendered, messages, vocabulary, layout)
     question = max((turn for turn, message in enumerate(messages) if _is_question(message)), default=len(messages) - 1)
@@ -50,6 +50,7 @@ def render(
             open_answer(rendered, vocabulary)
             if turn > question and thought and layout.thinking != "strip":
                 _think(rendered, thought, vocabulary, train=message.train and layout.thinking == "keep")
+                answer = answer.lstrip("\n")
             elif question < turn == len(messages) - 1:
                 _think_nothing(rendered, vocabulary, layout, train=message.train)
                 answer = answer.lstrip("\n")
@@ -89,6 +90,12 @@ def _is_question(message: Message) -> bool:
 def _split(sample: Sample, turn: int, message: Message) -> tuple[str, str]:
     """The thought of an answer, empty where it has none, and the answer itself."""
     found = _THOUGHT.match(message.text)
+    if message.thought.strip():
+        if found is not None:
+            raise DataError(
+                f"{sample.source}: turn {turn} has thinking beside its text and in it, before </think>; keep one"
+            )
+        return message.thought.strip("\n"), message.text
     if found is None:
         if message.train and message.text.lstrip().startswith("<think>"):
             raise DataError(f"{sample.source}: turn {turn}: <think> is never closed; put </think> behind the thinking")
