@@ -34,7 +34,7 @@ def turns(
     for turn, message in enumerate(messages):
         _check_turn(sample, turn, message, roles)
     if trim:
-        messages = tuple(_trimmed(message) for message in messages)
+        messages = tuple(trimmed(message) for message in messages)
     first = 1 if messages[0].role == "system" else 0
     if first == len(messages) or messages[first].role != "user":
         role = messages[first].role if first < len(messages) else "missing"
@@ -70,7 +70,7 @@ def _check_turn(sample: Sample, turn: int, message: Message, roles: Sequence[str
         raise DataError(f"{sample.source}: turn {turn}: the answer is empty; fill it in or remove the record")
 
 
-def _trimmed(message: Message) -> Message:
+def trimmed(message: Message) -> Message:
     """The turn without the white space at its beginning and end; a medium there is left as it is."""
     parts = list(message.parts)
     if parts and isinstance(parts[0], Text):
