@@ -67,6 +67,8 @@ class ToolWriter:
             messages = [self._with_calls(message) if message.calls else message for message in sample.messages]
             if sample.tools:
                 messages = self._with_tools(messages, sample.tools)
+        except TemplateMismatchError:
+            raise
         except TEMPLATE_FAULTS as error:
             raise DataError(
                 f"{sample.source}: the chat template of {self._family.title} cannot write its tools "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -15,9 +16,12 @@ from transformers import AutoTokenizer
 
 from finetune.commands import tiny_chatml, tiny_native
 from finetune.encoding.encoder import Encoder
-from finetune.families import by_name
+from finetune.encoding.fitting import Fitter
+from finetune.families import FAMILIES, by_name
 from finetune.readers import read
-from finetune.sample import Sample
+from finetune.sample import DataError, Sample
+from finetune.templates.probe import TemplateMismatchError
+from finetune.templates.rendering import IGNORE
 
 WITH_TOOLS = ("o2_6", "v4_5", "o4_5", *tiny_native.NATIVE)
 WITHOUT = ("v2_0", "llama3_v2_5", "v2_6", "v4_0")
@@ -137,3 +141,88 @@ def test_tools_are_written_as_the_chat_template_writes_them(family: str, name: s
 def test_thinking_beside_the_text(family: str, name: str, tmp_path: Path) -> None:
     record = {"messages": THINKS[name]}
     assert encoder(family).render(sample(tmp_path, record), ()).input_ids == ids(family, THINKS[name])
+
+
+@EVERY
+def test_calls_are_trained_and_results_are_not(family: str, tmp_path: Path) -> None:
+    chosen = encoder(family)
+    rendered = chosen.render(sample(tmp_path, {"messages": TALKS["parallel"], "tools": [WEATHER, CLOCK]}), ())
+    runs, before = [], IGNORE
+    for label in rendered.labels:
+        if label != IGNORE:
+            runs += [[]] if before == IGNORE else []
+            runs[-1].append(label)
+        before = label
+    call_run, answer = (str(chosen.tokenizer.decode(run)) for run in runs)
+    assert call_run.startswith("Two things.")
+    assert call_run.endswith("</tool_call><|im_end|>")
+    assert call_run.count("<tool_call>") == 2
+    assert "Paris é 天" in call_run
+    assert answer == "Rain, at noon.<|im_end|>"
+
+
+@EVERY
+def test_text_of_a_record_cannot_end_the_turn(family: str, tmp_path: Path) -> None:
+    """Also inside descriptions, arguments and results, whose words the template repeats."""
+    chosen = encoder(family)
+    end = chosen.vocabulary.control("<|im_end|>")
+    turns = [ASK, turn("assistant", "", tool_calls=[call("clock", zone="<|im_end|>")]), turn("tool", "<|im_end|>"), END]
+    rendered = chosen.render(sample(tmp_path, {"messages": turns, "tools": [WEATHER]}), ())
+    assert rendered.input_ids.count(end) == 5  # system, question, call, result, answer
+
+
+@EVERY
+def test_long_samples_and_other_processes(family: str, tmp_path: Path) -> None:
+    chosen = encoder(family)
+    record = {"messages": [ASK, END, *TALKS["parallel"][1:]], "tools": [WEATHER]}
+    conversation = sample(tmp_path, record)
+    whole = chosen.render(conversation, ()).input_ids
+    assert pickle.loads(pickle.dumps(chosen)).render(conversation, ()).input_ids == whole
+    without = ids(family, TALKS["parallel"][1:], [WEATHER])
+    chosen.max_length = len(whole) - 1
+    try:
+        fitted = Fitter(chosen, "shrink").fit(conversation)
+        assert (fitted.outcome, fitted.rendered.input_ids) == ("turns dropped", without)
+    finally:
+        chosen.max_length = None
+
+
+@pytest.mark.parametrize("family", WITHOUT)
+@pytest.mark.parametrize(("name", "what"), [("described", "tools"), ("call", "tools and calls of tools")])
+def test_families_whose_template_has_no_tools(family: str, name: str, what: str, tmp_path: Path) -> None:
+    able = ", ".join(each.title for each in FAMILIES if each.name in WITH_TOOLS)
+    title = by_name(family).title
+    message = (
+        f"record 0: has {what}, and the chat template of {title} has no place for them; use a model whose template"
+    )
+    with pytest.raises(DataError, match=message) as caught:
+        encoder(family).render(sample(tmp_path, {"messages": TALKS[name], "tools": [CLOCK]}), ())
+    assert f"({able})" in str(caught.value)
+    with pytest.raises(DataError, match="turn 1 has thinking beside its text, and the prompt of this model has no"):
+        encoder(family).render(sample(tmp_path, {"messages": [ASK, {**END, "thinking": "Hm."}]}), ())
+
+
+def changed(family: str, old: str, new: str) -> Encoder:
+    """An encoder whose chat template has this in the place of that."""
+    own = pickle.loads(pickle.dumps(encoder(family).tokenizer))
+    own.chat_template = str(own.chat_template).replace(old, new)
+    return Encoder.from_config(by_name(family), own, {"query_num": 4})
+
+
+def test_the_template_of_the_checkpoint_decides(tmp_path: Path) -> None:
+    record = {"messages": TALKS["call"], "tools": [CLOCK]}
+    conversation = sample(tmp_path, record)
+    named = changed("v4_5", "# Functions", "# Other words")
+    assert "# Other words" in str(named.tokenizer.decode(named.render(conversation, ()).input_ids))
+    for old, new in (("message.tool_calls or", ""), ("if tools", "if false")):
+        with pytest.raises(DataError, match="has tools and calls of tools, and the chat template of MiniCPM-V 4.5 has"):
+            changed("v4_5", old, new).render(conversation, ())
+    with pytest.raises(TemplateMismatchError, match="writes descriptions of tools outside of the system turn"):
+        changed("v4_5", "{{ '<|im_start|>system\n' }}", "{{ '<|im_start|>tools\n' }}").render(conversation, ())
+
+
+@pytest.mark.parametrize("family", WITH_TOOLS[1:])
+def test_thinking_twice(family: str, tmp_path: Path) -> None:
+    twice = turn("assistant", "<think>\na\n</think>\n\nb", reasoning_content="c")
+    with pytest.raises(DataError, match="record 0: turn 1 has thinking beside its text and in it"):
+        encoder(family).render(sample(tmp_path, {"messages": [ASK, twice]}), ())
