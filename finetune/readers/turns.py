@@ -96,6 +96,8 @@ def complete(
     Raises:
         DataError: a key has a value that it cannot have, or cannot have in a turn of this role.
     """
+    if len(given) == 2 and content and role != "function":
+        return Turn(role, content)  # these are all it has, as in most records
     answers = "assistant" if role == "function" else role
     calls = calling.called(given, role, number, source)
     if calls and isinstance(content, str):

@@ -198,7 +198,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (talk(tools=3), "'tools' is a number; it must be a list of descriptions"),
     (called(tool_calls=[{"function": {}}]), "turn 1: 'tool_calls' has .* where a call belongs; write name and arg"),
     (called(tool_calls=[{"name": "a", "arguments": "x"}]), "turn 1: 'tool_calls' the arguments of 'a' is not JSON"),
-    (called(tool_calls=[{"name": "a", "arguments": [1]}]), r"turn 1: 'tool_calls' has \[1\] for the arguments of 'a'; they must be an obj"),
+    (
+        called(tool_calls=[{"name": "a", "arguments": [1]}]),
+        r"turn 1: 'tool_calls' has \[1\] for the arguments of 'a'; they must be an obj",
+    ),
     (called(tool_calls=[CALL], function_call=CALL), "turn 1 has 'tool_calls' and 'function_call'; keep one"),
     (called(tool_calls=[CALL], content="<tool_call>"), "turn 1 has <tool_call> in its text and calls beside it"),
     (talk({"tool_calls": [CALL]}), "turn 0: 'tool_calls' in a user turn; only answers call tools"),

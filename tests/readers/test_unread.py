@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -220,3 +221,12 @@ def every_way(name: str) -> Iterator[dict[str, Any]]:
     if name == "openai":
         medium = {"type": "image_url", "image_url": {"url": "a.png"}}
         yield {"messages": [{"role": "user", "content": [medium]}, CHAT[1]]}
+
+
+def test_the_table_of_the_documentation_names_every_key() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    table = text.split("### Keys")[1].split("### Tools")[0]
+    named = {keys.IDENTITY, keys.ANSWERS, keys.RESULT_OF, *keys.SYSTEM, *keys.TOOLS, *keys.LOSS, *keys.THOUGHT}
+    named |= {*keys.CALLS, *keys.MEDIA_OF_TURNS}
+    cells = "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    assert named == set(re.findall(r"`(\w+)`", cells)) - {"rejected"}
