@@ -27,8 +27,8 @@ def split_answer(sample: Sample) -> tuple[Sample, str]:
         raise DataError(f"{sample.source}: the last turn is a {last.role} turn; an answer to compare with is needed")
     if last.calls:
         raise DataError(
-            f"{sample.source}: the last turn calls tools, and a call is no text to compare answers with; end the record "
-            "with the answer in words, or leave it out"
+            f"{sample.source}: the last turn calls tools, and a call is no text to compare answers with; end the "
+            "record with the answer in words, or leave it out"
         )
     return replace(sample, messages=tuple(before)), last.text
 
