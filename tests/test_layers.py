@@ -61,7 +61,12 @@ TABLE: dict[str, set[str]] = {
     "encoding": {"errors", "cache", "notices", "quoting", "sample", "media", "templates", "families"},
     "models": {"errors", "jsonfiles", "paths", "families", "notices"},
     "tuning": MODELS_OR_DATA,
-    "evaluation": MODELS_OR_DATA,
+    # how pages look, whatever they show
+    "pages.page": {"errors", "quoting"},
+    "pages.pictures": set(),
+    "pages.charts": set(),
+    "pages": {"errors", "quoting", "sample", "media", "templates", "families", "encoding"},
+    "evaluation": MODELS_OR_DATA | {"pages.page", "pages.pictures", "pages.charts"},
     # only the rules of boxes and words
     "guicourse": {"errors", "quoting", "sample", "media.pictures", "evaluation.metrics"},
     "chat": MODELS_OR_DATA | {"tuning", "evaluation"},
@@ -70,7 +75,19 @@ TABLE: dict[str, set[str]] = {
     "planning.fit": MODELS_OR_DATA | {"tuning", "planning"},
     "planning": {"errors", "activations", "arguments", "families", "models", "tuning"},
     "commands": MODELS_OR_DATA
-    | {"config", "flags", "legacy_flags", "readers", "tuning", "evaluation", "chat", "export", "planning", "guicourse"},
+    | {
+        "config",
+        "flags",
+        "legacy_flags",
+        "readers",
+        "tuning",
+        "evaluation",
+        "chat",
+        "export",
+        "planning",
+        "guicourse",
+        "pages",
+    },
     "__main__": {"errors", "outcome", "processes", "commands"},
 }
 

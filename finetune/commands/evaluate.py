@@ -313,7 +313,7 @@ def _finish(
     given: argparse.Namespace, metric: Any, questions: Questions, store: Predictions, facts: dict[str, str]
 ) -> None:
     """Scores, writes the three files and prints the figures."""
-    from finetune.evaluation.report import build
+    from finetune.evaluation.report import build, headline
     from finetune.evaluation.scoring import BASE, make_rows, summarise
     from finetune.media.image import MAX_PIXELS
     from finetune.outcome import plain_numbers
@@ -329,7 +329,7 @@ def _finish(
         metric,
         rows,
         summary,
-        title=f"{metric.name} on {Path(given.data).name if given.data else given.dataset}",
+        title=headline(Path(given.data).name if given.data else given.dataset, len(rows)),
         most=given.report_rows,
         max_pixels=MAX_PIXELS,
     )

@@ -108,7 +108,7 @@ def test_comparison_with_the_base(tiny, demo_data, adapter, tmp_path):
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert 0 < changed == metrics["other_answer"]
     assert metrics["base"]["cer"] != metrics["scores"]["cer"]
-    assert "<th>base</th>" in (tmp_path / "a" / "report.html").read_text()
+    assert "Answer of the base" in (tmp_path / "a" / "report.html").read_text()
     base = tiny("llama3_v2_5")
     run("--model", base, "--adapter", adapter, "--data", data, "--out", tmp_path / "c", "--compare", base, "--limit", 2)
     assert [row["prediction_base"] for row in lines(tmp_path / "c")] == [row["prediction"] for row in plain[:2]]
