@@ -80,4 +80,6 @@ def _environment() -> jinja2.Environment:
 
 
 def _shown(value: Any) -> Any:
-    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    if isinstance(value, (Markup, jinja2.Undefined, int, float)):
+        return value
+    return plain(str(value))
