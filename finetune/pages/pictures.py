@@ -35,7 +35,7 @@ class Detail:
         side: most pixels along a side of a whole picture.
         tile: the same of a part of one, or of one of many.
         quality: of the JPEGs.
-        tiles: most tiles of a sample.
+        tiles: most pictures of a sample, whole ones and tiles.
     """
 
     side: int
@@ -44,7 +44,14 @@ class Detail:
     tiles: int
 
 
-DETAILS = (Detail(640, 224, 78, 80), Detail(560, 160, 72, 60), Detail(448, 128, 65, 40), Detail(320, 96, 55, 24))
+DETAILS = (
+    Detail(640, 224, 78, 80),
+    Detail(560, 160, 72, 60),
+    Detail(448, 128, 65, 40),
+    Detail(320, 96, 55, 24),
+    Detail(240, 72, 45, 12),
+    Detail(192, 64, 35, 6),
+)
 """From the finest to the coarsest."""
 
 
@@ -54,7 +61,7 @@ def jpeg(picture: Image.Image, side: int, quality: int) -> Picture:
     shown = shown.copy() if shown is picture else shown
     shown.thumbnail((side, side), Image.Resampling.BILINEAR, reducing_gap=2.0)
     written = io.BytesIO()
-    shown.save(written, "JPEG", quality=quality, optimize=True)
+    shown.save(written, "JPEG", quality=quality)
     return Picture(f"data:image/jpeg;base64,{base64.b64encode(written.getvalue()).decode()}", *shown.size)
 
 

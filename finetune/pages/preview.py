@@ -30,7 +30,7 @@ SAMPLES = 50
 """Samples of a page by default."""
 _ROOM = 4_600_000
 """Bytes for all samples of a page, however many they are."""
-_TOKEN = 21
+_TOKEN = 27
 """Bytes that a token has in a page besides its text."""
 _LISTED = 20
 
@@ -196,21 +196,24 @@ def _runs(conversation: Sequence[Piece], room: int) -> tuple[list[tuple[str, lis
 
 
 def _media(media: Sequence[Seen], detail: Detail) -> list[MediumView]:
-    """The media in some detail; when there are too many pictures the later ones are left out."""
-    left, views = detail.tiles, []
+    """The media in some detail; when there are too many pictures whole ones go before slices, and early before late."""
+    wholes = min(sum(seen.whole is not None for seen in media), detail.tiles)
+    left, views = detail.tiles - wholes, []
     for seen in media:
+        whole = seen.whole if wholes > 0 else None
+        wholes -= seen.whole is not None
         shown, frames = seen.items[:left], seen.frames[:left]
-        left = max(left - len(shown) - len(frames) - (seen.whole is not None), 0)
+        left -= len(shown) + len(frames)
         columns = seen.grid[0] if seen.grid is not None else 1
         small = [jpeg(each, detail.tile, detail.quality) for each in shown]
         views.append(
             MediumView(
                 seen,
-                None if seen.whole is None else jpeg(seen.whole, detail.side, detail.quality),
+                None if whole is None else jpeg(whole, detail.side, detail.quality),
                 small[0] if small else None,
                 [small[start : start + columns] for start in range(1, len(small), columns)],
                 [(f"{each.second:.1f} s", jpeg(each.picture, detail.tile, detail.quality)) for each in frames],
-                len(seen.items) - len(shown) + len(seen.frames) - len(frames),
+                len(seen.items) - len(shown) + len(seen.frames) - len(frames) + (whole is not seen.whole),
             )
         )
     return views

@@ -16,6 +16,7 @@ from finetune.media.sampling import Frames
 from finetune.media.slicing import Plan, item_sizes
 from finetune.pages import charts
 from finetune.pages.conversation import places, spread_out
+from finetune.pages.pictures import DETAILS
 from finetune.sample import Media
 
 
@@ -35,7 +36,7 @@ class Seen:
         kind: "image", "video" or "audio".
         words: as in the conversation.
         name: of its file, or that it has none.
-        whole: the image as it is; of other media None.
+        whole: the image as it is, but not larger than a page shows it; of other media None.
         grid: columns and rows into which it is cut.
         items: of an image, its overview and then its slices row by row.
         frames: of a video.
@@ -68,7 +69,9 @@ def see(encoder: Encoder, fitted: Fitted) -> list[Seen]:
     ]
     for medium, seen in zip(sample.media(), found, strict=True):
         if medium.kind == "image":
-            seen.whole = image.load(medium, sample.source, encoder.max_pixels)
+            seen.whole = image.load(medium, sample.source, encoder.max_pixels).copy()
+            # No page shows more, and it may be shrunk several times until it fits.
+            seen.whole.thumbnail((DETAILS[0].side, DETAILS[0].side), reducing_gap=2.0)
         elif medium.kind == "audio" and encoder.hearing is not None:
             wave = audio.load(medium, sample.source)
             seen.wave, seen.seconds = charts.waveform(wave), len(wave) / encoder.hearing.rate

@@ -109,7 +109,8 @@ def test_pictures_are_those_of_the_tensors(family, encoder_of, tmp_path):
 
 
 def test_frames_have_their_times_and_sound_its_wave(encoder_of, tmp_path):
-    write_clip(tmp_path / "a.mp4", 10, fps=4), write_wav(tmp_path / "a.wav", 1.5)
+    write_clip(tmp_path / "a.mp4", 10, fps=4)
+    write_wav(tmp_path / "a.wav", 1.5)
     turns = {"messages": [{"role": "user", "content": "<video>?<audio>!"}, {"role": "assistant", "content": "A."}]}
     encoder = encoder_of("o2_6")
     given = {**turns, "videos": [str(tmp_path / "a.mp4")], "audios": [str(tmp_path / "a.wav")]}
@@ -205,13 +206,14 @@ def test_the_page_keeps_to_its_size(encoder_of, tmp_path, monkeypatch):
     given = [record(str(n), f"<image>{n}", "word " * 500, image=str(tmp_path / "a.png")) for n in range(3)]
     part = surveyed(tmp_path / "data.json", given, encoder_of("v2_6"))
     sizes = []
-    for room in (4_600_000, 150_000):
+    for room in (4_600_000, 150_000, 30_000):
         monkeypatch.setattr(preview, "_ROOM", room)
         sizes.append(len(page_of(tmp_path, part)[0]))
-    assert sizes[1] < sizes[0] / 3
-    assert sizes[1] < 260_000
+    assert sizes[2] < sizes[1] < sizes[0] / 3
+    assert sizes[1] < 200_000
     seen = page_of(tmp_path, part)[1]
     assert seen.text.count("word ") >= 1500, "text is never cut"
+    assert "more not shown, to keep this page small" in seen.text
 
 
 def test_the_command_writes_it(tiny, tmp_path, capsys):
