@@ -1,7 +1,7 @@
 # make train         installs everything into .venv and trains the built-in demo (two CPU processes, or the GPUs)
 # make test          runs the tests
 # make test-lowest   runs them with the oldest supported packages, in .venv-lowest
-# make test-web      runs the tests of the chat page in headless Chromium, in .venv-web
+# make test-web      runs the tests of the chat page and of the reports in headless Chromium, in .venv-web
 # make lint          ruff and pyright
 # make fuzz          feeds damaged records, pictures, sound and videos to what reads them, for MINUTES=10
 # make bench         measures the performance table of README.md again and writes it
@@ -38,7 +38,7 @@ test-lowest: .venv-lowest/installed
 	.venv-lowest/bin/python -m pytest tests/test_end_to_end.py -k "lora_run_ends_well or adapter_loads" $(PYTEST)
 
 test-web: .venv-web/installed
-	.venv-web/bin/python -m pytest tests/chat/test_web.py tests/chat/test_browser.py $(PYTEST)
+	.venv-web/bin/python -m pytest tests/chat/test_web.py tests/chat/test_browser.py tests/pages/test_browser.py $(PYTEST)
 
 lint: install-dev
 	.venv/bin/ruff check

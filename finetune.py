@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from dataset import StreamedDataset, SupervisedDataset
+    from finetune.evaluation.run_report import RunFacts
     from finetune.tuning.checkpoint import Checkpoint
     from finetune.tuning.identity import Identity
     from finetune.tuning.output import Input, OutputFolder
+    from finetune.tuning.parts import PartRow
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +123,8 @@ def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the 
     )
     model = adapt(model, base.family, args.training, args.lora)
     rates = args.training.part_learning_rates
-    logger.info("%s\n%s", base.family.title, format_table(part_rows(model, base.family.parts, rates)))
+    rows = part_rows(model, base.family.parts, rates)
+    logger.info("%s\n%s", base.family.title, format_table(rows))
     if args.model.print_param_status:
         logger.info("%s", describe_parameters(model))
 
@@ -134,7 +137,7 @@ def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the 
     from finetune.tuning.keeping import Keeper
     from trainer import CPMTrainer
 
-    progress = ProgressCallback()
+    progress = ProgressCallback(facts_of(args, base, rows))
     trainer = CPMTrainer(
         model=model,
         args=args.training,
@@ -146,6 +149,7 @@ def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the 
         output=output,
         **data,
     )
+    progress.answered = () if trainer.generated is None else trainer.generated.answered
     trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()
     if evaluation is not None:
@@ -183,6 +187,21 @@ def train(args: Arguments, output: OutputFolder) -> int:  # noqa: PLR0915 - the 
         output.finish()
     outcome.report("error" if status else "ok", exit_code=status, **result, verified=verified)
     return status
+
+
+def facts_of(args: Arguments, base: Checkpoint, rows: Sequence[PartRow]) -> RunFacts:
+    """What the run is, for its page."""
+    from finetune.evaluation.run_report import RunFacts
+    from finetune.media.image import MAX_PIXELS
+
+    return RunFacts(
+        base=base.name,
+        family=base.family.title,
+        adapter=args.training.use_lora,
+        parts=[(row.part, row.mode, row.total, row.trainable, row.learning_rate) for row in rows],
+        flags=[(name, value, args.origin(name)) for name, value in args.non_defaults().items()],
+        max_pixels=args.data.max_image_pixels or MAX_PIXELS,
+    )
 
 
 def report_samples(trainer: Trainer, train: SupervisedDataset | StreamedDataset, output: Path) -> None:

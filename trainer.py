@@ -89,7 +89,7 @@ class CPMTrainer(Trainer):
         flops = flops_of(self._network(), base.family)
         self.throughput = Throughput(flops, self.accelerator.gather, self.args.device)
         self._passed = 0
-        self._generated = self._generated_metric()
+        self.generated = self._generated_metric()
         parts = base.family.parts
         trained = {part_of(name, parts) for name, weight in self._network().named_parameters() if weight.requires_grad}
         declared = trained.union(full_parts(self.args))  # pyright: ignore[reportArgumentType]
@@ -341,12 +341,13 @@ class CPMTrainer(Trainer):
 
     def _generate(self) -> dict[str, float]:
         """The figures of --eval_generate, the same on every rank."""
-        if self._generated is None:
+        if self.generated is None:
             return {}
         args: Any = self.args
         synced = args.world_size > 1 and zero_stage(args.deepspeed) == _SHARDED
         with self.compute_loss_context_manager():
-            return self._generated(self._network(), rank=args.process_index, world=args.world_size, synced=synced)
+            ranks = {"rank": args.process_index, "world": args.world_size}
+            return self.generated(self._network(), **ranks, synced=synced, step=self.state.global_step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint that is finite and complete, or none: training goes on either way."""

@@ -75,6 +75,7 @@ def test_lora_run_ends_well(lora):
     assert re.search(r"eval_loss \d", run.text)
     assert run.text.count("no GPU found: training runs in fp32 on the CPU") == 1
     assert (run.output / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert "What was trained" in (run.output / "report.html").read_text()
     assert list((run.output / "runs").rglob("events.out.tfevents.*")), "no TensorBoard log"
     recorded = yaml.safe_load((run.output / "run.yaml").read_text())
     assert recorded["flags"]["use_lora"] is True

@@ -73,7 +73,12 @@ TABLE: dict[str, set[str]] = {
     "encoding": {"errors", "cache", "notices", "quoting", "sample", "media", "templates", "families"},
     "models": {"errors", "jsonfiles", "paths", "families", "notices"},
     "tuning": MODELS_OR_DATA,
-    "evaluation": MODELS_OR_DATA,
+    # how pages look, whatever they show
+    "pages.page": {"errors", "quoting"},
+    "pages.pictures": set(),
+    "pages.charts": set(),
+    "pages": {"errors", "quoting", "sample", "media", "templates", "families", "encoding"},
+    "evaluation": MODELS_OR_DATA | {"pages.page", "pages.pictures", "pages.charts"},
     # only the rules of boxes and words
     "guicourse": {"errors", "quoting", "sample", "media.pictures", "evaluation.metrics"},
     "chat": MODELS_OR_DATA | {"tuning", "evaluation"},
@@ -94,6 +99,7 @@ TABLE: dict[str, set[str]] = {
         "export",
         "planning",
         "guicourse",
+        "pages",
     },
     "__main__": {"errors", "outcome", "processes", "commands"},
 }

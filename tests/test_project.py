@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +32,19 @@ def test_the_card_is_required() -> None:
     """The packages that the project is built on."""
     named = {line.partition(">")[0] for line in lines("requirements.txt")}
     assert {"torch", "transformers", "deepspeed", "peft", "accelerate", "pillow", "timm", "sentencepiece"} <= named
+
+
+def test_every_file_of_the_package_is_installed() -> None:
+    """What is no Python is named in pyproject.toml, or a wheel has it not."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    installed = {
+        path
+        for package, patterns in settings["package-data"].items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    others = (path for path in (ROOT / "finetune").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    assert {path for path in others if path.suffix != ".py"} == installed
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -38,18 +38,26 @@ def main(argv: list[str]) -> int:
     from finetune.encoding.check import check, judge, overlap
     from finetune.encoding.intake import Intake
     from finetune.encoding.lengths import measure_lengths
+    from finetune.pages.survey import Survey, Surveyed
 
     encoder = _encoder(given, data)
     try:
         intakes = [Intake(samples, encoder, **data.policies) for samples in _opened(data, given.data_path, seed)]
-        reports = []
+        reports, parts = [], []
         for intake in intakes:
-            reports.append(check(intake.samples, intake.fitter, data.check or "full", rebuild=data.overwrite_cache))
+            survey, rebuild = Survey(), data.overwrite_cache
+            reports.append(check(intake.samples, intake.fitter, data.check or "full", rebuild=rebuild, seen=survey.see))
             print(reports[-1])
             if (lengths := measure_lengths(intake.samples, encoder)) is not None:
                 print(lengths)
+            parts.append(Surveyed(intake.samples, intake.fitter, reports[-1], survey, lengths))
         for line in overlap(reports):
             print(f"warning: {line}")
+        if given.html is not None:
+            from finetune.pages.preview import write_preview
+
+            write_preview(Path(given.html), parts, most=given.samples, seed=seed)
+            print(f"written {given.html}")
         judge(intakes, reports)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -154,6 +162,8 @@ def _parser() -> CommandParser:
     data.add_argument("--model_max_length", type=int, default=2048, help="longest sample in tokens (default: 2048)")
     data.add_argument("--seed", type=int, default=42, help="of what is drawn from data sets (default: 42)")
     data.add_argument("--data_seed", type=int, help="the same; default: --seed")
+    parser.add_argument("--html", metavar="FILE", help="also write a page that shows samples as the model gets them")
+    parser.add_argument("--samples", type=int, default=50, help="samples on that page (default: 50)")
     parser.add_argument(
         "--write_json",
         metavar="OUT",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from finetune.commands.parser import CommandParser
+from finetune.commands.questions import Questions, read_questions
 from finetune.commands.training_flags import (
     PLACE_FLAGS,
     add_flags,
@@ -26,8 +27,7 @@ from finetune.commands.training_flags import (
     data_arguments,
 )
 from finetune.data_flags import DataArguments
-from finetune.errors import UserError, WorthlessError
-from finetune.sample import DataError, Sample
+from finetune.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,10 +40,6 @@ if TYPE_CHECKING:
 
 class _Thinking(TypedDict, total=False):
     enable_thinking: bool
-
-
-# By position in the data file: the conversation up to the question, and the accepted answers.
-Questions = dict[int, tuple[Sample, list[str]]]
 
 
 def main(argv: list[str]) -> int:
@@ -159,70 +155,6 @@ def _samples(given: argparse.Namespace) -> Mixture:
     return open_data(given.data, given.dataset, **data_arguments(given).reading)
 
 
-def read_questions(
-    samples: Mixture, limit: int | None, judge: Encoder | None = None, max_bad_share: float = 1.0
-) -> tuple[Questions, list[str]]:
-    """Samples as questions and accepted answers: the last answer, or "answers" of a record in the official form.
-
-    Args:
-        samples: the data.
-        limit: only the first so many records.
-        judge: leave out records that cannot be used, and those of which this makes no prompt; None leaves none out.
-        max_bad_share: the largest share of records that may be left out.
-
-    Returns:
-        The questions, and what is wrong with each record left out.
-
-    Raises:
-        DataError: a record that cannot be used, or none that can.
-        WorthlessError: more of them are left out than that share allows.
-    """
-    from finetune.encoding.intake import share_is_bad
-    from finetune.media import video
-
-    questions: Questions = {}
-    skipped = []
-    for index in range(len(samples) if limit is None else min(limit, len(samples))):
-        try:
-            question = _question(samples, index)
-            if judge is not None:
-                judge.encode(question[0], generate=True)
-                for media in question[0].media("video"):
-                    video.check(media, question[0].source)
-        except DataError as error:
-            if judge is None:
-                raise
-            skipped.append(str(error))
-        else:
-            questions[index] = question
-    if not questions:
-        title = samples.title
-        raise DataError(
-            f"{title}: no record can be used; the first: {skipped[0]}" if skipped else f"{title}: no record"
-        )
-    if share_is_bad(len(skipped), len(questions) + len(skipped), max_bad_share):
-        raise WorthlessError(
-            f"{samples.title}: {len(skipped)} of {len(questions) + len(skipped)} records cannot be used, more than "
-            f"--max_bad_share {max_bad_share:g} allows; mend the data, or raise it. The first: {skipped[0]}"
-        )
-    return questions, skipped
-
-
-def _question(samples: Mixture, index: int) -> tuple[Sample, list[str]]:
-    from finetune.evaluation.generation import split_answer
-    from finetune.readers.samples import check_text
-
-    prompt, answer = split_answer(samples[index])
-    answers = samples.record(index).get("answers") if samples.form_of(index) == "official" else None
-    if answers is None:
-        return prompt, [answer]
-    if not isinstance(answers, list) or not answers or not all(isinstance(each, str) for each in answers):
-        raise DataError(f"{prompt.source}: 'answers' must be a list of strings, the accepted answers")
-    for answer in answers:
-        check_text(answer, "'answers'", prompt.source)
-    return prompt, answers
-
-
 def _settings(given: argparse.Namespace, source: ModelSource, samples: Mixture) -> dict[str, Any]:
     """What the answers depend on; an evaluation that goes on must have the same."""
     from finetune.evaluation.predictions import fingerprint
@@ -313,7 +245,7 @@ def _finish(
     given: argparse.Namespace, metric: Any, questions: Questions, store: Predictions, facts: dict[str, str]
 ) -> None:
     """Scores, writes the three files and prints the figures."""
-    from finetune.evaluation.report import build
+    from finetune.evaluation.report import build, headline
     from finetune.evaluation.scoring import BASE, make_rows, summarise
     from finetune.media.image import MAX_PIXELS
     from finetune.outcome import plain_numbers
@@ -329,7 +261,7 @@ def _finish(
         metric,
         rows,
         summary,
-        title=f"{metric.name} on {Path(given.data).name if given.data else given.dataset}",
+        title=headline(Path(given.data).name if given.data else given.dataset, len(rows)),
         most=given.report_rows,
         max_pixels=MAX_PIXELS,
     )

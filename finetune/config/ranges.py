@@ -120,7 +120,7 @@ RANGES: Mapping[str, Range] = {
     "lora_dropout": Range(low=0, high=1, below=True, hint="1 drops everything"),
     "lora_layers_to_transform": _NOT_NEGATIVE,
     # data
-    **dict.fromkeys(("max_samples", "limit", "buffer_size", "train", "eval", "images"), _COUNT),
+    **dict.fromkeys(("max_samples", "limit", "buffer_size", "train", "eval", "images", "samples"), _COUNT),
     "val_size": _NOT_NEGATIVE,
     "max_bad_share": Range(low=0, high=1, hint="1 never stops"),
     "slices": Range(low=0, hint="0 is text only"),

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import combinations
@@ -19,6 +19,7 @@ from finetune.encoding.check_cache import CheckCache, Looked, fingerprint
 from finetune.encoding.check_report import Report
 from finetune.encoding.fitting import Fitter, OverlongError
 from finetune.encoding.intake import Intake, share_is_bad, source_of
+from finetune.encoding.likeness import likeness
 from finetune.encoding.suspicion import content, last_answer, suspicions
 from finetune.errors import WorthlessError
 from finetune.sample import MEDIA_KINDS, DataError, Sample
@@ -103,7 +104,14 @@ def overlap(reports: Sequence[Report]) -> Iterator[str]:
             yield f"{shared} records have the same text and media in {one.file} and in {other.file}"
 
 
-def check(samples: Sequence[Sample], fitter: Fitter, level: str | None = None, *, rebuild: bool = False) -> Report:
+def check(
+    samples: Sequence[Sample],
+    fitter: Fitter,
+    level: str | None = None,
+    *,
+    rebuild: bool = False,
+    seen: Callable[[int, Looked | DataError], object] | None = None,
+) -> Report:
     """Looks at the records of a data set without decoding an image; good ones are remembered.
 
     Args:
@@ -111,6 +119,7 @@ def check(samples: Sequence[Sample], fitter: Fitter, level: str | None = None, *
         fitter: the encoder of the run and its policy for long samples.
         level: "full", "sample", or None for the default.
         rebuild: look again at good records that are remembered by the state of their files.
+        seen: is told what becomes of each record, in order.
     """
     started = time.perf_counter()
     samples = getattr(samples, "once", samples)
@@ -131,10 +140,13 @@ def check(samples: Sequence[Sample], fitter: Fitter, level: str | None = None, *
             mininterval=0.2 if sys.stderr.isatty() else 10,
         ) as bar,
     ):
-        for results in pool.map(lambda chunk: [_look(samples, index, fitter, cache) for index in chunk], chunks):
+        looks = pool.map(lambda chunk: [_look(samples, index, fitter, cache) for index in chunk], chunks)
+        for chunk, results in zip(chunks, looks, strict=True):
             bar.update(len(results))
-            for result in results:
+            for index, result in zip(chunk, results, strict=True):
                 _enter(report, result)
+                if seen is not None:
+                    seen(index, result)
     report.reused = cache.reused
     cache.write()
     report.seconds = time.perf_counter() - started
@@ -186,6 +198,7 @@ def _look(samples: Sequence[Sample], index: int, fitter: Fitter, cache: CheckCac
         media=(images, videos, sounds),
         notes=(*sample.notes, *suspicions(sample, fitter.encoder.vocabulary)),
         content=content(sample),
+        alike=likeness(sample),
         answer=last_answer(sample),
     )
     cache.put(index, looked, [path for media in sample.media() for path in media.files])

@@ -98,7 +98,7 @@ def lines(report: Report) -> Iterator[str]:
     if report.repeated:
         yield f"  warning: {report.repeated} records have the text and the media of an earlier one"
     for answer, count in report.answers.most_common(1):
-        if used >= _ENOUGH and 2 * count > used:
+        if is_common(report, count):
             yield f"  warning: {count} of {used} records have the same last answer, {shown(answer, 60)}"
     if report.lost_images:
         yield f"  warning: {report.lost_images} images go with turns that are dropped; later answers may refer to them"
@@ -126,6 +126,11 @@ def _note_lines(notes: Counter[str], used: int) -> Iterator[str]:
             yield f"{count} of {used} records: {head}" + (f": {thing}" if thing else "")
         else:
             yield f"{head}: " + ", ".join(f"{thing} ({count} of {used} records)" for thing, count in things)
+
+
+def is_common(report: Report, count: int) -> bool:
+    """Whether so many records are suspiciously many for one answer."""
+    return report.usable >= _ENOUGH and 2 * count > report.usable
 
 
 def _more(found: Sequence[str] | dict[str, int]) -> str:

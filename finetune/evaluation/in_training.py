@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from accelerate.utils import gather_object
 from torch import nn
@@ -16,6 +17,20 @@ from finetune.evaluation.metrics import resolve_metric
 from finetune.sample import DataError, Sample
 
 logger = logging.getLogger(__name__)
+
+
+class Answered(NamedTuple):
+    """A question and what the model says to it.
+
+    Attributes:
+        prompt: the conversation up to the question.
+        reference: the answer of the data.
+        answers: of the first evaluation and of the newest, by optimizer step.
+    """
+
+    prompt: Sample
+    reference: str
+    answers: dict[int, str]
 
 
 class GeneratedMetric:
@@ -51,6 +66,7 @@ class GeneratedMetric:
         self._length, self._size = max_new_tokens, batch_size
         self._pairs = self._choose(samples, count, skip_bad)
         self.metric, why = resolve_metric(metric, [[answer] for _, answer in self._pairs])
+        self.answered = [Answered(prompt, reference, {}) for prompt, reference in self._pairs]
         logger.info("eval_%s (%s) on %d evaluation samples", self.metric.name, why, len(self._pairs))
 
     def _choose(self, samples: Sequence[Sample], count: int, skip_bad: bool) -> list[tuple[Sample, str]]:
@@ -73,7 +89,9 @@ class GeneratedMetric:
             raise DataError("--eval_generate: none of the chosen evaluation samples can be used")
         return pairs
 
-    def __call__(self, model: nn.Module, *, rank: int = 0, world: int = 1, synced: bool = False) -> dict[str, float]:
+    def __call__(
+        self, model: nn.Module, *, rank: int = 0, world: int = 1, synced: bool = False, step: int = 0
+    ) -> dict[str, float]:
         """The figures over all samples; every rank must call this, and gets the same.
 
         Args:
@@ -81,13 +99,14 @@ class GeneratedMetric:
             rank: of this process.
             world: number of processes, which share the samples.
             synced: every step waits for all ranks, as ZeRO-3 needs.
+            step: optimizer step, for ``answered``.
         """
         mine = self._pairs[rank::world] or self._pairs[:1]
         prompts = [prompt for prompt, _ in mine]
         batches = batches_by_length(self._encoder, prompts, self._size)
         # Under ZeRO-3 every rank must generate as often as the others; what is asked twice does not count.
         rounds = math.ceil(math.ceil(len(self._pairs) / world) / self._size)
-        scores = []
+        given: list[tuple[int, str]] = []
         for number in range(rounds):
             batch = batches[min(number, len(batches) - 1)]
             texts = answer_batch(
@@ -99,6 +118,14 @@ class GeneratedMetric:
                 synced=synced,
             )
             if number < len(batches) and rank < len(self._pairs):
-                answers = zip(texts, (mine[place][1] for place in batch), strict=True)
-                scores += [self.metric.figures(text, [reference]) for text, reference in answers]
-        return self.metric.combine(gather_object(scores) if world > 1 else scores)
+                given += zip((rank + place * world for place in batch), texts, strict=True)
+        return self._scored(sorted(gather_object(given)) if world > 1 else given, step)
+
+    def _scored(self, given: Sequence[tuple[int, str]], step: int) -> dict[str, float]:
+        """The figures of answers to questions by number, which are kept until newer ones come."""
+        for place, text in given:
+            known = self.answered[place].answers
+            for former in list(known)[1:]:
+                del known[former]
+            known[step] = text
+        return self.metric.combine([self.metric.figures(text, [self._pairs[place][1]]) for place, text in given])

@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.pages.charts import smoothed, wants_log
+from finetune.pages.page import count
+from finetune.quoting import cut, plain
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -14,6 +18,10 @@ if TYPE_CHECKING:
 _TRAIN, _EVAL, _RATE, _NORM = "#4477aa", "#cc3311", "#228833", "#aa7744"
 # Up to so many points each gets a mark: a run of one step shows something too.
 _FEW = 30
+# A logarithmic axis of less than so large a ratio gets marks between its powers of ten.
+_FEW_POWERS = 500.0
+# Letters of a folder's name in a title.
+_NAME = 32
 
 
 # What an evaluation logs beside its loss and the metric of --eval_generate.
@@ -26,10 +34,16 @@ def metric_names(entry: Mapping[str, Any]) -> list[str]:
     return [key for key in entry if key.startswith("eval_") and key not in _COUNTS]
 
 
+def points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """Step and value of every entry of a log that has a finite value."""
+    return [(entry["step"], entry[key]) for entry in history if key in entry and math.isfinite(entry[key])]
+
+
 def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Losses above, learning rate and gradient norm below, over optimizer steps; a PNG that is readable when small.
 
-    Between them, where there are any, the first two figures of --eval_generate.
+    Between them, where there are any, the first two figures of --eval_generate. Curves of many points are drawn
+    smoothed over the pale points themselves; axes whose values are far apart are logarithmic.
 
     Args:
         history: ``trainer.state.log_history``.
@@ -43,41 +57,22 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    if not _points(history, "loss") and not _points(history, "eval_loss"):
+    if not points(history, "loss") and not points(history, "eval_loss"):
         return
     generated = list(dict.fromkeys(name for entry in history for name in metric_names(entry)))[:2]
     heights = (3, 2, 2) if generated else (3, 2)
+    size = (7, 2.7 + 2.05 * len(heights))
     figure, panels = plt.subplots(
-        len(heights),
-        1,
-        figsize=(7, 2.1 + 2.05 * len(heights)),
-        sharex=True,
-        height_ratios=heights,
-        layout="constrained",
+        len(heights), 1, figsize=size, sharex=True, height_ratios=heights, layout="constrained"
     )
-    losses, rates = panels[0], panels[-1]
-    _curve(losses, history, "loss", "training loss", _TRAIN)
-    _curve(losses, history, "eval_loss", "evaluation loss", _EVAL)
-    losses.set_ylim(bottom=0)
-    losses.set_ylabel("loss", fontsize=15)
-    losses.legend(fontsize=14)
-    for name, color in zip(generated, (_EVAL, _NORM), strict=False):
-        _curve(panels[1], history, name, name.removeprefix("eval_"), color)
+    figure.suptitle(_title(history, path), fontsize=14, x=0.02, ha="left", parse_math=False)
+    _losses(panels[0], history)
+    if generated:
+        for name, color in zip(generated, (_EVAL, _NORM), strict=False):
+            _curve(panels[1], history, name, name.removeprefix("eval_"), color)
         panels[1].set_ylabel("answers", fontsize=15)
         panels[1].legend(fontsize=14)
-    _curve(rates, history, "learning_rate", "learning rate", _RATE)
-    rates.set_ylabel("learning rate", fontsize=15, color=_RATE)
-    rates.set_ylim(bottom=0)
-    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    norms = rates.twinx()
-    _curve(norms, history, "grad_norm", "gradient norm", _NORM)
-    norms.set_ylabel("gradient norm", fontsize=15, color=_NORM)
-    norms.set_ylim(bottom=0)
-    # The smooth curve in front of the jagged one.
-    rates.set_zorder(norms.get_zorder() + 1)
-    rates.patch.set_visible(False)
-    rates.set_xlabel("optimizer step", fontsize=15)
-    rates.xaxis.get_major_locator().set_params(integer=True)
+    norms = _rates(panels[-1], history)
     for axes in (*panels, norms):
         axes.tick_params(labelsize=13)
     for axes in panels:
@@ -90,14 +85,72 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         plt.close(figure)
 
 
-def _points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(entry["step"], entry[key]) for entry in history if key in entry and math.isfinite(entry[key])]
+def _title(history: Sequence[Mapping[str, Any]], path: Path) -> str:
+    """Whose losses these are, and the newest of them."""
+    steps = max(entry["step"] for entry in history if "step" in entry)
+    known = (("loss", "training"), ("eval_loss", "evaluation"))
+    last = [f"{word} {found[-1][1]:.4g}" for key, word in known if (found := points(history, key))]
+    name = path.absolute().parent.name
+    return f"{cut(plain(name), _NAME)}\n{count(steps, 'step')}, loss: {', '.join(last)}"
 
 
-def _curve(axes: Axes, history: Sequence[Mapping[str, Any]], key: str, label: str, color: str) -> None:
-    points = _points(history, key)
-    if not points:
+def _losses(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+    _curve(axes, history, "loss", "training", _TRAIN)
+    _curve(axes, history, "eval_loss", "evaluation", _EVAL)
+    _scale(axes, [value for key in ("loss", "eval_loss") for _, value in points(history, key)])
+    axes.set_ylabel("loss", fontsize=15)
+    axes.legend(fontsize=14)
+
+
+def _rates(axes: Axes, history: Sequence[Mapping[str, Any]]) -> Axes:
+    """Learning rate on the left axis, gradient norm on the right one, which is returned."""
+    from matplotlib.ticker import MaxNLocator
+
+    _curve(axes, history, "learning_rate", "learning rate", _RATE, smooth=False)
+    axes.set_ylabel("learning rate", fontsize=15, color=_RATE)
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.yaxis.get_offset_text().set_fontsize(13)
+    norms = axes.twinx()
+    _curve(norms, history, "grad_norm", "gradient norm", _NORM)
+    _scale(norms, [value for _, value in points(history, "grad_norm")])
+    norms.set_ylabel("gradient norm", fontsize=15, color=_NORM)
+    # The smooth curve in front of the jagged one.
+    axes.set_zorder(norms.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    axes.set_xlabel("optimizer step", fontsize=15)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    steps = [entry["step"] for entry in history if "step" in entry]
+    if min(steps) == max(steps):
+        axes.set_xlim(steps[0] - 1, steps[0] + 1)
+    return norms
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis where the range asks for one, with numbers that people read; else one from 0."""
+    if not wants_log(values):
+        axes.set_ylim(bottom=min([0.0, *values]))
         return
-    steps, values = zip(*points, strict=True)
-    mark = "o" if key.startswith("eval_") or len(points) <= _FEW else None
-    axes.plot(steps, values, label=label, color=color, marker=mark, markersize=4, linewidth=2)
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    # Over few powers of ten these alone would be one mark or two.
+    between = (1, 2, 5) if max(values) / min(values) < _FEW_POWERS else (1,)
+    axes.yaxis.set_major_locator(LogLocator(10, subs=between, numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _curve(
+    axes: Axes, history: Sequence[Mapping[str, Any]], key: str, label: str, color: str, *, smooth: bool = True
+) -> None:
+    found = points(history, key)
+    if not found:
+        return
+    steps, values = zip(*found, strict=True)
+    few = key.startswith("eval_") or len(found) <= _FEW
+    if few or not smooth:
+        axes.plot(steps, values, label=label, color=color, marker="o" if few else None, markersize=4, linewidth=2)
+        return
+    axes.plot(steps, values, color=color, alpha=0.3, linewidth=1)
+    axes.plot(steps, smoothed(values), label=f"{label}, smoothed", color=color, linewidth=2)

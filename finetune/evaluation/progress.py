@@ -1,23 +1,28 @@
-"""Files that show how a run is going while it is going: trainer_log.jsonl and loss.png."""
+"""Files that show how a run is going while it is going: trainer_log.jsonl, loss.png and report.html."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune.errors import UserError
+from finetune.evaluation.in_training import Answered
 from finetune.evaluation.plots import metric_names, plot_loss
+from finetune.evaluation.run_report import RunFacts, build_run
 from finetune.outcome import plain_numbers
+from finetune.pages.page import write
 
 logger = logging.getLogger(__name__)
 
 LOG_NAME = "trainer_log.jsonl"
 PLOT_NAME = "loss.png"
+REPORT_NAME = "report.html"
 # The Trainer's name -> ours.
 _FIGURES = {
     "loss": "loss",
@@ -35,14 +40,20 @@ _FIGURES = {
 
 
 class ProgressCallback(TrainerCallback):
-    """Writes both files into the output folder, on the main process.
+    """Writes these files into the output folder, on the main process.
 
     A line of trainer_log.jsonl has step, total_steps, epoch, elapsed and eta (seconds), those of ``_FIGURES`` that
     were measured, and the metric of --eval_generate as ``eval_<metric>``; numbers that are not finite are null. A
     resumed run keeps the lines up to its checkpoint. What cannot be written is said once and ends nothing.
+
+    Args:
+        facts: what the run is; without them there is no report.html.
+        answered: the questions of --eval_generate with their answers so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, facts: RunFacts | None = None, answered: Sequence[Answered] = ()) -> None:
+        self._facts = facts
+        self.answered = answered
         self._clock = 0.0
         self._elapsed = 0.0
         self._first_step = 0
@@ -89,15 +100,20 @@ class ProgressCallback(TrainerCallback):
         self._try(path, lambda: _append(path, json.dumps(plain_numbers(line), allow_nan=False)))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Draws the losses so far."""
-        if state.is_world_process_zero:
-            path = _folder(args) / PLOT_NAME
-            self._try(path, lambda: plot_loss(state.log_history, path))
+        """Draws the losses so far, and tells what else is known."""
+        if not state.is_world_process_zero:
+            return
+        path = _folder(args) / PLOT_NAME
+        self._try(path, lambda: plot_loss(state.log_history, path))
+        facts = self._facts
+        if facts is not None:
+            page, seconds = _folder(args) / REPORT_NAME, self._elapsed + time.monotonic() - self._clock
+            self._try(page, lambda: write(page, build_run(facts, args, state, self.answered, seconds)))
 
     def _try(self, path: Path, write: Callable[[], object]) -> None:
         try:
             write()
-        except OSError as error:
+        except (OSError, UserError) as error:
             if not self._warned:
                 logger.warning("%s cannot be written, training goes on: %s", path, error)
             self._warned = True

@@ -1,34 +1,53 @@
-"""report.html: the answers to look at, worst first, in one file that needs no other."""
+"""report.html of ``evaluate``: the answers to look at, worst first, in one file that needs no other."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
 from finetune.evaluation.metrics import Metric
+from finetune.evaluation.metrics.boxes import Box, Point, boxes, points
 from finetune.evaluation.scoring import Row, change
 from finetune.media import image as images
 from finetune.media import video
 from finetune.media.sampling import middles
+from finetune.pages.page import count, render
+from finetune.pages.pictures import Detail, Picture, jpeg, weight, within
 from finetune.sample import Media, Sample, Source
 
-_SIDE = 192
 _MOST_IMAGES = 4
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; width: 100%; }
-th, td { border-top: 1px solid #ccc; padding: .5rem .7rem; text-align: left; vertical-align: top; }
-table.summary { width: auto; margin-bottom: 1.5rem; }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.text { white-space: pre-wrap; overflow-wrap: anywhere; }
-td img { display: block; margin-bottom: .3rem; max-width: 192px; border: 1px solid #ddd; }
-.better { background: #e8f4ea; } .worse { background: #fbeae7; } .quiet { color: #777; }
-"""
+_ROOM = 9_000_000
+"""Bytes for all pictures of a page, as far as the coarsest detail allows."""
+_FRAME = 320
+_SCALE = 1000
+"""Coordinates of boxes and points go from 0 to this, whatever the size of the image."""
+_WORDS = {
+    "exact": "Exact match",
+    "normalised": "Match but for case, articles and punctuation",
+    "vqa": "VQA accuracy",
+    "anls": "ANLS (similarity of the letters)",
+    "relaxed": "Relaxed accuracy (numbers within 5 %)",
+    "token_f1": "F1 of the words",
+    "cer": "Character error rate",
+    "wer": "Word error rate",
+    "rouge_l": "ROUGE-L",
+    "choice": "Right option",
+    "box_iou": "Overlap of the boxes (IoU)",
+    "point_in_box": "Points inside the box",
+    "json_f1": "F1 of the JSON fields",
+}
+_FACTS = {
+    "model": "Model",
+    "adapter": "Adapter",
+    "compared_with": "Compared with",
+    "data": "Data",
+    "left_out": "Records left out",
+    "seconds": "Seconds",
+}
+_SAID = ("metric", "why", "higher_is_better", "samples", "better", "worse", "other_answer")
+"""What stands in sentences and tiles, not among the facts."""
 
 
 def build(
@@ -45,51 +64,104 @@ def build(
         max_pixels: largest image that is decoded.
     """
     shown = sorted(rows, key=lambda row: (-metric.badness(row.scores), change(metric, row), row.index))[:most]
-    compared = rows[0].base is not None
-    names = ["image", "question", "reference", "prediction", *(["base"] if compared else []), metric.name]
-    body = "\n".join(_row(metric, row, max_pixels) for row in shown)
-    count = f"{len(shown)} of {len(rows)} samples, worst first"
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body>\n<h1>{escape(title)}</h1>\n{_summary(summary)}\n"
-        f'<p class="quiet">{count}</p>\n<table>\n<tr>{"".join(f"<th>{escape(name)}</th>" for name in names)}</tr>\n'
-        f"{body}\n</table>\n</body></html>\n"
+    room = _ROOM // max(len(shown), 1)
+    cards = [_card(metric, row, max_pixels, room) for row in shown]
+    tags = [tag for card in cards for tag in card["tags"]]
+    return render(
+        "evaluation",
+        title=title,
+        total=len(rows),
+        cards=cards,
+        compared=rows[0].base is not None,
+        summary=summary,
+        figures=[_figure(name, value, summary.get("base", {}).get(name)) for name, value in summary["scores"].items()],
+        facts=[(_FACTS.get(key, key.replace("_", " ").capitalize()), value) for key, value in _facts(summary)],
+        judged=_judged(metric, summary),
+        filters=[(tag, tags.count(tag)) for tag in ("better", "worse", "changed", "unchanged") if tag in tags],
+        drawn=any(card["drawn"] for card in cards),
     )
 
 
-def _summary(summary: Mapping[str, Any]) -> str:
-    scores, base = summary["scores"], summary.get("base", {})
-    plain = {key: value for key, value in summary.items() if isinstance(value, (str, int, float)) and value != ""}
-    facts = "".join(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in plain.items())
-    head = "<tr><th></th><th>model</th>" + ("<th>base</th>" if base else "") + "</tr>"
-    figures = "".join(
-        f'<tr><td>{escape(key)}</td><td class="number">{value:.4f}</td>'
-        + (f'<td class="number">{base[key]:.4f}</td>' if base else "")
-        + "</tr>"
-        for key, value in scores.items()
-    )
-    return f'<table class="summary">{head}{figures}</table>\n<table class="summary">{facts}</table>'
+def words_of(figure: str) -> str:
+    """A figure of a metric as people call it.
+
+    >>> words_of("cer"), words_of("acc@0.5"), words_of("mine")
+    ('Character error rate', 'Boxes that overlap by more than 0.5', 'mine')
+    """
+    name, at, limit = figure.partition("@")
+    return f"Boxes that overlap by more than {limit}" if at and name == "acc" else _WORDS.get(figure, figure)
 
 
-def _row(metric: Metric, row: Row, max_pixels: int) -> str:
+def _figure(name: str, value: float, base: float | None) -> dict[str, Any]:
+    return {"words": words_of(name), "value": value, "base": base, "moved": None if base is None else value - base}
+
+
+def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in summary.items():
+        if key not in _SAID and isinstance(value, (str, int, float)) and value != "":
+            yield key, str(value)
+
+
+def _judged(metric: Metric, summary: Mapping[str, Any]) -> str:
+    """How answers are judged, in a sentence."""
+    better = "higher is better" if metric.higher else "lower is better"
+    why = str(summary.get("why", ""))
+    chosen = f"; chosen automatically: {why.removeprefix('auto: ')}" if why.startswith("auto: ") else ""
+    return f"{words_of(metric.name)}; {better}{chosen}"
+
+
+def _card(metric: Metric, row: Row, max_pixels: int, room: int) -> dict[str, Any]:
     moved = change(metric, row)
-    kind = ' class="better"' if moved > 0 else ' class="worse"' if moved < 0 else ""
-    references = "\n".join(dict.fromkeys(row.references))
-    score = f"{row.scores[metric.name]:.3f}"
-    texts = [row.prompt.messages[-1].text.strip(), references, row.prediction]
-    if row.base is not None:
-        texts.append(row.base)
-        score += f" (base {row.base_scores[metric.name]:.3f})"
-    cells = "".join(f'<td class="text">{escape(text)}</td>' for text in texts)
-    name = f'<span class="quiet">{escape(row.prompt.id)}</span>'
-    return f'<tr{kind}><td>{_thumbnails(row.prompt, max_pixels)}{name}</td>{cells}<td class="number">{score}</td></tr>'
+    compared = row.base is not None
+    changed = [] if not compared else ["unchanged" if row.base == row.prediction else "changed"]
+    verdict = ["better"] if moved > 0 else ["worse"] if moved < 0 else []
+    sources = list(pictures_of(row.prompt, max_pixels))
+    drawing = _drawing(row) if sum(1 for _ in row.prompt.media()) == 1 else []
+    return {
+        "id": row.prompt.id,
+        "source": str(row.prompt.source),
+        "tags": [*verdict, *changed],
+        "verdict": verdict[0] if verdict else "",
+        "score": row.scores[metric.name],
+        "base_score": row.base_scores[metric.name] if compared else None,
+        "earlier": [(message.role, message.text.strip()) for message in row.prompt.messages[:-1]],
+        "question": row.prompt.messages[-1].text.strip(),
+        "references": list(dict.fromkeys(row.references)),
+        "prediction": row.prediction,
+        "base": row.base,
+        "pictures": within(room, lambda detail: _shown(sources, detail), weight),
+        "more": max(sum(medium.kind != "audio" for medium in row.prompt.media()) - _MOST_IMAGES, 0),
+        "sounds": sum(1 for _ in row.prompt.media("audio")),
+        "drawn": drawing,
+    }
 
 
-def _thumbnails(sample: Sample, max_pixels: int) -> str:
+def _shown(pictures: Sequence[Image.Image], detail: Detail) -> list[Picture]:
+    return [jpeg(picture, detail.side, detail.quality) for picture in pictures]
+
+
+def _drawing(row: Row) -> list[tuple[str, list[Box], list[Point]]]:
+    """Boxes and points of references and answers on a scale of 0 to 1000; nothing when they have another one."""
+    texts = [("reference", "\n".join(row.references)), ("answer", row.prediction)]
+    texts += [("base", row.base)] if row.base is not None else []
+    drawn = [(kind, boxes(text), points(text) if "<point>" in text else []) for kind, text in texts]
+    numbers = [value for _, found, dots in drawn for each in (*found, *dots) for value in each]
+    if not any(value > _SCALE or value < 0 for value in numbers):
+        return drawn if numbers else []
+    # An answer may be anything; references tell the scale.
+    known = [value for each in (*drawn[0][1], *drawn[0][2]) for value in each]
+    return drawn if known and all(0 <= value <= _SCALE for value in known) else []
+
+
+def pictures_of(sample: Sample, max_pixels: int) -> Iterator[Image.Image]:
+    """The first few images of a conversation; of a video three of its frames.
+
+    Raises:
+        DataError: one cannot be decoded.
+    """
     media = [medium for medium in sample.media() if medium.kind != "audio"]
-    tags = [_thumbnail(_picture(medium, sample.source, max_pixels)) for medium in media[:_MOST_IMAGES]]
-    more = len(media) - _MOST_IMAGES
-    return "".join(tags) + (f'<span class="quiet">and {more} more<br></span>' if more > 0 else "")
+    for medium in media[:_MOST_IMAGES]:
+        yield _picture(medium, sample.source, max_pixels)
 
 
 def _picture(medium: Media, source: Source, max_pixels: int) -> Image.Image:
@@ -100,15 +172,17 @@ def _picture(medium: Media, source: Source, max_pixels: int) -> Image.Image:
     with video.Decoder(clip, source) as decoder:
         frames = [decoder.take(index) for index in middles(range(clip.length.frames), min(3, clip.length.frames))]
     for frame in frames:
-        frame.thumbnail((_SIDE, _SIDE))
+        frame.thumbnail((_FRAME, _FRAME))
     strip = Image.new("RGB", (sum(frame.width for frame in frames), frames[0].height))
     for place, frame in enumerate(frames):
         strip.paste(frame, (place * frame.width, 0))
     return strip
 
 
-def _thumbnail(picture: Image.Image) -> str:
-    picture.thumbnail((_SIDE, _SIDE))
-    written = io.BytesIO()
-    picture.save(written, "JPEG", quality=75)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(written.getvalue()).decode()}">'
+def headline(data: str, questions: int) -> str:
+    """What an evaluation is called.
+
+    >>> headline("eval.json", 128)
+    'Answers to 128 questions of eval.json'
+    """
+    return f"Answers to {count(questions, 'question')} of {data}"

@@ -38,6 +38,7 @@ _ALWAYS = (
     "eval_results.json",
     "trainer_log.jsonl",
     "loss.png",
+    "report.html",
     "bad_samples.jsonl",
     "hang",
 )

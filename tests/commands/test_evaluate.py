@@ -15,6 +15,7 @@ from clips import write_clip
 from peft import LoraConfig, get_peft_model
 
 from finetune.commands import evaluate
+from finetune.commands.questions import read_questions
 from finetune.encoding.encoder import Encoder
 from finetune.errors import UserError
 from finetune.evaluation.generation import answer_batch, generate_answers, split_answer
@@ -108,7 +109,7 @@ def test_comparison_with_the_base(tiny, demo_data, adapter, tmp_path):
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert 0 < changed == metrics["other_answer"]
     assert metrics["base"]["cer"] != metrics["scores"]["cer"]
-    assert "<th>base</th>" in (tmp_path / "a" / "report.html").read_text()
+    assert "Answer of the base" in (tmp_path / "a" / "report.html").read_text()
     base = tiny("llama3_v2_5")
     run("--model", base, "--adapter", adapter, "--data", data, "--out", tmp_path / "c", "--compare", base, "--limit", 2)
     assert [row["prediction_base"] for row in lines(tmp_path / "c")] == [row["prediction"] for row in plain[:2]]
@@ -131,7 +132,7 @@ def test_what_cannot_be_is_said(tiny, demo_data, adapter, tmp_path):
 def test_several_accepted_answers(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns, "answers": ["b", "c"]}]))
-    questions, _ = evaluate.read_questions(Mixture([read(tmp_path / "data.json")]), None)
+    questions, _ = read_questions(Mixture([read(tmp_path / "data.json")]), None)
     assert [references for _, references in questions.values()] == [["b", "c"]]
 
 

@@ -88,7 +88,25 @@ def test_the_same_on_every_number_of_ranks(tiny, demo_data, monkeypatch):
         if rank < 3:
             asked(model, rank=rank, world=3)
             assert len(calls) == 1, "every rank generates as often as the others"
-    assert METRICS["cer"].combine([score for part in parts for score in part]) == alone
+    # Each question is answered once, whoever is asked.
+    given = sorted(pair for part in parts for pair in part)
+    assert [place for place, _ in given] == list(range(5))
+    scores = [METRICS["cer"].figures(text, [asked.answered[place].reference]) for place, text in given]
+    assert METRICS["cer"].combine(scores) == alone
+
+
+def test_the_first_and_the_newest_answers_are_kept(tiny, demo_data, monkeypatch):
+    base = resolve(str(tiny("v2_0")))
+    encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings)
+    asked = GeneratedMetric(read(demo_data / "eval.json"), encoder, count=3, metric="cer", batch_size=2)
+    for step in (0, 10, 20):
+        said = [f"{step} {number}" for number in (0, 1)]
+        monkeypatch.setattr(
+            "finetune.evaluation.in_training.answer_batch", lambda *args, said=said, **_: said[: len(args[3])]
+        )
+        asked(torch.nn.Identity(), step=step)
+    assert [sorted(each.answers) for each in asked.answered] == [[0, 20]] * 3
+    assert {each.answers[20] for each in asked.answered} == {"20 0", "20 1"}
 
 
 def test_what_cannot_be_asked_is_told_before_training(tiny, demo_data, tmp_path, caplog):
