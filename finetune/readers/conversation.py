@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from finetune.quoting import words_of
+from finetune.readers import lookalikes
 from finetune.readers.forms import MEDIA_COLUMNS, Columns
 from finetune.readers.json_values import ValueFault, parse, written
 from finetune.readers.media import Places, json_cell, json_type, listed
@@ -77,6 +78,7 @@ def build(
     for kind in MEDIA_COLUMNS:
         column = columns.media(kind)
         files[kind] = [] if column is None else listed(record.get(column), kind, column, source, where)
+    turns, files = lookalikes.settle(turns, files, source, where, _TAG)
     explicit = any(
         not isinstance(part, Text) for turn in turns if not isinstance(turn.content, str) for part in turn.content
     )

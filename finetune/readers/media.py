@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from finetune.filetypes import is_special
+from finetune.filetypes import is_file, is_folder, is_special
 from finetune.media import pictures
 from finetune.quoting import cut, reason, shown
 from finetune.readers.json_values import parse
@@ -86,6 +86,17 @@ def find(path: str, kind: MediaKind, source: Source, where: Places) -> Path:
     looked = ", ".join(cut(str(candidate)) for candidate in tried)
     raise DataError(
         f"{source}: {kind} {shown(path)} does not exist (looked for {looked}); correct the path or give {where.flag}"
+    )
+
+
+def is_there(path: str, where: Places) -> bool:
+    """Whether a file or a folder of that name is in one of the places."""
+    if not path or _REMOTE.match(path):
+        return False
+    name = Path(path)
+    return any(
+        is_file(each) or is_folder(each)
+        for each in ([name] if name.is_absolute() else [f / name for f in where.folders])
     )
 
 

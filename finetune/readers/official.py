@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from finetune.quoting import cut, shown
+from finetune.readers import lookalikes
 from finetune.readers.conversation import TrainOn, assemble, loss, turn_list
 from finetune.readers.media import A_FILE, Places, is_embedded, json_cell, json_type, one
 from finetune.readers.sharegpt import state
@@ -54,6 +55,7 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
     files: dict[MediaKind, _Files] = {
         kind: _files(kind, json_cell(record.get(kind)), source, where) for kind in MEDIA_KINDS
     }
+    turns, files = lookalikes.settle(turns, files, source, where, _TAG)
     placed = _place(turns, files, source)
     return assemble(
         [(turn.role, parts, turn.loss) for turn, parts in zip(turns, placed, strict=True)], source, train_on

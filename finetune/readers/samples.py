@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
 from finetune.quoting import shown
-from finetune.readers import alpaca, official, openai, sharegpt
+from finetune.readers import alpaca, lookalikes, official, openai, sharegpt
 from finetune.readers.conversation import TRAIN_ON, TrainOn
 from finetune.readers.forms import Form
 from finetune.readers.media import Places, json_type
@@ -48,6 +48,7 @@ class Reading:
             sample = official.sample(record, source, self.where, self.train_on)
         else:
             sample = _READERS[name](record, source, self.where, self.train_on, self.form)
+        sample = replace(sample, notes=(*sample.notes, *lookalikes.notes(sample)))
         check_texts(sample)
         return sample
 
