@@ -43,9 +43,17 @@ def _pattern(kind: MediaKind) -> re.Pattern[str]:
         rf"<(?:{names})(?:[ _]?(?P<tagged>\d+)|{_SUFFIX})?\s*/?>",
         rf"\[(?:{names})(?:[ _]?(?P<bracketed>\d+))?\]",
     ]
-    return re.compile("|".join(alternatives), re.IGNORECASE)
+    # The look ahead leaves other elements of a page at their second character.
+    begins = rf"(?=\(?<\|?(?:{names}|vision_|begin_of|start_of|media_|im_start)|!?\[)"
+    return re.compile(f"{begins}(?:{'|'.join(alternatives)})", re.IGNORECASE)
 
 
+# Most texts have none of these, and are not looked through.
+_WORDS: dict[MediaKind, tuple[str, ...]] = {
+    "image": ("image", "img", "![", "media_pad"),
+    "video": ("video",),
+    "audio": ("audio", "sound", "speech"),
+}
 _PATTERNS = {kind: _pattern(kind) for kind in MEDIA_KINDS}
 _PATHS = ("between", "double", "single", "bare", "markdown", "bbcode")
 _NUMBERS = ("piped", "tagged", "bracketed")
@@ -80,6 +88,9 @@ class _Mark(NamedTuple):
 
 def _marks(text: str, kind: MediaKind) -> Iterator[_Mark]:
     """The marks of a kind in reading order."""
+    lowered = text.lower()
+    if not any(word in lowered for word in _WORDS[kind]):
+        return
     for found in _PATTERNS[kind].finditer(text):
         start, end = found.span()
         groups = found.groupdict()
