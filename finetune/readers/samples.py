@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from finetune.quoting import shown
-from finetune.readers import alpaca, lookalikes, official, openai, sharegpt
+from finetune.readers import alpaca, grounding, lookalikes, official, openai, sharegpt
 from finetune.readers.conversation import TRAIN_ON, TrainOn
 from finetune.readers.forms import Form
 from finetune.readers.media import Places, json_type
@@ -48,6 +48,7 @@ class Reading:
             sample = official.sample(record, source, self.where, self.train_on)
         else:
             sample = _READERS[name](record, source, self.where, self.train_on, self.form)
+        sample = grounding.ground(record, sample)
         sample = replace(sample, notes=(*sample.notes, *lookalikes.notes(sample)))
         check_texts(sample)
         return sample
