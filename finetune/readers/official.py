@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from finetune.quoting import cut, shown
 from finetune.readers import lookalikes
 from finetune.readers.conversation import TrainOn, assemble, loss, turn_list
-from finetune.readers.media import A_FILE, Places, is_embedded, json_cell, json_type, one
+from finetune.readers.embedded import A_FILE
+from finetune.readers.media import Places, is_embedded, json_cell, json_type, one
 from finetune.readers.sharegpt import state
 from finetune.sample import MEDIA_KINDS, DataError, Media, MediaKind, Part, Sample, Source, Text
 
