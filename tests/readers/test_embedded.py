@@ -37,13 +37,11 @@ def sound() -> bytes:
 
 
 def record(form: str, value: Any, kind: str = "image") -> dict[str, Any]:
-    turns: list[dict[str, Any]] = [
-        {"role": "user", "content": f"<{kind}>What?"},
-        {"role": "assistant", "content": "A."},
-    ]
     if form == "part":
-        turns[0]["content"] = [{"type": kind, kind: value}, {"type": "text", "text": "What?"}]
-        return {"messages": turns}
+        asked = [{"type": kind, kind: value}, {"type": "text", "text": "What?"}]
+        answer = [{"type": "text", "text": "A."}]
+        return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+    turns = [{"role": "user", "content": f"<{kind}>What?"}, {"role": "assistant", "content": "A."}]
     if form == "alpaca":
         return {"instruction": f"<{kind}>What?", "output": "A.", MANY[kind]: value}
     return {"conversations": turns, kind if form == "official" else MANY[kind]: value}
