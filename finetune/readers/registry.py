@@ -28,7 +28,7 @@ from finetune.readers.forms import (
 )
 from finetune.readers.json_values import ValueFault, parse, written
 from finetune.readers.media import json_type, places
-from finetune.readers.records import open_records, take_split
+from finetune.readers.records import choose_split, is_pattern, open_records, take_split
 from finetune.readers.samples import Reading, SampleFile
 from finetune.sample import DataError
 
@@ -160,6 +160,8 @@ def _entry(name: str, info: Path, given: Any) -> Entry:
         raise DataError(f"{where}: 'num_samples' is {written(number)}; it must be a number of records, at least 1")
     texts = {key: _text(given, key, where) for key in ("subset", "folder", "split")}
     split = texts["split"] or "train"
+    if file is not None:
+        file, split = choose_split(file, split, where)
     return Entry(name, info, file, hub, formatting, columns, tags, texts["subset"], texts["folder"], split, number)
 
 
@@ -182,6 +184,8 @@ def _place(given: Mapping[str, Any], info: Path, where: str) -> tuple[Path | Non
             f"{where}: file_name {shown(file)} leaves the folder {info.parent.absolute()}; move the file there, or "
             "write its whole path if it is meant"
         )
+    if is_pattern(path):
+        return path, None
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:

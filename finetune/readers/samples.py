@@ -13,7 +13,7 @@ from finetune.readers import alpaca, grounding, lookalikes, official, openai, sh
 from finetune.readers.conversation import TRAIN_ON, TrainOn
 from finetune.readers.forms import Form
 from finetune.readers.media import Places, json_type
-from finetune.readers.records import data_files
+from finetune.readers.records import data_files, is_pattern
 from finetune.sample import DataError, Sample, Source, Text
 
 _READERS = {"sharegpt": sharegpt.sample, "alpaca": alpaca.sample, "openai": openai.sample}
@@ -117,7 +117,7 @@ class SampleFile(Sequence[Sample]):
     @property
     def files(self) -> list[Path]:
         """The data files, on which remembered results depend."""
-        return data_files(self.path) if self.path.exists() else []
+        return data_files(self.path) if self.path.exists() or is_pattern(self.path) else []
 
     @property
     def train_on(self) -> TrainOn:
