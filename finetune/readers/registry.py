@@ -30,6 +30,7 @@ from finetune.readers.json_values import ValueFault, parse, written
 from finetune.readers.media import json_type, places
 from finetune.readers.records import choose_split, is_pattern, open_records, take_split
 from finetune.readers.samples import Reading, SampleFile
+from finetune.readers.tables import TableRecords, undecoded
 from finetune.sample import DataError
 
 logger = logging.getLogger(__name__)
@@ -265,7 +266,8 @@ def open_entry(
         path: str | Path = entry.file
         beside = entry.file if entry.file.is_dir() else entry.file.parent
     else:
-        records = _from_hub(entry)
+        if records is None:
+            records = TableRecords(load_hub(entry), entry.hub or "")
         path, beside = entry.hub or "", None
     first = some_records(records)
     form, why = _form(entry, first)
@@ -304,22 +306,29 @@ def _form(entry: Entry, first: Sequence[Any]) -> tuple[Form, str]:
     return Form(formatting, columns, tags), why
 
 
-def _from_hub(entry: Entry) -> Sequence[Any]:
-    """The records of a data set of the Hugging Face hub; it was named by the user, so it may be fetched."""
+def load_hub(entry: Entry, *, streaming: bool = False) -> Any:
+    """The rows of a data set of the Hugging Face hub, media undecoded; it was named by the user, so it is fetched.
+
+    Args:
+        entry: its description.
+        streaming: fetch them while they are read.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
     import datasets
     from datasets.exceptions import DatasetsError
-
-    from finetune.readers.tables import TableRecords, undecoded
 
     assert entry.hub is not None
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     logger.info("data set %s: %s of the Hugging Face hub%s", entry.name, entry.hub, " (offline)" if offline else "")
+    options: dict[str, Any] = {"streaming": True} if streaming else {}
     try:
-        rows = datasets.load_dataset(entry.hub, name=entry.subset, data_dir=entry.folder, split=entry.split)
+        rows = datasets.load_dataset(entry.hub, name=entry.subset, data_dir=entry.folder, split=entry.split, **options)
+        return undecoded(rows)
     except (OSError, ValueError, DatasetsError) as error:
         state = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else str(error)
         raise DataError(
             f"{entry.where}: {entry.hub} of the Hugging Face hub cannot be loaded ({state}); go online once, or "
             "download it and give its file under 'file_name'"
         ) from error
-    return TableRecords(undecoded(rows), entry.hub)

@@ -99,6 +99,25 @@ def value_of(data: bytes, source: str) -> Any:
         raise DataError(f"{source}: the file has changed during the run; start again") from error
 
 
+def of_row(row: dict[str, Any], source: str) -> dict[str, Any]:
+    """The record of a row in which the ``datasets`` library has the files of a key; any other row as it is.
+
+    Raises:
+        DataError: it cannot be taken.
+    """
+    key = row.get("__key__")
+    if not isinstance(key, str):
+        return row
+    members = []
+    for ending, value in row.items():
+        if not ending.startswith("__"):
+            data = value.get("bytes") if isinstance(value, dict) and set(value) == {"bytes", "path"} else value
+            if not isinstance(data, bytes):
+                data = (data if isinstance(data, str) else json.dumps(data)).encode()
+            members.append(_Member(f"{key}.{ending}", ending, data))
+    return record(members, f"{source} ({shown(key)})")
+
+
 def _scan(path: Path, file: BinaryIO) -> Iterator[array[int]]:
     """First byte and end of the files of every key, in the order of the shard."""
     spans: array[int] = array("q")

@@ -6,7 +6,7 @@ import json
 import random
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from finetune.readers.json_errors import explain_line, not_utf8, unreadable
 from finetune.readers.json_file import COMPRESSED, open_front_to_back
 from finetune.readers.json_values import ValueFault, parse
 from finetune.readers.records import data_files, kind_of
-from finetune.readers.shards import SHARD, read_shard, value_of
+from finetune.readers.shards import SHARD, of_row, read_shard, value_of
 from finetune.readers.tables import present
 from finetune.sample import DataError, Source
 
@@ -56,19 +56,21 @@ class Streamed:
     """A record that has been read and not yet parsed; many of them wait in a buffer.
 
     Attributes:
-        file: where it stands.
+        file: where it stands; a name where it is no file of this machine.
         at: first byte of its line or files, number of its row in Parquet.
         data: its line, its columns, or its files in a shard.
         which: number of its path in the stream.
     """
 
-    file: Path
+    file: Path | str
     at: int
     data: bytes | dict[str, Any]
     which: int = 0
 
     def source(self) -> Source:
         """Where it stands, whether or not it can be parsed."""
+        if isinstance(self.file, str):
+            return Source(self.file, self.at, unit="row")
         return Source(str(self.file), self.at, unit="byte" if isinstance(self.data, bytes) else "record")
 
     def parse(self) -> Any:
@@ -78,7 +80,8 @@ class Streamed:
             DataError: its line is not JSON, or the files of a shard make no record.
         """
         if isinstance(self.data, dict):
-            return present(self.data)
+            return present(self.data) if isinstance(self.file, Path) else of_row(present(self.data), str(self.source()))
+        assert isinstance(self.file, Path)
         if kind_of(self.file) == SHARD:
             return value_of(self.data, str(self.source()))
         try:
@@ -147,16 +150,7 @@ class Stream:
         random.Random(f"{self.seed} {number}").shuffle(dealt)
         mine = [pieces[place] for place in dealt[reader::readers] if place < len(pieces)]
         chance = random.Random(f"{self.seed} {number} {reader} {readers}")
-        buffer: list[Streamed] = []
-        for record in chain.from_iterable(map(_read, mine)):
-            if len(buffer) < self.buffer_size:
-                buffer.append(record)
-            else:
-                place = chance.randrange(len(buffer))
-                yield buffer[place]
-                buffer[place] = record
-        chance.shuffle(buffer)
-        yield from buffer
+        yield from drawn(chain.from_iterable(map(_read, mine)), self.buffer_size, chance)
 
     def _pieces(self, readers: int) -> list[Piece]:
         wanted = readers * _PIECES_PER_READER
@@ -165,6 +159,20 @@ class Stream:
         size = max(min(texts // wanted, _PIECE), 1)
         cuts = -(-wanted // max(groups, 1))
         return [piece for part in self._parts for piece in (_rows(part, cuts) if part.groups else _ranges(part, size))]
+
+
+def drawn(records: Iterable[Streamed], size: int, chance: random.Random) -> Iterator[Streamed]:
+    """All of the records, each drawn at random from so many that have been read."""
+    buffer: list[Streamed] = []
+    for record in records:
+        if len(buffer) < size:
+            buffer.append(record)
+        else:
+            place = chance.randrange(len(buffer))
+            yield buffer[place]
+            buffer[place] = record
+    chance.shuffle(buffer)
+    yield from buffer
 
 
 class _Part(NamedTuple):

@@ -3,55 +3,26 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import pickle
 import tarfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from made_shards import PNG, TURNS, picture, shard, shown
 
 from finetune import cache
 from finetune.readers import indexed, read
 from finetune.readers.mixture import open_data
 from finetune.readers.records import open_records
 from finetune.readers.streaming import Stream
-from finetune.sample import DataError, Sample, Text
+from finetune.sample import DataError
 
 ANSWER = {"role": "assistant", "content": "A dog."}
-TURNS = [{"role": "user", "content": "<image>What?"}, ANSWER]
 LINES = [
     {"id": f"{number}", "conversations": [{"role": "user", "content": "x" * number}, ANSWER]} for number in range(40)
 ]
-
-
-def picture(width: int = 8) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (width, 4)).save(file, "png")
-    return file.getvalue()
-
-
-def shard(path: Path, files: Mapping[str, Any], style: int = tarfile.PAX_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=style) as out:
-        for name, content in files.items():
-            data = content if isinstance(content, bytes) else content.encode() if isinstance(content, str) else None
-            data = json.dumps(content).encode() if data is None else data
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            out.addfile(entry, io.BytesIO(data))
-    return path
-
-
-def shown(sample: Sample, turn: int = 0) -> str:
-    def part_of(part: Any) -> str:
-        if isinstance(part, Text):
-            return part.text
-        return f"[{part.data.width}]" if isinstance(part.data, Image.Image) else f"[{part.data!r}]"
-
-    return "".join(map(part_of, sample.messages[turn].parts))
 
 
 def streamed(*paths: Path, readers: int = 2) -> list[Any]:
@@ -107,7 +78,6 @@ def test_a_bomb_does_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.Monke
         open_records(tmp_path / "a.json.gz")
 
 
-PNG = picture()
 OPENAI = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}, ANSWER]
 NAMED = [{"role": "user", "content": [{"type": "image", "image": "0.png"}, {"type": "text", "text": "What?"}]}, ANSWER]
 
