@@ -93,7 +93,7 @@ def test_samples_are_those_of_the_same_rows_by_number(tmp_path: Path) -> None:
     assert {sample.id: shown(sample) for sample in streamed.head} == expected
     assert all(isinstance(medium.data, Image.Image) for sample in samples for medium in sample.media())
     # Its file has every other row.
-    assert str(streamed.head[31].source) == f"{tmp_path / 'a'} train, file 1, row 1 (id '3')"
+    assert str(streamed.stream.head()[31].source()) == f"{tmp_path / 'a'} train, file 1, row 1"
 
 
 def test_several_data_sets_are_one_stream(tmp_path: Path) -> None:
