@@ -132,8 +132,8 @@ def _scan(path: Path, file: BinaryIO) -> Iterator[array[int]]:
             last, start = found["key"], member.offset
             if last in keys:
                 raise DataError(
-                    f"{path}: the files of the key {shown(last)} do not stand together; put the files of a key side by side, as "
-                    "archives in the order of names have them"
+                    f"{path}: the files of the key {shown(last)} do not stand together; put the files of a key side by "
+                    "side, as archives in the order of names have them"
                 )
             keys.add(last)
             spans.extend((start, end))
