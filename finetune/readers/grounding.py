@@ -74,11 +74,11 @@ def ground(record: Mapping[str, Any], sample: Sample) -> Sample:
     if not places and not given:
         return sample
     if not places:
-        note = f"{KEY!r} is not used: the text has no <ref-object> and no <bbox> where names and boxes belong"
+        note = f"{KEY!r} has names or boxes, and the text no <ref-object> and no <bbox> where they belong"
         return replace(sample, notes=(*sample.notes, note))
     if not given:
         kinds = " and ".join(kind for kind in ("<ref-object>", "<bbox>") if any(kind in place for place in places))
-        note = f"{kinds} in the text stays text: the record has no {KEY!r}"
+        note = f"places of names and boxes left as text, since there is no {KEY!r}: {kinds}"
         return replace(sample, notes=(*sample.notes, note))
     source = sample.source
     objects = _objects(given, source)

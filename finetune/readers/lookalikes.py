@@ -261,6 +261,8 @@ def _in_order(marks: Sequence[_Mark]) -> bool:
 
 
 _TURNS = {"user": "a user turn", "assistant": "an answer", "system": "the system prompt", "tool": "a tool turn"}
+# What notes begin with; behind it stands the spelling.
+_HEAD = "places of media left as text in {}, since {}: {}"
 
 
 def notes(sample: Sample) -> tuple[str, ...]:
@@ -277,14 +279,15 @@ def notes(sample: Sample) -> tuple[str, ...]:
 
 
 def _note(mark: _Mark, role: str) -> str:
-    head = f"{mark.spelling} in {_TURNS[role]} stays text"
     if role != "user":
-        return f"{head}: places of files are in user turns"
-    if mark.own:
-        return f"{head}: media that are parts of the content are in their places already"
-    if mark.path is not None:
-        return f"{head}: there is no such file"
-    return f"{head}: it is a place where there are as many of them as files without another place"
+        why = "only user turns have files"
+    elif mark.own:
+        why = "media are parts of the content"
+    elif mark.path is not None:
+        why = "no such file exists"
+    else:
+        why = "they are not as many as files without another place"
+    return _HEAD.format(_TURNS[role], why, mark.spelling)
 
 
 def _is_markup(mark: _Mark, text: str) -> bool:
