@@ -19,7 +19,8 @@ from finetune.sample import DataError
 
 _JSON = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 # Beside the Arrow files of Dataset.save_to_disk; no data.
-_NO_DATA = ("dataset_info.json", "state.json")
+_SAVED = "state.json"
+_NO_DATA = ("dataset_info.json", _SAVED)
 # Of DatasetDict.save_to_disk, whose splits are folders beside it.
 _SPLITS = "dataset_dict.json"
 # Shards: data-{000..012}.tar, or with names in place of the numbers.
@@ -139,6 +140,17 @@ def choose_split(path: Path, split: str, where: str) -> tuple[Path, str]:
     if name.strip() not in splits:
         raise DataError(f"{where}: split {split!r} is none of {', '.join(splits) or 'no split'}, those of {path}")
     return path / name.strip(), f"train{bracket}{part}"
+
+
+def folders_of(path: Path) -> list[Path]:
+    """Where relative paths of media may start: the folder of a data file, or a folder of them; and what that is in
+    where save_to_disk made it, since nobody puts files into such a folder.
+    """
+    if not is_folder(path):
+        return [path.resolve().parent]
+    made = (path / _SAVED).is_file()
+    outer = path.parent.parent if (path.parent / _SPLITS).is_file() else path.parent
+    return [path, outer] if made else [path]
 
 
 def _which_split(path: Path, splits: list[str]) -> str:

@@ -28,7 +28,7 @@ from finetune.readers.forms import (
 )
 from finetune.readers.json_values import ValueFault, parse, written
 from finetune.readers.media import json_type, places
-from finetune.readers.records import choose_split, is_pattern, open_records, take_split
+from finetune.readers.records import choose_split, folders_of, is_pattern, open_records, take_split
 from finetune.readers.samples import Reading, SampleFile
 from finetune.readers.tables import TableRecords, undecoded
 from finetune.sample import DataError
@@ -264,15 +264,15 @@ def open_entry(
         if records is None:
             records = take_split(open_records(entry.file, rebuild=rebuild), entry.split, entry.where)
         path: str | Path = entry.file
-        beside = entry.file if entry.file.is_dir() else entry.file.parent
+        beside = folders_of(entry.file)[: 1 if strict_paths else None]
     else:
         if records is None:
             records = TableRecords(load_hub(entry), entry.hub or "")
-        path, beside = entry.hub or "", None
+        path, beside = entry.hub or "", []
     first = some_records(records)
     form, why = _form(entry, first)
     logger.info("data set %s: %d records of %s in the %s form (%s)", entry.name, len(records), path, form.name, why)
-    where = places(media_dir or entry.info.parent, beside, image_root, flag="--media_dir", strict=strict_paths)
+    where = places(media_dir or entry.info.parent, *beside, image_root, flag="--media_dir", strict=strict_paths)
     return SampleFile(records, path, Reading(form, where, train_on), entry.name)
 
 

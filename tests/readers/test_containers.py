@@ -247,6 +247,21 @@ def test_splits_by_name(splits: Path, split: str | None, ids: range) -> None:
     assert [sample.id for sample in open_data(None, "s", dataset_dir=splits)] == [str(each) for each in ids]
 
 
+def test_media_beside_folders_that_the_library_made(tmp_path: Path) -> None:
+    """Nobody puts images into them: they are looked for beside the folder, or beside that of all splits."""
+    from datasets import Dataset, DatasetDict
+
+    (tmp_path / "a.png").write_bytes(PNG)
+    rows = Dataset.from_list([{"image": "a.png", "conversations": TURNS}])
+    rows.save_to_disk(tmp_path / "alone")
+    DatasetDict([("train", rows)]).save_to_disk(tmp_path / "splits")
+    for place in (tmp_path / "alone", tmp_path / "splits" / "train"):
+        (medium,) = read(place)[0].media()
+        assert medium.data == tmp_path / "a.png"
+        with pytest.raises(DataError, match="does not exist"):
+            read(place, strict_paths=True)[0]
+
+
 def test_splits_of_a_path(splits: Path) -> None:
     assert len(read(splits / "one")) == len(read(splits / "both" / "test")) == 4
     with pytest.raises(DataError, match="both: a DatasetDict with the splits test, train; give .*both/train"):

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data
 
 
-def record(form: str, question: str, answer: str = "A dog.", **files: list[str]) -> dict[str, Any]:
+def record(form: str, question: str, answer: str = "A dog.", /, **files: Any) -> dict[str, Any]:
     """The same exchange in one of the forms; ``files`` by kind."""
     if form == "alpaca":
         turns: dict[str, Any] = {"instruction": question, "output": answer}
