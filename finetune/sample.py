@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from finetune.errors import UserError
 from finetune.quoting import cut, plain, shown
@@ -23,6 +23,14 @@ VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
 )
 """Endings of files that are videos wherever nobody says what a file is; a GIF is a picture there."""
+SOUND_SUFFIXES = frozenset(
+    (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aiff", ".aif", ".amr", ".wma", ".ac3", ".caf")
+)
+"""Endings of files that are heard, not seen."""
+PICTURE_SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif", ".tga")
+)
+"""Endings of files that are pictures."""
 
 
 class DataError(UserError):
@@ -87,6 +95,20 @@ class Media:
 
 
 Part = Text | Media
+Tool = Mapping[str, Any]
+"""The description of a tool, as chat templates take it."""
+
+
+class Call(NamedTuple):
+    """One call of a tool.
+
+    Attributes:
+        name: of the tool.
+        arguments: by name.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +119,15 @@ class Message:
         role: one of ROLES.
         parts: text and media in reading order.
         train: whether this turn carries loss; only assistant turns may.
+        thought: the thinking before an answer, where the record has it apart from the text.
+        calls: of tools, which an answer ends with, where the record has them apart from the text.
     """
 
     role: str
     parts: tuple[Part, ...]
     train: bool = False
+    thought: str = ""
+    calls: tuple[Call, ...] = ()
 
     @property
     def text(self) -> str:
@@ -119,6 +145,7 @@ class Sample:
         messages: its turns.
         notes: what its author may not have meant, though it can be used; a sentence names no record, so that equal ones
             are counted.
+        tools: descriptions of those that may be called.
 
     Raises:
         DataError: no message, an unknown role, a trained turn that is not the assistant's, a system turn that is
@@ -129,6 +156,7 @@ class Sample:
     source: Source
     messages: tuple[Message, ...]
     notes: tuple[str, ...] = ()
+    tools: tuple[Tool, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.messages:

@@ -12,17 +12,12 @@ import numpy as np
 from finetune.filetypes import is_file
 from finetune.paths import expand
 from finetune.quoting import shown
-from finetune.sample import DataError, Media, Source
-
-SUFFIXES = frozenset(
-    (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aiff", ".aif", ".amr", ".wma", ".ac3", ".caf")
-)
-"""Endings of files that are heard, not seen."""
+from finetune.sample import SOUND_SUFFIXES, DataError, Media, Source
 
 
 def is_sound(path: Path) -> bool:
     """Whether the name of a file says that it is sound."""
-    return path.suffix.lower() in SUFFIXES
+    return path.suffix.lower() in SOUND_SUFFIXES
 
 
 def as_sound(sound: Any, source: Source) -> Media:

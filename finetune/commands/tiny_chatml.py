@@ -36,25 +36,64 @@ def template_with_system(text: str) -> str:
     return "{%- if messages[0].role != 'system' %}{{ " + system + " }}{%- endif %}" + _TURNS
 
 
-# After the last question the answer has its thinking, earlier answers have lost theirs.
-THINKING_TEMPLATE = (
-    "{%- set last = namespace(user=0) %}{%- for message in messages %}{%- if message.role == 'user' %}"
-    "{%- set last.user = loop.index0 %}{%- endif %}{%- endfor %}"
-    "{%- for message in messages %}{%- set text = message.content %}"
-    "{%- if message.role == 'assistant' %}{%- set thought = '' %}"
-    "{%- if '</think>' in text %}{%- set thought = text.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
-    "{%- set text = text.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
-    "{%- if loop.last and loop.index0 > last.user %}"
-    "{%- set text = '<think>\n' + thought + '\n</think>\n\n' + text %}{%- endif %}{%- endif %}"
-    "{%- if message.role == 'tool' %}"
+# Descriptions of tools in the system turn, behind its own text; the text of a turn without one is to be filled in.
+_TOOLS = (
+    "{%- if tools %}{{ '<|im_start|>system\n' }}"
+    "{{ messages[0].content + '\n\n' if messages[0].role == 'system' else 'OTHERWISE' }}{{ '# Functions' }}"
+    "{%- for tool in tools %}{{ '\n' }}{{ tool | tojson }}{%- endfor %}"
+    "{{ '\nCall them so: <tool_call>{name, arguments}</tool_call><|im_end|>\n' }}{%- endif %}"
+)
+# Behind an answer, whose own text is ``spoken``.
+_CALLS = (
+    "{%- for call in message.tool_calls or [] %}{%- if spoken or not loop.first %}{{ '\n' }}{%- endif %}"
+    "{%- set call = call.function or call %}"
+    '{{ \'<tool_call>\n{"name": "\' + call.name + \'", "arguments": \' }}{{ call.arguments | tojson }}'
+    "{{ '}\n</tool_call>' }}{%- endfor %}"
+)
+_RESULTS = (
     "{%- if messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{%- endif %}"
     "{{ '\n<tool_response>\n' + text + '\n</tool_response>' }}"
     "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{%- endif %}"
-    "{%- else %}{{ '<|im_start|>' + message.role + '\n' + text + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+)
+# After the last question the answer has its thinking, earlier answers have lost theirs.
+THINKING_TEMPLATE = (
+    _TOOLS.replace("OTHERWISE", "")
+    + "{%- set last = namespace(user=0) %}{%- for message in messages %}{%- if message.role == 'user' %}"
+    "{%- set last.user = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for message in messages %}{%- set text = message.content %}"
+    "{%- if message.role == 'assistant' %}{%- set thought = message.reasoning_content or '' %}"
+    "{%- if not thought and '</think>' in text %}"
+    "{%- set thought = text.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{%- set text = text.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+    "{%- set spoken = text %}{%- if loop.index0 > last.user and (loop.last or thought) %}"
+    "{%- set text = '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + text.lstrip('\n') %}{%- endif %}"
+    "{%- endif %}{%- if message.role == 'tool' %}"
+    + _RESULTS
+    + "{%- elif message.role != 'system' or not tools %}{{ '<|im_start|>' + message.role + '\n' + text }}"
+    + _CALLS
+    + "{{ '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
     "{%- elif enable_thinking is defined and enable_thinking is true %}{{ '<think>\n' }}{%- endif %}{%- endif %}"
 )
+
+
+def template_with_tools(text: str) -> str:
+    """As ``template_with_system``, with places for tools."""
+    default = f"<|im_start|>system\n{text}<|im_end|>\n"
+    return (
+        _TOOLS.replace("OTHERWISE", text + "\n\n")
+        + "{%- if not tools and messages[0].role != 'system' %}{{ '"
+        + default
+        + "' }}{%- endif %}"
+        "{%- for message in messages %}{%- set text = message.content %}{%- set spoken = text %}"
+        "{%- if message.role == 'tool' %}"
+        + _RESULTS
+        + "{%- elif message.role != 'system' or not tools %}{{ '<|im_start|>' + message.role + '\n' + text }}"
+        + _CALLS
+        + "{{ '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +134,7 @@ CHATML = {
         names=_QWEN_NAMES,
     ),
     "o2_6": ChatML(
-        template=template_with_system(_QWEN_SYSTEM),
+        template=template_with_tools(_QWEN_SYSTEM),
         special=(*TURN_MARKS, *IMAGE_MARKS, "<unit>", "</unit>", *AUDIO_MARKS),
         tokenizer_class=_OMNI,
         names=_QWEN_NAMES,

@@ -48,6 +48,13 @@ CHAT_TEMPLATE = """\
 {%- else -%}{{ part.text }}{%- endif -%}
 {%- endfor -%}{%- endif -%}
 {%- endmacro -%}
+{%- if tools -%}
+{{- '<|im_start|>system\\n# Functions' -}}
+{%- for tool in tools -%}{{- '\\n' -}}{{- tool | tojson -}}{%- endfor -%}
+{{- '\\nCall them so: <tool_call><function=name>...</function></tool_call>' -}}
+{%- if messages[0].role == 'system' -%}{{- '\\n\\n' + shown(messages[0].content) | trim -}}{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endif -%}
 {%- set last = namespace(user=0) -%}
 {%- for message in messages -%}
 {%- if message.role == 'user' -%}{%- set last.user = loop.index0 -%}{%- endif -%}
@@ -55,16 +62,33 @@ CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- set text = shown(message.content) | trim -%}
 {%- if message.role == 'assistant' -%}
-{%- set thought = '' -%}
-{%- if '</think>' in text -%}
+{%- set thought = (message.reasoning_content or '') | trim -%}
+{%- if not thought and '</think>' in text -%}
 {%- set thought = text.split('</think>')[0].split('<think>')[-1] | trim -%}
 {%- set text = text.split('</think>')[-1] | trim -%}
 {%- endif -%}
+{%- set spoken = text -%}
 {%- if loop.index0 > last.user -%}
 {%- set text = '<think>\\n' + thought + '\\n</think>\\n\\n' + text -%}
 {%- endif -%}
 {%- endif -%}
-{{- '<|im_start|>' + message.role + '\\n' + text + '<|im_end|>\\n' -}}
+{%- if message.role == 'tool' -%}
+{%- if messages[loop.index0 - 1].role != 'tool' -%}{{- '<|im_start|>user' -}}{%- endif -%}
+{{- '\\n<tool_response>\\n' + text + '\\n</tool_response>' -}}
+{%- if loop.last or messages[loop.index0 + 1].role != 'tool' -%}{{- '<|im_end|>\\n' -}}{%- endif -%}
+{%- elif message.role != 'system' or not tools -%}
+{{- '<|im_start|>' + message.role + '\\n' + text -}}
+{%- for call in message.tool_calls or [] -%}
+{%- set call = call.function or call -%}
+{{- ('' if loop.first and not spoken else '\\n\\n' if loop.first else '\\n') -}}
+{{- '<tool_call>\\n<function=' + call.name + '>' -}}
+{%- for name, value in call.arguments | items -%}
+{{- '\\n<parameter=' + name + '>\\n' + (value if value is string else value | tojson) + '\\n</parameter>' -}}
+{%- endfor -%}
+{{- '\\n</function>\\n</tool_call>' -}}
+{%- endfor -%}
+{{- '<|im_end|>\\n' -}}
+{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- '<|im_start|>assistant\\n' -}}

@@ -172,6 +172,7 @@ def _look(samples: Sequence[Sample], index: int, fitter: Fitter, cache: CheckCac
     try:
         sample = samples[index]
         fitted = fitter.fit(sample)
+        sample = fitter.encoder.tools.written(sample)  # calls are looked at as the text that is trained
     except DataError as error:
         return error
     size = fitter.encoder.measured(fitted.sample, fitted.plans, fitted.rendered)

@@ -126,6 +126,8 @@ def fingerprint(fitter: Fitter, samples: Sequence[Sample]) -> str:
         "policy": fitter.policy,
         "train_on": getattr(samples, "train_on", None),
         "meaning": getattr(samples, "meaning", None),
+        # What it writes for tools.
+        "chat_template": encoder.tokenizer.chat_template,
         "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
     }
     return json.dumps(values, sort_keys=True)

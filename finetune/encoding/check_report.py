@@ -94,8 +94,7 @@ def lines(report: Report) -> Iterator[str]:
         counts = [(report.with_media[kind], a) for kind, a in _A.items() if report.with_media[kind]]
         media = ", ".join(f"{count} of {used} records have {a}" for count, a in counts)
         yield "  " + (media or f"none of {used} records has an image, a video or sound")
-    for note, count in report.notes.most_common():
-        yield f"  warning: {count} of {used} records: {note}"
+    yield from (f"  warning: {line}" for line in _note_lines(report.notes, used))
     if report.repeated:
         yield f"  warning: {report.repeated} records have the text and the media of an earlier one"
     for answer, count in report.answers.most_common(1):
@@ -113,6 +112,20 @@ def lines(report: Report) -> Iterator[str]:
         yield from (f"      {message}" for message in messages[:_SHOWN])
         if len(messages) > _SHOWN:
             yield f"      ... and {len(messages) - _SHOWN} more"
+
+
+def _note_lines(notes: Counter[str], used: int) -> Iterator[str]:
+    """Notes with their numbers; those that say the same of several things ("keys that nothing reads: 'a'") are one."""
+    said: dict[str, list[tuple[str, int]]] = {}
+    for note, count in notes.most_common():
+        head, _, thing = note.partition(": ")
+        said.setdefault(head, []).append((thing, count))
+    for head, things in said.items():
+        if len(things) == 1:
+            thing, count = things[0]
+            yield f"{count} of {used} records: {head}" + (f": {thing}" if thing else "")
+        else:
+            yield f"{head}: " + ", ".join(f"{thing} ({count} of {used} records)" for thing, count in things)
 
 
 def _more(found: Sequence[str] | dict[str, int]) -> str:

@@ -43,6 +43,7 @@ from finetune.templates.probe import complete_layout
 from finetune.templates.rendering import IGNORE, Layout, Rendered, Spoken, Thinking
 from finetune.templates.rendering import Vocabulary as Spelling
 from finetune.templates.tokens import TextError, Vocabulary
+from finetune.templates.tools import ToolWriter
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ class Encoder:
         self.shrink_pixels = shrink_pixels
         self.hearing = hearing
         self.video = video
+        self.tools = ToolWriter(family, tokenizer, self.layout, FAMILIES)
         self.vocabulary = Vocabulary(tokenizer, family.control_tokens, family.required_tokens)
         self._inputs = INPUTS[family.inputs]
         self._backend = self._inputs.backends[image_backend]
@@ -303,6 +305,7 @@ class Encoder:
         Raises:
             DataError: text the tokenizer cannot represent, or turns the template lacks.
         """
+        sample = self.tools.written(sample)
         shown, layout = self._spread(sample, plans), self.layout
         if shown.sample is not sample and not layout.ids_beside_video:
             layout = replace(layout, image_ids=False)

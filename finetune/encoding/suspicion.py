@@ -43,6 +43,7 @@ def content(sample: Sample) -> str:
     """Stands for the text and the media files of a sample; media in memory are like no others."""
     digest = hashlib.blake2b(digest_size=12)
     for message in sample.messages:
+        digest.update(f"\0{message.thought}".encode(errors="surrogatepass"))
         for part in message.parts:
             digest.update(f"\0{message.role}\0{_identity(part, sample)}".encode(errors="surrogatepass"))
     return digest.hexdigest()

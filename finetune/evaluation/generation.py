@@ -20,11 +20,16 @@ def split_answer(sample: Sample) -> tuple[Sample, str]:
     """A sample without its last turn, and the text of that turn.
 
     Raises:
-        DataError: the last turn is not the assistant's, or nothing is left before it.
+        DataError: the last turn is not the assistant's, it calls tools, or nothing is left before it.
     """
     *before, last = sample.messages
     if last.role != "assistant" or not before:
         raise DataError(f"{sample.source}: the last turn is a {last.role} turn; an answer to compare with is needed")
+    if last.calls:
+        raise DataError(
+            f"{sample.source}: the last turn calls tools, and a call is no text to compare answers with; end the "
+            "record with the answer in words, or leave it out"
+        )
     return replace(sample, messages=tuple(before)), last.text
 
 

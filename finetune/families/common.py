@@ -153,6 +153,7 @@ def merged_layout(table: Table, config: Config) -> Layout:
         image_ids=value_of(config, table["use_image_id"]),
         ids_beside_video=True,
         trim=True,
+        thinks_between=True,
         # Reported, not published where we could read it: the checkpoint's own chat template decides.
         assumed=("default_system", "enable_thinking", "trim"),
     )

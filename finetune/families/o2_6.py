@@ -38,6 +38,7 @@ def _layout(config: Config) -> Layout:
     return replace(
         numbered_layout(config),
         default_system=system,
+        tools=True,
         # The published chat code answers sound in this form, whether or not it then speaks.
         speech=SPEECH_TOKENS[:4],
         speech_end=SPEECH_TOKENS[4],
@@ -59,7 +60,7 @@ O2_6 = Family(
     audio_spec=partial(hearing, _SETTINGS),
     layout=_layout,
     render=render,
-    roles=ROLES,
+    roles=(*ROLES, "tool"),
     control_tokens=(*_TOKENS, *AUDIO_TOKENS, *SPEECH_TOKENS, "<|endoftext|>"),
     required_tokens=_TOKENS,
     stop_tokens=("<|im_end|>", "<|endoftext|>"),

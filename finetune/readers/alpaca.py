@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from finetune.quoting import shown, words_of
-from finetune.readers.conversation import TrainOn, Turn, build, refuse_tools, system_text
+from finetune.readers.conversation import TrainOn, build
 from finetune.readers.forms import Form
 from finetune.readers.media import Places, json_cell, json_type
+from finetune.readers.turns import Turn
 from finetune.sample import DataError, Sample, Source
 
 
@@ -19,7 +20,6 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
         DataError: the record is not of the form, its tags and files differ in number, or a file is missing.
     """
     columns = form.columns
-    refuse_tools(record, columns.tools, source)
     turns = list(_history(record, columns.history, source))
     asked = [_text(record, column, source) for column in (columns.prompt, columns.query)]
     question = "\n".join(text for text in asked if text)
@@ -35,11 +35,7 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
         state = f"is {json_type(answer)}" if columns.response in record else f"is missing (found {_keys(record)})"
         raise DataError(f"{source}: {columns.response!r} {state}; it must be the answer, a string")
     turns += [Turn("user", question), Turn("assistant", answer)]
-    system = system_text(record, columns.system, source)
-    if system:
-        turns.insert(0, Turn("system", system))
-    text_column = columns.prompt or columns.query or "prompt"
-    return build(turns, record, columns, text_column, source, where, train_on)
+    return build(turns, record, form, source, where, train_on)
 
 
 def _text(record: Mapping[str, Any], column: str | None, source: Source) -> str:

@@ -2,71 +2,51 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
-from finetune.quoting import words_of
-from finetune.readers import lookalikes
-from finetune.readers.forms import MEDIA_COLUMNS, Columns
-from finetune.readers.json_values import ValueFault, parse, written
-from finetune.readers.media import Places, json_cell, json_type, listed
-from finetune.sample import DataError, Media, MediaKind, Message, Part, Sample, Source, Text
+from finetune.readers import calling, keys, lookalikes
+from finetune.readers.forms import MEDIA_COLUMNS, Form
+from finetune.readers.json_values import written
+from finetune.readers.media import Places, json_type, listed
+from finetune.readers.turns import Slot, Turn
+from finetune.sample import DataError, Media, MediaKind, Message, Part, Sample, Source, Text, Tool
 
 TrainOn = Literal["all", "last"]
 TRAIN_ON: tuple[TrainOn, ...] = get_args(TrainOn)
 _TAG = re.compile(r"<(image|video|audio)>")
 
 
-class Slot(NamedTuple):
-    """The place of the next file of a kind."""
-
-    kind: MediaKind
-
-
-class Turn(NamedTuple):
-    """One turn of a record.
-
-    Attributes:
-        role: system, user, assistant or tool.
-        content: text whose tags say where files go, or parts.
-        loss: whether an answer may be trained.
-    """
-
-    role: str
-    content: str | tuple[Part | Slot, ...]
-    loss: bool = True
-
-
-def assemble(turns: Sequence[tuple[str, tuple[Part, ...], bool]], source: Source, train_on: TrainOn) -> Sample:
-    """The sample of some turns: role, parts, and whether an answer may be trained; all answers are, or the last."""
-    answers = [index for index, (role, _, _) in enumerate(turns) if role == "assistant"]
+def assemble(
+    turns: Sequence[Turn],
+    parts: Sequence[tuple[Part, ...]],
+    tools: tuple[Tool, ...],
+    source: Source,
+    train_on: TrainOn,
+) -> Sample:
+    """The sample of some turns, whose media stand among their parts: all answers are trained, or the last."""
+    answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     trained = answers if train_on == "all" else answers[-1:]
     messages = tuple(
-        Message(role, parts, train=index in trained and allowed) for index, (role, parts, allowed) in enumerate(turns)
+        Message(turn.role, own, index in trained and turn.loss, turn.thought, turn.calls)
+        for index, (turn, own) in enumerate(zip(turns, parts, strict=True))
     )
-    return Sample(id=source.id or str(source.index), source=source, messages=messages)
+    return Sample(id=source.id or str(source.index), source=source, messages=messages, tools=tools)
 
 
 def build(
-    turns: Sequence[Turn],
-    record: Mapping[str, Any],
-    columns: Columns,
-    text_column: str,
-    source: Source,
-    where: Places,
-    train_on: TrainOn,
+    turns: Sequence[Turn], record: Mapping[str, Any], form: Form, source: Source, where: Places, train_on: TrainOn
 ) -> Sample:
     """The sample of a record with tags: each tag in a user turn takes the next file of its column.
 
-    Where a turn has media among its parts, tags are plain text. In turns that are not the user's they always are.
+    Files that a turn names itself take the tags of that turn, or stand in front of its text. Where a turn has media
+    among its parts, tags are plain text. In turns that are not the user's they always are.
 
     Args:
-        turns: in order.
+        turns: in order, as they stand in the record.
         record: has the files.
-        columns: under which keys.
-        text_column: where the turns came from, named in errors.
+        form: under which keys.
         source: named in errors.
         where: for relative paths.
         train_on: one of TRAIN_ON.
@@ -76,26 +56,85 @@ def build(
     """
     files: dict[MediaKind, list[Media]] = {}
     for kind in MEDIA_COLUMNS:
-        column = columns.media(kind)
+        column = form.columns.media(kind)
         files[kind] = [] if column is None else listed(record.get(column), kind, column, source, where)
+    turns = with_system(joined(turns), record, keys.system_keys(form), source)
+    if turns and turns[0].role == "system" and not turns[0].content:
+        del turns[0]  # an empty prompt is none: the model's own holds
     turns, files = lookalikes.settle(turns, files, source, where, _TAG)
     explicit = any(
         not isinstance(part, Text) for turn in turns if not isinstance(turn.content, str) for part in turn.content
     )
-    slotted = [_slots(turn, explicit) for turn in turns]
+    slotted = [
+        _slots(turn.role, own_placed(turn, number, source, tags=not explicit), explicit)
+        for number, turn in enumerate(turns)
+    ]
     for kind, found in files.items():
-        _check_counts(kind, slotted, turns, found, columns, text_column, source, explicit)
+        _check_counts(kind, slotted, turns, found, form, source, explicit)
     queues: dict[MediaKind, Iterator[Media]] = {kind: iter(found) for kind, found in files.items()}
     filled = [tuple(_filled(parts, queues)) for parts in slotted]
-    return assemble(
-        [(turn.role, parts, turn.loss) for turn, parts in zip(turns, filled, strict=True)], source, train_on
-    )
+    return assemble(turns, filled, calling.described(record, keys.tool_keys(form), source), source, train_on)
 
 
-def _slots(turn: Turn, explicit: bool) -> tuple[Part | Slot, ...]:
-    parts = (Text(turn.content),) if isinstance(turn.content, str) else turn.content
-    if turn.role != "user" or explicit:
-        return tuple(parts)
+def joined(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns with those that only call tools joined to the answer in front of them: together they are one."""
+    result: list[Turn] = []
+    for turn in turns:
+        before = result[-1] if result else None
+        if turn.role == "function":
+            turn = turn._replace(role="assistant")
+            if before and before.role == "assistant" and turn[1:4] == ("", before.loss, ""):
+                result[-1] = before._replace(calls=(*before.calls, *turn.calls))
+                continue
+        result.append(turn)
+    return result
+
+
+def own_placed(turn: Turn, number: int, source: Source, *, tags: bool = True) -> tuple[Part | Slot, ...]:
+    """The content of a turn with the files that it names itself at its tags, without any in front of it.
+
+    Args:
+        turn: tags of kinds of which it names no file are left as they are.
+        number: of the turn, named in errors.
+        source: named in errors.
+        tags: whether tags are places at all.
+
+    Raises:
+        DataError: there are tags, but not as many as files.
+    """
+    parts: tuple[Part | Slot, ...] = (Text(turn.content),) if isinstance(turn.content, str) else turn.content
+    front: list[Part] = []
+    for kind, files in turn.files.items():
+        tag = f"<{kind}>"
+        count = sum(part.text.count(tag) for part in parts if isinstance(part, Text)) if tags else 0
+        if count not in (0, len(files)):
+            raise DataError(
+                f"{source}: turn {number} has {count} {tag} in its text and names {len(files)} files of that kind; "
+                "they must be as many (or no tag, then the files stand in front)"
+            )
+        if not count:
+            front += [part for file in files for part in (file, Text("\n"))]
+            continue
+        left = iter(files)
+        parts = tuple(
+            piece for part in parts for piece in (_at_tags(part, tag, left) if isinstance(part, Text) else (part,))
+        )
+    return (*front, *parts)
+
+
+def _at_tags(part: Text, tag: str, files: Iterator[Media]) -> Iterator[Part]:
+    first, *rest = part.text.split(tag)
+    if first:
+        yield Text(first)
+    for text in rest:
+        yield next(files)
+        if text:
+            yield Text(text)
+
+
+def _slots(role: str, parts: tuple[Part | Slot, ...], explicit: bool) -> tuple[Part | Slot, ...]:
+    if role != "user" or explicit:
+        return parts
     return tuple(piece for part in parts for piece in (_split(part.text) if isinstance(part, Text) else [part]))
 
 
@@ -119,8 +158,7 @@ def _check_counts(
     slotted: Sequence[tuple[Part | Slot, ...]],
     turns: Sequence[Turn],
     files: Sequence[Media],
-    columns: Columns,
-    text_column: str,
+    form: Form,
     source: Source,
     explicit: bool,
 ) -> None:
@@ -128,6 +166,8 @@ def _check_counts(
     count = sum(isinstance(part, Slot) and part.kind == kind for parts in slotted for part in parts)
     if count == len(files):
         return
+    columns = form.columns
+    text_column = columns.messages if form.name != "alpaca" else columns.prompt or columns.query
     column = columns.media(kind)
     tag = f'parts of type "{kind}" without a path' if explicit else f"<{kind}>"
     under = f"{len(files)} files under {column!r}" if column else f"no column for {MEDIA_COLUMNS[kind]} is named"
@@ -139,91 +179,27 @@ def _check_counts(
     )
 
 
-def loss(turn: Mapping[str, Any], role: str, number: int, source: Source) -> bool:
-    """Whether the turn may be trained: its ``loss``, 1 where it has none.
+def with_system(turns: list[Turn], record: Mapping[str, Any], names: Sequence[str], source: Source) -> list[Turn]:
+    """The turns behind the system prompt that a record has beside them, if any.
+
+    Args:
+        turns: of the record.
+        record: may have the prompt.
+        names: under which keys.
+        source: named in errors.
 
     Raises:
-        DataError: neither 0 nor 1, or 1 in a turn that is no answer.
+        DataError: it is not a string, or the record has two different ones.
     """
-    given = turn.get("loss")
-    if given is None:
-        return True
-    if not isinstance(given, int) or given not in (0, 1):
-        raise DataError(
-            f"{source}: turn {number}: 'loss' is {written(given)}; it must be 1 (train the answer) or 0 (do not)"
-        )
-    if given and role != "assistant":
-        raise DataError(
-            f"{source}: turn {number}: 'loss' is 1 in a {role} turn; only answers are trained, remove it there"
-        )
-    return bool(given)
-
-
-def turn_list(record: Mapping[str, Any], column: str | None, source: Source) -> list[Mapping[str, Any]]:
-    """The turns of a record as objects.
-
-    Raises:
-        DataError: the column is missing, or is not a list of objects.
-    """
-    if column is None:
-        raise DataError(f"{source}: no column is named for the turns; name it under columns: messages")
-    turns = json_cell(record.get(column))
-    if turns is None:
-        raise DataError(
-            f"{source}: has no {column!r} (found {words_of(record)}); add the list of turns, or name its column"
-        )
-    if not isinstance(turns, (list, tuple)):
-        raise DataError(f"{source}: {column!r} is {json_type(turns)}; it must be a list of turns")
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            raise DataError(f"{source}: turn {number} is {json_type(turn)}; it must be an object with role and content")
-    return list(turns)
-
-
-def system_text(record: Mapping[str, Any], column: str | None, source: Source) -> str:
-    """The system prompt of a record's own column, empty where it has none.
-
-    Raises:
-        DataError: it is not a string.
-    """
-    given = None if column is None else record.get(column)
-    if given is None:
-        return ""
+    name, given = keys.alone(record, names, "", source) or ("", "")
     if not isinstance(given, str):
-        raise DataError(f"{source}: {column!r} is {json_type(given)}; the system prompt must be a string")
-    return given
-
-
-def refuse_tools(record: Mapping[str, Any], column: str | None, source: Source) -> None:
-    """Descriptions of tools are refused: how a prompt words them differs from model to model.
-
-    Raises:
-        DataError: the record has some.
-    """
-    given = None if column is None else record.get(column)
-    if isinstance(given, str):
-        given = given.strip() not in ("", "[]", "{}", "null")
-    if given:
-        raise DataError(
-            f"{source}: {column!r} describes tools, and samples have no place for that: every model words it in its "
-            "own way; write the description as your model's chat template does into the system turn and leave "
-            f"{column!r} empty"
-        )
-
-
-def check_call(text: str, number: int, source: Source) -> None:
-    """A tool call must be text as the model writes it: JSON alone would be learnt as the answer.
-
-    Raises:
-        DataError: it is JSON.
-    """
-    try:
-        parse(text)
-    except json.JSONDecodeError:
-        return
-    except ValueFault:
-        pass  # it is JSON, of a kind
-    raise DataError(
-        f"{source}: turn {number} calls a tool in JSON ({text[:40]!r}); how a call is written differs from model to "
-        "model: write it as your model's chat template does (<tool_call>...</tool_call>)"
-    )
+        raise DataError(f"{source}: {name!r} is {json_type(given)}; the system prompt must be a string")
+    if not turns or turns[0].role != "system":
+        return [Turn("system", given), *turns] if given else turns
+    own = turns[0].content
+    if not own:
+        return [Turn("system", given), *turns[1:]] if given else turns
+    if given and own not in (given, (Text(given),)):
+        shown = written(own) if isinstance(own, str) else "another one"
+        raise DataError(f"{source}: {name!r} is {written(given)} and the system turn is {shown}; keep one")
+    return turns

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from finetune.quoting import shown, words_of
+from finetune.readers import keys
 from finetune.readers.forms import (
     FROM_VALUE,
     MEDIA_COLUMNS,
     OWN_NAMES,
-    RANKING,
     ROLE_CONTENT,
     WANTED,
     Columns,
@@ -102,19 +102,16 @@ def _turns(record: Mapping[str, Any], column: str | None) -> list[Mapping[str, A
 
 def _by_signs(records: Sequence[Mapping[str, Any]], where: str, looked_at: int) -> tuple[FormName, str]:
     """The form that the keys of the records speak for; plain turns are official."""
-    signs: dict[FormName, str] = {}
-    plain = weak = None
     for record in records:
-        _refuse_ranking(record, where)
-        for name, sign in _signs(record):
-            signs.setdefault(name, sign)
-        turns = next((key for key in _CONVERSATION if record.get(key) is not None), None)
-        plain = plain or turns
-        weak = weak or next((key for key in ("tools", "system") if turns and record.get(key)), None)
+        if compared := keys.compared(record):
+            raise DataError(f"{where}: records have {compared}")
+    plain = next((key for record in records for key in _CONVERSATION if record.get(key) is not None), None)
+    signs = _first(sign for record in records for sign in _signs(record))
     if "openai" in signs:
         signs.pop("sharegpt", None)  # it has the same columns
-    if plain and not signs and weak:
-        signs["sharegpt"] = repr(weak)
+    if plain and not signs:
+        weak = _first(sign for record in records for sign in _weak_signs(record))
+        signs = dict(sorted(weak.items())[:1])  # openai before sharegpt
     if plain and "alpaca" in signs:
         signs.setdefault("official", repr(plain))
     if len(signs) > 1:
@@ -132,6 +129,14 @@ def _by_signs(records: Sequence[Mapping[str, Any]], where: str, looked_at: int) 
     raise DataError(f"{where}: the {looked_at} records looked at fit no form (found {found}); {WANTED}")
 
 
+def _first(signs: Iterable[tuple[FormName, str]]) -> dict[FormName, str]:
+    """The first sign of each form."""
+    found: dict[FormName, str] = {}
+    for name, sign in signs:
+        found.setdefault(name, sign)
+    return found
+
+
 def _signs(record: Mapping[str, Any]) -> Iterator[tuple[FormName, str]]:
     """Keys of a record that only one form has."""
     if all(record.get(key) is None for key in _CONVERSATION):
@@ -146,20 +151,19 @@ def _signs(record: Mapping[str, Any]) -> Iterator[tuple[FormName, str]]:
     for turn in (turn for key in _CONVERSATION for turn in _turns(record, key)):
         if isinstance(turn.get("content"), (list, tuple)):
             yield "openai", "content as a list of parts"
+
+
+def _weak_signs(record: Mapping[str, Any]) -> Iterator[tuple[FormName, str]]:
+    """Keys that decide where no other sign does: records with turns may have them in every form."""
+    for turn in (turn for key in _CONVERSATION for turn in _turns(record, key)):
         if turn.get("tool_calls"):
             yield "openai", "'tool_calls'"
         word = turn.get("from") or turn.get("role")
         if word in ("observation", "function_call"):
             yield "sharegpt", f"turns of {shown(word, 40)}"
-
-
-def _refuse_ranking(record: Mapping[str, Any], where: str) -> None:
-    found = [key for key in RANKING if record.get(key) is not None]
-    if found == ["kto_tag"] or len(found) > 1:
-        raise DataError(
-            f"{where}: records have {' and '.join(map(repr, found))}, answers that are compared; only supervised "
-            "finetuning is done here: keep the answer to be learnt (in 'output' or as the last turn)"
-        )
+    for key in ("tools", "system"):
+        if record.get(key):
+            yield "sharegpt", repr(key)
 
 
 def check_columns(records: Sequence[Any], columns: Columns, form: FormName, where: str) -> list[str]:
@@ -174,17 +178,17 @@ def check_columns(records: Sequence[Any], columns: Columns, form: FormName, wher
     Raises:
         DataError: a column that every record needs is in none, or another is in none and looks like a slip.
     """
-    keys = list(dict.fromkeys(key for record in records if isinstance(record, dict) for key in record))
+    had = list(dict.fromkeys(key for record in records if isinstance(record, dict) for key in record))
     used = ("prompt", "query", "response", "history") if form == "alpaca" else ("messages",)
     warnings = []
     for name in (*used, "system", "tools", *MEDIA_COLUMNS.values()):
         column = getattr(columns, name)
-        if column is None or column in keys:
+        if column is None or column in had:
             continue
-        close = difflib.get_close_matches(column, keys, 1, cutoff=0.8)
+        close = difflib.get_close_matches(column, had, 1, cutoff=0.8)
         text = f"{where}: none of the {len(records)} records looked at has {column!r}, the column of {name}"
-        found = f"(found {words_of(keys)})"
-        if close or name in ("messages", "response") or (name == "prompt" and columns.query not in keys):
+        found = f"(found {words_of(had)})"
+        if close or name in ("messages", "response") or (name == "prompt" and columns.query not in had):
             hint = f"did you mean {close[0]!r}? Name it" if close else "name the right one"
             raise DataError(f"{text} {found}; {hint} under columns")
         # Other records may have it, or it is a column of a table without a value.
@@ -197,7 +201,7 @@ def check_columns(records: Sequence[Any], columns: Columns, form: FormName, wher
         *MEDIA_COLUMNS.values(),
         *({"input", "history"} if form == "alpaca" else ()),
     }
-    filled = [key for key in keys if key in ours - named and any(isinstance(r, dict) and r.get(key) for r in records)]
+    filled = [key for key in had if key in ours - named and any(isinstance(r, dict) and r.get(key) for r in records)]
     if filled:
         warnings.append(
             f"{where}: records have {words_of(filled)}, not used, as dataset_info.json does not name them under columns"

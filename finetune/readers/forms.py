@@ -20,7 +20,7 @@ WANTED = (
 
 MEDIA_COLUMNS: dict[MediaKind, str] = {"image": "images", "video": "videos", "audio": "audios"}
 RANKING = ("chosen", "rejected", "kto_tag")
-"""Columns of data that compare answers, which supervised finetuning has no use for."""
+"""Columns that a description may name for answers that are compared."""
 
 # Words that any of the vocabularies uses, and what they mean here; "function" is an answer that calls tools.
 _WORDS = {
@@ -31,7 +31,10 @@ _WORDS = {
     "assistant": "assistant",
     "observation": "tool",
     "tool": "tool",
+    "tool_response": "tool",
+    "function": "tool",
     "function_call": "function",
+    "tool_call": "function",
 }
 
 

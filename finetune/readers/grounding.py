@@ -15,11 +15,9 @@ from PIL import Image
 from finetune.media import pictures
 from finetune.quoting import shown, words_of
 from finetune.readers.json_values import written
+from finetune.readers.keys import OBJECTS as KEY
 from finetune.readers.media import json_cell, json_type
 from finetune.sample import DataError, Message, Sample, Source, Text
-
-KEY = "objects"
-"""The key of a record that has them."""
 
 # With marks around it that the author wrote already; an element <bbox>...</bbox> is no place.
 _NAME = r"(?P<ref><ref>)?<ref-object>(?(ref)</ref>)"

@@ -131,7 +131,9 @@ class _Turn(Protocol):
     def role(self) -> str: ...
     @property
     def content(self) -> Any: ...
-    def _replace(self, *, content: Any) -> Self: ...
+    @property
+    def files(self) -> Mapping[MediaKind, Any]: ...
+    def _replace(self, *, content: Any = ..., files: Any = ...) -> Self: ...
 
 
 AnyTurn = TypeVar("AnyTurn", bound=_Turn)
@@ -163,17 +165,37 @@ def settle(
     result, settled = list(turns), dict(files)
     if any(not isinstance(part, Text) for turn in turns if not isinstance(turn.content, str) for part in turn.content):
         return result, settled
-    asked = [number for number, turn in enumerate(turns) if turn.role == "user"]
+    users = [number for number, turn in enumerate(turns) if turn.role == "user"]
     for kind, listed in files.items():
-        texts = [text for number in asked for text in _texts(result[number].content)]
-        located = [_located(text, kind, source, where, tag) for text in texts]
-        if isinstance(listed, dict) or all(mark.spelling == f"<{kind}>" for each in located for mark in each):
-            continue
-        read, settled[kind] = _read(located, kind, listed, source)
-        written = iter([_written(text, each, kind) for text, each in zip(texts, read, strict=True)])
-        for number in asked:
-            result[number] = result[number]._replace(content=_rewritten(result[number].content, written))
+        # A turn that names files of its own has places for these alone.
+        own = [number for number in users if result[number].files.get(kind)]
+        for number in own:
+            found = _settled(result, [number], kind, turns[number].files[kind], source, where, tag)
+            result[number] = result[number]._replace(files={**result[number].files, kind: found})
+        others = [number for number in users if number not in own]
+        settled[kind] = _settled(result, others, kind, listed, source, where, tag)
     return result, settled
+
+
+def _settled(
+    turns: list[AnyTurn],
+    asked: Sequence[int],
+    kind: MediaKind,
+    listed: Any,
+    source: Source,
+    where: Places,
+    tag: re.Pattern[str],
+) -> Any:
+    """The files of a kind for some turns, whose texts are rewritten in place."""
+    texts = [text for number in asked for text in _texts(turns[number].content)]
+    located = [_located(text, kind, source, where, tag) for text in texts]
+    if isinstance(listed, dict) or all(mark.spelling == f"<{kind}>" for each in located for mark in each):
+        return listed
+    read, found = _read(located, kind, listed, source)
+    written = iter([_written(text, each, kind) for text, each in zip(texts, read, strict=True)])
+    for number in asked:
+        turns[number] = turns[number]._replace(content=_rewritten(turns[number].content, written))
+    return found
 
 
 def _texts(content: str | Sequence[Text]) -> list[str]:

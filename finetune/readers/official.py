@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 from finetune.quoting import cut, shown
-from finetune.readers import lookalikes
-from finetune.readers.conversation import TrainOn, assemble, loss, turn_list
+from finetune.readers import calling, keys, lookalikes
+from finetune.readers.conversation import TrainOn, assemble, joined, own_placed, with_system
 from finetune.readers.embedded import A_FILE
+from finetune.readers.forms import MEDIA_COLUMNS
 from finetune.readers.media import Places, is_embedded, json_cell, json_type, one
-from finetune.readers.sharegpt import state
+from finetune.readers.turns import Turn, complete, state, text_of, turn_list
 from finetune.sample import MEDIA_KINDS, DataError, Media, MediaKind, Part, Sample, Source, Text
 
 _TAG = re.compile(r"<(?:image|video|audio)(?:_\d+)?>")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
-FOREIGN = ("images", "videos", "audios")
-"""Keys of media that other forms use."""
+_CALLING = {
+    "function_call": "function",
+    "tool_call": "function",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+}
 
 
 _Files = dict[str, Media] | list[Media]
 """Files by tag, or in order."""
-
-
-class _Turn(NamedTuple):
-    """One turn of a record; ``loss`` is whether an answer may be trained."""
-
-    role: str
-    content: str
-    loss: bool
 
 
 def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: TrainOn) -> Sample:
@@ -39,31 +37,30 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
     from ``<image_00>``, ``<image_01>``, ... to paths (each tag once, anywhere), or absent. Without any tag the images
     stand in front of the first user turn, each followed by a newline; otherwise the text around a tag stays as it is.
     ``video`` and ``audio`` are the same with tags of their own names; without tags images come first, then videos.
-    Tags count in user turns only: in other turns they are plain text. Turns have ``role`` and ``content``, or
-    ``from`` and ``value`` (human, gpt). Every assistant turn is trained, or with ``train_on`` "last" the last
-    one of the conversation, unless it has ``loss`` 0.
+    A user turn may also name files of its own, which take its tags or stand in front of its text. Tags count in user
+    turns only: in other turns they are plain text. Turns have ``role`` and ``content``, or ``from`` and ``value``
+    (human, gpt). Every assistant turn is trained, or with ``train_on`` "last" the last one of the conversation,
+    unless it has ``loss`` 0.
 
     Raises:
         DataError: the record is not of the official form, or a media file does not exist.
     """
-    for key in FOREIGN:
+    for key in MEDIA_COLUMNS.values():
         if record.get(key):
             raise DataError(
                 f"{source}: has {key!r}, which the official form does not know; paths belong under {key[:-1]!r} "
                 "(or the file is of another form: --data_format sharegpt)"
             )
-    turns = _turns(record, source)
+    turns = with_system(joined(_turns(record, source, where)), record, keys.SYSTEM, source)
     files: dict[MediaKind, _Files] = {
         kind: _files(kind, json_cell(record.get(kind)), source, where) for kind in MEDIA_KINDS
     }
     turns, files = lookalikes.settle(turns, files, source, where, _TAG)
     placed = _place(turns, files, source)
-    return assemble(
-        [(turn.role, parts, turn.loss) for turn, parts in zip(turns, placed, strict=True)], source, train_on
-    )
+    return assemble(turns, placed, calling.described(record, keys.TOOLS, source), source, train_on)
 
 
-def _turns(record: Mapping[str, Any], source: Source) -> list[_Turn]:
+def _turns(record: Mapping[str, Any], source: Source, where: Places) -> list[Turn]:
     """Every turn, its values checked."""
     key = "messages" if record.get("conversations") is None and record.get("messages") is not None else "conversations"
     if record.get("conversations") is not None and record.get("messages") is not None:
@@ -75,12 +72,11 @@ def _turns(record: Mapping[str, Any], source: Source) -> list[_Turn]:
         names = ("from", "value") if tagged else ("role", "content")
         if turn.get("from") is not None and not tagged:
             raise DataError(f"{source}: turn {number} has 'role' and 'from', two names for who speaks; keep one")
-        for name in names:
-            if not isinstance(turn.get(name), str):
-                raise DataError(f"{source}: turn {number}: {state(turn, name)}; it must be a string")
-        role: str = turn[names[0]]
-        role = _SHAREGPT.get(role, role) if tagged else role
-        result.append(_Turn(role, turn[names[1]], loss(turn, role, number, source)))
+        role = turn.get(names[0])
+        if not isinstance(role, str):
+            raise DataError(f"{source}: turn {number}: {state(turn, names[0])}; it must be a string")
+        role = _CALLING.get(role, _SHAREGPT.get(role, role) if tagged else role)
+        result.append(complete(turn, role, text_of(turn, names[1], number, source), number, source, where))
     return result
 
 
@@ -113,9 +109,12 @@ def _kind(tag: str) -> str:
     return tag.strip("<>").partition("_")[0]
 
 
-def _place(turns: Sequence[_Turn], files: Mapping[MediaKind, _Files], source: Source) -> list[tuple[Part, ...]]:
+def _place(turns: Sequence[Turn], files: Mapping[MediaKind, _Files], source: Source) -> list[tuple[Part, ...]]:
     """The parts of every turn, with the files at their tags; those of a kind without any tag stand in front."""
-    found = [tag for turn in turns if turn.role == "user" for tag in _TAG.findall(turn.content)]
+    # Turns of this form are text, so that there are no slots in them.
+    own = [cast("tuple[Part, ...]", own_placed(turn, number, source)) for number, turn in enumerate(turns)]
+    asked = [parts if turn.role == "user" else () for turn, parts in zip(turns, own, strict=True)]
+    found = [tag for parts in asked for part in parts if isinstance(part, Text) for tag in _TAG.findall(part.text)]
     queues: dict[str, Iterator[Media]] = {}
     front: list[Media] = []
     for kind, given in files.items():
@@ -124,7 +123,7 @@ def _place(turns: Sequence[_Turn], files: Mapping[MediaKind, _Files], source: So
             front += given if isinstance(given, list) else given.values()
         else:
             queues[kind] = iter(_match(kind, tags, given, source))
-    placed = [_split(turn.content, queues) if turn.role == "user" else (Text(turn.content),) for turn in turns]
+    placed = [_split(parts, queues) if turn.role == "user" else parts for turn, parts in zip(turns, own, strict=True)]
     return _in_front(turns, placed, front, source) if front else placed
 
 
@@ -168,7 +167,7 @@ _MANY: dict[MediaKind, str] = {"image": "images", "video": "videos", "audio": "a
 
 
 def _in_front(
-    turns: Sequence[_Turn], placed: list[tuple[Part, ...]], files: Sequence[Media], source: Source
+    turns: Sequence[Turn], placed: list[tuple[Part, ...]], files: Sequence[Media], source: Source
 ) -> list[tuple[Part, ...]]:
     first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
     if first is None:
@@ -178,12 +177,16 @@ def _in_front(
     return placed
 
 
-def _split(content: str, files: Mapping[str, Iterator[Media]]) -> tuple[Part, ...]:
-    """The content with its tags replaced by the next files of their kinds."""
+def _split(given: tuple[Part, ...], files: Mapping[str, Iterator[Media]]) -> tuple[Part, ...]:
+    """The parts with tags in text replaced by the next files of their kinds."""
     parts: list[Part] = []
-    end = 0
-    for tag in _TAG.finditer(content):
-        parts += [Text(content[end : tag.start()]), next(files[_kind(tag.group())])]
-        end = tag.end()
-    parts.append(Text(content[end:]))
+    for part in given:
+        if isinstance(part, Media):
+            parts.append(part)
+            continue
+        end = 0
+        for tag in _TAG.finditer(part.text):
+            parts += [Text(part.text[end : tag.start()]), next(files[_kind(tag.group())])]
+            end = tag.end()
+        parts.append(Text(part.text[end:]))
     return tuple(part for part in parts if not isinstance(part, Text) or part.text)

@@ -6,20 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.quoting import shown
-from finetune.readers.conversation import (
-    Slot,
-    TrainOn,
-    Turn,
-    build,
-    check_call,
-    loss,
-    refuse_tools,
-    system_text,
-    turn_list,
-)
+from finetune.readers import keys
+from finetune.readers.conversation import TrainOn, build
 from finetune.readers.forms import MEDIA_COLUMNS, Form, Tags
 from finetune.readers.media import Places, json_type, one
-from finetune.readers.sharegpt import role_of, state
+from finetune.readers.sharegpt import role_of
+from finetune.readers.turns import Slot, Turn, complete, text_of, turn_list
 from finetune.sample import DataError, Media, MediaKind, Part, Sample, Source, Text
 
 
@@ -29,42 +21,23 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
     Raises:
         DataError: the record is not of the form, places and files differ in number, or a file is missing.
     """
-    columns = form.columns
-    refuse_tools(record, columns.tools, source)
     turns = [
         _turn(turn, number, form.tags, source, where)
-        for number, turn in enumerate(turn_list(record, columns.messages, source))
+        for number, turn in enumerate(turn_list(record, form.columns.messages, source))
     ]
-    system = system_text(record, columns.system, source)
-    if system and not (turns and turns[0].role == "system"):
-        turns.insert(0, Turn("system", system))
-    if turns and turns[0].role == "system" and not turns[0].content:
-        del turns[0]  # an empty prompt is none: the model's own holds
-    assert columns.messages is not None
-    return build(turns, record, columns, columns.messages, source, where, train_on)
+    return build(turns, record, form, source, where, train_on)
 
 
 def _turn(turn: Mapping[str, Any], number: int, tags: Tags, source: Source, where: Places) -> Turn:
     role = role_of(turn, number, tags, source)
-    if turn.get("tool_calls"):
-        raise DataError(
-            f"{source}: turn {number} has 'tool_calls'; how a call is written differs from model to model: write it "
-            "into the content as your model's chat template does (<tool_call>...</tool_call>)"
-        )
     content = turn.get(tags.content_tag)
     if isinstance(content, (list, tuple)):
         if not content:
             raise DataError(f"{source}: turn {number}: {tags.content_tag!r} is an empty list; give its parts, or text")
         parts = tuple(_part(part, number, source, where) for part in content)
-    elif isinstance(content, str):
-        parts = content
     else:
-        raise DataError(f"{source}: turn {number}: {state(turn, tags.content_tag)}; it must be text or a list of parts")
-    if role == "function":
-        role = "assistant"
-        if isinstance(parts, str):
-            check_call(parts, number, source)
-    return Turn(role, parts, loss(turn, role, number, source))
+        parts = text_of(turn, tags.content_tag, number, source, "text or a list of parts")
+    return complete(turn, role, parts, number, source, where)
 
 
 def _part(part: Any, number: int, source: Source, where: Places) -> Part | Slot:
@@ -86,10 +59,10 @@ def _part(part: Any, number: int, source: Source, where: Places) -> Part | Slot:
 
 
 def _medium(part: Mapping[str, Any], kind: MediaKind, number: int, source: Source, where: Places) -> Media | Slot:
-    keys = (kind, f"{kind}_url", "path", "url")
-    given = next((part[key] for key in keys if part.get(key) is not None), None)
+    found = keys.alone(part, keys.file_keys(kind), f"turn {number}, a part of type {kind!r}: ", source)
+    if found is None:
+        return Slot(kind)
+    given = found[1]
     if isinstance(given, dict) and "url" in given:
         given = given["url"]
-    if given is None:
-        return Slot(kind)
     return one(given, kind, f"messages, turn {number}", source, where)

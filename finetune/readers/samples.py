@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, overload
 
 from finetune.quoting import shown
-from finetune.readers import alpaca, grounding, lookalikes, official, openai, sharegpt
+from finetune.readers import alpaca, grounding, keys, lookalikes, official, openai, sharegpt
 from finetune.readers.conversation import TRAIN_ON, TrainOn
 from finetune.readers.forms import Form
 from finetune.readers.media import Places, json_type
 from finetune.readers.records import data_files, is_pattern
+from finetune.readers.unread import unread_notes
 from finetune.sample import DataError, Sample, Source, Text
 
 _READERS = {"sharegpt": sharegpt.sample, "alpaca": alpaca.sample, "openai": openai.sample}
@@ -44,6 +45,8 @@ class Reading:
         if not isinstance(record, dict):
             wanted = _TURNS.get(name, repr(self.form.columns.messages))
             raise DataError(f"{source}: is {json_type(record)}, not an object with {wanted}")
+        if keys.compared(record):
+            raise DataError(f"{source}: has {keys.compared(record)}")
         if name == "official":
             sample = official.sample(record, source, self.where, self.train_on)
         else:
@@ -51,7 +54,8 @@ class Reading:
         sample = grounding.ground(record, sample)
         sample = replace(sample, notes=(*sample.notes, *lookalikes.notes(sample)))
         check_texts(sample)
-        return sample
+        notes = unread_notes(record, sample, self.form, self.where)
+        return replace(sample, notes=(*sample.notes, *notes)) if notes else sample
 
     @property
     def meaning(self) -> str:
@@ -152,6 +156,7 @@ def check_texts(sample: Sample) -> None:
         for part in message.parts:
             if isinstance(part, Text):
                 check_text(part.text, f"turn {turn} ({message.role})", sample.source)
+        check_text(message.thought, f"the thinking of turn {turn}", sample.source)
 
 
 def check_text(text: str, where: str, source: Source) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.quoting import shown, words_of
-from finetune.readers.conversation import TrainOn, Turn, build, check_call, loss, refuse_tools, system_text, turn_list
+from finetune.quoting import shown
+from finetune.readers.conversation import TrainOn, build
 from finetune.readers.forms import Form, Tags
-from finetune.readers.media import Places, json_type
+from finetune.readers.media import Places
+from finetune.readers.turns import Turn, complete, state, text_of, turn_list
 from finetune.sample import DataError, Sample, Source
 
 
@@ -18,30 +19,16 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
     Raises:
         DataError: the record is not of the form, its tags and files differ in number, or a file is missing.
     """
-    columns = form.columns
-    refuse_tools(record, columns.tools, source)
     turns = [
-        _turn(turn, number, form.tags, source)
-        for number, turn in enumerate(turn_list(record, columns.messages, source))
+        _turn(turn, number, form.tags, source, where)
+        for number, turn in enumerate(turn_list(record, form.columns.messages, source))
     ]
-    system = system_text(record, columns.system, source)
-    if system and not (turns and turns[0].role == "system"):
-        turns.insert(0, Turn("system", system))
-    if turns and turns[0].role == "system" and not turns[0].content:
-        del turns[0]  # an empty prompt is none: the model's own holds
-    assert columns.messages is not None
-    return build(turns, record, columns, columns.messages, source, where, train_on)
+    return build(turns, record, form, source, where, train_on)
 
 
-def _turn(turn: Mapping[str, Any], number: int, tags: Tags, source: Source) -> Turn:
+def _turn(turn: Mapping[str, Any], number: int, tags: Tags, source: Source, where: Places) -> Turn:
     role = role_of(turn, number, tags, source)
-    content = turn.get(tags.content_tag)
-    if not isinstance(content, str):
-        raise DataError(f"{source}: turn {number}: {state(turn, tags.content_tag)}; it must be a string")
-    if role == "function":
-        check_call(content, number, source)
-        role = "assistant"
-    return Turn(role, content, loss(turn, role, number, source))
+    return complete(turn, role, text_of(turn, tags.content_tag, number, source), number, source, where)
 
 
 def role_of(turn: Mapping[str, Any], number: int, tags: Tags, source: Source) -> str:
@@ -61,10 +48,3 @@ def role_of(turn: Mapping[str, Any], number: int, tags: Tags, source: Source) ->
             "(dataset_info.json names others under tags)"
         )
     return roles[word]
-
-
-def state(turn: Mapping[str, Any], key: str) -> str:
-    """What a turn has instead of a string."""
-    if turn.get(key) is not None:
-        return f"{key!r} is {json_type(turn[key])}"
-    return f"{key!r} is null" if key in turn else f"{key!r} is missing (found {words_of(turn)})"

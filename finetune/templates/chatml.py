@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 from finetune.media.sampling import Frames
 from finetune.media.slicing import Plan
@@ -34,7 +35,7 @@ def render(
     """
     rendered = Rendered()
     media = numbered(sample, plans)
-    messages = turns(sample, ROLES, generate)
+    messages = turns(sample, (*ROLES, "tool") if layout.tools else ROLES, generate)
     speech = speech_of(messages, layout)
     begin(rendered, messages, vocabulary, layout)
     for turn, message in enumerate(messages):
@@ -42,6 +43,8 @@ def render(
             open_answer(rendered, vocabulary, speech if turn == len(messages) - 1 else ())
             rendered.add(vocabulary.continuation(message.text), train=message.train)
             close_turn(rendered, vocabulary, train=message.train)
+        elif message.role == "tool":
+            add_results(rendered, messages, turn, vocabulary)
         else:
             add_prompt(rendered, message, media, vocabulary, layout)
     if generate:
@@ -96,6 +99,17 @@ def add_prompt(
             rendered.add_items(*new_schema(plan, number, layout, vocabulary))
         text = ""
     rendered.add(vocabulary.text(text))
+    close_turn(rendered, vocabulary)
+
+
+def add_results(rendered: Rendered, messages: Sequence[Message], turn: int, vocabulary: Vocabulary) -> None:
+    """The tool turns from ``turn`` on as one user turn; nothing where they are in the middle of such a row."""
+    if messages[turn - 1].role == "tool":
+        return
+    text = "user"
+    for message in takewhile(lambda message: message.role == "tool", messages[turn:]):
+        text += f"\n<tool_response>\n{message.text}\n</tool_response>"
+    rendered.add([vocabulary.control("<|im_start|>"), *vocabulary.text(text)])
     close_turn(rendered, vocabulary)
 
 

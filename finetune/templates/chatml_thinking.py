@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import takewhile
 
 from finetune.media.slicing import Plan
 from finetune.media.sound import Sound
 from finetune.sample import DataError, Message, Sample, Text
-from finetune.templates.chatml import add_prompt, begin, close_turn, numbered, open_answer, speech_of
+from finetune.templates.chatml import add_prompt, add_results, begin, close_turn, numbered, open_answer, speech_of
 from finetune.templates.rendering import Layout, Rendered, Vocabulary
 from finetune.templates.turns import turns
 
@@ -25,8 +24,9 @@ def render(
     """Role, content and end mark per turn; the last answer has a think block, empty where it has no thought.
 
     Of answers to earlier questions the thinking is left out. Answers between the last question and the last answer,
-    which call tools, have a block only where they have a thought. Trained are answer and end mark, and a thought when
-    the layout keeps it, with its marks; an empty block is a prompt; its end is trained where prompts ask for thinking.
+    which call tools, have a block where they have a thought, or by the layout always. Trained are answer and end mark,
+    and a thought when the layout keeps it, with its marks; an empty block is a prompt; its end is trained where prompts
+    ask for thinking.
 
     Args:
         sample: the conversation.
@@ -40,7 +40,7 @@ def render(
     """
     rendered = Rendered()
     media = numbered(sample, plans)
-    messages = turns(sample, ROLES, generate, trim=layout.trim)
+    messages = turns(sample, ROLES, generate, trim=layout.trim, thinks=True)
     speech = [vocabulary.control(token) for token in speech_of(messages, layout)]
     begin(rendered, messages, vocabulary, layout)
     question = max((turn for turn, message in enumerate(messages) if _is_question(message)), default=len(messages) - 1)
@@ -50,7 +50,8 @@ def render(
             open_answer(rendered, vocabulary)
             if turn > question and thought and layout.thinking != "strip":
                 _think(rendered, thought, vocabulary, train=message.train and layout.thinking == "keep")
-            elif question < turn == len(messages) - 1:
+                answer = answer.lstrip("\n")
+            elif turn > question and (layout.thinks_between or turn == len(messages) - 1):
                 _think_nothing(rendered, vocabulary, layout, train=message.train)
                 answer = answer.lstrip("\n")
             if turn == len(messages) - 1:
@@ -58,8 +59,7 @@ def render(
             rendered.add(vocabulary.continuation(answer), train=message.train)
             close_turn(rendered, vocabulary, train=message.train)
         elif message.role == "tool":
-            if messages[turn - 1].role != "tool":
-                _add_results(rendered, messages[turn:], vocabulary)
+            add_results(rendered, messages, turn, vocabulary)
         else:
             add_prompt(rendered, message, media, vocabulary, layout)
     if generate:
@@ -89,6 +89,12 @@ def _is_question(message: Message) -> bool:
 def _split(sample: Sample, turn: int, message: Message) -> tuple[str, str]:
     """The thought of an answer, empty where it has none, and the answer itself."""
     found = _THOUGHT.match(message.text)
+    if message.thought.strip():
+        if found is not None:
+            raise DataError(
+                f"{sample.source}: turn {turn} has thinking beside its text and in it, before </think>; keep one"
+            )
+        return message.thought.strip("\n"), message.text
     if found is None:
         if message.train and message.text.lstrip().startswith("<think>"):
             raise DataError(f"{sample.source}: turn {turn}: <think> is never closed; put </think> behind the thinking")
@@ -113,12 +119,3 @@ def _think_nothing(rendered: Rendered, vocabulary: Vocabulary, layout: Layout, *
         rendered.add(vocabulary.continuation(_NO_THOUGHT.removeprefix(_OPEN)), train=train)
     else:
         rendered.add(vocabulary.fixed(_NO_THOUGHT))
-
-
-def _add_results(rendered: Rendered, messages: Sequence[Message], vocabulary: Vocabulary) -> None:
-    """The tool turns at the start of ``messages``, as one user turn."""
-    text = "user"
-    for message in takewhile(lambda message: message.role == "tool", messages):
-        text += f"\n<tool_response>\n{message.text}\n</tool_response>"
-    rendered.add([vocabulary.control("<|im_start|>"), *vocabulary.text(text)])
-    close_turn(rendered, vocabulary)

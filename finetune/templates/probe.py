@@ -28,8 +28,10 @@ _TURNS = (
     ("user", "Second question? 在 2026 年呢？"),
 )
 # What stands before the first user turn of ChatML: nothing, or a system turn.
-_HEAD = re.compile(r"(?:<\|im_start\|>system\n(?P<system>.*)<\|im_end\|>\n)?", re.DOTALL)
-_FIRST_TURN = "<|im_start|>user\n"
+HEAD = re.compile(r"(?:<\|im_start\|>system\n(?P<system>.*)<\|im_end\|>\n)?", re.DOTALL)
+FIRST_TURN = "<|im_start|>user\n"
+TEMPLATE_FAULTS = (jinja2.TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError)
+"""What a chat template may raise."""
 
 
 class TemplateMismatchError(UserError):
@@ -57,7 +59,7 @@ def complete_layout(family: Family, layout: Layout, tokenizer: PreTrainedTokeniz
             head = head.removeprefix(layout.bos) if head else head
             layout = replace(layout, bos=layout.bos if adds or writes else "")
     if head is not None and "default_system" in unknown:
-        found = _HEAD.fullmatch(head)
+        found = HEAD.fullmatch(head)
         if found is None:
             raise TemplateMismatchError(
                 f"the chat template of {tokenizer.name_or_path!r} begins with {head!r}, the prompt of {family.title} "
@@ -132,7 +134,7 @@ def _apply(
     options: dict[str, Any] = {} if layout.enable_thinking is None else {"enable_thinking": layout.enable_thinking}
     try:
         return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **options))
-    except (jinja2.TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except TEMPLATE_FAULTS as error:
         roles = ", ".join(role for role, _ in turns)
         raise TemplateMismatchError(
             f"the chat template of {tokenizer.name_or_path!r} cannot render {roles} ({type(error).__name__}: {error}); "
@@ -145,7 +147,7 @@ def _head(family: Family, tokenizer: PreTrainedTokenizerBase) -> str | None:
     if not tokenizer.chat_template:
         return None
     written = _apply(family, tokenizer, _TURNS[:1], Layout())
-    before, turn, _ = written.partition(_FIRST_TURN + _TURNS[0][1])
+    before, turn, _ = written.partition(FIRST_TURN + _TURNS[0][1])
     # Without such a turn the prompts differ altogether; comparing them says how.
     return before if turn else ""
 

@@ -32,6 +32,8 @@ class Layout:
         thinking_prefill: whether a prompt that asks for thinking ends with the opening mark.
         bos: token in front of everything, empty for none.
         trim: whether turns lose the white space around them.
+        tools: whether there are turns for the results of tools.
+        thinks_between: whether every answer behind the last question has a think block, not the last one alone.
         default_system: text of the system turn of a conversation without one, None for no such turn.
         speech: control tokens behind the header of the last answer of a spoken conversation, which then has no default
             system turn.
@@ -52,6 +54,8 @@ class Layout:
     thinking_prefill: bool = True
     bos: str = ""
     trim: bool = False
+    tools: bool = False
+    thinks_between: bool = False
     default_system: str | None = None
     speech: tuple[str, ...] = ()
     speech_end: str = ""

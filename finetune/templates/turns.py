@@ -9,20 +9,32 @@ from finetune.quoting import shown
 from finetune.sample import DataError, Media, Message, Sample, Text
 
 
-def turns(sample: Sample, roles: Sequence[str], generate: bool, *, trim: bool = False) -> tuple[Message, ...]:
+def turns(
+    sample: Sample, roles: Sequence[str], generate: bool, *, trim: bool = False, thinks: bool = False
+) -> tuple[Message, ...]:
     """The turns to render: all for training; to generate, all untrained and without a final answer, the reference.
 
-    With ``trim`` they lose the white space around them.
+    Args:
+        sample: the conversation.
+        roles: those of the template.
+        generate: to generate.
+        trim: whether they lose the white space around them.
+        thinks: whether the template has a place for the thinking of answers.
 
     Raises:
-        DataError: a role that the template lacks, a first turn that is not the user's, media outside a user turn, no
-            answer to train on, or an empty one.
+        DataError: a role that the template lacks, thinking that it has no place for, a first turn that is not the
+            user's, media outside a user turn, no answer to train on, or an empty one.
     """
     messages = sample.messages
+    if not thinks and (turn := next((at for at, message in enumerate(messages) if message.thought.strip()), None)):
+        raise DataError(
+            f"{sample.source}: turn {turn} has thinking beside its text, and the prompt of this model has no place for "
+            "it; use a model that thinks (MiniCPM-V 4.5 and later, MiniCPM-o 4.5, MiniCPM-OCR), or take the key out"
+        )
     for turn, message in enumerate(messages):
         _check_turn(sample, turn, message, roles)
     if trim:
-        messages = tuple(_trimmed(message) for message in messages)
+        messages = tuple(trimmed(message) for message in messages)
     first = 1 if messages[0].role == "system" else 0
     if first == len(messages) or messages[first].role != "user":
         role = messages[first].role if first < len(messages) else "missing"
@@ -58,7 +70,7 @@ def _check_turn(sample: Sample, turn: int, message: Message, roles: Sequence[str
         raise DataError(f"{sample.source}: turn {turn}: the answer is empty; fill it in or remove the record")
 
 
-def _trimmed(message: Message) -> Message:
+def trimmed(message: Message) -> Message:
     """The turn without the white space at its beginning and end; a medium there is left as it is."""
     parts = list(message.parts)
     if parts and isinstance(parts[0], Text):

@@ -207,7 +207,7 @@ BAD: list[tuple[Any, str]] = [
     ({"image": "a.png", "conversations": [ANSWER]}, "has images but no user turn"),
     *(
         ({"conversations": with_loss(None, value, None, None)}, f"turn 1: 'loss' is {shown}; it must be 1 .* or 0")
-        for value, shown in ((2, "2"), (0.5, "0.5"), ("1", '"1"'), ([], r"\[\]"), (-1, "-1"), (1.0, "1.0"))
+        for value, shown in ((2, "2"), (0.5, "0.5"), ("1", '"1"'), ([], r"\[\]"), (-1, "-1"))
     ),
     ({"conversations": with_loss(1, None, None, None)}, "turn 0: 'loss' is 1 in a user turn; only answers are trained"),
     (
