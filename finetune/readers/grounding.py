@@ -67,8 +67,10 @@ def ground(record: Mapping[str, Any], sample: Sample) -> Sample:
     Raises:
         DataError: places and objects differ in number, or a box is not in its image or in unknown units.
     """
-    places = [found[0] for text in _texts(sample) for found in _PLACE.finditer(text)]
     given = json_cell(record.get(KEY))
+    if not given and not any("<ref-object>" in text or "<bbox>" in text for text in _texts(sample)):
+        return sample
+    places = [found[0] for text in _texts(sample) for found in _PLACE.finditer(text)]
     if not places and not given:
         return sample
     if not places:

@@ -52,9 +52,10 @@ class Reading:
         else:
             sample = _READERS[name](record, source, self.where, self.train_on, self.form)
         sample = grounding.ground(record, sample)
-        sample = replace(sample, notes=(*sample.notes, *lookalikes.notes(sample)))
         check_texts(sample)
-        notes = unread_notes(record, sample, self.form, self.where)
+        check_texts(sample)
+        notes = (*lookalikes.notes(sample), *unread_notes(record, sample, self.form, self.where))
+        return replace(sample, notes=(*sample.notes, *notes)) if notes else sample
         return replace(sample, notes=(*sample.notes, *notes)) if notes else sample
 
     @property
