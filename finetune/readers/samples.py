@@ -53,9 +53,7 @@ class Reading:
             sample = _READERS[name](record, source, self.where, self.train_on, self.form)
         sample = grounding.ground(record, sample)
         check_texts(sample)
-        check_texts(sample)
         notes = (*lookalikes.notes(sample), *unread_notes(record, sample, self.form, self.where))
-        return replace(sample, notes=(*sample.notes, *notes)) if notes else sample
         return replace(sample, notes=(*sample.notes, *notes)) if notes else sample
 
     @property
