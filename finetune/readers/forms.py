@@ -22,19 +22,23 @@ MEDIA_COLUMNS: dict[MediaKind, str] = {"image": "images", "video": "videos", "au
 RANKING = ("chosen", "rejected", "kto_tag")
 """Columns that a description may name for answers that are compared."""
 
-# Words that any of the vocabularies uses, and what they mean here; "function" is an answer that calls tools.
-_WORDS = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
+CALLING = {
     "observation": "tool",
     "tool": "tool",
     "tool_response": "tool",
     "function": "tool",
     "function_call": "function",
     "tool_call": "function",
+}
+"""Words for turns of tools; what they mean here is tool for a result, and function for an answer that is its calls."""
+# Words that any of the vocabularies uses.
+_WORDS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    **CALLING,
 }
 
 

@@ -10,20 +10,13 @@ from finetune.quoting import cut, shown
 from finetune.readers import calling, keys, lookalikes
 from finetune.readers.conversation import TrainOn, assemble, joined, own_placed, with_system
 from finetune.readers.embedded import A_FILE
-from finetune.readers.forms import MEDIA_COLUMNS
+from finetune.readers.forms import CALLING, MEDIA_COLUMNS
 from finetune.readers.media import Places, is_embedded, json_cell, json_type, one
 from finetune.readers.turns import Turn, complete, state, text_of, turn_list
 from finetune.sample import MEDIA_KINDS, DataError, Media, MediaKind, Part, Sample, Source, Text
 
 _TAG = re.compile(r"<(?:image|video|audio)(?:_\d+)?>")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
-_CALLING = {
-    "function_call": "function",
-    "tool_call": "function",
-    "function": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
-}
 
 
 _Files = dict[str, Media] | list[Media]
@@ -75,7 +68,7 @@ def _turns(record: Mapping[str, Any], source: Source, where: Places) -> list[Tur
         role = turn.get(names[0])
         if not isinstance(role, str):
             raise DataError(f"{source}: turn {number}: {state(turn, names[0])}; it must be a string")
-        role = _CALLING.get(role, _SHAREGPT.get(role, role) if tagged else role)
+        role = CALLING.get(role, _SHAREGPT.get(role, role) if tagged else role)
         result.append(complete(turn, role, text_of(turn, names[1], number, source), number, source, where))
     return result
 

@@ -309,3 +309,17 @@ def test_lengths_are_those_of_other_settings(write_records: Write, make_encoder:
     row = next(line for line in str(found).splitlines() if line.split()[0] == "9*")
     assert row.split()[4] == share
     assert measure_lengths(read(write_records("gone.png")), encoder) is None
+
+
+def test_keys_that_nothing_reads_are_one_line_with_their_numbers(write_records: Write, make_encoder: Make) -> None:
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog.", "score": 1}]
+    extra: list[dict[str, Any]] = [{"source": "x", "width": 3}, {"source": "y", "widht": 3}, {}]
+    path = write_records(*({"conversations": turns, **more} for more in extra))
+    report = str(look(path, make_encoder()))
+    (line,) = (line for line in report.splitlines() if "keys that nothing reads" in line)
+    assert line.startswith("  warning: keys that nothing reads: 'source' (2 of 3 records), ")
+    assert sorted(line.partition("'source' (2 of 3 records), ")[2].split(", ")) == [
+        "'widht' (1 of 3 records)",
+        "'width' (1 of 3 records)",
+    ]
+    assert "warning: 3 of 3 records: keys of turns that nothing reads: 'score'" in report
