@@ -67,7 +67,8 @@ class DataArguments:
     """What it is trained on."""
 
     data_path: str | None = field(
-        default=None, metadata={"help": "Training data: a file (json, jsonl, parquet, arrow, csv) or a folder of them."}
+        default=None,
+        metadata={"help": "Training data: a file (json, jsonl, parquet, arrow, csv, tar) or a folder of them."},
     )
     eval_data_path: str | None = field(default=None, metadata={"help": "Evaluation data, in the same forms."})
     data_format: DataFormat = field(
@@ -92,7 +93,9 @@ class DataArguments:
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read parquet and jsonl from front to back instead of at random; needs max_steps."},
+        metadata={
+            "help": "Read jsonl, parquet, shards or hub data from front to back, not at random; needs max_steps."
+        },
     )
     buffer_size: int = field(default=16384, metadata={"help": "Records that streaming draws from at random."})
     overwrite_cache: bool = field(

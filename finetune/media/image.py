@@ -14,7 +14,7 @@ from PIL import Image
 from finetune.errors import UserError
 from finetune.filetypes import told
 from finetune.media.depth import is_deep, to_grey
-from finetune.media.pictures import DAMAGED, UnreadableError, check_end, open_picture, reading
+from finetune.media.pictures import UnreadableError, check_end, open_picture, orientation, reading, upright
 from finetune.media.resample import PILLOW_13, Size, lowered, narrowed, vertical_first
 from finetune.media.slicing import Plan, crop_boxes
 from finetune.quoting import reason
@@ -27,7 +27,6 @@ Reader = Callable[[Path, Image.Image], Image.Image | None]
 """From a file and the image of its header to RGB, EXIF orientation not applied; None for a file that it leaves."""
 
 _ONE_PIECE = 15 << 20
-_ORIENTATION = 0x0112
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,7 +36,6 @@ _TURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SWAPS_SIDES = (5, 6, 7, 8)
 
 
 def size(media: Media, source: Source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -47,8 +45,7 @@ def size(media: Media, source: Source, max_pixels: int = MAX_PIXELS) -> tuple[in
         DataError: no such file, not an image, or more than ``max_pixels``.
     """
     with _opened(media, source, max_pixels) as image:
-        width, height = image.size
-        return (height, width) if _orientation(image) in _SWAPS_SIDES else (width, height)
+        return upright(image)[0]
 
 
 def shrunk(size: tuple[int, int], most: int | None) -> tuple[int, int]:
@@ -82,7 +79,7 @@ def load(media: Media, source: Source, max_pixels: int = MAX_PIXELS, read: Reade
         DataError: as ``size``, and data that is truncated or damaged.
     """
     with _opened(media, source, max_pixels) as image:
-        turn = _TURN.get(_orientation(image))
+        turn = _TURN.get(orientation(image))
         decoded = read(media.data, image) if isinstance(media.data, Path) else None
         if decoded is None:
             with reading():
@@ -219,15 +216,3 @@ def _rgb(image: Image.Image) -> Image.Image:
             # By way of RGBA, or Pillow warns about every such file.
             image = image.convert("RGBA")
         return image.convert("RGB")
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none, it is unreadable, or Pillow applies it itself."""
-    if image.format == "TIFF":
-        return 1
-    try:
-        # The method of the base class: that of PNG files decodes the pixels to look for EXIF behind them.
-        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
-    except DAMAGED:
-        return 1
-    return value if value in _TURN else 1

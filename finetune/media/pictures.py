@@ -45,6 +45,8 @@ DAMAGED = (
 BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 """What Pillow raises at twice its own threshold of pixels."""
 
+_ORIENTATION = 0x0112
+_SWAPS_SIDES = (5, 6, 7, 8)
 _END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -93,6 +95,25 @@ def decode(data: bytes, source: Source, what: str = "the image") -> Image.Image:
         return picture
     except UnreadableError as error:
         raise DataError(f"{source}: {what} ({len(data)} bytes) {told(data) or error}") from error
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none, it is unreadable, or Pillow applies it itself."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        # The method of the base class: that of PNG files decodes the pixels to look for EXIF behind them.
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+    except DAMAGED:
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def upright(image: Image.Image) -> tuple[tuple[int, int], bool]:
+    """(width, height) with the EXIF orientation applied, and whether there is one that changes anything."""
+    turn = orientation(image)
+    width, height = image.size
+    return ((height, width) if turn in _SWAPS_SIDES else (width, height)), turn != 1
 
 
 @contextmanager

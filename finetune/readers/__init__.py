@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.filetypes import is_folder
 from finetune.readers.conversation import TRAIN_ON, TrainOn
 from finetune.readers.detection import DATA_FORMATS, DataFormat, choose, some_records
 from finetune.readers.media import places
-from finetune.readers.records import open_records
+from finetune.readers.records import folders_of, open_records
 from finetune.readers.samples import Reading, SampleFile
 
 __all__ = ["DATA_FORMATS", "TRAIN_ON", "DataFormat", "Reading", "SampleFile", "TrainOn", "read"]
@@ -50,5 +49,5 @@ def read(
     records = open_records(file, rebuild=rebuild) if records is None else records
     form, why = choose(some_records(records), str(path), data_format)
     logger.info("%s: %d records in the %s form (%s)", path, len(records), form.name, why)
-    beside = file if is_folder(file) else file.resolve().parent
-    return SampleFile(records, path, Reading(form, places(beside, image_root, strict=strict_paths), train_on))
+    beside = folders_of(file)[: 1 if strict_paths else None]
+    return SampleFile(records, path, Reading(form, places(*beside, image_root, strict=strict_paths), train_on))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from finetune.readers import calling, keys
+from finetune.readers import calling, keys, lookalikes
 from finetune.readers.forms import MEDIA_COLUMNS, Form
 from finetune.readers.json_values import written
 from finetune.readers.media import Places, json_type, listed
@@ -61,6 +61,7 @@ def build(
     turns = with_system(joined(turns), record, keys.system_keys(form), source)
     if turns and turns[0].role == "system" and not turns[0].content:
         del turns[0]  # an empty prompt is none: the model's own holds
+    turns, files = lookalikes.settle(turns, files, source, where, _TAG)
     explicit = any(
         not isinstance(part, Text) for turn in turns if not isinstance(turn.content, str) for part in turn.content
     )

@@ -13,6 +13,7 @@ from finetune.sample import DataError
 # So many bytes around a mistake are looked at.
 _AROUND = 1 << 16
 _BLOCK = 1 << 22
+_HEAD = 512
 
 
 def explain(path: Path, file: BinaryIO, at: int, message: str, line: tuple[int, int] | None = None) -> DataError:
@@ -79,9 +80,15 @@ def explain_line(path: Path, file: BinaryIO, start: int, end: int, *, alone: boo
     raise AssertionError(f"{path}: bytes {start} to {end} are a record")
 
 
-def not_utf8(path: Path, at: int) -> DataError:
+def beginning(file: BinaryIO) -> bytes:
+    """The first bytes of an open file, which tell what it is."""
+    file.seek(0)
+    return file.read(_HEAD)
+
+
+def not_utf8(path: Path, at: int, file: BinaryIO) -> DataError:
     """The error for a byte that UTF-8 does not have."""
-    if (kind := told(path)) is not None:
+    if (kind := told(beginning(file))) is not None:
         return DataError(f"{path}: {kind}")
     return DataError(f"{path}: not UTF-8 at byte {at}; save the file as UTF-8")
 

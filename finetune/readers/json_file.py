@@ -1,193 +1,99 @@
-"""JSON files as people write them: arrays or lines, whose records are found once and parsed when they are asked for."""
+"""JSON files as people write them, arrays or lines, also compressed by gzip."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-import struct
-import weakref
+import shutil
+import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator
+from gzip import GzipFile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from finetune import cache
-from finetune.readers.json_errors import unreadable
+from finetune.quoting import reason
+from finetune.readers.indexed import IndexedRecords, MisplacedError
 from finetune.readers.json_scan import scan
 from finetune.readers.json_values import ValueFault, parse
 from finetune.sample import DataError
 
-logger = logging.getLogger(__name__)
-
-State = tuple[int, int, int, int]
-
-# What the index of a smaller file saves is not worth a file of its own.
-_SMALL = 1 << 20
-_MAGIC = b"mcpvidx2"
-# Magic, state of the data file, number of records; behind it first byte and end of each record.
-_HEADER = struct.Struct("=8sqqQqq")
-_SPAN = struct.Struct("=qq")
+COMPRESSED = ".gz"
+_BLOCK = 1 << 22
+# Of the disk with the cache: what unpacks to more than there is must not fill it.
+_KEPT_FREE = 1 << 30
 
 
-class JsonRecords(Sequence[Any]):
-    """Records of a JSON array or of JSON Lines.
+class JsonRecords(IndexedRecords):
+    """Records of a JSON array or of JSON Lines. A file that ends in .gz is unpacked once into the cache folder."""
 
-    When a file is opened for the first time, each record is parsed once and its place is noted in an index in the
-    cache folder, which counts as long as path and state of the file (``cache.signature``) stay the same. Later only
-    the records asked for are read; should one not be where the index says, it is made anew. Both files are read at
-    offsets rather than mapped: no memory grows with them, and a data file that is cut short while it is open gives an
-    error instead of ending the process. Processes may share an object; a pickled one opens its file again.
+    @staticmethod
+    def _open(path: Path) -> BinaryIO:
+        return _unpacked(path) if path.suffix.lower() == COMPRESSED else path.open("rb")
 
-    Args:
-        path: the data file.
-        rebuild: make the index anew.
+    @staticmethod
+    def _scan(path: Path, file: BinaryIO) -> Iterator[array[int]]:
+        return scan(path, file)
 
-    Raises:
-        DataError: the file is missing, not UTF-8, not JSON (with line and cause), or holds no record.
-    """
-
-    def __init__(self, path: Path, *, rebuild: bool = False) -> None:
-        self._path = path
+    def _value(self, data: bytes, number: int) -> Any:
         try:
-            self._file = path.open("rb")
-        except (OSError, ValueError) as error:
-            raise unreadable(path, error) from error
-        weakref.finalize(self, self._file.close)
-        self._opened_as = _state(self._file)
-        self._index = _open_index(path, self._file, rebuild=rebuild)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self._path.resolve(), _state(self._file), self._path)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, index: int) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The record at ``index``, as plain Python values.
-
-        Raises:
-            DataError: the file has changed since it was opened, or the record cannot be taken (``json_values.parse``).
-        """
-        number = range(len(self))[index]
-        try:
-            try:
-                return self._parsed(number)
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                # It was valid when the index was made.
-                self._renew(number)
-                return self._parsed(number)
+            return parse(data)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise MisplacedError from error
         except ValueFault as error:
             raise DataError(f"{self._path}, record {number}: {error}") from error
+
+
+def open_front_to_back(path: Path) -> BinaryIO:
+    """A JSON file to be read once, unpacked on the way where it is compressed.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return GzipFile(path) if path.suffix.lower() == COMPRESSED else path.open("rb")  # pyright: ignore[reportReturnType]
+
+
+def _unpacked(path: Path) -> BinaryIO:
+    """The content of a compressed file, unpacked where it is not yet.
+
+    Raises:
+        DataError: it is damaged, or there is no room.
+        OSError: it cannot be read.
+    """
+    resolved = path.resolve()
+    name, state = (hashlib.sha256(repr(each).encode()).hexdigest() for each in (resolved, cache.signature(resolved)))
+    place = cache.folder() / f"unpacked-{name[:32]}-{state[:16]}.json"
+    try:
+        return place.open("rb")
+    except FileNotFoundError:
+        pass
+    with path.open("rb") as packed:
+        try:
+            with cache.replacing(place) as target:
+                for block in _blocks(path, packed):
+                    if shutil.disk_usage(place.parent).free < _KEPT_FREE + len(block):
+                        raise DataError(
+                            f"{path}: unpacked it does not fit into {place.parent}, where less than 1 GiB is free; "
+                            "make room, set XDG_CACHE_HOME to a larger disk, or unpack it (gunzip)"
+                        )
+                    target.write(block)
         except OSError as error:
-            raise unreadable(self._path, error) from error
-
-    def _parsed(self, number: int) -> Any:
-        start, end = self._index.span(number)
-        return parse(os.pread(self._file.fileno(), end - start, start))
-
-    def _renew(self, number: int) -> None:
-        """Makes an index anew that does not fit its file.
-
-        Raises:
-            DataError: the file has changed since it was opened.
-        """
-        count = len(self)
-        if _state(self._file) == self._opened_as:
-            self._index = _open_index(self._path, self._file, rebuild=True)
-            logger.warning("%s: the index did not fit the file and was made anew", self._path)
-            if len(self) == count:
-                return
-        raise DataError(f"{self._path}, record {number}: the file has changed during the run; start again")
+            raise DataError(
+                f"{path}: cannot be unpacked into {place.parent} ({reason(error)}); unpack it (gunzip)"
+            ) from error
+    for former in place.parent.glob(f"unpacked-{name[:32]}-*.json"):
+        if former != place:
+            former.unlink(missing_ok=True)
+    return place.open("rb")
 
 
-def _reopen(resolved: Path, state: State, path: Path) -> JsonRecords:
-    """A pickled object in another process, which must find the same records."""
-    records = JsonRecords(resolved)
-    records._path = path
-    if _state(records._file) != state:
-        raise DataError(f"{path}: the file has changed during the run; start again")
-    return records
-
-
-class _MemoryIndex:
-    def __init__(self, spans: array[int]) -> None:
-        self._spans = spans
-
-    def __len__(self) -> int:
-        return len(self._spans) // 2
-
-    def span(self, index: int) -> tuple[int, int]:
-        """First byte and end of a record."""
-        return self._spans[2 * index], self._spans[2 * index + 1]
-
-
-class _FileIndex:
-    def __init__(self, file: BinaryIO, count: int) -> None:
-        self._file, self._count = file, count
-        weakref.finalize(self, file.close)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def span(self, index: int) -> tuple[int, int]:
-        """First byte and end of a record."""
-        data = os.pread(self._file.fileno(), _SPAN.size, _HEADER.size + _SPAN.size * index)
-        start, end = _SPAN.unpack(data)
-        return start, end
-
-
-def _open_index(path: Path, file: BinaryIO, *, rebuild: bool) -> _MemoryIndex | _FileIndex:
-    """The index of a data file: that of the cache, or a new one."""
-    state = _state(file)
-    if state[1] >= _SMALL:
-        place = cache.folder() / f"index-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.bin"
-        known = None if rebuild else _known(place, state)
-        if known is None and _write(place, path, file):
-            known = _known(place, state)
-        if known is not None:
-            return known
-    spans: array[int] = array("q")
-    for some in scan(path, file):
-        spans.extend(some)
-    return _MemoryIndex(spans)
-
-
-def _known(place: Path, state: State) -> _FileIndex | None:
-    """The index in the cache when it is of this state of the data file."""
+def _blocks(path: Path, packed: BinaryIO) -> Iterator[bytes]:
     try:
-        file = place.open("rb")
-    except OSError:
-        return None
-    header = file.read(_HEADER.size)
-    if len(header) == _HEADER.size:
-        magic, *noted, count = _HEADER.unpack(header)
-        whole = os.fstat(file.fileno()).st_size == _HEADER.size + _SPAN.size * count
-        if (magic, *noted) == (_MAGIC, *state) and whole:
-            return _FileIndex(file, count)
-    file.close()
-    return None
-
-
-def _write(place: Path, path: Path, file: BinaryIO) -> bool:
-    """Puts a new index into the cache; False when the cache cannot be written, which is no reason to stop."""
-    state = _state(file)
-    logger.info("%s: finding the records (%.1f GB); this is done once", path, state[1] / 1e9)
-    try:
-        with cache.replacing(place) as target:
-            target.write(bytes(_HEADER.size))
-            count = 0
-            for spans in scan(path, file):
-                target.write(spans)
-                count += len(spans) // 2
-            target.seek(0)
-            target.write(_HEADER.pack(_MAGIC, *state, count))
-    except OSError as error:
-        logger.warning("the index of %s is not kept: %s", path, error)
-        return False
-    return True
-
-
-def _state(file: BinaryIO) -> State:
-    return cache.state_of(os.fstat(file.fileno()))
+        with GzipFile(fileobj=packed) as file:
+            while block := file.read(_BLOCK):
+                yield block
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{path}: the compressed file is cut or damaged ({error}); copy it again") from error
+    except OSError as error:  # gzip.BadGzipFile is one
+        raise DataError(f"{path}: cannot be unpacked ({error}); is it a .gz file, copied completely?") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from finetune.filetypes import told
-from finetune.readers.json_errors import explain, explain_line, newlines, not_utf8, unreadable
+from finetune.readers.json_errors import beginning, explain, explain_line, newlines, not_utf8, unreadable
 from finetune.sample import DataError
 
 _BLOCK = 1 << 22
@@ -51,7 +51,7 @@ def scan(path: Path, file: BinaryIO) -> Iterator[array[int]]:
             raise DataError(f"{path}: the file is empty; it should hold a JSON array of records (copied completely?)")
         if start not in "[{":
             start = window.text[at : at + 4].encode("latin-1").decode(errors="ignore")[:1]
-            if (kind := told(path)) is not None:
+            if (kind := told(beginning(file))) is not None:
                 raise DataError(f"{path}: {kind}")
             line = newlines(file, window.base + at) + 1
             raise DataError(f"{path}, line {line}: starts with {start!r}; expected a JSON array ([) or JSON Lines ({{)")
@@ -89,7 +89,7 @@ class _Window:
         try:
             self._decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise not_utf8(self.path, self.base + len(self.text) - pending + error.start) from error
+            raise not_utf8(self.path, self.base + len(self.text) - pending + error.start, self.file) from error
         self.text += block.decode("latin-1")
         self.ended = not block
         return not self.ended

@@ -32,6 +32,8 @@ RESULT_OF = "tool_call_id"
 IN_TURN: Mapping[MediaKind, tuple[str, ...]] = {kind: (kind, many) for kind, many in MEDIA_COLUMNS.items()}
 """Names of the files that a user turn brings along."""
 MEDIA_OF_TURNS = frozenset(name for names in IN_TURN.values() for name in names)
+OBJECTS = "objects"
+"""Names and boxes that take places in the text, read in every form."""
 COMPARED = (
     "chosen",
     "rejected",
@@ -67,11 +69,12 @@ def record_keys(form: Form) -> frozenset[str]:
     """Every key that is read at the top of a record."""
     columns = form.columns
     if form.name == "official":
-        return frozenset((IDENTITY, ANSWERS, *TURN_LISTS, *MEDIA_KINDS, *MEDIA_COLUMNS.values(), *SYSTEM, *TOOLS))
+        media = (*MEDIA_KINDS, *MEDIA_COLUMNS.values())
+        return frozenset((IDENTITY, ANSWERS, OBJECTS, *TURN_LISTS, *media, *SYSTEM, *TOOLS))
     alpaca = (columns.prompt, columns.query, columns.response, columns.history)
     named = tuple(columns.media(kind) for kind in MEDIA_KINDS)
     named += alpaca if form.name == "alpaca" else (columns.messages,)
-    return frozenset((IDENTITY, *system_keys(form), *tool_keys(form), *(key for key in named if key is not None)))
+    return frozenset((IDENTITY, OBJECTS, *system_keys(form), *tool_keys(form), *filter(None, named)))
 
 
 @cache

@@ -1,9 +1,7 @@
-"""Media of records: paths become files that exist, embedded bytes become pictures."""
+"""Media of records: paths become files that exist, what is inside of the record becomes pictures and sound."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,16 +10,14 @@ from typing import Any
 
 from PIL import Image
 
-from finetune.filetypes import is_special
-from finetune.media import pictures
+from finetune.filetypes import is_file, is_folder, is_special
 from finetune.quoting import cut, reason, shown
+from finetune.readers import embedded
+from finetune.readers.embedded import A_FILE
 from finetune.readers.json_values import parse
 from finetune.sample import DataError, Media, MediaKind, Source
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-# Text of base64 that is long enough to be the bytes of a file, and what files begin with in it.
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{80,}={0,2}\s*")
-_BEGINNINGS = {"/9j/": "image/jpeg", "iVBOR": "image/png", "R0lGOD": "image/gif", "UklGR": "image/webp"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +74,6 @@ def find(path: str, kind: MediaKind, source: Source, where: Places) -> Path:
                 raise DataError(f"{source}: {kind} {shown(path)} is a pipe, a socket or a device; give a regular file")
             _check_place(candidate, path, kind, source, where)
             return candidate
-    _refuse_base64(path, kind, source)
     if fault is not None:
         raise DataError(
             f"{source}: {kind} {shown(path)} cannot be reached ({reason(fault)}); correct the path or its permissions"
@@ -86,6 +81,17 @@ def find(path: str, kind: MediaKind, source: Source, where: Places) -> Path:
     looked = ", ".join(cut(str(candidate)) for candidate in tried)
     raise DataError(
         f"{source}: {kind} {shown(path)} does not exist (looked for {looked}); correct the path or give {where.flag}"
+    )
+
+
+def is_there(path: str, where: Places) -> bool:
+    """Whether a file or a folder of that name is in one of the places."""
+    if not path or _REMOTE.match(path):
+        return False
+    name = Path(path)
+    return any(
+        is_file(each) or is_folder(each)
+        for each in ([name] if name.is_absolute() else [f / name for f in where.folders])
     )
 
 
@@ -103,27 +109,17 @@ def _check_place(found: Path, path: str, kind: MediaKind, source: Source, where:
             )
 
 
-def _refuse_base64(path: str, kind: MediaKind, source: Source) -> None:
-    """Text of base64 without its head is told as what it is: a path is never taken for it, nor it for a path."""
-    if not _BASE64.fullmatch(path):
-        return
-    known = next((name for start, name in _BEGINNINGS.items() if path.startswith(start)), None)
-    head = f"data:{known or f'{kind}/...'};base64,"
-    raise DataError(
-        f"{source}: {kind} {path[:40]!r}... ({len(path)} characters) looks like base64 text and is no path; write "
-        f"{head!r} in front of it"
-    )
-
-
 def is_embedded(value: Any) -> bool:
     """Whether it is a picture or the bytes of a file, as Parquet files hold them, and no path."""
-    return isinstance(value, Image.Image) or (
+    return isinstance(value, (Image.Image, bytes)) or (
         isinstance(value, dict) and bool(value) and set(value) <= {"bytes", "path"}
     )
 
 
 def one(value: Any, kind: MediaKind, column: str, source: Source, where: Places) -> Media:
-    """A medium from a path, a ``data:`` address, a picture, or the bytes of a file; a video also from its frames.
+    """A medium from a path, a picture, or the bytes of a file, also as base64 text; a video also from its frames.
+
+    Text is taken for base64 when there is no file of that name and it begins as a file of its kind does.
 
     Args:
         value: what the record has.
@@ -139,15 +135,17 @@ def one(value: Any, kind: MediaKind, column: str, source: Source, where: Places)
         return Media(kind, value)
     if kind == "video" and isinstance(value, (list, tuple)):
         return Media(kind, tuple(_frame(each, column, source, where) for each in value))
-    if is_embedded(value):
+    if isinstance(value, dict) and is_embedded(value):
         data = value.get("bytes")
-        if data is not None:
-            if not isinstance(data, bytes):
-                raise DataError(f"{source}: {column!r} has {json_type(data)} under 'bytes'; give a path")
-            return Media(kind, _decoded(data, kind, source))
-        value = value.get("path")
+        if data is not None and not isinstance(data, (bytes, str)):
+            raise DataError(f"{source}: {column!r} has {json_type(data)} under 'bytes'; give base64 text, or a path")
+        value = value.get("path") if data is None else embedded.of_value(data, kind, source)
     if isinstance(value, str) and value.startswith("data:"):
-        return Media(kind, _decoded(_base64(value, kind, source), kind, source))
+        value = embedded.of_address(value, kind, source)
+    elif isinstance(value, str) and embedded.is_base64(value) and not is_there(value, where):
+        value = embedded.of_text(value, kind, source)
+    if isinstance(value, bytes):
+        return Media(kind, embedded.decoded(value, kind, source))
     if not isinstance(value, str) or not value:
         what = "an empty string" if value == "" else json_type(value)
         raise DataError(f"{source}: {column!r} has {what} where the path of {A_FILE[kind]} belongs; give a path")
@@ -159,9 +157,6 @@ def _frame(value: Any, column: str, source: Source, where: Places) -> Path:
         what = "an empty string" if value == "" else json_type(value)
         raise DataError(f"{source}: {column!r} has {what} among the frames of a video; give the paths of pictures")
     return find(value, "image", source, where)
-
-
-A_FILE: dict[MediaKind, str] = {"image": "an image", "video": "a video", "audio": "an audio file"}
 
 
 def listed(value: Any, kind: MediaKind, column: str, source: Source, where: Places) -> list[Media]:
@@ -177,27 +172,6 @@ def listed(value: Any, kind: MediaKind, column: str, source: Source, where: Plac
     if kind != "video" and any(isinstance(each, (list, tuple)) for each in values):
         raise DataError(f"{source}: {column!r} has a list in a list; only videos may be lists, of their frames")
     return [one(each, kind, column, source, where) for each in values]
-
-
-def _base64(address: str, kind: MediaKind, source: Source) -> bytes:
-    head, _, body = address.partition(",")
-    try:
-        if head.endswith(";base64"):
-            return base64.b64decode(body, validate=True)
-    except binascii.Error as error:
-        raise DataError(f"{source}: {kind} {address[:40]!r}...: not base64 ({error})") from error
-    raise DataError(f"{source}: {kind} {address[:40]!r}...: only base64 is read of data: addresses; give a path")
-
-
-def _decoded(data: bytes, kind: MediaKind, source: Source) -> Image.Image | bytes:
-    """A picture with its header read, or sound as it is; the encoder decodes the rest."""
-    if kind == "audio":
-        return data
-    if kind != "image":
-        raise DataError(
-            f"{source}: {A_FILE[kind]} of {len(data)} bytes inside the record; write it to a file, give its path"
-        )
-    return pictures.decode(data, source, "an image inside the record")
 
 
 def json_cell(value: Any) -> Any:

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from finetune.quoting import cut, shown
-from finetune.readers import calling, keys
+from finetune.readers import calling, keys, lookalikes
 from finetune.readers.conversation import TrainOn, assemble, joined, own_placed, with_system
+from finetune.readers.embedded import A_FILE
 from finetune.readers.forms import CALLING, MEDIA_COLUMNS
-from finetune.readers.media import A_FILE, Places, is_embedded, json_cell, json_type, one
+from finetune.readers.media import Places, is_embedded, json_cell, json_type, one
 from finetune.readers.turns import Turn, complete, state, text_of, turn_list
 from finetune.sample import MEDIA_KINDS, DataError, Media, MediaKind, Part, Sample, Source, Text
 
@@ -47,6 +48,7 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
     files: dict[MediaKind, _Files] = {
         kind: _files(kind, json_cell(record.get(kind)), source, where) for kind in MEDIA_KINDS
     }
+    turns, files = lookalikes.settle(turns, files, source, where, _TAG)
     placed = _place(turns, files, source)
     return assemble(turns, placed, calling.described(record, keys.TOOLS, source), source, train_on)
 

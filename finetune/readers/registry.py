@@ -28,8 +28,9 @@ from finetune.readers.forms import (
 )
 from finetune.readers.json_values import ValueFault, parse, written
 from finetune.readers.media import json_type, places
-from finetune.readers.records import open_records, take_split
+from finetune.readers.records import choose_split, folders_of, is_pattern, open_records, take_split
 from finetune.readers.samples import Reading, SampleFile
+from finetune.readers.tables import TableRecords, undecoded
 from finetune.sample import DataError
 
 logger = logging.getLogger(__name__)
@@ -160,6 +161,8 @@ def _entry(name: str, info: Path, given: Any) -> Entry:
         raise DataError(f"{where}: 'num_samples' is {written(number)}; it must be a number of records, at least 1")
     texts = {key: _text(given, key, where) for key in ("subset", "folder", "split")}
     split = texts["split"] or "train"
+    if file is not None:
+        file, split = choose_split(file, split, where)
     return Entry(name, info, file, hub, formatting, columns, tags, texts["subset"], texts["folder"], split, number)
 
 
@@ -182,6 +185,8 @@ def _place(given: Mapping[str, Any], info: Path, where: str) -> tuple[Path | Non
             f"{where}: file_name {shown(file)} leaves the folder {info.parent.absolute()}; move the file there, or "
             "write its whole path if it is meant"
         )
+    if is_pattern(path):
+        return path, None
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -259,14 +264,15 @@ def open_entry(
         if records is None:
             records = take_split(open_records(entry.file, rebuild=rebuild), entry.split, entry.where)
         path: str | Path = entry.file
-        beside = entry.file if entry.file.is_dir() else entry.file.parent
+        beside = folders_of(entry.file)[: 1 if strict_paths else None]
     else:
-        records = _from_hub(entry)
-        path, beside = entry.hub or "", None
+        if records is None:
+            records = TableRecords(load_hub(entry), entry.hub or "")
+        path, beside = entry.hub or "", []
     first = some_records(records)
     form, why = _form(entry, first)
     logger.info("data set %s: %d records of %s in the %s form (%s)", entry.name, len(records), path, form.name, why)
-    where = places(media_dir or entry.info.parent, beside, image_root, flag="--media_dir", strict=strict_paths)
+    where = places(media_dir or entry.info.parent, *beside, image_root, flag="--media_dir", strict=strict_paths)
     return SampleFile(records, path, Reading(form, where, train_on), entry.name)
 
 
@@ -300,22 +306,29 @@ def _form(entry: Entry, first: Sequence[Any]) -> tuple[Form, str]:
     return Form(formatting, columns, tags), why
 
 
-def _from_hub(entry: Entry) -> Sequence[Any]:
-    """The records of a data set of the Hugging Face hub; it was named by the user, so it may be fetched."""
+def load_hub(entry: Entry, *, streaming: bool = False) -> Any:
+    """The rows of a data set of the Hugging Face hub, media undecoded; it was named by the user, so it is fetched.
+
+    Args:
+        entry: its description.
+        streaming: fetch them while they are read.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
     import datasets
     from datasets.exceptions import DatasetsError
-
-    from finetune.readers.tables import TableRecords, undecoded
 
     assert entry.hub is not None
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     logger.info("data set %s: %s of the Hugging Face hub%s", entry.name, entry.hub, " (offline)" if offline else "")
+    options: dict[str, Any] = {"streaming": True} if streaming else {}
     try:
-        rows = datasets.load_dataset(entry.hub, name=entry.subset, data_dir=entry.folder, split=entry.split)
+        rows = datasets.load_dataset(entry.hub, name=entry.subset, data_dir=entry.folder, split=entry.split, **options)
+        return undecoded(rows)
     except (OSError, ValueError, DatasetsError) as error:
         state = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else str(error)
         raise DataError(
             f"{entry.where}: {entry.hub} of the Hugging Face hub cannot be loaded ({state}); go online once, or "
             "download it and give its file under 'file_name'"
         ) from error
-    return TableRecords(undecoded(rows), entry.hub)

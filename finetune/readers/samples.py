@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, overload
 
 from finetune.quoting import shown
-from finetune.readers import alpaca, keys, official, openai, sharegpt
+from finetune.readers import alpaca, grounding, keys, lookalikes, official, openai, sharegpt
 from finetune.readers.conversation import TRAIN_ON, TrainOn
 from finetune.readers.forms import Form
 from finetune.readers.media import Places, json_type
-from finetune.readers.records import data_files
+from finetune.readers.records import data_files, is_pattern
 from finetune.readers.unread import unread_notes
 from finetune.sample import DataError, Sample, Source, Text
 
@@ -51,8 +51,9 @@ class Reading:
             sample = official.sample(record, source, self.where, self.train_on)
         else:
             sample = _READERS[name](record, source, self.where, self.train_on, self.form)
+        sample = grounding.ground(record, sample)
         check_texts(sample)
-        notes = unread_notes(record, sample, self.form, self.where)
+        notes = (*lookalikes.notes(sample), *unread_notes(record, sample, self.form, self.where))
         return replace(sample, notes=(*sample.notes, *notes)) if notes else sample
 
     @property
@@ -119,7 +120,7 @@ class SampleFile(Sequence[Sample]):
     @property
     def files(self) -> list[Path]:
         """The data files, on which remembered results depend."""
-        return data_files(self.path) if self.path.exists() else []
+        return data_files(self.path) if self.path.exists() or is_pattern(self.path) else []
 
     @property
     def train_on(self) -> TrainOn:

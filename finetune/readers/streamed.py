@@ -11,8 +11,9 @@ from typing import Any
 from finetune.readers import SampleFile, read
 from finetune.readers.conversation import TrainOn
 from finetune.readers.detection import DataFormat
+from finetune.readers.hub import HubStream
 from finetune.readers.mixture import Mixture, Named, parse_names
-from finetune.readers.registry import Entry, find_entry, open_entry
+from finetune.readers.registry import Entry, find_entry, load_hub, open_entry
 from finetune.readers.samples import identity
 from finetune.readers.streaming import Stream, Streamed
 from finetune.sample import DataError, Sample
@@ -31,7 +32,7 @@ class StreamedSamples:
         head: the first samples of all paths, for everything that wants samples by number.
     """
 
-    def __init__(self, stream: Stream, heads: Sequence[SampleFile]) -> None:
+    def __init__(self, stream: Stream | HubStream, heads: Sequence[SampleFile]) -> None:
         self.stream = stream
         self.head = Mixture(heads)
         self._readings = [head.reading for head in heads]
@@ -97,7 +98,7 @@ def open_stream(
         options = {"image_root": image_root, "train_on": train_on, "strict_paths": strict_paths}
         return StreamedSamples(stream, [read(path, data_format=data_format, records=head, **options)])
     entries = [_entry(named, dataset_dir) for named in parse_names(names or "")]
-    stream = Stream([entry.file for entry in entries if entry.file], seed=seed, buffer_size=buffer_size)
+    stream = _stream(entries, seed, buffer_size)
     options = {"media_dir": media_dir, "image_root": image_root, "train_on": train_on, "strict_paths": strict_paths}
     heads = []
     for which, entry in enumerate(entries):
@@ -107,19 +108,33 @@ def open_stream(
     return StreamedSamples(stream, heads)
 
 
+def _stream(entries: Sequence[Entry], seed: int, buffer_size: int) -> Stream | HubStream:
+    """The stream of local files, or of data sets of the hub."""
+    far = [entry for entry in entries if entry.file is None]
+    if far and len(far) < len(entries):
+        raise DataError(
+            f"{far[0].where}: data sets of the hub and local files are not one stream, since the share of their "
+            "records is not known; download it and give its file under 'file_name', or leave --streaming out"
+        )
+    if not far:
+        return Stream([entry.file for entry in entries if entry.file], seed=seed, buffer_size=buffer_size)
+    names = [" ".join(filter(None, (entry.hub, entry.subset, entry.folder, entry.split))) for entry in far]
+    rows = [load_hub(entry, streaming=True) for entry in far]
+    return HubStream(rows, names, seed=seed, buffer_size=buffer_size)
+
+
 def _entry(named: Named, dataset_dir: str | Path) -> Entry:
     """The description of a data set, which must not ask for anything that only a whole file can tell."""
     entry = find_entry(named.name, dataset_dir)
     wishes = {
         f"the weight {named.weight:g}": named.weight != 1,
-        "'hf_hub_url'": entry.file is None,
-        f"'split' {entry.split!r}": entry.split != "train",
+        f"'split' {entry.split!r}": "[" in entry.split or (entry.file is not None and entry.split != "train"),
         "'num_samples'": entry.num_samples is not None,
     }
     wish = next((wish for wish, there in wishes.items() if there), None)
     if wish is not None:
         raise DataError(
-            f"{entry.where}: {wish} cannot be had with --streaming true, which reads whole local files from front to "
+            f"{entry.where}: {wish} cannot be had with --streaming true, which reads whole data sets from front to "
             "back; take it out, or leave --streaming out"
         )
     return entry

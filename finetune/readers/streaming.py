@@ -1,20 +1,23 @@
-"""Records of JSON Lines and Parquet files read from front to back, each by one of several readers, in a mixed order."""
+"""Records of files read from front to back, each by one of several readers, in a mixed order."""
 
 from __future__ import annotations
 
 import json
 import random
+import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.readers.json_errors import explain_line, not_utf8, unreadable
+from finetune.readers.json_file import COMPRESSED, open_front_to_back
 from finetune.readers.json_values import ValueFault, parse
-from finetune.readers.records import data_files
-from finetune.readers.tables import TABLES, present
+from finetune.readers.records import data_files, kind_of
+from finetune.readers.shards import SHARD, of_row, read_shard, value_of
+from finetune.readers.tables import present
 from finetune.sample import DataError, Source
 
 HEAD = 1_000
@@ -53,37 +56,43 @@ class Streamed:
     """A record that has been read and not yet parsed; many of them wait in a buffer.
 
     Attributes:
-        file: where it stands.
-        at: first byte of its line in JSON Lines, number of its row in Parquet.
-        data: its line, or its columns.
+        file: where it stands; a name where it is no file of this machine.
+        at: first byte of its line or files, number of its row in Parquet.
+        data: its line, its columns, or its files in a shard.
         which: number of its path in the stream.
     """
 
-    file: Path
+    file: Path | str
     at: int
     data: bytes | dict[str, Any]
     which: int = 0
 
     def source(self) -> Source:
         """Where it stands, whether or not it can be parsed."""
+        if isinstance(self.file, str):
+            return Source(self.file, self.at, unit="row")
         return Source(str(self.file), self.at, unit="byte" if isinstance(self.data, bytes) else "record")
 
     def parse(self) -> Any:
         """The record as plain Python values.
 
         Raises:
-            DataError: its line is not JSON.
+            DataError: its line is not JSON, or the files of a shard make no record.
         """
         if isinstance(self.data, dict):
-            return present(self.data)
+            return present(self.data) if isinstance(self.file, Path) else of_row(present(self.data), str(self.source()))
+        assert isinstance(self.file, Path)
+        if kind_of(self.file) == SHARD:
+            return value_of(self.data, str(self.source()))
         try:
             return parse(self.data)
         except ValueFault as error:
             raise DataError(f"{self.source()}: {error}") from error
         except UnicodeDecodeError as error:
-            raise not_utf8(self.file, self.at + error.start) from error
+            with open_front_to_back(self.file) as file:
+                raise not_utf8(self.file, self.at + error.start, file) from error
         except json.JSONDecodeError as error:
-            with self.file.open("rb") as file:
+            with open_front_to_back(self.file) as file:
                 raise explain_line(
                     self.file, file, self.at, self.at + len(self.data.rstrip(b"\n")), alone=self.at <= len(_BOM)
                 ) from error
@@ -92,7 +101,8 @@ class Streamed:
 class Stream:
     """Data files, or folders of files of one kind, read from front to back.
 
-    Files are cut into pieces without reading them: JSON Lines by bytes, Parquet by row groups and rows. In every pass
+    Files are cut into pieces without reading them: JSON Lines by bytes, Parquet by row groups and rows; compressed
+    lines and shards are a piece each. In every pass
     the pieces are dealt to the readers in an order that all of them know, so that together they read every record
     exactly once; each draws its records at random from a buffer. The next pass has another order.
 
@@ -140,16 +150,7 @@ class Stream:
         random.Random(f"{self.seed} {number}").shuffle(dealt)
         mine = [pieces[place] for place in dealt[reader::readers] if place < len(pieces)]
         chance = random.Random(f"{self.seed} {number} {reader} {readers}")
-        buffer: list[Streamed] = []
-        for record in chain.from_iterable(map(_read, mine)):
-            if len(buffer) < self.buffer_size:
-                buffer.append(record)
-            else:
-                place = chance.randrange(len(buffer))
-                yield buffer[place]
-                buffer[place] = record
-        chance.shuffle(buffer)
-        yield from buffer
+        yield from drawn(chain.from_iterable(map(_read, mine)), self.buffer_size, chance)
 
     def _pieces(self, readers: int) -> list[Piece]:
         wanted = readers * _PIECES_PER_READER
@@ -158,6 +159,20 @@ class Stream:
         size = max(min(texts // wanted, _PIECE), 1)
         cuts = -(-wanted // max(groups, 1))
         return [piece for part in self._parts for piece in (_rows(part, cuts) if part.groups else _ranges(part, size))]
+
+
+def drawn(records: Iterable[Streamed], size: int, chance: random.Random) -> Iterator[Streamed]:
+    """All of the records, each drawn at random from so many that have been read."""
+    buffer: list[Streamed] = []
+    for record in records:
+        if len(buffer) < size:
+            buffer.append(record)
+        else:
+            place = chance.randrange(len(buffer))
+            yield buffer[place]
+            buffer[place] = record
+    chance.shuffle(buffer)
+    yield from buffer
 
 
 class _Part(NamedTuple):
@@ -178,6 +193,9 @@ def _parts(path: Path, which: int) -> Iterator[_Part]:
 
 def _ranges(part: _Part, size: int) -> Iterator[Piece]:
     end = part.sizes[0]
+    if _is_whole(part.file):
+        yield Piece(part.file, 0, sys.maxsize, which=part.which)
+        return
     for at in range(0, end, size):
         yield Piece(part.file, at, min(at + size, end), which=part.which)
 
@@ -193,11 +211,18 @@ def _rows(part: _Part, cuts: int) -> Iterator[Piece]:
 
 
 def _read(piece: Piece) -> Iterator[Streamed]:
+    if kind_of(piece.file) == SHARD:
+        return (Streamed(piece.file, at, data, piece.which) for at, data in read_shard(piece.file))
     return _read_lines(piece) if piece.group < 0 else _read_rows(piece)
 
 
+def _is_whole(file: Path) -> bool:
+    """Whether it can only be read from its beginning."""
+    return kind_of(file) == SHARD or file.suffix.lower() == COMPRESSED
+
+
 def _read_lines(piece: Piece) -> Iterator[Streamed]:
-    with piece.file.open("rb") as file:
+    with open_front_to_back(piece.file) as file:
         if piece.start:
             # The line that begins before the piece belongs to the one before, unless it ends just there.
             file.seek(piece.start - 1)
@@ -231,16 +256,19 @@ def _read_rows(piece: Piece) -> Iterator[Streamed]:
 
 def _check_kind(file: Path) -> None:
     """Makes sure that a file can be read from front to back."""
-    kind = TABLES.get(file.suffix.lower(), "json")
-    if kind == "parquet":
+    kind = kind_of(file)
+    if kind in (".parquet", SHARD):
         return
-    if kind != "json":
-        raise DataError(f"{file}: --streaming true reads JSON Lines and Parquet; convert it, or leave --streaming out")
+    if kind != ".json":
+        raise DataError(
+            f"{file}: --streaming true reads JSON Lines, Parquet and shards (.tar); convert it, "
+            "or leave --streaming out"
+        )
     try:
-        with file.open("rb") as opened:
+        with open_front_to_back(file) as opened:
             start = opened.read(1 << 16).removeprefix(_BOM).lstrip()[:1]
-    except OSError as error:
-        raise unreadable(file, error) from error
+    except (OSError, EOFError) as error:
+        raise unreadable(file, error if isinstance(error, OSError) else OSError(str(error))) from error
     if start == b"[":
         raise DataError(
             f"{file}: a JSON array cannot be read from the middle, as --streaming true does; make JSON Lines of it "

@@ -116,7 +116,7 @@ def undecoded(rows: Any) -> Any:
     import datasets
 
     media = (datasets.Image, datasets.Audio, datasets.Video)
-    for column, feature in rows.features.items():
+    for column, feature in (rows.features or {}).items():
         if isinstance(feature, media):
             rows = rows.cast_column(column, type(feature)(decode=False))
         elif isinstance(feature, datasets.List) and isinstance(feature.feature, media):

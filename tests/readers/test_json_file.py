@@ -78,5 +78,5 @@ def test_bad_files(file: Path, content: str | bytes, message: str, block: int, m
 def test_no_file(file: Path) -> None:
     with pytest.raises(DataError, match=r"data.json: no such data file \(looked from .*\); correct the path"):
         open_records(file)
-    with pytest.raises(DataError, match="the folder has no data file; these count: .json, .jsonl, .parquet"):
+    with pytest.raises(DataError, match="the folder has no data file; these count: .json, .jsonl, .json.gz"):
         open_records(file.parent)

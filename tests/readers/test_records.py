@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune import cache
-from finetune.readers import json_file, json_scan
+from finetune.readers import indexed, json_file, json_scan
 from finetune.readers.records import Chain, open_records, take_split
 from finetune.sample import DataError
 
@@ -30,7 +30,7 @@ RECORDS = [
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An index for every file, in a folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(json_file, "_SMALL", 0)
+    monkeypatch.setattr(indexed, "_SMALL", 0)
 
 
 def write(path: Path, records: Sequence[Any] = RECORDS) -> Path:
@@ -122,7 +122,7 @@ def test_cache_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_small_files_need_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_file, "_SMALL", 1 << 20)
+    monkeypatch.setattr(indexed, "_SMALL", 1 << 20)
     records = open_records(write(tmp_path / "a.json"))
     assert list(pickle.loads(pickle.dumps(records))) == RECORDS
     assert not cache.folder().exists()

@@ -73,7 +73,7 @@ def test_data_sets_are_one_stream(folder: Path) -> None:
         ("lines:0.5", "data set 'lines': the weight 0.5 cannot be had with --streaming true"),
         ("part", "'split' 'train"),
         ("some", "'num_samples' cannot"),
-        ("rows,hub", "'hf_hub_url' cannot"),
+        ("rows,hub", "data sets of the hub and local files"),
         ("line", "did you mean 'lines'"),
     ],
 )
