@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from finetune.media.sampling import Frames
 
+UNREAD = "that nothing reads"
+"""Words of every note about a key of a record that is read by nothing: mostly there for others."""
+
 MediaKind = Literal["image", "video", "audio"]
 MEDIA_KINDS: tuple[MediaKind, ...] = get_args(MediaKind)
 ROLES = ("system", "user", "assistant", "tool")

@@ -8,6 +8,7 @@ would begin, 2 when it would refuse the data, 4 when too many records would be l
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
     from finetune.encoding.intake import Intake
     from finetune.encoding.lengths import measure_lengths
     from finetune.pages.survey import Survey, Surveyed
+    from finetune.pages.terminal import show
 
     encoder = _encoder(given, data)
     try:
@@ -50,6 +52,8 @@ def main(argv: list[str]) -> int:
             print(reports[-1])
             if (lengths := measure_lengths(intake.samples, encoder)) is not None:
                 print(lengths)
+            for text in show(intake.samples, intake.fitter, given.show, colour=_in_colour()):
+                print(text)
             parts.append(Surveyed(intake.samples, intake.fitter, reports[-1], survey, lengths))
         for line in overlap(reports):
             print(f"warning: {line}")
@@ -63,6 +67,10 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _in_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _encoder(given: argparse.Namespace, data: DataArguments) -> Encoder:
@@ -162,6 +170,7 @@ def _parser() -> CommandParser:
     data.add_argument("--model_max_length", type=int, default=2048, help="longest sample in tokens (default: 2048)")
     data.add_argument("--seed", type=int, default=42, help="of what is drawn from data sets (default: 42)")
     data.add_argument("--data_seed", type=int, help="the same; default: --seed")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print so many samples as the model gets them")
     parser.add_argument("--html", metavar="FILE", help="also write a page that shows samples as the model gets them")
     parser.add_argument("--samples", type=int, default=50, help="samples on that page (default: 50)")
     parser.add_argument(

@@ -121,6 +121,7 @@ RANGES: Mapping[str, Range] = {
     "lora_layers_to_transform": _NOT_NEGATIVE,
     # data
     **dict.fromkeys(("max_samples", "limit", "buffer_size", "train", "eval", "images", "samples"), _COUNT),
+    "show": _NOT_NEGATIVE,
     "val_size": _NOT_NEGATIVE,
     "max_bad_share": Range(low=0, high=1, hint="1 never stops"),
     "slices": Range(low=0, hint="0 is text only"),

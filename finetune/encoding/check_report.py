@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from finetune.encoding.check_cache import Looked
 from finetune.encoding.fitting import OUTCOMES
 from finetune.quoting import shown
-from finetune.sample import MEDIA_KINDS, MediaKind
+from finetune.sample import MEDIA_KINDS, UNREAD, MediaKind
 
 _A: dict[MediaKind, str] = {"image": "an image", "video": "a video", "audio": "sound"}
 _SHOWN = 5
@@ -94,7 +94,7 @@ def lines(report: Report) -> Iterator[str]:
         counts = [(report.with_media[kind], a) for kind, a in _A.items() if report.with_media[kind]]
         media = ", ".join(f"{count} of {used} records have {a}" for count, a in counts)
         yield "  " + (media or f"none of {used} records has an image, a video or sound")
-    yield from (f"  warning: {line}" for line in _note_lines(report.notes, used))
+    yield from (f"  {_word(line)}: {line}" for line in _note_lines(report.notes, used))
     if report.repeated:
         yield f"  warning: {report.repeated} records have the text and the media of an earlier one"
     for answer, count in report.answers.most_common(1):
@@ -112,6 +112,10 @@ def lines(report: Report) -> Iterator[str]:
         yield from (f"      {message}" for message in messages[:_SHOWN])
         if len(messages) > _SHOWN:
             yield f"      ... and {len(messages) - _SHOWN} more"
+
+
+def _word(line: str) -> str:
+    return "note" if UNREAD in line and "did you mean" not in line else "warning"
 
 
 def _note_lines(notes: Counter[str], used: int) -> Iterator[str]:

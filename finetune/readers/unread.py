@@ -15,7 +15,7 @@ from finetune.quoting import shown
 from finetune.readers import keys
 from finetune.readers.forms import MEDIA_COLUMNS, Form
 from finetune.readers.media import A_FILE, Places, json_cell
-from finetune.sample import PICTURE_SUFFIXES, SOUND_SUFFIXES, VIDEO_SUFFIXES, DataError, MediaKind, Sample
+from finetune.sample import PICTURE_SUFFIXES, SOUND_SUFFIXES, UNREAD, VIDEO_SUFFIXES, DataError, MediaKind, Sample
 
 _SUFFIXES: dict[str, MediaKind] = {
     **dict.fromkeys(SOUND_SUFFIXES, "audio"),
@@ -50,9 +50,7 @@ _LONGEST_PATH = 4096
 _DEEPEST, _MOST = 4, 64
 """How deep a value is looked through, and how many entries of each list."""
 _NEAR = 0.8
-HEAD, HEAD_OF_TURNS, HEAD_OF_PARTS = (
-    f"keys{of} that nothing reads" for of in ("", " of turns", " of parts of content lists")
-)
+HEAD, HEAD_OF_TURNS, HEAD_OF_PARTS = (f"keys{of} {UNREAD}" for of in ("", " of turns", " of parts of content lists"))
 """What notes begin with; behind it and a colon stands the key."""
 
 

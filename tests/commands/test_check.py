@@ -107,6 +107,21 @@ def test_each_file_is_looked_at(tiny: Tiny, data: Callable[..., str], capsys: py
     assert "warning: 1 records have the same text and media" in printed
 
 
+def test_samples_are_shown_as_the_model_gets_them(
+    tiny: Tiny, data: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"role": "user", "content": "Say \x1b[2J!"}, {"role": "assistant", "content": "A <b>dog</b>."}]
+    file = data(3, 1, name="b.json", conversations=turns)
+    assert main(["--model", str(tiny("llama3_v2_5")), "--data", file, "--show", "2"]) == 2
+    shown = capsys.readouterr().out.split("--- ")[1:]
+    assert len(shown) == 2
+    assert shown[0].startswith(f"{file}, record 0: ")
+    assert "[image 60x60: 1 slice, " in shown[0]
+    assert "[[A <b>dog</b>.<|eot_id|>]]" in shown[0]
+    assert "Say \\x1b[2J!" in shown[0]
+    assert "'gone.png' does not exist" in shown[1]
+
+
 PUBLISHED = """[
     {
       "id": "0",

@@ -317,9 +317,9 @@ def test_keys_that_nothing_reads_are_one_line_with_their_numbers(write_records: 
     path = write_records(*({"conversations": turns, **more} for more in extra))
     report = str(look(path, make_encoder()))
     (line,) = (line for line in report.splitlines() if "keys that nothing reads" in line)
-    assert line.startswith("  warning: keys that nothing reads: 'source' (2 of 3 records), ")
+    assert line.startswith("  note: keys that nothing reads: 'source' (2 of 3 records), ")
     assert sorted(line.partition("'source' (2 of 3 records), ")[2].split(", ")) == [
         "'widht' (1 of 3 records)",
         "'width' (1 of 3 records)",
     ]
-    assert "warning: 3 of 3 records: keys of turns that nothing reads: 'score'" in report
+    assert "note: 3 of 3 records: keys of turns that nothing reads: 'score'" in report
