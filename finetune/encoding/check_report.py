@@ -32,7 +32,8 @@ class Report:
         longest: most tokens of a sample that stays.
         with_media: records that have an image, a video, a sound, by kind.
         notes: how many records have each note.
-        contents: how often each text with its media occurs.
+        alike: the likeness of records by their number.
+        repeated: records with the same text and media as an earlier one.
         answers: how often each last answer that is trained occurs.
         left_out: messages of samples that are too long and left out.
         problems: messages of records that cannot be used.
@@ -49,7 +50,8 @@ class Report:
     longest: int = 0
     with_media: Counter[MediaKind] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
-    contents: Counter[str] = field(default_factory=Counter)
+    alike: dict[int, int] = field(default_factory=dict)
+    repeated: int = 0
     answers: Counter[str] = field(default_factory=Counter)
     left_out: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -59,25 +61,20 @@ class Report:
     def __str__(self) -> str:
         return "\n".join(lines(self))
 
-    def enter(self, looked: Looked) -> None:
-        """Counts a record that can be used."""
+    def enter(self, index: int, looked: Looked) -> None:
+        """Counts a record that can be used, by its number."""
         self.outcomes[looked.outcome] += 1
         self.lost_images += looked.lost_images
         self.longest = max(self.longest, looked.tokens)
         self.with_media.update(kind for kind, count in zip(MEDIA_KINDS, looked.media, strict=True) if count)
         self.notes.update(set(looked.notes))
-        self.contents[looked.content] += 1
+        self.alike[index] = looked.alike
         self.answers[looked.answer] += 1
 
     @property
     def usable(self) -> int:
         """Records that can be used."""
         return self.outcomes.total()
-
-    @property
-    def repeated(self) -> int:
-        """Records with the same text and media as an earlier one."""
-        return self.contents.total() - len(self.contents)
 
 
 def lines(report: Report) -> Iterator[str]:

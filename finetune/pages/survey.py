@@ -33,7 +33,6 @@ class Survey:
         tokens: length of each.
         trained: tokens of each that carry loss.
         items: thumbnails, slices and frames of each.
-        alike: of each, what records of the same text have in common.
         noted: the first few records with each note, and with each outcome but "kept".
         kinds: the first record with each combination of media, in words.
     """
@@ -42,7 +41,6 @@ class Survey:
     tokens: array[int] = field(default_factory=lambda: array("L"))
     trained: array[int] = field(default_factory=lambda: array("L"))
     items: array[int] = field(default_factory=lambda: array("L"))
-    alike: array[int] = field(default_factory=lambda: array("Q"))
     noted: dict[str, list[int]] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
 
@@ -51,8 +49,8 @@ class Survey:
         if isinstance(result, DataError):
             return
         for column, value in zip(
-            (self.indices, self.tokens, self.trained, self.items, self.alike),
-            (index, result.tokens, result.trained, result.items, result.alike),
+            (self.indices, self.tokens, self.trained, self.items),
+            (index, result.tokens, result.trained, result.items),
             strict=True,
         ):
             column.append(value)
