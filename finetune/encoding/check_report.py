@@ -91,7 +91,7 @@ def lines(report: Report) -> Iterator[str]:
         counts = [(report.with_media[kind], a) for kind, a in _A.items() if report.with_media[kind]]
         media = ", ".join(f"{count} of {used} records have {a}" for count, a in counts)
         yield "  " + (media or f"none of {used} records has an image, a video or sound")
-    yield from (f"  {_word(line)}: {line}" for line in _note_lines(report.notes, used))
+    yield from (f"  {'warning' if is_warning(line) else 'note'}: {line}" for line in _note_lines(report.notes, used))
     if report.repeated:
         yield f"  warning: {report.repeated} records have the text and the media of an earlier one"
     for answer, count in report.answers.most_common(1):
@@ -111,8 +111,9 @@ def lines(report: Report) -> Iterator[str]:
             yield f"      ... and {len(messages) - _SHOWN} more"
 
 
-def _word(line: str) -> str:
-    return "note" if UNREAD in line and "did you mean" not in line else "warning"
+def is_warning(note: str) -> bool:
+    """Whether a note is about more than keys that nobody has to read."""
+    return UNREAD not in note or "did you mean" in note
 
 
 def _note_lines(notes: Counter[str], used: int) -> Iterator[str]:

@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import chain, islice, repeat
 
 from finetune.encoding.check_cache import Looked
-from finetune.encoding.check_report import Report
+from finetune.encoding.check_report import Report, is_warning
 from finetune.encoding.fitting import OUTCOMES, Fitter
 from finetune.encoding.lengths import Lengths
 from finetune.media import image
@@ -33,7 +33,7 @@ class Survey:
         tokens: length of each.
         trained: tokens of each that carry loss.
         items: thumbnails, slices and frames of each.
-        noted: the first few records with each note, and with each outcome but "kept".
+        noted: the first few records with each warning, and with each outcome but "kept".
         kinds: the first record with each combination of media, in words.
     """
 
@@ -54,7 +54,7 @@ class Survey:
             strict=True,
         ):
             column.append(value)
-        for word in (*result.notes, *([] if result.outcome == OUTCOMES[0] else [result.outcome])):
+        for word in (*filter(is_warning, result.notes), *([] if result.outcome == OUTCOMES[0] else [result.outcome])):
             found = self.noted.setdefault(word, [])
             if len(found) < _KEPT and index not in found:
                 found.append(index)
