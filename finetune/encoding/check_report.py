@@ -149,6 +149,9 @@ def group(messages: Sequence[str]) -> dict[str, list[str]]:
 
 # Names with a number in them, and tags, are neither numbers nor paths.
 _KEPT = r"MiniCPM-\w+ \d+(?:\.\d+)?|</?[\w|]+/?>"
+# Keys of records are names; other quotations differ from record to record.
+_KEY = r"\b(?:the key|call it) '[\w .-]{1,40}'"
+_QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 
 
 def shape(message: str) -> str:
@@ -159,8 +162,8 @@ def shape(message: str) -> str:
     >>> shape("d/a.json, record 3: MiniCPM-V 4.6 takes 2 of them, and no answer is behind </think>")
     'MiniCPM-V 4.6 takes N of them, and no answer is behind </think>'
     """
-    text = re.sub(r"^.*?, record \d+(?: \(id (?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")\))?: ", "", message, flags=re.S)
-    text = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "'...'", text)
+    text = re.sub(rf"^.*?, record \d+(?: \(id (?:{_QUOTED})\))?: ", "", message, flags=re.S)
+    text = re.sub(rf"({_KEY})|{_QUOTED}", lambda found: found[1] or "'...'", text)
     # Lists of places differ in number; a path ends where our messages go on.
     text = re.sub(r"\(looked [^)]*\)", "(looked ...)", text)
     text = re.sub(r"(?<=\b(?:image|video|audio) )\S.*?(?= (?:cannot|is|has|does|begins|ends)\b)", "PATH", text)

@@ -244,6 +244,9 @@ def test_shape(one: str, other: str) -> None:
 def test_shape_keeps_names_and_tags() -> None:
     assert shape("a, record 3: MiniCPM-V 4.6 takes 2 of 3") == "MiniCPM-V 4.6 takes N of N"
     assert shape("a, record 3: no answer behind </think> in d/x.png") == "no answer behind </think> in PATH"
+    unread = "a, record 3: nothing reads the key '{}', which has 'd/x.png'; call it 'image'"
+    assert shape(unread.format("img_2")) == "nothing reads the key 'img_N', which has '...'; call it 'image'"
+    assert shape(unread.format("picture")) != shape(unread.format("photo"))
     assert shape("a, record 3: <|im_end|> and <image/> stay") == "<|im_end|> and <image/> stay"
 
 
