@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
             for text in show(intake.samples, intake.fitter, given.show, colour=_in_colour()):
                 print(text)
             parts.append(Surveyed(intake.samples, intake.fitter, reports[-1], survey, lengths))
-        for line in overlap(reports):
+        for line in overlap(intakes, reports):
             print(f"warning: {line}")
         if given.html is not None:
             from finetune.pages.preview import write_preview

@@ -19,8 +19,8 @@ from finetune.encoding.check_cache import CheckCache, Looked, fingerprint
 from finetune.encoding.check_report import Report
 from finetune.encoding.fitting import Fitter, OverlongError
 from finetune.encoding.intake import Intake, share_is_bad, source_of
-from finetune.encoding.likeness import likeness
-from finetune.encoding.suspicion import content, last_answer, suspicions
+from finetune.encoding.likeness import likeness, repeated
+from finetune.encoding.suspicion import last_answer, suspicions
 from finetune.errors import WorthlessError
 from finetune.sample import MEDIA_KINDS, DataError, Sample
 from finetune.templates.rendering import IGNORE
@@ -56,7 +56,7 @@ def check_before_training(intakes: Sequence[Intake], level: str | None) -> None:
         reports.append(report)
         if report is not None:
             logger.info("%s", report)
-    for line in overlap([report for report in reports if report is not None]):
+    for line in overlap(intakes, reports):
         logger.warning("%s", line)
     judge(intakes, reports)
 
@@ -97,11 +97,20 @@ def judge(intakes: Sequence[Intake], reports: Sequence[Report | None]) -> None:
         intake.probe()
 
 
-def overlap(reports: Sequence[Report]) -> Iterator[str]:
+def overlap(intakes: Sequence[Intake], reports: Sequence[Report | None]) -> Iterator[str]:
     """A line for every two data sets that share records: what a model has been trained on measures nothing."""
-    for one, other in combinations(reports, 2):
-        if shared := len(one.contents.keys() & other.contents.keys()):
-            yield f"{shared} records have the same text and media in {one.file} and in {other.file}"
+    pairs = zip(intakes, reports, strict=True)
+    looked = [(_once(intake.samples), report) for intake, report in pairs if report is not None]
+    groups = repeated([(samples, report.alike) for samples, report in looked]) if len(looked) > 1 else []
+    shared = Counter(pair for group in groups for pair in combinations(sorted({part for part, _ in group}), 2))
+    for (one, other), count in sorted(shared.items()):
+        names = f"{looked[one][1].file} and in {looked[other][1].file}"
+        yield f"{count} records have the same text and media in {names}"
+
+
+def _once(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """The records of a data set, each once."""
+    return getattr(samples, "once", samples)
 
 
 def check(
@@ -122,7 +131,7 @@ def check(
         seen: is told what becomes of each record, in order.
     """
     started = time.perf_counter()
-    samples = getattr(samples, "once", samples)
+    samples = _once(samples)
     chosen = _chosen(len(samples), level)
     report = Report(_title(samples), len(samples), len(chosen))
     report.duplicates = _duplicates(samples, chosen)
@@ -144,11 +153,12 @@ def check(
         for chunk, results in zip(chunks, looks, strict=True):
             bar.update(len(results))
             for index, result in zip(chunk, results, strict=True):
-                _enter(report, result)
+                _enter(report, index, result)
                 if seen is not None:
                     seen(index, result)
     report.reused = cache.reused
     cache.write()
+    report.repeated = sum(len(group) - 1 for group in repeated([(samples, report.alike)]))
     report.seconds = time.perf_counter() - started
     return report
 
@@ -197,7 +207,6 @@ def _look(samples: Sequence[Sample], index: int, fitter: Fitter, cache: CheckCac
         items=size.items,
         media=(images, videos, sounds),
         notes=(*sample.notes, *suspicions(sample, fitter.encoder.vocabulary)),
-        content=content(sample),
         alike=likeness(sample),
         answer=last_answer(sample),
     )
@@ -205,13 +214,13 @@ def _look(samples: Sequence[Sample], index: int, fitter: Fitter, cache: CheckCac
     return looked
 
 
-def _enter(report: Report, result: Looked | DataError) -> None:
+def _enter(report: Report, index: int, result: Looked | DataError) -> None:
     if isinstance(result, OverlongError):
         report.left_out.append(str(result))
     elif isinstance(result, DataError):
         report.problems.append(str(result))
     else:
-        report.enter(result)
+        report.enter(index, result)
 
 
 def _title(samples: Sequence[Sample]) -> str:

@@ -29,7 +29,6 @@ class Looked(NamedTuple):
         items: thumbnails, slices and frames.
         media: images, videos and sounds of the record, whatever goes with dropped turns.
         notes: of the sample, and what is suspicious in it.
-        content: stands for its text and media; equal for equal ones.
         alike: equal for records that may be copies of each other, whatever their files are called; see ``likeness``.
         answer: its last answer that is trained; a long one is shortened, and still differs from others.
     """
@@ -41,7 +40,6 @@ class Looked(NamedTuple):
     items: int
     media: tuple[int, int, int]
     notes: tuple[str, ...]
-    content: str
     alike: int
     answer: str
 

@@ -32,7 +32,8 @@ class Report:
         longest: most tokens of a sample that stays.
         with_media: records that have an image, a video, a sound, by kind.
         notes: how many records have each note.
-        contents: how often each text with its media occurs.
+        alike: the likeness of records by their number.
+        repeated: records with the same text and media as an earlier one.
         answers: how often each last answer that is trained occurs.
         left_out: messages of samples that are too long and left out.
         problems: messages of records that cannot be used.
@@ -49,7 +50,8 @@ class Report:
     longest: int = 0
     with_media: Counter[MediaKind] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
-    contents: Counter[str] = field(default_factory=Counter)
+    alike: dict[int, int] = field(default_factory=dict)
+    repeated: int = 0
     answers: Counter[str] = field(default_factory=Counter)
     left_out: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -59,25 +61,20 @@ class Report:
     def __str__(self) -> str:
         return "\n".join(lines(self))
 
-    def enter(self, looked: Looked) -> None:
-        """Counts a record that can be used."""
+    def enter(self, index: int, looked: Looked) -> None:
+        """Counts a record that can be used, by its number."""
         self.outcomes[looked.outcome] += 1
         self.lost_images += looked.lost_images
         self.longest = max(self.longest, looked.tokens)
         self.with_media.update(kind for kind, count in zip(MEDIA_KINDS, looked.media, strict=True) if count)
         self.notes.update(set(looked.notes))
-        self.contents[looked.content] += 1
+        self.alike[index] = looked.alike
         self.answers[looked.answer] += 1
 
     @property
     def usable(self) -> int:
         """Records that can be used."""
         return self.outcomes.total()
-
-    @property
-    def repeated(self) -> int:
-        """Records with the same text and media as an earlier one."""
-        return self.contents.total() - len(self.contents)
 
 
 def lines(report: Report) -> Iterator[str]:
@@ -94,7 +91,7 @@ def lines(report: Report) -> Iterator[str]:
         counts = [(report.with_media[kind], a) for kind, a in _A.items() if report.with_media[kind]]
         media = ", ".join(f"{count} of {used} records have {a}" for count, a in counts)
         yield "  " + (media or f"none of {used} records has an image, a video or sound")
-    yield from (f"  {_word(line)}: {line}" for line in _note_lines(report.notes, used))
+    yield from (f"  {'warning' if is_warning(line) else 'note'}: {line}" for line in _note_lines(report.notes, used))
     if report.repeated:
         yield f"  warning: {report.repeated} records have the text and the media of an earlier one"
     for answer, count in report.answers.most_common(1):
@@ -114,8 +111,9 @@ def lines(report: Report) -> Iterator[str]:
             yield f"      ... and {len(messages) - _SHOWN} more"
 
 
-def _word(line: str) -> str:
-    return "note" if UNREAD in line and "did you mean" not in line else "warning"
+def is_warning(note: str) -> bool:
+    """Whether a note is about more than keys that nobody has to read."""
+    return UNREAD not in note or "did you mean" in note
 
 
 def _note_lines(notes: Counter[str], used: int) -> Iterator[str]:
@@ -151,6 +149,9 @@ def group(messages: Sequence[str]) -> dict[str, list[str]]:
 
 # Names with a number in them, and tags, are neither numbers nor paths.
 _KEPT = r"MiniCPM-\w+ \d+(?:\.\d+)?|</?[\w|]+/?>"
+# Keys of records are names; other quotations differ from record to record.
+_KEY = r"\b(?:the key|call it) '[\w .-]{1,40}'"
+_QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 
 
 def shape(message: str) -> str:
@@ -161,8 +162,8 @@ def shape(message: str) -> str:
     >>> shape("d/a.json, record 3: MiniCPM-V 4.6 takes 2 of them, and no answer is behind </think>")
     'MiniCPM-V 4.6 takes N of them, and no answer is behind </think>'
     """
-    text = re.sub(r"^.*?, record \d+(?: \(id (?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")\))?: ", "", message, flags=re.S)
-    text = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "'...'", text)
+    text = re.sub(rf"^.*?, record \d+(?: \(id (?:{_QUOTED})\))?: ", "", message, flags=re.S)
+    text = re.sub(rf"({_KEY})|{_QUOTED}", lambda found: found[1] or "'...'", text)
     # Lists of places differ in number; a path ends where our messages go on.
     text = re.sub(r"\(looked [^)]*\)", "(looked ...)", text)
     text = re.sub(r"(?<=\b(?:image|video|audio) )\S.*?(?= (?:cannot|is|has|does|begins|ends)\b)", "PATH", text)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from finetune.sample import Media, Sample, Text
+from finetune.sample import DataError, Media, Sample, Text
+
+MOST_READ = 2_000
+"""Records whose media are read to tell whether they are the same."""
+
+Place = tuple[int, int]
+"""A record, by the number of its data set and its own."""
 
 
 def likeness(sample: Sample) -> int:
@@ -31,6 +39,30 @@ def identity(sample: Sample, of_file: Callable[[Path], bytes]) -> bytes:
         OSError: a file cannot be read.
     """
     return _digest(sample, lambda medium: _content(medium, of_file))
+
+
+def repeated(parts: Sequence[tuple[Sequence[Sample], Mapping[int, int]]]) -> list[list[Place]]:
+    """Groups of records with the same text and the same media, byte for byte, in the order of their first.
+
+    Media are read only where the text and the sizes of files agree, and of no more than ``MOST_READ`` records.
+
+    Args:
+        parts: data sets, each with the likeness of its records by their number.
+    """
+    likely: dict[int, list[Place]] = {}
+    for part, (_, found) in enumerate(parts):
+        for index, alike in found.items():
+            likely.setdefault(alike, []).append((part, index))
+    of_file = cache(content_of_file)
+    same: dict[bytes, list[Place]] = {}
+    candidates = (place for group in likely.values() if len(group) > 1 for place in group)
+    for part, index in islice(candidates, MOST_READ):
+        try:
+            key = identity(parts[part][0][index], of_file)
+        except (DataError, OSError):
+            continue  # it has changed since the check, which is the place to say so
+        same.setdefault(key, []).append((part, index))
+    return [group for group in same.values() if len(group) > 1]
 
 
 def content_of_file(path: Path) -> bytes:

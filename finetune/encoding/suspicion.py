@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 
-from finetune.sample import Media, Message, Sample, Text
+from finetune.sample import Message, Sample, Text
 from finetune.templates.tokens import Vocabulary
 
 _BOX = re.compile(r"<box>(.*?)</box>", re.DOTALL)
@@ -37,22 +37,6 @@ def suspicions(sample: Sample, vocabulary: Vocabulary) -> Iterator[str]:
 def _said(message: Message) -> str:
     """What an answer says behind its thinking."""
     return message.text.rpartition("</think>")[2].strip()
-
-
-def content(sample: Sample) -> str:
-    """Stands for the text and the media files of a sample; media in memory are like no others."""
-    digest = hashlib.blake2b(digest_size=12)
-    for message in sample.messages:
-        digest.update(f"\0{message.thought}".encode(errors="surrogatepass"))
-        for part in message.parts:
-            digest.update(f"\0{message.role}\0{_identity(part, sample)}".encode(errors="surrogatepass"))
-    return digest.hexdigest()
-
-
-def _identity(part: Text | Media, sample: Sample) -> str:
-    if isinstance(part, Text):
-        return part.text
-    return "\0".join(map(str, part.files)) or f"{sample.source.file}, {sample.source.index}"
 
 
 def last_answer(sample: Sample) -> str:

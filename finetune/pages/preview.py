@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path, PurePath
 from typing import Any
 
-from finetune.encoding.check_report import Report, group, is_common
+from finetune.encoding.check_report import Report, group, is_common, is_warning
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.fitting import OUTCOMES, Fitted
 from finetune.encoding.intake import source_of
@@ -74,6 +74,7 @@ def write_preview(path: Path, parts: Sequence[Surveyed], *, most: int = SAMPLES,
         "preview",
         encoder=parts[0].fitter.encoder,
         policy=parts[0].fitter.policy,
+        is_warning=is_warning,
         sets=[_set(part) for part in parts],
         names=[PurePath(part.report.file).name for part in parts],
         columns=[word for word in _row(parts[0].report) if any(_row(part.report)[word] for part in parts)],

@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import chain, islice, repeat
 
 from finetune.encoding.check_cache import Looked
-from finetune.encoding.check_report import Report
+from finetune.encoding.check_report import Report, is_warning
 from finetune.encoding.fitting import OUTCOMES, Fitter
 from finetune.encoding.lengths import Lengths
 from finetune.media import image
@@ -33,8 +33,7 @@ class Survey:
         tokens: length of each.
         trained: tokens of each that carry loss.
         items: thumbnails, slices and frames of each.
-        alike: of each, what records of the same text have in common.
-        noted: the first few records with each note, and with each outcome but "kept".
+        noted: the first few records with each warning, and with each outcome but "kept".
         kinds: the first record with each combination of media, in words.
     """
 
@@ -42,7 +41,6 @@ class Survey:
     tokens: array[int] = field(default_factory=lambda: array("L"))
     trained: array[int] = field(default_factory=lambda: array("L"))
     items: array[int] = field(default_factory=lambda: array("L"))
-    alike: array[int] = field(default_factory=lambda: array("Q"))
     noted: dict[str, list[int]] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
 
@@ -51,12 +49,12 @@ class Survey:
         if isinstance(result, DataError):
             return
         for column, value in zip(
-            (self.indices, self.tokens, self.trained, self.items, self.alike),
-            (index, result.tokens, result.trained, result.items, result.alike),
+            (self.indices, self.tokens, self.trained, self.items),
+            (index, result.tokens, result.trained, result.items),
             strict=True,
         ):
             column.append(value)
-        for word in (*result.notes, *([] if result.outcome == OUTCOMES[0] else [result.outcome])):
+        for word in (*filter(is_warning, result.notes), *([] if result.outcome == OUTCOMES[0] else [result.outcome])):
             found = self.noted.setdefault(word, [])
             if len(found) < _KEPT and index not in found:
                 found.append(index)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +244,9 @@ def test_shape(one: str, other: str) -> None:
 def test_shape_keeps_names_and_tags() -> None:
     assert shape("a, record 3: MiniCPM-V 4.6 takes 2 of 3") == "MiniCPM-V 4.6 takes N of N"
     assert shape("a, record 3: no answer behind </think> in d/x.png") == "no answer behind </think> in PATH"
+    unread = "a, record 3: nothing reads the key '{}', which has 'd/x.png'; call it 'image'"
+    assert shape(unread.format("img_2")) == "nothing reads the key 'img_N', which has '...'; call it 'image'"
+    assert shape(unread.format("picture")) != shape(unread.format("photo"))
     assert shape("a, record 3: <|im_end|> and <image/> stay") == "<|im_end|> and <image/> stay"
 
 
@@ -278,14 +282,22 @@ def test_one_answer_for_most_records(write_records: Write, make_encoder: Make) -
     assert "same last answer" not in str(look(write_records(*records[:19]), make_encoder()))
 
 
-def test_repeated_records_are_told_by_what_they_say(write_records: Write, make_encoder: Make) -> None:
-    train = look(write_records("good.png", "good.png", "cmyk.jpg", None, name="train.json"), make_encoder())
-    assert train.repeated == 1
-    assert "warning: 1 records have the text and the media of an earlier one" in str(train)
-    evaluation = look(write_records("cmyk.jpg", answered("A cat."), name="eval.json"), make_encoder())
-    (line,) = overlap([train, evaluation])
-    assert line.startswith("1 records have the same text and media in ")
-    assert list(overlap([evaluation])) == []
+def test_repeated_records_are_told_by_what_they_hold(
+    write_records: Write, make_encoder: Make, zoo: Path, tmp_path: Path
+) -> None:
+    shutil.copy(zoo / "good.png", tmp_path / "copy.png")
+    for name in ("red", "blue"):  # of one size in bytes
+        Image.new("RGB", (30, 30), name).save(tmp_path / f"{name}.bmp")
+    own = [str(tmp_path / name) for name in ("copy.png", "red.bmp", "blue.bmp")]
+    train = write_records("good.png", *own, "cmyk.jpg", None, name="train.json")
+    evaluation = write_records("cmyk.jpg", answered("A cat."), name="eval.json")
+    reports = [look(path, make_encoder()) for path in (train, evaluation)]
+    assert [report.repeated for report in reports] == [1, 0]
+    assert "warning: 1 records have the text and the media of an earlier one" in str(reports[0])
+    intakes = [intake(path, make_encoder()) for path in (train, evaluation)]
+    (line,) = overlap(intakes, reports)
+    assert line == f"1 records have the same text and media in {train} and in {evaluation}"
+    assert list(overlap(intakes[:1], reports[:1])) == []
 
 
 def test_media_are_counted_by_record(write_records: Write, make_encoder: Make, zoo: Path) -> None:
