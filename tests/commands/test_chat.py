@@ -100,7 +100,7 @@ def test_a_folder_of_an_adapter_given_as_the_model(adapters, monkeypatch, capsys
 def test_mistakes_are_said_and_the_talk_goes_on(tiny, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     lines = ["/image /none.png", "/adaptor off", "/adapter x", "/save", "/save x.json"]
-    lines += [f"/image {tmp_path / 'broken.png'}", "What?", "Hello", "", "/help"]
+    lines += [f"/image {tmp_path / 'broken.png'}", "Hello", "", "/help"]
     status, out, err = chat(monkeypatch, capsys, lines, "--model", str(tiny(FAMILY)))
     assert status == 2
     assert out == says(load_model(tiny(FAMILY)), "Hello") + "\n"

@@ -144,13 +144,13 @@ def test_bad_records_are_left_out_only_when_asked(tiny, tmp_path, capsys):
     words = ("--model", tiny("v2_0"), "--data", tmp_path / "data.json", "--out", tmp_path / "out")
     with pytest.raises(UserError, match=r"data\.json, record"):
         run(*words)
-    run(*words, "--on_bad_sample", "skip")
+    run(*words, "--on_bad_sample", "skip", "--max_bad_share", "1")
     assert [row["index"] for row in lines(tmp_path / "out")] == [1]
     assert json.loads((tmp_path / "out/metrics.json").read_text())["left_out"] == "2"
     assert capsys.readouterr().out.count("left out   ") == 2
     (tmp_path / "data.json").write_text(json.dumps(records[:1]))
     with pytest.raises(UserError, match="no record can be used"):
-        run(*words, "--on_bad_sample", "skip")
+        run(*words, "--on_bad_sample", "skip", "--max_bad_share", "1")
 
 
 def test_videos(tiny, tmp_path):
@@ -162,7 +162,18 @@ def test_videos(tiny, tmp_path):
         turns = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "b"}]
         records.append({"messages": turns, "videos": [name]})
     (tmp_path / "data.json").write_text(json.dumps(records))
-    words = ("--data", tmp_path / "data.json", "--out", tmp_path / "out", "--on_bad_sample", "skip", "--video_fps", 2)
+    words = (
+        "--data",
+        tmp_path / "data.json",
+        "--out",
+        tmp_path / "out",
+        "--on_bad_sample",
+        "skip",
+        "--max_bad_share",
+        "1",
+        "--video_fps",
+        2,
+    )
     run("--model", tiny("v2_6"), *words)
     base = resolve(str(tiny("v2_6")))
     tokenizer, model = load_tokenizer(base.folder), load_model(base.folder, dtype=torch.float32)
