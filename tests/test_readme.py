@@ -117,8 +117,9 @@ def test_json_records_are_readable(tmp_path):
 
     docs = re.findall(r"```json\n(.*?)```", (ROOT / "docs/data.md").read_text(), flags=re.DOTALL)
     docs = [body for body in docs if "file_name" not in body]  # descriptions of data sets are no records
-    (tmp_path / "path/to").mkdir(parents=True)
-    Image.new("RGB", (32, 32)).save(tmp_path / "path/to/image_0.jpg")
+    for name in {name for body in [*blocks("json"), *docs] for name in re.findall(r"[\w/]+\.(?:jpg|png)", body)}:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (640, 480)).save(tmp_path / name)
     for name in ("1.mp3", "1.mp4"):
         (tmp_path / name).touch()
     assert blocks("json")

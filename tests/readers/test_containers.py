@@ -63,6 +63,7 @@ def test_a_compressed_file_is_unpacked_once_until_it_changes(tmp_path: Path) -> 
         (gzip.compress(b"<html>"), "is a web page"),
         (None, "no such data file"),
     ],
+    ids=["cut", "not compressed", "comma", "not UTF-8", "page", "gone"],  # what is compressed has the time in it
 )
 def test_bad_compressed_files(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:
