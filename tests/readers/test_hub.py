@@ -14,6 +14,7 @@ import datasets
 import pyarrow as pa
 import pytest
 from made_shards import PNG, TURNS, shard, shown
+from packaging.version import Version
 from PIL import Image
 from pyarrow import parquet
 from torch.utils.data import DataLoader, IterableDataset
@@ -109,6 +110,9 @@ def test_several_data_sets_are_one_stream(tmp_path: Path) -> None:
     assert {shown(streamed.sample(record)) for record in streamed.stream.one_pass(0, 0, 1)} == {"[8]What?"}
 
 
+@pytest.mark.skipif(
+    Version(datasets.__version__) < Version("5"), reason="datasets 4.4 orders the columns of shards in two ways"
+)
 def test_shards_through_the_library(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for number in range(2):
