@@ -15,25 +15,26 @@ from finetune.sample import DataError, MediaKind, Source
 _TEXT = re.compile(r"[A-Za-z0-9+/\s]{80,}={0,2}\s*")
 # So many letters are looked at, half of which may be line breaks; four of them are three bytes.
 _LETTERS = 64
+_HEAD = re.compile(r"[A-Za-z0-9+/]{32}")
 # What files begin with, behind so many bytes that differ.
-_SIGNS: tuple[tuple[MediaKind, str, int, bytes], ...] = (
-    ("image", "jpeg", 0, b"\xff\xd8\xff"),
-    ("image", "png", 0, b"\x89PNG\r\n\x1a\n"),
-    ("image", "gif", 0, b"GIF8"),
-    ("image", "webp", 8, b"WEBP"),
-    ("image", "bmp", 0, b"BM"),
-    ("image", "tiff", 0, b"II*\0"),
-    ("image", "tiff", 0, b"MM\0*"),
-    ("image", "avif", 4, b"ftypavif"),
-    ("audio", "wav", 8, b"WAVE"),
-    ("audio", "flac", 0, b"fLaC"),
-    ("audio", "ogg", 0, b"OggS"),
-    ("audio", "mpeg", 0, b"ID3"),
-    ("audio", "mpeg", 0, b"\xff\xfb"),
-    ("audio", "mpeg", 0, b"\xff\xf3"),
-    ("audio", "mp4", 4, b"ftypM4A"),
-    ("video", "mp4", 4, b"ftyp"),
-    ("video", "webm", 0, b"\x1aE\xdf\xa3"),
+_SIGNS: tuple[tuple[MediaKind, int, bytes], ...] = (
+    ("image", 0, b"\xff\xd8\xff"),
+    ("image", 0, b"\x89PNG\r\n\x1a\n"),
+    ("image", 0, b"GIF8"),
+    ("image", 8, b"WEBP"),
+    ("image", 0, b"BM"),
+    ("image", 0, b"II*\0"),
+    ("image", 0, b"MM\0*"),
+    ("image", 4, b"ftypavif"),
+    ("audio", 8, b"WAVE"),
+    ("audio", 0, b"fLaC"),
+    ("audio", 0, b"OggS"),
+    ("audio", 0, b"ID3"),
+    ("audio", 0, b"\xff\xfb"),
+    ("audio", 0, b"\xff\xf3"),
+    ("audio", 4, b"ftypM4A"),
+    ("video", 4, b"ftyp"),
+    ("video", 0, b"\x1aE\xdf\xa3"),
 )
 
 
@@ -42,14 +43,24 @@ def is_base64(text: str) -> bool:
     return _TEXT.fullmatch(text) is not None
 
 
+def kind_of(data: bytes) -> MediaKind | None:
+    """What bytes are that begin as a file of a known format does."""
+    return next((kind for kind, at, sign in _SIGNS if data.startswith(sign, at)), None)
+
+
+def kind_of_text(text: str) -> MediaKind | None:
+    """The same for base64 text, of which the beginning is looked at."""
+    head = _HEAD.match("".join(text[:_LETTERS].split()))
+    return None if head is None else kind_of(base64.b64decode(head[0]))
+
+
 def of_text(text: str, kind: MediaKind, source: Source) -> bytes:
     """The bytes of base64 text that begins as a file of its kind does.
 
     Raises:
         DataError: it begins as something else, or is no base64.
     """
-    begins = base64.b64decode("".join(text[:_LETTERS].split())[: _LETTERS // 2])
-    found = next((found for found, _, at, sign in _SIGNS if begins.startswith(sign, at)), None)
+    found = kind_of_text(text)
     if found != kind:
         what = f"a file of {found}" if found else "no file that is known"
         raise DataError(

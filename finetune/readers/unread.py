@@ -13,8 +13,9 @@ from PIL import Image
 
 from finetune.quoting import shown
 from finetune.readers import keys
+from finetune.readers.embedded import A_FILE, kind_of, kind_of_text
 from finetune.readers.forms import MEDIA_COLUMNS, Form
-from finetune.readers.media import A_FILE, Places, json_cell
+from finetune.readers.media import Places, json_cell
 from finetune.sample import PICTURE_SUFFIXES, SOUND_SUFFIXES, UNREAD, VIDEO_SUFFIXES, DataError, MediaKind, Sample
 
 _SUFFIXES: dict[str, MediaKind] = {
@@ -26,24 +27,6 @@ _SUFFIXES: dict[str, MediaKind] = {
 _MEDIA_NAMES = re.compile(r"image|img|pic|photo|video|clip|frame|audio|sound|speech", re.IGNORECASE)
 _DATA_ADDRESS = re.compile(r"data:(image|video|audio)/")
 _REMOTE = re.compile(r"https?://", re.IGNORECASE)
-# What files of media begin with, as bytes and in base64.
-_BEGINNINGS: dict[bytes, MediaKind] = {
-    b"\xff\xd8\xff": "image",
-    b"\x89PNG\r\n\x1a\n": "image",
-    b"GIF8": "image",
-    b"RIFF": "image",
-    b"fLaC": "audio",
-    b"OggS": "audio",
-    b"ID3": "audio",
-}
-_BASE64_BEGINNINGS: dict[str, MediaKind] = {
-    "/9j/": "image",
-    "iVBORw0KGgo": "image",
-    "R0lGOD": "image",
-    "UklGR": "image",
-    "ZkxhQ": "audio",
-    "T2dnU": "audio",
-}
 _LONG = 200
 """Letters from which on text can be a file in base64, and no name of a file in a record."""
 _LONGEST_PATH = 4096
@@ -131,13 +114,11 @@ def _medium(leaf: Any, key: str, sample: Sample, where: Places) -> MediaKind | N
     if isinstance(leaf, Image.Image):
         return "image"
     if isinstance(leaf, bytes):
-        return next((kind for start, kind in _BEGINNINGS.items() if leaf.startswith(start)), None)
+        return kind_of(leaf)
     if address := _DATA_ADDRESS.match(leaf):
         return address[1]  # pyright: ignore[reportReturnType]
-    if len(leaf) >= _LONG and " " not in leaf[:_LONG]:
-        for start, kind in _BASE64_BEGINNINGS.items():
-            if leaf.startswith(start):
-                return kind
+    if len(leaf) >= _LONG and (kind := kind_of_text(leaf)) is not None:
+        return kind
     return _file(leaf, key, sample, where) if len(leaf) < _LONGEST_PATH and "\n" not in leaf else None
 
 
