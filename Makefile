@@ -29,9 +29,9 @@ test: install-dev
 
 # Of the end-to-end tests only the LoRA runs: the others take minutes and meet no other package.
 # One process and one LoRA run from shell to adapter; the parallel modes are compared with the newest packages.
-LOWEST := tests/commands tests/encoding tests/media tests/models tests/readers tests/templates tests/tuning \
-  tests/config \
-  tests/test_arguments.py tests/test_trainer.py tests/test_ds_configs.py tests/test_imports.py
+LOWEST := tests/arguments tests/batching tests/checkpoints tests/commands tests/data_check tests/data_files \
+  tests/encoding tests/media tests/models tests/readers tests/templates tests/training \
+  tests/test_trainer.py tests/test_imports.py
 
 test-lowest: .venv-lowest/installed
 	.venv-lowest/bin/python -m pytest $(SIDE_BY_SIDE) $(LOWEST) --ignore tests/models/test_zero3.py $(PYTEST)

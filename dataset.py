@@ -10,15 +10,15 @@ from typing import TypedDict
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from finetune.arguments import DataArguments
+from finetune.arguments.data import DataArguments
+from finetune.data_files import records
 from finetune.encoding.collate import Batch, pack, pad
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
-from finetune.encoding.intake import BAD_SAMPLES, Intake
-from finetune.readers import records
+from finetune.encoding.sample_policy import BAD_SAMPLES, SamplePolicy
+from finetune.readers.dataset_info import find_entry
 from finetune.readers.mixture import Mixture, open_data, parse_names
-from finetune.readers.registry import find_entry
-from finetune.readers.streamed import StreamedSamples, open_stream
+from finetune.readers.streamed_samples import StreamedSamples, open_stream
 from finetune.sample import DataError, Sample
 
 logger = logging.getLogger(__name__)
@@ -31,10 +31,10 @@ class SupervisedDataset(Dataset[Example]):
     naming file and record; what a policy leaves out leaves an empty row in its batch, and no other sample in its place.
     """
 
-    def __init__(self, samples: Sequence[Sample], encoder: Encoder, intake: Intake | None = None) -> None:
+    def __init__(self, samples: Sequence[Sample], encoder: Encoder, intake: SamplePolicy | None = None) -> None:
         super().__init__()
         self.samples = samples
-        self.intake = intake or Intake(samples, encoder)
+        self.intake = intake or SamplePolicy(samples, encoder)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -58,7 +58,7 @@ class StreamedDataset(IterableDataset[Example]):
         intake: of its head; streamed records meet the same policies.
     """
 
-    def __init__(self, streamed: StreamedSamples, intake: Intake) -> None:
+    def __init__(self, streamed: StreamedSamples, intake: SamplePolicy) -> None:
         super().__init__()
         self.streamed = streamed
         self.samples: Sequence[Sample] = streamed.head
@@ -94,7 +94,7 @@ class StreamedDataset(IterableDataset[Example]):
         return _first_usable(self.intake)
 
 
-def _first_usable(intake: Intake) -> Example:
+def _first_usable(intake: SamplePolicy) -> Example:
     examples = map(intake.take, range(len(intake.samples)))
     return next(example for example in examples if (example.labels >= 0).any())
 
@@ -153,9 +153,9 @@ def make_supervised_data_module(
         DataError: a file that is missing or malformed, or without records; a data set that is not described.
     """
 
-    def intake(samples: Sequence[Sample]) -> Intake:
+    def intake(samples: Sequence[Sample]) -> SamplePolicy:
         report = None if output is None else output / BAD_SAMPLES
-        return Intake(samples, encoder, report=report, **data.policies)
+        return SamplePolicy(samples, encoder, report=report, **data.policies)
 
     def dataset(samples: Sequence[Sample]) -> SupervisedDataset:
         return SupervisedDataset(samples, encoder, intake(samples))

@@ -20,41 +20,50 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from dataset import PackingCollator, StreamedDataset
-from finetune.errors import UserError, WorthlessError
-from finetune.evaluation.in_training import GeneratedMetric
-from finetune.evaluation.progress import forgive
-from finetune.tuning import streams
-from finetune.tuning.alarms import Alarms
-from finetune.tuning.checkpoint import Checkpoint
-from finetune.tuning.flops import flops_of
-from finetune.tuning.keeping import Keeper, agree, fault_of
-from finetune.tuning.loaders import is_planned, loader_options, planned_loader
-from finetune.tuning.manifest import zero_stage
-from finetune.tuning.order import EpochOrder, LeanSampler
-from finetune.tuning.output import OutputFolder
-from finetune.tuning.parts import counted, full_parts, numel, part_of
-from finetune.tuning.resume import NothingLeftCallback, NothingLeftError
-from finetune.tuning.saving import finish_adapter, finish_full
-from finetune.tuning.sharding import keep_experts_together
-from finetune.tuning.stopping import HangWatch, StopCallback
-from finetune.tuning.throughput import Throughput
+from finetune.batching.dataloaders import is_planned, loader_options, planned_loader
+from finetune.batching.samplers import EpochOrder, LeanSampler
+from finetune.checkpoints import stream_resume
+from finetune.checkpoints.base_checkpoint import Checkpoint
+from finetune.checkpoints.checkpoint_manager import CheckpointManager, agree, fault_of
+from finetune.checkpoints.manifest import zero_stage
+from finetune.checkpoints.output_folder import OutputFolder
+from finetune.checkpoints.resume import NothingLeftCallback, NothingLeftError
+from finetune.checkpoints.saving import finish_adapter, finish_full
+from finetune.evaluation.generated_metric import GeneratedMetric
+from finetune.evaluation.progress_files import forgive
+from finetune.training.base_loss import check_base_loss
+from finetune.training.flops import flops_of
+from finetune.training.freezing import full_parts, part_of
+from finetune.training.graceful_stop import HangWatch, StopCallback
+from finetune.training.optimizer_groups import split_groups
+from finetune.training.throughput import Throughput
+from finetune.training.watchdog import Watchdog
+from finetune.training.zero3_leaves import keep_experts_together
+from finetune.utils.errors import WorthlessError
 
 logger = logging.getLogger(__name__)
 
-# A pretrained checkpoint predicts far better than chance; near ln(vocabulary) its weights are not what they should be.
-_CHANCE = 0.85
-# No published checkpoint is smaller; below, random weights are expected (demo, tests).
-_SMALLEST_PRETRAINED = 100_000_000
 # The ZeRO stage in which no rank has whole weights.
 _SHARDED = 3
 
 
-class BaseLossError(UserError):
-    """The checkpoint predicts no better than chance before the first update."""
-
-
 class CPMTrainer(Trainer):
     """Trainer with a learning rate per part, token-weighted evaluation and results that load anywhere.
+
+    It overrides, each calling what it overrides:
+
+    - ``train``: resumes streamed data, and refuses a run in which nothing was trained;
+    - ``get_train_dataloader``, ``get_eval_dataloader``: packed and length-grouped batches, streamed data, seeds of the
+      worker processes that do not depend on a resume;
+    - ``get_batch_samples``, ``training_step``, ``log``, ``evaluate``: tokens/s, waiting time and FLOPs of the log, and
+      the watchdog of losses and gradients;
+    - ``floating_point_ops``: FLOPs of the parts that train, of sharded weights too;
+    - ``create_optimizer``: a learning rate per part;
+    - ``compute_loss``: the loss per sample for the watchdog, and the base loss at step 0;
+    - ``prediction_step``, ``evaluation_loop``: an evaluation loss weighted by tokens, the same for every batch size,
+      and metrics on generated answers;
+    - ``_save_checkpoint``, ``save_model``: checkpoints that are finite and complete or not there at all, and side files
+      that make a result load by itself.
 
     Args:
         base: the checkpoint the run started from; its tokenizer and processor files go into every save.
@@ -71,7 +80,7 @@ class CPMTrainer(Trainer):
         base: Checkpoint,
         part_learning_rates: dict[str, float],
         check_base_loss: bool = True,
-        keeper: Keeper | None = None,
+        keeper: CheckpointManager | None = None,
         output: OutputFolder | None = None,
         **kwargs: Any,
     ) -> None:
@@ -94,10 +103,10 @@ class CPMTrainer(Trainer):
         trained = {part_of(name, parts) for name, weight in self._network().named_parameters() if weight.requires_grad}
         declared = trained.union(full_parts(self.args))  # pyright: ignore[reportArgumentType]
         limit = self.args.max_nonfinite_steps  # pyright: ignore[reportAttributeAccessIssue]
-        self.alarms = Alarms(self._network(), parts, self.accelerator, declared, limit)
+        self.alarms = Watchdog(self._network(), parts, self.accelerator, declared, limit)
         self.add_callback(self.alarms)
         forgive(self.callback_handler.callbacks)
-        self.keeper = keeper or Keeper()
+        self.keeper = keeper or CheckpointManager()
         self.add_callback(self.keeper)
         self._hangs = HangWatch(self.args.hang_timeout, self.alarms.samples)  # pyright: ignore[reportAttributeAccessIssue]
         self.add_callback(self._hangs)
@@ -115,7 +124,7 @@ class CPMTrainer(Trainer):
         """
         flags: Any = self.args
         if (checkpoint := kwargs.get("resume_from_checkpoint")) is not None:
-            self._passed = streams.batches_passed(Path(checkpoint), self._dealt())
+            self._passed = stream_resume.batches_passed(Path(checkpoint), self._dealt())
         self.keeper.begin(flags, self._network(), self.alarms, checkpoint and Path(checkpoint), self._output)
         try:
             with self._stops, self._hangs:
@@ -139,7 +148,11 @@ class CPMTrainer(Trainer):
     def _dealt(self) -> dict[str, Any] | None:
         """How streamed records are dealt; None for other data."""
         dataset = self.train_dataset
-        return streams.dealt(dataset.streamed.stream.state, self.args) if isinstance(dataset, StreamedDataset) else None
+        return (
+            stream_resume.dealt(dataset.streamed.stream.state, self.args)
+            if isinstance(dataset, StreamedDataset)
+            else None
+        )
 
     def get_train_dataloader(self) -> DataLoader:
         """The loader of the training data.
@@ -193,25 +206,11 @@ class CPMTrainer(Trainer):
         return super().get_batch_samples(self.throughput.timed(epoch_iterator), num_batches, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of the flags, its groups split where parts have learning rates of their own.
-
-        What is treated alike is one group: DeepSpeed's work and messages of a step grow with the groups.
-        """
+        """The optimizer of the flags, its groups split where parts have learning rates of their own."""
         optimizer = super().create_optimizer(model)
         source = self._network() if model is None else model
-        parts = {id(weight): part_of(name, self.base.family.parts) for name, weight in source.named_parameters()}
-        alike: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
-        for group in optimizer.param_groups:
-            options = {name: value for name, value in group.items() if name != "params"}
-            for parameter in group["params"]:
-                wanted = {**options, "lr": self.part_learning_rates[parts[id(parameter)]]}
-                parameters = next((found for given, found in alike if given == wanted), None)
-                if parameters is None:
-                    alike.append((wanted, parameters := []))
-                parameters.append(parameter)
-        optimizer.param_groups.clear()
-        for options, parameters in alike:
-            optimizer.add_param_group({**options, "params": parameters})
+        parts, rates = self.base.family.parts, self.part_learning_rates
+        split_groups(optimizer, {id(weight): rates[part_of(name, parts)] for name, weight in source.named_parameters()})
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -249,18 +248,12 @@ class CPMTrainer(Trainer):
         total, count = self._sum_over_ranks(row_loss.detach().sum(0))
         if not count:
             return  # every row of this micro-batch holds the place of a sample that is left out
-        self.base_loss = base_loss = total / count
-        chance = math.log(self.base.vocab_size)
-        pretrained = sum(numel(parameter) for _, parameter in counted(self._network())) > _SMALLEST_PRETRAINED
+        self.base_loss = total / count
         if self.is_world_process_zero():
-            logger.info("base loss at step 0: %.4f (chance is ln(vocabulary) = %.2f)", base_loss, chance)
-        if self.check_base_loss and pretrained and base_loss > _CHANCE * chance:
-            raise BaseLossError(
-                f"the base loss {base_loss:.2f} is near ln(vocabulary) = {chance:.2f}: {self.base.name} predicts "
-                "no better than chance. Its weights are probably not those of its config.json (a truncated download, "
-                "a folder of random weights), or its tokenizer is another one's. Pass --check_base_loss off if the "
-                "weights are meant to be random"
-            )
+            chance = math.log(self.base.vocab_size)
+            logger.info("base loss at step 0: %.4f (chance is ln(vocabulary) = %.2f)", self.base_loss, chance)
+        if self.check_base_loss:
+            check_base_loss(self.base_loss, self.base.vocab_size, self._network(), self.base.name)
 
     def _network(self) -> nn.Module:
         model = self.accelerator.unwrap_model(self.model)
@@ -393,7 +386,7 @@ class CPMTrainer(Trainer):
                 else:
                     finish_full(folder, self.base)
                 if streamed and (dealt := self._dealt()) is not None:
-                    streams.write(folder, dealt)
+                    stream_resume.write(folder, dealt)
 
         self.accelerator.wait_for_everyone()
         agree(self.accelerator, fault_of(work, alone=self.accelerator.num_processes == 1))

@@ -22,9 +22,9 @@ from results import Row, append
 from torch import nn
 
 from finetune.families import detect
-from finetune.planning.network import build, prepared
-from finetune.planning.published import CONFIGS
-from finetune.planning.recipe import Recipe
+from finetune.planning.meta_model import build, prepared
+from finetune.planning.published_shapes import CONFIGS
+from finetune.planning.training_setup import TrainingSetup
 
 CONFIG = CONFIGS["llama3_v2_5"]
 RANK = 64
@@ -38,7 +38,7 @@ def saved(model: nn.Module) -> int:
 
 def ours(*, resampler: bool) -> int:
     """The toolkit's adapters; by default the resampler trains in full beside them."""
-    return saved(prepared(CONFIG, Recipe(stage=2, lora_r=RANK, tune_resampler=None if resampler else False)))
+    return saved(prepared(CONFIG, TrainingSetup(stage=2, lora_r=RANK, tune_resampler=None if resampler else False)))
 
 
 def theirs(*modules: str) -> int:

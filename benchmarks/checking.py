@@ -38,7 +38,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.read:
         return _read(Path(given.read))
-    from finetune.commands.tiny import write_tiny_checkpoint
+    from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -45,7 +45,7 @@ def prepare(folder: Path) -> None:
     """A base with random weights, the pictures and data.json."""
     import mix
 
-    from finetune.commands.tiny import write_tiny_checkpoint
+    from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
 
     write_tiny_checkpoint("llama3_v2_5", folder / "base")
     records = []
@@ -113,8 +113,8 @@ def rank_main(folder: Path, side: str, official: Path | None) -> None:
     import torch
     from transformers import set_seed
 
-    from finetune import distributed
-    from finetune.arguments import parse_arguments
+    from finetune.arguments.parse import parse_arguments
+    from finetune.runtime import distributed
 
     torch.set_num_threads(1)
     args = parse_arguments(flags(folder, side))
@@ -134,10 +134,10 @@ def our_trainer(args: Any, clock: Clock) -> Any:
     import torch
 
     from dataset import make_supervised_data_module
+    from finetune.checkpoints.base_checkpoint import resolve
     from finetune.encoding.encoder import Encoder
     from finetune.models import load_model, load_tokenizer
-    from finetune.tuning.checkpoint import resolve
-    from finetune.tuning.parts import adapt
+    from finetune.training.freezing import adapt
     from trainer import CPMTrainer
 
     base = resolve(args.model.model_name_or_path)

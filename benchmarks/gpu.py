@@ -7,7 +7,7 @@ Random weights in bf16, one GPU, gradients and one AdamW step over 16 samples: t
 tokens, layers run again as --checkpoint_parts fit decides, the network's own loss. Theirs is a plain re-creation of the
 published way: one sample at a time, official_network.py with float32 logits of every position, all layers run again,
 with LoRA also embed_tokens, the resampler and the vision tower trained in full. Without DeepSpeed on both sides, so
-that what trains is float32. The model FLOP utilisation is that of the log (finetune.tuning.flops), ours alone.
+that what trains is float32. The model FLOP utilisation is that of the log (finetune.training.flops), ours alone.
 
 --memory measures the highest point of a step of LoRA with one sample of 2048 tokens and 10 items, everything run again.
 --layers: of the LLM, where all of them do not fit (full). --tiny: a small network, to try this script on a CPU.
@@ -36,17 +36,18 @@ from peft import LoraConfig, get_peft_model
 from results import Row, append
 from torch import nn
 
-from finetune.arguments import LoraArguments, TrainingArguments
+from finetune.arguments.model import LoraArguments
+from finetune.arguments.training import TrainingArguments
+from finetune.batching.packing import best_fit
 from finetune.encoding.collate import pack, pad
 from finetune.encoding.example import Example
-from finetune.encoding.packing import best_fit
 from finetune.models import MiniCPMV, MiniCPMVConfig
-from finetune.planning.fit import SHARE, fitting_parts
-from finetune.planning.published import CONFIGS
-from finetune.planning.recipe import Shape
-from finetune.tuning.flops import Flops, flops_of
-from finetune.tuning.parts import adapt
-from finetune.tuning.throughput import peak_of
+from finetune.planning.published_shapes import CONFIGS
+from finetune.planning.recompute_choice import SHARE, fitting_parts
+from finetune.planning.training_setup import SampleShape
+from finetune.training.flops import Flops, flops_of
+from finetune.training.freezing import adapt
+from finetune.training.throughput import peak_of
 
 SIDES = ("ours", "theirs")
 # Items of a sample, and how many of 16 samples have so many: 11 web pictures, 2 large ones, 2 screenshots, a photo.
@@ -117,7 +118,7 @@ def our_model(network: MiniCPMV, given: argparse.Namespace, config: dict[str, An
         )
     if device.type == "cuda" and not given.memory:
         limit = int(SHARE * torch.cuda.get_device_properties(device).total_memory)
-        shape = Shape(tokens=ROW, items=items, labelled=ANSWER / TEXT)
+        shape = SampleShape(tokens=ROW, items=items, labelled=ANSWER / TEXT)
         training.checkpoint_parts, _ = fitting_parts(config, training, LoraArguments(), shape, limit)
         training.gradient_checkpointing = training.checkpoint_parts != []
     model = adapt(network, network.config.family, training, LoraArguments())

@@ -36,7 +36,7 @@ from tokenizers import AddedToken
 from dataset import DataCollator, SupervisedDataset
 from finetune.encoding.encoder import Encoder
 from finetune.families import by_name
-from finetune.media.heap import keep_freed_memory
+from finetune.media.worker_process import keep_freed_memory
 from finetune.readers.mixture import open_data
 
 CONFIG = mix.CONFIG | {"version": 2.6, "query_num": 64}

@@ -52,9 +52,9 @@ def make(folder: Path, layers: int) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig
 
-    from finetune.commands.tiny import write_tiny_checkpoint
     from finetune.families import by_name
     from finetune.models.loading import NETWORKS
+    from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
 
     base = write_tiny_checkpoint("v4_5", folder / "base")
     settings = json.loads((base / "config.json").read_text())
@@ -98,7 +98,7 @@ def merge(way: str, folder: Path) -> None:
         model: Any = put_adapter(load_model(folder / "base", dtype="auto"), folder / "adapter").merge_and_unload()  # pyright: ignore[reportArgumentType]
         model.save_pretrained(str(folder / "theirs"), max_shard_size="300MB")
 
-    import finetune.export.merging  # noqa: F401 - imports are not what is measured
+    import finetune.export.lora_merge  # noqa: F401 - imports are not what is measured
 
     size, seconds = peak(ours if way == "ours" else theirs)
     print(json.dumps({"bytes": size, "seconds": seconds}))

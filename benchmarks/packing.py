@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from results import append
 from transformers.trainer_pt_utils import BatchRebalanceSampler, get_length_grouped_indices
 
-from finetune.encoding.sizes import Sizes
+from finetune.batching.lengths import SampleLengths
+from finetune.batching.samplers import BatchPlan, BestFitPlan, PackPlan, PackShape, fill
 from finetune.media.slicing import SliceSpec, item_sizes, plan
-from finetune.tuning.order import BatchPlan, BestFitPlan, PackPlan, PackShape, fill
 
 SAMPLES, QUERIES, CAPACITY, RANKS, BATCH = 20_000, 96, 4096, 8, 8
 SPEC = SliceSpec(max_slice_nums=9, scale_resolution=448, patch_size=14)
@@ -33,7 +33,7 @@ KINDS = ((0.55, 640, 480, 0.35), (0.2, 1000, 1400, 0.25), (0.15, 1920, 1080, 0.2
 _TEXT_MEDIAN, _TEXT_SPREAD, _TEXT_MOST = 160, 0.8, 1_500
 
 
-def drawn(count: int) -> Sizes:
+def drawn(count: int) -> SampleLengths:
     """Sizes of so many samples."""
     draw = np.random.default_rng(0)
     table = np.zeros((count, 4), np.int32)
@@ -46,7 +46,7 @@ def drawn(count: int) -> Sizes:
         row[0] = text + len(items) * (QUERIES + 2) + 4
         row[1] = len(items)
         row[2] = sum(w * h for w, h in items) // SPEC.patch_size**2
-    return Sizes(table)
+    return SampleLengths(table)
 
 
 def waiting(rounds: Sequence[Sequence[float]]) -> float:
@@ -55,7 +55,7 @@ def waiting(rounds: Sequence[Sequence[float]]) -> float:
     return float(work.max(1).sum() / work.mean(1).sum())
 
 
-def of_plan(planned: PackPlan, sizes: Sizes, shape: PackShape) -> tuple[float, float]:
+def of_plan(planned: PackPlan, sizes: SampleLengths, shape: PackShape) -> tuple[float, float]:
     """Share of the rows that holds samples, and ``waiting``, over an epoch in which every sample is checked to be."""
     seen = [sample for each in planned.epoch(0) for pack in each for sample in pack]
     assert sorted(seen) == list(range(len(sizes)))
@@ -69,13 +69,13 @@ def _in_turn(batches: Sequence[Sequence[int]], work: np.ndarray) -> float:
     return waiting(np.array(sums).reshape(-1, RANKS).tolist())
 
 
-def _padded_work(batches: Sequence[Sequence[int]], sizes: Sizes) -> np.ndarray:
+def _padded_work(batches: Sequence[Sequence[int]], sizes: SampleLengths) -> np.ndarray:
     """Work of every batch when its rows are padded to the longest."""
     rows = np.array([len(batch) * sizes.tokens[batch].max() for batch in batches], float)
     return rows + np.array([(sizes.cost[batch] - sizes.tokens[batch]).sum() for batch in batches])
 
 
-def rebalanced(sizes: Sizes) -> list[list[list[int]]]:
+def rebalanced(sizes: SampleLengths) -> list[list[list[int]]]:
     """Batches of all ranks of transformers' batch_rebalance, round by round."""
     lengths = sizes.tokens.tolist()
     ranks = [

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from results import append
 
-from finetune.planning.memory import Planner
-from finetune.planning.published import CONFIGS
-from finetune.planning.recipe import Recipe, Shape
+from finetune.planning.memory_estimate import MemoryPlanner
+from finetune.planning.published_shapes import CONFIGS
+from finetune.planning.training_setup import SampleShape, TrainingSetup
 
 CONFIG = {
     **CONFIGS["v4_5"],
@@ -77,11 +77,11 @@ MIXTURE = {
         "num_hidden_layers": 6,
     },
 }
-_TEXT = Shape(tokens=512, items=0)
-_IMAGES = Shape(tokens=512, items=4, patches=576)
-_FULL = Recipe(method="full", checkpointing=False)
-_LORA = Recipe(method="lora", checkpointing=False)
-CASES: dict[str, tuple[Recipe, Shape]] = {
+_TEXT = SampleShape(tokens=512, items=0)
+_IMAGES = SampleShape(tokens=512, items=4, patches=576)
+_FULL = TrainingSetup(method="full", checkpointing=False)
+_LORA = TrainingSetup(method="lora", checkpointing=False)
+CASES: dict[str, tuple[TrainingSetup, SampleShape]] = {
     "full": (_FULL, _TEXT),
     "full, layers run again": (replace(_FULL, checkpointing=True), _TEXT),
     "full, 2 micro-batches": (replace(_FULL, accumulation=2), _TEXT),
@@ -111,7 +111,7 @@ def main(names: list[str]) -> None:
     print(f"{'case':<42} {'plan':>8} {'measured':>9} {'ratio':>6} {'moving':>8} {'measured':>9} {'ratio':>6}  MB")
     for name in names or CASES:
         recipe, shape = CASES[name]
-        memory = Planner(config_of(name), torch.float32, gpu=False).memory(recipe, shape)
+        memory = MemoryPlanner(config_of(name), torch.float32, gpu=False).memory(recipe, shape)
         ours = memory.total, memory.total - memory.weights - memory.optimizer
         done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, check=True)
         theirs = [int(word) for word in done.stdout.splitlines()[-1].split()]
@@ -128,7 +128,7 @@ if __name__ == "__main__":
     parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        from finetune.planning.measured import measured
+        from tools.measured_peak import measured
 
         print(*measured(config_of(given.one), *CASES[given.one]))
     else:

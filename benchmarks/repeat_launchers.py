@@ -24,8 +24,8 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=20, help="runs in all, LoRA and full in turn, both families")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from finetune.commands.demo_data import write_demo_dataset
-    from finetune.commands.tiny import write_tiny_checkpoint
+    from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
+    from finetune.tiny.demo_dataset import write_demo_dataset
 
     codes: Counter[int] = Counter()
     with tempfile.TemporaryDirectory() as place:

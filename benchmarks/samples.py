@@ -44,10 +44,10 @@ from transformers import PreTrainedTokenizerFast
 from dataset import SupervisedDataset
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
-from finetune.encoding.ids import text_tensors
+from finetune.encoding.text_inputs import text_tensors
 from finetune.families import by_name
-from finetune.media.heap import keep_freed_memory
-from finetune.media.slicing import Plan
+from finetune.media.slicing import SlicePlan
+from finetune.media.worker_process import keep_freed_memory
 from finetune.readers.mixture import open_data
 
 Job = Callable[[], Any]
@@ -139,7 +139,7 @@ class Bench:
             return lambda: whole[side][number]
         sample = self._samples[number]
         plans = self._encoder.plans(self._encoder.sizes(sample))
-        assert isinstance(plans[0], Plan)
+        assert isinstance(plans[0], SlicePlan)
         if side == "our text":
             return lambda: text_tensors(self._encoder.render(sample, plans))
         turns = with_placeholders(self._records[number]["conversations"], plans[0].grid)

@@ -71,9 +71,9 @@ def _prepare(place: Path) -> tuple[Path, Path]:
     import torch
     from transformers import AutoConfig
 
-    from finetune.commands.demo_data import write_demo_dataset
-    from finetune.commands.tiny import write_tiny_checkpoint
     from finetune.models.loading import NETWORKS
+    from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
+    from finetune.tiny.demo_dataset import write_demo_dataset
 
     base = write_tiny_checkpoint("v4_5", place / "base")
     settings = json.loads((base / "config.json").read_text()) | SIZES

@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from table import read
 
 from finetune.families import by_name
-from finetune.planning.memory import GIB, Planner
-from finetune.planning.network import quiet
-from finetune.planning.published import CONFIGS
-from finetune.planning.recipe import Recipe
-from finetune.tuning.flops import flops_of
-from finetune.tuning.parts import numel
+from finetune.planning.memory_estimate import GIB, MemoryPlanner
+from finetune.planning.meta_model import quiet
+from finetune.planning.published_shapes import CONFIGS
+from finetune.planning.training_setup import TrainingSetup
+from finetune.training.flops import flops_of
+from finetune.training.freezing import numel
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/scaling.md"
 MODEL = "v4_5"
@@ -83,8 +83,8 @@ class Sample:
 FAST, SAMPLE = Cluster(), Sample()
 SLOW = replace(FAST, between=100e9 / 8, hop=20e-6)
 PACK = 4096
-LORA = Recipe(method="lora", stage=2, checkpointing=True)
-FULL = Recipe(method="full", stage=3, checkpointing=True)
+LORA = TrainingSetup(method="lora", stage=2, checkpointing=True)
+FULL = TrainingSetup(method="full", stage=3, checkpointing=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +103,17 @@ class Size:
 
 
 @cache
-def planner() -> Planner:
+def planner() -> MemoryPlanner:
     """Of the model."""
     with quiet():
-        return Planner(CONFIGS[MODEL])
+        return MemoryPlanner(CONFIGS[MODEL])
 
 
 @cache
 def size(method: str) -> Size:
     """Of a method."""
     with quiet():
-        model = planner().model(Recipe(method=method, stage=2))  # pyright: ignore[reportArgumentType]
+        model = planner().model(TrainingSetup(method=method, stage=2))  # pyright: ignore[reportArgumentType]
     found = [(name, numel(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()]
     layers = {match[0] for name, *_ in found if (match := re.match(r".*?layers\.\d+", name))}
     return Size(sum(n for _, n, _ in found), sum(n for _, n, trains in found if trains), len(layers))
@@ -123,7 +123,7 @@ def size(method: str) -> Size:
 def operations(method: str) -> float:
     """Of the training step of a mean sample."""
     with quiet():
-        flops = flops_of(planner().model(Recipe(method=method, stage=2)), by_name(MODEL))  # pyright: ignore[reportArgumentType]
+        flops = flops_of(planner().model(TrainingSetup(method=method, stage=2)), by_name(MODEL))  # pyright: ignore[reportArgumentType]
     counts = {"tokens": SAMPLE.tokens, "pairs": SAMPLE.tokens**2, "labelled": SAMPLE.labelled * SAMPLE.tokens}
     counts |= {"patches": SAMPLE.items * SAMPLE.patches, "patch_pairs": SAMPLE.items * SAMPLE.patches**2}
     return flops.of(counts | {"groups": SAMPLE.items, "looks": 1})
@@ -160,7 +160,7 @@ class Step:
         return self.compute / self.seconds
 
 
-def step(recipe: Recipe, gpus: int, tokens: int, cluster: Cluster, *, hpz: bool = False) -> Step:
+def step(recipe: TrainingSetup, gpus: int, tokens: int, cluster: Cluster, *, hpz: bool = False) -> Step:
     """A step of one micro-batch of so many tokens per GPU.
 
     ZeRO-3 gathers the weights in the forward and again in the backward pass and scatters the gradients; with hpZ the
@@ -200,7 +200,7 @@ _COLUMNS = (
 )
 
 
-def steps(cluster: Cluster, method: Recipe, sizes: tuple[int, ...]) -> str:
+def steps(cluster: Cluster, method: TrainingSetup, sizes: tuple[int, ...]) -> str:
     """The steps of a method on a cluster."""
     rows = [_COLUMNS, f"|{'---|' * 10}"]
     for tokens, name in ((SAMPLE.tokens, "one sample"), (PACK, f"pack of {PACK}")):
@@ -227,7 +227,7 @@ def feeding() -> str:
     return "\n".join(rows)
 
 
-def checkpoint(recipe: Recipe) -> tuple[float, float]:
+def checkpoint(recipe: TrainingSetup) -> tuple[float, float]:
     """Bytes of a checkpoint that can be resumed, and seconds: weights by rank 0, states by all, all read by rank 0."""
     sizes = size(recipe.method)
     weights = 2.0 * (sizes.weights if recipe.method == "full" else sizes.trained)

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from finetune.models import MiniCPMV, MiniCPMVConfig
-from finetune.planning.published import CONFIGS
+from finetune.planning.published_shapes import CONFIGS
 
 LENGTHS = (310, 640, 1150)
 LABELLED = (77, 160, 320)

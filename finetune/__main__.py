@@ -7,9 +7,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from finetune import outcome
-from finetune.errors import UserError, ignore_what_nobody_can_mend
-from finetune.processes import end_with_launcher
+from finetune.runtime import outcome
+from finetune.runtime.processes import end_with_launcher
+from finetune.utils.errors import UserError, ignore_what_nobody_can_mend
 
 # One line per command; its module is imported only when it runs, so that the list appears at once.
 COMMANDS = {

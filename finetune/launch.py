@@ -2,7 +2,7 @@
 
 ``python -m finetune.launch [options of torchrun] -- finetune.py [flags]``. Beyond torchrun:
 
-- it exits with the status of the run (see ``finetune.outcome``) instead of always 1;
+- it exits with the status of the run (see ``finetune.runtime.outcome``) instead of always 1;
 - SIGUSR1 is passed on to the ranks like SIGTERM, and they get the time they ask for to save;
 - the ranks keep temporary files in a folder of their own, which goes when they do; what a run left that was killed as
   a whole goes when the next one starts.
@@ -28,8 +28,8 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from finetune import outcome
-from finetune.processes import ABOVE, PROCESSES, RUN_FOLDER
+from finetune.runtime import outcome
+from finetune.runtime.processes import ABOVE, PROCESSES, RUN_FOLDER
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 # Ranks end by themselves when their own time is over (--save_on_signal_timeout); this is for those that cannot.

@@ -7,20 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from finetune.errors import UserError
-from finetune.quoting import cut, plain, shown
+from finetune.utils.errors import UserError
+from finetune.utils.quoting import cut, plain, shown
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from finetune.media.sampling import Frames
+    from finetune.media.video_sampling import Frames
 
 UNREAD = "that nothing reads"
 """Words of every note about a key of a record that is read by nothing: mostly there for others."""
 
 MediaKind = Literal["image", "video", "audio"]
 MEDIA_KINDS: tuple[MediaKind, ...] = get_args(MediaKind)
+MEDIA_COLUMNS: dict[MediaKind, str] = {"image": "images", "video": "videos", "audio": "audios"}
+"""Keys of the files of a record, by their kind, in the forms that keep them in columns."""
 ROLES = ("system", "user", "assistant", "tool")
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")

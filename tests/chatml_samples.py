@@ -7,14 +7,14 @@ from golden_tokenizers import written
 
 from finetune.encoding.encoder import Encoder
 from finetune.families import by_name
-from finetune.media.slicing import Plan
+from finetune.media.slicing import SlicePlan
 from finetune.sample import Media, Message, Part, Sample, Source, Text
 from finetune.templates.rendering import IGNORE, Rendered
 
 CHATML = ("v2_6", "o2_6", "v4_0", "v4_5", "o4_5")
 THINKING = ("v4_5", "o4_5")
 IMAGE = Media("image", Text)  # pyright: ignore[reportArgumentType]  # never opened here
-WHOLE, CUT = Plan((448, 448)), Plan((448, 448), (2, 2), (896, 896), (448, 448))
+WHOLE, CUT = SlicePlan((448, 448)), SlicePlan((448, 448), (2, 2), (896, 896), (448, 448))
 
 
 def turn(role: str, *parts: str | Part, train: bool | None = None) -> Message:
@@ -38,7 +38,7 @@ def encoder(family: str, **options: Any) -> Encoder:
     )
 
 
-def render(family: str, sample: Sample, *plans: Plan, generate: bool = False, **options: Any) -> Rendered:
+def render(family: str, sample: Sample, *plans: SlicePlan, generate: bool = False, **options: Any) -> Rendered:
     return encoder(family, **options).render(sample, plans, generate)
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from finetune.encoding.encoder import Encoder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("DOWNSAMPLE_MODE", None)  # a setting of the user's runs
@@ -20,7 +25,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Files that take long; begun last, one process would wait for the other.
 _LONG = ("test_matrix", "test_modes", "test_published_launchers", "test_learning", "test_resume.", "test_streaming_run")
-_LONG += ("test_llamafactory", "test_end_to_end", "test_zero3", "test_readme", "test_fitting")
+_LONG += ("test_llamafactory", "test_end_to_end", "test_zero3", "test_readme", "test_length_policy")
+_LONG += ("test_downsample_mode",)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,7 +56,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Path of a tiny checkpoint by its name in ``variants``, mostly a family; callers must not write into it."""
     from variants import experts_of, family_name
 
-    from finetune.commands.tiny import write_tiny_checkpoint
+    from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
 
     made: dict[str, Path] = {}
 
@@ -66,6 +72,66 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with train.json (32 records) and eval.json (8); callers must not write into it."""
-    from finetune.commands.demo_data import write_demo_dataset
+    from finetune.tiny.demo_dataset import write_demo_dataset
 
     return write_demo_dataset(tmp_path_factory.mktemp("demo") / "data", train=32, eval=8)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reader_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What is cached about data files goes into a folder of the session."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of image files of every troublesome kind; callers must not write into it."""
+    from zoo import write_zoo
+
+    return write_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture
+def write_records(zoo: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a data file with one record per image name (None for text only), or with given records."""
+
+    def write(*images: Any, name: str = "data.json", **changes: Any) -> Path:
+        records = []
+        for number, image in enumerate(images):
+            if isinstance(image, (str, type(None))):
+                turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
+                image = {"id": str(number), "conversations": turns, **({"image": str(zoo / image)} if image else {})}
+            records.append({**image, **changes} if isinstance(image, dict) else image)
+        (tmp_path / name).write_text(json.dumps(records))
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def make_encoder() -> Callable[..., Encoder]:
+    """An encoder of Llama3-V 2.5 with 4 placeholders per item; its vocabulary is shared."""
+    from golden_tokenizers import tokenizer
+
+    from finetune.encoding.encoder import Encoder
+    from finetune.families import by_name
+    from finetune.media.slicing import SliceSpec
+    from finetune.templates.rendering import Layout
+
+    first = Encoder(
+        by_name("llama3_v2_5"),
+        tokenizer("llama3"),
+        layout=Layout(query_num=4),
+        slicing=SliceSpec(9, 56, 14),
+        max_length=None,
+    )
+
+    def make(max_length: int | None = None) -> Encoder:
+        made = object.__new__(Encoder)
+        made.__dict__.update(first.__dict__, max_length=max_length)
+        return made
+
+    return make

@@ -119,7 +119,7 @@ def child(seed: int, number: int, kinds: list[str], folder: Path) -> int:
 
 def run(seed: int, number: int, kinds: list[str], folder: Path) -> None:
     """One input; UserError is how it should end."""
-    from finetune.errors import UserError
+    from finetune.utils.errors import UserError
 
     random = Random(f"{seed} {number}")
     warnings.simplefilter("ignore")
@@ -155,15 +155,15 @@ def encoder() -> Any:
 
 def some_record(random: Random, folder: Path) -> None:
     """Records of a form with other values, read, and encoded by a policy for long ones."""
-    from finetune.encoding.fitting import POLICIES, Fitter
-    from finetune.errors import UserError
+    from finetune.encoding.length_policy import POLICIES, LengthPolicy
     from finetune.readers import read
+    from finetune.utils.errors import UserError
 
     form, good = random.choice(list(records(folder).items()))
     path = folder / "data.json"
     path.write_text(json.dumps([changed(good, random) for _ in range(random.randrange(1, 5))]))
     samples = read(path, strict_paths=random.random() < 0.3)
-    fitter = Fitter(encoder(), random.choice(POLICIES))
+    fitter = LengthPolicy(encoder(), random.choice(POLICIES))
     for index in range(len(samples)):
         try:
             fitter.encode(samples[index])
@@ -174,9 +174,9 @@ def some_record(random: Random, folder: Path) -> None:
 
 def some_bytes(random: Random, folder: Path) -> None:
     """A data file with other bytes, read at random and from front to back."""
-    from finetune.errors import UserError
     from finetune.readers import read
-    from finetune.readers.streamed import open_stream
+    from finetune.readers.streamed_samples import open_stream
+    from finetune.utils.errors import UserError
 
     texts = [json.dumps(record).encode() for record in records(folder).values()]
     texts += json_texts().values()
@@ -201,7 +201,7 @@ def some_bytes(random: Random, folder: Path) -> None:
 
 def guarded_item(samples: Any, index: int) -> None:
     """A sample, or its error."""
-    from finetune.errors import UserError
+    from finetune.utils.errors import UserError
 
     try:
         samples[index]
@@ -213,7 +213,7 @@ def some_picture(random: Random, folder: Path) -> None:
     """A picture of any format with other bytes, from a file and from memory, by either way of decoding."""
     import numpy as np
 
-    from finetune.media import fast, image, pictures
+    from finetune.media import fast_image, image, image_files
     from finetune.sample import Media, Source
 
     kind = random.choice(list(PICTURES))
@@ -221,8 +221,8 @@ def some_picture(random: Random, folder: Path) -> None:
     data = mutated(whole_picture(kind, size), random)
     (folder / "input").write_bytes(data)
     source = Source("data.json", 0)
-    reader = random.choice((image.left_to_pillow, fast.read))
-    for media in (Media("image", folder / "input"), Media("image", pictures.decode(data, source))):
+    reader = random.choice((image.left_to_pillow, fast_image.read))
+    for media in (Media("image", folder / "input"), Media("image", image_files.decode(data, source))):
         image.size(media, source, _MOST)
         assert np.asarray(image.load(media, source, _MOST, reader)).shape[2] == 3
 

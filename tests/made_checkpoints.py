@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from finetune.arguments import TrainingArguments
-from finetune.tuning.manifest import describe, write
+from finetune.arguments.training import TrainingArguments
+from finetune.checkpoints.manifest import describe, write
 
 
 def training(output: Path, resume: str = "auto", **flags) -> TrainingArguments:

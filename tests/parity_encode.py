@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plain_messages
 from parity_result import Result
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
-from finetune.encoding.footage import Footage
+from finetune.encoding.video_frames import VideoFrames
 from finetune.families import FAMILIES
-from finetune.families.base import Family
+from finetune.families.family import Family
 from finetune.media import image
 from finetune.media.patches import patchify
-from finetune.media.sampling import Group
 from finetune.media.slicing import SliceSpec, plan
-from finetune.readers import messages, read
+from finetune.media.video_sampling import Group
+from finetune.readers import read
 from finetune.sample import DataError, Media, Message, Sample, Source, Text
 from finetune.templates.rendering import IGNORE
 
@@ -134,7 +135,7 @@ def _prompts(folder: Path, path: Path, family: Family) -> Iterator[Result]:
         turns = [
             {"role": turn["role"], "content": [_content(part) for part in turn["content"]]} for turn in case["messages"]
         ]
-        sample = messages.sample(turns, system_prompt=case["options"].get("system_prompt"))
+        sample = plain_messages.sample(turns, system_prompt=case["options"].get("system_prompt"))
         try:
             example = encoder.encode(sample, generate=True)
         except DataError as error:
@@ -156,7 +157,7 @@ def _compare_packed(name: str, case: Json, encoder: Encoder) -> Result:
         parts = (*texts, Media("video", files), Text(f"\n{message['content'][-1]}"))
         sample = Sample(id="", source=Source(name, 0), messages=(Message("user", parts),))
         (footage,) = encoder.sizes(sample)
-        assert isinstance(footage, Footage)
+        assert isinstance(footage, VideoFrames)
         places, groups = iter(range(len(frames))), []
         for times in case["options"]["temporal_ids"]:
             groups.append(Group(tuple(next(places) for _ in times), tuple(times)))

@@ -14,12 +14,12 @@ import torch
 
 import trainer
 from dataset import make_supervised_data_module
-from finetune.arguments import parse_arguments
+from finetune.arguments.parse import parse_arguments
+from finetune.checkpoints.base_checkpoint import resolve
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
-from finetune.outcome import leave
-from finetune.tuning.checkpoint import resolve
-from finetune.tuning.parts import adapt
+from finetune.runtime.outcome import leave
+from finetune.training.freezing import adapt
 from trainer import CPMTrainer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 from zoo import gradient, write_zoo
 
 from dataset import DataCollator, SupervisedDataset, make_supervised_data_module
-from finetune.arguments import DataArguments
+from finetune.arguments.data import DataArguments
+from finetune.checkpoints.base_checkpoint import resolve
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.intake import BAD_SAMPLES, Intake, describe_bad_samples, describe_counts
+from finetune.encoding.sample_policy import BAD_SAMPLES, SamplePolicy, describe_bad_samples, describe_counts
 from finetune.media import image
 from finetune.models import load_tokenizer
 from finetune.sample import DataError, Media, Sample, Source
-from finetune.tuning.checkpoint import resolve
 
 BAD = ("truncated.jpg", "empty.png", "page.jpg", "huge.png", "gone.png")
 FINE = ("cmyk.jpg", "sixteen.png", "palette.png", "animated.gif")
@@ -148,7 +148,7 @@ def test_an_interrupt_and_faults_of_the_program_pass(tiny: Callable[[str], Path]
 
     for error in (KeyboardInterrupt, MemoryError, RuntimeError):
         with pytest.raises(error):
-            Intake(Samples(error), encoder(tiny("v2_0")), on_bad_sample="skip").take(0)
+            SamplePolicy(Samples(error), encoder(tiny("v2_0")), on_bad_sample="skip").take(0)
 
 
 def test_loader_processes_count_and_report(tiny: Callable[[str], Path], zoo: Path, tmp_path: Path) -> None:

@@ -139,12 +139,12 @@ def test_adapter_loads_in_a_new_process_and_directory(lora, tmp_path):
 def leave_reference(adapter: Path, base: Path, data: Path, reference: Path) -> None:
     """What a run leaves to its verification: a batch with an image, and the logits of the trained network."""
     from dataset import make_supervised_data_module
-    from finetune.data_flags import DataArguments
+    from finetune.arguments.data import DataArguments
+    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.checkpoints.verification import Origin, write_reference
     from finetune.encoding.collate import pad
     from finetune.encoding.encoder import Encoder
     from finetune.models import load_model, load_tokenizer
-    from finetune.tuning.checkpoint import resolve
-    from finetune.tuning.verification import Origin, write_reference
 
     found = resolve(str(base))
     encoder = Encoder.from_config(found.family, load_tokenizer(base), found.settings)

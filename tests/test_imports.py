@@ -11,7 +11,7 @@ import pytest
 
 import finetune
 from finetune.__main__ import COMMANDS, main
-from finetune.errors import UserError
+from finetune.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "torchvision", "transformers", "deepspeed", "peft", "accelerate", "timm", "numpy"}

@@ -15,14 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from finetune import outcome
-from finetune.processes import PROCESSES
+from finetune.runtime import outcome
+from finetune.runtime.processes import PROCESSES
 
 ROOT = Path(__file__).resolve().parent.parent
 # A rank that does not import torch, so that it starts at once.
 RANK = """
 import os, pathlib, sys, tempfile, time
-from finetune import outcome
+from finetune.runtime import outcome
 outcome.install()
 rank = os.environ["RANK"]
 (pathlib.Path(tempfile.gettempdir()) / ("left-by-" + rank)).touch()

@@ -465,7 +465,9 @@ def test_flags_are_known_to_finetune(launcher: Launcher) -> None:
         pytest.skip("one shell is enough")
     from transformers import HfArgumentParser
 
-    from finetune.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
+    from finetune.arguments.data import DataArguments
+    from finetune.arguments.model import LoraArguments, ModelArguments
+    from finetune.arguments.training import TrainingArguments
 
     call = launcher.run(DATA="train.json", EVAL_DATA="eval.json", LLM_TYPE="llama3")
     kinds = [ModelArguments, DataArguments, LoraArguments, TrainingArguments]

@@ -3,148 +3,19 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tools import design_doc
+from tools.layers import EXCEPTIONS, TABLE, TORCH, WITHOUT
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "finetune"
 ROOT_SCRIPTS = {"dataset", "trainer", "chat"}
-
-# Room -> rooms it may import, besides itself. The first entry that fits a module counts.
-MODELS_OR_DATA = {"errors", "paths", "quoting", "filetypes", "jsonfiles", "activations", "outcome", "processes"}
-MODELS_OR_DATA |= {"sample", "arguments", "batching", "distributed"}
-MODELS_OR_DATA |= {"media", "families", "templates", "encoding", "models"}
-TABLE: dict[str, set[str]] = {
-    "__init__": set(),
-    "quoting": set(),
-    "filetypes": set(),
-    "errors": {"quoting"},
-    "cache": {"paths"},
-    "notices": set(),
-    "sample": {"errors", "quoting"},
-    "legacy_flags": set(),
-    "activations": {"errors"},
-    "batching": {"errors"},
-    "jsonfiles": {"errors"},
-    "zero": {"errors"},
-    "paths": {"errors"},
-    "checks": {"errors", "flags", "data_flags", "jsonfiles"},
-    "flags": {"errors"},
-    "data_flags": {"errors", "media.sampling"},
-    "config": {"errors", "jsonfiles", "legacy_flags"},
-    "processes": set(),
-    "signals": set(),
-    "ending": {"errors"},
-    "outcome": {"errors", "processes", "signals"},
-    "launch": {"outcome", "processes"},
-    # distributed only inside a function: DeepSpeed's start on CPU
-    "arguments": {
-        "errors",
-        "activations",
-        "batching",
-        "checks",
-        "ending",
-        "flags",
-        "data_flags",
-        "config",
-        "distributed",
-        "zero",
-    },
-    "distributed": {"errors", "arguments"},
-    "media.slicing": set(),
-    "media.sound": set(),
-    "media.sampling": {"errors"},
-    "media": {"errors", "notices", "quoting", "filetypes", "sample", "processes"},
-    "families.base": {"errors", "sample", "media.slicing", "media.sound", "media.sampling", "templates.rendering"},
-    "families": {"errors", "sample", "media.slicing", "media.sound", "media.sampling", "templates"},
-    "templates": {
-        "errors",
-        "notices",
-        "quoting",
-        "sample",
-        "media.slicing",
-        "media.sound",
-        "media.sampling",
-        "families.base",
-    },
-    "readers": {"errors", "cache", "jsonfiles", "quoting", "filetypes", "sample", "media.pictures"},
-    "encoding": {"errors", "cache", "notices", "quoting", "sample", "media", "templates", "families"},
-    "models": {"errors", "jsonfiles", "paths", "families", "notices"},
-    "tuning": MODELS_OR_DATA,
-    # how pages look, whatever they show
-    "pages.page": {"errors", "quoting"},
-    "pages.pictures": set(),
-    "pages.charts": set(),
-    "pages": {"errors", "quoting", "sample", "media", "templates", "families", "encoding"},
-    "evaluation": MODELS_OR_DATA | {"pages.page", "pages.pictures", "pages.charts"},
-    # only the rules of boxes and words
-    "guicourse": {"errors", "quoting", "sample", "media.pictures", "evaluation.metrics"},
-    "chat": MODELS_OR_DATA | {"tuning", "evaluation"},
-    "export": MODELS_OR_DATA | {"tuning"},
-    # the one plan that is made for a run with its records
-    "planning.fit": MODELS_OR_DATA | {"tuning", "planning"},
-    "planning": {"errors", "activations", "arguments", "families", "models", "tuning"},
-    "commands": MODELS_OR_DATA
-    | {
-        "config",
-        "flags",
-        "data_flags",
-        "legacy_flags",
-        "readers",
-        "tuning",
-        "evaluation",
-        "chat",
-        "export",
-        "planning",
-        "guicourse",
-        "pages",
-    },
-    "__main__": {"errors", "outcome", "processes", "commands"},
-}
-
-# What stands against the table, inside a function, with its reason.
-EXCEPTIONS = {
-    # ``model.chat`` is a method of the networks, and what writes prompts stands above them.
-    ("models.chatting", "finetune.chat.method.chat"),
-}
-
-# Modules that never import these packages, not even inside a function.
-TORCH = {"torch", "torchvision", "timm", "deepspeed", "accelerate", "peft"}
-WITHOUT: dict[str, set[str]] = {
-    "__init__": TORCH | {"transformers"},
-    "cache": TORCH | {"transformers"},
-    "notices": TORCH | {"transformers"},
-    "quoting": TORCH | {"transformers"},
-    "filetypes": TORCH | {"transformers"},
-    "__main__": TORCH | {"transformers"},
-    "errors": TORCH | {"transformers"},
-    "legacy_flags": TORCH | {"transformers"},
-    "flags": TORCH | {"transformers"},
-    "data_flags": TORCH | {"transformers"},
-    "batching": TORCH | {"transformers"},
-    "jsonfiles": TORCH | {"transformers"},
-    "paths": TORCH | {"transformers"},
-    "checks": TORCH,
-    "config": TORCH | {"transformers"},
-    "outcome": TORCH | {"transformers"},
-    "processes": TORCH | {"transformers"},
-    "signals": TORCH | {"transformers"},
-    "ending": TORCH | {"transformers"},
-    "sample": TORCH | {"transformers"},
-    "arguments": TORCH,
-    "families": TORCH | {"transformers"},
-    "templates": TORCH,
-    "readers": TORCH | {"transformers"},
-    "guicourse": TORCH | {"transformers"},
-    "media.sound": TORCH | {"transformers", "numpy", "PIL"},
-    "media.sampling": TORCH | {"transformers", "numpy", "PIL"},
-    "media.video": TORCH | {"transformers"},
-    "media.slicing": TORCH | {"transformers", "numpy", "PIL"},
-    "encoding": TORCH - {"torch"},
-    "models": {"deepspeed", "accelerate", "PIL"},
-}
 
 
 def modules() -> dict[str, Path]:
@@ -237,9 +108,60 @@ def test_exceptions_are_late_and_still_needed() -> None:
         assert f"\nfrom {name.rpartition('.')[0]}" not in source
 
 
+def test_no_circle() -> None:
+    """Every package imports only packages that stand above it in the table, so there is no circle."""
+    seen: set[str] = set()
+    for room, others in TABLE.items():
+        package = room.partition(".")[0]
+        assert {other.partition(".")[0] for other in others} <= seen | {package}, room
+        seen.add(package)
+
+
+def test_table_has_no_idle_entry() -> None:
+    """What a package may import, some module of it does import."""
+    used: dict[str, set[str]] = {room: set() for room in TABLE}
+    for module, path in modules().items():
+        room = room_of(module)
+        for name in imported(path.read_text(encoding="utf-8")):
+            used[room] |= {other for other in TABLE[room] if within(name.removeprefix("finetune."), other)}
+    assert {room: others - used[room] for room, others in TABLE.items() if others - used[room]} == {}
+
+
+def public_classes() -> Iterator[tuple[str, str]]:
+    for module, path in modules().items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                yield node.name, module
+
+
+def test_one_name_one_thing() -> None:
+    """No two modules and no two public classes of one name; a command's file is named as the command."""
+    leaves = Counter(module.rpartition(".")[2] for module in modules() if not module.startswith("commands."))
+    leaves.subtract({module: 1 for module in modules() if "." not in module and (PACKAGE / module).is_dir()})
+    assert {name: count for name, count in leaves.items() if count > 1} == {}
+    classes = Counter(name for name, _ in public_classes())
+    assert {name: count for name, count in classes.items() if count > 1} == {}
+
+
+def test_the_picture_is_that_of_the_table() -> None:
+    page = design_doc.PAGE.read_text(encoding="utf-8")
+    assert design_doc.written(page) == page, "run: python -m tools.design_doc"
+
+
+def test_every_package_and_file_of_the_page_exists() -> None:
+    """docs/design.md names all packages, and no file that is not there."""
+    page = design_doc.PAGE.read_text(encoding="utf-8")
+    packages = {path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").is_file()}
+    assert {name for name in packages if f"`finetune/{name}/`" not in page} == set()
+    named = set(re.findall(r"[\w/]+\.py\b", page))
+    missing = {
+        name for name in named if not any((folder / name).is_file() for folder in (ROOT, PACKAGE, ROOT / "tests"))
+    }
+    assert missing == set()
+
+
 def test_media_and_slicing_are_not_confused() -> None:
     assert (room_of("media.slicing"), room_of("media.image"), room_of("media")) == ("media.slicing", "media", "media")
-    assert (room_of("families.base"), room_of("families.v2_0")) == ("families.base", "families")
 
 
 @pytest.mark.parametrize(
@@ -249,25 +171,25 @@ def test_media_and_slicing_are_not_confused() -> None:
         ("models.vision", "from finetune.readers import read"),
         ("models.vision", "def f():\n    import finetune.encoding.encoder"),
         ("models.vision", "from finetune import encoding"),
-        ("models.chatting", "from finetune.chat.talker import Talker"),
-        ("models.vision", "from finetune.chat.method import chat"),
-        ("evaluation.plots", "from finetune.chat.talker import Talker"),
+        ("models.chat_mixin", "from finetune.chat.pipeline import ChatPipeline"),
+        ("models.vision", "from finetune.chat.model_chat import chat"),
+        ("evaluation.plots", "from finetune.chat.pipeline import ChatPipeline"),
         ("encoding.encoder", "from finetune.models import load_model"),
-        ("templates.llama3", "from finetune.models.items import x"),
+        ("templates.llama3", "from finetune.models.visual_items import x"),
         ("templates.llama3", "from finetune.families import detect"),
         ("readers.official", "from finetune.models import load_model"),
         ("readers.official", "from finetune.families import detect"),
         ("sample", "def f():\n    import torch"),
         ("arguments", "from torch import nn"),
-        ("families.base", "import torch.nn as nn"),
+        ("families.family", "import torch.nn as nn"),
         ("families.v2_0", "import transformers"),
         ("media.slicing", "from PIL import Image"),
         ("media.slicing", "from finetune.media.image import x"),
-        ("tuning.parts", "from trainer import CPMTrainer"),
-        ("tuning.parts", "import dataset"),
-        ("tuning.parts", "from finetune.readers import read"),
-        ("tuning.parts", "from finetune.commands import tiny"),
-        ("evaluation.plots", "from finetune.tuning import parts"),
+        ("training.freezing", "from trainer import CPMTrainer"),
+        ("training.freezing", "import dataset"),
+        ("training.freezing", "from finetune.readers import read"),
+        ("training.freezing", "from finetune.commands import tiny"),
+        ("evaluation.plots", "from finetune.training import freezing"),
     ],
 )
 def test_the_check_sees(module: str, source: str) -> None:
@@ -279,12 +201,12 @@ def test_the_check_sees(module: str, source: str) -> None:
     [
         (
             "models.vision",
-            "from finetune.families.base import Family\nfrom finetune.models.items import x\nimport torch",
+            "from finetune.families.family import Family\nfrom finetune.models.visual_items import x\nimport torch",
         ),
         ("sample", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
-        ("commands.demo", "import finetune\nfrom finetune.tuning.parts import x\nimport peft"),
-        ("tuning.saving", "from finetune import __version__"),
-        ("families.v2_0", "from finetune.families.base import Family"),
+        ("commands.demo", "import finetune\nfrom finetune.training.freezing import x\nimport peft"),
+        ("checkpoints.saving", "from finetune import __version__"),
+        ("families.v2_0", "from finetune.families.family import Family"),
     ],
 )
 def test_the_check_allows(module: str, source: str) -> None:
@@ -293,7 +215,7 @@ def test_the_check_allows(module: str, source: str) -> None:
 
 def test_nothing_asks_for_the_name_of_a_family() -> None:
     inside = [path for module, path in modules().items() if not within(module, "families")]
-    found = {path.name: branches_on_family(path.read_text(encoding="utf-8")) for path in [*inside, *ROOT.glob("*.py")]}
+    found = {path: branches_on_family(path.read_text(encoding="utf-8")) for path in [*inside, *ROOT.glob("*.py")]}
     assert {name: branches for name, branches in found.items() if branches} == {}
 
 
@@ -318,5 +240,5 @@ def test_no_root_file_shadows_a_package() -> None:
 
 def test_files_fit_a_sitting() -> None:
     files = [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py")]
-    long = {path.name: lines for path in files if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400}
+    long = {str(path): lines for path in files if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400}
     assert long == {}

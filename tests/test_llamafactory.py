@@ -15,10 +15,10 @@ from clips import write_clip
 from PIL import Image
 from safetensors import safe_open
 
+from finetune.arguments.data import VIDEO_FLAGS
 from finetune.commands.export import main as export
-from finetune.data_flags import VIDEO_FLAGS
-from finetune.errors import UserError
 from finetune.models import load_model
+from finetune.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

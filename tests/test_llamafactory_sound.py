@@ -11,12 +11,12 @@ from clips import write_clip
 from sounds import write_coded
 
 from dataset import make_supervised_data_module
-from finetune.arguments import parse_arguments
+from finetune.arguments.parse import parse_arguments
+from finetune.checkpoints.base_checkpoint import resolve
 from finetune.encoding.encoder import Encoder
-from finetune.errors import UserError
 from finetune.models import load_model, load_tokenizer
-from finetune.tuning.checkpoint import resolve
-from finetune.tuning.parts import adapt
+from finetune.training.freezing import adapt
+from finetune.utils.errors import UserError
 
 TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
 COLUMNS = {"messages": "messages", "videos": "videos", "audios": "audios"}

@@ -89,7 +89,7 @@ def check_parity(what: str, place: Path) -> None:
 
 def check_recipe(words: list[str]) -> None:
     """Files of flags: tests/generations makes a step with each, here the words behind it count."""
-    from finetune.arguments import parse_arguments
+    from finetune.arguments.parse import parse_arguments
 
     args = parse_arguments([str(ROOT / words[0]), *words[1:]])
     assert args.training.learning_rate == pytest.approx(float(words[words.index("--learning_rate") + 1]))
@@ -144,7 +144,9 @@ def test_python_snippets(place):
 def test_flags_named_in_the_readme_exist():
     from dataclasses import fields
 
-    from finetune.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
+    from finetune.arguments.data import DataArguments
+    from finetune.arguments.model import LoraArguments, ModelArguments
+    from finetune.arguments.training import TrainingArguments
 
     known = {
         entry.name

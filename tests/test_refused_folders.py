@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from finetune.__main__ import main
-from finetune.errors import UserError
+from finetune.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKED = "model-Q4_K_M.gguf"

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import outcome
 from finetune.commands import consolidate
-from finetune.errors import UserError
+from finetune.runtime import outcome
+from finetune.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"lora": "finetune_lora.sh", "full": "finetune_ds.sh"}

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import settings_page
 from transformers import MiniCPMV4_6ImageProcessor, MiniCPMV4_6VideoProcessor
 
+from finetune.checkpoints.base_checkpoint import resolve
 from finetune.encoding.encoder import Encoder
-from finetune.errors import CheckpointError
 from finetune.families import FAMILIES, by_name
 from finetune.families.settings import FILES, disagreements, value_of
+from finetune.media.audio_layout import sound
 from finetune.media.slicing import item_sizes, plan
-from finetune.media.sound import sound
 from finetune.models import load_tokenizer
-from finetune.notices import warn_once
-from finetune.planning.published import ASSUMED, CONFIGS, settings
-from finetune.tuning.checkpoint import resolve
+from finetune.planning.published_shapes import ASSUMED, CONFIGS, settings
+from finetune.utils.errors import CheckpointError
+from finetune.utils.log_once import warn_once
+from tools import settings_doc
 
 NAMES = [family.name for family in FAMILIES]
 PICTURES = ((448, 448), (1344, 1344), (1920, 1080))
@@ -42,8 +42,8 @@ LOOKS: dict[str, tuple[list[tuple[int, int]], tuple[int, ...] | None]] = {
 
 
 def test_the_page_shows_the_tables_of_the_code() -> None:
-    page = settings_page.PAGE.read_text(encoding="utf-8")
-    assert settings_page.written(page) == page, "python tests/settings_page.py writes it anew"
+    page = settings_doc.PAGE.read_text(encoding="utf-8")
+    assert settings_doc.written(page) == page, "python -m tools.settings_doc writes it anew"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.arguments import TrainingArguments
+from finetune.arguments.training import TrainingArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples/slurm/finetune.sbatch"

@@ -17,17 +17,18 @@ from streaming_worker import run
 from torch.utils.data import DataLoader
 
 from dataset import StreamedDataset
-from finetune.arguments import ArgumentError, parse_arguments
+from finetune.arguments.parse import parse_arguments
+from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.resume import ResumeError
+from finetune.checkpoints.stream_resume import batches_passed, dealt
+from finetune.data_files.streaming import Stream
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.intake import Intake
+from finetune.encoding.sample_policy import SamplePolicy
 from finetune.models import load_tokenizer
 from finetune.readers import read
-from finetune.readers.streamed import StreamedSamples
-from finetune.readers.streaming import Stream
+from finetune.readers.streamed_samples import StreamedSamples
 from finetune.sample import DataError
-from finetune.tuning.checkpoint import resolve
-from finetune.tuning.resume import ResumeError
-from finetune.tuning.streams import batches_passed, dealt
+from finetune.utils.errors import ArgumentError
 
 WORKER = Path(__file__).with_name("streaming_worker.py")
 ONE = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "0")
@@ -144,7 +145,7 @@ def test_a_bad_line_leaves_an_empty_row(tiny: Tiny, tmp_path: Path) -> None:
     encoder = Encoder.from_config(checkpoint.family, load_tokenizer(checkpoint.folder), checkpoint.config)
     streamed = StreamedSamples(Stream([path], seed=0), [read(path, records=[good])])
     report = tmp_path / "bad.jsonl"
-    dataset = StreamedDataset(streamed, Intake(streamed.head, encoder, on_bad_sample="skip", report=report))
+    dataset = StreamedDataset(streamed, SamplePolicy(streamed.head, encoder, on_bad_sample="skip", report=report))
     rows = list(islice(dataset, 6))
     assert sum(len(row.input_ids) == 1 for row in rows) == 3
     assert dataset.first_usable().source == f"{path}, record 0"
@@ -152,7 +153,7 @@ def test_a_bad_line_leaves_an_empty_row(tiny: Tiny, tmp_path: Path) -> None:
     assert [(line["record"], line["exception"]) for line in lines] == [(len(json.dumps(good)) + 1, "DataError")]
     assert "line 2: not valid JSON: JSON needs double quotes" in lines[0]["message"]
     with pytest.raises(DataError, match="line 2"):
-        list(islice(StreamedDataset(streamed, Intake(streamed.head, encoder)), 6))
+        list(islice(StreamedDataset(streamed, SamplePolicy(streamed.head, encoder)), 6))
 
 
 def test_batches_that_were_trained_before_are_empty_rows(lines: Path, tiny: Tiny) -> None:
@@ -160,7 +161,7 @@ def test_batches_that_were_trained_before_are_empty_rows(lines: Path, tiny: Tiny
     checkpoint = resolve(str(tiny("llama3_v2_5")))
     encoder = Encoder.from_config(checkpoint.family, load_tokenizer(checkpoint.folder), checkpoint.config)
     streamed = StreamedSamples(Stream([lines], seed=0), [read(lines)])
-    dataset = StreamedDataset(streamed, Intake(streamed.head, encoder))
+    dataset = StreamedDataset(streamed, SamplePolicy(streamed.head, encoder))
     loaders = [DataLoader(dataset, batch_size=2, collate_fn=list, num_workers=workers) for workers in (0, 2)]
     for loader in loaders:
         dataset.deal(1, 2, 2)

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import trainer as trainer_module
 from dataset import DataCollator, SupervisedDataset, make_supervised_data_module
-from finetune.arguments import parse_arguments
+from finetune.arguments.parse import parse_arguments
+from finetune.checkpoints.base_checkpoint import resolve
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
-from finetune.tuning.checkpoint import resolve
-from finetune.tuning.flops import flops_of
-from finetune.tuning.parts import adapt
-from trainer import BaseLossError, CPMTrainer
+from finetune.training import base_loss
+from finetune.training.base_loss import BaseLossError
+from finetune.training.flops import flops_of
+from finetune.training.freezing import adapt
+from trainer import CPMTrainer
 
 
 def make_trainer(base: Path, data: Path, output: Path, *flags: str) -> CPMTrainer:
@@ -121,7 +122,7 @@ def test_total_flos_are_the_operations_of_the_cost_model(tiny, demo_data, tmp_pa
 
 
 def test_a_pretrained_checkpoint_at_chance_stops(tiny, demo_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "_SMALLEST_PRETRAINED", 1000)
+    monkeypatch.setattr(base_loss, "SMALLEST_PRETRAINED", 1000)
     made = make_trainer(tiny("v2_0"), demo_data, tmp_path, "--max_steps", "1")
     before = {name: parameter.detach().clone() for name, parameter in network(made).named_parameters()}
     with pytest.raises(BaseLossError, match=rf"near ln\(vocabulary\) = {math.log(832):.2f}.*--check_base_loss off"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune.families import by_name, usable
-from finetune.families.base import Family
+from finetune.families.family import Family
 
 MIXTURE = "v4_7_moe"
 """4.7 with four routed experts per layer, two of which see a token, and a shared one."""

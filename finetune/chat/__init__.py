@@ -1,5 +1,5 @@
-"""Talking to a model: the guide's class, ``model.chat``, the terminal and the page are all built on ``Talker``."""
+"""Chat with a model: ``MiniCPMVChat``, ``model.chat``, the terminal and the web page, all over ``ChatPipeline``."""
 
-from finetune.chat.guide import MiniCPMVChat, img2base64
+from finetune.chat.minicpmv_chat import MiniCPMVChat, img2base64
 
 __all__ = ["MiniCPMVChat", "img2base64"]

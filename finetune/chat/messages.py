@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finetune.chat.pictures import Picture, as_media, from_base64
-from finetune.chat.sounds import as_sound, is_sound
-from finetune.chat.videos import as_video
+from finetune.chat.media_inputs import Picture, as_media, as_sound, as_video, from_base64, is_sound
 from finetune.sample import VIDEO_SUFFIXES, DataError, Media, Message, Part, Sample, Source, Text
 
 # Names under which the published examples give the text or the medium of a part.

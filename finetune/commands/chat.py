@@ -13,13 +13,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from finetune.commands.parser import CommandParser
-from finetune.commands.training_flags import add_mode_flag, add_video_flags, data_arguments
-from finetune.errors import ArgumentError, UserError
+from finetune.commands.shared_flags import add_mode_flag, add_video_flags, data_arguments
+from finetune.utils.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
-    from finetune.chat.dialogue import Dialogue
-    from finetune.chat.room import Room
-    from finetune.chat.talker import Decoding, Prompting
+    from finetune.chat.conversation_state import ConversationState
+    from finetune.chat.pipeline import ChatPromptOptions, SamplingOptions
+    from finetune.chat.session import ChatSession
     from finetune.sample import MediaKind
 
 HELP = """/image PATH        put a picture in front of the next question; may be given several times
@@ -39,10 +39,10 @@ def main(argv: list[str]) -> int:
 
     import torch
 
-    from finetune.chat.dialogue import Dialogue
-    from finetune.chat.room import Room
-    from finetune.chat.talker import read_options
-    from finetune.chat.web import Page, gradio, serve
+    from finetune.chat.conversation_state import ConversationState
+    from finetune.chat.pipeline import read_options
+    from finetune.chat.session import ChatSession
+    from finetune.chat.web_page import Page, gradio, serve
 
     if args.web:
         gradio()  # missing, it is missed before a model is loaded
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         "video": data_arguments(args).video_options,
     }
     prompting, decoding = read_options(options)
-    dialogue = Dialogue(args.system)
+    dialogue = ConversationState(args.system)
     for path in args.image:
         dialogue.show(path)
     for path in args.video:
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     for path in args.audio:
         dialogue.show(path, "audio")
     device = None if args.device == "auto" else args.device
-    room = Room(args.model, args.adapter, device=device, dtype=args.dtype, downsample_mode=args.downsample_mode)
+    room = ChatSession(args.model, args.adapter, device=device, dtype=args.dtype, downsample_mode=args.downsample_mode)
     for name, mode in room.modes.items():
         if mode is not None:
             print(f"{'base' if name not in room.adapters else name}: {mode}", file=sys.stderr, flush=True)
@@ -113,7 +113,9 @@ def _parser() -> CommandParser:
 class Terminal:
     """Reads lines, prints answers as they are made."""
 
-    def __init__(self, room: Room, dialogue: Dialogue, prompting: Prompting, decoding: Decoding) -> None:
+    def __init__(
+        self, room: ChatSession, dialogue: ConversationState, prompting: ChatPromptOptions, decoding: SamplingOptions
+    ) -> None:
         self.room = room
         self.dialogue = dialogue
         self.prompting = prompting

@@ -15,11 +15,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.arguments.data import DataArguments
+from finetune.arguments.model import ModelArguments
 from finetune.commands.parser import CommandParser
-from finetune.commands.training_flags import MODE_FLAG, add_flags, data_arguments
-from finetune.data_flags import DataArguments
-from finetune.errors import ArgumentError, UserError
-from finetune.flags import ModelArguments
+from finetune.commands.shared_flags import MODE_FLAG, add_flags, data_arguments
+from finetune.utils.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
     from finetune.encoding.encoder import Encoder
@@ -36,29 +36,29 @@ def main(argv: list[str]) -> int:
         return _converted(given)
     data, seed = data_arguments(given), given.seed if given.data_seed is None else given.data_seed
 
-    from finetune.encoding.check import check, judge, overlap
-    from finetune.encoding.intake import Intake
-    from finetune.encoding.lengths import measure_lengths
-    from finetune.pages.survey import Survey, Surveyed
-    from finetune.pages.terminal import show
+    from finetune.data_check.check_records import check, judge, overlap
+    from finetune.data_check.length_table import measure_lengths
+    from finetune.encoding.sample_policy import SamplePolicy
+    from finetune.pages.record_survey import RecordSurvey, SurveyedRecord
+    from finetune.pages.terminal_preview import show
 
     encoder = _encoder(given, data)
     try:
-        intakes = [Intake(samples, encoder, **data.policies) for samples in _opened(data, given.data_path, seed)]
+        intakes = [SamplePolicy(samples, encoder, **data.policies) for samples in _opened(data, given.data_path, seed)]
         reports, parts = [], []
         for intake in intakes:
-            survey, rebuild = Survey(), data.overwrite_cache
+            survey, rebuild = RecordSurvey(), data.overwrite_cache
             reports.append(check(intake.samples, intake.fitter, data.check or "full", rebuild=rebuild, seen=survey.see))
             print(reports[-1])
             if (lengths := measure_lengths(intake.samples, encoder)) is not None:
                 print(lengths)
             for text in show(intake.samples, intake.fitter, given.show, colour=_in_colour()):
                 print(text)
-            parts.append(Surveyed(intake.samples, intake.fitter, reports[-1], survey, lengths))
+            parts.append(SurveyedRecord(intake.samples, intake.fitter, reports[-1], survey, lengths))
         for line in overlap(intakes, reports):
             print(f"warning: {line}")
         if given.html is not None:
-            from finetune.pages.preview import write_preview
+            from finetune.pages.data_preview import write_preview
 
             write_preview(Path(given.html), parts, most=given.samples, seed=seed)
             print(f"written {given.html}")
@@ -75,10 +75,10 @@ def _in_colour() -> bool:
 
 def _encoder(given: argparse.Namespace, data: DataArguments) -> Encoder:
     """The encoder that training would have."""
+    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.encoding.chat_template_check import check_chat_template
     from finetune.encoding.encoder import Encoder
     from finetune.models import load_tokenizer
-    from finetune.templates.probe import check_chat_template
-    from finetune.tuning.checkpoint import resolve
 
     base = resolve(given.model_name_or_path, given.downsample_mode)
     if base.mode is not None:
@@ -122,7 +122,7 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 def _converted(given: argparse.Namespace) -> int:
     """Writes the data file as JSON instead of looking at its records."""
-    from finetune.readers.python_literals import write_json
+    from finetune.data_files.python_literals import write_json
 
     if len(given.data_path) != 1:
         raise ArgumentError("--write_json takes the file of --data, one of them")
@@ -138,8 +138,8 @@ def _long(word: str) -> str:
 
 def _with_training(parser: CommandParser, words: Sequence[str]) -> argparse.Namespace:
     """The command line where it has a YAML file or flags that are not about data."""
-    from finetune.arguments import GROUPS, flags_of, refuse_unknown
-    from finetune.config.resolve import resolve
+    from finetune.arguments.parse import GROUPS, flags_of, refuse_unknown
+    from finetune.arguments.resolve import resolve
 
     known = {**flags_of(GROUPS), "data_path": True}
     resolved = resolve(words, known)

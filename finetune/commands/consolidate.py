@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import finetune
 from finetune.commands.parser import CommandParser
-from finetune.errors import UserError
-from finetune.paths import expand
+from finetune.utils.errors import UserError
+from finetune.utils.paths import expand
 
 if TYPE_CHECKING:
-    from finetune.tuning.checkpoint import Checkpoint
+    from finetune.checkpoints.base_checkpoint import Checkpoint
 
 _DTYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -30,12 +30,12 @@ def main(argv: list[str]) -> int:
 
     import torch
 
-    from finetune.export.consolidation import Gathered, base_named_by, read_parts, write_adapter
-    from finetune.export.folder import check_target, model_card, unfinished, write_model, write_record
-    from finetune.export.writing import WeightFiles
+    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.export.result_folder import check_target, model_card, unfinished, write_model, write_record
+    from finetune.export.sharded_writer import WeightFiles
+    from finetune.export.zero_consolidation import Gathered, base_named_by, read_parts, write_adapter
     from finetune.models import load_model
-    from finetune.models.folders import has_adapter
-    from finetune.tuning.checkpoint import resolve
+    from finetune.models.checkpoint_folder import has_adapter
 
     checkpoint = checkpoint.resolve()
     name = given.model_name_or_path or base_named_by(checkpoint)

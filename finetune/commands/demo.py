@@ -33,8 +33,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
-    from finetune.commands.demo_data import write_demo_dataset
-    from finetune.commands.tiny import write_tiny_checkpoint
+    from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
+    from finetune.tiny.demo_dataset import write_demo_dataset
 
     out = args.out.absolute()
     model, data, adapter = out / "model", out / "data", out / "adapter"
@@ -69,11 +69,11 @@ def report(adapter: Path, data: Path) -> tuple[float, float]:
     """Prints base and adapter side by side; returns the adapter's exact match, with and without the images."""
     from peft import PeftModel
 
+    from finetune.checkpoints.base_checkpoint import resolve
     from finetune.encoding.encoder import Encoder
-    from finetune.evaluation.generation import generate_answers, split_answer
+    from finetune.evaluation.batched_generation import generate_answers, split_answer
     from finetune.models import load_model, load_tokenizer
     from finetune.readers import read
-    from finetune.tuning.checkpoint import resolve
 
     model = load_model(adapter).eval()
     assert isinstance(model, PeftModel)

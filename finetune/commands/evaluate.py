@@ -17,25 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from finetune.arguments.data import DataArguments
 from finetune.commands.parser import CommandParser
 from finetune.commands.questions import Questions, read_questions
-from finetune.commands.training_flags import (
-    PLACE_FLAGS,
-    add_flags,
-    add_mode_flag,
-    add_video_flags,
-    data_arguments,
-)
-from finetune.data_flags import DataArguments
-from finetune.errors import UserError
+from finetune.commands.shared_flags import PLACE_FLAGS, add_flags, add_mode_flag, add_video_flags, data_arguments
+from finetune.utils.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from finetune.checkpoints.base_checkpoint import Checkpoint
     from finetune.encoding.encoder import Encoder
     from finetune.evaluation.predictions import Predictions
     from finetune.readers.mixture import Mixture
-    from finetune.tuning.checkpoint import Checkpoint
 
 
 class _Thinking(TypedDict, total=False):
@@ -111,9 +105,9 @@ def _source(given: argparse.Namespace) -> ModelSource:
     Raises:
         UserError: a folder is missing, or there is nothing that "base" could mean.
     """
+    from finetune.checkpoints.base_checkpoint import resolve
     from finetune.models import base_of
-    from finetune.models.folders import has_adapter, is_adapter, local_folder
-    from finetune.tuning.checkpoint import resolve
+    from finetune.models.checkpoint_folder import has_adapter, is_adapter, local_folder
 
     folder, adapter, mode = local_folder(given.model), given.adapter, given.downsample_mode
     if is_adapter(folder):
@@ -227,7 +221,7 @@ class Asking:
     def _ask(self, model: nn.Module, encoder: Encoder, wanted: Sequence[int], key: str, what: str) -> None:
         from tqdm.auto import tqdm
 
-        from finetune.evaluation.generation import answer_batch, batches_by_length
+        from finetune.evaluation.batched_generation import answer_batch, batches_by_length
 
         prompts = [self.questions[index][0] for index in wanted]
         # Dealt out like cards: every rank gets as many long batches as short ones.
@@ -245,10 +239,10 @@ def _finish(
     given: argparse.Namespace, metric: Any, questions: Questions, store: Predictions, facts: dict[str, str]
 ) -> None:
     """Scores, writes the three files and prints the figures."""
-    from finetune.evaluation.report import build, headline
+    from finetune.evaluation.evaluation_report import build, headline
     from finetune.evaluation.scoring import BASE, make_rows, summarise
     from finetune.media.image import MAX_PIXELS
-    from finetune.outcome import plain_numbers
+    from finetune.runtime.outcome import plain_numbers
 
     answers = store.collect(list(questions))
     base = store.collect(list(questions), BASE) if given.compare is not None else None

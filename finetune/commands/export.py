@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.arguments.legacy import template_fits
 from finetune.commands.parser import CommandParser
-from finetune.commands.training_flags import add_mode_flag
-from finetune.errors import UserError
-from finetune.legacy_flags import template_fits
-from finetune.outcome import NOT_VERIFIED, OK
-from finetune.paths import expand
+from finetune.commands.shared_flags import add_mode_flag
+from finetune.runtime.outcome import NOT_VERIFIED, OK
+from finetune.utils.errors import UserError
+from finetune.utils.paths import expand
 
 if TYPE_CHECKING:
-    from finetune.export.checking import Agreement
-    from finetune.export.merging import Base, Merged
-    from finetune.tuning.checkpoint import Checkpoint
+    from finetune.checkpoints.base_checkpoint import Checkpoint
+    from finetune.export.lora_merge import Base, Merged
+    from finetune.export.merge_check import Agreement
 
 _DTYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     if given.push_to_hub == "true" and given.export_hub_model_id is None:
         raise UserError("--push_to_hub true needs --export_hub_model_id OWNER/NAME")
 
-    from finetune.export.folder import check_target
+    from finetune.export.result_folder import check_target
 
     sources = resolve_sources(given.model_name_or_path, given.adapter_name_or_path, given.downsample_mode)
     out = expand(given.export_dir).absolute()
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 def command_words(argv: list[str]) -> list[str]:
     """The flags of the command line, behind those of a YAML file where it begins with one."""
-    from finetune.config.resolve import resolve
+    from finetune.arguments.resolve import resolve
 
     known = vars(_parser().parse_args(["--export_dir", "OUT"]))
     return resolve(argv, dict.fromkeys(known, False), "export").words
@@ -82,7 +82,7 @@ def resolve_sources(model: str | None, adapters: str | None, downsample_mode: st
     Raises:
         UserError: neither is given, or a folder is missing; or adapters were trained with different modes.
     """
-    from finetune.models.folders import has_adapter, is_adapter, local_folder
+    from finetune.models.checkpoint_folder import has_adapter, is_adapter, local_folder
 
     names = [name.strip() for name in (adapters or "").split(",") if name.strip()]
     folders = [local_folder(name) for name in names]
@@ -92,8 +92,8 @@ def resolve_sources(model: str | None, adapters: str | None, downsample_mode: st
         raise UserError("export needs --model_name_or_path, --adapter_name_or_path or both")
     if wrong := next((folder for folder in folders if not has_adapter(folder)), None):
         raise UserError(f"--adapter_name_or_path {wrong}: no adapter_config.json there; give the folder of an adapter")
+    from finetune.checkpoints.base_checkpoint import resolve
     from finetune.models import base_of
-    from finetune.tuning.checkpoint import resolve
 
     name = str(base_of(folders[0])) if model is None else model
     base = resolve(name, downsample_mode, trained=folders[-1] if folders else None)
@@ -114,7 +114,7 @@ def resolve_sources(model: str | None, adapters: str | None, downsample_mode: st
 
 def _notes(adapter: Path, base: Checkpoint) -> list[str]:
     """What a user should know about an adapter on this base."""
-    from finetune.models.folders import read_adapter_config
+    from finetune.models.checkpoint_folder import read_adapter_config
 
     notes = []
     named = str(read_adapter_config(adapter).get("base_model_name_or_path") or "a base without a name")
@@ -142,8 +142,8 @@ def _export(given: argparse.Namespace, sources: Sources, out: Path) -> Agreement
     """Writes the folder in a place of its own, puts it where it belongs and checks it."""
     import torch
 
-    from finetune.export.folder import model_card, unfinished, write_model, write_record
-    from finetune.export.writing import WeightFiles
+    from finetune.export.result_folder import model_card, unfinished, write_model, write_record
+    from finetune.export.sharded_writer import WeightFiles
 
     base, adapters = sources.base, sources.adapters
     weights = _weights(given, sources)
@@ -168,8 +168,8 @@ def _export(given: argparse.Namespace, sources: Sources, out: Path) -> Agreement
 
 def _weights(given: argparse.Namespace, sources: Sources) -> Base | Merged:
     """The tensors of the result, computed when they are read."""
-    from finetune.export.merging import Base, Merged, empty_network
-    from finetune.export.serving import check_servable, stays
+    from finetune.export.lora_merge import Base, Merged, empty_network
+    from finetune.export.vllm_layout import check_servable, stays
 
     base, device = sources.base, _device(given.export_device)
     weights: Base | Merged = Base(base.folder)
@@ -187,8 +187,8 @@ def _weights(given: argparse.Namespace, sources: Sources) -> Base | Merged:
 
 
 def _write_served(weights: Base | Merged, base: Checkpoint, folder: Path, out: Path) -> None:
-    from finetune.export.merging import Merged
-    from finetune.export.serving import max_lora_rank, write_served_adapter
+    from finetune.export.lora_merge import Merged
+    from finetune.export.vllm_layout import max_lora_rank, write_served_adapter
 
     assert isinstance(weights, Merged)
     folder.mkdir()
@@ -214,8 +214,8 @@ def _record(given: argparse.Namespace, sources: Sources) -> dict[str, Any]:
 
 
 def _verify(given: argparse.Namespace, sources: Sources, model: Path, left: list[Path]) -> Agreement:
-    from finetune.export.checking import answers_of, compare, make_prompts
-    from finetune.tuning.checkpoint import resolve
+    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.export.merge_check import answers_of, compare, make_prompts
 
     prompts = make_prompts(sources.base)
     device = _device(given.export_device)

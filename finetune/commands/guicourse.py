@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.commands.parser import CommandParser
-from finetune.errors import UserError
 from finetune.sample import DataError
+from finetune.utils.errors import UserError
 
 _DATA, _IMAGES = "_data.json", "_images.parquet"
 _ACTS = ("web-single", "web-multi", "smartphone")
@@ -57,9 +57,9 @@ def convert_file(file: Path, parquets: Sequence[Path], out: Path, *, form: str, 
     Raises:
         DataError: a file is missing or is not what it should be.
     """
+    from finetune.data_files.records import open_records
     from finetune.guicourse.images import extract
-    from finetune.guicourse.records import RecordError, image_ids, to_training
-    from finetune.readers.records import open_records
+    from finetune.guicourse.record_conversion import RecordError, image_ids, to_training
 
     stem = file.name.removesuffix(_DATA) if file.name.endswith(_DATA) else file.stem
     usable, bad = _look(file, open_records(file))
@@ -90,7 +90,7 @@ def convert_file(file: Path, parquets: Sequence[Path], out: Path, *, form: str, 
 
 def _look(file: Path, records: Sequence[Any]) -> tuple[list[tuple[int, dict[str, Any], str]], list[dict[str, Any]]]:
     """(position, record, data set) of the records that say what they are, and what is wrong with the others."""
-    from finetune.guicourse.records import RecordError, image_ids, kind
+    from finetune.guicourse.record_conversion import RecordError, image_ids, kind
 
     usable, bad = [], []
     for index, record in enumerate(records):
@@ -110,10 +110,10 @@ def score(given: argparse.Namespace) -> int:
     Raises:
         UserError: labels or predictions that cannot be scored.
     """
+    from finetune.data_files.records import open_records
     from finetune.guicourse.actions import ActionError
+    from finetune.guicourse.gui_scores import ElementsMissingError, score_file
     from finetune.guicourse.images import elements
-    from finetune.guicourse.scoring import ElementsMissingError, score_file
-    from finetune.readers.records import open_records
 
     labels = open_records(given.data)
     for index, record in enumerate(labels):
@@ -149,7 +149,7 @@ def read_predictions(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         DataError: one without uid (or id) and pred (or prediction).
     """
-    from finetune.readers.records import open_records
+    from finetune.data_files.records import open_records
 
     found = {}
     for index, row in enumerate(open_records(path)):

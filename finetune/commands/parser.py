@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from finetune.config.ranges import check_ranges
-from finetune.errors import ArgumentError
+from finetune.arguments.ranges import check_ranges
+from finetune.utils.errors import ArgumentError
 
 
 class CommandParser(argparse.ArgumentParser):

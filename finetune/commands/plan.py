@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.arguments.data import VIDEO_FLAGS, DataArguments
 from finetune.commands.parser import CommandParser
-from finetune.commands.training_flags import PLACE_FLAGS, add_flags, add_mode_flag, data_arguments, truth
-from finetune.data_flags import VIDEO_FLAGS, DataArguments
-from finetune.errors import ArgumentError, UserError
+from finetune.commands.shared_flags import PLACE_FLAGS, add_flags, add_mode_flag, data_arguments, truth
+from finetune.utils.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
-    from finetune.models.modes import Mode
-    from finetune.planning.recipe import Recipe, Shape
+    from finetune.models.downsample_mode import Mode
+    from finetune.planning.training_setup import SampleShape, TrainingSetup
 
 # Tokens of the longest sample where nothing says how long it is: more where its images need them and some text.
 _LENGTH, _TEXT, _STEP = 2048, 512, 1024
@@ -29,8 +29,6 @@ def main(argv: list[str]) -> int:
     parser = _parser()
     given = parser.parse_args(argv)
     try:
-        if given.table is not None:
-            return _write_table(Path(given.table))
         if given.model is None:
             parser.error("MODEL is missing: a checkpoint folder, a hub id, or the name of a family")
         return _plan(given)
@@ -40,43 +38,43 @@ def main(argv: list[str]) -> int:
 
 
 def _plan(given: argparse.Namespace) -> int:
-    from finetune.planning import report, search
-    from finetune.planning.memory import GIB, Planner
-    from finetune.planning.network import quiet
+    from finetune.planning import estimate_table, settings_search
+    from finetune.planning.memory_estimate import GIB, MemoryPlanner
+    from finetune.planning.meta_model import quiet
 
     config, settings, name, mode = _model(given)
     shape = _shape(given, settings)
     base = _recipe(given)
     limit = int((given.gpu_memory or _memory_here() or 24) * GIB)
-    methods = search.ALL_METHODS if given.method == "all" else (given.method,)
+    methods = settings_search.ALL_METHODS if given.method == "all" else (given.method,)
     with quiet():
-        planner = Planner(config)
+        planner = MemoryPlanner(config)
         print(f"{planner.family.title}, {planner.parameters():,} parameters; {_described(shape)}")
         if mode is not None:
             print(mode)
-        rows = search.rows(planner, shape, base, methods)
+        rows = settings_search.rows(planner, shape, base, methods)
         wanted = [row for row in rows if _chosen(row[0], given)]
-        print(report.table(wanted, limit), end="\n\n")
-        found = [search.gpus_needed(planner, shape, base, method, limit) for method in methods]
+        print(estimate_table.table(wanted, limit), end="\n\n")
+        found = [settings_search.gpus_needed(planner, shape, base, method, limit) for method in methods]
     fitting = [(recipe, memory) for recipe, memory in filter(None, found)]
-    print(f"the fastest settings that fit {report.gigabytes(limit)} GB per GPU:" if fitting else "nothing fits")
+    print(f"the fastest settings that fit {estimate_table.gigabytes(limit)} GB per GPU:" if fitting else "nothing fits")
     data = f"--dataset {given.dataset}" if given.dataset else f"--data_path {given.data or 'DATA'}"
     more = [f"--model_name_or_path {name}", data, f"--model_max_length {shape.tokens}"]
     more += [f"--per_device_train_batch_size {shape.batch}"]
     more += [f"--max_slice_nums {given.slices}"] if given.slices else []
     more += [f"--downsample_mode {mode.name}"] if mode is not None and mode.chosen else []
     for recipe, memory in fitting:
-        print(report.advice(recipe, memory, more))
-    print(f"\n{report.NOTE}")
+        print(estimate_table.advice(recipe, memory, more))
+    print(f"\n{estimate_table.NOTE}")
     return 0 if any(recipe.gpus == base.gpus for recipe, _ in fitting) else 1
 
 
 def _model(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], str, Mode | None]:
     """config.json and all settings of a folder, a hub id or a family, its name on the command line, and its mode."""
+    from finetune.checkpoints.base_checkpoint import resolve
     from finetune.families import by_name
-    from finetune.models.modes import decide, with_mode
-    from finetune.planning.published import CONFIGS, settings
-    from finetune.tuning.checkpoint import resolve
+    from finetune.models.downsample_mode import decide, with_mode
+    from finetune.planning.published_shapes import CONFIGS, settings
 
     model = given.model
     if model in CONFIGS and not Path(model).is_dir():
@@ -87,9 +85,9 @@ def _model(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], s
     return with_mode(base.config, base.mode), base.settings, model, base.mode
 
 
-def _shape(given: argparse.Namespace, settings: dict[str, Any]) -> Shape:
+def _shape(given: argparse.Namespace, settings: dict[str, Any]) -> SampleShape:
     from finetune.families import detect
-    from finetune.planning.recipe import Shape
+    from finetune.planning.training_setup import SampleShape
 
     family = detect(settings)
     spec, layout = family.slice_spec(settings), family.layout(settings)
@@ -100,7 +98,7 @@ def _shape(given: argparse.Namespace, settings: dict[str, Any]) -> Shape:
     tokens = given.length or max(_LENGTH, -(-(items * each + _TEXT) // _STEP) * _STEP)
     # Of images that are longer than that, training takes fewer slices.
     items = min(items, max(tokens // each, given.images))
-    shape = Shape(batch=given.batch, tokens=tokens, items=items, patches=patches, labelled=given.labelled)
+    shape = SampleShape(batch=given.batch, tokens=tokens, items=items, patches=patches, labelled=given.labelled)
     if given.data is None and given.dataset is None:
         if data_arguments(given) != DataArguments():
             raise ArgumentError("flags about data have no effect without DATA or --dataset")
@@ -116,14 +114,14 @@ def _families() -> tuple[str, ...]:
     return tuple(family.name for family in FAMILIES)
 
 
-def _measured(given: argparse.Namespace, shape: Shape) -> Shape:
+def _measured(given: argparse.Namespace, shape: SampleShape) -> SampleShape:
     """The longest of the records, and the one with the most patches."""
+    from finetune.checkpoints.base_checkpoint import resolve
     from finetune.encoding.encoder import Encoder
-    from finetune.encoding.fitting import Fitter
+    from finetune.encoding.length_policy import LengthPolicy
     from finetune.models import load_tokenizer
-    from finetune.planning.fit import measured_shape
+    from finetune.planning.recompute_choice import measured_shape
     from finetune.readers.mixture import open_data
-    from finetune.tuning.checkpoint import resolve
 
     base = resolve(given.model, given.downsample_mode)
     data = data_arguments(given)
@@ -132,22 +130,22 @@ def _measured(given: argparse.Namespace, shape: Shape) -> Shape:
         base.family, load_tokenizer(base.folder), base.settings, max_length=given.length or 2048, **data.looking
     )
     samples = open_data(given.data, data.dataset, **data.reading)
-    if (found := measured_shape(Fitter(encoder, data.overlong), samples, shape)) is None:
+    if (found := measured_shape(LengthPolicy(encoder, data.overlong), samples, shape)) is None:
         raise ArgumentError(f"{samples.title}: none of its records can be used; python -m finetune check tells why")
     return found
 
 
-def _described(shape: Shape) -> str:
+def _described(shape: SampleShape) -> str:
     return (
         f"per GPU {shape.batch} x {shape.tokens} tokens, {100 * shape.labelled:.0f} % of them labelled, "
         f"{shape.items} visual items of {shape.patches} patches per sample"
     )
 
 
-def _recipe(given: argparse.Namespace) -> Recipe:
-    from finetune.planning.recipe import Recipe
+def _recipe(given: argparse.Namespace) -> TrainingSetup:
+    from finetune.planning.training_setup import TrainingSetup
 
-    return Recipe(
+    return TrainingSetup(
         gpus=given.gpus,
         accumulation=given.gradient_accumulation_steps,
         vision_batch=given.vision_batch,
@@ -157,7 +155,7 @@ def _recipe(given: argparse.Namespace) -> Recipe:
     )
 
 
-def _chosen(recipe: Recipe, given: argparse.Namespace) -> bool:
+def _chosen(recipe: TrainingSetup, given: argparse.Namespace) -> bool:
     """Whether a row is one of those asked for."""
     return (
         given.zero in (None, recipe.stage)
@@ -173,17 +171,6 @@ def _memory_here() -> float | None:
     if not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_properties(0).total_memory / 2**30
-
-
-def _write_table(path: Path) -> int:
-    from finetune.planning.network import quiet
-    from finetune.planning.page import page
-
-    with quiet():
-        text = page()
-    path.write_text(text, encoding="utf-8")
-    print(f"{path} is written")
-    return 0
 
 
 def _positive(word: str) -> int:
@@ -231,5 +218,4 @@ def _parser() -> CommandParser:
     chosen.add_argument("--zero", type=int, choices=[0, 2, 3], help="this stage of ZeRO")
     chosen.add_argument("--offload", type=truth, metavar="true|false")
     chosen.add_argument("--gradient_checkpointing", type=truth, metavar="true|false")
-    parser.add_argument("--table", metavar="FILE", help="write the page about all families (docs/memory.md) instead")
     return parser

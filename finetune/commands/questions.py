@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from finetune.errors import WorthlessError
 from finetune.sample import DataError, Sample
+from finetune.utils.errors import WorthlessError
 
 if TYPE_CHECKING:
     from finetune.encoding.encoder import Encoder
@@ -33,7 +33,7 @@ def read_questions(
         DataError: a record that cannot be used, or none that can.
         WorthlessError: more of them are left out than that share allows.
     """
-    from finetune.encoding.intake import share_is_bad
+    from finetune.encoding.sample_policy import share_is_bad
     from finetune.media import video
 
     questions: Questions = {}
@@ -65,8 +65,8 @@ def read_questions(
 
 
 def _question(samples: Mixture, index: int) -> tuple[Sample, list[str]]:
-    from finetune.evaluation.generation import split_answer
-    from finetune.readers.samples import check_text
+    from finetune.evaluation.batched_generation import split_answer
+    from finetune.readers.record_reader import check_text
 
     prompt, answer = split_answer(samples[index])
     answers = samples.record(index).get("answers") if samples.form_of(index) == "official" else None

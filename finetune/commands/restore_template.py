@@ -11,11 +11,11 @@ import os
 from pathlib import Path
 
 from finetune.commands.parser import CommandParser
-from finetune.errors import ArgumentError, CheckpointError
 from finetune.families import detect
-from finetune.families.base import Family
-from finetune.jsonfiles import read_object
-from finetune.paths import expand
+from finetune.families.family import Family
+from finetune.utils.errors import ArgumentError, CheckpointError
+from finetune.utils.json_objects import read_object
+from finetune.utils.paths import expand
 
 _SETTINGS = "tokenizer_config.json"
 # Newer libraries write the template here, and look here first.
@@ -28,8 +28,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="full checkpoint or adapter, trained by the old scripts")
     folder = expand(parser.parse_args(argv).folder)
 
+    from finetune.encoding.chat_template_check import check_chat_template
     from finetune.models import load_tokenizer
-    from finetune.templates.probe import check_chat_template
 
     family = _family(folder)
     if not family.inference_template:
@@ -76,7 +76,7 @@ def restore(folder: Path, template: str) -> list[Path]:
 
 def _family(folder: Path) -> Family:
     """The family of a checkpoint, or of the base of an adapter."""
-    from finetune.models.folders import CONFIG, is_adapter
+    from finetune.models.checkpoint_folder import CONFIG, is_adapter
 
     if (folder / CONFIG).is_file():
         return detect(read_object(folder / CONFIG))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.commands.parser import CommandParser
-from finetune.commands.training_flags import add_mode_flag
+from finetune.commands.shared_flags import add_mode_flag
 from finetune.sample import Media, Message, Sample, Source, Text
 
 if TYPE_CHECKING:
@@ -41,11 +41,11 @@ def main(argv: list[str]) -> int:
 
     import torch
 
+    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.encoding.chat_template_check import check_chat_template
     from finetune.encoding.encoder import Encoder
-    from finetune.evaluation.generation import generate_answers
+    from finetune.evaluation.batched_generation import generate_answers
     from finetune.models import load_model, load_tokenizer
-    from finetune.templates.probe import check_chat_template
-    from finetune.tuning.checkpoint import resolve
 
     base = resolve(args.model, args.downsample_mode, trained=args.adapter and Path(args.adapter))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device

@@ -19,14 +19,14 @@ def main(argv: list[str]) -> int:
     from peft import AutoPeftModel
     from transformers import AutoTokenizer
 
+    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.checkpoints.verification import Origin, compare, origin_of
     from finetune.models import base_of, load_model
     from finetune.models.adapters import check_adapter, peft_errors
-    from finetune.models.folders import check_side_files, has_adapter, local_folder
-    from finetune.models.strict import some
+    from finetune.models.checkpoint_folder import check_side_files, has_adapter, local_folder
+    from finetune.models.strict_loading import some
     from finetune.models.tokenization import tokenizer_errors
-    from finetune.tuning.adapters import quantisation
-    from finetune.tuning.checkpoint import resolve
-    from finetune.tuning.verification import Origin, compare, origin_of
+    from finetune.training.lora import quantisation
 
     adapter = has_adapter(folder := local_folder(str(args.folder)))
     if adapter:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from finetune.encoding.footage import Items
-from finetune.media.sound import Sound
+from finetune.encoding.video_frames import FrameItems
+from finetune.media.audio_layout import Sound
 from finetune.templates.rendering import IGNORE, Layout, Rendered
 
 
@@ -32,7 +32,7 @@ class Spans:
     placeholder: int
     moving: int
 
-    def faults(self, rendered: Rendered, items: Items, heard: Sequence[Sound]) -> Iterator[str]:
+    def faults(self, rendered: Rendered, items: FrameItems, heard: Sequence[Sound]) -> Iterator[str]:
         """Items and clips without their run of placeholders, and placeholders elsewhere."""
         ids = rendered.input_ids
         runs = [ids[first:last] for first, last in rendered.image_bounds]
@@ -54,7 +54,7 @@ class Spans:
 
 
 def media_faults(
-    items: Items, cut: list[tuple[int, int]], heard: Sequence[Sound], clips: Sequence[torch.Tensor]
+    items: FrameItems, cut: list[tuple[int, int]], heard: Sequence[Sound], clips: Sequence[torch.Tensor]
 ) -> Iterator[str]:
     """Patches and mel frames that are not as many as the sizes of the media give."""
     if (frames := [clip.shape[1] for clip in clips]) != [count for each in heard for count in each.frames]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from finetune.encoding.example import Example
-from finetune.encoding.inputs import INPUTS
+from finetune.encoding.pixel_inputs import INPUTS
 from finetune.templates.rendering import IGNORE
 
 _SMALL = 1 << 18

@@ -12,11 +12,17 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from finetune.encoding.alignment import AlignmentError, Spans, media_faults
+from finetune.encoding.chat_template_check import complete_layout
+from finetune.encoding.chat_template_tools import ToolWriter
 from finetune.encoding.example import Example
-from finetune.encoding.footage import (
-    Footage,
-    FootagePlan,
+from finetune.encoding.example_size import ExampleSize
+from finetune.encoding.log_mel import log_mel
+from finetune.encoding.pixel_inputs import INPUTS, ImageBackend
+from finetune.encoding.text_inputs import text_tensors
+from finetune.encoding.video_frames import (
     Spread,
+    VideoFrames,
+    VideoPlan,
     decoded,
     items_of,
     look,
@@ -24,35 +30,29 @@ from finetune.encoding.footage import (
     spread,
     video_options,
 )
-from finetune.encoding.hearing import log_mel
-from finetune.encoding.ids import text_tensors
-from finetune.encoding.inputs import INPUTS, ImageBackend
-from finetune.encoding.measure import Measure
-from finetune.errors import UserError
 from finetune.families import FAMILIES
-from finetune.families.base import Config, Family
+from finetune.families.family import Config, Family
 from finetune.families.settings import DOWNSAMPLE_MODE, disagreements
-from finetune.media import audio, image, processor
-from finetune.media.glyphs import Print, check_installed
-from finetune.media.sampling import VideoOptions
-from finetune.media.slicing import MERGES, Plan, SliceSpec, plan
-from finetune.media.sound import AudioSpec, Sound, sound
-from finetune.notices import warn_once
+from finetune.media import audio, image, transformers_processor
+from finetune.media.audio_layout import AudioSpec, Sound, sound
+from finetune.media.slicing import MERGES, SlicePlan, SliceSpec, plan
+from finetune.media.small_print import SmallPrint, check_installed
+from finetune.media.video_sampling import VideoOptions
 from finetune.sample import DataError, Media, MediaKind, Sample
-from finetune.templates.probe import complete_layout
 from finetune.templates.rendering import IGNORE, Layout, Rendered, Spoken, Thinking
 from finetune.templates.rendering import Vocabulary as Spelling
-from finetune.templates.tokens import TextError, Vocabulary
-from finetune.templates.tools import ToolWriter
+from finetune.templates.tokenizer_view import TextError, TokenizerView
+from finetune.utils.errors import UserError
+from finetune.utils.log_once import warn_once
 
 logger = logging.getLogger(__name__)
 
-Extent = tuple[int, int] | Print | int | Footage
+Extent = tuple[int, int] | SmallPrint | int | VideoFrames
 """Size of a medium: (width, height) in pixels of an image, samples of a clip, the chosen frames of a video.
 
 Images whose pixels decide how they are cut are there decoded.
 """
-Planned = Plan | Sound | FootagePlan
+Planned = SlicePlan | Sound | VideoPlan
 """How a medium takes its place in the prompt."""
 
 
@@ -127,7 +127,7 @@ class Encoder:
         self.hearing = hearing
         self.video = video
         self.tools = ToolWriter(family, tokenizer, self.layout, FAMILIES)
-        self.vocabulary = Vocabulary(tokenizer, family.control_tokens, family.required_tokens)
+        self.vocabulary = TokenizerView(tokenizer, family.control_tokens, family.required_tokens)
         self._inputs = INPUTS[family.inputs]
         self._backend = self._inputs.backends[image_backend]
         self._placeholder = self.vocabulary.control(layout.placeholder)
@@ -211,7 +211,7 @@ class Encoder:
 
     def _extent(self, media: Media, sample: Sample) -> Extent:
         if media.kind == "image" and self.slicing.enlarge == "adaptive":
-            return Print(self._picture(media, sample), self.slicing.scale_resolution)
+            return SmallPrint(self._picture(media, sample), self.slicing.scale_resolution)
         if media.kind == "image":
             return image.shrunk(image.size(media, sample.source, self.max_pixels), self.shrink_pixels)
         if media.kind == "audio" and self.hearing is not None:
@@ -223,7 +223,7 @@ class Encoder:
                 )
             return samples
         if media.kind == "video" and self.family.video is not None:
-            processor.check_videos(self.slicing)
+            transformers_processor.check_videos(self.slicing)
             return look(media, sample.source, self.family.video, self.video, self.max_pixels)
         raise DataError(f"{sample.source}: {media}: {_not_taken(self.family, media.kind)}, or remove the record")
 
@@ -234,19 +234,19 @@ class Encoder:
         return tuple(self._planned(size, slicing) for size in sizes)
 
     def _planned(self, size: Extent, slicing: SliceSpec) -> Planned:
-        if isinstance(size, Footage):
+        if isinstance(size, VideoFrames):
             return plan_footage(size, slicing, self.video)
         if isinstance(size, int):
             assert self.hearing is not None  # or there would be no such size
             return sound(size, self.hearing)
-        if isinstance(size, Print):
+        if isinstance(size, SmallPrint):
             return plan(*size.size, slicing, size)
         return plan(*size, slicing)
 
     def _spread(self, sample: Sample, plans: Sequence[Planned]) -> Spread:
         return spread(sample, plans, "" if self.family.video is None else self.family.video.between)
 
-    def measure(self, sample: Sample, generate: bool | None = None) -> Measure:
+    def measure(self, sample: Sample, generate: bool | None = None) -> ExampleSize:
         """Size of the encoded sample from its text and its image headers; a sample above max_length is measured too.
 
         Args:
@@ -261,11 +261,11 @@ class Encoder:
             generate = sample.messages[-1].role != "assistant"
         return self.measured(sample, plans, self.render(sample, plans, generate))
 
-    def measured(self, sample: Sample, plans: Sequence[Planned], rendered: Rendered) -> Measure:
+    def measured(self, sample: Sample, plans: Sequence[Planned], rendered: Rendered) -> ExampleSize:
         """Size of a sample that has been planned and rendered."""
         sizes = items_of(self._spread(sample, plans), self.slicing.patch_size).grids
         frames = sum(sum(heard.frames) for heard in plans if isinstance(heard, Sound))
-        return Measure(len(rendered.input_ids), len(sizes), sum(rows * columns for rows, columns in sizes), frames)
+        return ExampleSize(len(rendered.input_ids), len(sizes), sum(rows * columns for rows, columns in sizes), frames)
 
     def encode(self, sample: Sample, generate: bool = False) -> Example:
         """The tensors of a sample.

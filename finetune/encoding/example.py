@@ -29,7 +29,7 @@ class Example:
         audio_bound: (m, 2) int64, half-open token range of each run of placeholders of sound; the clips fill the runs
             one after another.
         source: where the sample came from, for messages.
-        inputs: how the images reach the network, a key of the table in ``finetune.encoding.inputs``.
+        inputs: how the images reach the network, a key of the table in ``finetune.encoding.pixel_inputs``.
     """
 
     input_ids: torch.Tensor

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.pages.charts import smoothed, wants_log
-from finetune.pages.page import count
-from finetune.quoting import cut, plain
+from finetune.pages.html_page import count
+from finetune.utils.quoting import cut, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

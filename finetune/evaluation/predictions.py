@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError
+from finetune.utils.errors import UserError
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "evaluation.json"

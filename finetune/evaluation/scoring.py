@@ -14,7 +14,7 @@ BASE = f"{MAIN}_base"
 
 
 @dataclass(slots=True)
-class Row:
+class ScoreRow:
     """One evaluated sample.
 
     Attributes:
@@ -53,18 +53,18 @@ def make_rows(
     samples: Mapping[int, tuple[Sample, list[str]]],
     predictions: Sequence[str],
     base: Sequence[str] | None = None,
-) -> list[Row]:
+) -> list[ScoreRow]:
     """A row for every sample: (prompt, references) by position, the answers in the same order."""
     rows = []
     for number, (index, (prompt, references)) in enumerate(samples.items()):
-        row = Row(index, prompt, references, predictions[number], metric.figures(predictions[number], references))
+        row = ScoreRow(index, prompt, references, predictions[number], metric.figures(predictions[number], references))
         if base is not None:
             row.base, row.base_scores = base[number], metric.figures(base[number], references)
         rows.append(row)
     return rows
 
 
-def summarise(metric: Metric, rows: Sequence[Row]) -> dict[str, Any]:
+def summarise(metric: Metric, rows: Sequence[ScoreRow]) -> dict[str, Any]:
     """Scores over all rows and, of a comparison, those of the base and how many answers got better and worse."""
     summary: dict[str, Any] = {
         "metric": metric.name,
@@ -81,6 +81,6 @@ def summarise(metric: Metric, rows: Sequence[Row]) -> dict[str, Any]:
     return summary
 
 
-def change(metric: Metric, row: Row) -> float:
+def change(metric: Metric, row: ScoreRow) -> float:
     """How much better than the base's the answer is; negative when worse, 0 without a comparison."""
     return metric.badness(row.base_scores) - metric.badness(row.scores) if row.base is not None else 0.0

@@ -5,20 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from finetune.errors import CheckpointError
-from finetune.families.base import Config, Video
+from finetune.families.family import Config, Video
 from finetune.families.settings import DOWNSAMPLE_MODE, NUMBERED, TRANSFORMERS, Table, value_of
-from finetune.media.sampling import (
-    PACKED,
-    PER_SECOND,
-    VideoOptions,
-    packed,
-    per_second,
-    whole_seconds,
-)
+from finetune.media.audio_layout import AudioSpec
 from finetune.media.slicing import MERGES, SliceSpec
-from finetune.media.sound import AudioSpec
+from finetune.media.video_sampling import PACKED, PER_SECOND, VideoOptions, packed, per_second, whole_seconds
 from finetune.templates.rendering import Layout
+from finetune.utils.errors import CheckpointError
 
 # Part of the network -> the modules it consists of.
 OWN_PARTS = {"vision": ("vpm",), "resampler": ("resampler",), "llm": ("llm",)}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from finetune.families.base import Config, Family, Network
 from finetune.families.common import NAVIT_LORA, OWN_PARTS, SLICE_TOKENS, slices
+from finetune.families.family import Config, Family, Network
 from finetune.families.settings import PROCESSOR_FIRST, value_of
 from finetune.templates.llama3 import ROLES, render
 from finetune.templates.rendering import Layout

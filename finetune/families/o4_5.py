@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from finetune.families.base import Config, Family, Network
 from finetune.families.common import (
     AUDIO_TOKENS,
     CHATML_TOKENS,
@@ -20,6 +19,7 @@ from finetune.families.common import (
     published_as,
     slices,
 )
+from finetune.families.family import Config, Family, Network
 from finetune.families.settings import NUMBERED, O4_5_SOUND
 from finetune.templates.chatml_thinking import ROLES, render
 from finetune.templates.rendering import Layout

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import get_args
 
-from finetune.errors import UserError
-from finetune.families.base import Config, Family
 from finetune.families.common import (
     CHATML_TOKENS,
     IMAGE_ID_TOKENS,
@@ -20,10 +18,12 @@ from finetune.families.common import (
     merged_layout,
     merged_slices,
 )
+from finetune.families.family import Config, Family
 from finetune.families.settings import OCR, value_of
 from finetune.media.slicing import Enlarging, SliceSpec
 from finetune.templates.chatml_thinking import ROLES, render
 from finetune.templates.rendering import Layout
+from finetune.utils.errors import UserError
 
 _TOKENS = (*MARK_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS, IMAGE_PAD)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from finetune.errors import CheckpointError
+from finetune.utils.errors import CheckpointError
 
 Processor = Literal["image_processor", "video_processor", "audio_processor"]
 File = Literal["config.json"] | Processor

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from finetune.families.base import Config, Family, Network
 from finetune.families.common import OWN_PARTS, SLICE_TOKENS, TIMM_LORA, slices
+from finetune.families.family import Config, Family, Network
 from finetune.families.settings import CONFIG_FIRST, value_of
 from finetune.templates.minicpm import ROLES, render
 from finetune.templates.rendering import Layout

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from finetune.families.base import Config, Family, Network
 from finetune.families.common import (
     CHATML_TOKENS,
     IMAGE_ID_TOKENS,
@@ -17,6 +16,7 @@ from finetune.families.common import (
     published_as,
     slices,
 )
+from finetune.families.family import Config, Family, Network
 from finetune.families.settings import NUMBERED
 from finetune.templates.chatml import ROLES, render
 from finetune.templates.rendering import Layout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from finetune.families.base import Config, Family, Network
 from finetune.families.common import (
     CHATML_TOKENS,
     IMAGE_ID_TOKENS,
@@ -16,6 +15,7 @@ from finetune.families.common import (
     published_as,
     slices,
 )
+from finetune.families.family import Config, Family, Network
 from finetune.families.settings import NUMBERED
 from finetune.templates.chatml_thinking import ROLES, render
 

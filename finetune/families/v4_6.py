@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from finetune.families.base import Config, Family
 from finetune.families.common import (
     CHATML_TOKENS,
     IMAGE_ID_TOKENS,
@@ -19,6 +18,7 @@ from finetune.families.common import (
     merged_layout,
     merged_slices,
 )
+from finetune.families.family import Config, Family
 from finetune.families.settings import TRANSFORMERS
 from finetune.templates.chatml_thinking import ROLES, render
 from finetune.templates.rendering import Layout

@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.media.pictures import UnreadableError, open_picture, reading
-from finetune.quoting import shown
+from finetune.media.image_files import UnreadableError, open_picture, reading
 from finetune.sample import DataError
+from finetune.utils.quoting import shown
 
 _DATA = "base64"
 _IMAGES_PER_CHUNK = 1000

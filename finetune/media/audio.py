@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from finetune.errors import UserError
-from finetune.filetypes import told
-from finetune.quoting import reason
 from finetune.sample import DataError, Media, Source
+from finetune.utils.errors import UserError
+from finetune.utils.file_types import told
+from finetune.utils.quoting import reason
 
 RATE = 16_000
 """Samples per second of every waveform."""

@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from finetune.errors import UserError
-from finetune.filetypes import told
-from finetune.media.depth import is_deep, to_grey
-from finetune.media.pictures import UnreadableError, check_end, open_picture, orientation, reading, upright
+from finetune.media.bit_depth import is_deep, to_grey
+from finetune.media.image_files import UnreadableError, check_end, open_picture, orientation, reading, upright
 from finetune.media.resample import PILLOW_13, Size, lowered, narrowed, vertical_first
-from finetune.media.slicing import Plan, crop_boxes
-from finetune.quoting import reason
+from finetune.media.slicing import SlicePlan, crop_boxes
 from finetune.sample import DataError, Media, Source
+from finetune.utils.errors import UserError
+from finetune.utils.file_types import told
+from finetune.utils.quoting import reason
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels: Pillow's own threshold (256 MiB of 24-bit pixels), here an error."""
@@ -67,7 +67,7 @@ def left_to_pillow(path: Path, header: Image.Image) -> None:
 def load(media: Media, source: Source, max_pixels: int = MAX_PIXELS, read: Reader = left_to_pillow) -> Image.Image:
     """The decoded image as RGB with EXIF orientation applied; an alpha channel is dropped, not blended.
 
-    Grey values of more than 8 bits are made 8 bits by the rule of ``finetune.media.depth``.
+    Grey values of more than 8 bits are made 8 bits by the rule of ``finetune.media.bit_depth``.
 
     Args:
         media: what to decode.
@@ -105,7 +105,7 @@ def resized(image: Image.Image, sizes: Sequence[Size]) -> list[np.ndarray]:
 
 
 def cut(
-    image: Image.Image, plan: Plan, resize: Callable[[Image.Image, Sequence[Size]], list[np.ndarray]] = resized
+    image: Image.Image, plan: SlicePlan, resize: Callable[[Image.Image, Sequence[Size]], list[np.ndarray]] = resized
 ) -> list[np.ndarray]:
     """The visual items of an RGB image: the thumbnail, then the slices row by row; see ``pixels``."""
     thumbnail, *refined = resize(image, [plan.thumbnail] if plan.refined is None else [plan.thumbnail, plan.refined])
@@ -126,7 +126,7 @@ def from_pixels(found: np.ndarray) -> Image.Image:
     return Image.fromarrow(cells, "RGB", (found.shape[1], found.shape[0]))
 
 
-def slices(refined: np.ndarray, plan: Plan) -> list[np.ndarray]:
+def slices(refined: np.ndarray, plan: SlicePlan) -> list[np.ndarray]:
     """The slices of the refined image row by row, as views; all (height, width, channels)."""
     return [refined[top:bottom, left:right] for left, top, right, bottom in crop_boxes(plan)]
 

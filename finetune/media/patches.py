@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from finetune.media.compiled import compiled
+from finetune.media.numba_compiled import compiled
 
 
 def patchify(items: Sequence[np.ndarray], patch_size: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import PIL
 from numba import int32, njit, uint8
 
-from finetune.media.compiled import compiled
+from finetune.media.numba_compiled import compiled
 
 Size = tuple[int, int]
 

@@ -39,7 +39,7 @@ class SliceSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SlicePlan:
     """How one image is cut. Sizes are (width, height) in pixels, the grid is (columns, rows).
 
     Attributes:
@@ -62,7 +62,7 @@ class Plan:
         return 1 if self.grid is None else 1 + self.grid[0] * self.grid[1]
 
 
-def plan(width: int, height: int, spec: SliceSpec, look: Look | None = None) -> Plan:
+def plan(width: int, height: int, spec: SliceSpec, look: Look | None = None) -> SlicePlan:
     """How an image of the given size is cut.
 
     An image that covers more than one square of ``scale_resolution`` is cut into about as many slices as squares fit
@@ -71,9 +71,9 @@ def plan(width: int, height: int, spec: SliceSpec, look: Look | None = None) -> 
 
     >>> nine = SliceSpec(max_slice_nums=9, scale_resolution=448, patch_size=14)
     >>> plan(448, 448, nine)
-    Plan(thumbnail=(448, 448), grid=None, refined=None, slice=None, own=None)
+    SlicePlan(thumbnail=(448, 448), grid=None, refined=None, slice=None, own=None)
     >>> plan(640, 480, nine)
-    Plan(thumbnail=(518, 392), grid=(2, 1), refined=(728, 546), slice=(364, 546), own=None)
+    SlicePlan(thumbnail=(518, 392), grid=(2, 1), refined=(728, 546), slice=(364, 546), own=None)
     >>> plan(1080, 1920, nine).items
     9
 
@@ -93,12 +93,12 @@ def plan(width: int, height: int, spec: SliceSpec, look: Look | None = None) -> 
         raise ValueError(f"enlarge {spec.enlarge!r} {'takes no look' if look else 'needs look: the pixels decide'}")
     if squares <= 1:
         side = None if look is None else look((0, 0, width, height))
-        return Plan(_fit(width, height, spec) if spec.enlarge == "always" else _small(width, height, spec, side))
+        return SlicePlan(_fit(width, height, spec) if spec.enlarge == "always" else _small(width, height, spec, side))
     grid = _best_grid(width, height, squares, spec.max_slice_nums)
     columns, rows = grid
     cell = _fit(_nearest(width, columns) / columns, _nearest(height, rows) / rows, spec)
     own = () if look is None else tuple(_own(box, cell, spec, look) for box in _cells(width, height, grid))
-    return Plan(
+    return SlicePlan(
         thumbnail=_fit(width, height, spec),
         grid=grid,
         refined=(cell[0] * columns, cell[1] * rows),
@@ -107,10 +107,10 @@ def plan(width: int, height: int, spec: SliceSpec, look: Look | None = None) -> 
     )
 
 
-def item_sizes(cuts: Plan) -> list[tuple[int, int]]:
+def item_sizes(cuts: SlicePlan) -> list[tuple[int, int]]:
     """(width, height) in pixels of every visual item: the thumbnail, then the slices row by row.
 
-    >>> item_sizes(Plan(thumbnail=(518, 392), grid=(2, 1), refined=(728, 546), slice=(364, 546)))
+    >>> item_sizes(SlicePlan(thumbnail=(518, 392), grid=(2, 1), refined=(728, 546), slice=(364, 546)))
     [(518, 392), (364, 546), (364, 546)]
     """
     if cuts.slice is None:
@@ -118,10 +118,10 @@ def item_sizes(cuts: Plan) -> list[tuple[int, int]]:
     return [cuts.thumbnail, *(cuts.own or [cuts.slice] * (cuts.items - 1))]
 
 
-def crop_boxes(cuts: Plan) -> list[tuple[int, int, int, int]]:
+def crop_boxes(cuts: SlicePlan) -> list[tuple[int, int, int, int]]:
     """(left, top, right, bottom) of each slice in the refined image, row by row.
 
-    >>> crop_boxes(Plan(thumbnail=(518, 392), grid=(2, 1), refined=(728, 546), slice=(364, 546)))
+    >>> crop_boxes(SlicePlan(thumbnail=(518, 392), grid=(2, 1), refined=(728, 546), slice=(364, 546)))
     [(0, 0, 364, 546), (364, 0, 728, 546)]
     """
     if cuts.grid is None or cuts.slice is None:

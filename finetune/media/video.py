@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from finetune.errors import UserError
-from finetune.filetypes import is_folder, told
 from finetune.media import image
-from finetune.media.sampling import Clip, Length
+from finetune.media.video_sampling import Clip, Length
 from finetune.sample import DataError, Media, Source
+from finetune.utils.errors import UserError
+from finetune.utils.file_types import is_folder, told
 
 if TYPE_CHECKING:
     from av.container import InputContainer

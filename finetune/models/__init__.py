@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from finetune.errors import CheckpointError
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
 from finetune.models.loading import add_adapter, base_of, load_model
 from finetune.models.minicpmo import MiniCPMO
 from finetune.models.minicpmv import MiniCPMV, MiniCPMVOutput
 from finetune.models.tokenization import load_tokenizer, register
+from finetune.utils.errors import CheckpointError
 
 for _config, _model in ((MiniCPMVConfig, MiniCPMV), (MiniCPMOConfig, MiniCPMO)):
     AutoConfig.register(_config.model_type, _config)

@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from finetune.errors import CheckpointError, UserError
 from finetune.families import by_name, detect
-from finetune.families.base import Family
-from finetune.jsonfiles import read_object
-from finetune.models.finite import check_file, check_types, finite
-from finetune.models.folders import ADAPTER_CONFIG, read_adapter_config
-from finetune.models.strict import check_whole, some
-from finetune.notices import warn_once
+from finetune.families.family import Family
+from finetune.models.checkpoint_folder import ADAPTER_CONFIG, read_adapter_config
+from finetune.models.finite_weights import check_file, check_types, finite
+from finetune.models.strict_loading import check_whole, some
+from finetune.utils.errors import CheckpointError, UserError
+from finetune.utils.json_objects import read_object
+from finetune.utils.log_once import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ def check_fit(
         warn_once(
             logger, f"{folder}: its modules_to_save names {gone}, which is no module of {family.title}: no effect"
         )
-    if theirs is not None and theirs.name != family.name:
+    if theirs is not None and theirs is not family:
         misfit = "they are different networks"
     elif not settings.get("layer_replication"):  # which gives layers other numbers
         misfit = _misfit(network, shapes, settings.get("target_parameters") or ())

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from finetune.families import detect
-from finetune.families.base import Family
-from finetune.models.key_values import NAMES
+from finetune.families.family import Family
+from finetune.models.kv_cache import NAMES
 
 
 class MiniCPMVConfig(PretrainedConfig):

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
-from finetune.models.items import repeat_bounds
+from finetune.models.visual_items import repeat_bounds
 
 _VISUAL = ("patches", "tgt_sizes", "image_bound", "temporal_ids", "group_sizes", "image_features")
 _AUDIO = ("audio_features", "audio_lengths", "audio_bound", "audio_embeds")
 
 
-class MediaGeneration(PreTrainedModel, GenerationMixin):
+class MediaGenerationMixin(PreTrainedModel, GenerationMixin):
     """Feeds images and sound in the first step only, and copies whole items when rows are copied."""
 
     if TYPE_CHECKING:  # the declared type of ``self`` there fits no model

@@ -10,21 +10,21 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from finetune.errors import CheckpointError
 from finetune.families import detect
 from finetune.families.common import vocab_size
 from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.models.adapters import put_adapter
+from finetune.models.checkpoint_folder import ADAPTER_CONFIG, is_adapter, local_folder, read_adapter_config
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
-from finetune.models.folders import ADAPTER_CONFIG, is_adapter, local_folder, read_adapter_config
+from finetune.models.downsample_mode import decide, saved_with
 from finetune.models.minicpmo import MiniCPMO
 from finetune.models.minicpmv import MiniCPMV
-from finetune.models.modes import decide, saved_with
-from finetune.models.strict import check_folder
+from finetune.models.minicpmv4_6 import WHOLE_NETWORKS
+from finetune.models.strict_loading import check_folder
 from finetune.models.tokenization import check_tokens, load_tokenizer
-from finetune.models.whole import WHOLE_NETWORKS
-from finetune.notices import warn_once
-from finetune.paths import expand
+from finetune.utils.errors import CheckpointError
+from finetune.utils.log_once import warn_once
+from finetune.utils.paths import expand
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def load_model(
         adapter_name: under which an adapter can be chosen, where ``add_adapter`` puts more on the same base.
         tokenizer_required: also check that the tokenizer beside the weights has the tokens the family needs.
         downsample_mode: "16x" or "4x", for families that have it; None for the environment's, the adapter's or the
-            checkpoint's (``models.modes.decide``).
+            checkpoint's (``models.downsample_mode.decide``).
         hub_kernels: use the kernels that transformers' mapping names on the hub; downloads and runs code.
         **kwargs: handed on to ``from_pretrained`` (offload_folder, quantization_config, ...).
 

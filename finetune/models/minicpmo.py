@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from finetune.models.audio import (
+from finetune.models.audio_tower import (
     AudioProjection,
     AudioTower,
     Clips,
@@ -17,9 +17,9 @@ from finetune.models.audio import (
     split_clips,
 )
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
-from finetune.models.frugal import is_partitioned
-from finetune.models.items import check_inside, given_together, merge, repeat_bounds
+from finetune.models.memory_saving import is_partitioned
 from finetune.models.minicpmv import OLD_TABLE, WHOLE_MODULES, MiniCPMV, trainable
+from finetune.models.visual_items import check_inside, given_together, merge, repeat_bounds
 
 
 class MiniCPMO(MiniCPMV):

@@ -11,20 +11,27 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from finetune.models.chatting import Chatting
+from finetune.models.chat_mixin import ChatMixin
 from finetune.models.configuration import MiniCPMVConfig
-from finetune.models.frugal import Frugal, pieces, pieces_on_all_ranks
-from finetune.models.generation import MediaGeneration
-from finetune.models.head import put_head
+from finetune.models.generation import MediaGenerationMixin
 from finetune.models.initialization import initialize
-from finetune.models.items import Items, check_bounds, dummy_items, given_together, merge, read_items, split_items
-from finetune.models.key_values import NAMES, as_installed, cache_of
-from finetune.models.language import LANGUAGES, embedding_scale, logits_scaling
-from finetune.models.losses import supervised_loss
+from finetune.models.kv_cache import NAMES, as_installed, cache_of
+from finetune.models.language_model import LANGUAGES, embedding_scale, logits_scaling
+from finetune.models.lm_head_loss import put_head, supervised_loss
+from finetune.models.memory_saving import MemorySavingMixin, pieces, pieces_on_all_ranks
+from finetune.models.packed_attention import packed_arguments
 from finetune.models.resampler import RESAMPLERS, Resampler
-from finetune.models.segments import packed_arguments
-from finetune.models.strict import StrictLoading
+from finetune.models.strict_loading import StrictLoadingMixin
 from finetune.models.vision import build_vision
+from finetune.models.visual_items import (
+    VisualItems,
+    check_bounds,
+    dummy_items,
+    given_together,
+    merge,
+    read_items,
+    split_items,
+)
 
 # Modules that stay on one device.
 WHOLE_MODULES = ("Resampler", "QueryPositionResampler", "TemporalResampler")
@@ -45,7 +52,7 @@ class MiniCPMVOutput(CausalLMOutputWithPast):
 
 
 class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
-    Frugal, Chatting, MediaGeneration, StrictLoading, GenerationMixin
+    MemorySavingMixin, ChatMixin, MediaGenerationMixin, StrictLoadingMixin, GenerationMixin
 ):
     """A MiniCPM-V network assembled from the parts that its family names.
 
@@ -195,7 +202,7 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
         embeddings = self.get_input_embeddings()(input_ids)
         return embeddings if self.embedding_scale == 1 else embeddings * self.embedding_scale
 
-    def _read_items(self, patches: torch.Tensor, tgt_sizes: torch.Tensor, *packing: torch.Tensor | None) -> Items:
+    def _read_items(self, patches: torch.Tensor, tgt_sizes: torch.Tensor, *packing: torch.Tensor | None) -> VisualItems:
         return read_items(patches, tgt_sizes, *packing, width=self.patch_width, temporal=self.temporal)
 
     def _embed_items(
@@ -243,7 +250,7 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
             raise ValueError(f"{self.config.family.title} cannot hear: the batch has audio, the network no audio part")
         return embeddings
 
-    def _encode_pieces(self, items: Items, *, in_step: bool) -> torch.Tensor:
+    def _encode_pieces(self, items: VisualItems, *, in_step: bool) -> torch.Tensor:
         """As ``_encode``, at most ``vision_batch`` items at once; in a step equally often on every rank."""
         if self.vision_batch is None or not in_step:
             return self._encode(items)
@@ -254,7 +261,7 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
             features = features + self._encode(dummy_items(self.patch_width, items.patches.device)).mean() * 0
         return features
 
-    def _encode(self, items: Items) -> torch.Tensor:
+    def _encode(self, items: VisualItems) -> torch.Tensor:
         """Vision tower and resampler, each called once: (g, Q, E).
 
         Parts without a trainable parameter run without a graph, so that a hook which makes inputs require gradients

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from finetune.models.attention import split_attention
 from finetune.models.configuration import MiniCPMVConfig
 from finetune.models.initialization import STD
 from finetune.models.positions import Sizes, sincos, sincos_times
+from finetune.models.varlen_attention import split_attention
 
 _HEAD_DIM = 128
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
-from finetune.errors import CheckpointError
+from finetune.utils.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Collection

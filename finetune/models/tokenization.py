@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from finetune.errors import CheckpointError, UserError
-from finetune.families.base import Family
 from finetune.families.common import IMAGE_PAD, VIDEO_PAD
-from finetune.jsonfiles import read_object, shown
-from finetune.models import keys
-from finetune.models.bytes_tokenizer import from_vocabulary
-from finetune.models.folders import check_side_files
+from finetune.families.family import Family
+from finetune.models import file_schemas
+from finetune.models.byte_bpe_tokenizer import from_vocabulary
+from finetune.models.checkpoint_folder import check_side_files
 from finetune.models.sentencepiece_tokenizer import from_sentencepiece
+from finetune.utils.errors import CheckpointError, UserError
+from finetune.utils.json_objects import read_object, shown
 
 _PLACEHOLDERS = {"image_token_id": IMAGE_PAD, "video_token_id": VIDEO_PAD}
 # Any of these is a tokenizer.
@@ -116,7 +116,7 @@ def tokenizer_errors(folder: Path) -> Iterator[None]:
     """
     if (path := folder / "tokenizer.json").is_file():
         values = read_object(path)
-        keys.check(values, keys.TOKENIZER, str(path))
+        file_schemas.check(values, file_schemas.TOKENIZER, str(path))
         if "model" not in values:
             raise CheckpointError(f"{path} has no model: it is no tokenizer; download it again")
         _check_ends(folder, values)

@@ -15,7 +15,7 @@ from finetune.models.initialization import initialize
 from finetune.models.positions import Sizes
 
 if TYPE_CHECKING:
-    from finetune.families.base import Network
+    from finetune.families.family import Network
 
 
 class VisionTower(PreTrainedModel):

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from finetune.models.attention import split_attention
 from finetune.models.configuration import MiniCPMVConfig
 from finetune.models.positions import POSITION_IDS, Sizes
+from finetune.models.varlen_attention import split_attention
 from finetune.models.vision import PatchProjection, VisionTower, normalize
 
 

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from finetune.models.attention import split_attention
 from finetune.models.configuration import MiniCPMVConfig
 from finetune.models.initialization import STD, initialize
 from finetune.models.positions import Sizes, resampled
+from finetune.models.varlen_attention import split_attention
 from finetune.models.vision import PatchProjection, VisionTower, normalize
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finetune.encoding.likeness import Place, repeated
-from finetune.pages.survey import Surveyed
+from finetune.data_check.sample_hash import Place, repeated
+from finetune.pages.record_survey import SurveyedRecord
 
 _LETTERS = 200
 
@@ -26,13 +26,13 @@ class Repeated:
     text: str
 
 
-def find(parts: Sequence[Surveyed]) -> list[Repeated]:
+def find(parts: Sequence[SurveyedRecord]) -> list[Repeated]:
     """Groups of records that are alike, those of several data sets first, then the largest."""
     groups = repeated([(part.records, part.report.alike) for part in parts])
     return sorted((_repeated(parts, group) for group in groups), key=lambda each: (not each.across, -len(each.places)))
 
 
-def _repeated(parts: Sequence[Surveyed], group: Sequence[Place]) -> Repeated:
+def _repeated(parts: Sequence[SurveyedRecord], group: Sequence[Place]) -> Repeated:
     samples = [parts[part].records[index] for part, index in group]
     text = next((message.text for message in samples[0].messages if message.role == "user"), "")
     across = len({part for part, _ in group}) > 1

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.data_files.records import folders_of, open_records
 from finetune.readers.conversation import TRAIN_ON, TrainOn
-from finetune.readers.detection import DATA_FORMATS, DataFormat, choose, some_records
-from finetune.readers.media import places
-from finetune.readers.records import folders_of, open_records
-from finetune.readers.samples import Reading, SampleFile
+from finetune.readers.form_detection import DATA_FORMATS, DataFormat, choose, some_records
+from finetune.readers.record_media import places
+from finetune.readers.record_reader import RecordReader, SampleFile
 
-__all__ = ["DATA_FORMATS", "TRAIN_ON", "DataFormat", "Reading", "SampleFile", "TrainOn", "read"]
+__all__ = ["DATA_FORMATS", "TRAIN_ON", "DataFormat", "RecordReader", "SampleFile", "TrainOn", "read"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,4 +50,4 @@ def read(
     form, why = choose(some_records(records), str(path), data_format)
     logger.info("%s: %d records in the %s form (%s)", path, len(records), form.name, why)
     beside = folders_of(file)[: 1 if strict_paths else None]
-    return SampleFile(records, path, Reading(form, places(*beside, image_root, strict=strict_paths), train_on))
+    return SampleFile(records, path, RecordReader(form, places(*beside, image_root, strict=strict_paths), train_on))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from finetune.quoting import shown, words_of
 from finetune.readers.conversation import TrainOn, build
 from finetune.readers.forms import Form
-from finetune.readers.media import Places, json_cell, json_type
+from finetune.readers.record_media import Places, json_cell, json_type
 from finetune.readers.turns import Turn
 from finetune.sample import DataError, Sample, Source
+from finetune.utils.quoting import shown, words_of
 
 
 def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: TrainOn, form: Form) -> Sample:

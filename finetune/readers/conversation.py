@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from finetune.readers import calling, keys, lookalikes
-from finetune.readers.forms import MEDIA_COLUMNS, Form
-from finetune.readers.json_values import written
-from finetune.readers.media import Places, json_type, listed
+from finetune.data_files.json_values import written
+from finetune.readers import foreign_placeholders, record_keys, tool_calls
+from finetune.readers.forms import Form
+from finetune.readers.record_media import Places, json_type, listed
 from finetune.readers.turns import Slot, Turn
-from finetune.sample import DataError, Media, MediaKind, Message, Part, Sample, Source, Text, Tool
+from finetune.sample import MEDIA_COLUMNS, DataError, Media, MediaKind, Message, Part, Sample, Source, Text, Tool
 
 TrainOn = Literal["all", "last"]
 TRAIN_ON: tuple[TrainOn, ...] = get_args(TrainOn)
@@ -58,10 +58,10 @@ def build(
     for kind in MEDIA_COLUMNS:
         column = form.columns.media(kind)
         files[kind] = [] if column is None else listed(record.get(column), kind, column, source, where)
-    turns = with_system(joined(turns), record, keys.system_keys(form), source)
+    turns = with_system(joined(turns), record, record_keys.system_keys(form), source)
     if turns and turns[0].role == "system" and not turns[0].content:
         del turns[0]  # an empty prompt is none: the model's own holds
-    turns, files = lookalikes.settle(turns, files, source, where, _TAG)
+    turns, files = foreign_placeholders.settle(turns, files, source, where, _TAG)
     explicit = any(
         not isinstance(part, Text) for turn in turns if not isinstance(turn.content, str) for part in turn.content
     )
@@ -73,7 +73,7 @@ def build(
         _check_counts(kind, slotted, turns, found, form, source, explicit)
     queues: dict[MediaKind, Iterator[Media]] = {kind: iter(found) for kind, found in files.items()}
     filled = [tuple(_filled(parts, queues)) for parts in slotted]
-    return assemble(turns, filled, calling.described(record, keys.tool_keys(form), source), source, train_on)
+    return assemble(turns, filled, tool_calls.described(record, record_keys.tool_keys(form), source), source, train_on)
 
 
 def joined(turns: Sequence[Turn]) -> list[Turn]:
@@ -191,7 +191,7 @@ def with_system(turns: list[Turn], record: Mapping[str, Any], names: Sequence[st
     Raises:
         DataError: it is not a string, or the record has two different ones.
     """
-    name, given = keys.alone(record, names, "", source) or ("", "")
+    name, given = record_keys.alone(record, names, "", source) or ("", "")
     if not isinstance(given, str):
         raise DataError(f"{source}: {name!r} is {json_type(given)}; the system prompt must be a string")
     if not turns or turns[0].role != "system":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from finetune.sample import MediaKind
+from finetune.sample import MEDIA_COLUMNS, MediaKind
 
 FormName = Literal["official", "sharegpt", "alpaca", "openai"]
 FORMS: tuple[FormName, ...] = get_args(FormName)
@@ -18,7 +18,6 @@ WANTED = (
 )
 """Which keys each form wants, for errors."""
 
-MEDIA_COLUMNS: dict[MediaKind, str] = {"image": "images", "video": "videos", "audio": "audios"}
 RANKING = ("chosen", "rejected", "kto_tag")
 """Columns that a description may name for answers that are compared."""
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from finetune.media import pictures
-from finetune.quoting import shown, words_of
-from finetune.readers.json_values import written
-from finetune.readers.keys import OBJECTS as KEY
-from finetune.readers.media import json_cell, json_type
+from finetune.data_files.json_values import written
+from finetune.media import image_files
+from finetune.readers.record_keys import OBJECTS as KEY
+from finetune.readers.record_media import json_cell, json_type
 from finetune.sample import DataError, Message, Sample, Source, Text
+from finetune.utils.quoting import shown, words_of
 
 # With marks around it that the author wrote already; an element <bbox>...</bbox> is no place.
 _NAME = r"(?P<ref><ref>)?<ref-object>(?(ref)</ref>)"
@@ -224,10 +224,10 @@ def _size(sample: Sample, number: int) -> tuple[tuple[int, int], bool]:
         )
     data = images[number].data
     if isinstance(data, Image.Image):
-        return pictures.upright(data)
+        return image_files.upright(data)
     assert isinstance(data, Path)
     try:
-        with pictures.open_picture(data) as image:
-            return pictures.upright(image)
-    except (pictures.UnreadableError, OSError) as error:
+        with image_files.open_picture(data) as image:
+            return image_files.upright(image)
+    except (image_files.UnreadableError, OSError) as error:
         raise DataError(f"{sample.source}: image {shown(str(data))}: its size cannot be read ({error})") from error

@@ -16,9 +16,9 @@ import numpy as np
 
 from finetune.readers import read
 from finetune.readers.conversation import TrainOn
-from finetune.readers.detection import DataFormat
-from finetune.readers.registry import find_entry, open_entry
-from finetune.readers.samples import SampleFile
+from finetune.readers.dataset_info import find_entry, open_entry
+from finetune.readers.form_detection import DataFormat
+from finetune.readers.record_reader import SampleFile
 from finetune.sample import DataError, Sample, Source
 
 logger = logging.getLogger(__name__)

@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from finetune.quoting import cut, shown
-from finetune.readers import calling, keys, lookalikes
+from finetune.readers import foreign_placeholders, record_keys, tool_calls
 from finetune.readers.conversation import TrainOn, assemble, joined, own_placed, with_system
-from finetune.readers.embedded import A_FILE
-from finetune.readers.forms import CALLING, MEDIA_COLUMNS
-from finetune.readers.media import Places, is_embedded, json_cell, json_type, one
+from finetune.readers.embedded_media import A_FILE
+from finetune.readers.forms import CALLING
+from finetune.readers.record_media import Places, is_embedded, json_cell, json_type, one
 from finetune.readers.turns import Turn, complete, state, text_of, turn_list
-from finetune.sample import MEDIA_KINDS, DataError, Media, MediaKind, Part, Sample, Source, Text
+from finetune.sample import MEDIA_COLUMNS, MEDIA_KINDS, DataError, Media, MediaKind, Part, Sample, Source, Text
+from finetune.utils.quoting import cut, shown
 
 _TAG = re.compile(r"<(?:image|video|audio)(?:_\d+)?>")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
@@ -44,13 +44,13 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
                 f"{source}: has {key!r}, which the official form does not know; paths belong under {key[:-1]!r} "
                 "(or the file is of another form: --data_format sharegpt)"
             )
-    turns = with_system(joined(_turns(record, source, where)), record, keys.SYSTEM, source)
+    turns = with_system(joined(_turns(record, source, where)), record, record_keys.SYSTEM, source)
     files: dict[MediaKind, _Files] = {
         kind: _files(kind, json_cell(record.get(kind)), source, where) for kind in MEDIA_KINDS
     }
-    turns, files = lookalikes.settle(turns, files, source, where, _TAG)
+    turns, files = foreign_placeholders.settle(turns, files, source, where, _TAG)
     placed = _place(turns, files, source)
-    return assemble(turns, placed, calling.described(record, keys.TOOLS, source), source, train_on)
+    return assemble(turns, placed, tool_calls.described(record, record_keys.TOOLS, source), source, train_on)
 
 
 def _turns(record: Mapping[str, Any], source: Source, where: Places) -> list[Turn]:

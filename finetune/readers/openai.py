@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.quoting import shown
-from finetune.readers import keys
+from finetune.readers import record_keys
 from finetune.readers.conversation import TrainOn, build
-from finetune.readers.forms import MEDIA_COLUMNS, Form, Tags
-from finetune.readers.media import Places, json_type, one
+from finetune.readers.forms import Form, Tags
+from finetune.readers.record_media import Places, json_type, one
 from finetune.readers.sharegpt import role_of
 from finetune.readers.turns import Slot, Turn, complete, text_of, turn_list
-from finetune.sample import DataError, Media, MediaKind, Part, Sample, Source, Text
+from finetune.sample import MEDIA_COLUMNS, DataError, Media, MediaKind, Part, Sample, Source, Text
+from finetune.utils.quoting import shown
 
 
 def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: TrainOn, form: Form) -> Sample:
@@ -59,7 +59,7 @@ def _part(part: Any, number: int, source: Source, where: Places) -> Part | Slot:
 
 
 def _medium(part: Mapping[str, Any], kind: MediaKind, number: int, source: Source, where: Places) -> Media | Slot:
-    found = keys.alone(part, keys.file_keys(kind), f"turn {number}, a part of type {kind!r}: ", source)
+    found = record_keys.alone(part, record_keys.file_keys(kind), f"turn {number}, a part of type {kind!r}: ", source)
     if found is None:
         return Slot(kind)
     given = found[1]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.quoting import shown
 from finetune.readers.conversation import TrainOn, build
 from finetune.readers.forms import Form, Tags
-from finetune.readers.media import Places
+from finetune.readers.record_media import Places
 from finetune.readers.turns import Turn, complete, state, text_of, turn_list
 from finetune.sample import DataError, Sample, Source
+from finetune.utils.quoting import shown
 
 
 def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: TrainOn, form: Form) -> Sample:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from finetune.quoting import words_of
-from finetune.readers import calling, keys
-from finetune.readers.json_values import written
-from finetune.readers.media import Places, json_cell, json_type, listed
+from finetune.data_files.json_values import written
+from finetune.readers import record_keys, tool_calls
+from finetune.readers.record_media import Places, json_cell, json_type, listed
 from finetune.sample import Call, DataError, Media, MediaKind, Part, Source
+from finetune.utils.quoting import words_of
 
 _NO_FILES: Mapping[MediaKind, tuple[Media, ...]] = {}
 
@@ -58,7 +58,7 @@ def turn_list(record: Mapping[str, Any], column: str | None, source: Source) -> 
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise DataError(f"{source}: turn {number} is {json_type(turn)}; it must be an object with role and content")
-    calling.check_order(turns, source)
+    tool_calls.check_order(turns, source)
     return list(turns)
 
 
@@ -69,7 +69,7 @@ def text_of(turn: Mapping[str, Any], key: str, number: int, source: Source, want
         DataError: it is missing, or no string.
     """
     content = turn.get(key)
-    if content is None and any(turn.get(name) for name in keys.CALLS):
+    if content is None and any(turn.get(name) for name in record_keys.CALLS):
         return ""
     if not isinstance(content, str):
         raise DataError(f"{source}: turn {number}: {state(turn, key)}; it must be {wanted}")
@@ -99,11 +99,11 @@ def complete(
     if len(given) == 2 and content and role != "function":
         return Turn(role, content)  # these are all it has, as in most records
     answers = "assistant" if role == "function" else role
-    calls = calling.called(given, role, number, source)
+    calls = tool_calls.called(given, role, number, source)
     if calls and isinstance(content, str):
-        calling.check_once(content, number, source)
+        tool_calls.check_once(content, number, source)
     elif role == "function" and isinstance(content, str):
-        content, calls = calling.spoken(content, number, source)
+        content, calls = tool_calls.spoken(content, number, source)
     return Turn(
         role,
         content,
@@ -116,7 +116,7 @@ def complete(
 
 def _loss(given: Mapping[str, Any], role: str, number: int, source: Source) -> bool:
     """Whether the turn may be trained: what it says of that, 1 where it says nothing."""
-    found = keys.alone(given, keys.LOSS, f"turn {number}: ", source)
+    found = record_keys.alone(given, record_keys.LOSS, f"turn {number}: ", source)
     if found is None:
         return True
     name, value = found
@@ -135,7 +135,7 @@ def _loss(given: Mapping[str, Any], role: str, number: int, source: Source) -> b
 
 def _thought(given: Mapping[str, Any], role: str, number: int, source: Source) -> str:
     """The thinking that a turn has under a key of its own, empty where it has none."""
-    found = keys.alone(given, keys.THOUGHT, f"turn {number}: ", source)
+    found = record_keys.alone(given, record_keys.THOUGHT, f"turn {number}: ", source)
     if found is None:
         return ""
     name, value = found
@@ -152,11 +152,11 @@ def _files(
     given: Mapping[str, Any], role: str, number: int, source: Source, where: Places
 ) -> Mapping[MediaKind, tuple[Media, ...]]:
     """The files that a turn names itself, by kind."""
-    if keys.MEDIA_OF_TURNS.isdisjoint(given):
+    if record_keys.MEDIA_OF_TURNS.isdisjoint(given):
         return _NO_FILES
     files: dict[MediaKind, tuple[Media, ...]] = {}
-    for kind, names in keys.IN_TURN.items():
-        found = keys.alone(given, names, f"turn {number}: ", source)
+    for kind, names in record_keys.IN_TURN.items():
+        found = record_keys.alone(given, names, f"turn {number}: ", source)
         if found is None or not found[1]:
             continue
         name, value = found

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
-from finetune.media.sampling import Frames
-from finetune.media.slicing import Plan
-from finetune.media.sound import Sound
+from finetune.media.audio_layout import Sound
+from finetune.media.slicing import SlicePlan
+from finetune.media.video_sampling import Frames
 from finetune.sample import Media, Message, Sample, Text
 from finetune.templates.placeholders import frame_schema, new_schema
 from finetune.templates.rendering import Layout, Rendered, Vocabulary
-from finetune.templates.turns import merged, turns
+from finetune.templates.turn_order import merged, turns
 
 ROLES = ("system", "user", "assistant")
 
 
 def render(
-    sample: Sample, plans: Sequence[Plan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
+    sample: Sample, plans: Sequence[SlicePlan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
 ) -> Rendered:
     """Role, content as it is and end mark per turn; in front the bos token and the default system turn, if any.
 
@@ -52,7 +52,7 @@ def render(
     return rendered
 
 
-def numbered(sample: Sample, plans: Sequence[Plan | Sound]) -> Iterator[tuple[int, Plan | Sound]]:
+def numbered(sample: Sample, plans: Sequence[SlicePlan | Sound]) -> Iterator[tuple[int, SlicePlan | Sound]]:
     """The media with their numbers; only images count."""
     images = 0
     for media, plan in zip(sample.media(), plans, strict=True):
@@ -77,7 +77,7 @@ def begin(rendered: Rendered, messages: Sequence[Message], vocabulary: Vocabular
 def add_prompt(
     rendered: Rendered,
     message: Message,
-    media: Iterator[tuple[int, Plan | Sound]],
+    media: Iterator[tuple[int, SlicePlan | Sound]],
     vocabulary: Vocabulary,
     layout: Layout,
 ) -> None:

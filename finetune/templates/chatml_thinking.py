@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from finetune.media.slicing import Plan
-from finetune.media.sound import Sound
+from finetune.media.audio_layout import Sound
+from finetune.media.slicing import SlicePlan
 from finetune.sample import DataError, Message, Sample, Text
 from finetune.templates.chatml import add_prompt, add_results, begin, close_turn, numbered, open_answer, speech_of
 from finetune.templates.rendering import Layout, Rendered, Vocabulary
-from finetune.templates.turns import turns
+from finetune.templates.turn_order import turns
 
 ROLES = ("system", "user", "assistant", "tool")
 _OPEN, _NO_THOUGHT = "<think>\n", "<think>\n\n</think>\n\n"
@@ -19,7 +19,7 @@ _THOUGHT = re.compile(r"\s*<think>(.*?)</think>|((?:(?!<think>).)*?)</think>", r
 
 
 def render(
-    sample: Sample, plans: Sequence[Plan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
+    sample: Sample, plans: Sequence[SlicePlan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
 ) -> Rendered:
     """Role, content and end mark per turn; the last answer has a think block, empty where it has no thought.
 

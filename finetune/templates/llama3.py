@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune.media.slicing import Plan
-from finetune.media.sound import Sound
+from finetune.media.audio_layout import Sound
+from finetune.media.slicing import SlicePlan
 from finetune.sample import Sample
 from finetune.templates.placeholders import old_schema
 from finetune.templates.rendering import Layout, Rendered, Vocabulary
-from finetune.templates.turns import merged, turns
+from finetune.templates.turn_order import merged, turns
 
 ROLES = ("system", "user", "assistant")
 
 
 def render(
-    sample: Sample, plans: Sequence[Plan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
+    sample: Sample, plans: Sequence[SlicePlan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
 ) -> Rendered:
     """Header, trimmed content and end mark per turn, as the published inference template writes them.
 
@@ -32,7 +32,7 @@ def render(
         DataError: turns that the template cannot express.
     """
     rendered = Rendered()
-    left = (plan for plan in plans if isinstance(plan, Plan))
+    left = (plan for plan in plans if isinstance(plan, SlicePlan))
     end = [vocabulary.control("<|eot_id|>")]
     rendered.add([vocabulary.control("<|begin_of_text|>")])
     for message in turns(sample, ROLES, generate):

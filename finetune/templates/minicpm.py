@@ -5,19 +5,19 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from finetune.media.slicing import Plan
-from finetune.media.sound import Sound
+from finetune.media.audio_layout import Sound
+from finetune.media.slicing import SlicePlan
 from finetune.sample import Sample
 from finetune.templates.placeholders import old_schema
 from finetune.templates.rendering import Layout, Rendered, Vocabulary
-from finetune.templates.turns import merged, turns
+from finetune.templates.turn_order import merged, turns
 
 ROLES = ("user", "assistant")
 _MARK = {"user": "<用户>", "assistant": "<AI>"}
 
 
 def render(
-    sample: Sample, plans: Sequence[Plan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
+    sample: Sample, plans: Sequence[SlicePlan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
 ) -> Rendered:
     """One text of turn marks and contents, cut only by images, as the published inference code encodes it.
 
@@ -35,7 +35,7 @@ def render(
         DataError: turns that the template cannot express.
     """
     rendered = Rendered()
-    left = (plan for plan in plans if isinstance(plan, Plan))
+    left = (plan for plan in plans if isinstance(plan, SlicePlan))
     end = vocabulary.control("</s>")
     rendered.add([vocabulary.control("<s>")])
     run = _Run(rendered, vocabulary, end)

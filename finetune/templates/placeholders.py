@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from finetune.media.sampling import Frames
-from finetune.media.slicing import Plan, item_sizes
+from finetune.media.slicing import SlicePlan, item_sizes
+from finetune.media.video_sampling import Frames
 from finetune.templates.rendering import Layout, Vocabulary
 
 
-class Block(NamedTuple):
+class PlaceholderBlock(NamedTuple):
     """The ids of one image.
 
     Attributes:
@@ -22,7 +22,7 @@ class Block(NamedTuple):
     bounds: list[tuple[int, int]]
 
 
-def old_schema(plan: Plan, layout: Layout, vocabulary: Vocabulary) -> Block:
+def old_schema(plan: SlicePlan, layout: Layout, vocabulary: Vocabulary) -> PlaceholderBlock:
     """The form of MiniCPM-V 2.0 and 2.5: every item between image tokens, the grid between slice tokens.
 
     Rows of the grid are separated by a newline, items of a row by nothing.
@@ -44,15 +44,15 @@ def old_schema(plan: Plan, layout: Layout, vocabulary: Vocabulary) -> Block:
         ]
         first, step = len(item) + 1, len(row) + len(newline)
         starts += [first + line * step + place * len(item) + 1 for line in range(rows) for place in range(columns)]
-    return Block(ids, [(start, start + query_num) for start in starts])
+    return PlaceholderBlock(ids, [(start, start + query_num) for start in starts])
 
 
-def new_schema(plan: Plan, number: int, layout: Layout, vocabulary: Vocabulary) -> Block:
+def new_schema(plan: SlicePlan, number: int, layout: Layout, vocabulary: Vocabulary) -> PlaceholderBlock:
     """The form of MiniCPM-V 2.6 and later: number, thumbnail, slices; rows of the grid are separated by a newline.
 
     Every image has its number where the layout has numbers, sliced or not, as in the published inference code.
     """
-    block = Block([], [])
+    block = PlaceholderBlock([], [])
     placeholder = vocabulary.control(layout.placeholder)
     if layout.image_ids:
         opening, closing = vocabulary.control("<image_id>"), vocabulary.control("</image_id>")
@@ -74,7 +74,7 @@ def new_schema(plan: Plan, number: int, layout: Layout, vocabulary: Vocabulary) 
     return block
 
 
-def frame_schema(plan: Plan, frames: Frames, layout: Layout, vocabulary: Vocabulary) -> Block:
+def frame_schema(plan: SlicePlan, frames: Frames, layout: Layout, vocabulary: Vocabulary) -> PlaceholderBlock:
     """As ``new_schema`` for frames of a video, which are one visual item where they are packed.
 
     Where videos have numbers, theirs stands in front of the first frame.

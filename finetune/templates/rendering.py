@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal, Protocol
 
-from finetune.media.sound import Sound
+from finetune.media.audio_layout import Sound
 
 IGNORE = -100
 

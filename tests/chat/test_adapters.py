@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from zoo import gradient
 
 from chat import MiniCPMVChat
-from finetune.commands.tiny import FAMILIES
+from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.saving import finish_adapter
 from finetune.families import by_name
 from finetune.models import CheckpointError, add_adapter, load_model
-from finetune.tuning.checkpoint import resolve
-from finetune.tuning.saving import finish_adapter
+from finetune.tiny.checkpoint_writer import FAMILIES
 
 ASKED: dict[str, Any] = {
     "image": gradient(),

@@ -13,11 +13,11 @@ from zoo import gradient
 
 import finetune.models
 from chat import MiniCPMVChat, img2base64
-from finetune.commands.tiny import FAMILIES
-from finetune.errors import ArgumentError
 from finetune.families import by_name
 from finetune.models import load_model, load_tokenizer
 from finetune.sample import DataError
+from finetune.tiny.checkpoint_writer import FAMILIES
+from finetune.utils.errors import ArgumentError
 
 GREEDY: dict[str, Any] = {"sampling": False, "max_new_tokens": 6}
 
@@ -177,13 +177,13 @@ def test_options_reach_prompt_and_network(ready):
         model.chat(**options, max_inp_length=64)
     # What is written changes with each of them; the tiny network's answer need not.
     from finetune.chat.messages import read_messages
-    from finetune.chat.talker import Prompting, Talker
+    from finetune.chat.pipeline import ChatPipeline, ChatPromptOptions
 
-    talker = Talker(model, tokenizer)
+    talker = ChatPipeline(model, tokenizer)
 
     def ids(system_prompt: str | None = None, **prompting: Any) -> list[int]:
         sample = read_messages(options["msgs"], options["image"], system_prompt=system_prompt)
-        return talker.encoder(Prompting(**prompting)).encode(sample, generate=True).input_ids.tolist()
+        return talker.encoder(ChatPromptOptions(**prompting)).encode(sample, generate=True).input_ids.tolist()
 
     forms = [ids(), ids(max_slice_nums=1), ids(use_image_id=False), ids(system_prompt="Be brief.")]
     assert len({tuple(form) for form in forms}) == 4

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from chat import MiniCPMVChat, img2base64
-from finetune.commands.tiny import FAMILIES
+from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.saving import finish_full
 from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
 from finetune.sample import Media, Message, Sample, Source, Text
-from finetune.tuning.checkpoint import resolve
-from finetune.tuning.saving import finish_full
+from finetune.tiny.checkpoint_writer import FAMILIES
 
 COLOURS = ("red", "green", "blue", "white")
 

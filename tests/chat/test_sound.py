@@ -17,11 +17,11 @@ from sounds import tone, write_wav
 
 from finetune.__main__ import main
 from finetune.chat.messages import read_messages
-from finetune.chat.talker import Talker, read_options
-from finetune.errors import ArgumentError
+from finetune.chat.pipeline import ChatPipeline, read_options
 from finetune.models import load_model, load_tokenizer
 from finetune.readers import read
 from finetune.sample import DataError, Media, Text
+from finetune.utils.errors import ArgumentError
 
 GREEDY: dict[str, Any] = {"sampling": False, "max_new_tokens": 6}
 
@@ -75,7 +75,7 @@ def test_every_way_to_give_a_sound(ready, tmp_path: Path) -> None:
         {"type": "audio", "audio": str(path)},
         {"type": "audio", "audio": base64.b64encode(path.read_bytes()).decode()},
     ]
-    talker = Talker(model, tokenizer)
+    talker = ChatPipeline(model, tokenizer)
     encoder = talker.encoder(read_options({})[0])
     examples = [encoder.encode(read_messages([user(way, "What?")]), generate=True) for way in ways]
     for example in examples:
@@ -114,7 +114,7 @@ def prompt(ready, family: str, *content: Any, **options: Any) -> str:
     """What the network reads, a run of placeholders as its length."""
     model, tokenizer = ready(family)
     joint = options.pop("joint", "\n")
-    encoder = Talker(model, tokenizer).encoder(read_options(options)[0])
+    encoder = ChatPipeline(model, tokenizer).encoder(read_options(options)[0])
     ids = encoder.encode(read_messages([user(*content)], joint=joint), generate=True).input_ids
     text = str(tokenizer.decode(ids, skip_special_tokens=False))
     for count in range(60, 0, -1):

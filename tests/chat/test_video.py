@@ -13,12 +13,12 @@ from clips import picture, write_clip
 
 from finetune.__main__ import main
 from finetune.chat.messages import read_messages
-from finetune.chat.talker import Talker, read_options
-from finetune.errors import ArgumentError
-from finetune.media.sampling import VideoOptions
+from finetune.chat.pipeline import ChatPipeline, read_options
+from finetune.media.video_sampling import VideoOptions
 from finetune.models import load_model, load_tokenizer
 from finetune.readers import read
 from finetune.sample import DataError
+from finetune.utils.errors import ArgumentError
 
 GREEDY: dict[str, Any] = {"sampling": False, "max_new_tokens": 5}
 
@@ -50,7 +50,7 @@ def test_a_batch_with_videos_is_its_single_runs(tiny, clip: Path, family: str) -
 
 
 def test_every_way_to_give_a_video(tiny, clip: Path, tmp_path: Path) -> None:
-    talker = Talker(load_model(tiny("v2_6")), load_tokenizer(tiny("v2_6")))
+    talker = ChatPipeline(load_model(tiny("v2_6")), load_tokenizer(tiny("v2_6")))
     encoder = talker.encoder(read_options({})[0])
     (tmp_path / "shots").mkdir()
     for index in range(4):

@@ -10,18 +10,22 @@ import pytest
 from zoo import gradient
 
 from finetune.__main__ import main
-from finetune.chat.room import Room
-from finetune.chat.talker import Decoding, Prompting
-from finetune.chat.web import Page, build, shown
-from finetune.errors import ArgumentError, UserError
+from finetune.chat.pipeline import ChatPromptOptions, SamplingOptions
+from finetune.chat.session import ChatSession
+from finetune.chat.web_page import Page, build, shown
 from finetune.models import load_model
+from finetune.utils.errors import ArgumentError, UserError
 
 OPTIONS: dict[str, Any] = {"sampling": False, "max_new_tokens": 5}
 
 
 @pytest.fixture
 def page(tiny) -> Page:
-    return Page(Room(str(tiny("llama3_v2_5")), device="cpu"), Prompting(max_slice_nums=1), Decoding(**OPTIONS))
+    return Page(
+        ChatSession(str(tiny("llama3_v2_5")), device="cpu"),
+        ChatPromptOptions(max_slice_nums=1),
+        SamplingOptions(**OPTIONS),
+    )
 
 
 @pytest.fixture
@@ -36,7 +40,7 @@ def both(tiny, page, tmp_path) -> Page:
         if "lora_" in name:
             parameter.data *= 8
     model.save_pretrained(str(tmp_path / "tuned"))
-    room = Room(str(tiny("llama3_v2_5")), [str(tmp_path / "tuned")], device="cpu")
+    room = ChatSession(str(tiny("llama3_v2_5")), [str(tmp_path / "tuned")], device="cpu")
     return Page(room, page.prompting, page.decoding)
 
 

@@ -16,15 +16,15 @@ from peft import LoraConfig, get_peft_model
 from zoo import gradient
 
 from finetune.__main__ import main
-from finetune.chat.dialogue import Dialogue
-from finetune.chat.room import Room
-from finetune.errors import ArgumentError
+from finetune.chat.conversation_state import ConversationState
+from finetune.chat.session import ChatSession
+from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.saving import finish_adapter
 from finetune.families import by_name
 from finetune.models import load_model
 from finetune.readers import read
 from finetune.sample import DataError
-from finetune.tuning.checkpoint import resolve
-from finetune.tuning.saving import finish_adapter
+from finetune.utils.errors import ArgumentError
 
 FAMILY = "llama3_v2_5"
 QUICK = ("--device", "cpu", "--greedy", "--max_new_tokens", "5", "--max_slice_nums", "1")
@@ -131,7 +131,7 @@ def test_refused_at_the_start(tiny, adapters, monkeypatch, capsys, flags, messag
 
 
 def test_a_room_names_its_adapters(adapters):
-    room = Room(None, [f"a={adapters[0]}", f"b={adapters[1]}"], device="cpu")
+    room = ChatSession(None, [f"a={adapters[0]}", f"b={adapters[1]}"], device="cpu")
     assert (list(room.adapters), room.active) == (["a", "b"], "a")
     room.choose("off")
     with pytest.raises(ArgumentError, match="there are a, b, off"):
@@ -139,7 +139,7 @@ def test_a_room_names_its_adapters(adapters):
 
 
 def test_a_saved_conversation_is_a_record(picture, tmp_path):
-    dialogue = Dialogue("Be brief.")
+    dialogue = ConversationState("Be brief.")
     dialogue.show(str(picture))
     dialogue.show(str(picture))
     dialogue.ask("Same?")
@@ -161,7 +161,7 @@ def test_a_path_as_a_terminal_writes_it(picture, tmp_path, written):
     file = tmp_path / "it's a picture.png"
     file.write_bytes(picture.read_bytes())
     path = str(file).replace(" ", "\\ ").replace("'", "\\'") if written == "BACKSLASHES" else written.format(file)
-    dialogue = Dialogue()
+    dialogue = ConversationState()
     if written == "'{}'":  # a file with a quote in its name is quoted in another way
         path = path.replace("it's", "it'\\''s")
     dialogue.show(path)
@@ -171,7 +171,7 @@ def test_a_path_as_a_terminal_writes_it(picture, tmp_path, written):
 @pytest.mark.parametrize("kind", ["image", "video", "audio"])
 def test_a_file_is_opened_when_it_is_named(tmp_path, kind):
     (tmp_path / "empty.bin").touch()
-    dialogue = Dialogue()
+    dialogue = ConversationState()
     with pytest.raises(DataError, match="is empty"):
         dialogue.show(str(tmp_path / "empty.bin"), kind)
     assert dialogue.files == []

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from finetune import outcome
 from finetune.commands.check import main
-from finetune.errors import ArgumentError
-from finetune.readers.python_literals import write_json
+from finetune.data_files.python_literals import write_json
+from finetune.runtime import outcome
 from finetune.sample import DataError
+from finetune.utils.errors import ArgumentError
 
 Tiny = Callable[[str], Path]
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from finetune.commands import demo_data
-from finetune.commands.tiny_config import SCALE_RESOLUTION
 from finetune.media.slicing import SliceSpec, plan
+from finetune.tiny.config_files import SCALE_RESOLUTION
 
 NAMES = {
     (1, 1, 1): "black",

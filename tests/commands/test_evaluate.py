@@ -14,16 +14,16 @@ import torch
 from clips import write_clip
 from peft import LoraConfig, get_peft_model
 
+from finetune.checkpoints.base_checkpoint import resolve
 from finetune.commands import evaluate
 from finetune.commands.questions import read_questions
 from finetune.encoding.encoder import Encoder
-from finetune.errors import UserError
-from finetune.evaluation.generation import answer_batch, generate_answers, split_answer
-from finetune.media.sampling import VideoOptions
+from finetune.evaluation.batched_generation import answer_batch, generate_answers, split_answer
+from finetune.media.video_sampling import VideoOptions
 from finetune.models import load_model, load_tokenizer
 from finetune.readers import read
 from finetune.readers.mixture import Mixture
-from finetune.tuning.checkpoint import resolve
+from finetune.utils.errors import UserError
 
 SHORT = ["--max_new_tokens", "6", "--dtype", "float32", "--device", "cpu"]
 
@@ -84,7 +84,7 @@ def test_a_stopped_evaluation_goes_on(tiny, demo_data, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return answer_batch(*args, **kwargs)
 
-    monkeypatch.setattr("finetune.evaluation.generation.answer_batch", stopping)
+    monkeypatch.setattr("finetune.evaluation.batched_generation.answer_batch", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(*words)
     assert len(lines(tmp_path)) == 4

@@ -15,14 +15,14 @@ from made_adapters import EXPERTS, RESAMPLERS, make_adapter, save
 from safetensors.torch import load_file
 from variants import MIXTURE
 
+from finetune.checkpoints.base_checkpoint import FULL_FILES
+from finetune.checkpoints.safetensors_io import stored_in
 from finetune.commands.export import main
-from finetune.errors import UserError
-from finetune.export import folder as folders
-from finetune.export.writing import WeightFiles
+from finetune.export import result_folder as folders
+from finetune.export.sharded_writer import WeightFiles
 from finetune.families import by_name, usable
-from finetune.models.folders import weight_files
-from finetune.tuning.checkpoint import FULL_FILES
-from finetune.tuning.tensorfiles import stored_in
+from finetune.models.checkpoint_folder import weight_files
+from finetune.utils.errors import UserError
 
 NAMES = [family.name for family in usable()]
 
@@ -174,7 +174,7 @@ def test_qlora_is_said(tiny, adapter, tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_result_that_differs_is_not_verified(tiny, adapter, tmp_path, capsys, monkeypatch, dtype):
-    from finetune.export.merging import Merged
+    from finetune.export.lora_merge import Merged
 
     real = Merged.read
     monkeypatch.setattr(Merged, "read", lambda self, name: real(self, name) * 1.5)

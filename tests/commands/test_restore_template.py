@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from finetune.__main__ import main
+from finetune.encoding.chat_template_check import TemplateMismatchError, check_chat_template
 from finetune.families import FAMILIES, by_name
 from finetune.models import load_tokenizer
-from finetune.templates.probe import TemplateMismatchError, check_chat_template
 
 FAMILY = by_name("llama3_v2_5")
 # What the old scripts put in place for training: no header of the answer at the end.

@@ -11,10 +11,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from finetune.__main__ import main
+from finetune.checkpoints.base_checkpoint import resolve
 from finetune.commands.selfcheck import CAPTION, caption_loss, draw
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
-from finetune.tuning.checkpoint import resolve
 
 QUICK = ("--device", "cpu", "--max_new_tokens", "4")
 

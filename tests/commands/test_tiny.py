@@ -9,10 +9,11 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer
 
 import finetune.models  # noqa: F401  registers the network and the tokenizer classes
-from finetune.commands import tiny, tiny_corpus
-from finetune.commands.demo_phrases import COLOURS
-from finetune.commands.tiny_native import NATIVE
+from finetune.commands import tiny
 from finetune.families import by_name, detect, usable
+from finetune.tiny import corpus
+from finetune.tiny.demo_phrases import COLOURS
+from finetune.tiny.native_folders import NATIVE
 
 COMMON = {
     "README.md",
@@ -155,7 +156,7 @@ def test_sentencepiece_model_and_tokenizer_json_agree(tmp_path: Path) -> None:
     folder = tiny.write_tiny_checkpoint("v2_0", tmp_path / "tiny")
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))  # pyright: ignore
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    for line in {*tiny_corpus.lines("<用户>", "<AI>"), "Unseen words, numbers 12345 and 鱼 €."}:
+    for line in {*corpus.lines("<用户>", "<AI>"), "Unseen words, numbers 12345 and 鱼 €."}:
         assert tokenizer.encode(line) == [1, *pieces.encode(line)], line
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plain_messages
 import pytest
 import simplejpeg
 import torch
@@ -14,15 +15,15 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from finetune.encoding.encoder import AlignmentError, Encoder
 from finetune.encoding.example import Example
-from finetune.encoding.fitting import Fitter
-from finetune.errors import UserError
+from finetune.encoding.length_policy import LengthPolicy
 from finetune.families import by_name
-from finetune.families.base import Family
+from finetune.families.family import Family
 from finetune.media import image
-from finetune.media.slicing import Plan, SliceSpec
-from finetune.readers import messages, read
+from finetune.media.slicing import SlicePlan, SliceSpec
+from finetune.readers import read
 from finetune.sample import DataError, Media, Message, Sample, Source, Text
 from finetune.templates.rendering import Layout, Rendered
+from finetune.utils.errors import UserError
 
 SOURCE = Source("data.json", 5, "q")
 NAMES = {"v2_0": "minicpm", "llama3_v2_5": "llama3"}
@@ -137,7 +138,7 @@ def test_chat_and_file_give_the_same_example(family: str, tmp_path: Path) -> Non
     )
     trained = encoder(family).encode(read(tmp_path / "data.jsonl")[0])
     with Image.open(tmp_path / "a.png") as opened:
-        asked = messages.sample([{"role": "user", "content": [opened, "What?"]}])
+        asked = plain_messages.sample([{"role": "user", "content": [opened, "What?"]}])
         prompt = encoder(family).encode(asked, generate=True)
     head = len(prompt.input_ids)
     assert head < len(trained.input_ids)
@@ -227,7 +228,7 @@ def test_alignment_of_ids(change: Callable[[Rendered], None], message: str) -> N
 def test_alignment_of_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = image.cut
 
-    def missing(opened: Image.Image, cuts: Plan) -> list[np.ndarray]:
+    def missing(opened: Image.Image, cuts: SlicePlan) -> list[np.ndarray]:
         return whole(opened, cuts)[:-1]
 
     monkeypatch.setattr(image, "cut", missing)
@@ -253,7 +254,7 @@ def test_a_picture_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(simplejpeg, "decode_jpeg", counted_too)
     conversation = sample(Media("image", tmp_path / "a.jpg"))
     for image_backend in ("pillow", "fast"):
-        Fitter(encoder("v2_0", max_length=10_000, image_backend=image_backend), "shrink").encode(conversation)
+        LengthPolicy(encoder("v2_0", max_length=10_000, image_backend=image_backend), "shrink").encode(conversation)
         assert len(opened) == 1
         opened.clear()
 

@@ -16,16 +16,16 @@ import torch
 from PIL import Image
 from sounds import tone, write_wav
 
+from finetune.checkpoints.base_checkpoint import resolve
 from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.fitting import Fitter
-from finetune.encoding.hearing import log_mel
+from finetune.encoding.length_policy import LengthPolicy
+from finetune.encoding.log_mel import log_mel
 from finetune.families import by_name, usable
-from finetune.media.sound import AudioSpec, sound
+from finetune.media.audio_layout import AudioSpec, sound
 from finetune.models import MiniCPMO, load_model, load_tokenizer
 from finetune.readers import read
 from finetune.sample import DataError, Media, Message, Part, Sample, Source, Text
-from finetune.tuning.checkpoint import resolve
 
 OMNI = ("o2_6", "o4_5")
 HEARING = {"o2_6": AudioSpec(pool_step=2, run_seconds=1.0), "o4_5": AudioSpec(pool_step=5)}
@@ -214,11 +214,11 @@ def test_too_long_samples_lose_turns_with_their_sound(ready) -> None:
         hearing=encoder.hearing,
         max_length=full - 10,
     )
-    example, outcome = Fitter(limited, "shrink").encode(sample)
+    example, outcome = LengthPolicy(limited, "shrink").encode(sample)
     assert outcome == "turns dropped"
     assert [clip.shape[1] for clip in example.audio] == [30, 100]
     with pytest.raises(DataError, match="63 for sound"):
-        Fitter(limited, "error").encode(sample)
+        LengthPolicy(limited, "error").encode(sample)
 
 
 def test_records_of_sharegpt(ready, tmp_path: Path) -> None:

@@ -16,21 +16,21 @@ from PIL import Image
 from transformers import AutoProcessor
 from transformers.video_utils import VideoMetadata
 
-from finetune.encoding import footage
+from finetune.checkpoints.base_checkpoint import resolve
+from finetune.encoding import video_frames
 from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
-from finetune.encoding.fitting import Fitter
-from finetune.errors import UserError
+from finetune.encoding.length_policy import LengthPolicy
 from finetune.families import by_name
-from finetune.media.processor import check_videos
-from finetune.media.sampling import VideoOptions
 from finetune.media.slicing import MERGES, SliceSpec
+from finetune.media.transformers_processor import check_videos
+from finetune.media.video_sampling import VideoOptions
 from finetune.models import load_model, load_tokenizer
-from finetune.models.modes import write_mode
-from finetune.notices import warn_once
+from finetune.models.downsample_mode import write_mode
 from finetune.sample import DataError, Media, Message, Part, Sample, Source, Text
-from finetune.tuning.checkpoint import resolve
+from finetune.utils.errors import UserError
+from finetune.utils.log_once import warn_once
 
 FRAMES = 40
 """Of the clip, 8 per second: 5 seconds."""
@@ -148,7 +148,9 @@ def test_batch_is_the_one_of_the_published_processor(
     model = shutil.copytree(tiny(family), tmp_path / "model")
     write_mode(model, by_name(family), mode)
     made = encoder(model)
-    with footage.video.Decoder(footage.video.probe(video(folder, "wide.mp4"), Source("", 0)), Source("", 0)) as decoder:
+    with video_frames.video.Decoder(
+        video_frames.video.probe(video(folder, "wide.mp4"), Source("", 0)), Source("", 0)
+    ) as decoder:
         frames = torch.stack([torch.tensor(list(decoder.take(index).tobytes())) for index in range(12)])
     frames = frames.to(torch.uint8).reshape(12, 112, 240, 3).permute(0, 3, 1, 2)
     image = Image.open(folder / "image.png")
@@ -221,18 +223,18 @@ def test_long_samples_lose_slices_of_images_and_turns_but_no_frames(tiny, folder
     Image.new("RGB", (300, 300)).save(folder / "large.png")
     last = sample(Media("image", folder / "large.png"), video(folder), Text("What?"))
     made.max_length = made.measure(last).tokens - 1
-    example, outcome = Fitter(made, "shrink").encode(last)
+    example, outcome = LengthPolicy(made, "shrink").encode(last)
     assert outcome == "shrunk"
     assert prompt(made, example).count("[") == 6
     first = sample(video(folder), Text("Before?")).messages
     made.max_length = made.measure(last).tokens
-    example, outcome = Fitter(made, "shrink").encode(Sample("s", Source("d", 0), first + last.messages))
+    example, outcome = LengthPolicy(made, "shrink").encode(Sample("s", Source("d", 0), first + last.messages))
     assert outcome == "turns dropped"
     assert "Before" not in prompt(made, example)
     # Text that joins frames is not text of the record: truncation leaves it.
     long = sample(video(folder), Text("word " * 50 + "What?"))
     made.max_length = made.measure(long).tokens - 20
-    example, outcome = Fitter(made, "truncate").encode(long)
+    example, outcome = LengthPolicy(made, "truncate").encode(long)
     assert outcome == "truncated"
     assert prompt(made, example).startswith("\n".join(["[8u]"] * 5))
 

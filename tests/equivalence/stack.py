@@ -12,12 +12,12 @@ from transformers import set_seed
 from variants import VARIANTS
 
 from dataset import make_supervised_data_module
-from finetune import distributed
-from finetune.arguments import parse_arguments
+from finetune.arguments.parse import parse_arguments
+from finetune.checkpoints.base_checkpoint import resolve
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
-from finetune.tuning.checkpoint import resolve
-from finetune.tuning.parts import adapt
+from finetune.runtime import distributed
+from finetune.training.freezing import adapt
 from trainer import CPMTrainer
 
 RATE = 2e-4

@@ -17,9 +17,9 @@ from test_in_process import FOUR, assert_equal
 from transformers import PreTrainedModel
 
 from finetune import families
-from finetune.errors import ArgumentError, CheckpointError
+from finetune.batching import dataloaders
 from finetune.models import load_model
-from finetune.tuning import loaders
+from finetune.utils.errors import ArgumentError, CheckpointError
 from trainer import CPMTrainer
 
 # Every family is held in tests/models/test_packed.py or tests/native/test_packed.py, without a trainer.
@@ -84,10 +84,10 @@ def test_best_fit_trains_and_steps_have_more_samples(tiny, data, tmp_path):
 
 @pytest.mark.parametrize("name", ["v4_6", "v4_7"])
 def test_linear_attention_is_packed_only_with_its_kernels(tiny, data, tmp_path, monkeypatch, name):
-    from finetune.arguments import parse_arguments
+    from finetune.arguments.parse import parse_arguments
 
     args, family = parse_arguments(flags(tiny(name), data, tmp_path, "--packing", "batch")), families.by_name(name)
-    check_packing = partial(loaders.check_kernels, from_hub=False)
+    check_packing = partial(dataloaders.check_kernels, from_hub=False)
     installed = ["fla"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: object() if module in installed else None)
     with pytest.raises(ArgumentError, match=r"linear attention.*causal-conv1d and a GPU is not there.*--packing off"):
@@ -115,14 +115,14 @@ def test_linear_attention_is_packed_only_with_its_kernels(tiny, data, tmp_path, 
 )
 def test_kernels_of_the_hub(tiny, data, tmp_path, monkeypatch, name, package, gpu, message):
     """They take the place of installed ones; what cannot be is said before anything is loaded."""
-    from finetune.arguments import parse_arguments
+    from finetune.arguments.parse import parse_arguments
 
     more = ("--packing", "batch", "--use_hub_kernels", "true")
     args, family = parse_arguments(flags(tiny(name), data, tmp_path, *more)), families.by_name(name)
-    monkeypatch.setattr(loaders, "is_kernels_available", lambda: package)
+    monkeypatch.setattr(dataloaders, "is_kernels_available", lambda: package)
     args.training.use_cpu = not gpu
     with pytest.raises(ArgumentError, match=message) if message else nullcontext():
-        loaders.check_kernels(args.training, family, from_hub=args.model.use_hub_kernels)
+        dataloaders.check_kernels(args.training, family, from_hub=args.model.use_hub_kernels)
 
 
 @pytest.mark.parametrize("error", [ImportError("no package"), OSError("no network"), ValueError("no kernel")])

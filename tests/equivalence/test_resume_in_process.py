@@ -8,11 +8,11 @@ import pytest
 import torch
 from stack import KINDS, build, flags, steps, trained
 
-from finetune import outcome
-from finetune.tuning.alarms import Alarms
-from finetune.tuning.manifest import checkpoints
-from finetune.tuning.resume import choose_checkpoint
-from finetune.tuning.stopping import StoppedError
+from finetune.checkpoints.manifest import checkpoints
+from finetune.checkpoints.resume import choose_checkpoint
+from finetune.runtime import outcome
+from finetune.training.graceful_stop import StoppedError
+from finetune.training.watchdog import Watchdog
 from trainer import CPMTrainer
 
 
@@ -48,7 +48,7 @@ def test_five_and_five_steps_are_ten(tiny, demo_data, tmp_path, monkeypatch, kin
         monkeypatch.setattr(outcome.watch, "saved", lambda: None)
         stopped = made(tmp_path / "stopped")
         asked = property(lambda _: stopped.state.global_step == 3, lambda *_: None)
-        monkeypatch.setattr(Alarms, "asked_to_stop", asked, raising=False)
+        monkeypatch.setattr(Watchdog, "asked_to_stop", asked, raising=False)
         with pytest.raises(StoppedError, match="step 3 of 10"):
             stopped.train()
         monkeypatch.undo()

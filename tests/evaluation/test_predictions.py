@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from finetune.errors import UserError
 from finetune.evaluation.predictions import Predictions, fingerprint, start_folder
+from finetune.utils.errors import UserError
 
 
 def test_what_is_there_is_not_asked_again(tmp_path):

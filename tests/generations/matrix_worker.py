@@ -75,7 +75,7 @@ def train(families: list[str], models: Path, data: Path, out: Path) -> None:
     assert spec.loader is not None
     launched = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(launched)
-    from finetune.tuning import verification
+    from finetune.checkpoints import verification
 
     references: list[Path] = []
     # Its process is the one that reloads everything.
@@ -120,12 +120,12 @@ def run(launched: ModuleType, argv: list[str]) -> dict[str, Any]:
 def reload(models: Path, data: Path, out: Path) -> None:
     """Loads every result, compares logits with the trained network's and generates; writes reloaded.json."""
     from chat import MiniCPMVChat, img2base64
+    from finetune.checkpoints.base_checkpoint import resolve
     from finetune.commands import verify
     from finetune.encoding.encoder import Encoder
-    from finetune.evaluation.generation import generate_answers, split_answer
+    from finetune.evaluation.batched_generation import generate_answers, split_answer
     from finetune.models import load_model, load_tokenizer
     from finetune.readers import read
-    from finetune.tuning.checkpoint import resolve
 
     found = {}
     for name, run in json.loads((out / "runs.json").read_text()).items():

@@ -14,11 +14,11 @@ from PIL import Image
 from pyarrow import parquet
 
 from finetune.commands import guicourse
-from finetune.errors import UserError
 from finetune.guicourse.actions import Action, from_label, read, write
-from finetune.guicourse.records import RecordError, to_training
-from finetune.guicourse.scoring import clean, region_scores, step_score, text_scores
+from finetune.guicourse.gui_scores import clean, region_scores, step_score, text_scores
+from finetune.guicourse.record_conversion import RecordError, to_training
 from finetune.readers import read as read_data
+from finetune.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 make = runpy.run_path(str(ROOT / "examples/guicourse/make_data.py"))["make"]

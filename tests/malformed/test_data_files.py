@@ -10,13 +10,13 @@ from random import Random
 import pytest
 from malformed_inputs import FOREIGN, guarded, json_texts, mutated, records
 
-from finetune import cache
-from finetune.errors import UserError
+from finetune.data_files.json_file import JsonRecords
+from finetune.data_files.records import open_records
 from finetune.readers import read
-from finetune.readers.json_file import JsonRecords
-from finetune.readers.records import open_records
-from finetune.readers.streamed import open_stream
+from finetune.readers.streamed_samples import open_stream
 from finetune.sample import DataError
+from finetune.utils import cache
+from finetune.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,10 @@ import pytest
 from transformers.training_args import OptimizerNames
 
 from finetune.__main__ import COMMANDS
-from finetune.arguments import GROUPS, parse_arguments
-from finetune.checks import LOGGERS, OPTIMIZERS
-from finetune.config.ranges import EXEMPT, RANGES
-from finetune.errors import ArgumentError
+from finetune.arguments.parse import GROUPS, parse_arguments
+from finetune.arguments.ranges import EXEMPT, RANGES
+from finetune.arguments.requirements import LOGGERS, OPTIMIZERS
+from finetune.utils.errors import ArgumentError
 
 REQUIRED = ["--model_name_or_path", "m", "--data_path", "d", "--use_cpu", "true"]
 
@@ -164,9 +164,9 @@ def test_every_logger_and_optimizer_is_known() -> None:
 )
 def test_flags(flags: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("finetune.checks.get_available_reporting_integrations", lambda: ["tensorboard"])
-    monkeypatch.setattr("finetune.arguments.is_torch_cuda_available", lambda: False)
-    monkeypatch.setattr("finetune.checks.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("finetune.arguments.requirements.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("finetune.arguments.training.is_torch_cuda_available", lambda: False)
+    monkeypatch.setattr("finetune.arguments.requirements.importlib.util.find_spec", lambda name: None)
     assert said in refusal(*flags.split())
 
 
@@ -205,7 +205,7 @@ def test_empty_values(name: str, value: str) -> None:
 def test_deepspeed(content: object, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, {"DS_ACCELERATOR": "cpu", "WORLD_SIZE": "1"}.get(name, "0"))  # taken back afterwards
-    monkeypatch.setattr("finetune.arguments.is_torch_cuda_available", lambda: False)
+    monkeypatch.setattr("finetune.arguments.training.is_torch_cuda_available", lambda: False)
     path = tmp_path / "ds.json"
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     assert said in refusal("--deepspeed", str(path))

@@ -13,7 +13,7 @@ import torch
 from folders import linked, put
 from safetensors.torch import load_file, save_file
 
-from finetune.errors import CheckpointError
+from finetune.utils.errors import CheckpointError
 
 Edit = Callable[[Path], Any]
 
@@ -460,9 +460,9 @@ def test_every_way_in(
 
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_an_adapter_that_is_gone_on_from(name: str, adapter: Path, network: Any, tmp_path: Path) -> None:
-    from finetune.arguments import LoraArguments
+    from finetune.arguments.model import LoraArguments
     from finetune.families import by_name
-    from finetune.tuning.adapters import add_lora
+    from finetune.training.lora import add_lora
 
     folder = linked(adapter, tmp_path / "lora")
     edit, said = ADAPTERS[name]

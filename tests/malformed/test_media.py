@@ -16,8 +16,8 @@ from malformed_inputs import FOREIGN, PICTURES, guarded, mutated, picture, wav
 from PIL import Image, ImageFile
 from sounds import write_coded
 
-from finetune.media import audio, image, pictures, video
-from finetune.readers.media import one, places
+from finetune.media import audio, image, image_files, video
+from finetune.readers.record_media import one, places
 from finetune.sample import DataError, Media, MediaKind, Source
 
 SOURCE = Source("data.json", 7)
@@ -31,7 +31,7 @@ def see(file: Path | bytes) -> np.ndarray:
         media = Media("image", file)
         image.size(media, SOURCE, MOST)
     else:
-        media = Media("image", pictures.decode(file, SOURCE))
+        media = Media("image", image_files.decode(file, SOURCE))
     return np.asarray(image.load(media, SOURCE, MOST))
 
 
@@ -83,8 +83,8 @@ def test_formats_that_start_a_program_or_have_no_pixels_are_not_read(tmp_path: P
     with pytest.raises(DataError, match=r"photo.jpg is a PostScript document: save it as PNG"):
         see(tmp_path / "photo.jpg")
     Image.init()
-    assert set(pictures.FORMATS) <= set(Image.OPEN)
-    assert not {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR"} & set(pictures.FORMATS)
+    assert set(image_files.FORMATS) <= set(Image.OPEN)
+    assert not {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR"} & set(image_files.FORMATS)
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 

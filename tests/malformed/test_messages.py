@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune.arguments import TrainingArguments
-from finetune.data_flags import DataArguments
-from finetune.errors import UserError
-from finetune.flags import LoraArguments, ModelArguments
-from finetune.quoting import cut, plain, shown, words_of
+from finetune.arguments.data import DataArguments
+from finetune.arguments.model import LoraArguments, ModelArguments
+from finetune.arguments.training import TrainingArguments
 from finetune.sample import DataError, Media, Source
+from finetune.utils.errors import UserError
+from finetune.utils.quoting import cut, plain, shown, words_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [*sorted((ROOT / "finetune").rglob("*.py")), *ROOT.glob("*.py")]
@@ -33,7 +33,7 @@ def known_flags() -> set[str]:
     }
     for path in FILES:
         found |= set(re.findall(r'add_argument\(\s*f?"--([\w-]+)"', path.read_text(encoding="utf-8")))
-    from finetune.data_flags import VIDEO_FLAGS
+    from finetune.arguments.data import VIDEO_FLAGS
 
     return found | set(VIDEO_FLAGS) | {"help", "config"}
 

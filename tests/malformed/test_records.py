@@ -12,17 +12,17 @@ import pytest
 from golden_tokenizers import tokenizer
 from malformed_inputs import VALUES, changed, guarded, json_texts, places, records, replaced
 
-from finetune.encoding.check import check
+from finetune.data_check.check_records import check
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.fitting import Fitter
-from finetune.encoding.intake import Intake
-from finetune.errors import UserError
+from finetune.encoding.length_policy import LengthPolicy
+from finetune.encoding.sample_policy import SamplePolicy
 from finetune.families import by_name
 from finetune.media.slicing import SliceSpec
 from finetune.readers import read
-from finetune.readers.samples import SampleFile
+from finetune.readers.record_reader import SampleFile
 from finetune.sample import DataError
 from finetune.templates.rendering import Layout
+from finetune.utils.errors import UserError
 
 CHANGES = 400
 
@@ -61,9 +61,9 @@ def written(folder: Path, *given: Any) -> Path:
     return path
 
 
-def take_all(samples: SampleFile, encoder: Encoder, policy: str = "skip") -> Intake:
+def take_all(samples: SampleFile, encoder: Encoder, policy: str = "skip") -> SamplePolicy:
     """Every record met as training, with its checks, meets it."""
-    intake = Intake(samples, encoder, overlong="shrink", on_bad_sample=policy)
+    intake = SamplePolicy(samples, encoder, overlong="shrink", on_bad_sample=policy)
     report = check(samples, intake.fitter)
     assert "\x1b" not in str(report)
     str(report).encode()
@@ -213,11 +213,11 @@ def test_text_that_cannot_fit_is_not_tokenised(
     turns = [{"role": "user", "content": "What is it? " * 4}, {"role": "assistant", "content": "A dog. " * 4}]
     long = {"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "word " * 400_000}]}
     samples = read(written(tmp_path, {"conversations": turns * 300}, long))
-    fitted = Fitter(encoder, "shrink").fit(samples[0])
+    fitted = LengthPolicy(encoder, "shrink").fit(samples[0])
     assert fitted.outcome == "turns dropped"
     assert len(fitted.rendered.input_ids) <= 400
     assert sum(spelled) <= sum(len(turn["content"]) for turn in turns * 300)
     spelled.clear()
     with pytest.raises(DataError, match="left out: at least [0-9]+ tokens by the length of its text, the limit is 400"):
-        Fitter(encoder, "shrink").fit(samples[1])
+        LengthPolicy(encoder, "shrink").fit(samples[1])
     assert sum(spelled) == 0

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from sounds import CODECS, tone, write_coded, write_wav
 
-from finetune.errors import UserError
 from finetune.media import audio
 from finetune.sample import DataError, Media, Source
+from finetune.utils.errors import UserError
 
 SOURCE = Source("data.json", 3, "clip")
 

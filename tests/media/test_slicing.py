@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.media import slicing
-from finetune.media.slicing import Plan, SliceSpec, crop_boxes, item_sizes, plan
+from finetune.media.slicing import SlicePlan, SliceSpec, crop_boxes, item_sizes, plan
 
 SIDE = st.integers(1, 12_000)
 
@@ -57,7 +57,7 @@ def test_a_taller_image_is_not_cut_into_more_columns(width: int, height: int) ->
 
 
 def test_thumbnail_larger_than_position_table() -> None:
-    assert plan(10, 2000, SliceSpec(9, 448, 14)) == Plan((28, 6328))
+    assert plan(10, 2000, SliceSpec(9, 448, 14)) == SlicePlan((28, 6328))
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0), (-1, 3)])

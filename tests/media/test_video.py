@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from clips import number, picture, without_first_packets, write_clip
 
-from finetune.errors import UserError
-from finetune.media.sampling import Clip, Length
 from finetune.media.video import Decoder, probe
+from finetune.media.video_sampling import Clip, Length
 from finetune.sample import DataError, Media, Source
+from finetune.utils.errors import UserError
 
 SOURCE = Source("data.json", 7, "x")
 

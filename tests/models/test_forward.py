@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from visual_batch import Row, gradients, make_batch, small_model
 
 from finetune.models import MiniCPMV
-from finetune.models.attention import split_attention
-from finetune.models.segments import SEGMENTED
+from finetune.models.packed_attention import SEGMENTED
+from finetune.models.varlen_attention import split_attention
 from finetune.models.vision import PatchProjection, normalize
 
 ROWS: list[Row] = [(3, [(4, 6)], 5), (6, [], 4), (2, [(3, 3), (5, 2), (5, 2)], 6)]

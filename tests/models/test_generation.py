@@ -11,7 +11,7 @@ import torch
 from visual_batch import GOLDEN, Row, make_batch, prompt
 
 from finetune.models import MiniCPMV, MiniCPMVConfig
-from finetune.models.key_values import CACHE, NAMES
+from finetune.models.kv_cache import CACHE, NAMES
 
 ROWS: list[Row] = [(3, [(4, 6)], 5), (6, [], 3), (2, [(3, 3), (5, 2)], 4)]
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from visual_batch import FAMILIES, GOLDEN, OMNI, TINY, Row, make_batch, prompt, small_model
 
+from finetune.checkpoints.base_checkpoint import resolve
 from finetune.families import UnknownFamilyError
 from finetune.models import CheckpointError, MiniCPMO, MiniCPMOConfig, MiniCPMV, MiniCPMVConfig, load_model
-from finetune.models.folders import local_folder
-from finetune.tuning.checkpoint import resolve
+from finetune.models.checkpoint_folder import local_folder
 
 ROWS: list[Row] = [(3, [(4, 6)], 5), (6, [], 3), (2, [(3, 3)], 4)]
 TOKENIZERS = {"v2_0": "minicpm", "llama3_v2_5": "llama3"}

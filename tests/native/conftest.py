@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from finetune.commands.tiny_native import NATIVE, write_native
 from finetune.families import by_name
 from finetune.families.settings import DOWNSAMPLE_MODE
-from finetune.models.modes import write_mode
+from finetune.models.downsample_mode import write_mode
+from finetune.tiny.native_folders import NATIVE, write_native
 
 Native = Callable[..., Path]
 

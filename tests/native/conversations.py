@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from finetune.checkpoints.base_checkpoint import resolve
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_tokenizer
 from finetune.sample import Media, Message, Part, Sample, Source, Text
-from finetune.tuning.checkpoint import resolve
 
 # Pixels of pictures that stay whole and that are cut, with slices of 112 pixels.
 WHOLE, WIDE, TALL, LARGE = (80, 60), (300, 130), (100, 330), (420, 360)

@@ -78,7 +78,7 @@ def _case(folder: Path, model: Any, name: str) -> dict[str, Any]:
 
 def record(*families: str) -> None:
     """Writes the folders and the figures of these families."""
-    from finetune.commands.tiny_native import write_native
+    from finetune.tiny.native_folders import write_native
 
     for family in families:
         folder = GOLDEN / family

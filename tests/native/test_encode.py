@@ -12,15 +12,15 @@ import torch
 from conversations import CONVERSATIONS, as_published, encoder, sample
 from transformers import AutoProcessor, MiniCPMV4_6ImageProcessor
 
+from finetune.checkpoints.base_checkpoint import resolve
+from finetune.encoding.chat_template_check import check_chat_template
 from finetune.encoding.collate import pad
 from finetune.encoding.encoder import AlignmentError, Encoder
-from finetune.encoding.fitting import Fitter
-from finetune.media import processor as processor_module
+from finetune.encoding.length_policy import LengthPolicy
+from finetune.media import transformers_processor as processor_module
 from finetune.media.slicing import SliceSpec, plan
 from finetune.models import load_tokenizer
 from finetune.sample import Message
-from finetune.templates.probe import check_chat_template
-from finetune.tuning.checkpoint import resolve
 
 
 def published(folder: Path, messages: Sequence[Message], *, generate: bool, slices: int = 9) -> dict:
@@ -85,7 +85,7 @@ def test_a_long_sample_is_cut_into_fewer_slices(native, family: str) -> None:
     made = encoder(native(family))
     whole = made.measure(sample(CONVERSATIONS["several"]))
     made.max_length = whole.tokens - 20
-    example, outcome = Fitter(made, "shrink").encode(sample(CONVERSATIONS["several"]))
+    example, outcome = LengthPolicy(made, "shrink").encode(sample(CONVERSATIONS["several"]))
     assert outcome == "shrunk"
     assert len(example.input_ids) <= made.max_length
     assert len(example.tgt_sizes) < whole.items

@@ -12,7 +12,7 @@ from golden import CASES, FAMILIES, GOLDEN, fill, moments
 from transformers import AutoConfig
 
 from finetune.encoding.collate import pad
-from finetune.models.whole import WHOLE_NETWORKS
+from finetune.models.minicpmv4_6 import WHOLE_NETWORKS
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

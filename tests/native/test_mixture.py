@@ -15,17 +15,19 @@ from peft import AutoPeftModel
 from transformers import AutoModelForImageTextToText
 from variants import MIXTURE, family_of
 
-from finetune.arguments import LoraArguments, TrainingArguments, parse_arguments
-from finetune.commands.tiny import write_tiny_checkpoint
+from finetune.arguments.model import LoraArguments
+from finetune.arguments.parse import parse_arguments
+from finetune.arguments.training import TrainingArguments
+from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.saving import finish_adapter
 from finetune.encoding.collate import pad
-from finetune.errors import ArgumentError, CheckpointError
 from finetune.models import load_model
 from finetune.models.adapters import put_adapter
-from finetune.models.key_values import CACHE
-from finetune.tuning.checkpoint import resolve
-from finetune.tuning.flops import flops_of
-from finetune.tuning.parts import adapt, format_table, part_rows
-from finetune.tuning.saving import finish_adapter
+from finetune.models.kv_cache import CACHE
+from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
+from finetune.training.flops import flops_of
+from finetune.training.freezing import adapt, format_table, part_rows
+from finetune.utils.errors import ArgumentError, CheckpointError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILY = family_of(MIXTURE)
@@ -91,7 +93,7 @@ def test_router_losses_are_as_the_class_has_them(tiny, batch, tmp_path, caplog) 
 
 
 def test_the_table_tells_active_parameters_and_what_becomes_of_experts(tiny, tmp_path, caplog) -> None:
-    caplog.set_level("INFO", "finetune.tuning.adapters")
+    caplog.set_level("INFO", "finetune.training.lora")
     _, rows = tuned(tiny(MIXTURE), tmp_path)
     llm = rows[-1] if rows[-1].part == "llm" else next(row for row in rows if row.part == "llm")
     assert llm.total - llm.active == ROUTED // 2

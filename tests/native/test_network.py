@@ -14,12 +14,12 @@ import transformers
 from conversations import CONVERSATIONS, encoder, sample
 from safetensors.torch import load_file, save_file
 
-from finetune.commands.tiny_native import NATIVE
 from finetune.encoding.collate import pad
-from finetune.errors import CheckpointError
 from finetune.models import load_model
-from finetune.models.key_values import CACHE, NAMES
-from finetune.models.whole import WHOLE_NETWORKS
+from finetune.models.kv_cache import CACHE, NAMES
+from finetune.models.minicpmv4_6 import WHOLE_NETWORKS
+from finetune.tiny.native_folders import NATIVE
+from finetune.utils.errors import CheckpointError
 
 Batch = dict[str, torch.Tensor]
 MIXED = ("several", "text", "turns")

@@ -13,7 +13,7 @@ from linear_kernels import put_in_place
 
 from finetune.encoding.collate import pack, pad
 from finetune.models import load_model
-from finetune.models.segments import SEGMENTED
+from finetune.models.packed_attention import SEGMENTED
 from finetune.sample import Media, Message, Text
 
 SEGMENTS = ("sliced", "text", "turns", "several", "clip")

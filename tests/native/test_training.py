@@ -14,13 +14,13 @@ from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file
 
 from dataset import make_supervised_data_module
-from finetune.arguments import parse_arguments
-from finetune.commands.tiny_native import NATIVE
+from finetune.arguments.parse import parse_arguments
+from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.verification import compare, take_reference
 from finetune.encoding.collate import pad
 from finetune.models import load_model
-from finetune.tuning.checkpoint import resolve
-from finetune.tuning.parts import adapt, part_of
-from finetune.tuning.verification import compare, take_reference
+from finetune.tiny.native_folders import NATIVE
+from finetune.training.freezing import adapt, part_of
 from trainer import CPMTrainer
 
 LORA = ("--use_lora", "true", "--lora_r", "4", "--lora_parts", "llm", "vision", "resampler", "--tune_vision", "false")

@@ -14,10 +14,10 @@ from transformers import TrainerState, TrainingArguments
 from zoo import gradient
 
 from finetune.commands.check import main as check
+from finetune.evaluation.evaluation_report import build
 from finetune.evaluation.metrics import METRICS
-from finetune.evaluation.report import build
-from finetune.evaluation.run_report import RunFacts, build_run
 from finetune.evaluation.scoring import make_rows, summarise
+from finetune.evaluation.training_report import RunFacts, build_run
 from finetune.sample import Media, Message, Sample, Source, Text
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -1,6 +1,6 @@
 """Networks of a size that a step on the CPU takes a second with."""
 
-from finetune.planning.published import CONFIGS
+from finetune.planning.published_shapes import CONFIGS
 
 SMALL = {
     **CONFIGS["v4_5"],

@@ -13,10 +13,10 @@ from golden_tokenizers import tokenizer
 from PIL import Image
 
 from dataset import make_supervised_data_module
-from finetune.arguments import DataArguments
-from finetune.encoding.check import CheckError, check, check_before_training
+from finetune.arguments.data import DataArguments
+from finetune.data_check.check_records import CheckError, check, check_before_training
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.fitting import Fitter
+from finetune.encoding.length_policy import LengthPolicy
 from finetune.families import by_name
 from finetune.media.slicing import SliceSpec
 from finetune.readers import read
@@ -168,7 +168,7 @@ def test_the_check_names_the_file_of_each_record(
 
 
 def test_the_check_remembers_a_mixture_until_a_file_or_its_meaning_changes(work: Path, encoder: Encoder) -> None:
-    fitter = Fitter(encoder, "shrink")
+    fitter = LengthPolicy(encoder, "shrink")
 
     def reused(names: str, **options: Any) -> int:
         return check(read_named(names, **options), fitter).reused

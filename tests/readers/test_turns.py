@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from finetune.readers import keys, read
+from finetune.readers import read, record_keys
 from finetune.sample import Call, DataError, Media, Sample
 
 FORMS = ("official", "sharegpt", "openai")
@@ -50,7 +50,7 @@ def shown(sample: Sample) -> list[str]:
 
 
 @IN_EVERY_FORM
-@pytest.mark.parametrize("name", keys.LOSS)
+@pytest.mark.parametrize("name", record_keys.LOSS)
 @pytest.mark.parametrize(("no", "yes"), [(0, 1), (False, True), (0.0, 1.0)])
 def test_words_for_loss(folder: Path, form: str, name: str, no: Any, yes: Any) -> None:
     record = talk({name: no}, {name: no}, {}, {name: yes})
@@ -61,18 +61,18 @@ def test_words_for_loss(folder: Path, form: str, name: str, no: Any, yes: Any) -
 
 
 @IN_EVERY_FORM
-@pytest.mark.parametrize("name", keys.LOSS)
+@pytest.mark.parametrize("name", record_keys.LOSS)
 def test_weights_between_and_two_that_differ(folder: Path, form: str, name: str) -> None:
     with pytest.raises(DataError, match=rf"turn 1: '{name}' is 0.5; .*answers are trained in full or not at all"):
         one(folder, talk({}, {name: 0.5}), form)
-    other = next(each for each in keys.LOSS if each != name)
+    other = next(each for each in record_keys.LOSS if each != name)
     assert trained(one(folder, talk({}, {name: 0, other: False}), form)) == [3]
     with pytest.raises(DataError, match=r"turn 1: .* two names for one thing; keep one"):
         one(folder, talk({}, {name: 0, other: 1}), form)
 
 
 @IN_EVERY_FORM
-@pytest.mark.parametrize("name", keys.SYSTEM)
+@pytest.mark.parametrize("name", record_keys.SYSTEM)
 def test_words_for_the_system_turn(folder: Path, form: str, name: str) -> None:
     sample = one(folder, talk(**{name: "Be brief."}), form)
     assert (sample.messages[0].role, sample.messages[0].text) == ("system", "Be brief.")
@@ -83,7 +83,7 @@ def test_words_for_the_system_turn(folder: Path, form: str, name: str) -> None:
     with pytest.raises(DataError, match=rf"'{name}' is \"Be long.\" and the system turn is \"Be brief.\"; keep one"):
         one(folder, {**again, name: "Be long."}, form)
     with pytest.raises(DataError, match="two names for one thing"):
-        one(folder, talk(**{name: "a", next(each for each in keys.SYSTEM if each != name): "b"}), form)
+        one(folder, talk(**{name: "a", next(each for each in record_keys.SYSTEM if each != name): "b"}), form)
     with pytest.raises(DataError, match=rf"'{name}' is a number; the system prompt must be a string"):
         one(folder, talk(**{name: 3}), form)
 
@@ -96,7 +96,7 @@ def test_a_system_prompt_beside_images(folder: Path) -> None:
 
 
 @IN_EVERY_FORM
-@pytest.mark.parametrize("name", keys.THOUGHT)
+@pytest.mark.parametrize("name", record_keys.THOUGHT)
 def test_thinking(folder: Path, form: str, name: str) -> None:
     sample = one(folder, talk({}, {name: "Hm."}, {}, {name: ""}), form)
     assert [message.thought for message in sample.messages] == ["", "Hm.", "", ""]
@@ -108,7 +108,7 @@ def test_thinking(folder: Path, form: str, name: str) -> None:
 
 
 @IN_EVERY_FORM
-@pytest.mark.parametrize("kind", keys.IN_TURN)
+@pytest.mark.parametrize("kind", record_keys.IN_TURN)
 @pytest.mark.parametrize("many", [False, True])
 def test_files_of_a_turn(folder: Path, form: str, kind: Any, many: bool) -> None:
     file = TAG[kind]
@@ -131,7 +131,7 @@ def test_files_of_turns_beside_those_of_the_record(folder: Path) -> None:
     assert shown(one(folder, talk(listed))) == ["[b.png]\n[a.png]<image>", "b", "c", "d"]
 
 
-@pytest.mark.parametrize("name", [name for name in keys.COMPARED if name != "chosen"])
+@pytest.mark.parametrize("name", [name for name in record_keys.COMPARED if name != "chosen"])
 @pytest.mark.parametrize("form", ["auto", *FORMS])
 def test_answers_that_are_compared(folder: Path, form: str, name: str) -> None:
     value = True if name == "kto_tag" else "worse"

@@ -34,9 +34,9 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from finetune import outcome  # noqa: E402
-from finetune.commands.demo_data import write_demo_dataset  # noqa: E402
-from finetune.commands.tiny import write_tiny_checkpoint  # noqa: E402
+from finetune.runtime import outcome  # noqa: E402
+from finetune.tiny.checkpoint_writer import write_tiny_checkpoint  # noqa: E402
+from finetune.tiny.demo_dataset import write_demo_dataset  # noqa: E402
 
 SCRIPTS = {"lora": "finetune_lora.sh", "full": "finetune_ds.sh"}
 WAYS = [(method, stage) for method in SCRIPTS for stage in (2, 3)]

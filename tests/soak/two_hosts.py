@@ -23,8 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "soak")]
 import psutil  # noqa: E402
 from soak import differences  # noqa: E402
 
-from finetune.commands.demo_data import write_demo_dataset  # noqa: E402
-from finetune.commands.tiny import write_tiny_checkpoint  # noqa: E402
+from finetune.tiny.checkpoint_writer import write_tiny_checkpoint  # noqa: E402
+from finetune.tiny.demo_dataset import write_demo_dataset  # noqa: E402
 
 HOSTS = {"soak-a": "10.177.0.1", "soak-b": "10.177.0.2"}
 HANG = 20

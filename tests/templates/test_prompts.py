@@ -6,7 +6,7 @@ import pytest
 from golden_tokenizers import tokenizer, vocabulary
 
 from finetune.families import by_name
-from finetune.media.slicing import Plan
+from finetune.media.slicing import SlicePlan
 from finetune.sample import DataError, Media, Message, Part, Sample, Source, Text
 from finetune.templates.rendering import IGNORE, Layout, Rendered
 
@@ -28,7 +28,7 @@ def sample(*messages: Message) -> Sample:
     return Sample(id="x", source=SOURCE, messages=messages)
 
 
-def render(family: str, conversation: Sample, generate: bool = False, plans: tuple[Plan, ...] = ()) -> Rendered:
+def render(family: str, conversation: Sample, generate: bool = False, plans: tuple[SlicePlan, ...] = ()) -> Rendered:
     return by_name(family).render(conversation, plans, vocabulary(NAMES[family]), Layout(query_num=4), generate)
 
 
@@ -135,7 +135,7 @@ def test_v2_0_label_where_a_token_spans_the_border() -> None:
 
 @BOTH
 def test_placeholders_and_bounds(family: str) -> None:
-    plans = (Plan((448, 448)), Plan((448, 448), (2, 2), (896, 896), (448, 448)))
+    plans = (SlicePlan((448, 448)), SlicePlan((448, 448), (2, 2), (896, 896), (448, 448)))
     conversation = sample(user("a", IMAGE, "b"), answer("c"), user(IMAGE, "\nd"), answer("e"))
     rendered = render(family, conversation, plans=plans)
     words = vocabulary(NAMES[family])
@@ -154,7 +154,7 @@ def test_placeholders_and_bounds(family: str) -> None:
 
 
 def test_llama3_trims_around_images_only_at_the_edges() -> None:
-    plans = (Plan((448, 448)), Plan((448, 448)))
+    plans = (SlicePlan((448, 448)), SlicePlan((448, 448)))
     one = render("llama3_v2_5", sample(user(" \n", IMAGE, "\na ", IMAGE, "\n"), answer("b")), plans=plans)
     text = str(tokenizer("llama3").decode(one.input_ids)).replace("<unk>" * 4, "?")
     assert "\n\n<image>?</image>\na <image>?</image><|eot_id|>" in text

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from finetune.evaluation.metrics.base import Metric, MetricError, failed, own
 from finetune.evaluation.metrics.boxes import BOX_IOU, POINT_IN_BOX
-from finetune.evaluation.metrics.choose import choose
-from finetune.evaluation.metrics.distance import ANLS, CER, ROUGE_L, WER
-from finetune.evaluation.metrics.fields import JSON_F1
+from finetune.evaluation.metrics.default_metric import choose
+from finetune.evaluation.metrics.edit_distance import ANLS, CER, ROUGE_L, WER
+from finetune.evaluation.metrics.json_fields import JSON_F1
+from finetune.evaluation.metrics.metric import Metric, MetricError, failed, own
 from finetune.evaluation.metrics.text import CHOICE, EXACT, NORMALISED, RELAXED, TOKEN_F1
 from finetune.evaluation.metrics.vqa import VQA
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from finetune.evaluation.metrics.base import Metric
+from finetune.evaluation.metrics.metric import Metric
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]

@@ -6,7 +6,7 @@ import re
 import string
 from collections import Counter
 
-from finetune.evaluation.metrics.base import Metric, best
+from finetune.evaluation.metrics.metric import Metric, best
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -1,0 +1,169 @@
+"""Every flag of finetune.py, where its default comes from, and which combinations are refused."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from enum import Enum
+from typing import Any, NamedTuple, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from finetune.arguments.data import DataArguments
+from finetune.arguments.model import LoraArguments, ModelArguments, check_lora
+from finetune.arguments.ranges import check_given, check_objects, check_ranges
+from finetune.arguments.requirements import check_data, check_q_lora, check_targets, check_training, resolve_attention
+from finetune.arguments.resolve import Resolved, resolve
+from finetune.arguments.training import TrainingArguments, check_streamed_batches
+from finetune.utils.errors import ArgumentError, UserError
+
+logger = logging.getLogger(__name__)
+
+# What PyYAML puts behind a single value.
+_DOCUMENT_END = "\n...\n"
+
+# Secrets, and objects that transformers derives from other flags.
+_NOT_RECORDED = ("hub_token", "accelerator_config")
+
+GROUPS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
+
+
+def flags_of(groups: Sequence[Any]) -> dict[str, bool]:
+    """The flags of some dataclasses, and whether they take several words."""
+    return {entry.name: "list" in str(entry.type) for group in groups for entry in fields(group)}
+
+
+class Arguments(NamedTuple):
+    """All parsed and validated flags."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    lora: LoraArguments
+    origins: Mapping[str, str] = {}
+    """Where each flag was given; flags that are missing here have their default, or follow from others."""
+
+    def non_defaults(self) -> dict[str, Any]:
+        """Every flag whose resolved value differs from its default, by name, in plain YAML types."""
+        values: dict[str, Any] = {}
+        for group in (self.model, self.data, self.training, self.lora):
+            for entry in fields(group):
+                value = getattr(group, entry.name)
+                if value != entry.default and value not in (None, [], "") and entry.name not in _NOT_RECORDED:
+                    values[entry.name] = _plain(value)
+        return values
+
+    def origin(self, name: str) -> str:
+        """Where the value of a flag comes from."""
+        return self.origins.get(name, "derived")
+
+    def describe(self) -> str:
+        """The flags that differ from their defaults, one on each line, with their origins."""
+        values = self.non_defaults()
+        width = max(map(len, values), default=0)
+        lines = [f"  {name:<{width}}  {_short(value)}  ({self.origin(name)})" for name, value in values.items()]
+        return "\n".join(["flags that are not at their defaults:", *lines])
+
+    def to_yaml(self) -> str:
+        """The same as YAML that a run takes again; what follows from other flags and the machine is in comments."""
+        lines = []
+        for name, value in self.non_defaults().items():
+            text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=sys.maxsize)
+            remark = "" if name in self.origins else "# "
+            lines.append(f"  {remark}{name}: {text.removesuffix(_DOCUMENT_END).strip()}  # {self.origin(name)}")
+        return "\n".join(["flags:", *lines, ""])
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+    """Parses and validates the command line, which may begin with a YAML file of flags.
+
+    Raises:
+        ArgumentError: unknown or contradicting flags.
+    """
+    known = flags_of(GROUPS)
+    resolved = resolve(sys.argv[1:] if argv is None else argv, known)
+    model, data, training, lora = _groups(resolved, known)
+    if "do_train" in resolved.origins and not training.do_train:
+        raise ArgumentError(
+            f"{resolved.origins['do_train']} false: this trains; `python -m finetune evaluate` evaluates"
+        )
+    if training.do_predict:
+        raise ArgumentError("--do_predict true is not training: `python -m finetune evaluate` predicts and scores")
+    check_training(training)
+    resolve_attention(model)
+    if data.image_backend == "fast" and importlib.util.find_spec("simplejpeg") is None:
+        logger.warning("--image_backend fast decodes JPEG files faster with simplejpeg: pip install -e '.[fast]'")
+    if lora.q_lora:
+        check_q_lora(training)
+    check_lora(lora, use_lora=training.use_lora)
+    check_targets(lora)
+    check_data(data, training)
+    if data.streaming:
+        check_streamed_batches(training)
+    return Arguments(model, data, training, lora, resolved.origins)
+
+
+class _Parser(HfArgumentParser):
+    """One line instead of the usage of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ArgumentError(f"{message}; --help lists every flag")
+
+
+def _groups(resolved: Resolved, known: Mapping[str, bool]) -> tuple[Any, ...]:
+    """The flags as their dataclasses; every number is looked at before the first of them is made.
+
+    Raises:
+        ArgumentError: also for what transformers says of its own flags.
+    """
+    parser = _Parser(GROUPS, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
+    check_given(resolved.words)
+    values, unknown = parser.parse_known_args(resolved.words)
+    if unknown:
+        refuse_unknown(unknown, [f"--{name}" for name in known])
+    check_ranges(vars(values), resolved.origins)
+    check_objects(vars(values))
+    try:
+        return parser.parse_args_into_dataclasses(resolved.words)
+    except UserError:
+        raise
+    except (ValueError, ImportError, NotImplementedError) as error:
+        raise ArgumentError(" ".join(str(error).split())) from error
+
+
+def refuse_unknown(words: Sequence[str], known: Sequence[str]) -> NoReturn:
+    """Refuses what no flag takes.
+
+    Args:
+        words: flags, perhaps with their values, or words that stand alone.
+        known: all flags.
+
+    Raises:
+        ArgumentError: with the nearest known flag.
+    """
+    names = [word for word in words if word.startswith("--")] or words
+    hints = []
+    for name in names:
+        close = difflib.get_close_matches(name.partition("=")[0], known, n=1)
+        hints.append(f"{name} (did you mean {close[0]}?)" if close else name)
+    raise ArgumentError(f"unknown: {', '.join(hints)}; --help lists every flag")

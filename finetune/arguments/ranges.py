@@ -1,0 +1,213 @@
+"""Which numbers a flag takes: one table for training and all commands, looked at before anything is opened."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.arguments.argv import group
+from finetune.utils.errors import ArgumentError
+from finetune.utils.json_objects import parse, read_object
+
+# Counts, steps and seconds beyond this overflow somewhere; nobody means them.
+_MOST = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers that a flag takes; NaN and infinity never are.
+
+    Attributes:
+        low: the smallest.
+        high: the largest.
+        above: whether ``low`` itself is left out.
+        below: whether ``high`` itself is left out.
+        steps: whether it counts steps: a share of all below 1, from 1 on a whole number.
+        also: a value outside with a meaning of its own.
+        hint: what to do instead, for the message.
+    """
+
+    low: float = -math.inf
+    high: float = _MOST
+    above: bool = False
+    below: bool = False
+    steps: bool = False
+    also: float | None = None
+    hint: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        if value == self.also:
+            return True
+        if self.steps and value > 1 and value != int(value):
+            return False
+        low = value > self.low if self.above else value >= self.low
+        return low and (value < self.high if self.below else value <= self.high)
+
+    def describe(self, value: float) -> str:
+        """What is wanted instead of a value outside, in words."""
+        if self.low == self.high:
+            return f"it must be {_plain(self.low)}"
+        bounds = ["finite"] if not math.isfinite(value) else []
+        if self.low > -math.inf:
+            bounds.append(f"{'above' if self.above else 'at least'} {_plain(self.low)}")
+        if math.isinf(value) or value >= self.high:
+            bounds.append(f"{'below' if self.below else 'at most'} {_plain(self.high)}")
+        kind = "a whole number of steps, or a share of all steps below 1: " if self.steps else ""
+        also = f", or {_plain(self.also)}" if self.also is not None else ""
+        return f"it must be {kind}{' and '.join(bounds)}{also}"
+
+
+def _plain(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:g}"
+
+
+_COUNT = Range(low=1)
+_NOT_NEGATIVE = Range(low=0)
+_POSITIVE = Range(low=0, above=True)
+_SHARE = Range(low=0, high=1, below=True)
+_SEED = Range(low=0, high=2**32 - 1)
+_RATE = Range(low=0, above=True, hint="0 trains nothing; --tune_llm, --tune_vision, ... false keep a part as it is")
+# A picture of fewer pixels than a patch has shows nothing.
+_PIXELS = Range(low=14 * 14)
+
+RANGES: Mapping[str, Range] = {
+    # how long, how often
+    "num_train_epochs": _POSITIVE,
+    "epochs": _POSITIVE,
+    "max_steps": Range(low=1, also=-1, hint="leave it out to train --num_train_epochs"),
+    "logging_steps": Range(low=0, above=True, steps=True, hint="--logging_strategy no switches it off"),
+    "save_steps": Range(low=0, above=True, steps=True, hint="--save_strategy no switches it off"),
+    "eval_steps": Range(low=0, above=True, steps=True, hint="--eval_strategy no switches it off"),
+    "eval_delay": _NOT_NEGATIVE,
+    "warmup_steps": Range(low=0, steps=True),
+    "save_total_limit": Range(low=1, hint="leave it out to keep all checkpoints"),
+    "max_nonfinite_steps": Range(low=0, hint="0 never stops"),
+    "torch_empty_cache_steps": _COUNT,
+    "save_on_signal_timeout": Range(low=0, hint="0 ends at once"),
+    "hang_timeout": Range(low=0, hint="0 waits for ever"),
+    # the optimizer
+    **dict.fromkeys(("learning_rate", "vision_lr", "resampler_lr", "audio_lr"), _RATE),
+    "weight_decay": _NOT_NEGATIVE,
+    "adam_beta1": _SHARE,
+    "adam_beta2": _SHARE,
+    "adam_epsilon": _POSITIVE,
+    "max_grad_norm": Range(low=0, hint="0 does not clip"),
+    "neftune_noise_alpha": _NOT_NEGATIVE,
+    "label_smoothing_factor": Range(
+        low=0,
+        high=0,
+        hint="smoothing needs the logits of all tokens, which the output layer here never makes; leave it out",
+    ),
+    **dict.fromkeys(("seed", "data_seed"), _SEED),
+    # batches and processes
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "batch_size", "batch"), _COUNT),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "packing_tokens"), _COUNT),
+    **dict.fromkeys(("packing_items", "vision_batch", "dataloader_prefetch_factor", "ddp_bucket_cap_mb"), _COUNT),
+    **dict.fromkeys(("ddp_timeout", "gpus", "model_max_length", "length"), _COUNT),
+    "dataloader_num_workers": Range(low=0, hint="0 prepares samples in the training process"),
+    "gpu_memory": _POSITIVE,
+    "export_size": _POSITIVE,
+    "zero": Range(low=0, high=3),
+    "port": Range(low=1, high=65535),
+    # adapters
+    "lora_r": _COUNT,
+    "lora_alpha": Range(low=1, hint="the update is multiplied by alpha / r, by 0 it does nothing"),
+    "lora_dropout": Range(low=0, high=1, below=True, hint="1 drops everything"),
+    "lora_layers_to_transform": _NOT_NEGATIVE,
+    # data
+    **dict.fromkeys(("max_samples", "limit", "buffer_size", "train", "eval", "images", "samples"), _COUNT),
+    "show": _NOT_NEGATIVE,
+    "val_size": _NOT_NEGATIVE,
+    "max_bad_share": Range(low=0, high=1, hint="1 never stops"),
+    "slices": Range(low=0, hint="0 is text only"),
+    "experts": Range(low=0, hint="0 is a dense model"),
+    "labelled": Range(low=0, high=1, above=True),
+    "report_rows": _NOT_NEGATIVE,
+    **dict.fromkeys(("max_slice_nums", "video_max_slice_nums"), Range(low=1, hint="1 is the thumbnail alone")),
+    **dict.fromkeys(("max_image_pixels", "image_max_pixels", "video_max_pixels"), _PIXELS),
+    **dict.fromkeys(("video_max_frames", "video_packing", "packing_maxlen"), _COUNT),
+    **dict.fromkeys(("video_fps", "double_frame_duration", "time_scale"), _POSITIVE),
+    # answers
+    "eval_generate": _NOT_NEGATIVE,
+    **dict.fromkeys(("eval_max_new_tokens", "max_new_tokens"), _COUNT),
+    "temperature": Range(low=0, above=True, hint="--greedy takes the most likely token each time"),
+    "top_p": Range(low=0, high=1, above=True),
+    "top_k": _NOT_NEGATIVE,
+    "repetition_penalty": _POSITIVE,
+}
+"""Flag without dashes to its range."""
+
+EXEMPT: Mapping[str, str] = {
+    "local_rank": "set by torchrun, -1 without",
+    "tune_llm_layers": "any number but 0 has a meaning; 0 is refused with what it goes with",
+}
+"""Numeric flags without a range, and why."""
+
+
+OBJECTS: Mapping[str, bool] = {
+    "accelerator_config": True,
+    "fsdp_config": True,
+    "gradient_checkpointing_kwargs": False,
+    "liger_kernel_config": False,
+    "lr_scheduler_kwargs": False,
+}
+"""Flags that take a JSON object, and whether a file of one too."""
+
+
+def check_ranges(values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> None:
+    """Refuses numbers that a flag does not take.
+
+    Args:
+        values: of flags by name; those that are None or no numbers are left to others.
+        origins: where a flag was given, for the message.
+
+    Raises:
+        ArgumentError: naming the flag, its value and what it takes.
+    """
+    for name, wanted in RANGES.items():
+        for value in _numbers(values.get(name)):
+            if value not in wanted:
+                origin = (origins or {}).get(name, "command line")
+                where = "" if origin == "command line" else f" ({origin})"
+                hint = f"; {wanted.hint}" if wanted.hint else ""
+                raise ArgumentError(f"--{name} {value}{where}: {wanted.describe(value)}{hint}")
+
+
+def check_given(words: Sequence[str]) -> None:
+    """Refuses flags whose value is empty, as an unset variable of a script leaves them.
+
+    Raises:
+        ArgumentError: naming the flag.
+    """
+    for name, given in group(words)[0].items():
+        if given and all(not word.strip() for word in given):
+            raise ArgumentError(f"--{name} has an empty value ('{given[0]}'): give one, or leave the flag out")
+
+
+def check_objects(values: Mapping[str, Any]) -> None:
+    """Refuses settings that are neither a JSON object nor, where transformers reads one, a file of it.
+
+    Raises:
+        ArgumentError: naming the flag.
+    """
+    for name, file in OBJECTS.items():
+        value = values.get(name)
+        if not isinstance(value, str):
+            continue
+        if value.startswith("{"):
+            parse(value, f"--{name} {value}", ArgumentError, "correct it")
+        elif not file:
+            raise ArgumentError(f"--{name} {value}: a JSON object is wanted, such as '{{\"key\": 1}}'")
+        else:
+            read_object(Path(value), ArgumentError, f"--{name} takes a JSON object, or a file of one")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    for item in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(item, (int, float)) and not isinstance(item, bool):
+            yield item

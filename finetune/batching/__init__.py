@@ -1,0 +1,1 @@
+"""Lengths, packing, samplers and dataloaders."""

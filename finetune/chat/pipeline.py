@@ -1,0 +1,331 @@
+"""Answers of a network to conversations: all at once, or piece by piece while they are made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from finetune.chat.detokenizer import IncrementalDetokenizer
+from finetune.encoding.collate import pad
+from finetune.encoding.encoder import Encoder, PromptOptions
+from finetune.evaluation.batched_generation import answer_text
+from finetune.families import by_name, detect
+from finetune.families.settings import DOWNSAMPLE_MODE
+from finetune.media.video_sampling import VideoOptions
+from finetune.models import load_tokenizer
+from finetune.models.checkpoint_folder import read_settings
+from finetune.models.downsample_mode import decide, with_mode, working_in
+from finetune.sample import Message, Sample, Source, Text
+from finetune.utils.errors import ArgumentError
+
+# A prompt that asks for thinking may end with this; it is then part of the answer.
+_OPEN_THOUGHT = "<think>\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatPromptOptions:
+    """How prompts are written; None keeps the checkpoint's value.
+
+    Attributes:
+        max_slice_nums: most slices per image.
+        use_image_id: whether images are numbered.
+        enable_thinking: whether the model is asked to think before it answers.
+        max_inp_length: longest prompt in tokens; a longer one is refused.
+        use_tts_template: MiniCPM-o: whether the prompt is one for an answer that is spoken; where there is sound,
+            it always is.
+        chunk_input: MiniCPM-o: whether every second of sound has placeholders of its own.
+        downsample_mode: of 4.6 and later, "16x" or "4x"; None for the network's.
+        video: how videos are looked at.
+    """
+
+    max_slice_nums: int | None = None
+    use_image_id: bool | None = None
+    enable_thinking: bool | None = None
+    max_inp_length: int | None = None
+    use_tts_template: bool | None = None
+    chunk_input: bool | None = None
+    downsample_mode: str | None = None
+    video: VideoOptions = VideoOptions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen.
+
+    Attributes:
+        sampling: draw them; False takes the most likely one each time.
+        temperature: above 0; only with sampling, as the next two.
+        top_p: share of the probability that is drawn from.
+        top_k: most tokens that are drawn from.
+        repetition_penalty: above 1 makes tokens that the answer already has less likely; None for 1.05 with sampling
+            and none without.
+        num_beams: beams searched.
+        max_new_tokens: longest answer.
+        min_new_tokens: shortest answer.
+    """
+
+    sampling: bool = True
+    temperature: float = 0.7
+    top_p: float = 0.8
+    top_k: int = 100
+    repetition_penalty: float | None = None
+    num_beams: int = 1
+    max_new_tokens: int = 2048
+    min_new_tokens: int = 0
+
+    def options(self, prompt_length: int) -> dict[str, Any]:
+        """The same for ``generate``; nothing is left to the checkpoint's generation_config.json."""
+        chosen: dict[str, Any] = {"do_sample": self.sampling, "num_beams": self.num_beams, "repetition_penalty": 1.0}
+        if self.sampling:
+            chosen |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        if self.min_new_tokens:
+            chosen["min_new_tokens"] = self.min_new_tokens
+        penalty = self.repetition_penalty or (1.05 if self.sampling else 1.0)
+        if penalty != 1.0:
+            # Of ``generate`` itself it would also count the words of the prompt.
+            processor = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=prompt_length)
+            chosen["logits_processor"] = LogitsProcessorList([processor])
+        return {**chosen, "max_new_tokens": self.max_new_tokens}
+
+
+# Arguments of published calls that have no meaning here; None is what callers without a use for them give.
+_WITHOUT_USE = ("processor", "vision_hidden_states", "streamer")
+# Those that ask for speech; it is not part of the network here.
+_SPEECH = ("generate_audio", "output_audio_path", "return_spk_embed", "return_dict")
+_PROMPTING = {field.name for field in fields(ChatPromptOptions)}
+_DECODING = {field.name for field in fields(SamplingOptions)}
+
+
+def read_options(options: Mapping[str, Any]) -> tuple[ChatPromptOptions, SamplingOptions]:
+    """Keyword arguments sorted into the two; those that are None keep their default.
+
+    Raises:
+        ArgumentError: there is no such option.
+    """
+    options = dict(options)
+    if (drawn := options.pop("do_sample", None)) is not None:
+        options.setdefault("sampling", drawn)
+    for name in _SPEECH:
+        if options.pop(name, None):
+            raise ArgumentError(f"{name}: answers are text, speech is left to the published code; leave {name} out")
+    if options.pop("temporal_ids", None):
+        raise ArgumentError(
+            "temporal_ids: give the video itself in place of its frames, Path(...) or {'type': 'video', 'video': ...}; "
+            "they are chosen and grouped as the checkpoint wants"
+        )
+    for name, value in options.items():
+        if name not in _PROMPTING | _DECODING and (name not in _WITHOUT_USE or value is not None):
+            known = ", ".join(sorted(_PROMPTING | _DECODING))
+            raise ArgumentError(f"chat has no option {name}={value!r}; there are {known}")
+    given = {name: value for name, value in options.items() if value is not None}
+    decoding = SamplingOptions(**{name: value for name, value in given.items() if name in _DECODING})
+    return ChatPromptOptions(**{name: value for name, value in given.items() if name in _PROMPTING}), decoding
+
+
+class ChatPipeline:
+    """A network with its tokenizer, ready to answer.
+
+    Args:
+        model: the network, or an adapter on it.
+        tokenizer: the checkpoint's; None for the one in the folder that the network came from.
+
+    Raises:
+        CheckpointError: there is no tokenizer.
+        UnknownFamilyError: the network is none of the supported generations.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.model = model
+        config, folder = _origin(model)
+        self.family = detect(config)
+        self.tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
+        # What the processors are told lies beside config.json.
+        whole = (Path(folder) / "config.json").is_file()
+        self._settings = read_settings(Path(folder), config) if whole else config
+
+    def encoder(self, prompting: ChatPromptOptions) -> Encoder:
+        """The encoder that writes prompts in this way.
+
+        Raises:
+            ArgumentError: thinking or a downsample_mode is asked for that the family does not know.
+        """
+        network: Any = self.model.config
+        wish = prompting.downsample_mode or getattr(network, DOWNSAMPLE_MODE, None)
+        mode = decide(self.family, self._settings, None, wish, environment={})
+        config = json.dumps(with_mode(self._settings, mode), sort_keys=True, default=str)
+        encoder = _encoder(self.family.name, self.tokenizer, config, prompting)
+        if prompting.enable_thinking and not _thinks(self.family.name, self.tokenizer, config):
+            raise ArgumentError(f"enable_thinking: {self.family.title} has no thinking mode; leave it out")
+        return encoder
+
+    def answer(self, samples: Sequence[Sample], prompting: ChatPromptOptions, decoding: SamplingOptions) -> list[str]:
+        """Answers to conversations that end with a user turn, in one left-padded batch.
+
+        Raises:
+            DataError: a conversation or an image that cannot be used.
+            ArgumentError: settings that do not fit.
+        """
+        encoder = self.encoder(prompting)
+        batch, opening = self._batch(encoder, samples)
+        with evaluating(self.model):
+            rows = self._generate(encoder, batch, decoding)[:, batch["input_ids"].shape[1] :].tolist()
+        return [opening + answer_text(self.tokenizer, row, encoder.stop_ids) for row in rows]
+
+    def stream(self, sample: Sample, prompting: ChatPromptOptions, decoding: SamplingOptions) -> Iterator[str]:
+        """The answer in pieces; together they are the answer. Closing the iterator ends the generation.
+
+        Raises:
+            DataError: a conversation or an image that cannot be used; at once, not with the first piece.
+            ArgumentError: settings that do not fit.
+        """
+        if decoding.num_beams > 1:
+            raise ArgumentError(f"stream=True gives tokens as they are made; num_beams={decoding.num_beams} cannot")
+        encoder = self.encoder(prompting)
+        batch, opening = self._batch(encoder, [sample])
+        return self._stream(encoder, batch, opening, decoding)
+
+    def _stream(
+        self, encoder: Encoder, batch: dict[str, torch.Tensor], opening: str, decoding: SamplingOptions
+    ) -> Iterator[str]:
+        tokens: SimpleQueue[int | None] = SimpleQueue()
+        stop = Event()
+        more = {"streamer": _Tap(tokens), "stopping_criteria": StoppingCriteriaList([_Asked(stop)])}
+        pieces = IncrementalDetokenizer(self.tokenizer, encoder.stop_ids)
+        with evaluating(self.model), ThreadPoolExecutor(1) as pool:
+            future = pool.submit(self._generate, encoder, batch, decoding, **more)
+            future.add_done_callback(lambda _: tokens.put(None))
+            try:
+                if opening:
+                    yield opening
+                while (token := tokens.get()) is not None:
+                    if piece := pieces.add(token):
+                        yield piece
+                future.result()
+                if piece := pieces.rest():
+                    yield piece
+            finally:
+                stop.set()
+
+    def _batch(self, encoder: Encoder, samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], str]:
+        examples = [encoder.encode(sample, generate=True) for sample in samples]
+        batch = pad(examples, encoder.pad_id, side="left")
+        device = _device(self.model)
+        batch = {key: value.to(device) for key, value in batch.items() if key not in ("labels", "position_ids")}
+        opened = encoder.vocabulary.fixed(_OPEN_THOUGHT)
+        opening = _OPEN_THOUGHT if examples[0].input_ids[-len(opened) :].tolist() == list(opened) else ""
+        return batch, opening
+
+    def _generate(
+        self, encoder: Encoder, batch: dict[str, torch.Tensor], decoding: SamplingOptions, **more: Any
+    ) -> torch.Tensor:
+        generate: Callable[..., torch.Tensor] = self.model.generate  # pyright: ignore[reportAssignmentType]
+        options = decoding.options(batch["input_ids"].shape[1])
+        with torch.no_grad(), working_in(self.model, encoder.downsample_mode):
+            return generate(
+                **batch, **options, **more, eos_token_id=encoder.stop_ids, pad_token_id=encoder.pad_id, use_cache=True
+            )
+
+
+def _origin(model: nn.Module) -> tuple[dict[str, Any], str]:
+    """config.json of a network as a dictionary, and the folder it came from."""
+    config: Any = model.config
+    return config.to_dict(), str(getattr(model, "name_or_path", "") or "")
+
+
+@lru_cache(maxsize=16)
+def _encoder(name: str, tokenizer: PreTrainedTokenizerBase, config: str, prompting: ChatPromptOptions) -> Encoder:
+    family = by_name(name)
+    settings: Mapping[str, Any] = json.loads(config)
+    written: PromptOptions = {}
+    if prompting.use_image_id is not None:
+        written["image_ids"] = prompting.use_image_id
+    if prompting.enable_thinking is not None:
+        written["enable_thinking"] = prompting.enable_thinking
+    if prompting.use_tts_template and family.layout(settings).speech:
+        written["spoken"] = "always"
+    return Encoder.from_config(
+        family,
+        tokenizer,
+        settings,
+        max_slice_nums=prompting.max_slice_nums,
+        max_length=prompting.max_inp_length,
+        run_seconds=None if prompting.chunk_input is None else float(prompting.chunk_input),
+        video=prompting.video,
+        **written,
+    )
+
+
+@lru_cache(maxsize=16)
+def _thinks(name: str, tokenizer: PreTrainedTokenizerBase, config: str) -> bool:
+    """Whether prompts that ask for thinking differ from those that ask for none."""
+    question = Sample(id="", source=Source("chat", 0), messages=(Message("user", (Text("?"),)),))
+    asked, not_asked = (
+        _encoder(name, tokenizer, config, ChatPromptOptions(enable_thinking=wanted))
+        .render(question, (), True)
+        .input_ids
+        for wanted in (True, False)
+    )
+    return asked != not_asked
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the former mode afterwards."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where inputs go; parameters that are offloaded have no device."""
+    return next(parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
+
+
+class _Tap(BaseStreamer):
+    """Puts new tokens into a queue; the first call of ``generate`` brings the prompt."""
+
+    def __init__(self, tokens: SimpleQueue[int | None]) -> None:
+        self._tokens = tokens
+        self._prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt:
+            self._prompt = False
+            return
+        for token in value.flatten().tolist():
+            self._tokens.put(token)
+
+    def end(self) -> None:
+        """The thread itself says when it is done."""
+
+
+class _Asked(StoppingCriteria):
+    """Stops when the reader has gone away."""
+
+    def __init__(self, stop: Event) -> None:
+        self._stop = stop
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), self._stop.is_set(), dtype=torch.bool, device=input_ids.device)

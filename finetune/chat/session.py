@@ -1,0 +1,130 @@
+"""A base with its adapters, of which one or none speaks at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from finetune.chat.minicpmv_chat import best_device
+from finetune.chat.pipeline import ChatPipeline, ChatPromptOptions, SamplingOptions
+from finetune.checkpoints.base_checkpoint import resolve
+from finetune.models import base_of, load_model
+from finetune.models.adapters import put_adapter
+from finetune.models.checkpoint_folder import is_adapter, local_folder
+from finetune.sample import Sample
+from finetune.utils.errors import ArgumentError
+from finetune.utils.paths import expand
+
+OFF = "off"
+
+
+class ChatSession:
+    """A loaded base, and adapters that are switched by name.
+
+    Args:
+        model: folder or hub id of a full checkpoint, or of an adapter, which then is the first; None for the base of
+            the first adapter.
+        adapters: folders, or NAME=FOLDER; without a name the folder's name counts.
+        device: "cuda", "mps", "cpu"; None for the best there is.
+        dtype: of the weights; "auto" is the file's.
+        downsample_mode: how all of them look at images; None for what each was trained with.
+
+    Attributes:
+        adapters: folder by name.
+        active: name of the adapter that speaks, or OFF.
+        modes: by adapter, and of the base (OFF), how many patches become a token; None where there is one way only.
+
+    Raises:
+        ArgumentError: neither model nor adapter is given, or two adapters have one name.
+        CheckpointError: a folder cannot be loaded, or an adapter belongs to another network.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        adapters: Sequence[str] = (),
+        *,
+        device: str | None = None,
+        dtype: torch.dtype | str = "auto",
+        downsample_mode: str | None = None,
+    ) -> None:
+        if model is not None and is_adapter(expand(model)):
+            model, adapters = None, (model, *adapters)
+        self.adapters = _named(adapters)
+        if model is None and not adapters:
+            raise ArgumentError("nothing to talk to: give --model, or --adapter, which knows its base")
+        options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device or best_device()}}
+        folders = {name: local_folder(folder) for name, folder in self.adapters.items()}
+        base = str(model or base_of(next(iter(folders.values()))))
+        own = resolve(base, downsample_mode)
+        self.modes = {name: resolve(base, downsample_mode, trained=path).mode for name, path in folders.items()}
+        self.modes[OFF] = own.mode
+        loaded = load_model(base, downsample_mode=own.downsample_mode, **options)
+        for name, folder in folders.items():
+            loaded = put_adapter(loaded, folder, name)
+        self.model: PreTrainedModel | PeftModel = loaded
+        self.model.eval()
+        self.active = next(iter(self.adapters), OFF)
+        self.talker = ChatPipeline(self.model)
+        self._lock = Lock()
+
+    def choose(self, name: str) -> None:
+        """Makes an adapter the one that speaks, or none of them (OFF).
+
+        Raises:
+            ArgumentError: there is no such adapter.
+        """
+        if name != OFF and name not in self.adapters:
+            raise ArgumentError(f"no adapter {name!r}; there are {', '.join([*self.adapters, OFF])}")
+        self.active = name
+
+    def stream(
+        self, sample: Sample, prompting: ChatPromptOptions, decoding: SamplingOptions, name: str | None = None
+    ) -> Iterator[str]:
+        """The answer in pieces, of the active adapter or the one called ``name``.
+
+        Raises:
+            DataError: a conversation or an image that cannot be used.
+            ArgumentError: settings that do not fit.
+        """
+        name = self.active if name is None else name
+        mode = self.modes[name]
+        if prompting.downsample_mode is None and mode is not None:
+            prompting = replace(prompting, downsample_mode=mode.name)
+        with self._speaking(name):
+            yield from self.talker.stream(sample, prompting, decoding)
+
+    @contextmanager
+    def _speaking(self, name: str) -> Iterator[None]:
+        # The network has one state: nobody may switch while an answer is being made.
+        with self._lock:
+            if not isinstance(self.model, PeftModel):
+                yield
+            elif name == OFF:
+                with self.model.disable_adapter():
+                    yield
+            else:
+                self.model.set_adapter(name)
+                yield
+
+
+def _named(adapters: Sequence[str]) -> dict[str, str]:
+    """Folders by name."""
+    found: dict[str, str] = {}
+    for given in adapters:
+        name, equals, folder = given.partition("=")
+        if not equals or Path(given).exists():
+            # peft's names have no dots.
+            name, folder = expand(given).resolve().name.replace(".", "_"), given
+        if name in found or name == OFF:
+            raise ArgumentError(f"--adapter {given}: the name {name!r} is taken; give NAME={folder}")
+        found[name] = folder
+    return found

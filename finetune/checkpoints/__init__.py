@@ -1,0 +1,1 @@
+"""Checkpoints and results: saved, checked, resumed, verified."""

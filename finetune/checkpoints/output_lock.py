@@ -1,0 +1,151 @@
+"""One run per output folder: a file lock where it reaches, and a heartbeat for the other hosts of a shared folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from finetune.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two signs of life, and of silence after which the owner on another host counts as dead.
+HEARTBEAT = 15.0
+SILENCE = 180.0
+_LOCK, _OWNER = "lock", "owner.json"
+
+
+class OwnedError(UserError):
+    """Another run writes to the output folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class LockOwner:
+    """The process that writes to a folder.
+
+    Attributes:
+        host: its machine.
+        pid: its process id there.
+        started: when it began, seconds since 1970.
+        launcher: id that torchrun gave the run, "none" without it.
+    """
+
+    host: str
+    pid: int
+    started: float
+    launcher: str
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
+        return f"process {self.pid} on {self.host}, started {since}, launcher {self.launcher}"
+
+
+def this_process() -> LockOwner:
+    """This process as an owner."""
+    launcher = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return LockOwner(socket.gethostname(), os.getpid(), psutil.Process().create_time(), launcher)
+
+
+class OutputLock:
+    """A folder that belongs to this process until ``release``.
+
+    Whoever holds the file lock owns the folder; the kernel frees it when the process ends. Where another host's locks
+    do not reach, its owner counts as alive while its heartbeat, the age of owner.json, is younger than ``SILENCE``;
+    ages are measured by the clock of the file system.
+
+    Args:
+        folder: of the files of the lock; it is made.
+
+    Raises:
+        OwnedError: another run owns it; the message says which.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._owner = folder / _OWNER
+        self._lock = FileLock(folder / _LOCK, thread_local=False)
+        self._ended = threading.Event()
+        former = _read(self._owner)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise OwnedError(_held(folder.parent, former)) from None
+        except NotImplementedError:
+            logger.warning("%s has no file locks; runs are told apart by their heartbeat alone", folder)
+        if former is not None:
+            self._take_over(folder, former)
+        self._beat()
+        threading.Thread(target=self._run, daemon=True, name="heartbeat").start()
+
+    def _take_over(self, folder: Path, former: LockOwner) -> None:
+        """Whether a former owner is dead, which is said, or only out of reach."""
+        silent = _age(self._owner, folder)
+        here = former.host == socket.gethostname()
+        if (here and _alive(former)) or (not here and silent < SILENCE):
+            self._lock.release()
+            waits = "" if here else f"; its last sign is {silent:.0f} s old, after {SILENCE:.0f} s it counts as dead"
+            raise OwnedError(_held(folder.parent, former) + waits)
+        logger.warning(
+            "%s belonged to %s, which has ended without a word (last sign %.0f s ago): taken over",
+            folder.parent, former, silent,
+        )  # fmt: skip
+
+    def release(self) -> None:
+        """Lets others own the folder."""
+        self._ended.set()
+        if self._lock.is_locked or _read(self._owner) == this_process():
+            self._owner.unlink(missing_ok=True)
+            self._lock.release()
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        text = json.dumps(asdict(this_process()))
+        unfinished = self._owner.with_suffix(".tmp")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(self._owner)
+
+    def _run(self) -> None:
+        while not self._ended.wait(HEARTBEAT):
+            try:
+                self._beat()
+            except OSError as error:  # a full disk or a mount that is gone for a while: the next beat may come through
+                logger.debug("no sign of life in %s: %s", self._owner, error)
+
+
+def _held(folder: Path, owner: LockOwner | None) -> str:
+    who = "another run" if owner is None else str(owner)
+    return f"OUTPUT_DIR {folder} is being written to by {who}: choose another folder, or wait for it to end"
+
+
+def _read(path: Path) -> LockOwner | None:
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        return LockOwner(**values) if isinstance(values, Mapping) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _age(path: Path, folder: Path) -> float:
+    """Seconds since a file was written; both times are of the file system's clock."""
+    with tempfile.NamedTemporaryFile(dir=folder) as now:
+        return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
+
+
+def _alive(owner: LockOwner) -> bool:
+    try:
+        process = psutil.Process(owner.pid)
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - owner.started) < 1
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,122 @@
+"""What a run starts from: its base checkpoint, its output folder, and the checkpoint that it resumes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.arguments.legacy import LLM_TYPES, template_fits
+from finetune.arguments.parse import Arguments
+from finetune.checkpoints.base_checkpoint import Checkpoint, resolve, side_files
+from finetune.checkpoints.output_folder import Input, OutputFolder
+from finetune.checkpoints.resume import choose_checkpoint
+from finetune.checkpoints.run_identity import RunIdentity, identify
+from finetune.checkpoints.universal_checkpoint import expect_converted, for_processes
+from finetune.families.family import Family
+from finetune.runtime import distributed
+from finetune.utils.errors import ArgumentError
+from finetune.utils.paths import expand
+
+logger = logging.getLogger(__name__)
+
+
+def find_base(args: Arguments) -> Checkpoint:
+    """The base checkpoint; its downsample_mode may be that of the adapter that the run continues."""
+    former = args.lora.lora_weight_path if args.training.use_lora else None
+    trained = None if former is None else Path(former)
+    base = resolve(args.model.model_name_or_path, args.model.downsample_mode, trained=trained)
+    if base.mode is not None:
+        logger.info("%s", base.mode)
+    _check_names(args, base.family)
+    return base
+
+
+def start_run(
+    args: Arguments, base: Checkpoint, output: OutputFolder, data: Sequence[Path]
+) -> tuple[str | None, RunIdentity | None]:
+    """Takes the output folder, connects the ranks, and decides what is resumed.
+
+    Args:
+        args: the flags.
+        base: the base checkpoint.
+        output: the output folder, so far untouched; nothing in it changes here.
+        data: files of the training data, for the identity of the run.
+
+    Returns:
+        the checkpoint that every rank resumes, or None; and on rank 0 the identity of the run.
+
+    Raises:
+        ArgumentError: ranks that do not look at images alike.
+        OutputError: the folder is in use, or is an input of the run.
+        ResumeError: the checkpoint cannot be resumed.
+    """
+    resume, identity = _look_at_output(args, base, output, data) if distributed.is_main_process() else (None, None)
+    distributed.start(args.training)
+    _check_modes(base.downsample_mode)
+    resume_from = distributed.from_main_process(resume and str(resume))
+    expect_converted(args.training, resume_from)
+    return resume_from, identity
+
+
+def _look_at_output(
+    args: Arguments, base: Checkpoint, output: OutputFolder, data: Sequence[Path]
+) -> tuple[Path | None, RunIdentity]:
+    """Makes sure that this run, and no other, may write its output folder."""
+    training = args.training
+    identity = identify(args, base, data)
+    resume = choose_checkpoint(training, output.folder, identity, base.downsample_mode)
+    output.check(
+        _inputs_of(args, base),
+        side_files(base, use_lora=training.use_lora),
+        use_lora=training.use_lora,
+        resuming=training.resume_from_checkpoint == "auto" or (resume and resume.parent) == output.folder,
+        overwrite=training.overwrite_output_dir,
+    )
+    output.own()
+    logger.info("%s", args.describe())
+    return for_processes(resume, output.folder), identity
+
+
+def _inputs_of(args: Arguments, base: Checkpoint) -> list[Input]:
+    """What the run reads, as far as it is files and folders here."""
+    given = {"--model_name_or_path": str(base.folder), "--lora_weight_path": args.lora.lora_weight_path}
+    given |= {"--data_path": args.data.data_path, "--eval_data_path": args.data.eval_data_path}
+    if args.data.dataset or args.data.eval_dataset:
+        given["--dataset_dir"] = args.data.dataset_dir
+    paths = {flag: expand(path).absolute() for flag, path in given.items() if path is not None}
+    return [Input(flag, path) for flag, path in paths.items() if path.exists()]
+
+
+def _check_modes(mode: str | None) -> None:
+    """Checks that all ranks look at images alike, whatever the environment of their machines says.
+
+    Raises:
+        ArgumentError: this rank has another downsample_mode than rank 0.
+    """
+    if (first := distributed.from_main_process(mode)) != mode:
+        rank = os.environ.get("RANK", "0")
+        raise ArgumentError(
+            f"downsample_mode is {mode} on rank {rank} and {first} on rank 0: set DOWNSAMPLE_MODE alike on all "
+            "machines, or give --downsample_mode"
+        )
+
+
+def _check_names(args: Arguments, family: Family) -> None:
+    """Corrects a wrong --llm_type or --template with a warning; the family is read from the checkpoint."""
+    if args.model.template is not None and not template_fits(args.model.template, family.name):
+        logger.warning(
+            "template %s does not fit: the checkpoint is %s, and its own prompt format is used",
+            args.model.template,
+            family.title,
+        )
+    given = LLM_TYPES.get(args.model.llm_type or "", args.model.llm_type)
+    if given is not None and given != family.llm_type:
+        logger.warning(
+            "LLM_TYPE %s does not fit: the checkpoint is %s, whose LLM_TYPE is %s; continuing with that",
+            args.model.llm_type,
+            family.title,
+            family.llm_type,
+        )
+        args.model.llm_type = family.llm_type

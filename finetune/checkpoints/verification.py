@@ -1,0 +1,195 @@
+"""Proof that a saved result is what was trained: loaded in a fresh process, its logits are compared."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+
+import finetune
+from finetune.checkpoints.logit_tolerance import FLOAT32, computing_noise, round_weights
+from finetune.checkpoints.weight_hashes import fingerprints, trained_names
+from finetune.encoding.collate import pad
+from finetune.encoding.example import Example
+from finetune.runtime.processes import ABOVE
+
+logger = logging.getLogger(__name__)
+
+# Logits kept per reference: the end of a sample has seen all of it.
+_KEPT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """How the logits of a reference were made.
+
+    Attributes:
+        dtype: in which the result is loaded, e.g. "bfloat16".
+        quantised: whether the base is in 4 bit (QLoRA).
+        rounding: largest absolute difference that rounding the trained model to ``dtype`` makes in these logits.
+        noise: what one more rounding in every layer makes; 0 in float32.
+        trained: fingerprints of what was trained, by name.
+    """
+
+    dtype: str
+    quantised: bool = False
+    rounding: float = 0.0
+    noise: float = 0.0
+    trained: Mapping[str, str] = field(default_factory=dict)
+
+
+def take_reference(trainer: Trainer, example: Example, pad_id: int, dtype: str, quantised: bool) -> Path | None:
+    """Logits of the trained model on one example; every rank must call it (ZeRO-3 gathers).
+
+    This is the last that is done with the model: its float32 weights are then rounded to ``dtype``, in place, to
+    measure what that does to the logits.
+
+    Returns:
+        On rank 0 a safetensors file with the batch, the last logits and their origin, alone in a temporary folder that
+        only this user can read; None on the others.
+    """
+    model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    batch = {key: value.to(trainer.args.device) for key, value in pad([example], pad_id).items()}
+    labels = batch.pop("labels")
+    first, kind = trainer.args.process_index == 0, getattr(torch, dtype)
+    trained = fingerprints(model, trained_names(model), kind, wanted=first)
+
+    def ask() -> torch.Tensor:
+        return model(**batch, logits_to_keep=min(_KEPT, labels.shape[1])).logits.float()
+
+    model.eval()
+    rounding = noise = 0.0
+    with torch.no_grad():
+        with trainer.accelerator.autocast():
+            logits = ask()
+        if kind != torch.float32:
+            round_weights(model, kind)
+            rounded = ask()
+            rounding = (rounded - logits).abs().max().item()
+            noise = computing_noise(model, ask, rounded)
+    if not first:
+        return None
+    path = Path(tempfile.mkdtemp(prefix="verify-")) / "reference.safetensors"
+    write_reference(path, batch, logits, Origin(dtype, quantised, rounding, noise, trained))
+    return path
+
+
+def write_reference(path: Path, batch: Mapping[str, torch.Tensor], logits: torch.Tensor, origin: Origin) -> None:
+    """Writes what ``compare`` reads: a batch, the logits (1, K, V) of its last K positions, and how they were made."""
+    tensors = {key: value.cpu().contiguous() for key, value in batch.items()}
+    metadata = {"origin": json.dumps(asdict(origin))}
+    save_file({**tensors, "logits": logits.float().cpu().contiguous()}, path, metadata=metadata)
+
+
+def verify_in_fresh_process(folder: Path, reference: Path) -> int:
+    """Runs ``python -m finetune verify`` from another directory, without this run's distributed environment.
+
+    The reference holds a sample of the user's: its folder is removed, unless the check fails and it is needed again.
+
+    Returns:
+        Its exit status: 0 when the folder loads and its logits agree.
+    """
+    foreign = ("RANK", "LOCAL_", "WORLD_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+    source = str(Path(finetune.__file__).resolve().parent.parent)
+    environment[ABOVE] = str(os.getpid())
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, environment.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-m", "finetune", "verify", str(folder), "--reference", str(reference)]
+    status = subprocess.run(command, cwd=reference.parent, env=environment, check=False).returncode
+    if status == 0:
+        shutil.rmtree(reference.parent)
+    else:
+        logger.error("to check again: %s", shlex.join(["python", *command[1:]]))
+    return status
+
+
+@dataclass(frozen=True, slots=True)
+class LogitComparison:
+    """How far a loaded model is from its reference.
+
+    Attributes:
+        difference: largest absolute difference of logits.
+        largest: largest absolute logit of the reference.
+        wrong: names of what was trained and has other values here.
+        base_difference: largest absolute difference with the adapter off; None for a full model.
+        origin: of the reference.
+    """
+
+    difference: float
+    largest: float
+    wrong: list[str]
+    base_difference: float | None
+    origin: Origin
+
+    @property
+    def relative(self) -> float:
+        """The difference over the largest logit."""
+        return self.difference / self.largest
+
+    @property
+    def tolerance(self) -> float:
+        """Largest relative difference allowed: that of rounding, and the noise of both computations."""
+        return max((self.origin.rounding + 2 * self.origin.noise) / self.largest, FLOAT32)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the loaded model is the trained one."""
+        return not self.wrong and self.relative <= self.tolerance
+
+    def reasons(self) -> str:
+        """Where the tolerance comes from, and what else was compared, in words."""
+        origin, same = self.origin, len(self.origin.trained) - len(self.wrong)
+        equal = f"{same} of {len(origin.trained)} trained tensors and scales are equal"
+        if origin.dtype == "float32":
+            return f"tolerance: {FLOAT32:.0e} of the largest logit, for other kernels in float32; {equal}"
+        rounding, noise = origin.rounding / self.largest, origin.noise / self.largest
+        return (
+            f"tolerance: rounding the trained model to {origin.dtype} moves these logits by {rounding:.1e} of the "
+            f"largest, one more rounding in every layer by {noise:.1e}, here and in the new process; {equal}"
+        )
+
+
+def compare(model: torch.nn.Module, reference: Path) -> LogitComparison:
+    """Runs the reference's batch through a loaded model, and compares what was trained with its weights."""
+    from peft import PeftModel
+
+    tensors, origin = load_file(reference), origin_of(reference)
+    expected = tensors.pop("logits")
+    device = next(model.parameters()).device
+    batch = {key: value.to(device) for key, value in tensors.items()}
+    found = fingerprints(model, list(origin.trained), getattr(torch, origin.dtype))
+    wrong = [name for name, value in origin.trained.items() if found.get(name) != value]
+    with torch.no_grad():
+        difference = _distance(model, batch, expected)
+        base = None
+        if isinstance(model, PeftModel):
+            with model.disable_adapter():
+                base = _distance(model, batch, expected)
+    return LogitComparison(difference, max(expected.abs().max().item(), 1e-6), wrong, base, origin)
+
+
+def origin_of(reference: Path) -> Origin:
+    """How the logits of a reference were made."""
+    with safe_open(reference, framework="pt") as file:
+        return Origin(**json.loads(file.metadata()["origin"]))
+
+
+def _distance(model: torch.nn.Module, batch: dict[str, torch.Tensor], expected: torch.Tensor) -> float:
+    keep = expected.shape[1]
+    # The classes of transformers (4.6, 4.7, OCR) give all logits whatever is asked for.
+    logits = model(**batch, logits_to_keep=keep).logits[:, -keep:]
+    return (logits.float().cpu() - expected).abs().max().item()

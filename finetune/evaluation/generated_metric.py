@@ -1,0 +1,131 @@
+"""A metric on answers that the model generates while it is trained, at every evaluation."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from accelerate.utils import gather_object
+from torch import nn
+
+from finetune.encoding.encoder import Encoder
+from finetune.evaluation.batched_generation import answer_batch, batches_by_length, split_answer
+from finetune.evaluation.metrics import resolve_metric
+from finetune.sample import DataError, Sample
+
+logger = logging.getLogger(__name__)
+
+
+class Answered(NamedTuple):
+    """A question and what the model says to it.
+
+    Attributes:
+        prompt: the conversation up to the question.
+        reference: the answer of the data.
+        answers: of the first evaluation and of the newest, by optimizer step.
+    """
+
+    prompt: Sample
+    reference: str
+    answers: dict[int, str]
+
+
+class GeneratedMetric:
+    """Asks the questions of some evaluation samples and scores the answers.
+
+    Args:
+        samples: the evaluation set; ``count`` of them, evenly spaced, are asked.
+        encoder: of the run; its limit on the length does not count here, because nothing is trained.
+        count: samples to ask.
+        metric: as in ``resolve_metric``.
+        max_new_tokens: most tokens of an answer.
+        batch_size: per process.
+        skip_bad: leave out samples that cannot be used, instead of raising.
+
+    Raises:
+        MetricError: no such metric.
+        DataError: a sample that cannot be used, or none that can.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        encoder: Encoder,
+        *,
+        count: int,
+        metric: str = "auto",
+        max_new_tokens: int = 64,
+        batch_size: int = 1,
+        skip_bad: bool = False,
+    ) -> None:
+        self._encoder = copy.copy(encoder)
+        self._encoder.max_length = None
+        self._length, self._size = max_new_tokens, batch_size
+        self._pairs = self._choose(samples, count, skip_bad)
+        self.metric, why = resolve_metric(metric, [[answer] for _, answer in self._pairs])
+        self.answered = [Answered(prompt, reference, {}) for prompt, reference in self._pairs]
+        logger.info("eval_%s (%s) on %d evaluation samples", self.metric.name, why, len(self._pairs))
+
+    def _choose(self, samples: Sequence[Sample], count: int, skip_bad: bool) -> list[tuple[Sample, str]]:
+        pairs = []
+        number = min(count, len(samples))
+        for place in range(number):
+            try:
+                # A call of a tool is compared as the text that the model writes for it.
+                pair = split_answer(self._encoder.tools.written(samples[place * len(samples) // number]))
+                if skip_bad:
+                    # Every rank must choose the same samples, so damaged images are found by all of them now.
+                    self._encoder.encode(pair[0], generate=True)
+            except DataError as error:
+                if not skip_bad:
+                    raise
+                logger.warning("left out of eval_generate: %s", error)
+            else:
+                pairs.append(pair)
+        if not pairs:
+            raise DataError("--eval_generate: none of the chosen evaluation samples can be used")
+        return pairs
+
+    def __call__(
+        self, model: nn.Module, *, rank: int = 0, world: int = 1, synced: bool = False, step: int = 0
+    ) -> dict[str, float]:
+        """The figures over all samples; every rank must call this, and gets the same.
+
+        Args:
+            model: the network, not its distributed wrapper.
+            rank: of this process.
+            world: number of processes, which share the samples.
+            synced: every step waits for all ranks, as ZeRO-3 needs.
+            step: optimizer step, for ``answered``.
+        """
+        mine = self._pairs[rank::world] or self._pairs[:1]
+        prompts = [prompt for prompt, _ in mine]
+        batches = batches_by_length(self._encoder, prompts, self._size)
+        # Under ZeRO-3 every rank must generate as often as the others; what is asked twice does not count.
+        rounds = math.ceil(math.ceil(len(self._pairs) / world) / self._size)
+        given: list[tuple[int, str]] = []
+        for number in range(rounds):
+            batch = batches[min(number, len(batches) - 1)]
+            texts = answer_batch(
+                model,
+                self._encoder.tokenizer,
+                self._encoder,
+                [prompts[place] for place in batch],
+                max_new_tokens=self._length,
+                synced=synced,
+            )
+            if number < len(batches) and rank < len(self._pairs):
+                given += zip((rank + place * world for place in batch), texts, strict=True)
+        return self._scored(sorted(gather_object(given)) if world > 1 else given, step)
+
+    def _scored(self, given: Sequence[tuple[int, str]], step: int) -> dict[str, float]:
+        """The figures of answers to questions by number, which are kept until newer ones come."""
+        for place, text in given:
+            known = self.answered[place].answers
+            for former in list(known)[1:]:
+                del known[former]
+            known[step] = text
+        return self.metric.combine([self.metric.figures(text, [self._pairs[place][1]]) for place, text in given])

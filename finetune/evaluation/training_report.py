@@ -1,0 +1,176 @@
+"""report.html of a training: how it went, what came of it, and what can be done with the result."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerState, TrainingArguments
+
+from finetune.evaluation.evaluation_report import pictures_of, words_of
+from finetune.evaluation.generated_metric import Answered
+from finetune.evaluation.plots import metric_names, points
+from finetune.pages.charts import Curves, curves
+from finetune.pages.html_page import count, render
+from finetune.pages.thumbnails import jpeg, weight, within
+
+_ROOM = 3_000_000
+"""Bytes for the pictures of all answers."""
+_ANSWERS = 40
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What a run is, as its page tells.
+
+    Attributes:
+        base: the checkpoint it started from.
+        family: the published name of its generation.
+        adapter: whether an adapter comes of it, or a full model.
+        parts: name, mode, parameters, trained parameters and learning rate of each part.
+        flags: name, value and origin of each flag that is not at its default.
+        max_pixels: largest image that is decoded.
+    """
+
+    base: str
+    family: str
+    adapter: bool
+    parts: Sequence[tuple[str, str, int, int, float | None]]
+    flags: Sequence[tuple[str, Any, str]]
+    max_pixels: int
+
+
+def build_run(
+    facts: RunFacts, args: TrainingArguments, state: TrainerState, answered: Sequence[Answered], seconds: float
+) -> str:
+    """The page as HTML.
+
+    Args:
+        facts: what the run is.
+        args: of the run.
+        state: how far it is, with its log.
+        answered: the questions of --eval_generate.
+        seconds: that the training took.
+
+    Raises:
+        DataError: an image of a question cannot be read any more.
+    """
+    folder, history = Path(args.output_dir or "output").absolute(), state.log_history
+    result = [(word, found[-1][1]) for key, word in _LOSSES if (found := points(history, key))]
+    latest = {name: entry[name] for entry in history for name in metric_names(entry)}
+    result += [(words_of(name.removeprefix("eval_")), value) for name, value in latest.items()]
+    return render(
+        "training",
+        folder=folder,
+        facts=facts,
+        done=state.global_step,
+        wanted=state.max_steps,
+        epochs=state.epoch,
+        time=_time(seconds),
+        results=[(word, f"{value:.4g}") for word, value in result],
+        charts=_charts(history),
+        answers=_answers([each for each in answered if each.answers][:_ANSWERS], facts.max_pixels),
+        total=sum(part[2] for part in facts.parts),
+        trained=sum(part[3] for part in facts.parts),
+        environment=_environment(args),
+        commands=_commands(folder, facts.adapter),
+    )
+
+
+_LOSSES = (("loss", "training loss"), ("eval_loss", "evaluation loss"))
+
+
+def _charts(history: Sequence[Mapping[str, Any]]) -> list[Curves]:
+    """Everything that was logged, as far as it was."""
+    metrics = list(dict.fromkeys(name for entry in history for name in metric_names(entry)))
+    norms = list(dict.fromkeys(key for entry in history for key in entry if key.startswith("grad_norm")))
+    noisy: list[tuple[str, Mapping[str, str]]] = [
+        ("Loss", {"loss": "training", "eval_loss": "evaluation"}),
+        ("Gradient norm", {name: name.removeprefix("grad_norm").strip("_/") or "all parts" for name in norms}),
+    ]
+    plain: list[tuple[str, Mapping[str, str]]] = [
+        ("Answers to evaluation questions", {name: words_of(name.removeprefix("eval_")) for name in metrics}),
+        ("Learning rate", {"learning_rate": "learning rate"}),
+        ("Tokens per second", {"tokens_per_second": "tokens"}),
+        ("Share of the GPUs’ peak", {"mfu": "share"}),
+        ("Operations per second in 10¹²", {"tflops_per_second": "operations"}),
+        ("Share of the time spent waiting for data", {"data_wait": "share"}),
+        ("Peak memory of the fullest GPU in GiB", {"peak_memory_gb": "GiB"}),
+    ]
+    made = [
+        curves(title, [(name, points(history, key)) for key, name in keys.items()], noisy=kind is noisy)
+        for kind in (noisy, plain)
+        for title, keys in kind
+    ]
+    return [chart for chart in made if chart is not None]
+
+
+def _answers(answered: Sequence[Answered], max_pixels: int) -> list[dict[str, Any]]:
+    room, shown = _ROOM // max(len(answered), 1), []
+    for prompt, reference, answers in answered:
+        sources = list(pictures_of(prompt, max_pixels))
+        shown.append(
+            {
+                "source": str(prompt.source),
+                "question": prompt.messages[-1].text.strip(),
+                "reference": reference,
+                "answers": [
+                    (f"at step {step:,}" if step else "before training", text) for step, text in answers.items()
+                ],
+                "changed": len(set(answers.values())) > 1,
+                "pictures": within(
+                    room,
+                    lambda detail, given=sources: [jpeg(each, detail.side, detail.quality) for each in given],
+                    weight,
+                ),
+            }
+        )
+    return shown
+
+
+def _environment(args: TrainingArguments) -> list[tuple[str, str]]:
+    found = [("Python", platform.python_version()), *((name, version(name)) for name in _PACKAGES)]
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    devices = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) or "CPU"
+    return [("Processes", f"{args.world_size}"), ("Devices of the first machine", devices), *found]
+
+
+def _time(seconds: float) -> str:
+    """A duration as people say it.
+
+    >>> _time(45), _time(3700)
+    ('45 s', '1 h 2 min')
+    """
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else count(minutes, "minute")
+
+
+def _commands(folder: Path, adapter: bool) -> list[tuple[str, str]]:
+    """What can be done with the result, as commands and code to paste."""
+    path, merged = shlex.quote(str(folder)), shlex.quote(f"{folder}-merged")
+    run = "python -m finetune"
+    kind, auto = ("peft", "AutoPeftModel") if adapter else ("transformers", "AutoModel")
+    load = [
+        "import finetune.models  # registers the network; no remote code is run",
+        f"from {kind} import {auto}",
+        "",
+        f'model = {auto}.from_pretrained({str(folder)!r}, device_map="auto").eval()',
+    ]
+    export = f"{run} export --adapter_name_or_path {path} --export_dir {merged}"
+    served = merged if adapter else path
+    return [
+        ("Load it in Python", "\n".join(load)),
+        ("Ask it", f"{run} chat {'--adapter' if adapter else '--model'} {path}"),
+        ("Evaluate it", f"{run} evaluate --model {path} --data DATA.json" + (" --compare base" if adapter else "")),
+        *([("Merge it into its base", export)] if adapter else []),
+        ("Serve it with vLLM", f"vllm serve {served} --trust-remote-code"),
+    ]

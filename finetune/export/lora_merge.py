@@ -1,0 +1,273 @@
+"""Adapters merged into their base one layer at a time: no more than a layer is ever in memory.
+
+The network and the adapter are built without weights; peft itself says which tensors of the adapter's file belong to
+which layer and computes every layer's merge, in float32.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from transformers import AutoConfig, PreTrainedModel
+
+from finetune.checkpoints.safetensors_io import Stored, read_tensor, stored_in
+from finetune.models.adapters import (
+    ADAPTER_PREFIX,
+    ADAPTER_WEIGHTS,
+    check_adapter,
+    check_complete,
+    check_fit,
+    lora_config_of,
+    own_name,
+    peft_errors,
+    stored_shapes,
+    trained_beside,
+)
+from finetune.models.checkpoint_folder import weight_files
+from finetune.models.loading import NETWORKS
+from finetune.models.strict_loading import check_folder, check_whole
+from finetune.utils.errors import CheckpointError
+
+_NAME = "default"
+_SAVED = f".modules_to_save.{_NAME}."
+
+
+class Weights(Protocol):
+    """The tensors of a model, read one at a time.
+
+    Attributes:
+        stored: every tensor by name; where a changed one lies unchanged, with its type and shape.
+        changed: names of those whose values are not the stored ones.
+        untied: whether embeddings and output layer, one tensor by config.json, have become two.
+    """
+
+    stored: Mapping[str, Stored]
+    changed: set[str]
+    untied: bool
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor; what was computed is float32, whatever is stored."""
+        ...
+
+
+class Base:
+    """The tensors of a model folder as they are."""
+
+    def __init__(self, folder: Path) -> None:
+        check_folder(folder)
+        for path in (files := weight_files(folder)):
+            check_whole(path)
+        self.stored: Mapping[str, Stored] = stored_in(files)
+        self.changed: set[str] = set()
+        self.untied = False
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, as it is stored."""
+        return read_tensor(self.stored[name])
+
+
+class Merged:
+    """The tensors of ``below`` with an adapter merged into them.
+
+    Args:
+        below: the base, or the base with other adapters merged already.
+        network: the base's network without weights; it is used up.
+        folder: of the adapter.
+        device: where layers are computed.
+        keep: whether the LoRA of a module (by its name in the network) stays an adapter instead of being merged.
+
+    Raises:
+        CheckpointError: the adapter is of a kind that cannot be merged, does not fit, or its files are not complete.
+    """
+
+    def __init__(
+        self,
+        below: Weights,
+        network: PreTrainedModel,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        keep: Callable[[str], bool] = lambda _: False,
+    ) -> None:
+        self._below, self._folder, self._device = below, folder, device
+        self._file = folder / ADAPTER_WEIGHTS
+        ties = ties_of(network)
+        self._beside = trained_beside(folder)
+        self.config = lora_config_of(folder, self._beside)
+        _check_kind(folder, self.config)
+        self._model = self._outline(network)
+        self._lies = stored_in([self._file])
+        present = set(self._lies) | set(self._beside)
+        self._keys = {name: key for name, key in _names(self._model).items() if key in present}
+        self._layers: dict[str, tuple[str, LoraLayer]] = {}
+        self.kept: dict[str, LoraLayer] = {}
+        for path, module in self._model.named_modules():
+            if isinstance(module, LoraLayer) and not path.endswith(".base_layer") and ".original_module." not in path:
+                own = _own(path)
+                if keep(own) and not isinstance(module, ParamWrapper):
+                    self.kept[own] = module
+                else:
+                    tensors = module.get_base_layer().state_dict()
+                    self._layers |= {f"{own}.{name}": (path, module) for name in tensors}
+        inside = tuple(f"{path}." for path, module in self._model.named_modules() if isinstance(module, LoraLayer))
+        outside = {name: key for name, key in self._keys.items() if not name.startswith(inside)}
+        self._replaced = {_own(name): key for name, key in outside.items()}
+        self._ready: dict[str, torch.Tensor] = {}
+        parted = [names for names in ties if len({self._change(name) for name in names}) > 1]
+        self.untied = below.untied or bool(parted)
+        self._tied = self._absent(parted)
+        self.stored: Mapping[str, Stored] = {
+            **below.stored,
+            **{name: below.stored[where] for name, where in self._tied.items()},
+        }
+        self.changed = below.changed | set(self._layers) | set(self._replaced) | set(self._tied)
+        if lost := sorted(self.changed - set(self.stored)):
+            apart = any(re.search(r"\.experts\.\d+\.", name) for name in self.stored)
+            remedy = "; they store every expert by itself: load_model(BASE).save_pretrained(OUT) stores them together"
+            raise CheckpointError(
+                f"{folder} changes {lost[0]}, which the weight files of the base do not have{remedy if apart else ''}"
+            )
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, merged where the adapter changes it.
+
+        Raises:
+            CheckpointError: an adapter with values that are not finite, or that peft cannot merge.
+        """
+        if name in self._ready:
+            return self._ready.pop(name)
+        if name in self._layers:
+            self._ready |= self._merge(*self._layers[name])
+            return self._ready.pop(name)
+        if name in self._replaced:
+            return self._from_adapter(self._replaced[name])
+        return self._read_below(name)
+
+    def adapter_tensor(self, module: str, part: str) -> torch.Tensor:
+        """A tensor of a module that stays an adapter: "lora_A.weight" or "lora_B.weight"."""
+        return self._from_adapter(f"{ADAPTER_PREFIX}{module}.{part}")
+
+    def _outline(self, network: PreTrainedModel) -> PeftModel:
+        """The adapter on the network, both without weights, once its files are known to fit and to be complete."""
+        settings = check_adapter(self._folder)
+        shapes = stored_shapes(self._file) | {name: tuple(tensor.shape) for name, tensor in self._beside.items()}
+        check_fit(network, self._folder, settings, shapes)
+        with peft_errors(self._folder):
+            model = PeftModel(network, self.config, adapter_name=_NAME, low_cpu_mem_usage=True)
+        stored = set(shapes)
+        if self._beside:  # saved beside the adapter was only what had been trained of a module
+            stored |= {key for key in _described(model) if ".lora_" not in key}
+        check_complete(model, self._file, stored, _NAME)
+        return model
+
+    def _change(self, name: str) -> str | None:
+        """What the adapter makes of a tensor; the same for the same change, None for none."""
+        return self._layers[name][0] if name in self._layers else self._replaced.get(name)
+
+    def _absent(self, parted: list[list[str]]) -> dict[str, str]:
+        """Tensors that the base stores only under another's name -> that name."""
+        result = {}
+        for names in parted:
+            where = next((name for name in names if name in self._below.stored), None)
+            if where is not None:
+                result |= {name: where for name in names if name not in self._below.stored}
+        return result
+
+    def _merge(self, path: str, layer: LoraLayer) -> dict[str, torch.Tensor]:
+        """The merged tensors of one layer; peft computes them."""
+        module = self._model.get_submodule(path)
+        tensors = {}
+        for name in module.state_dict():
+            key = self._keys.get(f"{path}.{name}")
+            tensors[name] = self._from_adapter(key) if key else self._read_below(_own(f"{path}.{name}"))
+        module.to_empty(device=self._device)
+        module.load_state_dict(tensors)
+        del tensors
+        # Of adapters on several parameters of a module, one is around the other.
+        wrappers = [each for each in module.modules() if isinstance(each, LoraLayer)]
+        try:
+            for wrapper in wrappers:
+                wrapper.merge(safe_merge=False)
+        except RuntimeError as error:
+            raise CheckpointError(f"{self._folder}: {_own(path)} cannot be merged: {error}") from error
+        own = _own(path)
+        merged = {f"{own}.{name}": tensor for name, tensor in layer.get_base_layer().state_dict().items()}
+        for wrapper in wrappers:
+            wrapper.merged_adapters.clear()
+        module.to(device="meta")
+        for name, tensor in merged.items():
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"{self._folder}: {name} would not be finite; the adapter is damaged")
+        return merged
+
+    def _read_below(self, name: str) -> torch.Tensor:
+        return self._below.read(self._tied.get(name, name))
+
+    def _from_adapter(self, key: str) -> torch.Tensor:
+        return self._beside[key] if key in self._beside else read_tensor(self._lies[key])
+
+
+def empty_network(folder: Path) -> PreTrainedModel:
+    """The network that config.json describes, without weights."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return NETWORKS[config.model_type](config)
+
+
+def adapter_names(network: PreTrainedModel, folder: Path, beside: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Names of a LoRA adapter's tensors: in training -> in its file.
+
+    Args:
+        network: of the base, without weights; it is used up.
+        folder: with adapter_config.json.
+        beside: as for ``lora_config_of``.
+    """
+    config = lora_config_of(folder, dict(beside))
+    return _names(PeftModel(network, config, adapter_name=_NAME, low_cpu_mem_usage=True))
+
+
+def _names(model: PeftModel) -> dict[str, str]:
+    """Name of a tensor in the outline -> its name in the adapter's files; tied ones have the same."""
+    owners: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owners.setdefault(id(tensor), []).append(name)
+    return {name: key for key, tensor in _described(model).items() for name in owners[id(tensor)]}
+
+
+def _described(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The outline's own tensors under the names of an adapter's file."""
+    return get_peft_model_state_dict(
+        model, state_dict=model.state_dict(keep_vars=True), adapter_name=_NAME, save_embedding_layers=False
+    )
+
+
+def ties_of(network: PreTrainedModel) -> list[list[str]]:
+    """Groups of names that stand for the same tensor."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _own(path: str) -> str:
+    """The name in the base of what is at ``path`` in the outline."""
+    return own_name(path.removeprefix(ADAPTER_PREFIX)).replace(_SAVED, ".")
+
+
+def _check_kind(folder: Path, config: LoraConfig) -> None:
+    """Refuses adapters that a merge would not do justice to.
+
+    Raises:
+        CheckpointError: with the reason.
+    """
+    if config.layer_replication:
+        raise CheckpointError(
+            f"{folder} repeats layers (layer_replication): merged, the copies would need weights of their own and a "
+            "config.json with more layers, which no official code reads. Use it as an adapter"
+        )

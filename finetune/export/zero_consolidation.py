@@ -1,0 +1,128 @@
+"""Weights out of the parts that ZeRO's processes wrote: what a run left when it ended before they were gathered.
+
+DeepSpeed's files are pickles, which can run code when they are read: each is checked before DeepSpeed opens it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from finetune.checkpoints.base_checkpoint import SIDE_FILES, Checkpoint, copy_files, take_over
+from finetune.checkpoints.pickle_check import DamagedError, check_pickles, pickled_files
+from finetune.checkpoints.resumable import parts_folder
+from finetune.checkpoints.safetensors_io import Stored, write_header
+from finetune.export.lora_merge import Base, adapter_names, empty_network, ties_of
+from finetune.models.adapters import ADAPTER_WEIGHTS, trained_beside
+from finetune.models.checkpoint_folder import ADAPTER_CONFIG, has_adapter, read_adapter_config
+from finetune.models.strict_loading import CARRIED, some
+from finetune.utils.errors import CheckpointError
+
+# Holds the name of the folder that the parts lie in.
+_LATEST = "latest"
+
+
+class Gathered:
+    """The tensors of a full training in place of those of its base; see ``Weights``.
+
+    Raises:
+        CheckpointError: the parts are of another network, or tensors are missing.
+    """
+
+    def __init__(self, base: Checkpoint, state: Mapping[str, Any]) -> None:
+        network = empty_network(base.folder)
+        self._base, self._state = Base(base.folder), state
+        self.stored: Mapping[str, Stored] = self._base.stored
+        aliases = {name for names in ties_of(network) for name in names if name not in self.stored}
+        wanted = {name for name in self.stored if not name.startswith(CARRIED)} & set(network.state_dict())
+        if missing := sorted(wanted - set(state)):
+            raise CheckpointError(f"the parts lack {len(missing)} tensors of {base.name}: {some(missing)}")
+        if foreign := sorted(set(state) - wanted - aliases):
+            raise CheckpointError(f"the parts are not of {base.name}, which does not have {some(foreign)}")
+        for name in wanted:
+            here, there = tuple(self.stored[name].shape), tuple(state[name].shape)
+            if here != there:
+                raise CheckpointError(f"{name} is {there} in the parts, {here} in {base.name}")
+        self.changed = wanted
+        self.untied = False
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in float32; DeepSpeed puts it together only now."""
+        return self._state[name].contiguous() if name in self.changed else self._base.read(name)
+
+
+def read_parts(checkpoint: Path, *, trained_only: bool) -> Mapping[str, Any]:
+    """The float32 weights of a DeepSpeed checkpoint by name; ``contiguous()`` makes each a tensor.
+
+    Args:
+        checkpoint: local folder with the file "latest" and the folder that it names.
+        trained_only: leave out what was frozen.
+
+    Raises:
+        CheckpointError: parts are missing or damaged.
+        ForeignCodeError: a part would run code when it is read.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if not (checkpoint / _LATEST).is_file():
+        raise CheckpointError(
+            f"{checkpoint} has no parts of ZeRO (the file {_LATEST!r} is missing): a checkpoint-N folder of a run with "
+            "DeepSpeed is wanted. If it has weights (*.safetensors), it needs no consolidation"
+        )
+    if isinstance(parts := parts_folder(checkpoint), str):
+        raise CheckpointError(f"the parts in {checkpoint} are not complete: {parts}")
+    try:
+        check_pickles([*pickled_files(checkpoint), *pickled_files(parts)])
+    except DamagedError as error:
+        raise CheckpointError(f"the parts in {checkpoint} are not complete: {error}") from error
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            state: Any = get_fp32_state_dict_from_zero_checkpoint(
+                str(checkpoint), exclude_frozen_parameters=trained_only, lazy_mode=True
+            )
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"the parts in {checkpoint} are not complete: {error}") from error
+    return state
+
+
+def base_named_by(checkpoint: Path) -> str | None:
+    """The base of a run: of the adapter's settings, else of run.yaml in the checkpoint or in the folder above."""
+    if has_adapter(checkpoint):
+        name = read_adapter_config(checkpoint).get("base_model_name_or_path")
+        if name:
+            return name
+    for place in (checkpoint, checkpoint.parent):
+        if (place / "run.yaml").is_file():
+            run = yaml.safe_load((place / "run.yaml").read_text(encoding="utf-8"))
+            if isinstance(run, dict) and isinstance(run.get("base"), dict):
+                return run["base"].get("name")
+    return None
+
+
+def write_adapter(folder: Path, checkpoint: Path, base: Checkpoint, state: Mapping[str, Any]) -> int:
+    """Writes an adapter folder from the trained tensors of a LoRA run; returns how many tensors it has.
+
+    Raises:
+        CheckpointError: the parts are not those of the adapter that adapter_config.json describes.
+    """
+    names = adapter_names(empty_network(base.folder), checkpoint, trained_beside(checkpoint))
+    if missing := sorted(set(names) - set(state)):
+        raise CheckpointError(f"the parts in {checkpoint} lack {len(missing)} tensors of the adapter: {some(missing)}")
+    keys = dict(sorted((key, name) for name, key in names.items()))
+    shapes = {key: list(state[name].shape) for key, name in keys.items()}
+    with (folder / ADAPTER_WEIGHTS).open("wb") as file:
+        write_header(file, {key: ("F32", shape, 4 * torch.Size(shape).numel()) for key, shape in shapes.items()})
+        for name in keys.values():
+            plain: Any = state[name].contiguous().float().flatten().view(torch.uint8).numpy()
+            file.write(memoryview(plain))
+    take_over(base, folder, SIDE_FILES)
+    copy_files(checkpoint, folder, (ADAPTER_CONFIG, "README.md"))
+    return len(keys)

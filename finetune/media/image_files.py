@@ -1,0 +1,166 @@
+"""The one place where Pillow reads pictures: which formats, and what it raises for damaged ones."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+from finetune.sample import DataError, Source
+from finetune.utils.file_types import told
+
+# fmt: off
+FORMATS = (
+    "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "ICO", "ICNS", "CUR", "DIB", "PCX",
+    "DCX", "SGI", "SUN", "MSP", "XBM", "XPM", "DDS", "PSD", "TGA",
+)
+# fmt: on
+"""What is read, by Pillow's names. Left out: EPS and WMF, which other programs draw; formats without pixels of their
+own (BUFR, GRIB, HDF5, MPEG); and formats of games and instruments, whose decoders are little used. TGA, which has no
+signature, is tried last."""
+
+DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    ZeroDivisionError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow's readers raise for damaged data: none of them wraps what goes wrong inside."""
+
+BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+"""What Pillow raises at twice its own threshold of pixels."""
+
+_ORIENTATION = 0x0112
+_SWAPS_SIDES = (5, 6, 7, 8)
+_END = b"\0\0\0\0IEND\xaeB`\x82"
+
+
+class UnreadableError(Exception):
+    """A picture that cannot be read; the message says why, to stand behind its name."""
+
+
+def open_picture(file: Path | BinaryIO) -> Image.Image:
+    """A picture of one of FORMATS with its header read.
+
+    Raises:
+        UnreadableError: Pillow refuses it, or takes it for too large.
+        OSError: the file cannot be opened.
+    """
+    with reading():
+        return Image.open(file, formats=FORMATS)
+
+
+def check_end(picture: Image.Image, file: Path | BinaryIO) -> None:
+    """Checks that a file was copied to its end, where its format has one: Pillow does not miss that of PNG.
+
+    Raises:
+        UnreadableError: it is cut.
+    """
+    if picture.format == "PNG" and not _ends(file):
+        raise UnreadableError(
+            "cannot be decoded (a PNG file without its end, IEND); it is truncated: replace it or remove the record"
+        )
+
+
+def decode(data: bytes, source: Source, what: str = "the image") -> Image.Image:
+    """A picture from the bytes of a file, with its header read.
+
+    Args:
+        data: the bytes.
+        source: named in errors.
+        what: it is, in errors.
+
+    Raises:
+        DataError: they are not an image, or one with far too many pixels.
+    """
+    file = io.BytesIO(data)
+    try:
+        picture = open_picture(file)
+        check_end(picture, file)
+        return picture
+    except UnreadableError as error:
+        raise DataError(f"{source}: {what} ({len(data)} bytes) {told(data) or error}") from error
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none, it is unreadable, or Pillow applies it itself."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        # The method of the base class: that of PNG files decodes the pixels to look for EXIF behind them.
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+    except DAMAGED:
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def upright(image: Image.Image) -> tuple[tuple[int, int], bool]:
+    """(width, height) with the EXIF orientation applied, and whether there is one that changes anything."""
+    turn = orientation(image)
+    width, height = image.size
+    return ((height, width) if turn in _SWAPS_SIDES else (width, height)), turn != 1
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Around calls of Pillow's readers alone: what they raise becomes UnreadableError.
+
+    Raises:
+        UnreadableError: data that is damaged, too large or in no format that is read.
+        OSError: what the system says of the file.
+    """
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise UnreadableError(
+            "is not an image in a format that is read; save it as PNG or JPEG, or remove the record"
+        ) from error
+    except BOMB as error:
+        raise UnreadableError(
+            f"has too many pixels for Pillow whatever --max_image_pixels is ({error}); shrink it or remove the record"
+        ) from error
+    except DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UnreadableError(
+            f"cannot be decoded ({str(error) or type(error).__name__}); the file is truncated, damaged or not "
+            "readable: replace it or remove the record"
+        ) from error
+
+
+def _ends(file: Path | BinaryIO) -> bool:
+    """Whether a PNG file has its last chunk; something may stand behind it. The place in an open file stays."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return _ends(opened)
+    here = file.tell()
+    try:
+        size = file.seek(0, 2)
+        file.seek(max(size - len(_END), 0))
+        if file.read(len(_END)) == _END:
+            return True
+        at = 8
+        while at + 8 <= size:
+            file.seek(at)
+            length, kind = struct.unpack(">I4s", file.read(8))
+            if kind == b"IEND":
+                return at + len(_END) <= size
+            at += 12 + length
+        return False
+    finally:
+        file.seek(here)

@@ -1,0 +1,209 @@
+"""Where a checkpoint is on this machine, what kind of folder it is, and its files, read with care."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.families.settings import FILES, PROCESSORS
+from finetune.models import file_schemas
+from finetune.utils.errors import CheckpointError
+from finetune.utils.json_objects import read_object, read_text, shown
+from finetune.utils.paths import expand
+
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SIDE_FILES = {
+    "tokenizer_config.json": file_schemas.TOKENIZER_CONFIG,
+    "special_tokens_map.json": file_schemas.SPECIAL_TOKENS,
+    "generation_config.json": file_schemas.GENERATION,
+}
+# Ways of starting an adapter that change the base too: its own weights are not those it was trained on.
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Folders that are looked into for a hint.
+_LOOKED_INTO = 2000
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Weights as safetensors only, never pickled; code files are copied into full results, not run.
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
+
+
+def local_folder(name: str, revision: str | None = None) -> Path:
+    """The folder that a path or a hub id stands for, absolute; only a hub id may be downloaded.
+
+    Args:
+        name: a folder, or "owner/name" on the hub where there is no such folder.
+        revision: commit, branch or tag of the hub id.
+
+    Raises:
+        CheckpointError: neither a folder nor to be had from the hub.
+    """
+    folder = expand(name)
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists():
+        raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
+    if name.startswith(".") or not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"{name}: no such folder (looked in {Path.cwd()}){nearest_folders(folder)}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES))).resolve()
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise CheckpointError(
+            f"{name} is no folder here ({Path.cwd()}) and could not be fetched from the hub: {error}. Download it once "
+            "with network access, or give a folder (HF_HOME and HF_ENDPOINT are respected)"
+        ) from error
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is an adapter: of one that has config.json too, the whole model counts."""
+    return has_adapter(folder) and not (folder / CONFIG).is_file()
+
+
+def has_adapter(folder: Path) -> bool:
+    """Whether a folder can be used where an adapter is asked for."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder; the other files beside it that decide what is made of it are looked at too.
+
+    Raises:
+        CheckpointError: it is missing, or a file is not what it should be.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {CONFIG}; it is not a model folder")
+    config = read_object(path)
+    file_schemas.check_config(config, str(path))
+    read_settings(folder, config)
+    check_side_files(folder)
+    return config
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a folder, of an adapter that can be put on a base.
+
+    Raises:
+        CheckpointError: it is missing, not what it should be, or of an adapter that changes the base's own weights.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no adapter: {ADAPTER_CONFIG} is missing")
+    settings = read_object(path)
+    file_schemas.check(settings, file_schemas.ADAPTER, str(path))
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
+        raise CheckpointError(
+            f"{path}: the adapter was started by {start}, which changes the base's weights too: the base is not what "
+            "it was trained on. Save it with peft's path_initial_model_for_weight_conversion and use that"
+        )
+    return settings
+
+
+def check_side_files(folder: Path) -> None:
+    """Checks what a model or adapter folder says of its tokenizer and of generation.
+
+    Raises:
+        CheckpointError: a file is not what it should be.
+    """
+    for name, table in _SIDE_FILES.items():
+        if (path := folder / name).is_file():
+            file_schemas.check(read_object(path), table, str(path))
+    if (path := folder / "added_tokens.json").is_file():
+        file_schemas.check(added := read_object(path), dict.fromkeys(added, file_schemas.NATURAL), str(path))
+    if (path := folder / "chat_template.json").is_file():
+        file_schemas.check(read_object(path), file_schemas.TOKENIZER_CONFIG, str(path))
+    if (path := folder / "chat_template.jinja").is_file():
+        read_text(path)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder.
+
+    Raises:
+        CheckpointError: there are none, or the index of the shards cannot be used: it names a file that is not there
+            or outside the folder.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    path = folder / INDEX
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no weights: {WEIGHTS} or {INDEX} is missing")
+    places = read_object(path).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(
+            f"{path}: weight_map is {shown(places)}; it should be an object from tensors to files: download it again"
+        )
+    names = sorted(set(places.values()))
+    if outside := next((name for name in names if Path(name).name != name), None):
+        raise CheckpointError(f"{path}: weight_map names {outside!r}, which is not a file beside it; download it again")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{folder} lacks {missing[0]}{more} of the {len(names)} weight files that {INDEX} names: an interrupted "
+            "download? Run it again"
+        )
+    return [folder / name for name in names]
+
+
+def read_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json and, where the folder describes them, the settings of its processors by their names.
+
+    Those are the keys of ``families.settings.PROCESSORS``; ``setting_files`` says which file each was read from.
+
+    Raises:
+        CheckpointError: a file that is not what it should be.
+    """
+    read: dict[str, dict[str, Any]] = {}
+    given: dict[str, Any] = {}
+    for name, places in PROCESSORS.items():
+        for file, key in places:
+            path = folder / file
+            if file not in read:
+                read[file] = _processor(path) if path.is_file() else {}
+            if found := (read[file].get(key) if key else read[file]):
+                given[name] = found
+                given.setdefault(FILES, {})[name] = f"{file}, {key}" if key else file
+                break
+    return {**config, **given}
+
+
+def _processor(path: Path) -> dict[str, Any]:
+    """A file about processors, its parts included."""
+    values = read_object(path)
+    file_schemas.check(values, file_schemas.PROCESSOR, str(path))
+    for part, inside in values.items():
+        if isinstance(inside, dict):
+            file_schemas.check(inside, file_schemas.PROCESSOR, f"{path}, {part}")
+    return values
+
+
+def nearest_folders(missing: Path) -> str:
+    """The model and adapter folders whose paths are most like one that is not there, as the end of a message.
+
+    They are looked for below the lowest folder of the path that exists.
+    """
+    root = missing.absolute()
+    while not root.is_dir():
+        root = root.parent
+    if root == Path(root.anchor):
+        return ""
+    found = []
+    for number, (folder, folders, files) in enumerate(os.walk(root)):
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and name not in ("node_modules", "__pycache__")
+        ]
+        if any(name in files for name in (ADAPTER_CONFIG, CONFIG)):
+            found.append(os.path.relpath(folder, root))
+        if number > _LOOKED_INTO:
+            break
+    near = difflib.get_close_matches(os.path.relpath(missing.absolute(), root), found, n=3, cutoff=0.5)
+    return f"; the nearest that exist are {', '.join(str(root / name) for name in near)}" if near else ""

@@ -1,0 +1,230 @@
+"""How many patches become a token, "16x" or "4x": decided here, for every command and every way of loading.
+
+Published inference is told twice: the network merges patches by config.json, the processors count placeholders by files
+of their own. Here one value serves both: that of a flag, else of the environment variable of the published finetuning
+guides, else of the files.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from finetune.families import FAMILIES
+from finetune.families.common import merge_of
+from finetune.families.family import Config, Family
+from finetune.families.settings import DOWNSAMPLE_MODE, FILES, PROCESSORS, Found, Processor
+from finetune.models.checkpoint_folder import ADAPTER_CONFIG, CONFIG, has_adapter, read_adapter_config, read_settings
+from finetune.utils.errors import ArgumentError, CheckpointError
+from finetune.utils.json_objects import read_object
+from finetune.utils.log_once import warn_once
+
+logger = logging.getLogger(__name__)
+
+FLAG = f"--{DOWNSAMPLE_MODE}"
+VARIABLE = "DOWNSAMPLE_MODE"
+_ENVIRONMENT = f"environment variable {VARIABLE}"
+_COUNTING: tuple[Processor, ...] = ("image_processor", "video_processor")
+_VALUE = re.compile(rf'("{DOWNSAMPLE_MODE}"\s*:\s*)"[^"\\]*"')
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """A decided mode.
+
+    Attributes:
+        name: "16x" or "4x".
+        origin: what decided it: the flag, the environment variable, or a file.
+        overruled: what says otherwise, in words; empty where nothing does.
+        base: the mode by the files of the base checkpoint alone.
+    """
+
+    name: str
+    origin: str
+    overruled: str
+    base: str
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the user has decided it, by the flag or by the environment variable."""
+        return self.origin in (FLAG, _ENVIRONMENT)
+
+    def __str__(self) -> str:
+        return f"{DOWNSAMPLE_MODE} {self.name} ({self.origin}{f'; {self.overruled}' if self.overruled else ''})"
+
+
+def decide(
+    family: Family,
+    config: Config,
+    folder: Path | None,
+    wish: str | None = None,
+    *,
+    trained: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Mode | None:
+    """The mode of a run; None for a family whose network knows one way only.
+
+    Args:
+        family: the generation.
+        config: config.json of the base checkpoint.
+        folder: of the base checkpoint; None where config has all there is.
+        wish: what the flag says, None where it is not given.
+        trained: folder of an adapter or a checkpoint trained on the base, which counts before it.
+        environment: where the variable of the published guides may be set.
+
+    Raises:
+        ArgumentError: the flag is given to a family without modes, or flag or variable name an unknown one.
+        CheckpointError: a file names an unknown one.
+    """
+    variable = environment.get(VARIABLE) or None
+    if DOWNSAMPLE_MODE not in family.settings:
+        _say_without_effect(family, wish, variable)
+        return None
+    settings = config if folder is None else read_settings(folder, config)
+    base, doubt = _in_files(family, settings, "" if folder is None else f"{folder}/")
+    result = None if trained is None else _in_result(trained, settings)
+    asked = [Found(wish, FLAG), Found(variable, _ENVIRONMENT)]
+    used, *others = [found for found in (*asked, result, base) if found is not None and found.value is not None]
+    for found in (used, base, result or base):
+        _check(found)
+    if doubt and used is base:
+        warn_once(logger, doubt)
+    differing = [f"{other.where} says {other.value}" for other in others if other.value != used.value]
+    return Mode(used.value, used.where, ", ".join(differing), base.value)
+
+
+def with_mode(settings: Config, mode: Mode | None) -> dict[str, Any]:
+    """Settings in which a mode stands wherever one is read."""
+    if mode is None:
+        return dict(settings)
+    given = {DOWNSAMPLE_MODE: mode.name}
+    processors = {name: {**settings[name], **given} for name in _COUNTING if settings.get(name)}
+    return {**settings, **processors, **given}
+
+
+@contextmanager
+def working_in(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Lets a network work in a mode, and afterwards as before; None changes nothing.
+
+    By its configuration: what is given to ``generate`` is taken away once the images are encoded.
+    """
+    config: Any = model.config
+    if name is None:
+        yield
+        return
+    before = getattr(config, DOWNSAMPLE_MODE)
+    setattr(config, DOWNSAMPLE_MODE, name)
+    try:
+        yield
+    finally:
+        setattr(config, DOWNSAMPLE_MODE, before)
+
+
+def saved_with(folder: Path) -> str | None:
+    """The mode that a training has recorded in the adapter or full checkpoint it saved; None where it has none.
+
+    Raises:
+        CheckpointError: a file that is not JSON.
+    """
+    if has_adapter(folder):
+        return (read_adapter_config(folder).get("auto_mapping") or {}).get(DOWNSAMPLE_MODE)
+    return read_object(file).get(DOWNSAMPLE_MODE) if (file := folder / CONFIG).is_file() else None
+
+
+def write_mode(folder: Path, family: Family, name: str) -> None:
+    """Puts a mode into the config.json and processor files of a folder, as far as it has them.
+
+    Nothing else in them changes; a file by which it is the same mode already stays as it is.
+    """
+    parts: dict[str, set[str]] = {CONFIG: {""}}
+    for processor in _COUNTING:
+        for file, key in PROCESSORS[processor]:
+            parts.setdefault(file, set()).add(key)
+    default = family.settings[DOWNSAMPLE_MODE].default
+    for file, keys in parts.items():
+        if (path := folder / file).is_file():
+            before = path.read_bytes()
+            if (after := _changed(before.decode(), keys, name, default).encode()) != before:
+                path.write_bytes(after)
+
+
+def _changed(text: str, keys: set[str], name: str, default: str) -> str:
+    """A JSON file with another mode in some of its parts ("" is the whole), otherwise byte for byte."""
+    values: dict[str, Any] = json.loads(text)
+    wanted = copy.deepcopy(values)
+    for part in (wanted.get(key) if key else wanted for key in keys):
+        if isinstance(part, dict) and part.get(DOWNSAMPLE_MODE, default) != name:
+            part[DOWNSAMPLE_MODE] = name
+    if wanted == values:
+        return text
+    edited = _VALUE.sub(rf'\g<1>"{name}"', text)
+    # Where the key is not there yet, or stands in other parts too, the file is written anew.
+    return edited if json.loads(edited) == wanted else json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
+
+
+def _say_without_effect(family: Family, wish: str | None, variable: str | None) -> None:
+    able = ", ".join(each.title for each in FAMILIES if DOWNSAMPLE_MODE in each.settings)
+    why = f"{family.title} has no modes of downsampling ({able} have)"
+    if wish is not None:
+        raise ArgumentError(f"{FLAG} {wish}: {why}; leave the flag out")
+    if variable is not None:
+        warn_once(logger, f"{_ENVIRONMENT}={variable} has no effect: {why}")
+
+
+def _check(found: Found) -> None:
+    try:
+        merge_of(found.value)
+    except CheckpointError as error:
+        kind = ArgumentError if found.where in (FLAG, _ENVIRONMENT) else CheckpointError
+        raise kind(f"{found.where}: {error}") from error
+
+
+def _held(settings: Config) -> list[Found]:
+    """What config.json and the processors say, with None where they say nothing."""
+    names = settings.get(FILES) or {}
+    processors = {name: settings[name] for name in _COUNTING if settings.get(name)}
+    return [
+        Found(settings.get(DOWNSAMPLE_MODE), CONFIG),
+        *(Found(given.get(DOWNSAMPLE_MODE), names.get(name, name)) for name, given in processors.items()),
+    ]
+
+
+def _in_files(family: Family, settings: Config, place: str) -> tuple[Found, str]:
+    """The mode by the files of a checkpoint, and in words that they disagree, if they do."""
+    default = family.settings[DOWNSAMPLE_MODE].default
+    held = _held(settings)
+    first = next((found for found in held if found.value is not None), Found(default, f"default of {family.title}"))
+    used = Found(first.value, f"{place}{first.where}" if first in held else first.where)
+    others = [
+        f"{found.value} in {found.where}" if found.value else f"{default}, the default, in {found.where}"
+        for found in held
+        if (found.value or default) != used.value
+    ]
+    if not others:
+        return used, ""
+    return used, (
+        f"{used.where}: {DOWNSAMPLE_MODE} is {used.value}, but {' and '.join(others)}; published inference fails on "
+        f"images of such a folder. {used.value} is used for all of them; {FLAG} decides otherwise"
+    )
+
+
+def _in_result(trained: Path, base: Config) -> Found | None:
+    """The mode by the files of a result, where they are not simply those of its base."""
+    if has_adapter(trained) and (name := saved_with(trained)) is not None:
+        return Found(name, str(trained / ADAPTER_CONFIG))
+    config = read_object(trained / CONFIG) if (trained / CONFIG).is_file() else {}
+    before = {found.where: found.value for found in _held(base)}
+    for found in _held(read_settings(trained, config)):
+        if found.value is not None and found.value != before.get(found.where):
+            return Found(found.value, str(trained / found.where))
+    return None

@@ -1,0 +1,108 @@
+"""Weights are numbers: files of integers, and values that are NaN or infinite, are refused where they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import nn
+
+from finetune.utils.errors import CheckpointError
+
+# Tables of positions and counters, which are no weights.
+_COUNTERS = ("position_ids", "num_batches_tracked", "relative_position_index")
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_REMEDY = "the file is damaged, or its training went wrong: download it again, or take an earlier checkpoint"
+
+
+def check_types(path: Path, carried: Sequence[str] = ()) -> None:
+    """Checks by the header of a safetensors file that its weights are floating point.
+
+    Args:
+        path: the file.
+        carried: beginnings of the names of tensors that no network reads.
+
+    Raises:
+        CheckpointError: naming the first tensor that is not.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+            if name.endswith(_COUNTERS) or name.startswith(tuple(carried)):
+                continue
+            if (kind := file.get_slice(name).get_dtype()) not in _FLOATS:
+                raise CheckpointError(f"{path}: {name} is of type {kind}; weights are floating point: {_REMEDY}")
+
+
+def check_file(path: Path) -> None:
+    """Checks every value of a safetensors file, one tensor in memory at a time.
+
+    Raises:
+        CheckpointError: naming the first tensor with a value that is not finite.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        _refuse(path, (name for name in file.keys() if not finite(file.get_tensor(name))))  # noqa: SIM118 - as above
+
+
+def check_network(model: nn.Module, name: str, files: Sequence[Path]) -> None:
+    """Checks the values of a loaded network; under ZeRO-3 every rank its own part, and all ranks agree.
+
+    Args:
+        model: freshly loaded.
+        name: the checkpoint, for the message.
+        files: its weights, which are read again where the network keeps them in another form (4 bit).
+
+    Raises:
+        CheckpointError: naming the first weight with a value that is not finite.
+    """
+    wrong = nonfinite_weights(model, trained_only=False)
+    if any(hasattr(weight, "ds_tensor") for weight in model.parameters()) and dist.is_initialized():
+        found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(found, wrong)
+        wrong = [key for part in found for key in part]
+    _refuse(name, wrong)
+    if not all(_part(weight).is_floating_point() for weight in model.parameters()):
+        for path in files:
+            check_file(path)
+
+
+def nonfinite_weights(model: nn.Module, *, trained_only: bool) -> list[str]:
+    """Names of parameters that hold a value that is not finite; under ZeRO-3 of those whose own part does.
+
+    Args:
+        model: the network.
+        trained_only: look at those that train alone; nothing else is saved of an adapter.
+    """
+    chosen = [(name, p) for name, p in model.named_parameters() if p.requires_grad or not trained_only]
+    flags = [finite(_part(parameter)) for _, parameter in chosen]
+    by_device: dict[torch.device, list[int]] = {}
+    for place, flag in enumerate(flags):
+        by_device.setdefault(flag.device, []).append(place)
+    bad = []
+    for places in by_device.values():  # one wait per device
+        good = torch.stack([flags[place] for place in places]).tolist()
+        bad += [place for place, fine in zip(places, good, strict=True) if not fine]
+    return [chosen[place][0] for place in sorted(bad)]
+
+
+def finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether all values are finite, as a scalar on the tensor's device; also of none, and of integers."""
+    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+        return torch.ones((), dtype=torch.bool, device="cpu" if tensor.is_meta else tensor.device)
+    if tensor.element_size() == 1:
+        tensor = tensor.float()
+    # One pass without a copy: NaN is both, and infinity one of them.
+    low, high = torch.aminmax(tensor.detach())
+    return torch.isfinite(low) & torch.isfinite(high)
+
+
+def _part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a parameter: those that ZeRO-3 has partitioned are empty, with a part beside."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def _refuse(name: str | Path, wrong: Iterable[str]) -> None:
+    if (first := next(iter(wrong), None)) is not None:
+        raise CheckpointError(f"{name}: {first} has values that are not finite (NaN or infinity): {_REMEDY}")

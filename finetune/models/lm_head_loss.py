@@ -1,0 +1,212 @@
+"""Training loss inside the output layer: logits only where a label is, in chunks, gradients made along with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# Bytes of the logits and log probabilities, both float32, that live at a time.
+BUDGET = 96 * 2**20
+IGNORE = -100
+_LOW = (torch.bfloat16, torch.float16)
+
+
+class LMHeadLoss(nn.Linear):
+    """An output layer that can give the loss in place of the logits.
+
+    Both happen inside its own call, the only place where ZeRO-3 has its weight together.
+
+    Args:
+        linear: the layer it takes the place of, without a bias; the parameter stays the same one.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super(nn.Linear, self).__init__()  # that of Linear would make a parameter
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.register_parameter("bias", None)
+
+    def forward(self, input: torch.Tensor, targets: torch.Tensor | None = None, scaling: float = 1.0) -> Any:
+        """Logits (..., V) of hidden states (..., E); with targets (M,) the loss of (M, E), as ``linear_nll``."""
+        if targets is None:
+            return super().forward(input)
+        return linear_nll(input, self.weight, targets, scaling)
+
+
+def put_head(owner: Any) -> None:
+    """Makes the plain ``lm_head`` of a model a ``LMHeadLoss``; one that is something else stays."""
+    old = owner.lm_head
+    if type(old) is nn.Linear and old.bias is None:
+        owner.lm_head = LMHeadLoss(old)
+
+
+def nll_of(
+    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log likelihoods by one call of an output layer, a ``LMHeadLoss`` or anything in its place (adapters).
+
+    Args:
+        head: (M, E) to (M, V).
+        hidden: (M, E).
+        targets: (M,) int64.
+        scaling: what logits are divided by.
+
+    Returns:
+        Their sum, and each of them, (M,) float32 without a graph.
+    """
+    if isinstance(head, LMHeadLoss):
+        return head(hidden, targets, scaling)
+    logits = (head(hidden) / scaling).float()
+    nll = F.cross_entropy(logits, targets.to(logits.device), reduction="none")
+    return nll.sum(), nll.detach()
+
+
+def linear_nll(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scaling: float = 1.0, rows: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log likelihoods of a linear layer, in float32, with logits of no more than ``rows`` tokens at a time.
+
+    Args:
+        hidden: (M, E); M may be 0.
+        weight: (V, E).
+        targets: (M,) int64.
+        scaling: what logits are divided by.
+        rows: tokens at a time; None for ``rows_at_once``.
+
+    Returns:
+        Their sum, with a graph for one backward pass, and each of them, (M,) float32 without one.
+    """
+    rows = rows or rows_at_once(len(hidden), weight)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _LinearNll.apply(hidden, weight, targets, scaling, rows)  # pyright: ignore[reportReturnType]
+    nll, _, _ = _by_chunks(hidden, weight, targets, scaling, rows, (False, False))
+    return nll.sum(), nll
+
+
+def rows_at_once(count: int, weight: torch.Tensor) -> int:
+    """Of ``count`` tokens, how many have their logits at a time: what ``BUDGET`` lets through, at least one.
+
+    A trained 16 bit weight (V, E) would need a float32 sum of its size over several times. As long as all logits take
+    less than that sum, they are made at once.
+    """
+    vocabulary, width = weight.shape
+    if weight.requires_grad and weight.dtype in _LOW and count <= width // 2:
+        return max(count, 1)
+    return max(BUDGET // (8 * vocabulary), 1)
+
+
+class _LinearNll(torch.autograd.Function):
+    """As ``linear_nll``; the gradients of the sum are made in the forward pass, while the logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scaling: float, rows: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        nll, *gradients = _by_chunks(hidden, weight, targets, scaling, rows, ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(nll)
+        ctx.dtype = weight.dtype
+        return nll.sum(), nll
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
+        # In place, as they may be large: torch then refuses a second backward pass, as it does of any freed graph.
+        hidden, weight = (None if tensor is None else tensor.mul_(outputs[0]) for tensor in ctx.saved_tensors)
+        return hidden, None if weight is None else weight.to(ctx.dtype), None, None, None
+
+
+def _by_chunks(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scaling: float, rows: int, wanted: Any
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Negative log likelihoods (M,), and of their sum the wanted gradients, of hidden states and of the weight."""
+    cast = weight.to(_computed_in(weight))
+    nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    of_hidden = torch.empty_like(hidden) if wanted[0] else None
+    of_weight = None
+    if wanted[1]:  # sums of several roundings to 16 bit would drift
+        summed = torch.float32 if len(hidden) > rows else weight.dtype
+        of_weight = torch.zeros(weight.shape, dtype=summed, device=weight.device)
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        chunk, column = hidden[part].to(cast.dtype), targets[part, None]
+        scores = F.linear(chunk, cast)
+        scores = F.log_softmax(scores if scaling == 1 else scores.float() / scaling, dim=-1, dtype=torch.float32)
+        nll[part] = -scores.gather(1, column)[:, 0]
+        if not any(wanted):
+            continue
+        slopes = scores.exp_().scatter_add_(1, column, torch.full_like(column, -1, dtype=torch.float32))
+        slopes = (slopes if scaling == 1 else slopes.div_(scaling)).to(cast.dtype)
+        if of_hidden is not None:
+            of_hidden[part] = slopes @ cast
+        if of_weight is not None:
+            _add_product(of_weight, slopes, chunk)
+    if of_weight is not None and weight.dtype == torch.bfloat16:  # float16 would overflow before it is scaled
+        of_weight = of_weight.bfloat16()
+    return nll, of_hidden, of_weight
+
+
+def _computed_in(weight: torch.Tensor) -> torch.dtype:
+    """The type in which a linear layer computes here: that of autocast, else its own."""
+    device = weight.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def _add_product(total: torch.Tensor, slopes: torch.Tensor, chunk: torch.Tensor) -> None:
+    """Adds slopes (m, V) transposed times chunk (m, E) to (V, E)."""
+    if total.dtype == chunk.dtype:
+        total.addmm_(slopes.T, chunk)
+    else:
+        total += slopes.T @ chunk
+
+
+def supervised_loss(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    head: nn.Module,
+    num_items: torch.Tensor | int | None,
+    *,
+    scaling: float = 1.0,
+    bounds: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next-token cross entropy in float32.
+
+    Args:
+        hidden: (B, T, E) last hidden states.
+        labels: (B, T) unshifted, -100 = no loss. The first of a row or segment counts for nothing.
+        head: output layer, (M, E) to (M, V), called once.
+        num_items: divisor of the summed loss; None divides by the number of labelled tokens here.
+        scaling: what logits are divided by.
+        bounds: (s + 1,), where the segments of ONE row begin and end; None for rows that are not packed.
+
+    Returns:
+        The loss, and per row the sum of negative log likelihoods and the number of labelled tokens, (B, 2) float32;
+        with ``bounds`` per segment, (s, 2). A batch without labels has loss 0, connected to the graph.
+    """
+    labels = labels.to(hidden.device)
+    rows, places, count = _labelled(labels, bounds)
+    if bounds is None:
+        places = places + rows * labels.shape[1]
+    chosen = hidden.flatten(0, 1).index_select(0, places - 1)
+    total, nll = nll_of(head, chosen, labels.flatten()[places], scaling)
+    per_row = torch.zeros(count, 2, dtype=nll.dtype, device=nll.device)
+    per_row.index_add_(0, rows.to(nll.device), torch.stack([nll, torch.ones_like(nll)], dim=1))
+    # A batch of nothing but rows without labels is counted as 0 by the Trainer too.
+    divisor = torch.as_tensor(len(nll) if num_items is None else num_items, device=nll.device).clamp(min=1)
+    return total / divisor, per_row
+
+
+def _labelled(labels: torch.Tensor, bounds: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Row or segment (M,) and column (M,) of every labelled token, and the number of rows or segments."""
+    if bounds is None:
+        rows, columns = (labels[:, 1:] != IGNORE).nonzero().unbind(1)
+        return rows, columns + 1, len(labels)
+    bounds = bounds.to(labels.device)
+    labelled = labels[0] != IGNORE
+    labelled[bounds[:-1].long()] = False
+    places = labelled.nonzero()[:, 0]
+    return torch.bucketize(places, bounds[1:], right=True), places, len(bounds) - 1

@@ -1,0 +1,253 @@
+"""preview.html: samples as the model gets them, and what is worth knowing about all of them."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path, PurePath
+from typing import Any
+
+from finetune.data_check.check_report import CheckReport, group, is_common, is_warning
+from finetune.data_check.suspicious import suspicions
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.length_policy import OUTCOMES, Fitted
+from finetune.encoding.sample_policy import source_of
+from finetune.pages import charts, duplicates
+from finetune.pages.decoded_prompt import PromptPart, pieces
+from finetune.pages.html_page import PageError, count, render, write
+from finetune.pages.model_view import ModelView, see
+from finetune.pages.record_survey import SurveyedRecord, choose, image_sides
+from finetune.pages.thumbnails import Detail, Picture, jpeg, weight, within
+from finetune.sample import DataError, Sample, Text
+from finetune.templates.rendering import IGNORE
+from finetune.utils.quoting import reason
+
+SAMPLES = 50
+"""Samples of a page by default."""
+_ROOM = 4_600_000
+"""Bytes for all samples of a page, however many they are."""
+_TOKEN = 27
+"""Bytes that a token has in a page besides its text."""
+_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class MediumView:
+    """A medium as the page shows it; see ``ModelView``."""
+
+    seen: ModelView
+    whole: Picture | None
+    overview: Picture | None
+    rows: list[list[Picture]]
+    frames: list[tuple[str, Picture]]
+    left_out: int
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """All that are in the page."""
+        first = [each for each in (self.whole, self.overview) if each is not None]
+        return [*first, *(each for row in self.rows for each in row), *(picture for _, picture in self.frames)]
+
+
+def write_preview(path: Path, parts: Sequence[SurveyedRecord], *, most: int = SAMPLES, seed: int = 42) -> None:
+    """Writes the page.
+
+    Args:
+        path: of the page, replaced where there is one.
+        parts: the data sets, each looked at with the same encoder.
+        most: samples to show.
+        seed: of those that are chosen at random.
+
+    Raises:
+        PageError: it cannot be written.
+    """
+    chosen = choose(parts, most, seed)
+    room = _ROOM // max(len(chosen), 1)
+    # Threads: decoding and compressing run outside of Python's lock.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        samples = list(pool.map(lambda each: _sample(parts[each[0][0]], each[0][1], each[1], room), chosen.items()))
+    page = render(
+        "preview",
+        encoder=parts[0].fitter.encoder,
+        policy=parts[0].fitter.policy,
+        is_warning=is_warning,
+        sets=[_set(part) for part in parts],
+        names=[PurePath(part.report.file).name for part in parts],
+        columns=[word for word in _row(parts[0].report) if any(_row(part.report)[word] for part in parts)],
+        histograms=_histograms(parts),
+        repeated=(repeated := duplicates.find(parts))[:_LISTED],
+        repeated_count=len(repeated),
+        across=sum(each.across for each in repeated),
+        samples=samples,
+        reasons=_reasons(samples),
+        used=sum(len(part.survey.indices) for part in parts),
+        seed=seed,
+    )
+    try:
+        write(path, page)
+    except OSError as error:
+        raise PageError(
+            f"--html {path} cannot be written ({reason(error)}); give a file in a folder that can"
+        ) from error
+
+
+def _set(part: SurveyedRecord) -> dict[str, Any]:
+    """What the check says about a data set, for the tables of the page."""
+    report = part.report
+    shown = list(group([*report.problems, *report.left_out]).items())
+    return {
+        "report": report,
+        "used": report.outcomes.total(),
+        "row": _row(report),
+        "same": [(answer, number) for answer, number in report.answers.most_common(1) if is_common(report, number)],
+        "lengths": None if part.lengths is None else textwrap.dedent(str(part.lengths)),
+        "problems": [(kind, messages[:5], len(messages)) for kind, messages in shown],
+        "ids": list(report.duplicates.items())[:_LISTED],
+    }
+
+
+def _row(report: CheckReport) -> dict[str, int]:
+    """Counts of a data set by their names; a page shows those that are not 0 everywhere."""
+    part = report.looked_at != report.records
+    return {
+        "Records": report.records,
+        "Looked at": report.looked_at * part,
+        "With images": report.with_media["image"],
+        "With videos": report.with_media["video"],
+        "With sound": report.with_media["audio"],
+        **{outcome.capitalize(): report.outcomes[outcome] for outcome in OUTCOMES},
+        "Left out": len(report.left_out),
+        "Unusable": len(report.problems),
+    }
+
+
+def _histograms(parts: Sequence[SurveyedRecord]) -> list[charts.Histogram]:
+    surveys = [part.survey for part in parts]
+    limit = parts[0].fitter.encoder.max_length
+
+    def values(name: str) -> list[int]:
+        return [value for survey in surveys for value in getattr(survey, name)]
+
+    items = values("items")
+    made = [
+        charts.histogram("Length of samples in tokens", values("tokens"), "tokens", limit=limit),
+        charts.histogram("Trained tokens per sample", values("trained"), "tokens"),
+        charts.histogram("Slices and frames per sample", items, "slices") if any(items) else None,
+        charts.histogram("Longer side of images in pixels", image_sides(parts), "pixels"),
+    ]
+    return [chart for chart in made if chart is not None]
+
+
+def _reasons(samples: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
+    """Why samples are shown, with how many: what the page can be narrowed down to."""
+    words = [_family(reason) for sample in samples for reason in sample["reasons"]]
+    return [(word, words.count(word)) for word in dict.fromkeys(words)]
+
+
+def _family(reason: str) -> str:
+    return "first of a kind" if reason.startswith("first") else reason
+
+
+def _sample(part: SurveyedRecord, index: int, reasons: list[str], room: int) -> dict[str, Any]:
+    """One sample for the template."""
+    encoder = part.fitter.encoder
+    source = source_of(part.records, index)
+    shown: dict[str, Any] = {"reasons": reasons, "tags": [_family(each) for each in reasons], "fault": ""}
+    shown |= {"id": source.id, "source": str(source), "form": part.form(index)}
+    try:
+        sample = part.records[index]
+        fitted = part.fitter.fit(sample)
+        media = see(encoder, fitted)
+    except DataError as error:
+        # The check reads headers only, and files may have changed since.
+        return {**shown, "fault": str(error)}
+    rendered = fitted.rendered
+    conversation = list(pieces(encoder, fitted))
+    runs, text_room = _runs(conversation, room // 2)
+    spare = max(room - text_room, room // 4)
+    trained = sum(label != IGNORE for label in rendered.labels)
+    return {
+        **shown,
+        "outcome": fitted.outcome,
+        "tokens": len(rendered.input_ids),
+        "trained": trained,
+        "notes": (*sample.notes, *suspicions(sample, encoder.vocabulary)),
+        "lost": _lost(encoder, sample, fitted),
+        "runs": runs,
+        "media": within(spare, lambda detail: _media(media, detail), _weight),
+    }
+
+
+def _runs(conversation: Sequence[PromptPart], room: int) -> tuple[list[tuple[str, list[PromptPart]]], int]:
+    """The pieces in runs of one kind, and their bytes; in too long a conversation ids are shown of its beginning only.
+
+    A run is "medium", "trained", "context", or, without ids, "trained plain" and "context plain".
+    """
+    spent, kinds = 0, []
+    for piece in conversation:
+        kind = "medium" if piece.medium is not None else "trained" if piece.trained else "context"
+        spent += len(piece.text.encode(errors="replace")) + (_TOKEN if spent < room else 0)
+        kinds.append((kind if spent < room or kind == "medium" else f"{kind} plain", piece))
+    runs = [(kind, [piece for _, piece in found]) for kind, found in groupby(kinds, key=lambda each: each[0])]
+    return runs, spent
+
+
+def _media(media: Sequence[ModelView], detail: Detail) -> list[MediumView]:
+    """The media in some detail; when there are too many pictures whole ones go before slices, and early before late."""
+    wholes = min(sum(seen.whole is not None for seen in media), detail.tiles)
+    left, views = detail.tiles - wholes, []
+    for seen in media:
+        whole = seen.whole if wholes > 0 else None
+        wholes -= seen.whole is not None
+        shown, frames = seen.items[:left], seen.frames[:left]
+        left -= len(shown) + len(frames)
+        columns = seen.grid[0] if seen.grid is not None else 1
+        small = [jpeg(each, detail.tile, detail.quality) for each in shown]
+        views.append(
+            MediumView(
+                seen,
+                None if whole is None else jpeg(whole, detail.side, detail.quality),
+                small[0] if small else None,
+                [small[start : start + columns] for start in range(1, len(small), columns)],
+                [(f"{each.second:.1f} s", jpeg(each.picture, detail.tile, detail.quality)) for each in frames],
+                len(seen.items) - len(shown) + len(seen.frames) - len(frames) + (whole is not seen.whole),
+            )
+        )
+    return views
+
+
+def _weight(views: Sequence[MediumView]) -> int:
+    return sum(weight(view.pictures) + len(view.seen.wave) for view in views)
+
+
+def _lost(encoder: Encoder, sample: Sample, fitted: Fitted) -> list[tuple[str, str]]:
+    """What had to give for the length: sentences, each with the text that is gone."""
+    if fitted.outcome == OUTCOMES[0]:
+        return []
+    dropped = len(sample.messages) - len(fitted.sample.messages)
+    start = next(place for place, message in enumerate(sample.messages) if message.role == "user")
+    found = []
+    if dropped:
+        gone = sample.messages[start : start + dropped]
+        media = f" with {count(fitted.lost_images, 'medium', 'media')}" if fitted.lost_images else ""
+        text = "\n\n".join(f"{message.role}: {message.text}" for message in gone)
+        found.append((f"{count(dropped, 'turn')}{media} left out from the beginning", text))
+    kept = sample.messages[:start] + sample.messages[start + dropped :]
+    for before, after in zip(kept, fitted.sample.messages, strict=True):
+        taken = len(before.text) - len(after.text)
+        if taken:
+            found.append((f"{count(taken, 'character')} taken off a {before.role} turn", _taken(before.parts, taken)))
+    wanted = encoder.plans(encoder.sizes(fitted.sample))
+    items = [sum(getattr(plan, "items", 0) for plan in plans) for plans in (wanted, fitted.plans)]
+    if items[0] != items[1]:
+        found.append((f"images cut into {items[1]} slices in place of {items[0]}", ""))
+    return found
+
+
+def _taken(parts: Sequence[Any], characters: int) -> str:
+    """The first so many characters of the texts of a turn."""
+    return "".join(part.text for part in parts if isinstance(part, Text))[:characters]

@@ -1,0 +1,169 @@
+"""What a check has seen of every record, kept small, and which records are worth a look."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain, islice, repeat
+
+from finetune.data_check.check_cache import CachedCheck
+from finetune.data_check.check_report import CheckReport, is_warning
+from finetune.data_check.length_table import LengthTable
+from finetune.encoding.length_policy import OUTCOMES, LengthPolicy
+from finetune.media import image
+from finetune.sample import DataError, Sample
+
+_KEPT = 3
+"""Records that are remembered of every kind that a page has to show."""
+_EXTREMES = 3
+_MEASURED = 1_000
+"""Records of which the sizes of the images are shown."""
+
+
+@dataclass(slots=True)
+class RecordSurvey:
+    """The records of one data set as ``check`` passes them by; hand ``see`` to it.
+
+    Attributes:
+        indices: of the records that can be used.
+        tokens: length of each.
+        trained: tokens of each that carry loss.
+        items: thumbnails, slices and frames of each.
+        noted: the first few records with each warning, and with each outcome but "kept".
+        kinds: the first record with each combination of media, in words.
+    """
+
+    indices: array[int] = field(default_factory=lambda: array("L"))
+    tokens: array[int] = field(default_factory=lambda: array("L"))
+    trained: array[int] = field(default_factory=lambda: array("L"))
+    items: array[int] = field(default_factory=lambda: array("L"))
+    noted: dict[str, list[int]] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+
+    def see(self, index: int, result: CachedCheck | DataError) -> None:
+        """Takes note of what has become of a record."""
+        if isinstance(result, DataError):
+            return
+        for column, value in zip(
+            (self.indices, self.tokens, self.trained, self.items),
+            (index, result.tokens, result.trained, result.items),
+            strict=True,
+        ):
+            column.append(value)
+        for word in (*filter(is_warning, result.notes), *([] if result.outcome == OUTCOMES[0] else [result.outcome])):
+            found = self.noted.setdefault(word, [])
+            if len(found) < _KEPT and index not in found:
+                found.append(index)
+        self.kinds.setdefault(_media_words(result.media), index)
+
+
+@dataclass(frozen=True)
+class SurveyedRecord:
+    """A data set that has been looked at.
+
+    Attributes:
+        samples: the data set.
+        fitter: the encoder of the run and its policy for long samples.
+        report: what the check found.
+        survey: what it saw on the way.
+        lengths: of some samples at other settings.
+    """
+
+    samples: Sequence[Sample]
+    fitter: LengthPolicy
+    report: CheckReport
+    survey: RecordSurvey
+    lengths: LengthTable | None = None
+
+    @cached_property
+    def records(self) -> Sequence[Sample]:
+        """The records as the check numbers them."""
+        return getattr(self.samples, "once", self.samples)
+
+    def form(self, index: int) -> str:
+        """The name of the form that a record has; empty where the data have none."""
+        form_of = getattr(self.records, "form_of", None)
+        return form_of(index) if form_of is not None else ""
+
+
+Chosen = Mapping[tuple[int, int], list[str]]
+"""Why each record is shown, by the number of its data set and its own."""
+
+
+def choose(parts: Sequence[SurveyedRecord], most: int, seed: int) -> Chosen:
+    """At most so many records: firsts, those with warnings, extremes, and as many at random as there is room for."""
+    chosen: dict[tuple[int, int], list[str]] = {}
+    for part, index, reason in _wanted(parts):
+        if (part, index) in chosen or len(chosen) < most:
+            reasons = chosen.setdefault((part, index), [])
+            if reason not in reasons:
+                reasons.append(reason)
+    left = [(part, each) for part, found in enumerate(parts) for each in found.survey.indices]
+    draw = random.Random(seed)
+    for key in draw.sample(left, min(len(left), most)):
+        if len(chosen) >= most:
+            break
+        chosen.setdefault(key, ["random"])
+    return dict(sorted(chosen.items()))
+
+
+def _wanted(parts: Sequence[SurveyedRecord]) -> Iterator[tuple[int, int, str]]:
+    """Records that a page should show, the more important first; what is rarer comes before more of the same."""
+    for part, found in enumerate(parts):
+        yield from ((part, index, reason) for index, reason in _firsts(found))
+    for rank in range(_KEPT):
+        for part, found in enumerate(parts):
+            for word, indices in found.survey.noted.items():
+                if rank < len(indices):
+                    yield part, indices[rank], word if word in OUTCOMES else "warning"
+    for part, found in enumerate(parts):
+        for words, index in found.survey.kinds.items():
+            yield part, index, f"first with {words}"
+    extremes = [(part, *each) for part, found in enumerate(parts) for each in _extremes(found.survey)]
+    for rank in range(_EXTREMES):
+        yield from ((part, order[rank], reason) for part, order, reason in extremes if rank < len(order))
+
+
+def _firsts(found: SurveyedRecord) -> Iterator[tuple[int, str]]:
+    forms: dict[str, int] = {}
+    for index in found.survey.indices:
+        forms.setdefault(found.form(index), index)
+    for form, index in forms.items():
+        yield index, f"first in the form {form}" if form else "first"
+
+
+def _extremes(survey: RecordSurvey) -> Iterator[tuple[list[int], str]]:
+    """The records that have most of something, in order."""
+    for values, reason in (
+        (survey.tokens, "longest"),
+        (survey.items, "most slices"),
+        (survey.trained, "longest answers"),
+    ):
+        order = heapq.nlargest(_EXTREMES, range(len(values)), key=values.__getitem__)
+        yield [survey.indices[place] for place in order if values[place]], reason
+
+
+def image_sides(parts: Sequence[SurveyedRecord]) -> list[int]:
+    """The longer side in pixels of every image of about 1000 evenly spaced records, or of all where there are fewer."""
+    places = chain.from_iterable(zip(repeat(found), found.survey.indices) for found in parts)
+    step = max(sum(len(found.survey.indices) for found in parts) // _MEASURED, 1)
+    sides = []
+    for found, index in islice(places, 0, None, step):
+        try:
+            sample = found.records[index]
+            most = found.fitter.encoder.max_pixels
+            sides += [max(image.size(each, sample.source, most)) for each in sample.media("image")]
+        except DataError:
+            continue  # it has changed since the check, which is the place to say so
+    return sides
+
+
+def _media_words(media: tuple[int, int, int]) -> str:
+    """Which media a record has: "text only", "an image", "images and sound"."""
+    names = (("an image", "images"), ("a video", "videos"), ("sound", "sound"))
+    words = [pair[number > 1] for number, pair in zip(media, names, strict=True) if number]
+    return " and ".join(words) or "text only"

@@ -1,0 +1,120 @@
+"""Media inside of records: bytes as they are, or as base64 text with or without ``data:`` in front."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+
+from PIL import Image
+
+from finetune.media import image_files
+from finetune.sample import DataError, MediaKind, Source
+
+# Text of base64 that is long enough to be the bytes of a file.
+_TEXT = re.compile(r"[A-Za-z0-9+/\s]{80,}={0,2}\s*")
+# So many letters are looked at, half of which may be line breaks; four of them are three bytes.
+_LETTERS = 64
+_HEAD = re.compile(r"[A-Za-z0-9+/]{32}")
+# What files begin with, behind so many bytes that differ.
+_SIGNS: tuple[tuple[MediaKind, int, bytes], ...] = (
+    ("image", 0, b"\xff\xd8\xff"),
+    ("image", 0, b"\x89PNG\r\n\x1a\n"),
+    ("image", 0, b"GIF8"),
+    ("image", 8, b"WEBP"),
+    ("image", 0, b"BM"),
+    ("image", 0, b"II*\0"),
+    ("image", 0, b"MM\0*"),
+    ("image", 4, b"ftypavif"),
+    ("audio", 8, b"WAVE"),
+    ("audio", 0, b"fLaC"),
+    ("audio", 0, b"OggS"),
+    ("audio", 0, b"ID3"),
+    ("audio", 0, b"\xff\xfb"),
+    ("audio", 0, b"\xff\xf3"),
+    ("audio", 4, b"ftypM4A"),
+    ("video", 4, b"ftyp"),
+    ("video", 0, b"\x1aE\xdf\xa3"),
+)
+
+
+def is_base64(text: str) -> bool:
+    """Whether it may be the bytes of a file as base64 text; a path of 80 letters may be too."""
+    return _TEXT.fullmatch(text) is not None
+
+
+def kind_of(data: bytes) -> MediaKind | None:
+    """What bytes are that begin as a file of a known format does."""
+    return next((kind for kind, at, sign in _SIGNS if data.startswith(sign, at)), None)
+
+
+def kind_of_text(text: str) -> MediaKind | None:
+    """The same for base64 text, of which the beginning is looked at."""
+    head = _HEAD.match("".join(text[:_LETTERS].split()))
+    return None if head is None else kind_of(base64.b64decode(head[0]))
+
+
+def of_text(text: str, kind: MediaKind, source: Source) -> bytes:
+    """The bytes of base64 text that begins as a file of its kind does.
+
+    Raises:
+        DataError: it begins as something else, or is no base64.
+    """
+    found = kind_of_text(text)
+    if found != kind:
+        what = f"a file of {found}" if found else "no file that is known"
+        raise DataError(
+            f"{source}: {kind} {text[:40]!r}... ({len(text)} characters) is no path that exists; it looks like base64 "
+            f"text, of {what}; give a path, or the base64 text of {A_FILE[kind]}"
+        )
+    return _bytes("".join(text.split()), text, kind, source)
+
+
+def of_address(address: str, kind: MediaKind, source: Source) -> bytes:
+    """The bytes of a ``data:`` address.
+
+    Raises:
+        DataError: it is not base64.
+    """
+    head, _, body = address.partition(",")
+    if not head.endswith(";base64"):
+        raise DataError(f"{source}: {kind} {address[:40]!r}...: only base64 is read of data: addresses; give a path")
+    return _bytes(body, address, kind, source)
+
+
+def of_value(value: bytes | str, kind: MediaKind, source: Source) -> bytes:
+    """What stands under ``bytes``: JSON has them as base64 text.
+
+    Raises:
+        DataError: text that is not base64.
+    """
+    if isinstance(value, bytes):
+        return value
+    if value.startswith("data:"):
+        return of_address(value, kind, source)
+    return _bytes("".join(value.split()), value, kind, source)
+
+
+def _bytes(body: str, shown: str, kind: MediaKind, source: Source) -> bytes:
+    try:
+        return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"{source}: {kind} {shown[:40]!r}...: not base64 ({error})") from error
+
+
+A_FILE: dict[MediaKind, str] = {"image": "an image", "video": "a video", "audio": "an audio file"}
+
+
+def decoded(data: bytes, kind: MediaKind, source: Source) -> Image.Image | bytes:
+    """A picture with its header read, or sound as it is; the encoder decodes the rest.
+
+    Raises:
+        DataError: a damaged picture, or a video.
+    """
+    if kind == "audio":
+        return data
+    if kind != "image":
+        raise DataError(
+            f"{source}: {A_FILE[kind]} of {len(data)} bytes inside the record; write it to a file, give its path"
+        )
+    return image_files.decode(data, source, "an image inside the record")

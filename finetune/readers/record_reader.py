@@ -1,0 +1,170 @@
+"""The records of one data file as samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, overload
+
+from finetune.data_files.records import data_files, is_pattern
+from finetune.readers import alpaca, foreign_placeholders, grounding, official, openai, record_keys, sharegpt
+from finetune.readers.conversation import TRAIN_ON, TrainOn
+from finetune.readers.forms import Form
+from finetune.readers.record_media import Places, json_type
+from finetune.readers.unread_keys import unread_notes
+from finetune.sample import DataError, Sample, Source, Text
+from finetune.utils.quoting import shown
+
+_READERS = {"sharegpt": sharegpt.sample, "alpaca": alpaca.sample, "openai": openai.sample}
+_TURNS = {"official": "'conversations'", "alpaca": "'instruction' and 'output'"}
+
+
+@dataclass(frozen=True, slots=True)
+class RecordReader:
+    """How records become samples.
+
+    Attributes:
+        form: of the records.
+        where: places of media files.
+        train_on: "all" to train every answer, "last" for the last of a conversation.
+    """
+
+    form: Form
+    where: Places
+    train_on: TrainOn
+
+    def sample(self, record: Any, source: Source) -> Sample:
+        """The sample of a record.
+
+        Raises:
+            DataError: the record is not of the form, or a media file does not exist.
+        """
+        name = self.form.name
+        if not isinstance(record, dict):
+            wanted = _TURNS.get(name, repr(self.form.columns.messages))
+            raise DataError(f"{source}: is {json_type(record)}, not an object with {wanted}")
+        if record_keys.compared(record):
+            raise DataError(f"{source}: has {record_keys.compared(record)}")
+        if name == "official":
+            sample = official.sample(record, source, self.where, self.train_on)
+        else:
+            sample = _READERS[name](record, source, self.where, self.train_on, self.form)
+        sample = grounding.ground(record, sample)
+        check_texts(sample)
+        notes = (*foreign_placeholders.notes(sample), *unread_notes(record, sample, self.form, self.where))
+        return replace(sample, notes=(*sample.notes, *notes)) if notes else sample
+
+    @property
+    def meaning(self) -> str:
+        """All that decides what a record means, as text that changes with it."""
+        return json.dumps(
+            [asdict(self.form), [str(folder) for folder in self.where.folders], self.where.allowed is not None]
+        )
+
+
+class SampleFile(Sequence[Sample]):
+    """Samples are built, and may fail, when they are asked for; images are never opened here.
+
+    Args:
+        records: parsed records, in order.
+        path: the file or folder they come from, or the address of a data set; named in errors.
+        reading: what they mean.
+        name: of the data set, "" for a file without one.
+
+    Raises:
+        ValueError: no such ``train_on``.
+    """
+
+    def __init__(self, records: Sequence[Any], path: str | Path, reading: RecordReader, name: str = "") -> None:
+        if reading.train_on not in TRAIN_ON:
+            raise ValueError(f"no train_on {reading.train_on!r}; there are {', '.join(TRAIN_ON)}")
+        self.reading = reading
+        self.name = name
+        self.path = Path(path)
+        self._file = str(path)
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        """The sample at ``index``.
+
+        Raises:
+            DataError: the record is not of the form, or a media file does not exist.
+        """
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        record = self._records[number]
+        return self.reading.sample(record, self._source(record, number))
+
+    def record(self, index: int) -> Any:
+        """Record ``index`` as it stands in the file."""
+        return self._records[index]
+
+    def source(self, index: int) -> Source:
+        """Where record ``index`` is and what its id is, whether or not it makes a sample."""
+        number = range(len(self))[index]
+        try:
+            return self._source(self._records[number], number)
+        except DataError:  # told when the sample is asked for
+            return Source(self._file, number)
+
+    @property
+    def files(self) -> list[Path]:
+        """The data files, on which remembered results depend."""
+        return data_files(self.path) if self.path.exists() or is_pattern(self.path) else []
+
+    @property
+    def train_on(self) -> TrainOn:
+        """Which answers are trained."""
+        return self.reading.train_on
+
+    @property
+    def meaning(self) -> str:
+        """All that decides what a record means, as text that changes with it."""
+        return self.reading.meaning
+
+    def _source(self, record: Any, number: int) -> Source:
+        return Source(self._file, number, identity(record))
+
+
+def identity(record: Any) -> str:
+    """The own id of a record, empty where it has none. It is a label only, of any type."""
+    given = record.get("id") if isinstance(record, dict) else None
+    if given is None:
+        return ""
+    return given if isinstance(given, str) else shown(given) if isinstance(given, (dict, list)) else str(given)
+
+
+def check_texts(sample: Sample) -> None:
+    """Checks that all text of a sample can be written: half of a surrogate pair is no character.
+
+    Raises:
+        DataError: naming where it stands.
+    """
+    check_text(sample.source.id, "'id'", sample.source)
+    for turn, message in enumerate(sample.messages):
+        for part in message.parts:
+            if isinstance(part, Text):
+                check_text(part.text, f"turn {turn} ({message.role})", sample.source)
+        check_text(message.thought, f"the thinking of turn {turn}", sample.source)
+
+
+def check_text(text: str, where: str, source: Source) -> None:
+    """Checks that a text can be written, as ``check_texts``; ``where`` it stands in the record is for the error."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(error.start - 20, 0) : error.start + 20]
+        raise DataError(
+            f"{source}: {where}: character {error.start} is half of a surrogate pair ({text[error.start]!a}, in "
+            f"{around!r}), as text cut between two halves has it; write the whole character or remove it"
+        ) from error

@@ -1,0 +1,152 @@
+"""Tools in records: their descriptions, and the calls of answers, in every way in which the field writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finetune.data_files.json_values import ValueFault, parse, written
+from finetune.readers import record_keys
+from finetune.readers.record_media import json_cell, json_type
+from finetune.sample import Call, DataError, Source, Tool
+from finetune.utils.quoting import words_of
+
+_CLOSING = "</think>"
+_WRITTEN = "<tool_call>"
+
+
+def described(record: Mapping[str, Any], names: tuple[str, ...], source: Source) -> tuple[Tool, ...]:
+    """The tools that a record describes, as they stand there.
+
+    Args:
+        record: has them as a list of objects, or as JSON text of one.
+        names: under which keys.
+        source: named in errors.
+
+    Raises:
+        DataError: they are no list of objects, or one has no name.
+    """
+    found = record_keys.alone(record, names, "", source)
+    if found is None:
+        return ()
+    name, given = found
+    if isinstance(given, str) and not given.strip():
+        return ()
+    tools = _json(given, repr(name), source)
+    if not tools:
+        return ()
+    if not isinstance(tools, (list, tuple)):
+        raise DataError(f"{source}: {name!r} is {json_type(tools)}; it must be a list of descriptions of tools")
+    return tuple(_tool(json_cell(tool), f"{name!r}, entry {number}", source) for number, tool in enumerate(tools))
+
+
+def _tool(tool: Any, where: str, source: Source) -> Tool:
+    if not isinstance(tool, dict):
+        raise DataError(f"{source}: {where} is {json_type(tool)}; it must be an object that describes a tool")
+    function = tool.get("function", tool)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"{source}: {where} has no name (found {words_of(tool)}); write name, description, parameters")
+    return tool
+
+
+def called(given: Mapping[str, Any], role: str, number: int, source: Source) -> tuple[Call, ...]:
+    """The calls that a turn has under a key of their own.
+
+    Raises:
+        DataError: the turn is no answer, or a call has no name, or arguments that are no object.
+    """
+    found = next(((name, given[name]) for name in record_keys.CALLS if given.get(name)), None)
+    if found is None:
+        return ()
+    name, value = found
+    if all(given.get(each) for each in record_keys.CALLS):
+        raise DataError(f"{source}: turn {number} has {' and '.join(map(repr, record_keys.CALLS))}; keep one")
+    if role not in ("assistant", "function"):
+        raise DataError(f"{source}: turn {number}: {name!r} in a {role} turn; only answers call tools")
+    where = f"turn {number}: {name!r}"
+    return _calls(_json(value, where, source), where, source)
+
+
+def spoken(text: str, number: int, source: Source) -> tuple[str, tuple[Call, ...]]:
+    """The text of a turn that calls tools without its calls, and these; text that is no JSON is the model's own words.
+
+    Raises:
+        DataError: a call has no name, or arguments that are no object.
+    """
+    before, closing, rest = text.rpartition(_CLOSING)
+    if rest.lstrip()[:1] not in ("{", "["):
+        return text, ()
+    where = f"turn {number}, which calls a tool,"
+    return before + closing, _calls(_json(rest, where, source), where, source)
+
+
+def check_order(turns: Sequence[Mapping[str, Any]], source: Source) -> None:
+    """Results of tools follow their calls in the same order: prompts have no ids by which to tell them apart.
+
+    Raises:
+        DataError: a result names another call than the next one.
+    """
+    waiting: list[Any] = []
+    for number, turn in enumerate(turns):
+        calls, result = turn.get(record_keys.CALLS[0]), turn.get(record_keys.RESULT_OF)
+        if calls:
+            listed = json_cell(calls)
+            each = listed if isinstance(listed, (list, tuple)) else [listed]
+            waiting = [call.get("id") if isinstance(call, dict) else None for call in each]
+        elif result is not None and all(waiting):
+            if result not in waiting:
+                raise DataError(
+                    f"{source}: turn {number}: {record_keys.RESULT_OF!r} is {written(result)}, and no call before it "
+                    "that is without a result has this id; correct it"
+                )
+            if waiting.pop(0) != result:
+                raise DataError(
+                    f"{source}: turn {number}: the results of tools are not in the order of their calls, and prompts "
+                    "have no ids to tell them apart by; put them in order"
+                )
+
+
+def check_once(text: str, number: int, source: Source) -> None:
+    """Refuses a call that an answer has in its text and under a key.
+
+    Raises:
+        DataError: the text of the answer has one.
+    """
+    if _WRITTEN in text:
+        raise DataError(f"{source}: turn {number} has {_WRITTEN} in its text and calls beside it; keep one")
+
+
+def _calls(given: Any, where: str, source: Source) -> tuple[Call, ...]:
+    return tuple(_call(each, where, source) for each in (given if isinstance(given, (list, tuple)) else [given]))
+
+
+def _call(given: Any, where: str, source: Source) -> Call:
+    given = json_cell(given)
+    function = json_cell(given.get("function", given)) if isinstance(given, dict) else given
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        found = f"an object with {words_of(function)}" if isinstance(function, dict) else json_type(function)
+        raise DataError(f"{source}: {where} has {found} where a call belongs; write name and arguments")
+    name = function["name"]
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = _json(arguments, f"{where} the arguments of {name!r}", source) if arguments.strip() else {}
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise DataError(
+            f"{source}: {where} has {written(arguments)} for the arguments of {name!r}; they must be an object"
+        )
+    return Call(name, arguments)
+
+
+def _json(given: Any, where: str, source: Source) -> Any:
+    """A value, or the one that JSON text says."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return parse(given)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{source}: {where} is not JSON ({error.msg}, character {error.pos}); correct it") from error
+    except ValueFault as error:
+        raise DataError(f"{source}: {where} {error}") from error

@@ -1,0 +1,1 @@
+"""Processes of a run: exit codes, signals, ranks."""

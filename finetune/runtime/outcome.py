@@ -1,0 +1,189 @@
+"""How a run ends: exit codes, the machine-readable last line, signals, and the way out.
+
+A program imports this before torch: exit handlers run in reverse order, so that the one here runs last.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import logging
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+from finetune.runtime.processes import RUN_FOLDER, a_rank_has_died, end_children, end_with_launcher
+from finetune.runtime.signals import SignalWatch
+from finetune.utils.errors import UserError
+
+OK = 0
+FAILED = 1
+USER_ERROR = 2
+NOT_VERIFIED = 3
+# WorthlessError: nothing was trained, or what came out is of no use.
+WORTHLESS = 4
+# Training went on to its end, but a checkpoint or the result could not be written (disk full, read-only).
+NOT_SAVED = 5
+# Asked to stop by a signal, and saved: --resume_from_checkpoint auto goes on (75 is EX_TEMPFAIL: start it again).
+STOPPED = 75
+INTERRUPTED = 130
+
+RESULT = "result.json"
+"""The last line of rank 0, in the launcher's folder for the run."""
+
+# The exit status that ``leave`` was given.
+_leaving: int | None = None
+# What is done before the process ends.
+_endings: list[Callable[[], object]] = []
+
+
+def plain_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with null where a number is not finite: NaN and Infinity are no JSON."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
+
+
+def mean_train_loss(history: Iterable[Mapping[str, Any]]) -> float | None:
+    """Mean training loss over all logged steps that were finite, those before a resume included; None without any."""
+    total, steps, last = 0.0, 0, 0
+    for entry in history:
+        if "loss" in entry:
+            if math.isfinite(entry["loss"]):
+                total += entry["loss"] * (entry["step"] - last)
+                steps += entry["step"] - last
+            last = entry["step"]
+    return total / steps if steps else None
+
+
+def last_eval_loss(history: Iterable[Mapping[str, Any]]) -> float | None:
+    """The latest evaluation loss; None when nothing was evaluated."""
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return losses[-1] if losses else None
+
+
+def distinct_lines(path: Path) -> int:
+    """How many different lines a file has: every process of a run may note the same record. 0 without the file."""
+    return len(set(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else 0
+
+
+def report(status: str, **fields: Any) -> None:
+    """Prints the last line of a run, ``result={...}``, on rank 0; other ranks print nothing."""
+    if _is_main_process():
+        result = json.dumps(plain_numbers({"status": status, **fields}), ensure_ascii=False, allow_nan=False)
+        if (folder := os.environ.get(RUN_FOLDER)) is not None:
+            (Path(folder) / RESULT).write_text(result, encoding="utf-8")
+        # In one write: a launcher's other processes share this stream.
+        sys.stdout.write(f"result={result}\n")
+        sys.stdout.flush()
+
+
+def message_of(error: UserError) -> str:
+    """What the user reads; an error raised in a loader process carries that process' traceback in front of it."""
+    message = str(error)
+    return message.rpartition("Error: ")[2] if message.startswith("Caught ") else message
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process: threads are waited for and exit handlers run as always, but nothing behind them does.
+
+    torch 2.15.0 can abort while its C++ objects are destroyed after a distributed run; a launcher would then take work
+    that is done and saved for failed.
+    """
+    global _leaving
+    _leaving = status
+    end_children()
+    sys.exit(status)
+
+
+@atexit.register
+def _leave() -> None:
+    if _leaving is not None:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        _end(_leaving)
+
+
+def install() -> None:
+    """From here on every end of this process has its message, its last line and its exit code."""
+    sys.excepthook = _excepthook
+    end_with_launcher()
+    watch.install()
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    global _leaving
+    if isinstance(error, KeyboardInterrupt):
+        _interrupted("interrupted")
+    if isinstance(error, RuntimeError) and a_rank_has_died():
+        # What a collective says then; the other process has said why.
+        end_now(FAILED, "ended, as another process of the run has died: see its message")
+    traceback.print_exception(kind, error, trace)
+    report("error", exit_code=FAILED, message=f"{kind.__name__}: {error}")
+    end_children()
+    _leaving = FAILED
+
+
+def _interrupted(message: str) -> NoReturn:
+    end_now(INTERRUPTED, message, "; --resume_from_checkpoint auto continues from the last checkpoint")
+
+
+def end_now(status: int, message: str, advice: str = "") -> NoReturn:
+    """Ends the process without waiting for anything: loader processes, collectives that wait for dead ranks.
+
+    Args:
+        status: exit status.
+        message: for the last line and, with ``advice`` behind it, the screen.
+        advice: what to do.
+    """
+    if _is_main_process():
+        sys.stderr.write(f"{message}{advice}\n")
+    report("interrupted" if status == INTERRUPTED else "error", exit_code=status, message=message)
+    sys.stderr.flush()
+    _end(status)
+
+
+def print_error(error: UserError) -> str:
+    """Prints what the user reads, once for all ranks of the machine that say the same; returns it."""
+    message = message_of(error)
+    if _first_to_say(message):
+        title = "" if error.exit_code == STOPPED else "error: "
+        sys.stderr.write(f"{title}{message}\n")
+    return message
+
+
+def _first_to_say(message: str) -> bool:
+    if (folder := os.environ.get(RUN_FOLDER)) is None:
+        return True
+    said = Path(folder) / f"said-{hashlib.sha256(message.encode(errors='replace')).hexdigest()[:16]}"
+    try:
+        said.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def at_end(clear: Callable[[], object]) -> None:
+    """Has something done when this process ends, however it does, SIGKILL and crashes of C code aside."""
+    _endings.append(clear)
+
+
+def _end(status: int) -> NoReturn:
+    while _endings:
+        _endings.pop()()
+    os._exit(status)
+
+
+watch = SignalWatch(_interrupted)
+"""Of the signals of this process; ``install`` lets it begin."""

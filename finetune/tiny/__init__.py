@@ -1,0 +1,1 @@
+"""Tiny checkpoints with random weights and a demo data set, for tests and demos."""

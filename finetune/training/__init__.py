@@ -1,0 +1,1 @@
+"""What trains: LoRA and frozen parts, callbacks that watch a run, throughput."""

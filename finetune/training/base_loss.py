@@ -1,0 +1,40 @@
+"""The loss of the base model at step 0, which says whether its weights are those of its configuration."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from finetune.training.freezing import counted, numel
+from finetune.utils.errors import UserError
+
+# A pretrained checkpoint predicts far better than chance; near ln(vocabulary) its weights are not what they should be.
+CHANCE = 0.85
+# No published checkpoint is smaller; below, random weights are expected (demo, tests).
+SMALLEST_PRETRAINED = 100_000_000
+
+
+class BaseLossError(UserError):
+    """The checkpoint predicts no better than chance before the first update."""
+
+
+def check_base_loss(loss: float, vocab_size: int, model: nn.Module, name: str) -> None:
+    """Checks that a pretrained checkpoint predicts better than chance.
+
+    Args:
+        loss: of the first micro-batch, per token, over all ranks.
+        vocab_size: entries of the tokenizer's vocabulary.
+        model: the model; one that is smaller than any published checkpoint may be random.
+        name: of the checkpoint, for the message.
+
+    Raises:
+        BaseLossError: it does not.
+    """
+    chance = math.log(vocab_size)
+    if loss > CHANCE * chance and sum(numel(weight) for _, weight in counted(model)) > SMALLEST_PRETRAINED:
+        raise BaseLossError(
+            f"the base loss {loss:.2f} is near ln(vocabulary) = {chance:.2f}: {name} predicts no better than chance. "
+            "Its weights are probably not those of its config.json (a truncated download, a folder of random weights), "
+            "or its tokenizer is another one's. Pass --check_base_loss off if the weights are meant to be random"
+        )

@@ -1,0 +1,237 @@
+"""What trains: full or LoRA, per part. All freezing happens here, after loading, in one place.
+
+``from_pretrained`` makes every parameter trainable again, so nothing set before it counts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import set_seed
+
+from finetune.arguments.model import LoraArguments
+from finetune.arguments.training import TrainingArguments
+from finetune.families.family import Family
+from finetune.models.experts import routed_shares
+from finetune.training.lora import add_lora
+from finetune.utils.errors import ArgumentError
+
+logger = logging.getLogger(__name__)
+
+# Part of a network -> the modules it consists of (Family.parts).
+Parts = Mapping[str, tuple[str, ...]]
+# Those whose kernels do not bring input and weights to one type by themselves.
+_NORMS = (nn.LayerNorm, nn.GroupNorm)
+
+
+def part_of(name: str, parts: Parts) -> str:
+    """The part a parameter name belongs to, with or without peft's prefixes.
+
+    Raises:
+        ValueError: the name lies in none of the modules.
+    """
+    inside = name.removeprefix("module.").removeprefix("base_model.model.")
+    for part, modules in parts.items():
+        if any(inside == module or inside.startswith(f"{module}.") for module in modules):
+            return part
+    raise ValueError(f"parameter {name!r} belongs to none of the parts {', '.join(parts)}")
+
+
+def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: LoraArguments) -> nn.Module:
+    """Freezes what is not trained and, with LoRA, wraps the model with adapters.
+
+    Trainable 16-bit weights, and those of norms, become fp32 (they run under autocast), unless DeepSpeed keeps fp32
+    masters itself.
+
+    Raises:
+        ArgumentError: a part that the network does not have, or LoRA targets that match none of its modules.
+    """
+    _save_memory(model, family, training)
+    _warn_of_router_losses(model, family)
+    model.requires_grad_(False)
+    # Loading draws random numbers, another count of them under ZeRO-3; adapters must start the same in every mode.
+    set_seed(training.seed)
+    full = full_parts(training)
+    if foreign := [part for part in full if part not in family.parts]:
+        raise ArgumentError(f"--tune_{foreign[0]} true: {family.title} has no {foreign[0]} part")
+    modules = [module for part in full for module in family.parts[part]]
+    masters = bool(training.deepspeed and (training.bf16 or training.fp16))
+    if training.use_lora:
+        model = add_lora(model, family, modules, lora, training.lora_parts, in_fp32=not masters)
+    else:
+        for module in modules:
+            model.get_submodule(module).requires_grad_(True)
+        if training.tune_llm_layers is not None:
+            _leave_layers(model, family, training.tune_llm_layers)
+        # Not with LoRA: there peft trains a saved module whole, and so do the published counts (Trainable 733677856).
+        for name, parameter in model.named_parameters():
+            if name in family.fixed_parameters:
+                parameter.requires_grad_(False)
+    if not masters:
+        _make_masters(model)
+    return model
+
+
+def _make_masters(model: nn.Module) -> None:
+    """Turns 16-bit weights that train into fp32, and those of norms, trained or not.
+
+    Under autocast a frozen part between trained ones gets fp32 from the one before it, or a norm has one weight that
+    trains and one that does not. Matrix products are brought to one type then; norms are not on a CPU, whose kernels
+    take any input beside fp32 weights and no fp32 input beside others.
+    """
+    norms = {id(weight) for module in model.modules() if isinstance(module, _NORMS) for weight in module.parameters()}
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16) and (parameter.requires_grad or id(parameter) in norms):
+            parameter.data = parameter.data.float()
+
+
+def _warn_of_router_losses(model: Any, family: Family) -> None:
+    text = getattr(model.config, "text_config", None)
+    if getattr(text, "output_router_logits", False):
+        logger.warning(
+            "output_router_logits in config.json has no effect: the published class of %s adds no router loss",
+            family.title,
+        )
+
+
+def _save_memory(model: Any, family: Family, training: TrainingArguments) -> None:
+    """Tells the network which layers may be run again, and how many visual items it may encode at once.
+
+    Raises:
+        ArgumentError: a part that the network does not have, or a number below 1.
+    """
+    if foreign := [part for part in training.checkpoint_parts or () if part not in family.parts]:
+        raise ArgumentError(f"--checkpoint_parts {foreign[0]}: {family.title} has no {foreign[0]} part")
+    if training.vision_batch is not None and training.vision_batch < 1:
+        raise ArgumentError(f"--vision_batch {training.vision_batch}: at least 1 visual item is needed")
+    if training.checkpoint_parts and not training.gradient_checkpointing:
+        logger.warning("--checkpoint_parts has no effect without --gradient_checkpointing true")
+    model.checkpoint_parts, model.vision_batch = training.checkpoint_parts, training.vision_batch
+
+
+def _leave_layers(model: nn.Module, family: Family, count: int) -> None:
+    """Of the LLM only the last ``count`` layers (a negative count: the first) go on requiring gradients.
+
+    Raises:
+        ArgumentError: it does not have so many.
+    """
+    inside = tuple(f"{module}." for module in family.parts["llm"])
+    named = model.named_modules()
+    layers = next(m for name, m in named if name.startswith(inside) and name.endswith(".layers"))
+    assert isinstance(layers, nn.ModuleList)
+    if abs(count) > len(layers):
+        raise ArgumentError(f"--tune_llm_layers {count}: the LLM of {family.title} has {len(layers)} layers")
+    for module in family.parts["llm"]:
+        model.get_submodule(module).requires_grad_(False)
+    for layer in layers[-count:] if count > 0 else layers[:-count]:
+        layer.requires_grad_(True)
+
+
+def full_parts(training: TrainingArguments) -> list[str]:
+    """The parts trained in full."""
+    chosen = {
+        "vision": training.tune_vision,
+        "resampler": training.tune_resampler,
+        "llm": training.tune_llm,
+        "audio": training.tune_audio,
+    }
+    return [part for part, tuned in chosen.items() if tuned]
+
+
+@dataclass(frozen=True, slots=True)
+class PartRow:
+    """One line of the table of what trains.
+
+    Attributes:
+        part: "vision", "resampler", "llm" or "audio".
+        mode: "frozen", "full", "LoRA r=..." or a mix such as "LoRA r=64 + embed_tokens".
+        total: parameters, copies of saved modules counted once.
+        active: those of them that a token goes through; fewer in a mixture of experts.
+        trainable: those that train.
+        learning_rate: of the part; None when frozen.
+    """
+
+    part: str
+    mode: str
+    total: int
+    active: int
+    trainable: int
+    learning_rate: float | None
+
+
+def numel(parameter: nn.Parameter) -> int:
+    """Number of elements, also of a parameter that ZeRO-3 has partitioned (its local size is 0) or packed to 4 bit."""
+    packed = 2 if getattr(parameter, "quant_state", None) is not None else 1
+    return getattr(parameter, "ds_numel", parameter.numel()) * packed
+
+
+def counted(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters, leaving out the frozen originals that peft keeps beside the trained copies."""
+    for name, parameter in model.named_parameters():
+        if ".original_module." not in name:
+            yield name, parameter
+
+
+def part_rows(model: nn.Module, parts: Parts, learning_rates: Mapping[str, float]) -> list[PartRow]:
+    """What trains, part by part, read off the model itself (not off the flags)."""
+    rows, routed = [], routed_shares(model)
+    for part in parts:
+        parameters = [(name, p) for name, p in counted(model) if part_of(name, parts) == part]
+        trained = [(name, p) for name, p in parameters if p.requires_grad]
+        mode = _mode(model, [name for name, _ in trained])
+        if mode.startswith("LoRA") and any(id(p) in routed for _, p in parameters):
+            # Fused experts are no linear layers: LoRA does not reach them by itself.
+            mode += " + experts" if any(id(p) in routed for _, p in trained) else ", experts frozen"
+        rate = learning_rates[part] if trained else None
+        active = sum(int(numel(p) * routed.get(id(p), 1)) for _, p in parameters)
+        rows.append(PartRow(part, mode, _sum(parameters), active, _sum(trained), rate))
+    return rows
+
+
+def describe_parameters(model: nn.Module) -> str:
+    """Every parameter with its shape, type and whether it is trained, one on each line."""
+    return "\n".join(
+        f"{name}: {tuple(parameter.shape)}, {str(parameter.dtype).removeprefix('torch.')}, "
+        f"{'trained' if parameter.requires_grad else 'frozen'}"
+        for name, parameter in model.named_parameters()
+    )
+
+
+def _sum(parameters: Iterable[tuple[str, nn.Parameter]]) -> int:
+    return sum(numel(parameter) for _, parameter in parameters)
+
+
+def _mode(model: nn.Module, trained: list[str]) -> str:
+    if not trained:
+        return "frozen"
+    adapters = [name for name in trained if ".lora_" in name]
+    if not adapters:
+        return "full"
+    assert isinstance(model, PeftModel)
+    config = model.peft_config[model.active_adapter]  # pyright: ignore[reportArgumentType]
+    saved = {name.split(".modules_to_save.")[0].rpartition(".")[2] for name in trained if ".modules_to_save." in name}
+    return " + ".join([f"LoRA r={getattr(config, 'r', '?')}", *sorted(saved)])
+
+
+def format_table(rows: list[PartRow]) -> str:
+    """The table as text, with a total line; of mixtures also how many parameters a token goes through."""
+    total, active, trainable = (sum(getattr(row, name) for row in rows) for name in ("total", "active", "trainable"))
+    mixture = active != total
+
+    def line(part: str, mode: str, counts: Sequence[str], rate: str) -> str:
+        shown = counts if mixture else (counts[0], counts[2])
+        return f"{part:<10} {mode:<28} {' '.join(f'{count:>15}' for count in shown)} {rate:>10}"
+
+    lines = [line("part", "mode", ("parameters", "active", "trainable"), "lr")]
+    for row in rows:
+        rate = "-" if row.learning_rate is None else f"{row.learning_rate:.2e}"
+        lines.append(line(row.part, row.mode, (f"{row.total:,}", f"{row.active:,}", f"{row.trainable:,}"), rate))
+    share = f"{100 * trainable / max(total, 1):.2f} % trained"
+    lines.append(line("all", share, (f"{total:,}", f"{active:,}", f"{trainable:,}"), ""))
+    return "\n".join(lines) + ("\nactive: what a token goes through, experts that it is not sent to left out" * mixture)

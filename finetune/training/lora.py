@@ -1,0 +1,296 @@
+"""LoRA adapters: fresh ones from the flags, or a former one to go on from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from finetune.arguments.model import LoraArguments
+from finetune.families.family import Family
+from finetune.models.adapters import ADAPTER_WEIGHTS, check_adapter, check_fit, peft_errors, stored_shapes
+from finetune.models.checkpoint_folder import has_adapter, nearest_folders
+from finetune.models.experts import expert_names
+from finetune.utils.errors import ArgumentError
+
+logger = logging.getLogger(__name__)
+
+# Only the LLM's linear layers are worth quantising; the rest is small, trained in full, or reads packed weights. Of its
+# linear attention the two projections of the gates stay: a few rows, which a CPU cannot hold in 4 bit.
+_NOT_QUANTISED = ["vpm", "resampler", "lm_head", "apm", "audio_projection_layer", "tts"]
+_NOT_QUANTISED += ["model.vision_tower", "model.merger", "in_proj_a", "in_proj_b"]
+_ALL_LINEAR = ("all-linear", "all")
+# Names of modules, not a pattern: q_proj,v_proj
+_NAMES = re.compile(r"[A-Za-z_][\w.]*(\s*,\s*[A-Za-z_][\w.]*)*")
+# What decides the shape or the meaning of an adapter.
+_DECISIVE = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "target_parameters",
+    "modules_to_save",
+    "bias",
+    "use_rslora",
+    "use_dora",
+)
+
+
+def quantisation(dtype: str) -> BitsAndBytesConfig:
+    """4 bit nf4 with double quantisation for the LLM's linear layers, computing in ``dtype``."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+        llm_int8_skip_modules=list(_NOT_QUANTISED),
+    )
+
+
+def add_lora(
+    model: nn.Module,
+    family: Family,
+    saved: Sequence[str],
+    lora: LoraArguments,
+    parts: Sequence[str] = ("llm",),
+    *,
+    in_fp32: bool = True,
+) -> PeftModel:
+    """The model with adapters.
+
+    Args:
+        model: the loaded network.
+        family: its generation; names the default targets.
+        saved: modules trained in full and saved with the adapter.
+        lora: the lora_* flags; with ``lora_weight_path`` the adapter there is gone on from.
+        parts: the parts of the network that get adapters.
+        in_fp32: adapters on 16-bit weights are fp32; False where DeepSpeed keeps fp32 masters, as ZeRO-3 demands that
+            all trained weights have one type.
+
+    Raises:
+        ArgumentError: targets or modules that the network does not have, or an adapter that does not fit the flags.
+    """
+    config = lora_config(model, family, saved, lora, parts)
+    if lora.lora_weight_path is not None:
+        return _continue(model, config, Path(lora.lora_weight_path), in_fp32)
+    names = [name for name, _ in model.named_modules()]
+    for wanted in config.modules_to_save or []:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            raise ArgumentError(f"--lora_modules_to_save {wanted}: the network has no module of that name")
+    try:
+        base: Any = model
+        adapted: Any = get_peft_model(base, config, autocast_adapter_dtype=in_fp32)
+        return adapted
+    except ValueError as error:
+        if "layers attribute" in str(error):
+            raise ArgumentError(f"--lora_layer_replication: peft cannot do it in this network ({error})") from error
+        if "target" not in str(error):
+            raise
+        layers, targets = lora.lora_layers_to_transform, lora.lora_target_modules or default_targets(family, parts)
+        raise ArgumentError(
+            f"--lora_target_modules {targets!r} matches no module"
+            f"{'' if layers is None else f' in the layers {layers}'}; it is a regular expression that must match the "
+            f"whole name, such as {family.lora_targets['llm']}"
+        ) from error
+
+
+def lora_config(
+    model: nn.Module, family: Family, saved: Sequence[str], lora: LoraArguments, parts: Sequence[str] = ("llm",)
+) -> LoraConfig:
+    """The peft configuration of the flags.
+
+    task_type stays None: AutoPeftModel refuses any other (the network is loaded by AutoModel).
+
+    Raises:
+        ArgumentError: a flag that cannot be read.
+    """
+    extra = [name.strip() for name in (lora.lora_modules_to_save or "").split(",") if name.strip()]
+    parameters = target_parameters(model, family, parts, lora)
+    targets: str | list[str] = lora.lora_target_modules or default_targets(family, parts)
+    if odd := sorted({character for character in targets if not character.isascii()}):
+        logger.warning("--lora_target_modules %s: %s is not ASCII and matches no module name", targets, " ".join(odd))
+    if targets in _ALL_LINEAR:
+        targets = all_linear(model, family, parts)
+    elif _NAMES.fullmatch(targets):
+        targets = named_targets(model, family, parts, targets)
+    pattern = None
+    if lora.lora_layers_to_transform is not None:
+        # peft takes layer numbers only with a list of names, and a list of plain names would match the vision tower;
+        # whole names it does not filter by layer.
+        pattern = lora.lora_layers_pattern or "layers"
+        names = (name for name, _ in model.named_modules() if re.fullmatch(targets, name))
+        targets = [name for name in names if _in_layers(lora)(name)]
+    elif lora.lora_layers_pattern is not None:
+        logger.warning("--lora_layers_pattern has no effect without --lora_layers_to_transform")
+    return LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        target_parameters=parameters,
+        bias=lora.lora_bias,  # pyright: ignore[reportArgumentType]
+        modules_to_save=[*saved, *extra] or None,
+        layers_to_transform=lora.lora_layers_to_transform,
+        layers_pattern=pattern,
+        layer_replication=_replication(lora.lora_layer_replication),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+    )
+
+
+def target_parameters(model: nn.Module, family: Family, parts: Sequence[str], lora: LoraArguments) -> list[str] | None:
+    """Whole names of the experts' weights that get adapters, of some layers where the flags say so; None for none.
+
+    Raises:
+        ArgumentError: a dense network, or a name that no weight of experts or routers in those parts ends in.
+    """
+    prefixes = tuple(f"{prefix}." for part in parts for prefix in family.parts.get(part, ()))
+    known = [name for name in expert_names(model) if name.startswith(prefixes)]
+    if lora.lora_target_parameters is None:
+        if known:
+            logger.info(
+                "experts are parameters, not linear layers, and stay frozen; --lora_target_parameters %s adapts them",
+                ",".join(name for name in _ends(known) if not name.endswith(".weight")),
+            )
+        return None
+    found: list[str] = []
+    for wanted in (name.strip() for name in lora.lora_target_parameters.split(",") if name.strip()):
+        matching = [name for name in known if f".{name}".endswith(f".{wanted}") and _in_layers(lora)(name)]
+        if not matching:
+            what = (
+                f"it has {', '.join(_ends(known))}"
+                if known
+                else f"the {' and '.join(parts)} of this {family.title} has none"
+            )
+            raise ArgumentError(f"--lora_target_parameters {wanted}: no weight of experts is called so; {what}")
+        found += matching
+    return sorted(set(found))
+
+
+def _ends(names: Sequence[str]) -> list[str]:
+    """What names of weights have in common in all layers."""
+    return sorted({re.sub(r".*\.\d+\.", "", name) for name in names})
+
+
+def _in_layers(lora: LoraArguments) -> Callable[[str], Any]:
+    """Whether a name lies in the layers that get adapters."""
+    if lora.lora_layers_to_transform is None:
+        return lambda _: True
+    numbers = "|".join(map(str, lora.lora_layers_to_transform))
+    return re.compile(rf"(.*\.)?{re.escape(lora.lora_layers_pattern or 'layers')}\.({numbers})\..*").fullmatch
+
+
+def default_targets(family: Family, parts: Sequence[str]) -> str:
+    """The attention projections of some parts, as a regular expression.
+
+    Raises:
+        ArgumentError: a part that the family does not have.
+    """
+    for part in parts:
+        if part not in family.lora_targets:
+            known = ", ".join(family.lora_targets)
+            raise ArgumentError(f"--lora_parts {part}: {family.title} has no {part} part; it has {known}")
+    return "|".join(family.lora_targets[part] for part in parts)
+
+
+def all_linear(model: nn.Module, family: Family, parts: Sequence[str]) -> str:
+    """Every linear layer of some parts but the output layer, as a regular expression in which layers have no number.
+
+    Raises:
+        ArgumentError: a part that the family does not have.
+    """
+    return "|".join(dict.fromkeys(_any_layer(name) for name in _linear(model, family, parts)))
+
+
+def named_targets(model: nn.Module, family: Family, parts: Sequence[str], given: str) -> str:
+    """The linear layers of some parts whose names end in one of some names, as a regular expression.
+
+    A name that is a whole module name is taken as it is.
+
+    Raises:
+        ArgumentError: a name that no linear layer of those parts has, or a part that the family does not have.
+    """
+    names = [name.strip() for name in given.split(",")]
+    whole = {name for name, _ in model.named_modules()}
+    inside = _linear(model, family, parts)
+    patterns: dict[str, None] = {}
+    for wanted in names:
+        found = [wanted] if wanted in whole else [name for name in inside if f".{name}".endswith(f".{wanted}")]
+        if not found:
+            known = sorted({name.rpartition(".")[2] for name in inside})
+            raise ArgumentError(
+                f"--lora_target_modules {given}: no linear layer of {', '.join(parts)} is called {wanted}; there are "
+                f"{', '.join(known)}"
+            )
+        patterns.update(dict.fromkeys(re.escape(wanted) if wanted in whole else _any_layer(name) for name in found))
+    return "|".join(patterns)
+
+
+def _linear(model: nn.Module, family: Family, parts: Sequence[str]) -> list[str]:
+    """Names of the linear layers of some parts, without the output layer."""
+    default_targets(family, parts)
+    output = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    prefixes = tuple(f"{prefix}." for part in parts for prefix in family.parts[part])
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(prefixes) and isinstance(module, nn.Linear) and module is not output
+    ]
+
+
+def _any_layer(name: str) -> str:
+    """A module name as a pattern that fits the same module of every layer."""
+    return re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name))
+
+
+def _replication(given: str | None) -> list[tuple[int, int]] | None:
+    if given is None:
+        return None
+    try:
+        return [(int(start), int(end)) for start, end in json.loads(given)]
+    except (json.JSONDecodeError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"--lora_layer_replication {given!r}: pairs of layer numbers are wanted, such as [[0, 16], [8, 24]]"
+        ) from error
+
+
+def _continue(model: nn.Module, wanted: LoraConfig, folder: Path, in_fp32: bool) -> PeftModel:
+    if not has_adapter(folder):
+        raise ArgumentError(
+            f"--lora_weight_path {folder}: no adapter there (adapter_config.json is missing){nearest_folders(folder)}"
+        )
+    settings = check_adapter(folder)
+    check_fit(model, folder, settings, stored_shapes(folder / ADAPTER_WEIGHTS))  # pyright: ignore[reportArgumentType]
+    found = LoraConfig.from_pretrained(str(folder))
+    assert isinstance(found, LoraConfig)
+    if _as_set(found.modules_to_save) != _as_set(wanted.modules_to_save):
+        raise ArgumentError(
+            f"--lora_weight_path {folder} saves {_names(found.modules_to_save)} in full, the flags train "
+            f"{_names(wanted.modules_to_save)}; set --tune_vision, --tune_resampler and --lora_modules_to_save alike"
+        )
+    for name in _DECISIVE:
+        here, there = getattr(wanted, name), getattr(found, name)
+        if name != "modules_to_save" and _comparable(here) != _comparable(there):
+            logger.warning("--lora_weight_path %s: its %s %s counts, not %s of the flags", folder, name, there, here)
+    base: Any = model
+    with peft_errors(folder):
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True, autocast_adapter_dtype=in_fp32)
+
+
+def _comparable(value: Any) -> Any:
+    return frozenset(value) if isinstance(value, (list, set, tuple)) else value
+
+
+def _as_set(names: Sequence[str] | None) -> set[str]:
+    return set(names or ())
+
+
+def _names(names: Sequence[str] | None) -> str:
+    return ", ".join(sorted(names or ())) or "nothing"

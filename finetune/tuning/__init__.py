@@ -1,1 +1,0 @@
-"""What trains, how it is saved and how the saved result is verified."""

@@ -1,0 +1,27 @@
+"""Paths as users write them; a machine need not know a home folder for whoever runs this."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune.utils.errors import ArgumentError
+
+
+def home() -> Path | None:
+    """The home folder; None without HOME and without an entry in the password file, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def expand(path: str | Path) -> Path:
+    """A path whose leading ~ is the home folder.
+
+    Raises:
+        ArgumentError: it begins with ~, and there is no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ArgumentError(f"{path}: there is no home folder for ~; set HOME, or write the whole path") from error

@@ -1,0 +1,234 @@
+"""Command line over file over defaults, LLaMA-Factory's keys, and where every flag comes from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune.arguments.parse import Arguments, parse_arguments
+from finetune.utils.errors import ArgumentError
+
+BASE = {"model_name_or_path": "m", "stage": "sft", "dataset": "d"}
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """Parses a file of these values with some words behind it."""
+
+    def run(values: dict[str, Any] | str, *words: str) -> Arguments:
+        path = tmp_path / "x.yaml"
+        path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+        return parse_arguments([str(path), *words])
+
+    return run
+
+
+def test_command_line_over_file_over_defaults(parse):
+    given = {"model_name_or_path": "m", "data_path": "d", "learning_rate": 3e-5, "max_steps": 7, "use_lora": True}
+    args = parse(given, "--learning_rate", "1e-3", "--lora_parts", "llm", "vision", "seed=7")
+    assert (args.training.learning_rate, args.training.max_steps, args.training.seed) == (1e-3, 7, 7)
+    assert args.training.lora_parts == ["llm", "vision"]
+    # no key of LLaMA-Factory: our defaults
+    assert (args.lora.lora_r, args.training.per_device_train_batch_size, args.training.tune_resampler) == (64, 1, True)
+    assert args.origin("learning_rate") == "command line"
+    assert args.origin("max_steps").endswith("x.yaml: max_steps")
+    assert args.origin("vision_lr") == "derived"
+    assert "learning_rate" in args.describe()
+    assert "(command line)" in args.describe()
+
+
+def test_a_file_in_their_keys_takes_their_defaults(parse, caplog):
+    caplog.set_level(logging.INFO)
+    args = parse(BASE)
+    training, lora, data = args.training, args.lora, args.data
+    assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules) == (8, 16, 0.0, "all-linear")
+    assert (training.use_lora, training.tune_vision, training.tune_resampler) == (True, False, False)
+    assert (training.model_max_length, training.learning_rate, training.per_device_train_batch_size) == (2048, 5e-5, 8)
+    assert training.gradient_checkpointing
+    assert training.logging_steps == 500
+    # the one exception, and it is said
+    assert data.image_max_pixels is None
+    assert "images keep their detail" in caplog.text
+    assert args.origin("lora_r") == "LLaMA-Factory's default of lora_rank"
+    assert parse({**BASE, "image_max_pixels": 4096}).data.image_max_pixels == 4096
+
+
+def test_the_command_line_wins_over_their_keys_in_either_name(parse):
+    args = parse({**BASE, "lora_rank": 4, "cutoff_len": 99}, "--lora_r", "32", "--cutoff_len", "77")
+    assert (args.lora.lora_r, args.training.model_max_length) == (32, 77)
+    # alpha follows the rank of LLaMA-Factory's key
+    assert args.lora.lora_alpha == 8
+    assert parse({**BASE, "lora_rank": 4}, "--lora_rank", "5").lora.lora_alpha == 10
+    with pytest.raises(ArgumentError, match=r"lora_rank says lora_r 4, .*lora_r says 5: leave one of them out"):
+        parse({**BASE, "lora_rank": 4, "lora_r": 5})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            {"finetuning_type": "full"},
+            {"use_lora": False, "tune_llm": True, "tune_vision": False, "tune_resampler": False},
+        ),
+        (
+            {"finetuning_type": "full", "freeze_vision_tower": False, "freeze_multi_modal_projector": False},
+            {"tune_llm": True, "tune_vision": True, "tune_resampler": True, "vision_lr": 5e-5, "resampler_lr": 5e-5},
+        ),
+        (
+            {"finetuning_type": "full", "freeze_language_model": True, "freeze_multi_modal_projector": False},
+            {"tune_llm": False, "tune_vision": False, "tune_resampler": True},
+        ),
+        ({"finetuning_type": "lora", "freeze_vision_tower": False}, {"lora_parts": ["llm", "vision"]}),
+        ({"freeze_multi_modal_projector": False}, {"use_lora": True, "tune_resampler": True, "resampler_lr": 5e-5}),
+        ({"finetuning_type": "freeze"}, {"use_lora": False, "tune_llm": True, "tune_llm_layers": 2}),
+        ({"finetuning_type": "freeze", "freeze_trainable_layers": -3}, {"tune_llm_layers": -3}),
+        ({"disable_gradient_checkpointing": True}, {"gradient_checkpointing": False}),
+        ({"disable_shuffling": True}, {"train_sampling_strategy": "sequential"}),
+    ],
+)
+def test_what_is_trained(parse, given, expected):
+    training = parse({**BASE, **given}).training
+    assert {name: getattr(training, name) for name in expected} == expected
+
+
+def test_the_method_of_the_file_can_be_replaced(parse):
+    training = parse({**BASE, "finetuning_type": "full"}, "--finetuning_type", "lora").training
+    assert training.use_lora
+    assert not training.tune_llm
+
+
+@pytest.mark.parametrize(
+    ("given", "group", "expected"),
+    [
+        ({"lora_target": "q_proj,v_proj"}, "lora", {"lora_target_modules": "q_proj,v_proj"}),
+        ({"lora_target": ["q_proj", "v_proj"]}, "lora", {"lora_target_modules": "q_proj,v_proj"}),
+        ({"additional_target": "resampler"}, "lora", {"lora_modules_to_save": "resampler"}),
+        ({"adapter_name_or_path": "a/b"}, "lora", {"lora_weight_path": "a/b"}),
+        ({"use_dora": True, "use_rslora": True}, "lora", {"use_dora": True, "use_rslora": True}),
+        ({"quantization_bit": 4}, "lora", {"q_lora": True}),
+        ({"mask_history": True}, "data", {"train_on": "last"}),
+        ({"dataset": ["a", "b"], "val_size": 0.1}, "data", {"dataset": "a,b", "val_size": 0.1}),
+        ({"flash_attn": "sdpa"}, "model", {"attn_implementation": "sdpa"}),
+        ({"flash_attn": "disabled"}, "model", {"attn_implementation": "eager"}),
+        ({"flash_attn": "auto"}, "model", {"attn_implementation": None}),
+        ({"template": "minicpm_v", "print_param_status": True}, "model", {"print_param_status": True}),
+        ({"evaluation_strategy": "no", "warmup_ratio": 0.1}, "training", {"warmup_steps": 0.1}),
+        ({"packing": True}, "training", {"packing": "best_fit"}),
+        ({"packing": False}, "training", {"packing": "off"}),
+        ({"neat_packing": True}, "training", {"packing": "best_fit"}),
+        ({"packing": "batch", "packing_tokens": 4096}, "training", {"packing": "batch", "packing_tokens": 4096}),
+    ],
+)
+def test_keys(parse, given, group, expected):
+    found = getattr(parse({**BASE, **given}), group)
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+def test_what_the_machine_lacks_falls_back_with_one_warning(parse, caplog, monkeypatch):
+    monkeypatch.setattr("finetune.arguments.training.is_torch_cuda_available", lambda: False)
+    args = parse({**BASE, "flash_attn": "fa2", "deepspeed": "examples/deepspeed/ds_z3_config.json"})
+    assert args.model.attn_implementation == "sdpa"
+    assert isinstance(args.training.deepspeed, dict)
+    assert args.training.deepspeed["zero_optimization"]["stage"] == 3
+    warnings = [record.getMessage() for record in caplog.records]
+    assert sum("sdpa is used instead" in line for line in warnings) == 1
+    assert sum("ds_config_zero3.json is used, which does the same" in line for line in warnings) == 1
+    assert parse({**BASE, "deepspeed": "ds_z0_config.json"}).training.deepspeed is None
+    with pytest.raises(ArgumentError, match="ds_z9_config.json: no such file"):
+        parse({**BASE, "deepspeed": "ds_z9_config.json"})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lora_rnak": 8}, r"x\.yaml: unknown: lora_rnak \(did you mean lora_rank\?\)"),
+        ({"stage": "dpo"}, "stage dpo is not part of this tool: only supervised"),
+        ({"finetuning_type": "oft"}, "finetuning_type oft is not part of this tool: lora, full and freeze are"),
+        ({"quantization_bit": 8}, "8 is not part of this tool: 4 bit is"),
+        ({"train_on_prompt": True}, "only answers are trained"),
+        ({"mix_strategy": "interleave_under"}, "a:0.3,b:2"),
+        ({"adapter_name_or_path": "a,b"}, "several adapters: merge the first"),
+        ({"flash_attn": "fa3"}, "auto, disabled, sdpa, fa2 are"),
+        ({"freeze_language_model": True}, "nothing is left for adapters"),
+        ({"do_predict": True}, "finetune evaluate"),
+        ({"do_train": False}, "do_train false: this trains"),
+        ({"use_liger_kernel": True}, "saved here without it"),
+        ({"packing": "tight"}, "--packing tight: off, batch or best_fit"),
+        ({"packing": True, "disable_shuffling": True}, "packs have an order of their own"),
+        ({"packing": True, "packing_items": 0}, r"packing_items 0 \(.*\): it must be at least 1"),
+        (
+            {"streaming": True, "max_steps": 1, "train_sampling_strategy": "group_by_length"},
+            "need the sizes of all samples",
+        ),
+        ({"mask_history": "maybe"}, "true or false is wanted"),
+        ({"data_path": "x"}, "both are given"),
+    ],
+)
+def test_what_is_refused(parse, given, message):
+    with pytest.raises(ArgumentError, match=message):
+        parse({**BASE, **given})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a\n- b\n", "each line should be a flag"), ("a: [1\n", "not a YAML file"), ("3: 4\n", "each line should be")],
+)
+def test_files_that_are_none(parse, text, message):
+    with pytest.raises(ArgumentError, match=message):
+        parse(text)
+    with pytest.raises(ArgumentError, match="no such file"):
+        parse_arguments(["absent.yaml"])
+
+
+def test_export_keys_in_a_training_file_are_named(parse, caplog):
+    parse({**BASE, "export_dir": "x", "temperature": 0.5})
+    assert "export_dir has no effect in training" in caplog.text
+    assert "temperature 0.5 has no effect: for generation" in caplog.text
+
+
+def test_run_yaml_runs_again(parse, tmp_path):
+    """With its origins in comments, and what the machine decided left to the next machine."""
+    kwargs = {"use_reentrant": False}
+    given = {**BASE, "lora_target": "q_proj", "gradient_checkpointing_kwargs": kwargs, "deepspeed": "ds_z2_config.json"}
+    first = parse(given, "--max_steps", "3", "--lora_parts", "llm", "vision")
+    written = tmp_path / "run.yaml"
+    written.write_text(first.to_yaml() + "versions: {torch: 1}\nbase: {name: m}\n")
+    again = parse_arguments([str(written)])
+    assert again.non_defaults() == first.non_defaults()
+    flags = yaml.safe_load(written.read_text())["flags"]
+    assert flags["gradient_checkpointing_kwargs"] == kwargs
+    assert "use_cpu" not in flags
+    assert "  max_steps: 3  # command line\n" in written.read_text()
+    assert "  lora_r: 8  # LLaMA-Factory's default of lora_rank\n" in written.read_text()
+    assert parse_arguments([str(written), "--max_steps", "9"]).training.max_steps == 9
+
+
+def test_their_names_work_beside_the_launchers_flags(caplog):
+    """Without a file of theirs our defaults stay."""
+    words = ["--model_name_or_path", "m", "--data_path", "d", "--use_lora", "true", "--lora_rank", "4"]
+    args = parse_arguments([*words, "--freeze_multi_modal_projector", "true", "--cutoff_len", "9"])
+    assert (args.lora.lora_r, args.lora.lora_alpha, args.training.model_max_length) == (4, 64, 9)
+    assert not args.training.tune_resampler
+    with pytest.raises(ArgumentError, match=r"--lora_rnk \(did you mean"):
+        parse_arguments([*words, "--lora_rnk", "4"])
+
+
+def test_flags_that_stand_alone(tmp_path):
+    words = ["--model_name_or_path", "m", "--data_path", "d", "--tune_audio", "--no_dataloader_pin_memory"]
+    args = parse_arguments([*words, "--no_average_tokens_across_devices", "--use_dora"])
+    assert args.training.tune_audio
+    assert args.lora.use_dora
+    assert not args.training.average_tokens_across_devices
+    written = tmp_path / "run.yaml"
+    written.write_text(args.to_yaml() + "versions: {}\n")
+    assert not parse_arguments([str(written)]).training.average_tokens_across_devices
+
+
+def test_json_files_are_files_too(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(BASE))
+    assert parse_arguments([str(path)]).lora.lora_r == 8

@@ -1,0 +1,49 @@
+"""Loader processes keep freed memory and let training go first; other processes are left alone."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from finetune.media import worker_process
+
+
+class Settled(Dataset[tuple[bool, int]]):
+    """Whether a process keeps freed memory, and its niceness, once it was asked to settle."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> tuple[bool, int]:
+        worker_process.settle()
+        kept = worker_process.keep_freed_memory
+        return kept.cache_info().currsize == 1 and kept(), os.getpriority(os.PRIO_PROCESS, 0)
+
+
+@pytest.fixture(autouse=True)
+def unsettled() -> None:
+    """Loader processes start as copies of this one."""
+    worker_process.keep_freed_memory.cache_clear()
+    worker_process.let_training_go_first.cache_clear()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("cores", "below"), [(6, 0), (5, 10)])
+def test_only_loader_processes_settle(monkeypatch: pytest.MonkeyPatch, workers: int, cores: int, below: int) -> None:
+    """Two ranks with two loader processes each want six cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    here = os.getpriority(os.PRIO_PROCESS, 0)
+    found = list(DataLoader(Settled(), batch_size=None, num_workers=workers))
+    assert found == [[True, min(here + below, 19)] if workers else [False, here]] * 2
+    assert os.getpriority(os.PRIO_PROCESS, 0) == here
+    assert worker_process.keep_freed_memory.cache_info().currsize == 0
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert worker_process.keep_freed_memory() is False
+    worker_process.keep_freed_memory.cache_clear()

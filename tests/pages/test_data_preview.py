@@ -1,0 +1,225 @@
+"""preview.html shows what the model gets, of the samples that matter, and nothing in the data can act on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from clips import number, write_clip
+from page_reading import Page, assert_safe
+from PIL import Image
+from sounds import write_wav
+from zoo import gradient
+
+from finetune.checkpoints.base_checkpoint import resolve
+from finetune.commands.check import main
+from finetune.data_check.check_records import check
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.length_policy import LengthPolicy
+from finetune.media import image
+from finetune.models import load_tokenizer
+from finetune.pages import data_preview
+from finetune.pages.data_preview import write_preview
+from finetune.pages.decoded_prompt import pieces
+from finetune.pages.model_view import see
+from finetune.pages.record_survey import RecordSurvey, SurveyedRecord, choose
+from finetune.readers.mixture import open_data
+
+EVIL = "<script>alert('x')</script>&\"<img src=http://example.com/x.png onerror=a()>'\x1b[31m\u202e\x07\x00</style>"
+FAMILIES = ("v2_0", "llama3_v2_5", "v2_6", "v4_5", "v4_6")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def encoder_of(tiny: Callable[[str], Path]) -> Callable[..., Encoder]:
+    def make(name: str, max_length: int | None = None) -> Encoder:
+        base = resolve(str(tiny(name)))
+        return Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings, max_length=max_length)
+
+    return make
+
+
+def record(id: str, *turns: str, **more: Any) -> dict[str, Any]:
+    roles = ("user", "assistant") * len(turns)
+    return {"id": id, "conversations": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)], **more}
+
+
+def surveyed(path: Path, records: list[dict[str, Any]], encoder: Encoder, policy: str = "shrink") -> SurveyedRecord:
+    path.write_text(json.dumps(records))
+    samples, fitter, survey = open_data(path, None), LengthPolicy(encoder, policy), RecordSurvey()
+    return SurveyedRecord(samples, fitter, check(samples, fitter, "full", seen=survey.see), survey)
+
+
+def page_of(tmp_path: Path, *parts: SurveyedRecord, most: int = 50) -> tuple[str, Page]:
+    write_preview(tmp_path / "page.html", parts, most=most)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    return text, assert_safe(text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_conversation_is_that_of_the_ids(family, encoder_of, tmp_path):
+    """Every token is shown once, in order, whatever the tokenizer makes of it; what is trained is what has a label."""
+    gradient(1344, 1008).save(tmp_path / "a.png")
+    question, answer = "<image>\nWas zeigt 你好 das  Bild\n\n🙂?", "Ein  Verlauf\nmit 🙂 <box>1 2 3 4</box>."
+    given = record("a", question, "Ja. ", "Und  jetzt?", answer, image=str(tmp_path / "a.png"))
+    encoder = encoder_of(family)
+    part = surveyed(tmp_path / "data.json", [given], encoder)
+    fitted = part.fitter.fit(part.records[0])
+    shown, ids, labels = list(pieces(encoder, fitted)), fitted.rendered.input_ids, fitted.rendered.labels
+    (medium,) = [place for place, piece in enumerate(shown) if piece.medium is not None]
+    before = [number for piece in shown[:medium] for number in piece.ids]
+    behind = [number for piece in shown[medium + 1 :] for number in piece.ids]
+    assert ids[: len(before)] == before
+    assert ids[-len(behind) :] == behind
+    (first, _), (_, last) = fitted.rendered.image_bounds[0], fitted.rendered.image_bounds[-1]
+    assert (len(before), len(ids) - len(behind)) == (first - 1, last + 1)
+    tokens = sum(end - start for start, end in fitted.rendered.image_bounds)
+    slices = len(fitted.rendered.image_bounds) - 1
+    assert shown[medium].text == f"[image 1344x1008: 1 + {slices} slices, {tokens} tokens]"
+    trained = [number for piece in shown if piece.trained for number in piece.ids]
+    assert len(trained) == sum(label != -100 for label in labels)
+    text = "".join(piece.text for piece in shown if piece.trained)
+    assert "Ein  Verlauf\nmit 🙂" in text
+    assert "zeigt" not in text
+    assert "Was zeigt 你好 das  Bild\n\n🙂?" in "".join(piece.text for piece in shown)
+
+
+@pytest.mark.parametrize("family", ["v2_6", "v4_6"])
+def test_pictures_are_those_of_the_tensors(family, encoder_of, tmp_path):
+    gradient(900, 500).save(tmp_path / "a.png")
+    encoder = encoder_of(family)
+    part = surveyed(tmp_path / "data.json", [record("a", "<image>?", "A", image=str(tmp_path / "a.png"))], encoder)
+    fitted = part.fitter.fit(part.records[0])
+    (seen,) = see(encoder, fitted)
+    plan: Any = fitted.plans[0]
+    assert seen.grid == plan.grid
+    wanted = image.cut(gradient(900, 500), plan)
+    assert len(seen.items) == len(wanted) == plan.items > 1
+    for shown, cut in zip(seen.items, wanted, strict=True):
+        # The published processors resize by rules of their own.
+        assert np.abs(np.asarray(shown).astype(int) - cut[..., :3]).max() <= (0 if family == "v2_6" else 3)
+
+
+def test_frames_have_their_times_and_sound_its_wave(encoder_of, tmp_path):
+    write_clip(tmp_path / "a.mp4", 10, fps=4)
+    write_wav(tmp_path / "a.wav", 1.5)
+    turns = {"messages": [{"role": "user", "content": "<video>?<audio>!"}, {"role": "assistant", "content": "A."}]}
+    encoder = encoder_of("o2_6")
+    given = {**turns, "videos": [str(tmp_path / "a.mp4")], "audios": [str(tmp_path / "a.wav")]}
+    part = surveyed(tmp_path / "data.json", [given], encoder)
+    video, sound = see(encoder, part.fitter.fit(part.records[0]))
+    assert [(frame.second, number(frame.picture)) for frame in video.frames] == [(0, 0), (1, 4), (2, 8)]
+    assert (sound.seconds, sound.words[:13]) == (1.5, "[sound 1.5 s:")
+    heights = [float(point.split(",")[1]) for point in sound.wave.split()]
+    assert min(heights) == pytest.approx(2, abs=1)
+    assert max(heights) == pytest.approx(98, abs=1)
+    text, seen = page_of(tmp_path, part)
+    assert len(seen.of("polygon")) == 1
+    assert [each for each in ("0.0 s", "1.0 s", "2.0 s") if each in seen.text] == ["0.0 s", "1.0 s", "2.0 s"]
+    assert seen.text.count("[video 64x48, 2.5 s: 3 frames") == 3  # conversation, its ids, picture
+
+
+def test_nothing_of_the_data_acts_on_the_page(encoder_of, tmp_path):
+    gradient().save(tmp_path / "a<b>'&.png")
+    evil = [
+        record(EVIL, f"<image>\n{EVIL}", EVIL, image=str(tmp_path / "a<b>'&.png")),
+        record("gone", EVIL, "B", image=EVIL),
+        record("odd", "\ud800"),
+    ]
+    part = surveyed(tmp_path / "<i>data.json", evil, encoder_of("llama3_v2_5"))
+    text, seen = page_of(tmp_path, part)
+    assert "alert('x')" in seen.text
+    assert r"\x1b" in seen.text
+    assert r"\u202e" in seen.text
+    assert len(seen.of("script")) == 1
+    assert len(seen.of("img")) == 2
+    assert "1 × " in seen.text
+
+
+def test_every_kind_that_matters_is_shown(encoder_of, tmp_path):
+    long = "word " * 120
+    plain = [record(str(place), f"What is {place}?", "It is.") for place in range(40)]
+    dropped = record("dropped", *([f"{long}?", "Yes."] * 6))
+    encoder = encoder_of("llama3_v2_5", 400)
+    part = surveyed(tmp_path / "data.json", [*plain, dropped, record("answer", "?", "word " * 60)], encoder)
+    chosen = choose([part], 8, seed=1)
+    assert len(chosen) == 8
+    reasons = [reason for found in chosen.values() for reason in found]
+    assert {"first in the form official", "turns dropped", "longest", "longest answers", "random"} <= set(reasons)
+    assert chosen == choose([part], 8, seed=1)
+    assert chosen != choose([part], 8, seed=2)
+    text, seen = page_of(tmp_path, part, most=8)
+    assert "turns left out from the beginning" in seen.text
+    assert len(seen.of("article")) == 8
+    assert "limit" not in seen.text or "400" in seen.text
+
+
+@pytest.mark.parametrize("policy", ["shrink", "truncate"])
+def test_what_had_to_give_is_said(policy, encoder_of, tmp_path):
+    gradient(900, 900).save(tmp_path / "a.png")
+    encoder = encoder_of("llama3_v2_5")
+    given = [record("a", f"<image>\n{'word ' * 40}", "Yes.", image=str(tmp_path / "a.png"))]
+    whole = surveyed(tmp_path / "data.json", given, encoder).report.longest
+    short = encoder_of("llama3_v2_5", whole - 10)
+    text, seen = page_of(tmp_path, surveyed(tmp_path / "data.json", given, short, policy))
+    said = {"shrink": "images cut into", "truncate": "taken off a user turn"}[policy]
+    assert said in seen.text
+
+
+def test_records_that_are_alike(encoder_of, tmp_path):
+    """By what their files hold, not by their names; of both sides of an evaluation."""
+    gradient().save(tmp_path / "a.png")
+    gradient().save(tmp_path / "b.png")
+    other = Image.new("RGB", (64, 48))
+    other.save(tmp_path / "c.png")
+    (tmp_path / "d.png").write_bytes((tmp_path / "c.png").read_bytes()[:-1] + b"\x00")
+    encoder = encoder_of("llama3_v2_5")
+
+    def asked(id: str, name: str, question: str = "What?") -> dict[str, Any]:
+        return record(id, f"<image>{question}", "It.", image=str(tmp_path / name))
+
+    train = [asked("1", "a.png"), asked("2", "b.png"), asked("3", "c.png"), asked("4", "a.png", "Why?")]
+    parts = [
+        surveyed(tmp_path / "train.json", train, encoder),
+        surveyed(tmp_path / "eval.json", [asked("9", "c.png"), asked("8", "a.png", "Who?")], encoder),
+    ]
+    found = [each.places for each in data_preview.duplicates.find(parts)]
+    assert [[place.rpartition("id ")[2] for place in places] for places in found] == [
+        ["'3')", "'9')"],
+        ["'1')", "'2')"],
+    ]
+    text, seen = page_of(tmp_path, *parts)
+    assert "1 group is in several data sets" in seen.text
+
+
+def test_the_page_keeps_to_its_size(encoder_of, tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 255, (700, 900, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    given = [record(str(n), f"<image>{n}", "word " * 500, image=str(tmp_path / "a.png")) for n in range(3)]
+    part = surveyed(tmp_path / "data.json", given, encoder_of("v2_6"))
+    sizes = []
+    for room in (4_600_000, 150_000, 30_000):
+        monkeypatch.setattr(data_preview, "_ROOM", room)
+        sizes.append(len(page_of(tmp_path, part)[0]))
+    assert sizes[2] < sizes[1] < sizes[0] / 3
+    assert sizes[1] < 200_000
+    seen = page_of(tmp_path, part)[1]
+    assert seen.text.count("word ") >= 1500, "text is never cut"
+    assert "more not shown, to keep this page small" in seen.text
+
+
+def test_the_command_writes_it(tiny, tmp_path, capsys):
+    (tmp_path / "data.json").write_text(json.dumps([record("a", "What?", "It.")]))
+    command = ["--model", str(tiny("llama3_v2_5")), "--data", str(tmp_path / "data.json")]
+    assert main([*command, "--html", str(tmp_path / "page.html"), "--samples", "1"]) == 0
+    assert "What the model sees of data.json" in assert_safe((tmp_path / "page.html").read_text()).text
+    assert main([*command, "--html", str(tmp_path / "no" / "page.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err

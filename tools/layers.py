@@ -1,0 +1,103 @@
+"""Which package may import which: the table behind docs/design.md, held by tests/test_layers.py."""
+
+from __future__ import annotations
+
+# Package -> packages it may import, besides itself; the floors of docs/design.md, lowest first. The first entry that
+# fits a module counts.
+TABLE: dict[str, set[str]] = {
+    "__init__": set(),
+    "utils": set(),
+    "sample": {"utils"},
+    "runtime": {"utils"},
+    "launch": {"runtime"},
+    "media.slicing": set(),
+    "media.audio_layout": set(),
+    "media.video_sampling": {"utils"},
+    "media": {"utils", "sample", "runtime"},
+    "arguments": {"utils", "runtime", "media.video_sampling"},
+    "data_files": {"utils", "sample"},
+    # of media only where Pillow opens an image
+    "readers": {"utils", "sample", "data_files", "media.image_files"},
+    "templates": {"utils", "sample", "media.slicing", "media.audio_layout", "media.video_sampling"},
+    "families": {"utils", "sample", "media.slicing", "media.audio_layout", "media.video_sampling", "templates"},
+    "encoding": {"utils", "sample", "media", "templates", "families"},
+    "models": {"utils", "families"},
+    "tiny": {"families", "models"},
+    "data_check": {"utils", "sample", "templates", "encoding"},
+    "batching": {"utils", "sample", "arguments", "families", "encoding", "data_check"},
+    "training": {"utils", "sample", "runtime", "media", "arguments", "families", "encoding", "models"},
+    # how pages look, whatever they show
+    "pages.html_page": {"utils"},
+    "pages.thumbnails": set(),
+    "pages.charts": set(),
+    "pages": {"utils", "sample", "media", "templates", "encoding", "data_check"},
+    "evaluation": {
+        *("utils", "sample", "runtime", "media", "encoding", "models"),
+        *("pages.html_page", "pages.thumbnails", "pages.charts"),
+    },
+    # only the rules of boxes and words
+    "guicourse": {"utils", "sample", "media.image_files", "evaluation.metrics"},
+    "checkpoints": {"utils", "runtime", "arguments", "families", "encoding", "models", "training"},
+    "chat": {"utils", "sample", "media", "families", "encoding", "models", "evaluation", "checkpoints"},
+    "export": {"utils", "sample", "families", "encoding", "models", "checkpoints"},
+    "planning": {
+        *("utils", "sample", "runtime", "arguments", "families", "encoding", "models", "training", "checkpoints"),
+    },
+    "commands": {
+        *(
+            "utils",
+            "sample",
+            "runtime",
+            "media",
+            "arguments",
+            "data_files",
+            "readers",
+            "families",
+            "encoding",
+            "models",
+        ),
+        *("tiny", "data_check", "training", "pages", "evaluation", "guicourse", "checkpoints", "chat", "export"),
+        *("models", "planning"),
+    },
+    "__main__": {"utils", "runtime"},  # and the command that is asked for, by its name
+}
+
+# What stands against the table, inside a function, with its reason.
+EXCEPTIONS = {
+    # ``model.chat`` is a method of the networks, and what writes prompts stands above them.
+    ("models.chat_mixin", "finetune.chat.model_chat.chat"),
+}
+
+# Modules that never import these packages, not even inside a function.
+TORCH = {"torch", "torchvision", "timm", "deepspeed", "accelerate", "peft"}
+WITHOUT: dict[str, set[str]] = {
+    "__init__": TORCH | {"transformers"},
+    "__main__": TORCH | {"transformers"},
+    "utils": TORCH | {"transformers"},
+    "sample": TORCH | {"transformers"},
+    "runtime.outcome": TORCH | {"transformers"},
+    "runtime.processes": TORCH | {"transformers"},
+    "runtime.signals": TORCH | {"transformers"},
+    "arguments.data": TORCH | {"transformers"},
+    "arguments.model": TORCH | {"transformers"},
+    "arguments.legacy": TORCH | {"transformers"},
+    "arguments.argv": TORCH | {"transformers"},
+    "arguments.resolve": TORCH | {"transformers"},
+    "arguments.ranges": TORCH | {"transformers"},
+    "arguments.llamafactory": TORCH | {"transformers"},
+    "arguments.llamafactory_table": TORCH | {"transformers"},
+    # deepspeed only inside a function: its own reading of a configuration
+    "arguments.deepspeed": (TORCH | {"transformers"}) - {"deepspeed"},
+    "arguments": TORCH - {"deepspeed"},
+    "families": TORCH | {"transformers"},
+    "templates": TORCH,
+    "data_files": TORCH | {"transformers"},
+    "readers": TORCH | {"transformers"},
+    "guicourse": TORCH | {"transformers"},
+    "media.audio_layout": TORCH | {"transformers", "numpy", "PIL"},
+    "media.video_sampling": TORCH | {"transformers", "numpy", "PIL"},
+    "media.slicing": TORCH | {"transformers", "numpy", "PIL"},
+    "media.video": TORCH | {"transformers"},
+    "encoding": TORCH - {"torch"},
+    "models": {"deepspeed", "accelerate", "PIL"},
+}
