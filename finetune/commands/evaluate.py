@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -48,8 +49,13 @@ def main(argv: list[str]) -> int:
 
     source = _source(given)
     samples = _samples(given)
-    judge = _encoder(given, source.base) if given.on_bad_sample == "skip" else None
-    questions, skipped = read_questions(samples, given.limit, judge, given.max_bad_share)
+    questions, skipped = read_questions(
+        samples,
+        given.limit,
+        cache(partial(_encoder, given, source.base)),
+        skip_bad=given.on_bad_sample == "skip",
+        max_bad_share=given.max_bad_share,
+    )
     title = given.data or given.dataset
     metric, why = resolve_metric(given.metric, [references for _, references in questions.values()])
     folder = Path(given.data).stem if given.data else "-".join(re.findall(r"[\w.]+", given.dataset))

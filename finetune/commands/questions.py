@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from finetune.sample import DataError, Sample
@@ -16,22 +17,28 @@ Questions = dict[int, tuple[Sample, list[str]]]
 
 
 def read_questions(
-    samples: Mixture, limit: int | None, judge: Encoder | None = None, max_bad_share: float = 1.0
+    samples: Mixture,
+    limit: int | None,
+    encoder: Callable[[], Encoder],
+    *,
+    skip_bad: bool = False,
+    max_bad_share: float = 1.0,
 ) -> tuple[Questions, list[str]]:
     """Samples as questions and accepted answers: the last answer, or "answers" of a record in the official form.
 
     Args:
         samples: the data.
-        limit: only the first so many records.
-        judge: leave out records that cannot be used, and those of which this makes no prompt; None leaves none out.
-        max_bad_share: the largest share of records that may be left out.
+        limit: only the first N records; None for all.
+        encoder: gives the encoder, which writes tools and their calls by the chat template; called when it is needed.
+        skip_bad: skip records that cannot be used, and those of which the encoder makes no prompt.
+        max_bad_share: the largest share of records that may be skipped.
 
     Returns:
-        The questions, and what is wrong with each record left out.
+        The questions, and what is wrong with each record that was skipped.
 
     Raises:
         DataError: a record that cannot be used, or none that can.
-        WorthlessError: more of them are left out than that share allows.
+        WorthlessError: more of them are skipped than that share allows.
     """
     from finetune.encoding.sample_policy import share_is_bad
     from finetune.media import video
@@ -40,13 +47,13 @@ def read_questions(
     skipped = []
     for index in range(len(samples) if limit is None else min(limit, len(samples))):
         try:
-            question = _question(samples, index)
-            if judge is not None:
-                judge.encode(question[0], generate=True)
+            question = _question(samples, index, encoder)
+            if skip_bad:
+                encoder().encode(question[0], generate=True)
                 for media in question[0].media("video"):
                     video.check(media, question[0].source)
         except DataError as error:
-            if judge is None:
+            if not skip_bad:
                 raise
             skipped.append(str(error))
         else:
@@ -64,11 +71,14 @@ def read_questions(
     return questions, skipped
 
 
-def _question(samples: Mixture, index: int) -> tuple[Sample, list[str]]:
+def _question(samples: Mixture, index: int, encoder: Callable[[], Encoder]) -> tuple[Sample, list[str]]:
     from finetune.evaluation.batched_generation import split_answer
     from finetune.readers.record_reader import check_text
 
-    prompt, answer = split_answer(samples[index])
+    sample = samples[index]
+    if sample.tools or any(message.calls for message in sample.messages):
+        sample = encoder().tools.written(sample)
+    prompt, answer = split_answer(sample)
     answers = samples.record(index).get("answers") if samples.form_of(index) == "official" else None
     if answers is None:
         return prompt, [answer]

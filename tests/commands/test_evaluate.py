@@ -132,8 +132,37 @@ def test_what_cannot_be_is_said(tiny, demo_data, adapter, tmp_path):
 def test_several_accepted_answers(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns, "answers": ["b", "c"]}]))
-    questions, _ = read_questions(Mixture([read(tmp_path / "data.json")]), None)
+    questions, _ = read_questions(Mixture([read(tmp_path / "data.json")]), None, pytest.fail)
     assert [references for _, references in questions.values()] == [["b", "c"]]
+
+
+def test_an_answer_may_be_a_tool_call(tiny, tmp_path):
+    """It is compared as the chat template writes it, as the model would."""
+    tool = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}}
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
+    turns = [{"role": "user", "content": "Look up."}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (tmp_path / "data.json").write_text(json.dumps([{"messages": turns, "tools": [tool]}]))
+    out = tmp_path / "out"
+    run(
+        "--model",
+        tiny("v4_6"),
+        "--data",
+        tmp_path / "data.json",
+        "--out",
+        out,
+        "--max_new_tokens",
+        2,
+        "--metric",
+        "exact",
+    )
+    (row,) = map(json.loads, (out / "predictions.jsonl").read_text().splitlines())
+    (reference,) = row["references"]
+    assert reference.startswith("<tool_call>")
+    assert '"look"' in reference or "=look>" in reference
+    with pytest.raises(
+        UserError, match=r"has tools and calls of tools, and the chat template of MiniCPM-V 2\.0 has no"
+    ):
+        run("--model", tiny("v2_0"), "--data", tmp_path / "data.json", "--out", tmp_path / "other")
 
 
 def test_bad_records_are_left_out_only_when_asked(tiny, tmp_path, capsys):
