@@ -1,4 +1,4 @@
-"""``python -m finetune <command> [options]``: everything that is not training."""
+"""``python -m finetune <command> [options]``: training and everything around it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from finetune.utils.errors import UserError, ignore_what_nobody_can_mend
 
 # One line per command; its module is imported only when it runs, so that the list appears at once.
 COMMANDS = {
+    "train": "train, on all GPUs here or on two CPU processes: flags, or a YAML file of ours or of LLaMA-Factory",
     "tiny": "write a complete tiny checkpoint folder in the official layout",
     "demo-data": "write a small image dataset with known answers",
     "demo": "train, save, verify and question a tiny model: proof that the installation works",
@@ -33,7 +34,9 @@ def usage() -> str:
     """The list of commands."""
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:<{width}}{summary}" for name, summary in COMMANDS.items()]
-    head = "usage: python -m finetune <command> [options]\n\nTraining itself: sh finetune_lora.sh or sh finetune_ds.sh."
+    head = (
+        "usage: python -m finetune <command> [options]\n\nThe launchers finetune_lora.sh and finetune_ds.sh train too."
+    )
     return "\n".join([head, "", "commands:", *lines, "", "python -m finetune <command> --help lists its options."])
 
 
@@ -62,5 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-if __name__ == "__main__":
+def console_script() -> None:
+    """Entry point of ``minicpmv-finetune``."""
     outcome.leave(main())
+
+
+if __name__ == "__main__":
+    console_script()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import logging
 import sys
@@ -18,7 +17,7 @@ from finetune.arguments.data import DataArguments
 from finetune.arguments.model import LoraArguments, ModelArguments, check_lora
 from finetune.arguments.ranges import check_given, check_objects, check_ranges
 from finetune.arguments.requirements import check_data, check_q_lora, check_targets, check_training, resolve_attention
-from finetune.arguments.resolve import Resolved, resolve
+from finetune.arguments.resolve import Resolved, refuse_unknown, resolve
 from finetune.arguments.training import TrainingArguments, check_streamed_batches
 from finetune.utils.errors import ArgumentError, UserError
 
@@ -149,21 +148,3 @@ def _groups(resolved: Resolved, known: Mapping[str, bool]) -> tuple[Any, ...]:
         raise
     except (ValueError, ImportError, NotImplementedError) as error:
         raise ArgumentError(" ".join(str(error).split())) from error
-
-
-def refuse_unknown(words: Sequence[str], known: Sequence[str]) -> NoReturn:
-    """Refuses what no flag takes.
-
-    Args:
-        words: flags, perhaps with their values, or words that stand alone.
-        known: all flags.
-
-    Raises:
-        ArgumentError: with the nearest known flag.
-    """
-    names = [word for word in words if word.startswith("--")] or words
-    hints = []
-    for name in names:
-        close = difflib.get_close_matches(name.partition("=")[0], known, n=1)
-        hints.append(f"{name} (did you mean {close[0]}?)" if close else name)
-    raise ArgumentError(f"unknown: {', '.join(hints)}; --help lists every flag")

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from finetune.arguments import llamafactory
 from finetune.arguments.argv import Words, flatten, group, read_file, split_file
@@ -123,3 +124,21 @@ def _same_rate(flags: Flags) -> Flags:
     """LLaMA-Factory has one learning rate for all parts that are trained."""
     trained = [part for part in ("vision", "resampler") if flags[f"tune_{part}"].words == ["true"]]
     return {**{f"{part}_lr": flags["learning_rate"] for part in trained}, **flags}
+
+
+def refuse_unknown(words: Sequence[str], known: Sequence[str]) -> NoReturn:
+    """Refuses what no flag takes.
+
+    Args:
+        words: flags, perhaps with their values, or words that stand alone.
+        known: all flags.
+
+    Raises:
+        ArgumentError: with the nearest known flag.
+    """
+    names = [word for word in words if word.startswith("--")] or words
+    hints = []
+    for name in names:
+        close = difflib.get_close_matches(name.partition("=")[0], known, n=1)
+        hints.append(f"{name} (did you mean {close[0]}?)" if close else name)
+    raise ArgumentError(f"unknown: {', '.join(hints)}; --help lists every flag")

@@ -31,8 +31,8 @@ from finetune.evaluation.batched_generation import answer_text
 from finetune.families import by_name, detect
 from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.media.video_sampling import VideoOptions
+from finetune.model_folders.checkpoint_folder import read_settings
 from finetune.models import load_tokenizer
-from finetune.models.checkpoint_folder import read_settings
 from finetune.models.downsample_mode import decide, with_mode, working_in
 from finetune.sample import Message, Sample, Source, Text
 from finetune.utils.errors import ArgumentError

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from finetune.chat.minicpmv_chat import best_device
 from finetune.chat.pipeline import ChatPipeline, ChatPromptOptions, SamplingOptions
 from finetune.checkpoints.base_checkpoint import resolve
+from finetune.model_folders.checkpoint_folder import is_adapter, local_folder
 from finetune.models import base_of, load_model
 from finetune.models.adapters import put_adapter
-from finetune.models.checkpoint_folder import is_adapter, local_folder
 from finetune.sample import Sample
 from finetune.utils.errors import ArgumentError
 from finetune.utils.paths import expand

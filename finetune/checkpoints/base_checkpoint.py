@@ -13,8 +13,8 @@ from finetune.families import detect
 from finetune.families.common import vocab_size
 from finetune.families.family import Family
 from finetune.families.settings import DOWNSAMPLE_MODE
-from finetune.models import checkpoint_folder
-from finetune.models.checkpoint_folder import is_adapter, local_folder, read_settings
+from finetune.model_folders import checkpoint_folder
+from finetune.model_folders.checkpoint_folder import is_adapter, local_folder, read_settings
 from finetune.models.downsample_mode import Mode, decide, with_mode, write_mode
 from finetune.models.strict_loading import check_unquantised
 from finetune.utils.errors import CheckpointError
@@ -62,7 +62,7 @@ class Checkpoint:
     def settings(self) -> dict[str, Any]:
         """config.json and, where the folder describes them, the settings of its processors by their names.
 
-        See ``models.checkpoint_folder.read_settings``. The decided downsample_mode stands in all of them.
+        See ``model_folders.checkpoint_folder.read_settings``. The decided downsample_mode stands in all of them.
         """
         return with_mode(read_settings(self.folder, self.config), self.mode)
 

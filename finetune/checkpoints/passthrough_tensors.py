@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checkpoints.safetensors_io import Stored, copy_tensor, shard_name, stored_in, write_header
-from finetune.models.checkpoint_folder import INDEX, WEIGHTS, weight_files
+from finetune.model_folders.checkpoint_folder import INDEX, WEIGHTS, weight_files
 from finetune.models.strict_loading import CARRIED
 
 

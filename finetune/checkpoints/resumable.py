@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.passthrough_tensors import CARRIED
 from finetune.checkpoints.pickle_check import DamagedError, check_pickles, pickled_files
-from finetune.models.checkpoint_folder import INDEX, WEIGHTS
+from finetune.model_folders.checkpoint_folder import INDEX, WEIGHTS
 from finetune.models.finite_weights import check_file, check_types
 from finetune.utils.errors import CheckpointError
 from finetune.utils.json_objects import read_object

@@ -138,8 +138,8 @@ def _long(word: str) -> str:
 
 def _with_training(parser: CommandParser, words: Sequence[str]) -> argparse.Namespace:
     """The command line where it has a YAML file or flags that are not about data."""
-    from finetune.arguments.parse import GROUPS, flags_of, refuse_unknown
-    from finetune.arguments.resolve import resolve
+    from finetune.arguments.parse import GROUPS, flags_of
+    from finetune.arguments.resolve import refuse_unknown, resolve
 
     known = {**flags_of(GROUPS), "data_path": True}
     resolved = resolve(words, known)

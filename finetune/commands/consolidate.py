@@ -34,8 +34,8 @@ def main(argv: list[str]) -> int:
     from finetune.export.result_folder import check_target, model_card, unfinished, write_model, write_record
     from finetune.export.sharded_writer import WeightFiles
     from finetune.export.zero_consolidation import Gathered, base_named_by, read_parts, write_adapter
+    from finetune.model_folders.checkpoint_folder import has_adapter
     from finetune.models import load_model
-    from finetune.models.checkpoint_folder import has_adapter
 
     checkpoint = checkpoint.resolve()
     name = given.model_name_or_path or base_named_by(checkpoint)

@@ -112,8 +112,8 @@ def _source(given: argparse.Namespace) -> ModelSource:
         UserError: a folder is missing, or there is nothing that "base" could mean.
     """
     from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.model_folders.checkpoint_folder import has_adapter, is_adapter, local_folder
     from finetune.models import base_of
-    from finetune.models.checkpoint_folder import has_adapter, is_adapter, local_folder
 
     folder, adapter, mode = local_folder(given.model), given.adapter, given.downsample_mode
     if is_adapter(folder):

@@ -82,7 +82,7 @@ def resolve_sources(model: str | None, adapters: str | None, downsample_mode: st
     Raises:
         UserError: neither is given, or a folder is missing; or adapters were trained with different modes.
     """
-    from finetune.models.checkpoint_folder import has_adapter, is_adapter, local_folder
+    from finetune.model_folders.checkpoint_folder import has_adapter, is_adapter, local_folder
 
     names = [name.strip() for name in (adapters or "").split(",") if name.strip()]
     folders = [local_folder(name) for name in names]
@@ -114,7 +114,7 @@ def resolve_sources(model: str | None, adapters: str | None, downsample_mode: st
 
 def _notes(adapter: Path, base: Checkpoint) -> list[str]:
     """What a user should know about an adapter on this base."""
-    from finetune.models.checkpoint_folder import read_adapter_config
+    from finetune.model_folders.checkpoint_folder import read_adapter_config
 
     notes = []
     named = str(read_adapter_config(adapter).get("base_model_name_or_path") or "a base without a name")

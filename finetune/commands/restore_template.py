@@ -76,7 +76,7 @@ def restore(folder: Path, template: str) -> list[Path]:
 
 def _family(folder: Path) -> Family:
     """The family of a checkpoint, or of the base of an adapter."""
-    from finetune.models.checkpoint_folder import CONFIG, is_adapter
+    from finetune.model_folders.checkpoint_folder import CONFIG, is_adapter
 
     if (folder / CONFIG).is_file():
         return detect(read_object(folder / CONFIG))

@@ -21,9 +21,9 @@ def main(argv: list[str]) -> int:
 
     from finetune.checkpoints.base_checkpoint import resolve
     from finetune.checkpoints.verification import Origin, compare, origin_of
+    from finetune.model_folders.checkpoint_folder import check_side_files, has_adapter, local_folder
     from finetune.models import base_of, load_model
     from finetune.models.adapters import check_adapter, peft_errors
-    from finetune.models.checkpoint_folder import check_side_files, has_adapter, local_folder
     from finetune.models.strict_loading import some
     from finetune.models.tokenization import tokenizer_errors
     from finetune.training.lora import quantisation

@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from transformers import AutoConfig, PreTrainedModel
 
 from finetune.checkpoints.safetensors_io import Stored, read_tensor, stored_in
+from finetune.model_folders.checkpoint_folder import weight_files
 from finetune.models.adapters import (
     ADAPTER_PREFIX,
     ADAPTER_WEIGHTS,
@@ -29,7 +30,6 @@ from finetune.models.adapters import (
     stored_shapes,
     trained_beside,
 )
-from finetune.models.checkpoint_folder import weight_files
 from finetune.models.loading import NETWORKS
 from finetune.models.strict_loading import check_folder, check_whole
 from finetune.utils.errors import CheckpointError

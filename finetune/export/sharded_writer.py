@@ -12,7 +12,7 @@ import torch
 
 from finetune.checkpoints.safetensors_io import DTYPES, copy_tensor, shard_name, write_header
 from finetune.export.lora_merge import Weights
-from finetune.models.checkpoint_folder import INDEX, WEIGHTS
+from finetune.model_folders.checkpoint_folder import INDEX, WEIGHTS
 from finetune.models.strict_loading import CARRIED
 from finetune.utils.errors import CheckpointError, UserError
 

@@ -20,8 +20,8 @@ from finetune.checkpoints.pickle_check import DamagedError, check_pickles, pickl
 from finetune.checkpoints.resumable import parts_folder
 from finetune.checkpoints.safetensors_io import Stored, write_header
 from finetune.export.lora_merge import Base, adapter_names, empty_network, ties_of
+from finetune.model_folders.checkpoint_folder import ADAPTER_CONFIG, has_adapter, read_adapter_config
 from finetune.models.adapters import ADAPTER_WEIGHTS, trained_beside
-from finetune.models.checkpoint_folder import ADAPTER_CONFIG, has_adapter, read_adapter_config
 from finetune.models.strict_loading import CARRIED, some
 from finetune.utils.errors import CheckpointError
 

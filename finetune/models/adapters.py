@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from finetune.families import by_name, detect
 from finetune.families.family import Family
-from finetune.models.checkpoint_folder import ADAPTER_CONFIG, read_adapter_config
+from finetune.model_folders.checkpoint_folder import ADAPTER_CONFIG, read_adapter_config
 from finetune.models.finite_weights import check_file, check_types, finite
 from finetune.models.strict_loading import check_whole, some
 from finetune.utils.errors import CheckpointError, UserError

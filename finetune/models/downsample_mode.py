@@ -24,7 +24,13 @@ from finetune.families import FAMILIES
 from finetune.families.common import merge_of
 from finetune.families.family import Config, Family
 from finetune.families.settings import DOWNSAMPLE_MODE, FILES, PROCESSORS, Found, Processor
-from finetune.models.checkpoint_folder import ADAPTER_CONFIG, CONFIG, has_adapter, read_adapter_config, read_settings
+from finetune.model_folders.checkpoint_folder import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    has_adapter,
+    read_adapter_config,
+    read_settings,
+)
 from finetune.utils.errors import ArgumentError, CheckpointError
 from finetune.utils.json_objects import read_object
 from finetune.utils.log_once import warn_once

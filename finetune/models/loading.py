@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from finetune.families import detect
 from finetune.families.common import vocab_size
 from finetune.families.settings import DOWNSAMPLE_MODE
+from finetune.model_folders.checkpoint_folder import ADAPTER_CONFIG, is_adapter, local_folder, read_adapter_config
 from finetune.models.adapters import put_adapter
-from finetune.models.checkpoint_folder import ADAPTER_CONFIG, is_adapter, local_folder, read_adapter_config
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
 from finetune.models.downsample_mode import decide, saved_with
 from finetune.models.minicpmo import MiniCPMO

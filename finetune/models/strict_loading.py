@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from finetune.families import detect
-from finetune.models.checkpoint_folder import CONFIG, INDEX, WEIGHTS, read_config, weight_files
+from finetune.model_folders.checkpoint_folder import CONFIG, INDEX, WEIGHTS, read_config, weight_files
 from finetune.models.finite_weights import check_network, check_types
 from finetune.utils.errors import CheckpointError, UserError
 from finetune.utils.json_objects import read_object

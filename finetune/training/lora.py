@@ -16,8 +16,8 @@ from transformers import BitsAndBytesConfig
 
 from finetune.arguments.model import LoraArguments
 from finetune.families.family import Family
+from finetune.model_folders.checkpoint_folder import has_adapter, nearest_folders
 from finetune.models.adapters import ADAPTER_WEIGHTS, check_adapter, check_fit, peft_errors, stored_shapes
-from finetune.models.checkpoint_folder import has_adapter, nearest_folders
 from finetune.models.experts import expert_names
 from finetune.utils.errors import ArgumentError
 

@@ -21,7 +21,7 @@ from finetune.commands.export import main
 from finetune.export import result_folder as folders
 from finetune.export.sharded_writer import WeightFiles
 from finetune.families import by_name, usable
-from finetune.models.checkpoint_folder import weight_files
+from finetune.model_folders.checkpoint_folder import weight_files
 from finetune.utils.errors import UserError
 
 NAMES = [family.name for family in usable()]

@@ -16,8 +16,8 @@ from finetune.checkpoints.safetensors_io import read_tensor, stored_in
 from finetune.export.lora_merge import Base, Merged, empty_network
 from finetune.export.sharded_writer import WeightFiles
 from finetune.families import by_name
+from finetune.model_folders.checkpoint_folder import weight_files
 from finetune.models.adapters import put_adapter
-from finetune.models.checkpoint_folder import weight_files
 from finetune.models.loading import load_model
 from finetune.utils.errors import CheckpointError
 

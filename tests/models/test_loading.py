@@ -16,8 +16,8 @@ from visual_batch import FAMILIES, GOLDEN, OMNI, TINY, Row, make_batch, prompt, 
 
 from finetune.checkpoints.base_checkpoint import resolve
 from finetune.families import UnknownFamilyError
+from finetune.model_folders.checkpoint_folder import local_folder
 from finetune.models import CheckpointError, MiniCPMO, MiniCPMOConfig, MiniCPMV, MiniCPMVConfig, load_model
-from finetune.models.checkpoint_folder import local_folder
 
 ROWS: list[Row] = [(3, [(4, 6)], 5), (6, [], 3), (2, [(3, 3)], 4)]
 TOKENIZERS = {"v2_0": "minicpm", "llama3_v2_5": "llama3"}

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers.activations import ACT2FN
-
 from finetune.utils.errors import CheckpointError
 from finetune.utils.json_objects import shown
 
@@ -56,6 +54,12 @@ def _pattern(value: Any) -> bool:
     return True
 
 
+def _activation(value: Any) -> bool:
+    from transformers.activations import ACT2FN  # needs torch
+
+    return isinstance(value, str) and value in ACT2FN
+
+
 def _rope(value: Any) -> bool:
     if not isinstance(value, dict) or (value.get("rope_type") or value.get("type") or "default") not in _ROPES:
         return False
@@ -63,7 +67,6 @@ def _rope(value: Any) -> bool:
 
 
 _ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3", "proportional", "mrope")
-_ACTIVATIONS = frozenset(ACT2FN)
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 
 COUNT = Kind("a whole number of at least 1", _whole(1))
@@ -82,9 +85,7 @@ SPREADS = Kind(
     lambda value: _list_of(_number)(value) and len(value) == 3 and min(value) > 0,
 )
 SIDES = Kind("a list of two whole numbers of at least 1", lambda value: _list_of(_whole(1))(value) and len(value) == 2)
-ACTIVATION = Kind(
-    "the name of an activation function of transformers", lambda value: isinstance(value, str) and value in _ACTIVATIONS
-)
+ACTIVATION = Kind("the name of an activation function of transformers", _activation)
 VERSION = Kind("a text or a number", lambda value: _text(value) or _number(value))
 DTYPE = Kind(f"one of {', '.join(_DTYPES)}", lambda value: isinstance(value, str) and value in _DTYPES)
 _ROPE_KEYS = {

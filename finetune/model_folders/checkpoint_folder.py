@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.families.settings import FILES, PROCESSORS
-from finetune.models import file_schemas
+from finetune.model_folders import file_schemas
 from finetune.utils.errors import CheckpointError
 from finetune.utils.json_objects import read_object, read_text, shown
 from finetune.utils.paths import expand
@@ -43,13 +43,8 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: neither a folder nor to be had from the hub.
     """
-    folder = expand(name)
-    if folder.is_dir():
-        return folder.resolve()
-    if folder.exists():
-        raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
-    if name.startswith(".") or not _HUB_ID.fullmatch(name):
-        raise CheckpointError(f"{name}: no such folder (looked in {Path.cwd()}){nearest_folders(folder)}")
+    if (folder := existing_folder(name)) is not None:
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -60,6 +55,23 @@ def local_folder(name: str, revision: str | None = None) -> Path:
             f"{name} is no folder here ({Path.cwd()}) and could not be fetched from the hub: {error}. Download it once "
             "with network access, or give a folder (HF_HOME and HF_ENDPOINT are respected)"
         ) from error
+
+
+def existing_folder(name: str) -> Path | None:
+    """The folder that a path stands for, absolute; None for what may be a hub id.
+
+    Raises:
+        CheckpointError: a file, or a path that leads nowhere: it begins with a dot, is no "owner/name", or its first
+            folder is here and has nothing of that name.
+    """
+    folder = expand(name)
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists():
+        raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
+    if name.startswith(".") or not _HUB_ID.fullmatch(name) or folder.parent.is_dir():
+        raise CheckpointError(f"{name}: no such folder (looked in {Path.cwd()}){nearest_folders(folder)}")
+    return None
 
 
 def is_adapter(folder: Path) -> bool:

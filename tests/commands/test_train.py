@@ -1,0 +1,154 @@
+"""``python -m finetune train``: what is said before any process starts, processes and nodes, and one run by YAML."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from finetune.arguments.flag_names import flag_types, takes_many
+from finetune.arguments.parse import GROUPS, flags_of
+from finetune.commands import train
+from finetune.commands.early_check import check_early
+from finetune.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_flags_read_from_source_are_those_of_the_dataclasses() -> None:
+    assert takes_many() == flags_of(GROUPS)
+    declared = {entry.name: str(entry.type) for group in GROUPS for entry in fields(group)}
+    switches = {name for name, kind in declared.items() if kind in ("bool", "<class 'bool'>")}
+    assert switches == {name for name, kind in flag_types().items() if kind == "bool"}
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"id": "0", "conversations": turns}]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--model_name_or_path {model}s --data_path {data}", "no such folder (looked in"),
+        ("--model_name_or_path {model} --data_path {data}x", "--data_path {data}x: no such file (looked in"),
+        ("--model_name_or_path {model} --data_pat {data}", "unknown: --data_pat (did you mean --data_path?)"),
+        ("--model_name_or_path {model} --data_path {data} --num_train_epochs 0", "--num_train_epochs 0.0: it must be"),
+        ("--model_name_or_path {model} --data_path {data} --lora_r four", "--lora_r four: a whole number is wanted"),
+        ("--model_name_or_path {model} --data_path {data} --use_lora maybe", "--use_lora: maybe: true or false"),
+        ("--model_name_or_path {model} --data_path {data} --seed", "--seed true: a whole number is wanted"),
+        ("--model_name_or_path {model} --data_path {model}/config.json", "neither a JSON array nor JSON Lines"),
+        ("--model_name_or_path {model}", "--data_path is missing"),
+        ("--data_path {data}", "--model_name_or_path is missing"),
+        ("no_such.yaml", "no_such.yaml: no such file"),
+        ("", "nothing to train"),
+    ],
+)
+def test_what_is_wrong_is_one_line_before_anything_starts(tiny, records, flags, said) -> None:
+    where = {"model": tiny("llama3_v2_5"), "data": records}
+    code = (
+        "import sys\nfrom finetune.__main__ import main\nstatus = main(['train', *sys.argv[1:]])\n"
+        "print(sorted({'torch', 'transformers', 'deepspeed'} & set(sys.modules)))\nsys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, *flags.format(**where).split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "[]\n"), done.stderr
+    assert said.format(**where) in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_is_right_is_let_through(tiny, records) -> None:
+    check_early(["--model_name_or_path", str(tiny("v2_0")), "--data_path", str(records), "--bf16", "true"])
+    check_early(["--model_name_or_path", "openbmb/MiniCPM-V-2_6", "--data_path", str(records)])
+    (records.parent / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="unknown checkpoint"):
+        check_early(["--model_name_or_path", str(records.parent), "--data_path", str(records)])
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [("0,1,2", 3), ("", 0), ("-1", 0), ("0,-1,1", 1), ("GPU-4f2e,GPU-77", 2)]
+)
+def test_visible_gpus(monkeypatch, visible, count) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert train.visible_gpus() == count
+
+
+def started(monkeypatch: pytest.MonkeyPatch, *argv: str) -> dict[str, str]:
+    """Options of torchrun that a command line leads to."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr("finetune.launch.main", lambda options: calls.append(options) or 0)
+    monkeypatch.setattr("finetune.commands.early_check.check_early", lambda flags: None)
+    assert train.main(list(argv)) == 0
+    (options,) = calls
+    split = options.index("--")
+    assert options[split + 1 :] == [str(ROOT / "finetune.py"), "x.yaml"]
+    return dict(zip(options[:split:2], options[1:split:2], strict=True))
+
+
+def test_one_node(monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    found = started(monkeypatch, "x.yaml")
+    assert (found["--nproc_per_node"], found["--nnodes"], found["--master_addr"]) == ("2", "1", "localhost")
+    assert int(found["--master_port"]) > 1024
+    assert started(monkeypatch, "--nproc", "7", "x.yaml")["--nproc_per_node"] == "7"
+
+
+def test_without_gpus_two_processes_of_one_thread(monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert started(monkeypatch, "x.yaml")["--nproc_per_node"] == "2"
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_nodes_from_slurm_or_from_the_command_line(monkeypatch, tmp_path) -> None:
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho n1\necho n2\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    settings = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "41"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    found = started(monkeypatch, "x.yaml")
+    nodes = {key: found[key] for key in ("--nnodes", "--node_rank", "--master_addr", "--master_port")}
+    assert nodes == {"--nnodes": "2", "--node_rank": "1", "--master_addr": "n1", "--master_port": "10041"}
+    assert started(monkeypatch, "--nnodes", "1", "x.yaml")["--nnodes"] == "1"
+    with pytest.raises(UserError, match=r"--nnodes 3 needs --node_rank \(0 to 2\) and --master_addr"):
+        train.main(["--nnodes", "3", "x.yaml"])
+
+
+def test_a_file_of_llamafactory_trains_and_is_verified(tiny, demo_data, tmp_path) -> None:
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "dataset_info.json").write_text(
+        json.dumps({"mine": {"file_name": str(demo_data / "train.json")}})
+    )
+    (tmp_path / "x.yaml").write_text(
+        f"model_name_or_path: {tiny('llama3_v2_5')}\nstage: sft\ndo_train: true\nfinetuning_type: lora\ndataset: mine\n"
+        f"dataset_dir: {tmp_path / 'sets'}\ntemplate: minicpm_v\noutput_dir: {tmp_path / 'out'}\nmax_steps: 1\n"
+        "dataloader_num_workers: 0\nlearning_rate: 1.0e-4\n"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable,
+        "-m",
+        "finetune",
+        "train",
+        "--nproc",
+        "1",
+        str(tmp_path / "x.yaml"),
+        "--logging_steps",
+        "1",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1].removeprefix("result="))
+    assert (result["status"], result["steps"], result["verified"]) == ("ok", 1, True)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
