@@ -17,6 +17,7 @@ COMMANDS = {
     "tiny": "write a complete tiny checkpoint folder in the official layout",
     "demo-data": "write a small image dataset with known answers",
     "demo": "train, save, verify and question a tiny model: proof that the installation works",
+    "doctor": "is everything here that training needs? what is wrong comes with the line that mends it",
     "check": "look at the records of a data file as training will, and report every problem",
     "plan": "what fits on the card: memory by method, ZeRO stage and batch, before anything is trained",
     "selfcheck": "load a checkpoint and try it out: prompt, caption, loss; the first thing to do with real weights",
