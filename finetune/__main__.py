@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -67,8 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def console_script() -> None:
-    """Entry point of ``minicpmv-finetune``."""
-    outcome.leave(main())
+    """Entry point of ``minicpmv-finetune``; ends quietly where its output goes to a ``head`` that has read enough."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit goes nowhere
+        status = 128 + signal.SIGPIPE
+    outcome.leave(status)
 
 
 if __name__ == "__main__":

@@ -134,3 +134,12 @@ def test_module_entry_point() -> None:
     )
     assert done.returncode == 2
     assert "Did you mean 'demo'?" in done.stderr
+
+
+@pytest.mark.parametrize("words", ["--help", "plan --help", "plan v2_6 --method lora"])
+def test_a_reader_that_has_enough_ends_a_command_quietly(words):
+    command = f"{sys.executable} -m finetune {words} | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1)
+    assert "Traceback" not in done.stderr
+    assert "Broken pipe" not in done.stderr
