@@ -16,6 +16,7 @@ from finetune.utils.errors import UserError, ignore_what_nobody_can_mend
 # One line per command; its module is imported only when it runs, so that the list appears at once.
 COMMANDS = {
     "train": "train, on all GPUs here or on two CPU processes: flags, or a YAML file of ours or of LLaMA-Factory",
+    "init": "write a folder to start from: train.yaml, data, and a README with the commands",
     "tiny": "write a complete tiny checkpoint folder in the official layout",
     "demo-data": "write a small image dataset with known answers",
     "demo": "train, save, verify and question a tiny model: proof that the installation works",
