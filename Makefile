@@ -47,7 +47,7 @@ lint: install-dev
 	.venv/bin/pyright
 
 docs: .venv-docs/installed
-	NO_MKDOCS_2_WARNING=true .venv-docs/bin/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=true .venv-docs/bin/mkdocs build --strict --site-dir build/site
 
 fuzz: install-dev
 	.venv/bin/python tests/fuzz.py --minutes $(MINUTES)
