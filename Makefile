@@ -4,9 +4,9 @@
 # make test-web      runs the tests of the chat page and of the reports in headless Chromium, in .venv-web
 # make lint          ruff and pyright
 # make docs          builds the documentation site of docs/ into build/site, in .venv-docs; a broken link fails
-# make fuzz          feeds damaged records, pictures, sound and videos to what reads them, for MINUTES=10
+# make fuzz          feeds damaged records, images, audio and videos to the readers, for MINUTES=10
 # make bench         measures the performance table of docs/performance.md again and writes it
-# make soak          kills runs at random and looks at what is lost and what stays (about half an hour; two hosts want root)
+# make soak          kills runs at random and checks what is lost and what stays (about half an hour; two hosts need root)
 # make audit         looks the installed packages up in the advisory databases
 # make install, make clean (keeps output/)
 #

@@ -29,7 +29,7 @@ _CARDS = (24, 80)
 HEAD = f"""\
 # Memory estimates
 
-```
+```shell
 python -m finetune plan MODEL DATA             # a checkpoint folder and a data file
 python -m finetune plan v4_5 --gpus 8 --gpu_memory 80 --length 4096 --batch 2
 ```
