@@ -80,7 +80,7 @@ def template(node: ast.expr) -> str:
     if isinstance(node, ast.Constant):
         return re.sub(r"%(?:\(\w+\))?[-+.\d]*[a-z]", "\0", node.value) if isinstance(node.value, str) else "\0"
     if isinstance(node, ast.JoinedStr):
-        return "".join(value.value if isinstance(value, ast.Constant) else "\0" for value in node.values)
+        return "".join(str(value.value) if isinstance(value, ast.Constant) else "\0" for value in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return template(node.left) + template(node.right)
     return "\0"

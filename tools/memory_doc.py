@@ -35,63 +35,64 @@ python -m finetune plan v4_5 --gpus 8 --gpu_memory 80 --length 4096 --batch 2
 ```
 
 prints the estimated peak memory of a training step on one GPU for every method, ZeRO stage, offload and activation
-checkpointing, marks what fits `--gpu_memory` (default: the GPU here, else 24), and prints the fastest settings that fit
-as flags to paste. MODEL may be a folder with nothing but config.json, a hub id, or the name of a family; DATA is measured with the
-checkpoint's tokenizer (the longest record counts), without it `--length`, `--slices` and `--images` do. 4.6 and 4.7 are
-planned with `--downsample_mode 4x` as they are trained with it; images that need more than `--length` (default 2048)
-make the sample longer or, where it is given, lose slices.
+checkpointing, marks what fits `--gpu_memory` (default: the GPU here, else 24), and prints the fastest settings that
+fit as flags to paste. MODEL may be a folder with nothing but config.json, a hub id, or the name of a family; DATA is
+measured with the checkpoint's tokenizer (the longest record counts), without it `--length`, `--slices` and `--images`
+do. 4.6 and 4.7 are planned with `--downsample_mode 4x` as they are trained with it; images that need more than
+`--length` (default 2048) make the sample longer or, where it is given, lose slices.
 
 ## All families
 
 Peak memory of a step in GB (2**30 bytes) on one GPU: {_SHAPE.batch} sample of {_SHAPE.tokens} tokens per GPU, a
-quarter of them labelled, {_SHAPE.items} visual items of {_SHAPE.patches} patches, layers recomputed in the backward pass
-(`--gradient_checkpointing true`), rank 64, bf16. Without "8 GPUs": one GPU without DeepSpeed.
+quarter of them labelled, {_SHAPE.items} visual items of {_SHAPE.patches} patches, layers recomputed in the backward
+pass (`--gradient_checkpointing true`), rank 64, bf16. Without "8 GPUs": one GPU without DeepSpeed.
 """
 
 _FITS = """
 ## The fastest settings that fit
 
-On the smallest number of GPUs (1, 2, 4, ... 64) on which a method fits at all; GB per GPU. "recompute"
-means `--gradient_checkpointing true`, with a part behind it `--checkpoint_parts` of that part, "chunks" `--vision_batch 8`.
+On the smallest number of GPUs (1, 2, 4, ... 64) on which a method fits at all; GB per GPU. "recompute" means
+`--gradient_checkpointing true`, with a part behind it `--checkpoint_parts` of that part, "chunks" `--vision_batch 8`.
 Offload takes 16 to 18 bytes of CPU memory per trained parameter: about 140 GB for everything of an 8B model.
 """
 
 TAIL = """
 ## Flags that save memory
 
-- `--gradient_checkpointing true`: the layers of the LLM, the vision and the audio tower are recomputed in the
-  backward pass. `--checkpoint_parts llm` (or `llm vision`, ...) recomputes only these. A frozen tower runs without a
-  graph and stores no activations either way. `--checkpoint_parts fit` makes this estimate when training starts, for its
-  flags, its records and the memory of its GPU, and recomputes nothing, the tower, the LLM or everything, the first that
-  fits; the log prints its choice. Without a GPU everything is recomputed.
+- `--gradient_checkpointing true`: the layers of the LLM, the vision and the audio tower are recomputed in the backward
+  pass. `--checkpoint_parts llm` (or `llm vision`, ...) recomputes only these. A frozen tower runs without a graph and
+  stores no activations either way. `--checkpoint_parts fit` makes this estimate when training starts, for its flags,
+  its records and the memory of its GPU, and recomputes nothing, the tower, the LLM or everything, the first that fits;
+  the log prints its choice. Without a GPU everything is recomputed.
 - `--vision_batch 8`: at most 8 visual items (thumbnails, slices, frames; packed frames stay together) pass the vision
   tower at once. Loss and gradients stay the same. It bounds the memory of a frozen tower and of one whose layers are
-  recomputed. Under ZeRO-3 ranks agree on the number of chunks in every step, and those with fewer run a tiny grey image.
+  recomputed. Under ZeRO-3 ranks agree on the number of chunks in every step, and those with fewer run a tiny grey
+  image.
 
 ## What is counted
 
-- **Weights**: 2 bytes each in bf16; without DeepSpeed those that train are fp32 (4 bytes); 4 bit weights of QLoRA about
-  0.52 bytes.
+- **Weights**: 2 bytes each in bf16; without DeepSpeed those that train are fp32 (4 bytes); 4 bit weights of QLoRA
+  about 0.52 bytes.
 - **Gradients**: as the weights they belong to. **Optimizer**: Adam's two moments, 8 bytes per trained parameter, and 4
-  more for the fp32 master weights under DeepSpeed. ZeRO-2 divides both by the number of GPUs, ZeRO-3 the weights as well;
-  offload moves them into CPU memory. While DeepSpeed's optimizer steps, its gradients exist three times
-  (as they are, flattened, in fp32): 6 bytes per trained parameter of this GPU's share on top.
+  more for the fp32 master weights under DeepSpeed. ZeRO-2 divides both by the number of GPUs, ZeRO-3 the weights as
+  well; offload moves them into CPU memory. While DeepSpeed's optimizer steps, its gradients exist three times (as they
+  are, flattened, in fp32): 6 bytes per trained parameter of this GPU's share on top.
 - **Activations**: traced, not a formula. The forward pass runs on the meta device, on tensors with shapes and without
-  memory, and the tensors that torch saves for the backward pass are counted; attention keeps its inputs, its output and one number per row and
-  head, as SDPA's kernels and FlashAttention do, and in batches of rows of different lengths one mask per layer. Frozen
-  towers keep nothing. With checkpointing a layer keeps its input. Then the step is simulated, block by block,
-  forward and backward, and the peak counts. Of a mixture of experts every expert's weights count, but only the tokens
-  routed to it; grouped products are in the type of the experts' weights, which autocast leaves alone: without
-  DeepSpeed full training has them in fp32.
+  memory, and the tensors that torch saves for the backward pass are counted; attention keeps its inputs, its output
+  and one number per row and head, as SDPA's kernels and FlashAttention do, and in batches of rows of different lengths
+  one mask per layer. Frozen towers keep nothing. With checkpointing a layer keeps its input. Then the step is
+  simulated, block by block, forward and backward, and the peak counts. Of a mixture of experts every expert's weights
+  count, but only the tokens routed to it; grouped products are in the type of the experts' weights, which autocast
+  leaves alone: without DeepSpeed full training has them in fp32.
 - **Logits**: only positions that carry loss have them: positions x vocabulary, in fp32 with their gradients 12 bytes.
-- **Buffers**: the buckets of the `ds_config_*.json` here (ZeRO-2: two of 200 million elements; ZeRO-3: up to a
-  billion gathered parameters and its buckets), DDP's buckets without DeepSpeed.
+- **Buffers**: the buckets of the `ds_config_*.json` here (ZeRO-2: two of 200 million elements; ZeRO-3: up to a billion
+  gathered parameters and its buckets), DDP's buckets without DeepSpeed.
 - **Context**: 1 GB for CUDA and its libraries, 3 % for what torch's allocator cannot use: a rule of thumb.
 
 ## Accuracy
 
-`benchmarks/plan_memory.py` runs real steps of a medium-sized model on the CPU in fp32, every allocation counted,
-and compares them with the estimate: full and LoRA, with and without images, checkpointing and padding, all were within 6 %
+`benchmarks/plan_memory.py` runs real steps of a medium-sized model on the CPU in fp32, every allocation counted, and
+compares them with the estimate: full and LoRA, with and without images, checkpointing and padding, all were within 6 %
 of what comes and goes with a step and 2 % of the whole; of 4.7 with a mixture of experts, within 10 % and 3 %. The
 figures are in `benchmarks/results.csv`; the tests hold some cases within 20 %. **GPU peaks were not measured**:
 context, fragmentation, the workspaces of libraries and DeepSpeed's temporaries are taken from their code and from
