@@ -3,9 +3,10 @@
 # make test-lowest   runs them with the oldest supported packages, in .venv-lowest
 # make test-web      runs the tests of the chat page and of the reports in headless Chromium, in .venv-web
 # make lint          ruff and pyright
-# make fuzz          feeds damaged records, pictures, sound and videos to what reads them, for MINUTES=10
-# make bench         measures the performance table of README.md again and writes it
-# make soak          kills runs at random and looks at what is lost and what stays (about half an hour; two hosts want root)
+# make docs          builds the documentation site of docs/ into build/site, in .venv-docs; a broken link fails
+# make fuzz          feeds damaged records, images, audio and videos to the readers, for MINUTES=10
+# make bench         measures the performance table of docs/performance.md again and writes it
+# make soak          kills runs at random and checks what is lost and what stays (about half an hour; two hosts need root)
 # make audit         looks the installed packages up in the advisory databases
 # make install, make clean (keeps output/)
 #
@@ -19,7 +20,7 @@ MINUTES ?= 10
 SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := -m pip --disable-pip-version-check install --quiet
 
-.PHONY: train test test-lowest test-web lint fuzz bench soak audit install install-dev clean
+.PHONY: train test test-lowest test-web lint docs fuzz bench soak audit install install-dev clean
 
 train: install
 	PYTHON="$(CURDIR)/.venv/bin/python" .venv/bin/python -m finetune demo
@@ -44,6 +45,9 @@ lint: install-dev
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
+
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=true .venv-docs/bin/mkdocs build --strict --site-dir build/site
 
 fuzz: install-dev
 	.venv/bin/python tests/fuzz.py --minutes $(MINUTES)
@@ -85,10 +89,16 @@ install-dev: .venv/installed-dev
 	.venv-web/bin/python $(PIP_INSTALL) --editable '.[dev,web]' playwright
 	touch $@
 
-.venv/bin/python .venv-lowest/bin/python .venv-web/bin/python .venv-audit/bin/python:
+# Only the generator of the pages, not the toolkit: the extra is read out of pyproject.toml.
+.venv-docs/installed: pyproject.toml | .venv-docs/bin/python
+	.venv-docs/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	  | .venv-docs/bin/python $(PIP_INSTALL) --requirement /dev/stdin
+	touch $@
+
+.venv/bin/python .venv-lowest/bin/python .venv-web/bin/python .venv-audit/bin/python .venv-docs/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, $(PYTHON) is %d.%d; try: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(@D:/bin=)
 
 clean:
-	rm -rf .venv .venv-lowest .venv-web .venv-audit build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-web .venv-audit .venv-docs build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find finetune tests -name __pycache__ -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The performance table of README.md, from the newest rows of results.csv: ``python benchmarks/table.py``.
+"""The performance table of docs/performance.md, from the newest rows of results.csv: ``python benchmarks/table.py``.
 
 Writes it between its two marks. ``--check`` writes nothing and ends with 1 if the table there is another one.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from results import FILE, OFFICIAL
 
-README = FILE.parent.parent / "README.md"
+PAGE = FILE.parent.parent / "docs/performance.md"
 BEGIN, END = "<!-- performance: written by benchmarks/table.py -->", "<!-- performance: end -->"
 _HEAD = ("what", "against", "goal", "ratio", "ours", "theirs", "unit")
 
@@ -43,12 +43,12 @@ _STEPS = "samples per second, 2 ranks, ZeRO-2"
 GOALS = (
     Goal("samples", "sample preparation, mix, identical", "preparing a sample, same bytes", _VENDOR, "2"),
     Goal("samples", "sample preparation, mix, --image_backend fast", "`--image_backend fast`", _VENDOR, "4.5"),
-    Goal("samples", "text side, mix", "of it ids, labels and places", _VENDOR, "25"),
+    Goal("samples", "text side, mix", "of it ids, labels and placeholders", _VENDOR, "25"),
     Goal("samples", f"sample preparation, mix, identical, {OFFICIAL}", "preparing a sample, same bytes", _CODE, "2"),
     Goal(
         "samples", f"sample preparation, mix, --image_backend fast, {OFFICIAL}", "`--image_backend fast`", _CODE, "4.5"
     ),
-    Goal("samples", f"text side, mix, {OFFICIAL}", "of it ids, labels and places", _CODE, "25"),
+    Goal("samples", f"text side, mix, {OFFICIAL}", "of it ids, labels and placeholders", _CODE, "25"),
     Goal(
         "llamafactory_samples", "sample preparation, mix, identical", "preparing a sample, same bytes", _LF, "above 1"
     ),
@@ -69,12 +69,12 @@ GOALS = (
             (", --image_backend fast", "`--image_backend fast`"),
         )
     ),
-    Goal("gpu", "training, lora, all layers", "LoRA of an 8B network on a GPU", _VENDOR, "2"),
+    Goal("gpu", "training, lora, all layers", "LoRA of an 8B model on a GPU", _VENDOR, "2"),
     Goal(
         "gpu", "model FLOP utilisation, lora, all layers", "its model FLOP utilisation", "the GPU's peak", "ours 35 %"
     ),
     Goal("gpu", "peak memory, lora, all layers, 2048 tokens", "its memory, 2048 tokens", _VENDOR, "ours below 20"),
-    Goal("gpu", "training, full, 12 layers", "the same network with 12 layers in full", _VENDOR, "2"),
+    Goal("gpu", "training, full, 12 layers", "the same model with 12 layers in full", _VENDOR, "2"),
     Goal("gpu", "model FLOP utilisation, full, 12 layers", "its model FLOP utilisation", "the GPU's peak", "ours 40 %"),
     Goal("adapter_bytes", "LoRA checkpoint, same LLM targets", "bytes of a LoRA checkpoint", _VENDOR, "15"),
     Goal("records", "reopening", "opening a million records again", "`json.load`", "100"),
@@ -147,15 +147,15 @@ def _short(number: float) -> str:
 
 
 def written(text: str, rows: Sequence[dict[str, str]]) -> str:
-    """README.md with the table of these rows.
+    """The page with the table of these rows.
 
     Raises:
-        ValueError: README.md does not have the two marks.
+        ValueError: the page does not have the two marks.
     """
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md needs a line {BEGIN!r} and below it {END!r}")
+        raise ValueError(f"docs/performance.md needs a line {BEGIN!r} and below it {END!r}")
     return f"{before}{BEGIN}\n\n{section(rows)}\n\n{END}{after}"
 
 
@@ -164,11 +164,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, only compare")
     given = parser.parse_args()
-    old = README.read_text(encoding="utf-8")
+    old = PAGE.read_text(encoding="utf-8")
     new = written(old, read())
     if given.check:
         return int(new != old)
-    README.write_text(new, encoding="utf-8")
+    PAGE.write_text(new, encoding="utf-8")
     return 0
 
 

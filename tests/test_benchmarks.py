@@ -1,4 +1,4 @@
-"""The performance table of README.md is that of the measured figures, and every benchmark explains itself."""
+"""The performance table of docs/performance.md is that of the measured figures, and every benchmark explains itself."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def row(benchmark: str, case: str, ratio: float, **more: str) -> dict[str, str]:
     return made | {"versions": "python=3.11 torch=2", "hardware": "2 cores"} | more
 
 
-def test_the_readme_has_the_table_of_the_newest_figures():
+def test_the_page_has_the_table_of_the_newest_figures():
     done = subprocess.run(
         [sys.executable, str(FOLDER / "table.py"), "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, f"README.md is older than results.csv: python benchmarks/table.py\n{done.stderr}"
+    assert done.returncode == 0, f"docs/performance.md is old: python benchmarks/table.py\n{done.stderr}"
 
 
 def test_the_newest_row_counts_and_missing_ones_are_told(table):
@@ -72,7 +72,7 @@ def test_the_newest_row_counts_and_missing_ones_are_told(table):
     assert lines[-1] == "Measured on 2 cores; 4 cores; python 3.11, torch 2."
 
 
-def test_a_readme_without_marks_is_an_error(table):
+def test_a_page_without_marks_is_an_error(table):
     with pytest.raises(ValueError, match="needs a line"):
         table.written("# Nothing", [])
 

@@ -1,4 +1,4 @@
-"""Every command, record and snippet of README.md is run here; a block this file does not know fails."""
+"""Every command, record and snippet of README.md and of docs/ is tried here; one that this file does not know fails."""
 
 from __future__ import annotations
 
@@ -13,20 +13,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+# In the order of a user who reads them: later commands use what earlier ones made.
+FIRST = ("README", "docs/quick_start", "docs/training", "docs/lora", "docs/yaml", "docs/resuming", "docs/commands")
+FIRST += ("docs/chat", "docs/export", "docs/evaluation", "docs/guicourse", "CONTRIBUTING")
+PAGES = {name: (ROOT / f"{name}.md").read_text(encoding="utf-8") for name in FIRST}
+PAGES |= {f"docs/{path.stem}": path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+README = PAGES["README"]
 SHORT = ("--max_steps", "1", "--save_strategy", "no", "--eval_strategy", "no", "--dataloader_num_workers", "0")
+# Commands of other projects, on docs/export.md.
+FOREIGN = ("vllm ", "python tools/mtmd/", "python convert_hf_to_gguf.py ")
+# Files that a user has, and names that stand for one: such a command is only held to the flags that exist.
+USERS_OWN = re.compile(r"\b[A-Z]{2,}\b|\.\.\.|\b(merge\.yaml|configs/|checkpoint-\d+|output/run\.yaml|path/to/)")
 
 
-def blocks(language: str) -> list[str]:
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", README, flags=re.MULTILINE | re.DOTALL)
-    return ["\n".join(line.removeprefix(indent) for line in body.splitlines()) for indent, body in found]
+def blocks(language: str, *pages: str) -> list[str]:
+    """The code blocks of some pages, or of all of them, each once."""
+    text = "\n".join(PAGES[page] for page in pages or PAGES)
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", text, flags=re.MULTILINE | re.DOTALL)
+    return list(dict.fromkeys("\n".join(line.removeprefix(i) for line in body.splitlines()) for i, body in found))
 
 
 def commands() -> list[str]:
-    lines = [line.partition(" #")[0].strip() for block in blocks("shell") for line in block.splitlines()]
-    inline = re.findall(r"`((?:sh|python|make) [^`]+)`", README)
-    # "<command>" is the name of all of them; those of the README are run.
-    return list(dict.fromkeys(line for line in [*lines, *inline] if line and "<command>" not in line))
+    found: list[str] = []
+    for page, text in PAGES.items():
+        found += [
+            re.sub(r"(^| )#.*", "", line).strip() for block in blocks("shell", page) for line in block.splitlines()
+        ]
+        found += [" ".join(code.split()) for code in re.findall(r"`((?:sh|python|make|torchrun) [^`]+)`", text)]
+    # "<command>" is the name of all of them; those of the pages are run.
+    return list(dict.fromkeys(line for line in found if line and "<command>" not in line))
 
 
 def run(command: list[str], cwd: Path, **env: str) -> str:
@@ -52,32 +67,59 @@ def place(tiny, demo_data, tmp_path_factory) -> Path:
 
 
 def test_commands(place, demo_data):
-    assert len(commands()) > 8
+    assert len(commands()) > 60
     for command in commands():
-        words = command.split()
-        if words[0] == "make":
-            targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-            assert words[1] in targets, command
-        elif re.fullmatch(r'(MODEL|DATA|EVAL_DATA)="[^"]*"', command):
-            check_edited_launchers(command, place)
-        elif words[0] == "sh":
-            printed = run(
-                ["sh", str(ROOT / words[1]), *words[2:]], place, DRY_RUN="1", DATA=str(demo_data / "train.json")
-            )
-            assert str(ROOT / "finetune.py") in printed
-            assert all(word in printed for word in words[2:]), command
-        elif words[0] == "torchrun":
-            check_recipe(words[words.index("finetune.py") + 1 :])
-        elif words[:2] == ["python", "finetune.py"]:
-            assert "--lora_modules_to_save" in run([sys.executable, str(ROOT / "finetune.py"), *words[2:]], place)
-        elif words[:2] == ["python", "examples/guicourse/make_data.py"]:
-            run([sys.executable, str(ROOT / words[1]), *words[2:]], place)
-        elif words[:2] == ["python", "tests/parity.py"]:
-            check_parity(words[2], place)
-        elif words[:3] == ["python", "-m", "finetune"]:
-            run([sys.executable, *words[1:]], place)
-        else:
-            pytest.fail(f"README.md has a command that no test runs: {command}")
+        if not command.startswith(FOREIGN):
+            check_command(command, place, demo_data)
+
+
+def check_command(command: str, place: Path, demo_data: Path) -> None:
+    words = command.split()
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        assert words[1] in targets, command
+    elif re.fullmatch(r'(MODEL|DATA|EVAL_DATA)="[^"]*"', command):
+        check_edited_launchers(command, place)
+    elif "sh" in words:
+        env = dict(word.split("=") for word in words[: words.index("sh")])
+        script, *flags = words[words.index("sh") + 1 :]
+        printed = run(["sh", str(ROOT / script), *flags], place, DRY_RUN="1", DATA=str(demo_data / "train.json"), **env)
+        assert str(ROOT / "finetune.py") in printed
+        assert all(word in printed for word in (*flags, *env.values())), command
+    elif words[0] == "torchrun":
+        check_launch(words[words.index("finetune.py") + 1 :])
+    elif words[0] == "python":
+        check_python(command, place)
+    else:
+        pytest.fail(f"a page has a command that no test runs: {command}")
+
+
+def check_python(command: str, place: Path) -> None:
+    words = command.split()
+    if words[:2] == ["python", "tests/parity.py"]:
+        check_parity(words[2], place)
+    elif words[:3] == ["python", "-m", "finetune"]:
+        check_finetune(command, place)
+    elif words[:2] == ["python", "-m"]:
+        assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").is_file(), command
+    elif words[:2] == ["python", "finetune.py"]:
+        assert "--lora_modules_to_save" in run([sys.executable, str(ROOT / "finetune.py"), *words[2:]], place)
+    elif words[:2] == ["python", "examples/guicourse/make_data.py"]:
+        run([sys.executable, str(ROOT / words[1]), *words[2:]], place)
+    else:  # scripts of developers have tests of their own, or record figures
+        assert (ROOT / words[1]).is_file(), f"a page has a command that no test runs: {command}"
+
+
+def check_finetune(command: str, place: Path) -> None:
+    """`python -m finetune ...` is run, unless it names files that only a user has."""
+    words = command.split()
+    if len(words) > 4 and not USERS_OWN.search(command):
+        run([sys.executable, *words[1:]], place)
+        return
+    from finetune.__main__ import COMMANDS
+
+    assert words[3] in COMMANDS, command
+    assert named_flags(command) <= {"help"} | training_flags() | command_flags(), command
 
 
 def check_parity(what: str, place: Path) -> None:
@@ -87,12 +129,14 @@ def check_parity(what: str, place: Path) -> None:
     assert "ok" in run([sys.executable, str(ROOT / "tests/parity.py"), what, *map(str, folders)], place)
 
 
-def check_recipe(words: list[str]) -> None:
-    """Files of flags: tests/generations makes a step with each, here the words behind it count."""
+def check_launch(argv: list[str]) -> None:
+    """Files of flags: tests/generations makes a step with each of ours, here the flags behind it count."""
     from finetune.arguments.parse import parse_arguments
 
-    args = parse_arguments([str(ROOT / words[0]), *words[1:]])
-    assert args.training.learning_rate == pytest.approx(float(words[words.index("--learning_rate") + 1]))
+    assert named_flags(" ".join(argv)) <= training_flags()
+    if argv and argv[0].startswith("examples/"):
+        args = parse_arguments([str(ROOT / argv[0]), *argv[1:]])
+        assert args.training.learning_rate == pytest.approx(float(argv[argv.index("--learning_rate") + 1]))
 
 
 def check_edited_launchers(assignment: str, place: Path) -> None:
@@ -115,15 +159,14 @@ def test_json_records_are_readable(tmp_path):
 
     from finetune.readers import read
 
-    docs = re.findall(r"```json\n(.*?)```", (ROOT / "docs/data.md").read_text(), flags=re.DOTALL)
-    docs = [body for body in docs if "file_name" not in body]  # descriptions of data sets are no records
-    for name in {name for body in [*blocks("json"), *docs] for name in re.findall(r"[\w/]+\.(?:jpg|png)", body)}:
+    bodies = [body for body in blocks("json") if "file_name" not in body]  # descriptions of data sets are no records
+    assert len(bodies) >= 5
+    for name in {name for body in bodies for name in re.findall(r"[\w/]+\.(?:jpg|png)", body)}:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (640, 480)).save(tmp_path / name)
     for name in ("1.mp3", "1.mp4"):
         (tmp_path / name).touch()
-    assert blocks("json")
-    for body in [*blocks("json"), *docs]:
+    for body in bodies:
         records = json.loads(body)
         (tmp_path / "data.json").write_text(json.dumps(records if isinstance(records, list) else [records]))
         for sample in read(tmp_path / "data.json"):
@@ -133,32 +176,59 @@ def test_json_records_are_readable(tmp_path):
 def test_python_snippets(place):
     from PIL import Image
 
-    assert blocks("python")
     (place / "assets").mkdir()
     Image.new("RGB", (64, 48), "red").save(place / "assets/airplane.jpeg")
-    for body in blocks("python"):
+    bodies = [body for body in blocks("python") if "Family(" not in body]  # held by tests/test_docs.py
+    assert len(bodies) >= 3
+    for body in bodies:
         assert "AutoPeftModel" in body or "MiniCPMVChat" in body
         run([sys.executable, "-c", body], place)
 
 
-def test_flags_named_in_the_readme_exist():
+def named_flags(text: str) -> set[str]:
+    return set(re.findall(r"--([a-z0-9_]+)", text))
+
+
+def training_flags() -> set[str]:
     from dataclasses import fields
 
     from finetune.arguments.data import DataArguments
     from finetune.arguments.model import LoraArguments, ModelArguments
     from finetune.arguments.training import TrainingArguments
 
-    known = {
-        entry.name
-        for group in (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
-        for entry in fields(group)
-    }
-    text = README + (ROOT / "docs/data.md").read_text()
-    named = set(re.findall(r"--([a-z0-9_]+)", re.sub(r"python -m finetune[^\n`]*", "", text))) - {
-        "help",
-        "nproc_per_node",
-    }
-    assert named <= known, named - known
+    groups = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
+    return {entry.name for group in groups for entry in fields(group)}
+
+
+def command_flags() -> set[str]:
+    """Those that the modules of the commands name."""
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "finetune/commands").glob("*.py"))
+    return set(re.findall(r'"--([a-z0-9_]+)"', sources))
+
+
+def without_commands(text: str) -> str:
+    return re.sub(r"python -m finetune[^\n`]*|sbatch[^\n`]*", "", text)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/export"])
+def test_flags_named_on_the_pages_exist(page):
+    """On docs/export.md many are of other projects."""
+    known = {"help", "nproc_per_node"} | training_flags()
+    of_commands = (
+        "commands",
+        "evaluation",
+        "guicourse",
+        "chat",
+        "data",
+        "memory",
+        "settings",
+        "troubleshooting",
+        "faq",
+    )
+    of_commands += ("index", "llamafactory", "add_a_generation", "CONTRIBUTING", "reliability")
+    if page.removeprefix("docs/") in of_commands:
+        known |= command_flags()
+    assert named_flags(without_commands(PAGES[page])) <= known
 
 
 def test_every_generation_is_in_the_table():
