@@ -168,7 +168,7 @@ def _export(given: argparse.Namespace, sources: Sources, out: Path) -> Agreement
 
 def _weights(given: argparse.Namespace, sources: Sources) -> Base | Merged:
     """The tensors of the result, computed when they are read."""
-    from finetune.export.lora_merge import Base, Merged, empty_network
+    from finetune.export.lora_merge import Base, Merged, empty_model
     from finetune.export.vllm_layout import check_servable, stays
 
     base, device = sources.base, _device(given.export_device)
@@ -176,13 +176,11 @@ def _weights(given: argparse.Namespace, sources: Sources) -> Base | Merged:
     if given.format == "vllm":
         if len(sources.adapters) != 1:
             raise UserError("--format vllm needs exactly one adapter; merge the earlier ones first")
-        served = Merged(
-            weights, empty_network(base.folder), sources.adapters[0], device=device, keep=stays(base.family)
-        )
+        served = Merged(weights, empty_model(base.folder), sources.adapters[0], device=device, keep=stays(base.family))
         check_servable(sources.adapters[0], served.config)
         return served
     for adapter in sources.adapters:
-        weights = Merged(weights, empty_network(base.folder), adapter, device=device)
+        weights = Merged(weights, empty_model(base.folder), adapter, device=device)
     return weights
 
 
@@ -208,7 +206,7 @@ def _record(given: argparse.Namespace, sources: Sources) -> dict[str, Any]:
         "adapters": [str(adapter) for adapter in sources.adapters],
         "format": given.format,
         "infer_dtype": given.infer_dtype,
-        **base.mark,
+        **base.auto_mapping_extra,
         "finetune": finetune.__version__,
     }
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from transformers import AutoConfig, PreTrainedModel
 
-from finetune.checkpoints.safetensors_io import Stored, read_tensor, stored_in
+from finetune.checkpoints.safetensors_io import StoredTensor, read_tensor, stored_in
 from finetune.models.adapters import (
     ADAPTER_PREFIX,
     ADAPTER_WEIGHTS,
@@ -30,8 +30,8 @@ from finetune.models.adapters import (
     trained_beside,
 )
 from finetune.models.checkpoint_folder import weight_files
-from finetune.models.loading import NETWORKS
-from finetune.models.strict_loading import check_folder, check_whole
+from finetune.models.loading import MODEL_CLASSES
+from finetune.models.strict_loading import check_folder, check_not_truncated
 from finetune.utils.errors import CheckpointError
 
 _NAME = "default"
@@ -47,7 +47,7 @@ class Weights(Protocol):
         untied: whether embeddings and output layer, one tensor by config.json, have become two.
     """
 
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, StoredTensor]
     changed: set[str]
     untied: bool
 
@@ -62,8 +62,8 @@ class Base:
     def __init__(self, folder: Path) -> None:
         check_folder(folder)
         for path in (files := weight_files(folder)):
-            check_whole(path)
-        self.stored: Mapping[str, Stored] = stored_in(files)
+            check_not_truncated(path)
+        self.stored: Mapping[str, StoredTensor] = stored_in(files)
         self.changed: set[str] = set()
         self.untied = False
 
@@ -122,7 +122,7 @@ class Merged:
         parted = [names for names in ties if len({self._change(name) for name in names}) > 1]
         self.untied = below.untied or bool(parted)
         self._tied = self._absent(parted)
-        self.stored: Mapping[str, Stored] = {
+        self.stored: Mapping[str, StoredTensor] = {
             **below.stored,
             **{name: below.stored[where] for name, where in self._tied.items()},
         }
@@ -213,11 +213,11 @@ class Merged:
         return self._beside[key] if key in self._beside else read_tensor(self._lies[key])
 
 
-def empty_network(folder: Path) -> PreTrainedModel:
+def empty_model(folder: Path) -> PreTrainedModel:
     """The network that config.json describes, without weights."""
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        return NETWORKS[config.model_type](config)
+        return MODEL_CLASSES[config.model_type](config)
 
 
 def adapter_names(network: PreTrainedModel, folder: Path, beside: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from finetune.checkpoints.base_checkpoint import FULL_FILES, Checkpoint, but_mode, read_config, take_over
+from finetune.checkpoints.base_checkpoint import FULL_FILES, Checkpoint, copy_base_files, mode_note, read_config
 from finetune.export.sharded_writer import WeightFiles, check_room
 from finetune.utils.errors import UserError
 from finetune.utils.paths import expand
@@ -95,7 +95,7 @@ def write_model(folder: Path, base: Checkpoint, files: WeightFiles, *, dtype: to
         Number of weight files.
     """
     check_room(folder, files.total_size)
-    take_over(base, folder, FULL_FILES)
+    copy_base_files(base, folder, FULL_FILES)
     config = read_config(folder)
     before = copy.deepcopy(config)
     if dtype is not None:
@@ -131,7 +131,7 @@ base_model: {base.name}
 
 - base: `{base.name}`{revision}{parts}
 
-All files besides the weights are those of the base{but_mode(base)}. `{RECORD}` says how this folder was made.
+All files besides the weights are those of the base{mode_note(base)}. `{RECORD}` says how this folder was made.
 
 ```python
 import finetune.models  # registers the network; no remote code is run

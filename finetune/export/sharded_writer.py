@@ -13,7 +13,7 @@ import torch
 from finetune.checkpoints.safetensors_io import DTYPES, copy_tensor, shard_name, write_header
 from finetune.export.lora_merge import Weights
 from finetune.models.checkpoint_folder import INDEX, WEIGHTS
-from finetune.models.strict_loading import CARRIED
+from finetune.models.strict_loading import PASSTHROUGH_PREFIXES
 from finetune.utils.errors import CheckpointError, UserError
 
 _HEADER_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -87,7 +87,7 @@ class WeightFiles:
 
     def _dtype_of(self, name: str, wish: torch.dtype | None) -> str:
         found = self.weights.stored[name].dtype
-        if wish is None or found not in DTYPES or name.startswith(CARRIED):
+        if wish is None or found not in DTYPES or name.startswith(PASSTHROUGH_PREFIXES):
             return found
         return _HEADER_NAMES[wish]
 

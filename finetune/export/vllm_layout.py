@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from finetune.checkpoints.base_checkpoint import SIDE_FILES, Checkpoint, take_over
+from finetune.checkpoints.base_checkpoint import SIDE_FILES, Checkpoint, copy_base_files
 from finetune.export.lora_merge import Merged
 from finetune.families.family import Family
 from finetune.models.adapters import ADAPTER_PREFIX, ADAPTER_WEIGHTS
@@ -87,12 +87,12 @@ def write_served_adapter(folder: Path, merged: Merged, base: Checkpoint, base_na
         inference_mode=True,
     )
     loader, library = base.family.auto_mapping
-    config.auto_mapping = {"base_model_class": loader, "parent_library": library, **base.mark}
+    config.auto_mapping = {"base_model_class": loader, "parent_library": library, **base.auto_mapping_extra}
     config.save_pretrained(str(folder))
     save_file(
         _tensors(merged, rank, {name: scale / common for name, scale in scales.items()}), folder / ADAPTER_WEIGHTS
     )
-    take_over(base, folder, SIDE_FILES)
+    copy_base_files(base, folder, SIDE_FILES)
     (folder / "README.md").write_text(
         f"---\nbase_model: {base_name}\nlibrary_name: peft\n---\n# LoRA adapter of the language model alone\n\n"
         f"For `{base_name}`, which has everything else that was trained. Not for the published base.\n",

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 import yaml
 
-from finetune.checkpoints.base_checkpoint import SIDE_FILES, Checkpoint, copy_files, take_over
+from finetune.checkpoints.base_checkpoint import SIDE_FILES, Checkpoint, copy_base_files, copy_files
 from finetune.checkpoints.pickle_check import DamagedError, check_pickles, pickled_files
-from finetune.checkpoints.resumable import parts_folder
-from finetune.checkpoints.safetensors_io import Stored, write_header
-from finetune.export.lora_merge import Base, adapter_names, empty_network, ties_of
+from finetune.checkpoints.resumable import shards_folder
+from finetune.checkpoints.safetensors_io import StoredTensor, write_header
+from finetune.export.lora_merge import Base, adapter_names, empty_model, ties_of
 from finetune.models.adapters import ADAPTER_WEIGHTS, trained_beside
 from finetune.models.checkpoint_folder import ADAPTER_CONFIG, has_adapter, read_adapter_config
-from finetune.models.strict_loading import CARRIED, some
+from finetune.models.strict_loading import PASSTHROUGH_PREFIXES, some
 from finetune.utils.errors import CheckpointError
 
 # Holds the name of the folder that the parts lie in.
@@ -37,11 +37,11 @@ class Gathered:
     """
 
     def __init__(self, base: Checkpoint, state: Mapping[str, Any]) -> None:
-        network = empty_network(base.folder)
+        network = empty_model(base.folder)
         self._base, self._state = Base(base.folder), state
-        self.stored: Mapping[str, Stored] = self._base.stored
+        self.stored: Mapping[str, StoredTensor] = self._base.stored
         aliases = {name for names in ties_of(network) for name in names if name not in self.stored}
-        wanted = {name for name in self.stored if not name.startswith(CARRIED)} & set(network.state_dict())
+        wanted = {name for name in self.stored if not name.startswith(PASSTHROUGH_PREFIXES)} & set(network.state_dict())
         if missing := sorted(wanted - set(state)):
             raise CheckpointError(f"the parts lack {len(missing)} tensors of {base.name}: {some(missing)}")
         if foreign := sorted(set(state) - wanted - aliases):
@@ -76,7 +76,7 @@ def read_parts(checkpoint: Path, *, trained_only: bool) -> Mapping[str, Any]:
             f"{checkpoint} has no parts of ZeRO (the file {_LATEST!r} is missing): a checkpoint-N folder of a run with "
             "DeepSpeed is wanted. If it has weights (*.safetensors), it needs no consolidation"
         )
-    if isinstance(parts := parts_folder(checkpoint), str):
+    if isinstance(parts := shards_folder(checkpoint), str):
         raise CheckpointError(f"the parts in {checkpoint} are not complete: {parts}")
     try:
         check_pickles([*pickled_files(checkpoint), *pickled_files(parts)])
@@ -113,7 +113,7 @@ def write_adapter(folder: Path, checkpoint: Path, base: Checkpoint, state: Mappi
     Raises:
         CheckpointError: the parts are not those of the adapter that adapter_config.json describes.
     """
-    names = adapter_names(empty_network(base.folder), checkpoint, trained_beside(checkpoint))
+    names = adapter_names(empty_model(base.folder), checkpoint, trained_beside(checkpoint))
     if missing := sorted(set(names) - set(state)):
         raise CheckpointError(f"the parts in {checkpoint} lack {len(missing)} tensors of the adapter: {some(missing)}")
     keys = dict(sorted((key, name) for name, key in names.items()))
@@ -123,6 +123,6 @@ def write_adapter(folder: Path, checkpoint: Path, base: Checkpoint, state: Mappi
         for name in keys.values():
             plain: Any = state[name].contiguous().float().flatten().view(torch.uint8).numpy()
             file.write(memoryview(plain))
-    take_over(base, folder, SIDE_FILES)
+    copy_base_files(base, folder, SIDE_FILES)
     copy_files(checkpoint, folder, (ADAPTER_CONFIG, "README.md"))
     return len(keys)

@@ -22,7 +22,7 @@ from finetune.families import by_name, detect
 from finetune.families.family import Family
 from finetune.models.checkpoint_folder import ADAPTER_CONFIG, read_adapter_config
 from finetune.models.finite_weights import check_file, check_types, finite
-from finetune.models.strict_loading import check_whole, some
+from finetune.models.strict_loading import check_not_truncated, some
 from finetune.utils.errors import CheckpointError, UserError
 from finetune.utils.json_objects import read_object
 from finetune.utils.log_once import warn_once
@@ -55,7 +55,7 @@ def put_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "d
     """
     if isinstance(model, PeftModel) and name in model.peft_config:
         raise CheckpointError(f"{folder}: there is an adapter called {name!r} already; give it another name")
-    pieces = {piece for path, _ in network_of(model).named_modules() for piece in path.split(".")}
+    pieces = {piece for path, _ in base_model_of(model).named_modules() for piece in path.split(".")}
     if not name or "." in name or name in pieces:  # peft looks for names between the dots of a path
         raise CheckpointError(f"{folder}: {name!r} cannot be the name of an adapter; give another")
     settings, weights = check_adapter(folder), folder / ADAPTER_WEIGHTS
@@ -74,7 +74,7 @@ def put_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "d
     return adapted
 
 
-def network_of(model: PreTrainedModel | PeftModel) -> Any:
+def base_model_of(model: PreTrainedModel | PeftModel) -> Any:
     """The network itself, without adapters around it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -93,7 +93,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"{folder} has {ADAPTER_CONFIG} but not {ADAPTER_WEIGHTS}")
-    check_whole(weights)
+    check_not_truncated(weights)
     check_types(weights)
     check_file(weights)
     _check_ranks(settings, weights)
@@ -194,7 +194,7 @@ def _put_first_generation(
 ) -> PeftModel:
     """As modules saved with the adapter, so that switching it off gives the base back."""
     config = lora_config_of(folder, beside)
-    network = network_of(model)
+    network = base_model_of(model)
     inside = {
         ADAPTER_PREFIX + key: tensor
         for key, tensor in _tensors(network).items()
@@ -250,7 +250,7 @@ def check_fit(
     Raises:
         CheckpointError: with the names of both.
     """
-    network = network_of(model)
+    network = base_model_of(model)
     family = detect(network.config.to_dict())
     theirs = _trained_on(folder, settings)
     misfit = None

@@ -46,7 +46,7 @@ def check_file(path: Path) -> None:
         _refuse(path, (name for name in file.keys() if not finite(file.get_tensor(name))))  # noqa: SIM118 - as above
 
 
-def check_network(model: nn.Module, name: str, files: Sequence[Path]) -> None:
+def check_finite_model(model: nn.Module, name: str, files: Sequence[Path]) -> None:
     """Checks the values of a loaded network; under ZeRO-3 every rank its own part, and all ranks agree.
 
     Args:

@@ -19,7 +19,7 @@ from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
 from finetune.models.downsample_mode import decide, saved_with
 from finetune.models.minicpmo import MiniCPMO
 from finetune.models.minicpmv import MiniCPMV
-from finetune.models.minicpmv4_6 import WHOLE_NETWORKS
+from finetune.models.minicpmv4_6 import NATIVE_MODELS
 from finetune.models.strict_loading import check_folder
 from finetune.models.tokenization import check_tokens, load_tokenizer
 from finetune.utils.errors import CheckpointError
@@ -29,10 +29,10 @@ from finetune.utils.paths import expand
 logger = logging.getLogger(__name__)
 
 # By the model_type of config.json.
-NETWORKS: dict[str, type[PreTrainedModel]] = {
+MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
     MiniCPMVConfig.model_type: MiniCPMV,
     MiniCPMOConfig.model_type: MiniCPMO,
-    **WHOLE_NETWORKS,
+    **NATIVE_MODELS,
 }
 
 
@@ -131,7 +131,7 @@ def _load_full(
     if tokenizer_required:
         check_tokens(load_tokenizer(folder), family, vocab_size(config), str(folder), config)
     mode = decide(family, config, folder, wish, trained=trained)
-    network = NETWORKS[config["model_type"]].from_pretrained(folder, **options)
+    network = MODEL_CLASSES[config["model_type"]].from_pretrained(folder, **options)
     if mode is not None:
         # Not an option of from_pretrained, which would make it one of the generation config too.
         setattr(network.config, DOWNSAMPLE_MODE, mode.name)

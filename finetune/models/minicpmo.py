@@ -18,7 +18,7 @@ from finetune.models.audio_tower import (
 )
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
 from finetune.models.memory_saving import is_partitioned
-from finetune.models.minicpmv import OLD_TABLE, WHOLE_MODULES, MiniCPMV, trainable
+from finetune.models.minicpmv import NO_SPLIT_MODULES, OLD_TABLE, MiniCPMV, trainable
 from finetune.models.visual_items import check_inside, given_together, merge, repeat_bounds
 
 
@@ -26,7 +26,7 @@ class MiniCPMO(MiniCPMV):
     """A MiniCPM-o network; its speech output (``tts.*`` in published files) is not built and not trained."""
 
     config_class = MiniCPMOConfig
-    _no_split_modules = [*WHOLE_MODULES, "AudioProjection"]
+    _no_split_modules = [*NO_SPLIT_MODULES, "AudioProjection"]
     _keys_to_ignore_on_load_unexpected = [OLD_TABLE, r"^tts\."]
 
     def _add_parts(self, config: MiniCPMVConfig) -> None:

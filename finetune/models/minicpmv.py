@@ -34,7 +34,7 @@ from finetune.models.visual_items import (
 )
 
 # Modules that stay on one device.
-WHOLE_MODULES = ("Resampler", "QueryPositionResampler", "TemporalResampler")
+NO_SPLIT_MODULES = ("Resampler", "QueryPositionResampler", "TemporalResampler")
 # Position table in some 2.5 files; it is computed here.
 OLD_TABLE = r"^resampler\.pos_embed$"
 
@@ -68,7 +68,7 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = [*WHOLE_MODULES]
+    _no_split_modules = [*NO_SPLIT_MODULES]
     _skip_keys_device_placement = [*NAMES]
     _keys_to_ignore_on_load_unexpected = [OLD_TABLE]
 

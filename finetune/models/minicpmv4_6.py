@@ -298,7 +298,7 @@ class MiniCPMV4_7ForConditionalGeneration(  # pyright: ignore[reportIncompatible
     """MiniCPM-V 4.7."""
 
 
-WHOLE_NETWORKS: dict[str, type[PreTrainedModel]] = {
+NATIVE_MODELS: dict[str, type[PreTrainedModel]] = {
     "minicpmv4_6": MiniCPMV4_6ForConditionalGeneration,
     "minicpmv4_7": MiniCPMV4_7ForConditionalGeneration,
 }
@@ -310,7 +310,7 @@ if hasattr(transformers, "MiniCPMOcrForConditionalGeneration"):  # since 5.23; `
     ):
         """MiniCPM-OCR."""
 
-    WHOLE_NETWORKS["minicpm_ocr"] = MiniCPMOcrForConditionalGeneration
+    NATIVE_MODELS["minicpm_ocr"] = MiniCPMOcrForConditionalGeneration
 
 
 def merge_patches(merger: Any, hidden: torch.Tensor, sizes: list[tuple[int, int]]) -> list[torch.Tensor]:

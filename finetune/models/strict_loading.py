@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from finetune.families import detect
 from finetune.models.checkpoint_folder import CONFIG, INDEX, WEIGHTS, read_config, weight_files
-from finetune.models.finite_weights import check_network, check_types
+from finetune.models.finite_weights import check_finite_model, check_types
 from finetune.utils.errors import CheckpointError, UserError
 from finetune.utils.json_objects import read_object
 
 # Beginnings of the names of tensors that no network reads.
-CARRIED = ("tts.",)
+PASSTHROUGH_PREFIXES = ("tts.",)
 # What quantisers write beside the weights (GPTQ, AWQ), and what only quantised layers have (those and bitsandbytes).
 _QUANTISED_FILES = ("quant_config.json", "quantize_config.json")
 _QUANTISED_TENSORS = (".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".nested_absmax", ".SCB")
@@ -42,8 +42,8 @@ def check_folder(folder: Path) -> None:
     read_config(folder)
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
         for path in weight_files(folder):
-            check_whole(path)
-            check_types(path, CARRIED)
+            check_not_truncated(path)
+            check_types(path, PASSTHROUGH_PREFIXES)
         return
     if shards := sorted(path.name for path in folder.glob("*.safetensors")):
         raise CheckpointError(
@@ -88,7 +88,7 @@ def _quantised(folder: Path) -> str | None:
     if not weights and (packed := sorted(path.name for path in folder.glob("*.gguf"))):
         return f"its weights are {packed[0]}"
     for path in weights:
-        check_whole(path)
+        check_not_truncated(path)
         with safe_open(str(path), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                 if name.endswith(_QUANTISED_TENSORS) or ".quant_state." in name:
@@ -104,7 +104,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def check_whole(path: Path) -> None:
+def check_not_truncated(path: Path) -> None:
     """Checks by its header that a weights file is as long as it says; the weights are not read.
 
     Raises:
@@ -149,7 +149,7 @@ def check_loaded(name: str, info: dict[str, Any], allow_mismatched: bool) -> Non
 
 
 @contextmanager
-def network_errors(name: str) -> Iterator[None]:
+def model_build_errors(name: str) -> Iterator[None]:
     """What is raised where a network is made of files that lack something, as one line.
 
     Raises:
@@ -184,7 +184,7 @@ class StrictLoadingMixin(PreTrainedModel):
         if checked:
             check_folder(folder)
         allow_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
-        with network_errors(name):
+        with model_build_errors(name):
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path,
                 *args,
@@ -194,6 +194,6 @@ class StrictLoadingMixin(PreTrainedModel):
             )
         model, info = loaded
         check_loaded(name, info, allow_mismatched)
-        check_network(model, name, weight_files(folder) if checked else [])
+        check_finite_model(model, name, weight_files(folder) if checked else [])
         result: Any = (model, info) if wants_info else model
         return result

@@ -16,7 +16,7 @@ from torch import nn
 from finetune.arguments.model import LoraArguments
 from finetune.arguments.training import TrainingArguments
 from finetune.families import detect
-from finetune.models.loading import NETWORKS
+from finetune.models.loading import MODEL_CLASSES
 from finetune.planning.training_setup import TrainingSetup
 from finetune.training.freezing import adapt
 
@@ -46,7 +46,7 @@ def build(config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> nn.Mod
         UnknownFamilyError: a config.json of none of the supported generations.
     """
     detect(config)
-    network = NETWORKS[config["model_type"]]
+    network = MODEL_CLASSES[config["model_type"]]
     settings: Any = network.config_class
     settings = settings(**config)
     settings._attn_implementation = "sdpa"

@@ -9,7 +9,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.families.family import Family
-from finetune.models.adapters import network_of
+from finetune.models.adapters import base_model_of
 from finetune.models.language_model import logits_scaling
 from finetune.models.lm_head_loss import LMHeadLoss, nll_of, rows_at_once
 from finetune.models.minicpmv4_6 import NativeModelMixin
@@ -36,7 +36,7 @@ def blocks_of_step(
     def part(name: str) -> str:
         return part_of(f"{name}.weight", family.parts)
 
-    network: Any = network_of(model)
+    network: Any = base_model_of(model)
     with tracing(model, part, padded=shape.batch > 1, gpu=gpu, autocast=autocast) as trace:
         handles = [
             network.get_submodule(module).register_forward_pre_hook(lambda *_, name=name: trace.begin(name))

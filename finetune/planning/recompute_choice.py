@@ -125,7 +125,7 @@ def fitting_parts(
         return None, planner.memory(replace(recipe, checkpointing=True), shape)
 
 
-def settle(
+def choose_parts(
     config: dict[str, Any], training: TrainingArguments, lora: LoraArguments, measured: Callable[[], SampleShape]
 ) -> None:
     """Puts the parts that have to be run again in the place of ``--checkpoint_parts fit``; rank 0 decides.

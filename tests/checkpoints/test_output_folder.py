@@ -36,7 +36,7 @@ def run(folder: Path, *names: str, text: str = "ours", use_lora: bool = True, en
     with OutputFolder(folder) as output:
         how = {"resuming": False, "overwrite": False, **how}
         output.check([], SIDE[:1] if use_lora else SIDE, use_lora=use_lora, **how)
-        output.own()
+        output.lock()
         output.open()
         logs = LogsCallback(output)
         write(folder, *names, text=text)
@@ -127,7 +127,7 @@ def test_nothing_is_made_for_a_run_that_does_not_begin(tmp_path):
     folder = tmp_path / "a" / "out"
     with OutputFolder(folder) as output:
         output.check([], SIDE, use_lora=True, resuming=False, overwrite=False)
-        output.own()
+        output.lock()
     assert not folder.exists()
 
 

@@ -14,7 +14,7 @@ from made_checkpoints import checkpoint, sign, training
 from safetensors.torch import save_file
 
 from finetune.checkpoints.checkpoint_manager import rotate
-from finetune.checkpoints.manifest import cast_doubt, checkpoints, describe, fault, read, write
+from finetune.checkpoints.manifest import checkpoints, describe, fault, mark_doubtful, read, write
 from finetune.checkpoints.pickle_check import ForeignCodeError
 from finetune.checkpoints.resume import ResumeError, choose_checkpoint
 from finetune.checkpoints.run_identity import RunIdentity
@@ -318,7 +318,7 @@ def test_what_rotation_removes_first(tmp_path):
     for step in (1, 2, 3, 4, 5):
         checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-9").mkdir()
-    cast_doubt(tmp_path / "checkpoint-5", "none of the 3 steps after it was finite")
+    mark_doubtful(tmp_path / "checkpoint-5", "none of the 3 steps after it was finite")
     steps = []
     for limit in (5, 4, 3, 1):
         rotate(tmp_path, limit, "r", str(tmp_path / "checkpoint-1"))

@@ -16,7 +16,7 @@ from finetune.arguments.parse import GROUPS, parse_arguments
 from finetune.checkpoints.base_checkpoint import resolve
 from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.resume import ResumeError, choose_checkpoint
-from finetune.checkpoints.resume_rules import RULES, Fate, compare
+from finetune.checkpoints.resume_rules import RULES, Decision, compare
 from finetune.checkpoints.run_identity import RunIdentity, identify
 
 
@@ -26,7 +26,7 @@ def test_every_flag_has_one_rule():
     assert [name for name, count in counts.items() if count > 1] == []
     flags = {entry.name for group in GROUPS for entry in fields(group)}
     assert sorted(flags - set(counts)) == []
-    assert all(rule.why for rule in RULES if rule.fate is Fate.REFUSED)
+    assert all(rule.why for rule in RULES if rule.decision is Decision.REFUSED)
 
 
 def made(base: Path, data: Path, output: Path, *flags: str) -> RunIdentity:
@@ -36,7 +36,7 @@ def made(base: Path, data: Path, output: Path, *flags: str) -> RunIdentity:
 
 
 def manifest_of(identity: RunIdentity) -> Manifest:
-    plain = json.loads(json.dumps(identity.noted()))
+    plain = json.loads(json.dumps(identity.manifest_fields()))
     layout = {"zero_stage": 0, "method": "lora", "batch_size": 1, "accumulation": 1, "resumable": True, "files": {}}
     return Manifest(step=1, world_size=1, written=0.0, **layout, **plain)
 
@@ -49,8 +49,8 @@ def first(tiny, demo_data, tmp_path_factory) -> RunIdentity:
 def test_the_same_goes_on(first, tiny, demo_data, tmp_path):
     found = compare(manifest_of(first), made(tiny("llama3_v2_5"), demo_data / "train.json", tmp_path))
     assert found.refused == []
-    assert [words.partition(" ")[0] for words in found.taken] == ["output_dir"]
-    assert not found.felt
+    assert [words.partition(" ")[0] for words in found.accepted] == ["output_dir"]
+    assert not found.affects_training
     assert "data train.json" in str(found)
 
 
@@ -76,7 +76,7 @@ TAKEN = {
 @pytest.mark.parametrize("flags", REFUSED)
 def test_what_is_refused(first, tiny, demo_data, tmp_path, flags):
     base, data = tiny("llama3_v2_5"), demo_data / "train.json"
-    folder = checkpoint(tmp_path, 2, **{**first.noted(), "run": "r"})
+    folder = checkpoint(tmp_path, 2, **{**first.manifest_fields(), "run": "r"})
     with pytest.raises(ResumeError, match=rf"{REFUSED[flags]}.*start a new run from its weights: --lora_weight_path"):
         choose_checkpoint(training(tmp_path, str(folder)), tmp_path, made(base, data, tmp_path, *flags.split()))
 
@@ -87,7 +87,7 @@ def test_what_is_taken_over(first, tiny, demo_data, tmp_path, flags):
     found = compare(manifest_of(first), now)
     assert found.refused == []
     assert TAKEN[flags] in str(found)
-    assert found.felt == ("(" in TAKEN[flags])
+    assert found.affects_training == ("(" in TAKEN[flags])
 
 
 def test_another_base(first, tiny, tmp_path, demo_data):
@@ -113,9 +113,9 @@ def test_other_data_are_said(first, tiny, demo_data, tmp_path, caplog):
     base = tiny("llama3_v2_5")
     (tmp_path / "other.json").write_text(json.dumps(records[:50]))
     found = compare(manifest_of(first), made(base, tmp_path / "other.json", tmp_path))
-    assert "data train.json -> other.json (samples are not seen exactly once)" in found.taken
+    assert "data train.json -> other.json (samples are not seen exactly once)" in found.accepted
     (tmp_path / "train.json").write_text(json.dumps(records[::-1]))
-    folder = checkpoint(tmp_path, 2, **{**first.noted(), "run": "r"})
+    folder = checkpoint(tmp_path, 2, **{**first.manifest_fields(), "run": "r"})
     caplog.set_level(logging.WARNING)
     now = made(base, tmp_path / "train.json", tmp_path)
     assert choose_checkpoint(training(tmp_path, str(folder)), tmp_path, now) == folder

@@ -24,7 +24,7 @@ from finetune.evaluation import progress_files
 from finetune.evaluation.progress_files import ProgressCallback
 from finetune.runtime import outcome
 from finetune.training.watchdog import NonFiniteError
-from finetune.utils.errors import NotSavedError, WorthlessError
+from finetune.utils.errors import NotSavedError, UnusableResultError
 from trainer import CPMTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,7 +70,7 @@ def test_weights_that_are_spoilt_evict_no_good_ones(make, caplog, value):
     after_step(trainer, 2, lambda: spoil(trainer, value))
     with pytest.raises(NonFiniteError, match=r"3 to 5.*but the update of step 2 may have done the damage") as stop:
         trainer.train()
-    assert stop.value.exit_code == outcome.WORTHLESS
+    assert stop.value.exit_code == outcome.UNUSABLE_RESULT
     assert left(trainer) == ([1] if value != value else [1, 2])  # noqa: PLR0124 - NaN
     output = Path(trainer.args.output_dir or "")
     again = make("--resume_from_checkpoint", "auto")
@@ -78,7 +78,7 @@ def test_weights_that_are_spoilt_evict_no_good_ones(make, caplog, value):
     assert "no checkpoint-3 is written: the last 1 steps were not finite" in caplog.text
     spoil(trainer, torch.nan)
     said = r"not finite: .*kv_proj\.weight\. The result is not saved.*checkpoint-1\."
-    with pytest.raises(WorthlessError, match=said):
+    with pytest.raises(UnusableResultError, match=said):
         trainer.save_model()
     assert not list(output.glob("*.safetensors"))
 
@@ -86,12 +86,12 @@ def test_weights_that_are_spoilt_evict_no_good_ones(make, caplog, value):
 def test_a_run_that_learnt_nothing_has_no_result(make):
     trainer = make("--max_nonfinite_steps", "0", "--max_steps", "2")
     spoil(trainer, torch.nan)
-    with pytest.raises(WorthlessError, match="none of the 2 steps was finite"):
+    with pytest.raises(UnusableResultError, match="none of the 2 steps was finite"):
         trainer.train()
     assert left(trainer) == []
     trainer = make()
     trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
-    with pytest.raises(WorthlessError, match=r"0 steps were trained: --max_steps -1, --num_train_epochs 0"):
+    with pytest.raises(UnusableResultError, match=r"0 steps were trained: --max_steps -1, --num_train_epochs 0"):
         trainer.train()
 
 
@@ -105,9 +105,9 @@ def test_a_run_whose_last_step_was_not_finite_is_not_well(make):
     trainer.train()
     trainer.save_model()
     assert left(trainer) == [1]
-    trouble = trainer.keeper.trouble(trainer.args)
-    assert isinstance(trouble, WorthlessError)
-    assert str(trouble).startswith("the last 1 steps were not finite. The weights that are saved are finite")
+    error = trainer.checkpoint_manager.final_error(trainer.args)
+    assert isinstance(error, UnusableResultError)
+    assert str(error).startswith("the last 1 steps were not finite. The weights that are saved are finite")
 
 
 def full_disk(monkeypatch, trainer: CPMTrainer, steps: tuple[int, ...]) -> None:
@@ -136,12 +136,12 @@ def test_a_save_that_fails_is_said_and_training_goes_on(make, monkeypatch, caplo
     assert "free in " in caplog.text
     trainer.save_model()
     if 4 in steps:
-        trouble = trainer.keeper.trouble(trainer.args)
-        assert trouble is not None
-        assert trouble.exit_code == outcome.NOT_SAVED
-        assert re.match(r"the result is saved in .*, but .*checkpoint-4 could not", str(trouble))
+        error = trainer.checkpoint_manager.final_error(trainer.args)
+        assert error is not None
+        assert error.exit_code == outcome.NOT_SAVED
+        assert re.match(r"the result is saved in .*, but .*checkpoint-4 could not", str(error))
     else:
-        assert trainer.keeper.trouble(trainer.args) is None
+        assert trainer.checkpoint_manager.final_error(trainer.args) is None
 
 
 def test_no_space_is_known_before_writing(make, monkeypatch, caplog):

@@ -21,7 +21,7 @@ from transformers import TrainerCallback  # noqa: E402
 from worker import deepspeed_configs  # noqa: E402
 
 from finetune.checkpoints.manifest import checkpoints, read  # noqa: E402
-from finetune.runtime.outcome import leave  # noqa: E402
+from finetune.runtime.outcome import exit_process  # noqa: E402
 from finetune.utils.errors import UserError  # noqa: E402
 from trainer import CPMTrainer  # noqa: E402
 
@@ -103,7 +103,13 @@ def outcome(trainer: CPMTrainer) -> dict:
     finite = all(bool(torch.isfinite(p.detach()).all()) for p in network(trainer).parameters())
     saved = [step for step, folder in checkpoints(Path(trainer.args.output_dir or "")) if read(folder) is not None]
     losses = [step.loss for step in steps(trainer)]
-    return {"error": error, "finite": finite, "losses": losses, "saved": saved, "unsaved": trainer.keeper.unsaved}
+    return {
+        "error": error,
+        "finite": finite,
+        "losses": losses,
+        "saved": saved,
+        "unsaved": trainer.checkpoint_manager.unsaved,
+    }
 
 
 def main() -> None:
@@ -139,4 +145,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    exit_process(0)

@@ -96,7 +96,7 @@ def test_what_a_run_is_told(
         caplog.clear()
         monkeypatch.setattr(recompute_choice, "_gpu_memory", lambda _: memory)
         training = arguments(tmp_path, checkpoint_parts=["fit"])
-        recompute_choice.settle(
+        recompute_choice.choose_parts(
             config, training, LoraArguments(), lambda: recompute_choice.step_shape(training, fitter, samples)
         )
         names = ("gradient_checkpointing", "activation_checkpointing")  # the Trainer looks at the newer where it is
@@ -116,7 +116,7 @@ def test_what_a_run_is_told(
 
 def test_what_is_not_asked_for_stays(tmp_path: Path) -> None:
     training = arguments(tmp_path, checkpoint_parts=["llm"], gradient_checkpointing=True)
-    recompute_choice.settle(SMALL, training, LoraArguments(), lambda: SHAPE)
+    recompute_choice.choose_parts(SMALL, training, LoraArguments(), lambda: SHAPE)
     assert training.checkpoint_parts == ["llm"]
     with pytest.raises(ArgumentError, match="fit chooses the parts itself"):
         arguments(tmp_path, checkpoint_parts=["fit", "llm"])

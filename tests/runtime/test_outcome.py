@@ -81,7 +81,7 @@ threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
 @pytest.mark.parametrize(
     ("last", "status", "ends"),
     [
-        ("outcome.leave(3)", 3, []),
+        ("outcome.exit_process(3)", 3, []),
         ("outcome.install(); raise RuntimeError('broken')", 1, []),
         ("sys.exit(3)", 3, ["taken apart"]),
     ],

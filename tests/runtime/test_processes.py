@@ -99,9 +99,9 @@ def test_loader_processes_end_with_their_rank(number, tmp_path):
 
 def test_a_dead_rank_is_seen(tmp_path, monkeypatch):
     monkeypatch.delenv(processes.RUN_FOLDER, raising=False)
-    assert not processes.a_rank_has_died()
+    assert not processes.any_rank_died()
     monkeypatch.setenv(processes.RUN_FOLDER, str(tmp_path))
-    assert not processes.a_rank_has_died()
+    assert not processes.any_rank_died()
     folder = tmp_path / processes.PROCESSES
     folder.mkdir()
     (folder / str(os.getpid())).write_text("rank")
@@ -109,7 +109,7 @@ def test_a_dead_rank_is_seen(tmp_path, monkeypatch):
     (folder / str(other.pid)).write_text("loader")
     other.kill()
     gone([other.pid])
-    assert not processes.a_rank_has_died(), "loader processes come and go"
+    assert not processes.any_rank_died(), "loader processes come and go"
     (folder / str(other.pid)).write_text("rank")
-    assert processes.a_rank_has_died()
+    assert processes.any_rank_died()
     other.communicate(timeout=60)

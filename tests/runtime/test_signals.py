@@ -22,7 +22,7 @@ while outcome.watch.request is None: time.sleep(0.01)
 print(outcome.watch.request, flush=True)
 {saving}
 outcome.watch.saved()
-outcome.leave(outcome.STOPPED)
+outcome.exit_process(outcome.STOPPED)
 """
 CAN_SAVE = "outcome.watch.can_save({seconds}, lambda: {failed})"
 

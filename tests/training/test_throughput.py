@@ -16,7 +16,7 @@ from finetune.arguments.training import TrainingArguments
 from finetune.families import by_name
 from finetune.families.family import Family
 from finetune.models import load_model
-from finetune.models.adapters import network_of
+from finetune.models.adapters import base_model_of
 from finetune.models.minicpmv4_6 import NativeModelMixin
 from finetune.training.flops import COUNTS, Flops, flops_of
 from finetune.training.freezing import adapt
@@ -65,10 +65,10 @@ def own_batch(model: Any, *, audio: bool = False) -> dict[str, torch.Tensor]:
 
 def whole_batch(model: Any) -> dict[str, torch.Tensor]:
     """The same for a network of transformers: items of 16, 32 and 16 patches, 16 or 4 of which are a token."""
-    side = 2 if network_of(model).config.downsample_mode == "4x" else 4
+    side = 2 if base_model_of(model).config.downsample_mode == "4x" else 4
     sizes = torch.tensor([[4, 4], [8, 4], [4, 4]])
     ids = torch.randint(5, 90, (1, 64))
-    ids[0, 2 : 2 + 64 // side**2] = network_of(model).config.image_token_id
+    ids[0, 2 : 2 + 64 // side**2] = base_model_of(model).config.image_token_id
     labels = torch.where(torch.arange(64) >= 40, ids, -100)
     pixels = torch.randn(1, 3, 14, 64 * 14)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(64)[None]}
@@ -110,7 +110,7 @@ def counted(model: Any, batch: dict[str, torch.Tensor]) -> tuple[int, int]:
     runs = (forward, lambda: model(**batch).loss.backward())
     for run in runs:
         totals.append(sum(watched(run)["Global"].values()))
-    network = network_of(model)
+    network = base_model_of(model)
     if isinstance(network, NativeModelMixin):
         network.set_attn_implementation("sdpa")
         totals = [total - watched(run)["Global"][torch.ops.aten.bmm] for total, run in zip(totals, runs, strict=True)]
@@ -127,7 +127,7 @@ def expected(model: Any, family: Family, batch: dict[str, torch.Tensor]) -> tupl
         sum(costs[name] * counts[name] for name in COUNTS) for costs in (flops.forward, flops.backward)
     )
     rule = 0
-    for module in network_of(model).modules():
+    for module in base_model_of(model).modules():
         if hasattr(module, "head_v_dim"):
             rule += 6 * module.num_v_heads * module.head_k_dim * module.head_v_dim * counts["tokens"]
     return forward - rule, backward - 2 * rule
@@ -155,7 +155,7 @@ def test_operations_of_a_part_that_is_frozen_or_not(tiny, tmp_path, name, flags)
 def check(folder, name: str, tmp_path, flags: dict[str, Any]) -> None:
     """Forward and backward pass within 2 %."""
     model, family = trained(folder, name, tmp_path, **flags), family_of(name)
-    whole = isinstance(network_of(model), NativeModelMixin)
+    whole = isinstance(base_model_of(model), NativeModelMixin)
     batch = whole_batch(model) if whole else own_batch(model, audio=family.audio_spec is not None)
     assert expected(model, family, batch) == pytest.approx(counted(model, batch), rel=0.02)
 

@@ -21,7 +21,7 @@ from finetune.runtime import outcome
 from finetune.runtime.signals import SignalWatch
 from finetune.training.freezing import adapt
 from finetune.training.graceful_stop import StoppedError
-from finetune.training.watchdog import DeadPartError, NoLabelError, NonFiniteError, shown
+from finetune.training.watchdog import DeadPartError, NoLabelError, NonFiniteError, affects_loss
 from trainer import CPMTrainer
 
 Make = Callable[..., CPMTrainer]
@@ -131,9 +131,9 @@ def test_text_alone_blames_no_tower(make, tmp_path):
 def test_an_image_behind_the_last_label_is_not_used():
     labels = torch.tensor([[-100, 5, -100, -100, -100], [-100, -100, -100, 5, -100]])
     none = torch.zeros(0, 3, dtype=torch.int64)
-    assert not shown({"labels": labels, "image_bound": none}, "image_bound")
-    assert not shown({"labels": labels, "image_bound": torch.tensor([[0, 2, 4]])}, "image_bound")
-    assert shown({"labels": labels, "image_bound": torch.tensor([[0, 2, 4], [1, 1, 3]])}, "image_bound")
+    assert not affects_loss({"labels": labels, "image_bound": none}, "image_bound")
+    assert not affects_loss({"labels": labels, "image_bound": torch.tensor([[0, 2, 4]])}, "image_bound")
+    assert affects_loss({"labels": labels, "image_bound": torch.tensor([[0, 2, 4], [1, 1, 3]])}, "image_bound")
 
 
 @pytest.mark.parametrize("fault", [spoil, spoil_gradient])
