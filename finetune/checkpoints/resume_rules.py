@@ -141,7 +141,7 @@ class RunComparison:
 
     def __str__(self) -> str:
         """The three lists."""
-        lists = {"same": self.same, "changed": self.accepted, "refused": self.refused}
+        lists = {"same": self.same, "differs, accepted": self.accepted, "refused": self.refused}
         return "\n".join(f"  {title}: {'; '.join(found) or 'nothing'}" for title, found in lists.items())
 
 

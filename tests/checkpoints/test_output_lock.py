@@ -60,7 +60,7 @@ def test_a_process_that_is_killed_holds_nothing(tmp_path, caplog):
     other.kill()
     other.communicate(timeout=60)
     OutputLock(folder).release()
-    assert f"belonged to process {other.pid} on {socket.gethostname()}" in caplog.text
+    assert f"was locked by process {other.pid} on {socket.gethostname()}" in caplog.text
     assert "taken over" in caplog.text
 
 
@@ -70,7 +70,7 @@ def test_another_host_is_waited_for(tmp_path, caplog, silent, owned):
     folder = tmp_path / ".finetune"
     leave_behind(folder, silent, host="node-2")
     if owned:
-        with pytest.raises(OutputInUseError, match=r"on node-2, .* its last sign is 1\d\d s old, after 180 s"):
+        with pytest.raises(OutputInUseError, match=r"on node-2, .* its last heartbeat is 1\d\d s old, after 180 s"):
             OutputLock(folder)
         assert (folder / "owner.json").is_file()
     else:
@@ -93,7 +93,7 @@ def test_without_file_locks_the_heartbeat_counts(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(output_lock.FileLock, "acquire", unsupported)
     folder = tmp_path / ".finetune"
     first = OutputLock(folder)
-    assert "no file locks" in caplog.text
+    assert "does not support file locks" in caplog.text
     with pytest.raises(OutputInUseError):
         OutputLock(folder)
     first.release()

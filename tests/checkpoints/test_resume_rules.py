@@ -56,7 +56,7 @@ def test_the_same_goes_on(first, tiny, demo_data, tmp_path):
 
 REFUSED = {
     "--learning_rate 5e-3": r"--learning_rate was 0\.0001, now 0\.005.*no effect",
-    "--lora_r 8": "--lora_r was 64, now 8: .* of other parameters",
+    "--lora_r 8": "--lora_r was 64, now 8: .* belong to other parameters",
     "--lora_parts llm vision": r"--lora_parts was \['llm'\], now \['llm', 'vision'\]",
     "--tune_resampler false": "--tune_resampler was True, now False",
     "--tune_vision true": "--tune_vision was False, now True",
@@ -66,8 +66,8 @@ REFUSED = {
 }
 TAKEN = {
     "--seed 7": "seed 42 -> 7 (samples are not seen exactly once)",
-    "--max_slice_nums 2": "max_slice_nums None -> 2 (samples look different from here on)",
-    "--model_max_length 1024": "model_max_length 2048 -> 1024 (samples look different",
+    "--max_slice_nums 2": "max_slice_nums None -> 2 (samples are encoded differently from here on)",
+    "--model_max_length 1024": "model_max_length 2048 -> 1024 (samples are encoded differently",
     "--max_steps 20": "max_steps -1 -> 20 (the schedule is computed anew for this length",
     "--save_steps 7 --save_strategy steps": "save_steps 500 -> 7",
 }
@@ -101,11 +101,11 @@ def test_another_base(first, tiny, tmp_path, demo_data):
     data = demo_data / "train.json"
     found = compare(manifest_of(first), made(other, data, tmp_path))
     assert len(found.refused) == 1
-    assert f"the base was {base}, now {other}: what was trained belongs to the former weights" in found.refused[0]
+    assert f"the base was {base}, now {other}: the trained weights belong to the previous base" in found.refused[0]
     (base_again := tmp_path / "moved").symlink_to(base)
     assert compare(manifest_of(first), made(base_again, data, tmp_path)).refused == []
     found = compare(manifest_of(first), made(tiny("v2_6"), data, tmp_path))
-    assert "another generation" in found.refused[0]
+    assert "another model family" in found.refused[0]
 
 
 def test_other_data_are_said(first, tiny, demo_data, tmp_path, caplog):
@@ -119,4 +119,4 @@ def test_other_data_are_said(first, tiny, demo_data, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     now = made(base, tmp_path / "train.json", tmp_path)
     assert choose_checkpoint(training(tmp_path, str(folder)), tmp_path, now) == folder
-    assert "differs and is taken over: data changed: train.json (samples are not seen exactly once)" in caplog.text
+    assert "differs, accepted: data changed: train.json (samples are not seen exactly once)" in caplog.text

@@ -107,7 +107,7 @@ def test_a_run_whose_last_step_was_not_finite_is_not_well(make):
     assert left(trainer) == [1]
     error = trainer.checkpoint_manager.final_error(trainer.args)
     assert isinstance(error, UnusableResultError)
-    assert str(error).startswith("the last 1 steps were not finite. The weights that are saved are finite")
+    assert str(error).startswith("the last 1 steps were not finite. The saved weights are finite")
 
 
 def full_disk(monkeypatch, trainer: CPMTrainer, steps: tuple[int, ...]) -> None:
@@ -201,7 +201,7 @@ def test_space_is_estimated_and_compared_before_step_1(make, monkeypatch, caplog
     written = disk_space.written_size(tmp_path / "out" / "checkpoint-1")
     assert size == pytest.approx(written, rel=0.1)
     monkeypatch.setattr(disk_space, "free_space", lambda _: size - 1)
-    with pytest.raises(SpaceError, match=r"a checkpoint takes about .* MB, .* has .* free: make space"):
+    with pytest.raises(SpaceError, match=r"a checkpoint takes about .* MB, .* has .* free: free disk space"):
         check_space(tmp_path, size, 2)
     monkeypatch.setattr(disk_space, "free_space", lambda _: 2 * size)
     caplog.clear()

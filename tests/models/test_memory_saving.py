@@ -1,4 +1,4 @@
-"""What saves memory changes no number: parts run again, images in pieces, frozen towers without a graph."""
+"""What saves memory changes no number: parts recomputed, images in chunks, frozen towers without a graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.arguments.model import LoraArguments
 from finetune.arguments.training import TrainingArguments
 from finetune.families import by_name
 from finetune.models import MiniCPMO, MiniCPMV
-from finetune.models.memory_saving import pieces
+from finetune.models.memory_saving import chunk_counts
 from finetune.training.freezing import adapt
 from finetune.utils.errors import ArgumentError
 
@@ -49,7 +49,7 @@ def counted_calls(module: torch.nn.Module) -> Iterator[list[int]]:
 )
 def test_pieces(groups: list[int], most: int | None, expected: list[int]) -> None:
     """Groups stay together, also those that are larger than a piece."""
-    assert pieces(groups, most) == expected
+    assert chunk_counts(groups, most) == expected
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -69,7 +69,9 @@ def test_a_rank_that_only_waits_is_called_by_the_one_that_notices(tmp_path, monk
     assert ended[0] < 600
 
 
-@pytest.mark.parametrize(("weights_only", "how"), [(False, "auto goes on from there"), (True, "this one cannot go on")])
+@pytest.mark.parametrize(
+    ("weights_only", "how"), [(False, "auto continues from there"), (True, "this one cannot be resumed")]
+)
 def test_a_run_that_is_asked_to_stop_saves_once_and_ends(monkeypatch, weights_only, how):
     monkeypatch.setattr(outcome, "watch", SimpleNamespace(saved=lambda: None))
     asked = [False]
