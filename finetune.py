@@ -94,7 +94,7 @@ def make_encoder(args: Arguments, base: Checkpoint) -> Encoder:
     if args.data.thinking != "keep" and "<think>" not in tokenizer.get_vocab():
         logger.warning("--thinking %s has no effect: %s has no thinking mode", args.data.thinking, base.family.title)
     encoder = Encoder.from_config(
-        base.family, tokenizer, base.settings, max_length=args.training.model_max_length, **args.data.looking
+        base.family, tokenizer, base.settings, max_length=args.training.model_max_length, **args.data.encoding
     )
     check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
     return encoder

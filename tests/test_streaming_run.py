@@ -122,7 +122,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(tiny: Tiny, lines: Path, tmp_pat
     ("flags", "error", "message"),
     [
         (["--val_size", "0.1"], DataError, "nothing can be kept out of a stream"),
-        (["--max_samples", "5"], DataError, "--max_steps says when training ends"),
+        (["--max_samples", "5"], DataError, "--streaming true needs --max_steps"),
         (["--buffer_size", "0"], ArgumentError, "must be at least 1"),
         (["--max_steps", "-1"], ArgumentError, "say with --max_steps"),
     ],

@@ -59,7 +59,7 @@ def command_words(argv: list[str]) -> list[str]:
     from finetune.arguments.resolve import resolve
 
     known = vars(_parser().parse_args(["--export_dir", "OUT"]))
-    return resolve(argv, dict.fromkeys(known, False), "export").words
+    return resolve(argv, dict.fromkeys(known, False), "export").argv
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ def _measured(given: argparse.Namespace, shape: SampleShape) -> SampleShape:
     data = data_arguments(given)
     data.max_slice_nums = given.slices or None
     encoder = Encoder.from_config(
-        base.family, load_tokenizer(base.folder), base.settings, max_length=given.length or 2048, **data.looking
+        base.family, load_tokenizer(base.folder), base.settings, max_length=given.length or 2048, **data.encoding
     )
     samples = open_data(given.data, data.dataset, **data.reading)
     if (found := measured_shape(LengthPolicy(encoder, data.overlong), samples, shape)) is None:

@@ -68,7 +68,7 @@ def _check_merges(
         read = decoders.ByteLevel()
         shown = ", ".join(repr(read.decode([entry])) for entry in lost[:3])
         raise CheckpointError(
-            f"{vocabulary.parent}: tokenizer.json is missing; this merges.txt lacks {len(lost)} merges: that many of the "
-            f"{len(vocab)} entries of {vocabulary.name} cannot be produced ({shown}, ...), and text with them would "
+            f"{vocabulary.parent}: tokenizer.json is missing; this merges.txt lacks {len(lost)} merges: as many of "
+            f"the {len(vocab)} entries of {vocabulary.name} cannot be produced ({shown}, ...), and text with them would "
             "get other tokens than in pretraining. Put the published tokenizer.json into the folder"
         )

@@ -245,7 +245,7 @@ def check(values: Mapping[str, Any], table: Table, where: str) -> None:
         value = values[key]
         if (not kind.null) if value is None else (not kind.fits(value)):
             raise CheckpointError(
-                f"{where}: {key} is {shown(value)}; it should be {kind.description}: correct it, or download the file again"
+                f"{where}: {key} is {shown(value)}; it should be {kind.description}: correct it, or download it again"
             )
 
 

@@ -268,8 +268,8 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
     def _encode(self, items: VisualItems) -> torch.Tensor:
         """Vision tower and resampler, each called once: (g, Q, E).
 
-        Frozen parts run without a graph, so that a hook that makes inputs require gradients (enable_input_require_grads)
-        does not cause a backward pass through a frozen tower.
+        Frozen parts run without a graph, so that a hook that makes inputs require gradients does not cause a backward
+        pass through a frozen tower.
         """
         if not items.groups:
             shape = (0, self.query_num, self.config.hidden_size)

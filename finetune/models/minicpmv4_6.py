@@ -22,7 +22,7 @@ from finetune.models.kv_cache import as_installed, cache_of
 from finetune.models.lm_head_loss import put_head, supervised_loss
 from finetune.models.memory_saving import MemorySavingMixin, chunk_counts, chunks_on_all_ranks
 from finetune.models.minicpmv import MiniCPMVOutput
-from finetune.models.packed_attention import implementation_of, segment_ids, packed_arguments
+from finetune.models.packed_attention import implementation_of, packed_arguments, segment_ids
 from finetune.models.strict_loading import StrictLoadingMixin
 
 # Rows and columns of patches of the smallest image that can be merged twice.
@@ -93,8 +93,8 @@ class NativeModelMixin(MemorySavingMixin, ChatMixin, StrictLoadingMixin):
             cache: keys and values of earlier steps.
             use_cache: None means no cache when there are labels.
             num_items_in_batch: divisor of the summed loss; None takes the mean over the labelled tokens.
-            cu_seq_lens_q: (s + 1,) int32, boundaries of the segments of ONE packed row, as in ``MiniCPMV.forward``, with
-                position_ids (1, T) that restart. Needs the kernels of ``Family.packing_kernels``.
+            cu_seq_lens_q: (s + 1,) int32, boundaries of the segments of ONE packed row, as in ``MiniCPMV.forward``,
+                with position_ids (1, T) that restart. Needs the kernels of ``Family.packing_kernels``.
             logits_to_keep: number of last positions, or their indices; 0 keeps all. Only without labels.
             **kwargs: passed to the language model.
 
@@ -244,7 +244,7 @@ class NativeModelMixin(MemorySavingMixin, ChatMixin, StrictLoadingMixin):
 
 
 def _no_router_logits(language_model: nn.Module) -> dict[str, Any]:
-    """Disables router logits of a mixture of experts: the loss does not use them, and transformers 5.24 fails on them."""
+    """Disables router logits of a mixture of experts, which the loss does not use and transformers 5.24 fails on."""
     return {"output_router_logits": False} if hasattr(language_model.config, "output_router_logits") else {}
 
 

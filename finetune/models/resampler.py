@@ -21,8 +21,8 @@ _HEAD_DIM = 128
 class CrossAttention(nn.Module):
     """Multi-head attention with the parameter names of torch's MultiheadAttention.
 
-    The fused projection is used only in the module that owns it, and ``out_proj`` is called as a module, so that ZeRO-3,
-    offloading and adapters work.
+    The fused projection is used only in the module that owns it, and ``out_proj`` is called as a module, as ZeRO-3,
+    offloading and adapters require.
     """
 
     def __init__(self, config: MiniCPMVConfig, size: int) -> None:

@@ -56,7 +56,7 @@ def prepare_deepspeed_on_cpu() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def prepare_lone_process() -> None:
+def prepare_single_process() -> None:
     """Makes a process without a launcher rank 0 of 1; DeepSpeed would otherwise discover ranks through MPI."""
     if "RANK" in os.environ:
         return
@@ -76,7 +76,7 @@ def start(training: TrainingArguments) -> None:
     elif training.deepspeed:
         import deepspeed
 
-        prepare_lone_process()
+        prepare_single_process()
         deepspeed.init_distributed(dist_backend="gloo")
 
 

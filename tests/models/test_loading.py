@@ -74,7 +74,7 @@ def test_dtype_of_the_file_and_of_the_caller(copy_of: Callable) -> None:
     ("change", "message"),
     [
         (lambda w: w.pop("resampler.query"), "1 tensors are missing in the file: resampler.query"),
-        (lambda w: w.update({"apm.conv1.weight": torch.zeros(2)}), "unknown to the network: apm.conv1.weight"),
+        (lambda w: w.update({"apm.conv1.weight": torch.zeros(2)}), "unknown to the model: apm.conv1.weight"),
         (lambda w: w.update({"resampler.query": torch.zeros(7, 256)}), r"resampler.query.*\b7\b.*\b8\b"),
     ],
     ids=["missing", "unexpected", "shape"],
@@ -336,7 +336,7 @@ def test_speech_output_is_passed_over_and_only_that(copy_of: Callable) -> None:
     model = load_model(folder, tokenizer_required=False)
     assert not any(name.startswith("tts") for name, _ in model.named_parameters())
     edit_weights(folder, lambda w: w.update({"ttx.weight": torch.zeros(3)}))
-    with pytest.raises(CheckpointError, match=r"unknown to the network: ttx\.weight"):
+    with pytest.raises(CheckpointError, match=r"unknown to the model: ttx\.weight"):
         load_model(folder, tokenizer_required=False)
 
 

@@ -151,7 +151,9 @@ def test_an_unknown_mode_is_refused(native, folder: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", WITHOUT)
 def test_families_without_modes(name: str, caplog: pytest.LogCaptureFixture) -> None:
     family = by_name(name)
-    with pytest.raises(ArgumentError, match=f"--downsample_mode 4x: {family.title} has no modes .*4.6.*leave the flag"):
+    with pytest.raises(
+        ArgumentError, match=f"--downsample_mode 4x: {family.title} has no downsample modes .*4.6.*omit the flag"
+    ):
         decide(family, {}, None, "4x")
     warn_once.cache_clear()
     assert decide(family, {}, None, environment={VARIABLE: "4x"}) is None
@@ -299,7 +301,7 @@ def parts(asked: Any) -> list[Any]:
 def test_add_adapter_warns_of_another_mode(native, lora: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = load_model(lora, downsample_mode="16x")
     add_adapter(model, lora, "again")  # pyright: ignore[reportArgumentType]
-    assert any("was trained with downsample_mode 4x, the network works with 16x" in text for text in caplog.messages)
+    assert any("was trained with downsample_mode 4x, the model uses 16x" in text for text in caplog.messages)
 
 
 def test_evaluate_and_export_use_the_mode_of_the_adapter(

@@ -274,7 +274,7 @@ def test_loading_is_strict(native, family: str, tmp_path: Path) -> None:
     folder = native(family)
     with pytest.raises(CheckpointError, match=f"missing in the file: {name}"):
         load_model(damaged(folder, tmp_path / "missing", lambda state: state.pop(name)))
-    with pytest.raises(CheckpointError, match="unknown to the network: more"):
+    with pytest.raises(CheckpointError, match="unknown to the model: more"):
         load_model(damaged(folder, tmp_path / "more", lambda state: state.update(more=torch.zeros(2))))
     with pytest.raises(CheckpointError, match="another shape: model.merger"):
         load_model(damaged(folder, tmp_path / "shape", lambda state: state.update({name: torch.zeros(2, 2)})))
