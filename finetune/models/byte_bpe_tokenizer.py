@@ -69,6 +69,6 @@ def _check_merges(
         shown = ", ".join(repr(read.decode([entry])) for entry in lost[:3])
         raise CheckpointError(
             f"{vocabulary.parent}: tokenizer.json is missing; this merges.txt lacks {len(lost)} merges: as many of "
-            f"the {len(vocab)} entries of {vocabulary.name} cannot be produced ({shown}, ...), and text with them would "
-            "get other tokens than in pretraining. Put the published tokenizer.json into the folder"
+            f"the {len(vocab)} entries of {vocabulary.name} cannot be produced ({shown}, ...), and text with them "
+            "would get other tokens than in pretraining. Put the published tokenizer.json into the folder"
         )

@@ -1,4 +1,4 @@
-"""A training step on the meta device: the same modules in the same order as in training, with nothing computed."""
+"""Traces the forward pass of a training step on the meta device, module by module in the order of training."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ HEAD = "head"
 def blocks_of_step(
     model: Any, family: Family, shape: SampleShape, *, autocast: bool, gpu: bool = True
 ) -> list[TracedBlock]:
-    """What the forward pass of one micro-batch keeps, in its order: vision, resampler, LLM, head (logits and loss).
+    """The blocks of the forward pass of one micro-batch: vision, resampler, LLM, head (logits and loss).
 
     Args:
-        model: from ``network.prepared``.
+        model: from ``meta_model.prepare_meta_model``.
         family: its generation.
         shape: of the micro-batch.
-        autocast: whether products are 16 bit while trained weights are fp32.
-        gpu: kernels of a GPU rather than those of a CPU.
+        autocast: whether matrix products are 16 bit while trained weights are fp32.
+        gpu: whether to model GPU kernels instead of CPU kernels.
     """
 
     def part(name: str) -> str:
@@ -43,7 +43,7 @@ def blocks_of_step(
             for name in ("vision", "resampler")
             for module in family.parts[name]
         ]
-        # Networks of transformers see before they read, ours the other way round; back, the order is turned.
+        # Native classes encode images before they embed text, ours after it.
         features = _features(network, shape) if shape.items and isinstance(network, NativeModelMixin) else None
         trace.begin("llm")
         embedded = _embedded(network, shape)
@@ -82,7 +82,7 @@ def _embedded(network: Any, shape: SampleShape) -> torch.Tensor:
 
 def _language(network: Any, shape: SampleShape, embedded: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:
     if features is not None:
-        embedded = embedded + features.to(embedded.dtype).mean() * 0  # on the way back they meet here
+        embedded = embedded + features.to(embedded.dtype).mean() * 0  # connects the graphs for the backward pass
     decoder = network.model.language_model if isinstance(network, NativeModelMixin) else network.llm.model
     mask = torch.ones(shape.batch, shape.tokens, dtype=torch.int64, device="meta")
     return decoder(inputs_embeds=embedded, attention_mask=mask, use_cache=False).last_hidden_state
@@ -101,16 +101,16 @@ def _loss(network: Any, hidden: torch.Tensor, shape: SampleShape) -> torch.Tenso
 
 
 def _widest_in_head(weight: torch.Tensor, count: int, *, autocast: bool) -> int:
-    """Half the bytes that come and go in a ``LMHeadLoss``: logits, log probabilities, gradient sums."""
+    """Half of the temporary bytes of a ``LMHeadLoss``: logits, log probabilities, gradient sums."""
     rows = rows_at_once(count, weight)
     summed = weight.requires_grad and (autocast or (weight.element_size() == 2 and count > rows))
     return 4 * len(weight) * min(rows, count) + (2 * weight.numel() if summed else 0)
 
 
 def _share_gradients(network: Any, parts: Mapping[str, tuple[str, ...]], blocks: list[TracedBlock]) -> None:
-    """Gives trained parameters that are in no layer to the first block of their part, the output layer's to HEAD.
+    """Assigns gradients of parameters outside of layers to the first block of their part, the output layer's to HEAD.
 
-    Those of a part that nothing goes through come last on the way back: training runs a tiny dummy there.
+    Those of an unused part are assigned to the first block: training runs a dummy image through it.
     """
     inside = {
         id(parameter)

@@ -35,7 +35,7 @@ from finetune.encoding.length_policy import LengthPolicy
 from finetune.families import FAMILIES, by_name
 from finetune.models import add_adapter, load_model, load_tokenizer
 from finetune.models.downsample_mode import VARIABLE, decide, saved_with, write_mode
-from finetune.planning.memory_estimate import MemoryPlanner
+from finetune.planning.memory_estimate import MemoryEstimator
 from finetune.planning.training_setup import SampleShape, TrainingSetup
 from finetune.training.freezing import adapt
 from finetune.utils.errors import ArgumentError, CheckpointError, UserError
@@ -411,7 +411,7 @@ def test_lengths_and_plans_follow(native, tmp_path: Path, capsys: pytest.Capture
     pads = {mode: int((made[mode].encode(asked).input_ids == made[mode]._placeholder).sum()) for mode in lengths}
     assert tokens["4x"] - tokens["16x"] == pads["4x"] - pads["16x"] == lengths["4x"] - lengths["16x"] > 0
     shape, recipe = SampleShape(tokens=256, items=10, patches=64), TrainingSetup(method="full")
-    planners = {mode: MemoryPlanner(resolve(str(native("v4_6")), mode).settings) for mode in lengths}
+    planners = {mode: MemoryEstimator(resolve(str(native("v4_6")), mode).settings) for mode in lengths}
     blocks = {
         mode: [each for each in planners[mode].blocks(recipe, shape) if each.part == "vision"] for mode in lengths
     }
