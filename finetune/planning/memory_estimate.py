@@ -1,4 +1,4 @@
-"""Estimates the peak memory of a training step on one GPU: weights, gradients, optimizer state, activations, buffers."""
+"""Estimates the peak memory of a training step on one GPU: weights, gradients, optimizer, activations, buffers."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ TAKEN = {
     "--seed 7": "seed 42 -> 7 (samples are not seen exactly once)",
     "--max_slice_nums 2": "max_slice_nums None -> 2 (samples are encoded differently from here on)",
     "--model_max_length 1024": "model_max_length 2048 -> 1024 (samples are encoded differently",
-    "--max_steps 20": "max_steps -1 -> 20 (the schedule is computed anew for this length",
+    "--max_steps 20": "max_steps -1 -> 20 (the schedule is computed for the new length",
     "--save_steps 7 --save_strategy steps": "save_steps 500 -> 7",
 }
 

@@ -31,7 +31,7 @@ print("ready", flush=True)
 time.sleep(60)
 """
 # A sandbox may forbid the call.
-FORBIDDEN = "processes._LOOK_EVERY = 0.1; ctypes.CDLL = lambda *a, **k: object()"
+FORBIDDEN = "processes._POLL_SECONDS = 0.1; ctypes.CDLL = lambda *a, **k: object()"
 # The batches do not fit into a pipe: such a loader process waits for ever to hand one over.
 RANK = """
 import torch

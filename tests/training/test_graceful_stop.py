@@ -23,7 +23,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from finetune.media import worker_process
 from finetune.training import graceful_stop
 outcome.install()
-graceful_stop._LOOK_EVERY, graceful_stop._GATHER = 0.1, 0.5
+graceful_stop._POLL_SECONDS, graceful_stop._GATHER = 0.1, 0.5
 class Stuck(Dataset):
     def __len__(self): return 4
     def __getitem__(self, index):
