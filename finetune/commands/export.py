@@ -213,15 +213,15 @@ def _record(given: argparse.Namespace, sources: Sources) -> dict[str, Any]:
 
 def _verify(given: argparse.Namespace, sources: Sources, model: Path, left: list[Path]) -> Agreement:
     from finetune.checkpoints.base_checkpoint import resolve
-    from finetune.export.merge_check import answers_of, compare, make_prompts
+    from finetune.export.merge_check import compare, logits_of, make_prompts
 
     prompts = make_prompts(sources.base)
     device = _device(given.export_device)
     base = sources.base
-    adapted = answers_of(base, sources.adapters, prompts, dtype=given.infer_dtype, device=device)
+    adapted = logits_of(base, sources.adapters, prompts, dtype=given.infer_dtype, device=device)
     # By the mode of its own files, as everybody will load it.
     result = resolve(str(model), trained=left[0] if left else None, environment={})
-    return compare(adapted, answers_of(result, left, prompts, dtype="auto", device=device))
+    return compare(adapted, logits_of(result, left, prompts, dtype="auto", device=device))
 
 
 def _in_words(agreement: Agreement) -> str:

@@ -18,7 +18,7 @@ from finetune.checkpoints.manifest import checkpoints, describe, fault, mark_dou
 from finetune.checkpoints.pickle_check import ForeignCodeError
 from finetune.checkpoints.resume import ResumeError, choose_checkpoint
 from finetune.checkpoints.run_identity import RunIdentity
-from finetune.export.zero_consolidation import read_parts
+from finetune.export.zero_consolidation import read_shards
 from finetune.utils.errors import CheckpointError
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
@@ -169,11 +169,11 @@ def test_parts_are_checked_before_they_are_consolidated(tmp_path):
     made = tmp_path / "made"
     torch.save({"module": Payload(made)}, folder / "global_step" / "mp_rank_00_model_states.pt")
     with pytest.raises(ForeignCodeError, match=r"_states\.pt is not read: unpickling it would import .*pathlib"):
-        read_parts(folder, trained_only=True)
+        read_shards(folder, trained_only=True)
     assert not made.exists()
     (folder / "latest").write_text("/elsewhere")
     with pytest.raises(CheckpointError, match="not complete: the file 'latest' names '/elsewhere'"):
-        read_parts(folder, trained_only=True)
+        read_shards(folder, trained_only=True)
 
 
 def test_auto_without_a_checkpoint_starts(tmp_path, caplog):
