@@ -87,8 +87,8 @@ def run_folder() -> Iterator[Path]:
     This process holds its lock: a folder whose lock is free belongs to a dead run.
     """
     root = Path(tempfile.gettempdir())
-    for former in root.glob(f"{_PREFIX}*"):
-        _remove_if_dead(former)
+    for previous in root.glob(f"{_PREFIX}*"):
+        _remove_if_dead(previous)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
     lock = (folder / _LOCK).open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)

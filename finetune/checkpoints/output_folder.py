@@ -174,8 +174,8 @@ class OutputFolder:
         """Called when the result is complete: removes previous results."""
         self.add(*(path.name for pattern in _MODEL for path in self.folder.glob(pattern)) if not self._use_lora else ())
         self._write_list({name: None for name in self._written() if (self.folder / name).exists()})
-        for former in self._former().values():
-            remove(former, _listed(former))
+        for previous in self._former().values():
+            remove(previous, _listed(previous))
 
     def release(self) -> None:
         """Releases the lock."""
@@ -237,14 +237,14 @@ class OutputFolder:
         present = [name for name in ours if (self.folder / name).exists()]
         if not present:
             return
-        former = self.folder / f"{_FORMER}{1 + max(self._former(), default=0)}"
+        previous = self.folder / f"{_FORMER}{1 + max(self._former(), default=0)}"
         # The list is written first, so that an interrupted move leaves no unlisted file.
-        OutputFolder(former)._write_list(dict.fromkeys(present))
+        OutputFolder(previous)._write_list(dict.fromkeys(present))
         for name in present:
-            target = former / name
+            target = previous / name
             target.parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).rename(target)
-        logger.info("the previous result is kept in %s until the new one is complete", former)
+        logger.info("the previous result is kept in %s until the new one is complete", previous)
 
 
 def remove(folder: Path, names: Iterable[str]) -> None:

@@ -77,35 +77,35 @@ class OutputLock:
         self._owner = folder / _OWNER
         self._lock = FileLock(folder / _LOCK, thread_local=False)
         self._ended = threading.Event()
-        former = _read(self._owner)
+        previous = _read(self._owner)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise OutputInUseError(_held(folder.parent, former)) from None
+            raise OutputInUseError(_held(folder.parent, previous)) from None
         except NotImplementedError:
             logger.warning("%s does not support file locks: only the heartbeat protects it from other runs", folder)
-        if former is not None:
-            self._take_over(folder, former)
+        if previous is not None:
+            self._take_over(folder, previous)
         self._beat()
         threading.Thread(target=self._run, daemon=True, name="heartbeat").start()
 
-    def _take_over(self, folder: Path, former: LockOwner) -> None:
+    def _take_over(self, folder: Path, previous: LockOwner) -> None:
         """Takes the lock over from an owner that is dead, with a warning.
 
         Raises:
             OutputInUseError: the owner is alive, or its heartbeat on another host is recent.
         """
         silent = _age(self._owner, folder)
-        here = former.host == socket.gethostname()
-        if (here and _alive(former)) or (not here and silent < SILENCE):
+        here = previous.host == socket.gethostname()
+        if (here and _alive(previous)) or (not here and silent < SILENCE):
             self._lock.release()
             waits = (
                 "" if here else f"; its last heartbeat is {silent:.0f} s old, after {SILENCE:.0f} s it counts as dead"
             )
-            raise OutputInUseError(_held(folder.parent, former) + waits)
+            raise OutputInUseError(_held(folder.parent, previous) + waits)
         logger.warning(
             "%s was locked by %s, which has ended without releasing it (last heartbeat %.0f s ago): taken over",
-            folder.parent, former, silent,
+            folder.parent, previous, silent,
         )  # fmt: skip
 
     def release(self) -> None:

@@ -47,11 +47,11 @@ def unfinished(target: Path, sources: Sequence[Path], *, overwrite: bool) -> Ite
     folder.mkdir()
     try:
         yield folder
-        former = target.with_name(f".{target.name}.former-{os.getpid()}")
+        previous = target.with_name(f".{target.name}.former-{os.getpid()}")
         if target.is_dir():
-            target.rename(former)
+            target.rename(previous)
         folder.rename(target)
-        shutil.rmtree(former, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

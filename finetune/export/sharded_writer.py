@@ -80,7 +80,7 @@ class WeightFiles:
         cast = tensor.to(device="cpu", dtype=DTYPES[self._dtypes[name]]).contiguous()
         if not cast.isfinite().all():
             raise CheckpointError(
-                f"{name} would have values that {cast.dtype} cannot represent, or is damaged: try --infer_dtype bfloat16"
+                f"{name} has values that {cast.dtype} cannot represent, or is damaged: try --infer_dtype bfloat16"
             )
         plain: Any = cast.flatten().view(torch.uint8).numpy()
         return memoryview(plain)

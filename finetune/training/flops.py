@@ -117,15 +117,15 @@ def _sum(values: torch.Tensor) -> Count:
 
 def flops_of(model: Any, family: Family) -> Flops:
     """FLOPs per unit of each count, with the current adapters and frozen parts."""
-    network = base_model_of(model)
-    rules, routed, chunk = _rules(network), routed_shares(network), 0
+    base_model = base_model_of(model)
+    rules, routed, chunk = _rules(base_model), routed_shares(base_model), 0
     forward, backward = dict.fromkeys(COUNTS, 0.0), dict.fromkeys(COUNTS, 0.0)
     passes: dict[str, bool] = {}
     for part in ("vision", "resampler", "audio", "llm"):
         # Whether the gradient of the part's input is needed: does something in front of it train?
         passing = passes.get("vision", False) if part == "resampler" else part == "llm" and any(passes.values())
         for root in family.parts.get(part, ()):
-            for name, module in _inside(network.get_submodule(root), root):
+            for name, module in _inside(base_model.get_submodule(root), root):
                 for count, cost, weight in _costs(name, module, rules, routed):
                     forward[count] += cost
                     if weight is None:
@@ -135,7 +135,7 @@ def flops_of(model: Any, family: Family) -> Flops:
                 passing |= any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         passes[part] = passing
     if "audio" in family.parts:
-        chunk = network.apm.chunk
+        chunk = base_model.apm.chunk
     return Flops(forward, backward, chunk)
 
 
@@ -158,12 +158,12 @@ class _Rule:
     attended: float = 1.0
 
 
-def _rules(network: Any) -> tuple[_Rule, ...]:
-    return _native_rules(network) if isinstance(network, NativeModelMixin) else _own_rules(network)
+def _rules(base_model: Any) -> tuple[_Rule, ...]:
+    return _native_rules(base_model) if isinstance(base_model, NativeModelMixin) else _own_rules(base_model)
 
 
-def _own_rules(network: Any) -> tuple[_Rule, ...]:
-    queries = network.query_num
+def _own_rules(base_model: Any) -> tuple[_Rule, ...]:
+    queries = base_model.query_num
     return (
         _Rule(r"llm\.lm_head", "labelled"),
         _Rule(r"llm\..*\.self_attn\.o_proj$", "tokens", 1, "pairs", 0.5),
@@ -180,9 +180,9 @@ def _own_rules(network: Any) -> tuple[_Rule, ...]:
     )
 
 
-def _native_rules(network: Any) -> tuple[_Rule, ...]:
+def _native_rules(base_model: Any) -> tuple[_Rule, ...]:
     """Rules of 4.6 and later, whose tower merges patches by windows after one of its layers ("16x") or not ("4x")."""
-    config = network.config
+    config = base_model.config
     vision, text = config.vision_config, config.text_config
     merging = config.downsample_mode != "4x"
     window = math.prod(vision.window_kernel_size) if merging else 1
