@@ -52,7 +52,7 @@ def test_a_file_in_their_keys_takes_their_defaults(parse, caplog):
     assert training.logging_steps == 500
     # the one exception, and it is said
     assert data.image_max_pixels is None
-    assert "images keep their detail" in caplog.text
+    assert "images are not resized" in caplog.text
     assert args.origin("lora_r") == "LLaMA-Factory's default of lora_rank"
     assert parse({**BASE, "image_max_pixels": 4096}).data.image_max_pixels == 4096
 
