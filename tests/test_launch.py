@@ -1,4 +1,4 @@
-"""The launcher: statuses of the run, and nothing left of it."""
+"""The launcher: exit codes of the run, cleanup of temporary files and processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interrupted runs through the launchers, two processes: resumed, they end bit for bit as if never interrupted."""
+"""Interrupted runs with two processes, through the launchers: resuming is bit-identical to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -147,15 +147,15 @@ def kill_during_a_save(process: subprocess.Popen[str], output: Path) -> int:
 
 
 def test_killed_during_a_save_and_stopped_by_a_signal(uninterrupted, tiny, demo_data, tmp_path):
-    """kill -9 of the launcher during a save ends everything; the run goes on from the checkpoint before, is asked to
-    stop, saves, and goes on once more."""
+    """kill -9 of the launcher during a save ends everything; the run resumes from the checkpoint before, gets a signal to
+    stop, saves, and resumes once more."""
     output = tmp_path / "out"
     base = tiny("llama3_v2_5")
     often = ("--save_steps", "1", "--dataloader_num_workers", "1")
     process = start("lora", base, demo_data, output, *often)
     wait_for((output / "checkpoint-1" / "manifest.json").is_file, process)
     everyone = psutil.Process(process.pid).children(recursive=True)
-    assert len(everyone) >= 4, "two ranks, each with a loader process"
+    assert len(everyone) >= 4, "two ranks, each with a dataloader worker"
     step = kill_during_a_save(process, output)
     process.communicate(timeout=60)
     psutil.wait_procs(everyone, timeout=10)

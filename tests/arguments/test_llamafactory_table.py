@@ -1,4 +1,4 @@
-"""The table of LLaMA-Factory's keys: complete, right about their defaults, and the page made from it."""
+"""The table of LLaMA-Factory's keys: complete, with their defaults, and in sync with docs/llamafactory.md."""
 
 from __future__ import annotations
 

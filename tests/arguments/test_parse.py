@@ -1,4 +1,4 @@
-"""Flags: defaults that learn, contradictions refused, nothing without effect in silence."""
+"""Parsing of flags: defaults, refused combinations, warnings of flags without effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command line over file over defaults, LLaMA-Factory's keys, and where every flag comes from."""
+"""Precedence of command line, YAML file and defaults; LLaMA-Factory's keys; origins of values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing is removed that no run of this toolkit is known to have written, and nothing before all else is looked at."""
+"""The output folder: no file that is not known to be ours is removed, and nothing changes before all checks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write(folder: Path, *names: str, text: str = "mine") -> None:
 
 
 def contents(folder: Path) -> Files:
-    """Text by path; the records of runs are left out."""
+    """Text by path; without the records of runs."""
     found = (path for path in folder.rglob("*") if path.is_file() and RECORDS not in path.parts)
     return {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(found)}
 

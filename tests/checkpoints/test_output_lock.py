@@ -1,4 +1,4 @@
-"""One run per output folder."""
+"""The lock of the output folder: one run at a time."""
 
 from __future__ import annotations
 

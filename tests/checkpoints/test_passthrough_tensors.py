@@ -1,4 +1,4 @@
-"""Tensors that are not trained go from base to result as they are."""
+"""Tensors that the model does not build are copied unchanged from the base into results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TTS = {
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A recorded network with speech output in its file."""
+    """A recorded model with speech output in its file."""
     folder = Path(shutil.copytree(GOLDEN / "o2_6", tmp_path / "base", ignore=shutil.ignore_patterns("cases.*")))
     weights = load_file(folder / "model.safetensors")
     save_file(weights | TTS, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: complete ones only, and only when it fits."""
+"""Choosing the checkpoint to resume from: complete, undamaged ones that match the run."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def test_newest_is_the_highest_step_whatever_the_clock_says(tmp_path):
 
 
 def test_a_run_that_went_back_goes_on_with_what_it_made_there(tmp_path):
-    """It was told to go on from an older checkpoint: what it left behind is not newer."""
+    """It resumed from an older checkpoint: what it left behind is not newer."""
     left = checkpoint(tmp_path, 8)
     now = RunIdentity()
     assert choose_checkpoint(training(tmp_path, str(checkpoint(tmp_path, 2))), tmp_path, now)

@@ -1,4 +1,4 @@
-"""What a resumed run may have otherwise: every flag has its rule, and base and data are told apart."""
+"""Comparison of a resumed run with its checkpoint: every flag has a rule; base and data are identified."""
 
 from __future__ import annotations
 

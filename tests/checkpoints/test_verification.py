@@ -1,4 +1,4 @@
-"""The check of a result: what it finds, how far logits may be apart, and what is left of the reference."""
+"""Verification of a result: wrong weights are found; tolerance of logits; removal of the reference."""
 
 from __future__ import annotations
 

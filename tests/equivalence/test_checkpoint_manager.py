@@ -1,4 +1,4 @@
-"""Checkpoints in one process: finite or none, a failed save ends nothing, and a good one is always left."""
+"""CheckpointManager in one process: non-finite weights, failed writes, rotation of checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from stack import LORA, build, flags, network
+from stack import LORA, build, flags, unwrapped
 from torch import nn
 
 from finetune.checkpoints import checkpoint_manager, disk_space
@@ -60,7 +60,7 @@ def after_step(trainer: CPMTrainer, step: int, do: Callable[[], object]) -> None
 
 def spoil(trainer: CPMTrainer, value: float) -> None:
     with torch.no_grad():
-        network(trainer).get_parameter("base_model.model.resampler.kv_proj.weight").fill_(value)
+        unwrapped(trainer).get_parameter("base_model.model.resampler.kv_proj.weight").fill_(value)
 
 
 @pytest.mark.parametrize("value", [torch.nan, 3e38])
@@ -101,7 +101,7 @@ def test_a_run_whose_last_step_was_not_finite_is_not_well(make):
     def ruin(_: nn.Module, __: object, result: torch.Tensor) -> torch.Tensor:
         return result * torch.nan if trainer.state.global_step == 1 else result
 
-    network(trainer).get_submodule("base_model.model.resampler").register_forward_hook(ruin)
+    unwrapped(trainer).get_submodule("base_model.model.resampler").register_forward_hook(ruin)
     trainer.train()
     trainer.save_model()
     assert left(trainer) == [1]
@@ -196,7 +196,7 @@ def test_the_best_and_the_newest_stay(make):
 
 def test_space_is_estimated_and_compared_before_step_1(make, monkeypatch, caplog, tmp_path):
     trainer = make("--max_steps", "1")
-    size = checkpoint_size(network(trainer), trainer.args)
+    size = checkpoint_size(unwrapped(trainer), trainer.args)
     trainer.train()
     written = disk_space.written_size(tmp_path / "out" / "checkpoint-1")
     assert size == pytest.approx(written, rel=0.1)

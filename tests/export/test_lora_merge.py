@@ -1,4 +1,4 @@
-"""Tensor by tensor, a merge is that of peft's merge_and_unload."""
+"""The layer-by-layer merge equals peft's merge_and_unload, tensor by tensor."""
 
 from __future__ import annotations
 

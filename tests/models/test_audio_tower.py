@@ -1,4 +1,4 @@
-"""Sound: batches, chunks, placeholders, the dummy pass, decoding."""
+"""Audio: batches, attention chunks, placeholders, the dummy clip, decoding."""
 
 from __future__ import annotations
 

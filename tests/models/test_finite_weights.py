@@ -1,4 +1,4 @@
-"""Values that are no numbers are found in a loaded network, in every part of a partitioned one, and in files."""
+"""Non-finite values are found in loaded models, in ZeRO-3 shards and in files."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def test_what_has_no_values_here() -> None:
 
 def partitioned(value: float) -> nn.Module:
     """As ZeRO-3 leaves a parameter: nothing in it, and this rank's part beside it."""
-    network = nn.Linear(2, 2)
-    weight: Any = network.weight
+    model = nn.Linear(2, 2)
+    weight: Any = model.weight
     weight.data = torch.empty(0)
     weight.ds_tensor = torch.tensor([1.0, value])
-    return network
+    return model
 
 
 def test_a_part_of_a_partitioned_weight() -> None:
@@ -68,12 +68,12 @@ def test_ranks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_network_in_4_bit_is_checked_by_its_files(tmp_path: Path) -> None:
-    network = nn.Linear(2, 2)
-    network.weight = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+    model = nn.Linear(2, 2)
+    model.weight = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.tensor([1.0, math.inf])}, path)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: weight has values that are not finite"):
-        check_finite_model(network, "folder", [path])
+        check_finite_model(model, "folder", [path])
 
 
 def test_types_and_counters(tmp_path: Path) -> None:

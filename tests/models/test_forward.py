@@ -1,4 +1,4 @@
-"""Batches, loss and the dummy pass."""
+"""Forward pass: batches, loss and the dummy image."""
 
 from __future__ import annotations
 

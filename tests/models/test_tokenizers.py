@@ -1,4 +1,4 @@
-"""Published tokenizer folders load by name, with the published ids, and without running their code."""
+"""Published tokenizer folders load with AutoTokenizer, with the published ids and without remote code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory plan: sizes that are known, sums that can be done by hand, and real steps on the CPU."""
+"""Memory estimates against known sizes, manual sums, and measured steps on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--checkpoint_parts fit: as few layers recomputed as the memory of the GPU allows."""
+"""--checkpoint_parts fit: as few recomputed layers as the memory of the GPU allows."""
 
 from __future__ import annotations
 

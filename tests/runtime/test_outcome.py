@@ -1,4 +1,4 @@
-"""Exit codes and the last line, of processes that end in every way."""
+"""Exit codes and the result line, for every way in which a process can end."""
 
 from __future__ import annotations
 

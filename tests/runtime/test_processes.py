@@ -1,4 +1,4 @@
-"""No process outlives the one it belongs to."""
+"""Ranks end with their launcher, dataloader workers with their rank."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ time.sleep(60)
 """
 # A sandbox may forbid the call.
 FORBIDDEN = "processes._POLL_SECONDS = 0.1; ctypes.CDLL = lambda *a, **k: object()"
-# The batches do not fit into a pipe: such a loader process waits for ever to hand one over.
+# The batches do not fit into a pipe: such a dataloader worker blocks for ever.
 RANK = """
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -109,7 +109,7 @@ def test_a_dead_rank_is_seen(tmp_path, monkeypatch):
     (folder / str(other.pid)).write_text("loader")
     other.kill()
     gone([other.pid])
-    assert not processes.any_rank_died(), "loader processes come and go"
+    assert not processes.any_rank_died(), "dataloader workers come and go"
     (folder / str(other.pid)).write_text("rank")
     assert processes.any_rank_died()
     other.communicate(timeout=60)

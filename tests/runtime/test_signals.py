@@ -1,4 +1,4 @@
-"""A process that can save is given the time to; any other ends at once."""
+"""Signals: a training process gets time to save; any other ends at once."""
 
 from __future__ import annotations
 

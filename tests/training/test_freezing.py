@@ -1,4 +1,4 @@
-"""Each flag combination trains what the table says and nothing else."""
+"""The trainable parameters of each combination of flags, and the table that is logged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-import finetune.models  # noqa: F401 - registers the network
+import finetune.models  # noqa: F401 - registers the models
 from finetune.arguments.model import LoraArguments
 from finetune.arguments.training import TrainingArguments
 from finetune.families import by_name, usable

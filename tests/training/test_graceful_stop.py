@@ -1,4 +1,4 @@
-"""A run that stands still says where, and ends; one that is asked to stop saves."""
+"""HangWatch ends a hanging run with stack traces; StopCallback saves and stops on a signal."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_run_that_stands_still_ends_with_its_stacks_and_samples(tmp_path):
     said = (tmp_path / "hang" / "step-2" / "rank-0.txt").read_text()
     assert "samples of the step so far: data.json, record 0" in said
     assert " is at data.json, record 2" in said
-    assert said.count("in __getitem__") == 1, "the stack of the loader process"
+    assert said.count("in __getitem__") == 1, "the stack of the dataloader worker"
     assert "in <module>" in said, "the stack of the rank"
 
 

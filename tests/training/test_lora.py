@@ -1,4 +1,4 @@
-"""Every lora_* flag reaches peft; training of a saved adapter is continued; QLoRA quantises the LLM alone."""
+"""Every lora_* flag reaches peft; training of a saved adapter is continued; QLoRA quantises the LLM only."""
 
 from __future__ import annotations
 

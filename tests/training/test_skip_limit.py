@@ -1,4 +1,4 @@
-"""--max_bad_share: a run that leaves out too many of its samples stops, with a status of its own."""
+"""--max_bad_share: a run that skips too many samples stops with its own exit code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def encoder(tiny: Callable[[str], Path]) -> Encoder:
 
 
 def make(folder: Path, encoder: Encoder, good: int, bad: int, long: int = 0, **options: Any) -> SamplePolicy:
-    """Taken once, with so many records that can be used, cannot, and are too long."""
+    """Taken once, with numbers of records that are good, bad and too long."""
     answers = ["A dog."] * good + [""] * bad + ["A dog. " * 100] * long
     turns = [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}] for answer in answers]
     path = folder / "data.json"
