@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, saves and verifies; returns the exit status."""
     distributed.setup_logging()
-    # Worker processes share the work; a tokenizer that had started threads of its own would warn when they fork.
+    # Dataloader workers tokenize in parallel; threads of the tokenizers library would warn when they are forked.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args = parse_arguments(argv)
     from finetune.checkpoints.output_folder import OutputFolder
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(args: Arguments, output: OutputFolder) -> int:
-    """The recipe: all is looked at before the output folder changes, and the result is verified in a fresh process."""
+    """The recipe: checks everything before the output folder changes, trains, verifies the result in a new process."""
     from dataset import data_files
     from finetune.batching.dataloaders import check_kernels
     from finetune.checkpoints.run_start import find_base, start_run
@@ -71,16 +71,16 @@ def train(args: Arguments, output: OutputFolder) -> int:
     trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()
     result = finish(args, trainer, progress, data)
-    unsaved = trainer.keeper.trouble(args.training)
+    unsaved = trainer.checkpoint_manager.final_error(args.training)
     reference = verification_reference(args, trainer, data)
     distributed.stop()
-    del trainer  # and with it what the devices hold: the fresh process needs them
+    del trainer  # frees the device memory for the process that verifies
     distributed.free_memory()
     return verify(output, reference, result, unsaved)
 
 
 def make_encoder(args: Arguments, base: Checkpoint) -> Encoder:
-    """Tokenizer, chat template and image settings of the checkpoint, which turn a sample into tensors."""
+    """The encoder of the checkpoint (tokenizer, chat template, image settings), which turns samples into tensors."""
     from transformers import set_seed
 
     from finetune.batching.dataloaders import check_kernels
@@ -92,16 +92,16 @@ def make_encoder(args: Arguments, base: Checkpoint) -> Encoder:
     set_seed(args.training.seed)
     tokenizer = load_tokenizer(base.folder)
     if args.data.thinking != "keep" and "<think>" not in tokenizer.get_vocab():
-        logger.warning("--thinking %s has no effect: %s does not think", args.data.thinking, base.family.title)
+        logger.warning("--thinking %s has no effect: %s has no thinking mode", args.data.thinking, base.family.title)
     encoder = Encoder.from_config(
-        base.family, tokenizer, base.settings, max_length=args.training.model_max_length, **args.data.looking
+        base.family, tokenizer, base.settings, max_length=args.training.model_max_length, **args.data.encoding
     )
     check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
     return encoder
 
 
 def make_data(args: Arguments, encoder: Encoder, output: Path) -> DataModule:
-    """Training and evaluation set, every record of them checked before a device is used."""
+    """Training and evaluation set; every record is checked before a device is used."""
     from dataset import make_supervised_data_module
     from finetune.data_check.check_records import check_before_training
     from finetune.training.step_summary import describe_steps
@@ -116,18 +116,18 @@ def make_data(args: Arguments, encoder: Encoder, output: Path) -> DataModule:
 
 
 def choose_recomputed_parts(args: Arguments, base: Checkpoint, data: DataModule) -> None:
-    """Settles --checkpoint_parts (fit) by the memory of the GPU and the largest micro-batch."""
+    """Chooses the parts whose layers are recomputed, by the memory of the GPU and the largest micro-batch."""
     if args.training.checkpoint_parts is None:
         return
-    from finetune.planning.recompute_choice import settle, step_shape
+    from finetune.planning.recompute_choice import choose_parts, step_shape
 
     train = data["train_dataset"]
     measured = partial(step_shape, args.training, train.intake.fitter, train.samples, streaming=args.data.streaming)
-    settle(base.settings, args.training, args.lora, measured)
+    choose_parts(base.settings, args.training, args.lora, measured)
 
 
 def make_model(args: Arguments, base: Checkpoint) -> tuple[Any, list[PartRow]]:
-    """The model, loaded, then frozen or wrapped by flags; and what is trained of each of its parts."""
+    """The loaded model, frozen or wrapped with adapters by the flags, and the table of what trains per part."""
     from finetune.models import load_model
     from finetune.training.freezing import adapt, describe_parameters, format_table, part_rows
     from finetune.training.lora import quantisation
@@ -153,7 +153,7 @@ def make_model(args: Arguments, base: Checkpoint) -> tuple[Any, list[PartRow]]:
 def make_trainer(
     args: Arguments, base: Checkpoint, data: DataModule, output: OutputFolder, identity: RunIdentity | None
 ) -> tuple[CPMTrainer, ProgressCallback]:
-    """The Trainer with its callbacks; from here on the output folder changes."""
+    """The Trainer with its callbacks; the output folder is written from here on."""
     from finetune.checkpoints.checkpoint_manager import CheckpointManager
     from finetune.checkpoints.output_folder import LogsCallback
     from finetune.checkpoints.saving import write_run
@@ -172,7 +172,7 @@ def make_trainer(
         base=base,
         part_learning_rates=args.training.part_learning_rates,
         check_base_loss=args.model.check_base_loss == "auto",
-        keeper=CheckpointManager(identity),
+        checkpoint_manager=CheckpointManager(identity),
         callbacks=[progress, LogsCallback(output), BadShareCallback(data["train_dataset"].intake)],
         output=output,
         **data,
@@ -182,7 +182,7 @@ def make_trainer(
 
 
 def run_facts(args: Arguments, base: Checkpoint, rows: Sequence[PartRow]) -> RunFacts:
-    """What report.html says about the run."""
+    """The facts about the run in report.html."""
     from finetune.evaluation.training_report import RunFacts
     from finetune.media.image import MAX_PIXELS
 
@@ -197,7 +197,7 @@ def run_facts(args: Arguments, base: Checkpoint, rows: Sequence[PartRow]) -> Run
 
 
 def finish(args: Arguments, trainer: CPMTrainer, progress: ProgressCallback, data: DataModule) -> dict[str, Any]:
-    """Evaluates and writes the files about the run; returns the figures of its last line."""
+    """Evaluates and writes logs and state of the run; returns the values of the ``result=`` line."""
     from finetune.encoding.sample_policy import BAD_SAMPLES
 
     output = Path(args.training.output_dir or "output").absolute()
@@ -219,7 +219,7 @@ def finish(args: Arguments, trainer: CPMTrainer, progress: ProgressCallback, dat
 
 
 def report_samples(trainer: CPMTrainer, data: DataModule, output: Path) -> None:
-    """What became of the training samples on all ranks, and how many records were skipped."""
+    """Logs how many training samples were kept, shortened and skipped, over all ranks."""
     import torch
 
     from finetune.encoding.sample_policy import BAD_SAMPLES, describe_bad_samples, describe_counts
@@ -244,10 +244,10 @@ def verification_reference(args: Arguments, trainer: CPMTrainer, data: DataModul
 
 
 def verify(output: OutputFolder, reference: Path | None, result: dict[str, Any], unsaved: UserError | None) -> int:
-    """Loads the result in a fresh process and compares; returns the exit status of the run, which it reports.
+    """Loads the result in a fresh process and compares logits; reports and returns the exit status of the run.
 
     Raises:
-        UserError: ``unsaved``, what could not be saved on the way.
+        UserError: ``unsaved``, the error of a checkpoint that could not be saved.
     """
     from finetune.checkpoints.verification import verify_in_fresh_process
 
@@ -268,4 +268,4 @@ if __name__ == "__main__":
         status = error.exit_code
         message = outcome.print_error(error)
         outcome.report("stopped" if status == outcome.STOPPED else "error", exit_code=status, message=message)
-    outcome.leave(status)
+    outcome.exit_process(status)

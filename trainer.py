@@ -24,10 +24,10 @@ from finetune.batching.dataloaders import is_planned, loader_options, planned_lo
 from finetune.batching.samplers import EpochOrder, LeanSampler
 from finetune.checkpoints import stream_resume
 from finetune.checkpoints.base_checkpoint import Checkpoint
-from finetune.checkpoints.checkpoint_manager import CheckpointManager, agree, fault_of
+from finetune.checkpoints.checkpoint_manager import CheckpointManager, raise_if_any_failed, write_failure
 from finetune.checkpoints.manifest import zero_stage
 from finetune.checkpoints.output_folder import OutputFolder
-from finetune.checkpoints.resume import NothingLeftCallback, NothingLeftError
+from finetune.checkpoints.resume import NoStepsLeftCallback, NoStepsLeftError
 from finetune.checkpoints.saving import finish_adapter, finish_full
 from finetune.evaluation.generated_metric import GeneratedMetric
 from finetune.evaluation.progress_files import forgive
@@ -39,11 +39,11 @@ from finetune.training.optimizer_groups import split_groups
 from finetune.training.throughput import Throughput
 from finetune.training.watchdog import Watchdog
 from finetune.training.zero3_leaves import keep_experts_together
-from finetune.utils.errors import WorthlessError
+from finetune.utils.errors import UnusableResultError
 
 logger = logging.getLogger(__name__)
 
-# The ZeRO stage in which no rank has whole weights.
+# The ZeRO stage that shards the weights.
 _SHARDED = 3
 
 
@@ -52,12 +52,12 @@ class CPMTrainer(Trainer):
 
     It overrides, each calling what it overrides:
 
-    - ``train``: resumes streamed data, and refuses a run in which nothing was trained;
+    - ``train``: resumes streamed data, and raises if no step was trained;
     - ``get_train_dataloader``, ``get_eval_dataloader``: packed and length-grouped batches, streamed data, seeds of the
-      worker processes that do not depend on a resume;
-    - ``get_batch_samples``, ``training_step``, ``log``, ``evaluate``: tokens/s, waiting time and FLOPs of the log, and
-      the watchdog of losses and gradients;
-    - ``floating_point_ops``: FLOPs of the parts that train, of sharded weights too;
+      dataloader workers that do not depend on a resume;
+    - ``get_batch_samples``, ``training_step``, ``log``, ``evaluate``: tokens/s, data waiting time and FLOPs in the log,
+      and the watchdog for losses and gradients;
+    - ``floating_point_ops``: FLOPs of frozen and trained parts, also with ZeRO-3;
     - ``create_optimizer``: a learning rate per part;
     - ``compute_loss``: the loss per sample for the watchdog, and the base loss at step 0;
     - ``prediction_step``, ``evaluation_loop``: an evaluation loss weighted by tokens, the same for every batch size,
@@ -66,12 +66,12 @@ class CPMTrainer(Trainer):
       that make a result load by itself.
 
     Args:
-        base: the checkpoint the run started from; its tokenizer and processor files go into every save.
-        part_learning_rates: learning rate of every part of the network.
+        base: the checkpoint the run started from; its tokenizer and processor files are copied into every save.
+        part_learning_rates: learning rate of every part of the model.
         check_base_loss: stop before the first update when the loss of a pretrained checkpoint is near chance.
-        keeper: of the checkpoints; it knows which run they are of.
-        output: where checkpoints are listed as written by this run.
-        **kwargs: those of Trainer.
+        checkpoint_manager: writes, rotates and removes checkpoints.
+        output: the output folder, which lists the checkpoints written by this run.
+        **kwargs: passed to Trainer.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class CPMTrainer(Trainer):
         base: Checkpoint,
         part_learning_rates: dict[str, float],
         check_base_loss: bool = True,
-        keeper: CheckpointManager | None = None,
+        checkpoint_manager: CheckpointManager | None = None,
         output: OutputFolder | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._output = output
-        self.add_callback(NothingLeftCallback())
+        self.add_callback(NoStepsLeftCallback())
         self._order = EpochOrder()
         self.add_callback(self._order)
         self.base = base
@@ -94,77 +94,82 @@ class CPMTrainer(Trainer):
         self.check_base_loss = check_base_loss
         self.base_loss: float | None = None
         if zero_stage(self.args.deepspeed) == _SHARDED:
-            keep_experts_together(self._network())
-        flops = flops_of(self._network(), base.family)
+            keep_experts_together(self._unwrapped())
+        flops = flops_of(self._unwrapped(), base.family)
         self.throughput = Throughput(flops, self.accelerator.gather, self.args.device)
-        self._passed = 0
+        self._batches_seen = 0
         self.generated = self._generated_metric()
         parts = base.family.parts
-        trained = {part_of(name, parts) for name, weight in self._network().named_parameters() if weight.requires_grad}
+        inner = self._unwrapped()
+        trained = {part_of(name, parts) for name, weight in inner.named_parameters() if weight.requires_grad}
         declared = trained.union(full_parts(self.args))  # pyright: ignore[reportArgumentType]
         limit = self.args.max_nonfinite_steps  # pyright: ignore[reportAttributeAccessIssue]
-        self.alarms = Watchdog(self._network(), parts, self.accelerator, declared, limit)
-        self.add_callback(self.alarms)
+        self.watchdog = Watchdog(inner, parts, self.accelerator, declared, limit)
+        self.add_callback(self.watchdog)
         forgive(self.callback_handler.callbacks)
-        self.keeper = keeper or CheckpointManager()
-        self.add_callback(self.keeper)
-        self._hangs = HangWatch(self.args.hang_timeout, self.alarms.samples)  # pyright: ignore[reportAttributeAccessIssue]
-        self.add_callback(self._hangs)
+        self.checkpoint_manager = checkpoint_manager or CheckpointManager()
+        self.add_callback(self.checkpoint_manager)
+        timeout = self.args.hang_timeout  # pyright: ignore[reportAttributeAccessIssue]
+        self._hang_watch = HangWatch(timeout, self.watchdog.samples)
+        self.add_callback(self._hang_watch)
         seconds = self.args.save_on_signal_timeout  # pyright: ignore[reportAttributeAccessIssue]
-        self._stops = StopCallback(seconds, lambda: self.alarms.asked_to_stop)
+        self._stop_callback = StopCallback(seconds, lambda: self.watchdog.stop_requested)
         if seconds > 0:
-            self.add_callback(self._stops)
+            self.add_callback(self._stop_callback)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Training; none when the checkpoint that was resumed from has all the steps already.
+        """Trains; does nothing when the resumed checkpoint has all steps of the run already.
 
         Raises:
-            WorthlessError: no step was trained, or none was finite.
-            SpaceError: there is no space for a single checkpoint.
+            UnusableResultError: no step was trained, or the loss or gradient of none was finite.
+            SpaceError: the disk has no space for a single checkpoint.
         """
         flags: Any = self.args
         if (checkpoint := kwargs.get("resume_from_checkpoint")) is not None:
-            self._passed = stream_resume.batches_passed(Path(checkpoint), self._dealt())
-        self.keeper.begin(flags, self._network(), self.alarms, checkpoint and Path(checkpoint), self._output)
+            self._batches_seen = stream_resume.batches_seen(Path(checkpoint), self._stream_assignment())
+        self.checkpoint_manager.begin(
+            flags, self._unwrapped(), self.watchdog, checkpoint and Path(checkpoint), self._output
+        )
         try:
-            with self._stops, self._hangs:
+            with self._stop_callback, self._hang_watch:
                 done = super().train(*args, **kwargs)
-                self._stops.check(self.args, self.state, self.keeper.missing(self.state.global_step))
-        except NothingLeftError:
+                not_saved = self.checkpoint_manager.why_not_saved(self.state.global_step)
+                self._stop_callback.check(self.args, self.state, not_saved)
+        except NoStepsLeftError:
             if not self.state.global_step:
-                raise WorthlessError(
+                raise UnusableResultError(
                     f"0 steps were trained: --max_steps {flags.max_steps}, --num_train_epochs "
                     f"{flags.num_train_epochs:g}"
                 ) from None
-            logger.info("all %d steps were done before: nothing is trained", self.state.global_step)
+            logger.info("the checkpoint has all %d steps already: nothing is trained", self.state.global_step)
             return TrainOutput(self.state.global_step, math.nan, {})
         finally:
-            self.keeper.end(flags, self.state)
+            self.checkpoint_manager.end(flags, self.state)
         if not self.state.global_step:
-            raise WorthlessError("0 steps were trained: the data gave no batch")
-        self.alarms.check_any()
+            raise UnusableResultError("0 steps were trained: the training data gave no batch")
+        self.watchdog.check_any_finite()
         return done
 
-    def _dealt(self) -> dict[str, Any] | None:
-        """How streamed records are dealt; None for other data."""
+    def _stream_assignment(self) -> dict[str, Any] | None:
+        """How streamed records are assigned to ranks and workers; None for data that is not streamed."""
         dataset = self.train_dataset
         return (
-            stream_resume.dealt(dataset.streamed.stream.state, self.args)
+            stream_resume.assignment(dataset.streamed.stream.state, self.args)
             if isinstance(dataset, StreamedDataset)
             else None
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        """The loader of the training data.
+        """The dataloader of the training data.
 
-        That of streamed data is not handed to accelerate, which would let rank 0 read all and send it to the others:
-        the stream deals its records to ranks and loader processes by itself, and never ends.
+        For streamed data it is not passed to accelerate, with which rank 0 would read everything and send it to the
+        others: the stream assigns records to ranks and dataloader workers itself, and is infinite.
         """
         dataset: Any = self.train_dataset
         args: Any = self.args
         if isinstance(dataset, StreamedDataset):
             batch_size = self._train_batch_size
-            dataset.deal(args.process_index, args.world_size, batch_size, self._passed)
+            dataset.deal(args.process_index, args.world_size, batch_size, self._batches_seen)
             loader: Any = DataLoader(
                 dataset, batch_size=batch_size, collate_fn=self.data_collator, **loader_options(args)
             )
@@ -179,20 +184,20 @@ class CPMTrainer(Trainer):
             if type(sampler := loader.get_sampler()) is SeedableRandomSampler:
                 self._order.sampler = LeanSampler(sampler)
                 loader.set_sampler(self._order.sampler)
-        # Batches move when it is their turn: on the CPU they are counted without waiting for the device, and of those
-        # that are accumulated only one at a time takes its memory.
+        # Each micro-batch is moved to the device when it is used: on the CPU tokens are counted without synchronising,
+        # and only one micro-batch of an accumulated step takes device memory.
         loader.device = None
         return self._with_own_seeds(loader)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """The loader of the evaluation data."""
+        """The dataloader of the evaluation data."""
         return self._with_own_seeds(super().get_eval_dataloader(*args, **kwargs))
 
     def _with_own_seeds(self, loader: DataLoader) -> DataLoader:
-        """Draws the seeds of loader processes from a generator of their own.
+        """Draws the seeds of dataloader workers from a separate generator.
 
-        They would be drawn from the one that dropout uses on the CPU, and how often depends on whether the processes
-        are new: those of a resumed run are in its second epoch, where they would have stayed.
+        By default they come from the global CPU generator, which dropout uses too, once per start of the workers. A
+        resumed run starts them once more than an uninterrupted one, whose dropout would then differ.
         """
         generator = torch.Generator().manual_seed(self.args.seed)
         for each in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate wraps it, and copies from both
@@ -202,13 +207,13 @@ class CPMTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """The micro-batches of the next step; the time until they are there is noted."""
+        """The micro-batches of the next step; measures the time spent waiting for them."""
         return super().get_batch_samples(self.throughput.timed(epoch_iterator), num_batches, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of the flags, its groups split where parts have learning rates of their own."""
+        """The optimizer of the flags, with a parameter group per learning rate and weight decay."""
         optimizer = super().create_optimizer(model)
-        source = self._network() if model is None else model
+        source = self._unwrapped() if model is None else model
         parts, rates = self.base.family.parts, self.part_learning_rates
         split_groups(optimizer, {id(weight): rates[part_of(name, parts)] for name, weight in source.named_parameters()})
         return optimizer
@@ -216,16 +221,15 @@ class CPMTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch, counted for the throughput of the log."""
         self.throughput.begin(inputs)
-        self.alarms.begin(inputs)
+        self.watchdog.begin(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        # The Trainer sums losses and never gets rid of a NaN again; ``log`` puts it where it belongs.
+        # The Trainer sums losses, so that one NaN would stay in all later logs; ``log`` reports it for its interval.
         return loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Operations of the micro-batch that was just trained on, for total_flos, by the cost model of the log.
+        """FLOPs of the last micro-batch, for total_flos, by the cost model of ``training.flops``.
 
-        The library's own count goes through all weights in every micro-batch, takes each for one of the LLM that
-        trains, and finds none under ZeRO-3.
+        The Trainer's own count treats every weight as a trained one of the LLM, and finds no weights under ZeRO-3.
         """
         return round(self.throughput.operations)
 
@@ -236,10 +240,10 @@ class CPMTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The network's own loss; the very first one is the loss of the base and is reported."""
+        """The loss of the model's forward; the first one is the base loss, which is logged and checked."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            self.alarms.note(outputs.row_loss)  # pyright: ignore[reportAttributeAccessIssue]
+            self.watchdog.record_row_loss(outputs.row_loss)  # pyright: ignore[reportAttributeAccessIssue]
         if self.base_loss is None and model.training and self.state.global_step == 0:
             self._report_base_loss(outputs.row_loss)  # pyright: ignore[reportAttributeAccessIssue]
         return (loss, outputs) if return_outputs else loss
@@ -247,15 +251,15 @@ class CPMTrainer(Trainer):
     def _report_base_loss(self, row_loss: torch.Tensor) -> None:
         total, count = self._sum_over_ranks(row_loss.detach().sum(0))
         if not count:
-            return  # every row of this micro-batch holds the place of a sample that is left out
+            return  # all samples of this micro-batch were skipped; their rows have no labels
         self.base_loss = total / count
         if self.is_world_process_zero():
             chance = math.log(self.base.vocab_size)
             logger.info("base loss at step 0: %.4f (chance is ln(vocabulary) = %.2f)", self.base_loss, chance)
         if self.check_base_loss:
-            check_base_loss(self.base_loss, self.base.vocab_size, self._network(), self.base.name)
+            check_base_loss(self.base_loss, self.base.vocab_size, self._unwrapped(), self.base.name)
 
-    def _network(self) -> nn.Module:
+    def _unwrapped(self) -> nn.Module:
         model = self.accelerator.unwrap_model(self.model)
         assert isinstance(model, nn.Module)
         return model
@@ -266,15 +270,15 @@ class CPMTrainer(Trainer):
         return total.tolist()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to training logs how fast it goes, over all ranks and without evaluation and saving."""
+        """Adds the throughput to training logs, over all ranks and without the time of evaluation and saving."""
         if "loss" in logs:
-            logs["loss"] = math.nan if self.alarms.since_log else logs["loss"]
-            self.alarms.since_log = False
+            logs["loss"] = math.nan if self.watchdog.nonfinite_since_log else logs["loss"]
+            self.watchdog.nonfinite_since_log = False
             logs |= self.throughput.log()
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluation, whose time does not count as training time."""
+        """Evaluates; the time does not count as training time."""
         start = time.perf_counter()
         metrics = super().evaluate(*args, **kwargs)
         self.throughput.pause(time.perf_counter() - start)
@@ -287,7 +291,7 @@ class CPMTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Per sample the sum of losses and the number of labelled tokens, (B, 2); no logits are kept."""
+        """Loss and, as predictions and labels, the summed loss and number of labelled tokens per sample, (B, 2)."""
         inputs.pop("sources", None)
         loss, row_loss, _ = super().prediction_step(model, inputs, False, ["logits", "past_key_values"])
         return loss, row_loss, row_loss
@@ -311,15 +315,15 @@ class CPMTrainer(Trainer):
         return output
 
     def _generated_metric(self) -> GeneratedMetric | None:
-        """The metric of --eval_generate; made before training, so that a wrong name is told in time."""
+        """The metric of --eval_generate; made before training, so that an unknown name fails early."""
         args: Any = self.args
         dataset: Any = self.eval_dataset
         if not args.eval_generate or dataset is None:
             return None
         if zero_stage(args.deepspeed) == _SHARDED and not args.eval_generate_zero3:
             logger.warning(
-                "--eval_generate is left out: under ZeRO-3 every generated token gathers all weights; "
-                "--eval_generate_zero3 true does it all the same"
+                "--eval_generate is skipped: under ZeRO-3 every generated token gathers all weights; "
+                "--eval_generate_zero3 true enables it"
             )
             return None
         return GeneratedMetric(
@@ -340,53 +344,53 @@ class CPMTrainer(Trainer):
         synced = args.world_size > 1 and zero_stage(args.deepspeed) == _SHARDED
         with self.compute_loss_context_manager():
             ranks = {"rank": args.process_index, "world": args.world_size}
-            return self.generated(self._network(), **ranks, synced=synced, step=self.state.global_step)
+            return self.generated(self._unwrapped(), **ranks, synced=synced, step=self.state.global_step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint that is finite and complete, or none: training goes on either way."""
+        """Saves a checkpoint if the weights are finite; training continues if it cannot be written."""
         flags: Any = self.args
         write_all = partial(super()._save_checkpoint, model, trial)
-        self.keeper.save(flags, self.state, self.accelerator, self._network(), write_all)
+        self.checkpoint_manager.save(flags, self.state, self.accelerator, self._unwrapped(), write_all)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves weights, then what makes the folder loadable by itself.
+        """Saves weights and the side files (tokenizer, processor, configuration) that make the folder loadable.
 
         Raises:
-            UnsavedError: weights of a checkpoint could not be written, on every rank alike.
-            NotSavedError: a result could not be written; what was there before is still there.
-            WorthlessError: weights of a result are not finite; nothing is written.
+            UnsavedError: weights of a checkpoint could not be written; raised on every rank.
+            NotSavedError: a result could not be written; a previous result is unchanged.
+            UnusableResultError: weights of a result are not finite; nothing is written.
         """
         start = time.perf_counter()
         folder = Path(output_dir or self.args.output_dir or ".")
         if folder == Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}":
             if folder.is_dir() and self.args.should_save:
-                # A checkpoint of this step, from an interrupted or former run: none of its files may pass for new ones.
+                # Left by an interrupted or earlier run: none of its files may be mistaken for new ones.
                 shutil.rmtree(folder)
-            self._save_weights(folder, streamed=True)
+            self._save_weights(folder, is_checkpoint=True)
         else:
             flags: Any = self.args
-            self.keeper.save_result(flags, self.accelerator, self._network(), folder, self._save_weights)
+            self.checkpoint_manager.save_result(flags, self.accelerator, self._unwrapped(), folder, self._save_weights)
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         self.throughput.pause(time.perf_counter() - start)
 
-    def _save_weights(self, folder: Path, *, streamed: bool = False) -> None:
+    def _save_weights(self, folder: Path, *, is_checkpoint: bool = False) -> None:
         """Writes weights and their side files into a folder.
 
         Raises:
-            UnsavedError: some rank could not, on every rank alike.
+            UnsavedError: a rank could not write; raised on every rank.
         """
 
         def work() -> None:
             Trainer.save_model(self, str(folder), _internal_call=True)
             if self.args.should_save:
-                model = self._network()
+                model = self._unwrapped()
                 if isinstance(model, PeftModel):
                     finish_adapter(model, folder, self.base)
                 else:
                     finish_full(folder, self.base)
-                if streamed and (dealt := self._dealt()) is not None:
-                    stream_resume.write(folder, dealt)
+                if is_checkpoint and (assignment := self._stream_assignment()) is not None:
+                    stream_resume.write(folder, assignment)
 
         self.accelerator.wait_for_everyone()
-        agree(self.accelerator, fault_of(work, alone=self.accelerator.num_processes == 1))
+        raise_if_any_failed(self.accelerator, write_failure(work, alone=self.accelerator.num_processes == 1))

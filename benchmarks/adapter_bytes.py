@@ -22,7 +22,7 @@ from results import Row, append
 from torch import nn
 
 from finetune.families import detect
-from finetune.planning.meta_model import build, prepared
+from finetune.planning.meta_model import build_meta_model, prepare_meta_model
 from finetune.planning.published_shapes import CONFIGS
 from finetune.planning.training_setup import TrainingSetup
 
@@ -38,7 +38,9 @@ def saved(model: nn.Module) -> int:
 
 def ours(*, resampler: bool) -> int:
     """The toolkit's adapters; by default the resampler trains in full beside them."""
-    return saved(prepared(CONFIG, TrainingSetup(stage=2, lora_r=RANK, tune_resampler=None if resampler else False)))
+    return saved(
+        prepare_meta_model(CONFIG, TrainingSetup(stage=2, lora_r=RANK, tune_resampler=None if resampler else False))
+    )
 
 
 def theirs(*modules: str) -> int:
@@ -47,7 +49,7 @@ def theirs(*modules: str) -> int:
         r=RANK, target_modules=detect(CONFIG).lora_targets["llm"], modules_to_save=list(modules), task_type=None
     )
     with torch.device("meta"):
-        model = get_peft_model(build(CONFIG), settings)  # pyright: ignore[reportArgumentType]
+        model = get_peft_model(build_meta_model(CONFIG), settings)  # pyright: ignore[reportArgumentType]
     return saved(model.to(torch.bfloat16))
 
 

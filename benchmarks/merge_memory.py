@@ -53,7 +53,7 @@ def make(folder: Path, layers: int) -> None:
     from transformers import AutoConfig
 
     from finetune.families import by_name
-    from finetune.models.loading import NETWORKS
+    from finetune.models.loading import MODEL_CLASSES
     from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
 
     base = write_tiny_checkpoint("v4_5", folder / "base")
@@ -68,7 +68,7 @@ def make(folder: Path, layers: int) -> None:
     (base / "config.json").write_text(json.dumps(settings))
     config = AutoConfig.from_pretrained(base)
     torch.set_default_dtype(torch.bfloat16)
-    network: Any = NETWORKS[config.model_type](config)
+    network: Any = MODEL_CLASSES[config.model_type](config)
     for path in base.glob("*.safetensors"):
         path.unlink()
     side = (base / "config.json").read_bytes()

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from results import append
 
-from finetune.planning.memory_estimate import MemoryPlanner
+from finetune.planning.memory_estimate import MemoryEstimator
 from finetune.planning.published_shapes import CONFIGS
 from finetune.planning.training_setup import SampleShape, TrainingSetup
 
@@ -111,7 +111,7 @@ def main(names: list[str]) -> None:
     print(f"{'case':<42} {'plan':>8} {'measured':>9} {'ratio':>6} {'moving':>8} {'measured':>9} {'ratio':>6}  MB")
     for name in names or CASES:
         recipe, shape = CASES[name]
-        memory = MemoryPlanner(config_of(name), torch.float32, gpu=False).memory(recipe, shape)
+        memory = MemoryEstimator(config_of(name), torch.float32, gpu=False).memory(recipe, shape)
         ours = memory.total, memory.total - memory.weights - memory.optimizer
         done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, check=True)
         theirs = [int(word) for word in done.stdout.splitlines()[-1].split()]

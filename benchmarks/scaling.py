@@ -71,7 +71,7 @@ def _prepare(place: Path) -> tuple[Path, Path]:
     import torch
     from transformers import AutoConfig
 
-    from finetune.models.loading import NETWORKS
+    from finetune.models.loading import MODEL_CLASSES
     from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
     from finetune.tiny.demo_dataset import write_demo_dataset
 
@@ -80,7 +80,7 @@ def _prepare(place: Path) -> tuple[Path, Path]:
     (base / "config.json").write_text(json.dumps(settings))
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(base)
-    network: Any = NETWORKS[config.model_type](config)
+    network: Any = MODEL_CLASSES[config.model_type](config)
     for path in base.glob("*.safetensors"):
         path.unlink()
     kept = (base / "config.json").read_bytes()

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from table import read
 
 from finetune.families import by_name
-from finetune.planning.memory_estimate import GIB, MemoryPlanner
+from finetune.planning.memory_estimate import GIB, MemoryEstimator
 from finetune.planning.meta_model import quiet
 from finetune.planning.published_shapes import CONFIGS
 from finetune.planning.training_setup import TrainingSetup
@@ -103,10 +103,10 @@ class Size:
 
 
 @cache
-def planner() -> MemoryPlanner:
+def planner() -> MemoryEstimator:
     """Of the model."""
     with quiet():
-        return MemoryPlanner(CONFIGS[MODEL])
+        return MemoryEstimator(CONFIGS[MODEL])
 
 
 @cache

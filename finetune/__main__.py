@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from finetune.runtime import outcome
 from finetune.runtime.processes import end_with_launcher
-from finetune.utils.errors import UserError, ignore_what_nobody_can_mend
+from finetune.utils.errors import UserError, ignore_library_warnings
 
 # One line per command; its module is imported only when it runs, so that the list appears at once.
 COMMANDS = {
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"Did you mean {near[0]!r}?" if near else f"Commands: {', '.join(COMMANDS)}."
         print(f"python -m finetune: unknown command {name!r}. {hint}", file=sys.stderr)
         return 2
-    ignore_what_nobody_can_mend()
+    ignore_library_warnings()
     end_with_launcher()
     command = importlib.import_module(f"finetune.commands.{name.replace('-', '_')}")
     try:
@@ -77,7 +77,7 @@ def console_script() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit goes nowhere
         status = 128 + signal.SIGPIPE
-    outcome.leave(status)
+    outcome.exit_process(status)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Starts the ranks of a run as torchrun does, with its options, and sees to it that nothing of them stays.
+"""Launcher: torchrun with the exit status of the run, forwarded signals and cleanup of temporary files.
 
 ``python -m finetune.launch [options of torchrun] -- finetune.py [flags]``. Beyond torchrun:
 
 - it exits with the status of the run (see ``finetune.runtime.outcome``) instead of always 1;
 - SIGUSR1 is passed on to the ranks like SIGTERM, and they get the time they ask for to save;
-- the ranks keep temporary files in a folder of their own, which goes when they do; what a run left that was killed as
-  a whole goes when the next one starts.
+- the ranks keep temporary files in a folder of the run, which is removed with it; the folder of a run whose launcher
+  was killed too is removed when the next run starts.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from finetune.runtime import outcome
 from finetune.runtime.processes import ABOVE, PROCESSES, RUN_FOLDER
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-# Ranks end by themselves when their own time is over (--save_on_signal_timeout); this is for those that cannot.
-_LONGEST_SAVE = 6 * 3600
+# Ranks end by themselves after --save_on_signal_timeout; torchrun kills those that do not after this many seconds.
+_SHUTDOWN_TIMEOUT = 6 * 3600
 _PREFIX = "finetune-run-"
 _LOCK = "lock"
-# A socket of multiprocessing below a longer temporary folder would not fit into its address.
+# The path of a multiprocessing socket below a longer temporary folder would exceed the limit of the system.
 _LONGEST_PATH = 60
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the ranks to their end.
+    """Runs all ranks.
 
     Args:
         argv: options of torchrun, the program and its flags.
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = run.parse_args(sys.argv[1:] if argv is None else list(argv))
     options.signals_to_handle = _SIGNALS
-    options.shutdown_timeout = _LONGEST_SAVE
-    # Its table of failures says less than our own last line, and its traceback is of no use.
+    options.shutdown_timeout = _SHUTDOWN_TIMEOUT
+    # torchrun's table of failures and its traceback add nothing to our result line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with run_folder() as folder:
         try:
@@ -75,26 +75,26 @@ def _status_of(rank: int, pid: int, code: int) -> int:
 
 
 def _result(folder: Path) -> int | None:
-    """The exit status that rank 0 has reported; None where it has not, as on other nodes."""
+    """The exit status reported by rank 0; None without one, as on other nodes."""
     path = folder / outcome.RESULT
     return json.loads(path.read_text(encoding="utf-8"))["exit_code"] if path.is_file() else None
 
 
 @contextmanager
 def run_folder() -> Iterator[Path]:
-    """A folder for the temporary files of the ranks, which is gone afterwards.
+    """A folder for the temporary files of the ranks, removed afterwards.
 
-    It is locked by this process alone: whoever gets the lock of another such folder knows that its run is dead.
+    This process holds its lock: a folder whose lock is free belongs to a dead run.
     """
     root = Path(tempfile.gettempdir())
-    for former in root.glob(f"{_PREFIX}*"):
-        _remove_if_dead(former)
+    for previous in root.glob(f"{_PREFIX}*"):
+        _remove_if_dead(previous)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
     lock = (folder / _LOCK).open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     os.environ[RUN_FOLDER] = str(folder)
     os.environ[ABOVE] = str(os.getpid())
-    # What is compiled once for all runs stays where it is.
+    # The cache of compiled kernels is shared by all runs.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / f"torchinductor_{_user()}"))
     if len(str(folder)) <= _LONGEST_PATH:
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
@@ -119,7 +119,7 @@ def _remove_if_dead(folder: Path) -> None:
 
 def _remove(folder: Path, lock: IO[str]) -> None:
     for process in (folder / PROCESSES).glob("*"):
-        # Tensors that loader processes hand over lie there until their rank has taken them.
+        # Tensors sent by dataloader workers stay there until their rank has received them.
         for left in Path("/dev/shm").glob(f"torch_{process.name}_*"):  # noqa: S108 - where the C library puts them
             left.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

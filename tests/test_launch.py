@@ -1,4 +1,4 @@
-"""The launcher: statuses of the run, and nothing left of it."""
+"""The launcher: exit codes of the run, cleanup of temporary files and processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ print("ready", flush=True)
 while outcome.watch.request is None: time.sleep(0.01)
 outcome.watch.saved()
 outcome.report("stopped", exit_code=outcome.STOPPED)
-outcome.leave(outcome.STOPPED)
+outcome.exit_process(outcome.STOPPED)
 """
 
 
@@ -64,7 +64,7 @@ def left(folder: Path) -> list[str]:
 
 
 ENDS = [
-    ("outcome.leave(5)", 5, ""),
+    ("outcome.exit_process(5)", 5, ""),
     ("os.kill(os.getpid(), 9) if rank == '1' else time.sleep(60)", 137, "rank 1 (process"),
 ]
 
@@ -110,7 +110,7 @@ def test_killed_as_a_whole(folder, monkeypatch):
     for path in (tensor, foreign):
         path.touch()
     try:
-        second = start(folder, "outcome.leave(0)")
+        second = start(folder, "outcome.exit_process(0)")
         second.communicate(timeout=60)
         assert second.returncode == 0
         assert left(folder) == [other.name]

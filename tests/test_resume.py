@@ -1,4 +1,4 @@
-"""Interrupted runs through the launchers, two processes: resumed, they end bit for bit as if never interrupted."""
+"""Interrupted runs with two processes, through the launchers: resuming is bit-identical to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def uninterrupted(tiny, demo_data, tmp_path_factory):
 
 @pytest.mark.parametrize(("method", "stage"), [("lora", 3), ("full", 2), ("full", 3)])
 def test_five_and_five_steps_are_ten(uninterrupted, tiny, demo_data, tmp_path, method, stage):
-    """The newest checkpoint is damaged, so the one before is gone on from."""
+    """The newest checkpoint is damaged, so the run resumes from the one before."""
     whole, output = uninterrupted(method, stage), tmp_path / "out"
     shutil.copytree(whole, output)
     for path in [*output.glob("*.safetensors"), output / "trainer_state.json"]:
@@ -119,7 +119,7 @@ def test_five_and_five_steps_are_ten(uninterrupted, tiny, demo_data, tmp_path, m
     config = {"DS_CONFIG": f"ds_config_zero{stage}.json"}
     status, out, err = launch(method, tiny("llama3_v2_5"), demo_data, output, *resume, **config)
     assert status == 0, err
-    assert "checkpoint-10 is not complete and is passed over: global_step10" in err
+    assert "checkpoint-10 is not complete and is skipped: global_step10" in err
     assert f"resuming from {output / 'checkpoint-5'} (step 5)" in err
     assert_same_result(whole, output)
     steps = [json.loads(line)["step"] for line in (output / "trainer_log.jsonl").read_text().splitlines()]
@@ -147,15 +147,15 @@ def kill_during_a_save(process: subprocess.Popen[str], output: Path) -> int:
 
 
 def test_killed_during_a_save_and_stopped_by_a_signal(uninterrupted, tiny, demo_data, tmp_path):
-    """kill -9 of the launcher during a save ends everything; the run goes on from the checkpoint before, is asked to
-    stop, saves, and goes on once more."""
+    """kill -9 of the launcher during a save ends everything; the run resumes from the checkpoint before, gets a signal
+    to stop, saves, and resumes once more."""
     output = tmp_path / "out"
     base = tiny("llama3_v2_5")
     often = ("--save_steps", "1", "--dataloader_num_workers", "1")
     process = start("lora", base, demo_data, output, *often)
     wait_for((output / "checkpoint-1" / "manifest.json").is_file, process)
     everyone = psutil.Process(process.pid).children(recursive=True)
-    assert len(everyone) >= 4, "two ranks, each with a loader process"
+    assert len(everyone) >= 4, "two ranks, each with a dataloader worker"
     step = kill_during_a_save(process, output)
     process.communicate(timeout=60)
     psutil.wait_procs(everyone, timeout=10)
@@ -172,16 +172,16 @@ def test_killed_during_a_save_and_stopped_by_a_signal(uninterrupted, tiny, demo_
     out, err = process.communicate(timeout=60)
     assert process.returncode == outcome.STOPPED, err
     assert alive(everyone) == []
-    assert f"{output} belonged to process" in err
-    assert f"{cut} is not complete and is passed over" in err
+    assert f"{output} was locked by process" in err
+    assert f"{cut} is not complete and is skipped" in err
     assert f"resuming from {complete} (step {step})" in err
     stopped = result_of(out)
     assert (stopped["status"], stopped["exit_code"]) == ("stopped", outcome.STOPPED)
-    assert "--resume_from_checkpoint auto goes on from there" in stopped["message"]
+    assert "--resume_from_checkpoint auto continues from there" in stopped["message"]
 
     status, out, err = launch("lora", base, demo_data, output, *rare)
     assert status == 0, err
-    assert "belonged to process" not in err
+    assert "was locked by process" not in err
     assert result_of(out)["steps"] == 10
     assert_same_result(uninterrupted("lora", 2), output)
 

@@ -20,7 +20,7 @@ from dataset import StreamedDataset
 from finetune.arguments.parse import parse_arguments
 from finetune.checkpoints.base_checkpoint import resolve
 from finetune.checkpoints.resume import ResumeError
-from finetune.checkpoints.stream_resume import batches_passed, dealt
+from finetune.checkpoints.stream_resume import assignment, batches_seen
 from finetune.data_files.streaming import Stream
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.sample_policy import SamplePolicy
@@ -104,24 +104,25 @@ def test_a_resumed_run_goes_on_where_it_stopped(tiny: Tiny, lines: Path, tmp_pat
     assert rest.state.epoch == whole.state.epoch
     losses = [[row["loss"] for row in each.state.log_history if "loss" in row] for each in (whole, rest)]
     assert losses[0] == losses[1]
-    now = dealt("the data", rest.args)
+    now = assignment("the data", rest.args)
     with pytest.raises(
-        ResumeError, match=r"checkpoint-2: its records were dealt with data, seed and buffer_size .* \(now the data\)"
+        ResumeError,
+        match=r"records were assigned to ranks and workers with data, seed and buffer_size .* \(now the data\)",
     ):
-        batches_passed(half, now)
+        batches_seen(half, now)
     with pytest.raises(ResumeError, match="was streamed and this one is not"):
-        batches_passed(half, None)
+        batches_seen(half, None)
     (half / "stream.json").unlink()
     with pytest.raises(ResumeError, match="was not streamed and this one is"):
-        batches_passed(half, now)
-    assert batches_passed(half, None) == 0
+        batches_seen(half, now)
+    assert batches_seen(half, None) == 0
 
 
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [
         (["--val_size", "0.1"], DataError, "nothing can be kept out of a stream"),
-        (["--max_samples", "5"], DataError, "--max_steps says when training ends"),
+        (["--max_samples", "5"], DataError, "--streaming true needs --max_steps"),
         (["--buffer_size", "0"], ArgumentError, "must be at least 1"),
         (["--max_steps", "-1"], ArgumentError, "say with --max_steps"),
     ],

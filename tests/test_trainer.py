@@ -41,7 +41,7 @@ def make_trainer(base: Path, data: Path, output: Path, *flags: str) -> CPMTraine
     )
 
 
-def network(made: CPMTrainer) -> torch.nn.Module:
+def unwrapped(made: CPMTrainer) -> torch.nn.Module:
     assert isinstance(made.model, torch.nn.Module)
     return made.model
 
@@ -50,7 +50,7 @@ def test_every_part_has_its_learning_rate(tiny, demo_data, tmp_path):
     rates = ("--learning_rate", "1e-3", "--vision_lr", "2e-3", "--resampler_lr", "3e-3", "--weight_decay", "0.1")
     made = make_trainer(tiny("llama3_v2_5"), demo_data, tmp_path, *rates)
     optimizer = made.create_optimizer()
-    names = {id(parameter): name for name, parameter in network(made).named_parameters()}
+    names = {id(parameter): name for name, parameter in unwrapped(made).named_parameters()}
     expected = {"vpm": 2e-3, "resampler": 3e-3, "llm": 1e-3}
     seen = set()
     for group in optimizer.param_groups:
@@ -59,7 +59,7 @@ def test_every_part_has_its_learning_rate(tiny, demo_data, tmp_path):
             assert group["lr"] == expected[name.partition(".")[0]], name
             assert (group["weight_decay"] == 0) == (name.endswith("bias") or "norm" in name or ".ln_" in name), name
             seen.add(id(parameter))
-    assert seen == {id(parameter) for parameter in network(made).parameters() if parameter.requires_grad}
+    assert seen == {id(parameter) for parameter in unwrapped(made).parameters() if parameter.requires_grad}
 
 
 @pytest.mark.parametrize(("vision", "groups"), [("1e-3", 1), ("2e-3", 2)])
@@ -67,7 +67,7 @@ def test_parts_of_one_learning_rate_share_a_group(tiny, demo_data, tmp_path, vis
     rates = ("--learning_rate", "1e-3", "--vision_lr", vision, "--resampler_lr", "1e-3")
     made = make_trainer(tiny("llama3_v2_5"), demo_data, tmp_path, *rates)
     found = [group for group in made.create_optimizer().param_groups if group["params"]]
-    trained = sum(parameter.requires_grad for parameter in network(made).parameters())
+    trained = sum(parameter.requires_grad for parameter in unwrapped(made).parameters())
     assert sum(len(group["params"]) for group in found) == trained
     assert len(found) == len({(group["lr"], group["weight_decay"]) for group in found}) == groups
 
@@ -86,7 +86,7 @@ def test_evaluation_is_weighted_by_tokens_at_any_batch_size(tiny, demo_data, tmp
         batch = collator([examples[index]])
         assert batch.pop("sources") == [examples[index].source]
         with torch.no_grad():
-            nll, tokens = network(made).eval()(**batch).row_loss.sum(0).tolist()
+            nll, tokens = unwrapped(made).eval()(**batch).row_loss.sum(0).tolist()
         total, count = total + nll, count + tokens
     assert metrics["eval_tokens"] == count
     for loss in losses:
@@ -124,7 +124,7 @@ def test_total_flos_are_the_operations_of_the_cost_model(tiny, demo_data, tmp_pa
 def test_a_pretrained_checkpoint_at_chance_stops(tiny, demo_data, tmp_path, monkeypatch):
     monkeypatch.setattr(base_loss, "SMALLEST_PRETRAINED", 1000)
     made = make_trainer(tiny("v2_0"), demo_data, tmp_path, "--max_steps", "1")
-    before = {name: parameter.detach().clone() for name, parameter in network(made).named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in unwrapped(made).named_parameters()}
     with pytest.raises(BaseLossError, match=rf"near ln\(vocabulary\) = {math.log(832):.2f}.*--check_base_loss off"):
         made.train()
-    assert all(torch.equal(parameter, before[name]) for name, parameter in network(made).named_parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in unwrapped(made).named_parameters())

@@ -16,7 +16,7 @@ from finetune.arguments.model import LoraArguments
 from finetune.arguments.training import TrainingArguments
 from finetune.families import detect
 from finetune.families.common import vocab_size
-from finetune.models.loading import NETWORKS
+from finetune.models.loading import MODEL_CLASSES
 from finetune.planning.training_setup import SampleShape, TrainingSetup
 from finetune.training.freezing import adapt
 
@@ -36,7 +36,7 @@ def measured(
         All bytes, and those of them that come and go with the step (gradients, activations, logits).
     """
     set_seed(0)
-    network = NETWORKS[config["model_type"]]
+    network = MODEL_CLASSES[config["model_type"]]
     settings: Any = network.config_class
     model: Any = network(settings(**config))
     family = detect(config)

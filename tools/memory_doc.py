@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.families import by_name
 from finetune.planning.estimate_table import gigabytes
-from finetune.planning.memory_estimate import GIB, MemoryEstimate, MemoryPlanner
+from finetune.planning.memory_estimate import GIB, MemoryEstimate, MemoryEstimator
 from finetune.planning.meta_model import quiet
 from finetune.planning.published_shapes import ASSUMED, CONFIGS
 from finetune.planning.settings_search import ALL_METHODS, gpus_needed
@@ -104,7 +104,7 @@ flash-linear-attention is not installed; with it less is kept. Audio is not coun
 
 def page() -> str:
     """docs/memory.md."""
-    planners = {name: MemoryPlanner(config) for name, config in CONFIGS.items()}
+    planners = {name: MemoryEstimator(config) for name, config in CONFIGS.items()}
     lines = [f"| | parameters | {' | '.join(_COLUMNS)} |", f"|{'---|' * (len(_COLUMNS) + 2)}"]
     lines += [family_row(name, planner) for name, planner in planners.items()]
     assumed = ", ".join(by_name(name).title for name in ASSUMED)
@@ -115,13 +115,13 @@ def page() -> str:
     return "\n".join([HEAD, *lines, TAIL])
 
 
-def family_row(name: str, planner: MemoryPlanner) -> str:
+def family_row(name: str, planner: MemoryEstimator) -> str:
     """A family's line of the first table."""
     cells = [gigabytes(planner.memory(recipe, _SHAPE).total) for recipe in _COLUMNS.values()]
     return f"| {by_name(name).title} | {planner.parameters() / 1e9:.2f} billion | {' | '.join(cells)} |"
 
 
-def fitting_row(name: str, planner: MemoryPlanner) -> str:
+def fitting_row(name: str, planner: MemoryEstimator) -> str:
     """A family's line of the second table."""
     found = [gpus_needed(planner, _SHAPE, TrainingSetup(), m, card * GIB) for card in _CARDS for m in ALL_METHODS]
     return f"| {by_name(name).title} | {' | '.join(_cell(pair) for pair in found)} |"

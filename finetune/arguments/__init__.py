@@ -1,1 +1,1 @@
-"""Flags of training: dataclasses, YAML files, LLaMA-Factory keys, legacy names, and where each value comes from."""
+"""Command-line flags of training: dataclasses, YAML files, LLaMA-Factory keys, legacy names, origins of values."""

@@ -1,6 +1,6 @@
-"""Activation checkpointing under both of its names in transformers.
+"""The flags of gradient checkpointing under their old and new names in transformers.
 
-Published launchers say ``gradient_checkpointing``; from 5.23 on transformers reads ``activation_checkpointing``.
+Published launchers use ``gradient_checkpointing``; from 5.23 on transformers reads ``activation_checkpointing``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _RENAMED = {
 }
 
 
-def hand_over(training: Any) -> None:
-    """Gives flags that were parsed under the old name the new one, where the installed transformers has it.
+def copy_to_new_names(training: Any) -> None:
+    """Copies values given under the old flag names to the new ones, if the installed transformers has them.
 
     Raises:
         ArgumentError: both were given, with different values.
@@ -31,7 +31,7 @@ def hand_over(training: Any) -> None:
 
 
 def set_checkpointing(training: Any, on: bool) -> None:
-    """Says whether layers are run again, after the flags were parsed."""
+    """Switches gradient checkpointing on or off after the flags were parsed."""
     for name in ("gradient_checkpointing", "activation_checkpointing"):
         if hasattr(training, name):
             setattr(training, name, on)

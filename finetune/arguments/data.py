@@ -1,4 +1,4 @@
-"""The flags about data: which records, how they are looked at, and what happens to those that cannot be used."""
+"""Data flags: data files, image and video settings, policies for long and for bad samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VIDEO_FLAGS = (
     "double_frame_duration",
     "time_scale",
 )
-"""The flags that say how videos are looked at."""
+"""Flags of video sampling and slicing."""
 
 
 Thinking = Literal["keep", "mask", "strip"]
@@ -42,7 +42,7 @@ class ReadingOptions(TypedDict):
     strict_paths: bool
 
 
-class LookingOptions(TypedDict):
+class EncodingOptions(TypedDict):
     """Keywords of ``Encoder.from_config``."""
 
     max_slice_nums: int | None
@@ -64,7 +64,7 @@ class PolicyOptions(TypedDict):
 
 @dataclass
 class DataArguments:
-    """What it is trained on."""
+    """Data of training and evaluation."""
 
     data_path: str | None = field(
         default=None,
@@ -72,12 +72,12 @@ class DataArguments:
     )
     eval_data_path: str | None = field(default=None, metadata={"help": "Evaluation data, in the same forms."})
     data_format: DataFormat = field(
-        default="auto", metadata={"help": "Form of the records of data_path; auto looks at the first ones and says it."}
+        default="auto", metadata={"help": "Format of the records of data_path; auto detects and logs it."}
     )
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Names of data sets in dataset_dir/dataset_info.json, separated by commas, instead of data_path. "
+            "help": "Names of datasets in dataset_dir/dataset_info.json, separated by commas, instead of data_path. "
             "a:0.3 takes a random 30 percent of a, a:2 every record of a twice per epoch."
         },
     )
@@ -86,90 +86,90 @@ class DataArguments:
     media_dir: str | None = field(
         default=None, metadata={"help": "Folder that media paths of dataset are relative to. Default: dataset_dir."}
     )
-    max_samples: int | None = field(default=None, metadata={"help": "At most so many records of every data set."})
+    max_samples: int | None = field(default=None, metadata={"help": "Maximum number of records of every dataset."})
     val_size: float = field(
         default=0.0,
-        metadata={"help": "Part of the training data kept for evaluation: a share below 1, or a number of records."},
+        metadata={"help": "Training data held out for evaluation: a share below 1, or a number of records."},
     )
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "Read jsonl, parquet, shards or hub data from front to back, not at random; needs max_steps."
+            "help": "Read jsonl, parquet, shards or hub data sequentially, without random access; needs max_steps."
         },
     )
-    buffer_size: int = field(default=16384, metadata={"help": "Records that streaming draws from at random."})
-    overwrite_cache: bool = field(
-        default=False, metadata={"help": "Index the data files and measure the samples anew."}
-    )
-    image_root: str | None = field(
-        default=None, metadata={"help": "Folder that relative image paths may also be relative to."}
-    )
+    buffer_size: int = field(default=16384, metadata={"help": "Size of the shuffle buffer of streaming, in records."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Rebuild the cached index and sample lengths."})
+    image_root: str | None = field(default=None, metadata={"help": "Additional folder for relative image paths."})
     strict_paths: bool = field(
         default=False,
         metadata={
             "help": "Refuse records with media outside of the folder of their data file, image_root and media_dir "
-            "(links are followed): for data from elsewhere."
+            "(links are followed): for untrusted data."
         },
     )
     train_on: Literal["all", "last"] = field(
         default="all",
         metadata={
-            "help": "Assistant turns that carry loss: all, or only the last of a conversation. A message with "
-            '"loss": 0 carries none either way.',
+            "help": "Assistant turns with loss: all, or only the last of a conversation. A message with "
+            '"loss": 0 never has loss.',
         },
     )
     thinking: Thinking = field(
         default="keep",
         metadata={
-            "help": "What becomes of <think>...</think> in answers, for models that think: keep it and train on it, "
-            "mask it (kept without loss), or strip it. An empty block never carries loss.",
+            "help": "Treatment of <think>...</think> in answers, for models with a thinking mode: keep (train on it), "
+            "mask (keep it without loss) or strip. An empty block never has loss.",
         },
     )
     max_slice_nums: int | None = field(
-        default=None, metadata={"help": "Most slices per image. Default: the checkpoint's value."}
+        default=None, metadata={"help": "Maximum number of slices per image. Default: the checkpoint's value."}
     )
     max_image_pixels: int | None = field(
         default=None, metadata={"help": "Largest image accepted, in pixels (guards against decompression bombs)."}
     )
     image_max_pixels: int | None = field(
         default=None,
-        metadata={"help": "Larger images are shrunk to so many pixels before they are cut. Default: none is."},
+        metadata={"help": "Larger images are resized to this number of pixels before slicing. Default: no limit."},
     )
     image_backend: Literal["pillow", "fast"] = field(
         default="pillow",
         metadata={
-            "help": "How images are resized: pillow, to the bit as Pillow and with it the published code; or fast, by "
-            "torch's kernel for bytes, with about 0.2 percent of the bytes (at most 1 in noise) one level off, and "
-            "JPEG files decoded by simplejpeg where it is installed. 4.6, 4.7 and OCR have their own way and refuse it."
+            "help": "Image resizing: pillow, bit-identical to Pillow and the published code; or fast, torch's uint8 "
+            "kernel, with about 0.2 percent of the bytes (at most 1 percent in noise) off by one, and JPEG decoding by "
+            "simplejpeg if installed. Not for 4.6, 4.7 and OCR, which resize in their processor."
         },
     )
     video_fps: float | None = field(
         default=None,
-        metadata={"help": "Frames per second of videos; of a folder of frames, the rate it has. Default: 1, of 4.5 3."},
+        metadata={"help": "Frames sampled per second; for a folder of frames, its frame rate. Default: 1, for 4.5 3."},
     )
     video_max_frames: int | None = field(
         default=None,
         metadata={
-            "help": "Most frames of a video. Default: 64; of 4.5 180 groups, of 4.6, 4.7 and OCR the checkpoint's 128."
+            "help": "Maximum number of frames per video. Default: 64; for 4.5 180 groups, for 4.6, 4.7 and OCR the "
+            "checkpoint's 128."
         },
     )
     video_max_slice_nums: int | None = field(
         default=None,
-        metadata={"help": "Most slices per frame. Default: 1, of 4.6, 4.7 and OCR the checkpoint's value."},
+        metadata={"help": "Maximum number of slices per frame. Default: 1, for 4.6, 4.7 and OCR the checkpoint's."},
     )
     video_max_pixels: int | None = field(
         default=None,
-        metadata={"help": "Larger frames are shrunk to so many pixels before they are cut. Default: none is."},
+        metadata={"help": "Larger frames are resized to this number of pixels before slicing. Default: no limit."},
     )
     video_packing: int | None = field(
         default=None, metadata={"help": "Frames per group, for 4.5. Default: 1, more for long videos."}
     )
-    packing_maxlen: int | None = field(default=None, metadata={"help": "Most frames per group, for 4.5. Default: 3."})
+    packing_maxlen: int | None = field(
+        default=None, metadata={"help": "Maximum number of frames per group, for 4.5. Default: 3."}
+    )
     enable_high_fps: bool = field(
-        default=False, metadata={"help": "Short videos are sampled twice as densely, two frames to a group, for 4.5."}
+        default=False, metadata={"help": "Sample short videos at twice the rate, two frames per group, for 4.5."}
     )
     double_frame_duration: float | None = field(
-        default=None, metadata={"help": "Seconds below which enable_high_fps takes a video for short. Default: 30."}
+        default=None,
+        metadata={"help": "Duration in seconds below which a video is short for enable_high_fps. Default: 30."},
     )
     time_scale: float | None = field(
         default=None, metadata={"help": "Seconds per time index of a packed frame, for 4.5. Default: 0.1."}
@@ -177,30 +177,29 @@ class DataArguments:
     overlong: str = field(
         default="shrink",
         metadata={
-            "help": "Samples above model_max_length: shrink cuts their images into fewer slices, then drops the oldest "
-            "turns; truncate shortens prompt text, then drops turns; drop leaves the sample out; error stops.",
+            "help": "Samples above model_max_length: shrink uses fewer slices per image, then drops the oldest "
+            "turns; truncate shortens prompt text, then drops turns; drop skips the sample; error stops.",
             "choices": ["shrink", "drop", "truncate", "error"],
         },
     )
     on_bad_sample: str = field(
         default="error",
         metadata={
-            "help": "Records that cannot be used: error stops; skip leaves them out and lists them in "
-            "OUTPUT_DIR/bad_samples.jsonl.",
+            "help": "Records with errors: error stops; skip skips them and lists them in OUTPUT_DIR/bad_samples.jsonl.",
             "choices": ["error", "skip"],
         },
     )
     max_bad_share: float = field(
         default=0.1,
         metadata={
-            "help": "With on_bad_sample skip: the run stops, with status 4, when more than this share of the samples "
-            "cannot be used. Samples that are only too long do not count. 1 never stops."
+            "help": "With on_bad_sample skip: stop the run (exit code 4) when more than this share of the samples has "
+            "errors. Samples that are only too long do not count. 1 never stops."
         },
     )
     check: str | None = field(
         default=None,
         metadata={
-            "help": "Records looked at before step 1: full, sample (1000 of them) or off. Default: full up to 20000.",
+            "help": "Records checked before step 1: full, sample (1000 of them) or off. Default: full up to 20000.",
             "choices": ["full", "sample", "off"],
         },
     )
@@ -214,7 +213,7 @@ class DataArguments:
 
     @property
     def reading(self) -> ReadingOptions:
-        """How data are opened, as ``readers.mixture.open_data`` takes it."""
+        """Arguments of ``readers.mixture.open_data``."""
         return ReadingOptions(
             dataset_dir=self.dataset_dir,
             media_dir=self.media_dir,
@@ -227,9 +226,9 @@ class DataArguments:
         )
 
     @property
-    def looking(self) -> LookingOptions:
-        """How samples become tensors, as ``Encoder.from_config`` takes it; without the length of a sample."""
-        return LookingOptions(
+    def encoding(self) -> EncodingOptions:
+        """Arguments of ``Encoder.from_config``, without max_length."""
+        return EncodingOptions(
             max_slice_nums=self.max_slice_nums,
             max_pixels=self.max_image_pixels,
             shrink_pixels=self.image_max_pixels,
@@ -240,7 +239,7 @@ class DataArguments:
 
     @property
     def policies(self) -> PolicyOptions:
-        """What happens to samples that are too long or cannot be used, as ``SamplePolicy`` takes it."""
+        """Arguments of ``SamplePolicy``: what to do with samples that are too long or have errors."""
         return PolicyOptions(
             overlong=self.overlong,
             on_bad_sample=self.on_bad_sample,
@@ -250,7 +249,7 @@ class DataArguments:
 
     @property
     def video_options(self) -> VideoOptions:
-        """How videos are looked at; what is not given keeps the checkpoint's value."""
+        """Video settings; None keeps the value of the checkpoint."""
         return VideoOptions(
             fps=self.video_fps,
             max_frames=self.video_max_frames,

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a run."""
+"""Loads and checks the DeepSpeed configuration (--deepspeed)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.utils.json_objects import parse, read_text, shown, type_name
 
 logger = logging.getLogger(__name__)
 
-# What stands at the top of such a file; a name like one of these is a slip, and without it a run goes without ZeRO.
+# Top-level keys of a DeepSpeed configuration; a similar name is a typo, with which a run might train without ZeRO.
 _KEYS = (
     *("zero_optimization", "bf16", "fp16", "amp", "torch_autocast", "optimizer", "scheduler", "gradient_clipping"),
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print"),
@@ -30,7 +30,7 @@ _KEYS = (
     ),
 )
 _HERE = Path(__file__).resolve().parents[2]
-# LLaMA-Factory's files, which its users name without having them here, and ours that do the same.
+# Names of LLaMA-Factory's files, and our equivalents.
 _THEIRS = {
     "ds_z0_config.json": None,
     "ds_z2_config.json": "ds_config_zero2.json",
@@ -44,14 +44,14 @@ def load_deepspeed(config: dict | str | None) -> dict | None:
     """The DeepSpeed configuration as a dictionary (None for none), without the blocks that would override our flags.
 
     Args:
-        config: a path, which may also be that of a file beside finetune.py; the configuration itself; or none.
+        config: a path (also relative to the folder of finetune.py), the configuration itself, or none.
 
     Raises:
-        ArgumentError: no such file, or no JSON.
+        ArgumentError: no such file, or not JSON.
     """
     if not isinstance(config, str):
         return config
-    if config.lower() == "none":  # takes back what a file says
+    if config.lower() == "none":  # overrides the value of a YAML file
         return None
     text = config
     if not config.startswith("{"):
@@ -72,11 +72,11 @@ def load_deepspeed(config: dict | str | None) -> dict | None:
 
 
 def check_deepspeed(config: dict | str | None, flags: Any) -> None:
-    """Refuses values that are not "auto" and are others than those of our flags.
+    """Refuses values other than "auto" that differ from those of our flags.
 
     Args:
-        config: of ``load_deepspeed``.
-        flags: of training, by their names.
+        config: from ``load_deepspeed``.
+        flags: the training flags.
 
     Raises:
         ArgumentError: naming the key and the flag.
@@ -98,19 +98,19 @@ def check_deepspeed(config: dict | str | None, flags: Any) -> None:
             given = given.get(inner, "auto") if isinstance(given, dict) else given
         if given not in ("auto", value):
             raise ArgumentError(
-                f'--deepspeed: its {key} is {shown(given)}, --{flag} says {shown(value)}; write "auto" there, and '
-                "the flag counts"
+                f'--deepspeed: its {key} is {shown(given)}, --{flag} is {shown(value)}; set it to "auto" to use '
+                "the flag"
             )
-    whole = batch * steps * int(os.environ.get("WORLD_SIZE", "1"))
-    if config.get("train_batch_size", "auto") not in ("auto", whole):
+    global_batch = batch * steps * int(os.environ.get("WORLD_SIZE", "1"))
+    if config.get("train_batch_size", "auto") not in ("auto", global_batch):
         raise ArgumentError(
-            f"--deepspeed: its train_batch_size is {shown(config['train_batch_size'])}, the flags make {whole} (batch, "
-            'accumulation and processes); write "auto" there'
+            f"--deepspeed: its train_batch_size is {shown(config['train_batch_size'])}, the global batch size of the "
+            f'flags is {global_batch} (batch size x accumulation x processes); set it to "auto"'
         )
 
 
 def _check_shape(loaded: Any, config: str) -> None:
-    """Whether it is an object whose ``zero_optimization`` can be read."""
+    """Checks that it is an object with known keys and a valid ``zero_optimization``."""
     if not isinstance(loaded, dict):
         raise ArgumentError(f"--deepspeed {config} is {type_name(loaded)}; it should be an object {{...}}")
     for key in loaded:
@@ -128,7 +128,7 @@ def _check_shape(loaded: Any, config: str) -> None:
 
 
 def _find(config: str) -> Path | None:
-    """The file of a configuration; None where it stands for training without ZeRO."""
+    """The file of a configuration; None for LLaMA-Factory's ZeRO-0."""
     for path in (Path(config), _HERE / config):
         if path.is_file():
             return path
@@ -137,17 +137,17 @@ def _find(config: str) -> Path | None:
         raise ArgumentError(f"--deepspeed {config}: no such file in {Path.cwd()} or {_HERE}")
     ours = _THEIRS[name]
     if ours is None:
-        logger.warning("--deepspeed %s is not there: training goes without DeepSpeed, as ZeRO-0 would (DDP)", config)
+        logger.warning("--deepspeed %s does not exist: training without DeepSpeed (DDP), equivalent to ZeRO-0", config)
         return None
-    logger.warning("--deepspeed %s is not there: %s is used, which does the same", config, ours)
+    logger.warning("--deepspeed %s does not exist: the equivalent %s is used", config, ours)
     return _HERE / ours
 
 
 def check_zero(config: Any) -> None:
-    """Checks the block ``zero_optimization`` as DeepSpeed will; once the environment says on which device it runs.
+    """Checks the block ``zero_optimization`` with DeepSpeed's own schema; call after the device is chosen.
 
     Args:
-        config: of ``arguments.deepspeed.load_deepspeed``.
+        config: from ``load_deepspeed``.
 
     Raises:
         ArgumentError: a key that DeepSpeed does not have, or a value of another type.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune.arguments.argv import group, truth
+from finetune.arguments.argv import parse_bool, parse_flags
 from finetune.arguments.flag_names import flag_types, takes_many
-from finetune.arguments.ranges import check_given, check_ranges
+from finetune.arguments.ranges import check_not_empty, check_ranges
 from finetune.arguments.resolve import refuse_unknown, resolve
 from finetune.utils.errors import ArgumentError
 
@@ -22,8 +22,8 @@ def early_flags(argv: Sequence[str]) -> dict[str, list[str]]:
     """
     types = flag_types()
     resolved = resolve(argv, takes_many())
-    check_given(resolved.words)
-    flags, stray = group(resolved.words)
+    check_not_empty(resolved.argv)
+    flags, stray = parse_flags(resolved.argv)
     unknown = [*stray, *(f"--{name}" for name in flags if name not in types)]
     if unknown:
         refuse_unknown(unknown, [f"--{name}" for name in types])
@@ -44,11 +44,11 @@ def _typed(name: str, values: Sequence[str], annotation: str) -> float | bool | 
         return None
     (value,) = values
     if kinds == {"bool"}:
-        return truth(f"--{name}", value)
+        return parse_bool(f"--{name}", value)
     try:
         return int(value) if kinds == {"int"} else float(value)
     except ValueError:
         wanted = "a whole number" if kinds == {"int"} else "a number"
         if "bool" in kinds:
-            return truth(f"--{name}", value)
+            return parse_bool(f"--{name}", value)
         raise ArgumentError(f"--{name} {value}: {wanted} is wanted") from None

@@ -1,4 +1,4 @@
-"""Flags of published launchers that transformers 5 renamed or dropped: mapped to a successor, or named in a warning."""
+"""Translates flags of published launchers that transformers 5 renamed or removed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TEMPLATES = {
     "minicpm_o": ("o2_6", "o4_5"),
     "minicpm_v_4_6": ("v4_6", "v4_7", "ocr1_0"),
 }
-# A switch that became a value of another flag.
+# A boolean flag that became a value of another flag.
 _SWITCHES = {"group_by_length": ("train_sampling_strategy", "group_by_length")}
 _DROPPED = {
     "save_safetensors": "weights are always saved as safetensors",
@@ -38,12 +38,12 @@ _DROPPED = {
     "half_precision_backend": "autocast is always torch's",
     "fp16_backend": "autocast is always torch's",
     "fp16_opt_level": "apex is not used",
-    "past_index": "not for this model",
-    "jit_mode_eval": "not for this model",
+    "past_index": "not supported by this model",
+    "jit_mode_eval": "not supported by this model",
     "use_ipex": "not for this model",
     "torchdynamo": "use --torch_compile_backend",
     "ray_scope": "hyperparameter search is not part of this tool",
-    "mp_parameters": "not for this tool",
+    "mp_parameters": "not supported by this tool",
     "sharded_ddp": "use --deepspeed",
     "dispatch_batches": "use --accelerator_config",
     "split_batches": "use --accelerator_config",
@@ -51,7 +51,7 @@ _DROPPED = {
 
 
 def template_fits(template: str, family: str) -> bool:
-    """Whether LLaMA-Factory or a published guide gives a family this prompt format."""
+    """Whether LLaMA-Factory or a published guide uses this template name for a family."""
     return family in _TEMPLATES.get(template, ())
 
 
@@ -61,27 +61,27 @@ def legacy_names() -> list[str]:
 
 
 def translate(argv: Sequence[str]) -> list[str]:
-    """The command line in today's flags; every change is said in a warning, all in one line each.
+    """The command line with current flags; every change is logged as a warning.
 
     A renamed flag does not override its successor when both are given.
     """
-    given = {word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")}
+    given = {argument.removeprefix("--").partition("=")[0] for argument in argv if argument.startswith("--")}
     result: list[str] = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in legacy_names():
-            result.append(word)
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name not in legacy_names():
+            result.append(argument)
             continue
-        if not equals and words and not words[0].startswith("--"):
-            value = words.pop(0)
+        if not equals and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
         if name in _DROPPED:
             if name == "logging_dir":
                 os.environ["TENSORBOARD_LOGGING_DIR"] = value
-            # Published launchers switch most of these off, which is what happens anyway.
+            # Published launchers set most of these to false, which is the behaviour now.
             if value.lower() not in ("false", "0"):
-                logger.warning("--%s %s: has no meaning any more; %s", name, value, _DROPPED[name])
+                logger.warning("--%s %s: has no effect any more; %s", name, value, _DROPPED[name])
             continue
         flag, meant = _SWITCHES.get(name) or (_RENAMED[name], value or "true")
         if name in _SWITCHES and value.lower() in ("false", "0"):

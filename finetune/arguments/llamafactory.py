@@ -1,4 +1,4 @@
-"""LLaMA-Factory's keys become our flags, by the table in llamafactory.yaml and the rules here."""
+"""Translates LLaMA-Factory's YAML keys to our flags, by the table in llamafactory.yaml and the rules here."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from finetune.arguments.argv import truth
-from finetune.arguments.llamafactory_table import KeyRow, default_words, other_defaults, rows
+from finetune.arguments.argv import parse_bool
+from finetune.arguments.llamafactory_table import KeyRow, default_values, other_defaults, rows
 from finetune.utils.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
 
-# Keys that belong together: one of them given decides about all.
+# Keys that are translated together.
 _METHOD = ("finetuning_type", "freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
 _ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
 
 
 class Given(NamedTuple):
-    """Words of a key with the place they were read in.
+    """Values of a key or flag, and where they were given.
 
     Attributes:
-        words: as on a command line.
-        layer: which of the layers, later ones count more.
+        values: as on a command line.
+        layer: precedence; a higher layer overrides a lower one.
         origin: for messages and run.yaml, e.g. "x.yaml: lora_rank".
     """
 
-    words: list[str]
+    values: list[str]
     layer: int
     origin: str
 
@@ -41,36 +41,36 @@ def is_foreign(key: str, flags: set[str]) -> bool:
 
 
 def defaults(given: Keys, command: str) -> Flags:
-    """What a file in LLaMA-Factory's keys leaves to its defaults, as keys of layer 0."""
+    """LLaMA-Factory's defaults of the keys that a file does not set, as keys of layer 0."""
     method = _value(given, "finetuning_type", "lora")
     known: Flags = {}
     for row in rows().values():
-        words = default_words(row.default)
+        value = default_values(row.default)
         counts = row.export if command == "export" else not row.only_export
-        if words is None or row.key in given or not counts or (row.flag is None and row.rule is None):
+        if value is None or row.key in given or not counts or (row.flag is None and row.rule is None):
             continue
         if row.ours is not None:
             logger.info("%s is not set: %s (%s there)", row.key, row.ours, row.default)
         elif row.method in (None, method):
-            known[row.key] = Given(words, 0, f"LLaMA-Factory's default of {row.key}")
+            known[row.key] = Given(value, 0, f"LLaMA-Factory's default of {row.key}")
     return known
 
 
 def training_defaults() -> Flags:
-    """The flags of transformers whose default is another one there."""
-    values = {key: default_words(value) or [] for key, value in other_defaults().items()}
-    return {key: Given(words, 0, "LLaMA-Factory's default") for key, words in values.items()}
+    """The flags of transformers for which LLaMA-Factory has another default."""
+    values = {key: default_values(value) or [] for key, value in other_defaults().items()}
+    return {key: Given(value, 0, "LLaMA-Factory's default") for key, value in values.items()}
 
 
 def translate(keys: Keys, command: str) -> Flags:
     """Our flags for some of LLaMA-Factory's keys.
 
     Args:
-        keys: what is given, defaults included.
+        keys: the keys, including defaults.
         command: "train" or "export".
 
     Raises:
-        ArgumentError: a value that this tool has nothing for.
+        ArgumentError: an unsupported value.
     """
     flags: Flags = {}
     keys = {key: given for key, given in keys.items() if _counts(rows()[key], command)}
@@ -89,7 +89,7 @@ def translate(keys: Keys, command: str) -> Flags:
 
 
 def _counts(row: KeyRow, command: str) -> bool:
-    """Whether a command reads a key; said when it does not."""
+    """Whether a command reads a key; logs a warning if it does not."""
     if command == "export":
         if not (row.export or row.only_export):
             logger.warning("%s has no effect in export", row.key)
@@ -101,35 +101,35 @@ def _counts(row: KeyRow, command: str) -> bool:
 
 
 def _check(row: KeyRow, given: Given) -> None:
-    if row.is_default(given.words):
+    if row.is_default(given.values):
         return
     if row.instead is not None:
-        raise ArgumentError(f"{given.origin} {' '.join(given.words)} is not part of this tool: {row.instead}")
-    logger.warning("%s %s has no effect: %s", given.origin, " ".join(given.words), row.no_effect)
+        raise ArgumentError(f"{given.origin} {' '.join(given.values)} is not part of this tool: {row.instead}")
+    logger.warning("%s %s has no effect: %s", given.origin, " ".join(given.values), row.no_effect)
 
 
 def _value(keys: Keys, key: str, otherwise: str) -> str:
-    return ",".join(keys[key].words) if key in keys else otherwise
+    return ",".join(keys[key].values) if key in keys else otherwise
 
 
 def _truth(keys: Keys, key: str) -> bool:
-    return truth(key, _value(keys, key, str(rows()[key].default)))
+    return parse_bool(key, _value(keys, key, str(rows()[key].default)))
 
 
 def _method(keys: Keys, command: str) -> Flags:
-    """finetuning_type with the switches that freeze: what is trained, part by part."""
+    """finetuning_type and the freeze_* keys: what is trained per part."""
     if command == "export":
         return {}
     given = keys["finetuning_type"]
-    kind = given.words[0].lower()
+    kind = given.values[0].lower()
     vision, resampler = not _truth(keys, "freeze_vision_tower"), not _truth(keys, "freeze_multi_modal_projector")
     language = not _truth(keys, "freeze_language_model")
     if kind not in ("lora", "full", "freeze"):
         raise ArgumentError(f"{given.origin} {kind} is not part of this tool: lora, full and freeze are")
     layer, source = _latest(keys, _METHOD)
 
-    def flag(*words: str) -> Given:
-        return Given(list(words), layer, source)
+    def flag(*values: str) -> Given:
+        return Given(list(values), layer, source)
 
     def switch(on: bool) -> Given:
         return flag(str(on).lower())
@@ -137,7 +137,7 @@ def _method(keys: Keys, command: str) -> Flags:
     if kind == "lora":
         parts = [part for part, adapted in (("llm", language), ("vision", vision)) if adapted]
         if not parts:
-            raise ArgumentError("freeze_language_model and freeze_vision_tower: nothing is left for adapters")
+            raise ArgumentError("freeze_language_model and freeze_vision_tower: no part is left for adapters")
         return {
             "use_lora": switch(True),
             "tune_llm": switch(False),
@@ -158,11 +158,11 @@ def _method(keys: Keys, command: str) -> Flags:
 
 
 def _single_switches(keys: Keys) -> Flags:
-    """The switches that freeze where no finetuning_type goes with them, beside flags of ours."""
+    """The freeze_* keys without finetuning_type, together with our own flags."""
     pairs = {"freeze_vision_tower": "tune_vision", "freeze_multi_modal_projector": "tune_resampler"}
     pairs["freeze_language_model"] = "tune_llm"
     flags = {
-        ours: keys[theirs]._replace(words=[str(not _truth(keys, theirs)).lower()])
+        ours: keys[theirs]._replace(values=[str(not _truth(keys, theirs)).lower()])
         for theirs, ours in pairs.items()
         if theirs in keys
     }
@@ -172,7 +172,7 @@ def _single_switches(keys: Keys) -> Flags:
 
 
 def _latest(keys: Keys, names: tuple[str, ...]) -> tuple[int, str]:
-    """The last layer in which one of some keys is given, and where that is."""
+    """The highest layer in which one of some keys is given, and its origin."""
     found = max((keys[name] for name in names if name in keys), key=lambda given: given.layer)
     return found.layer, found.origin
 
@@ -181,65 +181,65 @@ def _adapter(keys: Keys, command: str) -> Flags:
     given = keys["adapter_name_or_path"]
     if command == "export":
         return {"adapter_name_or_path": given}
-    if "," in given.words[0]:
+    if "," in given.values[0]:
         raise ArgumentError(
-            f"{given.origin} names several adapters: merge the first ones with `python -m finetune export` and go on "
-            "from the last"
+            f"{given.origin} names several adapters: merge the first ones with `python -m finetune export` and "
+            "continue from the last"
         )
     return {"lora_weight_path": given}
 
 
 def _attention(keys: Keys, command: str) -> Flags:
     given = keys["flash_attn"]
-    name = given.words[0].lower()
+    name = given.values[0].lower()
     if name not in _ATTENTION:
         known = ", ".join(_ATTENTION)
         raise ArgumentError(f"{given.origin} {name} is not part of this tool: {known} are")
     chosen = _ATTENTION[name]
-    return {} if chosen is None else {"attn_implementation": given._replace(words=[chosen])}
+    return {} if chosen is None else {"attn_implementation": given._replace(values=[chosen])}
 
 
 def _checkpointing(keys: Keys, command: str) -> Flags:
-    """There checkpointing is on unless it is switched off."""
+    """In LLaMA-Factory gradient checkpointing is on by default."""
     on = not _truth(keys, "disable_gradient_checkpointing")
-    return {"gradient_checkpointing": keys["disable_gradient_checkpointing"]._replace(words=[str(on).lower()])}
+    return {"gradient_checkpointing": keys["disable_gradient_checkpointing"]._replace(values=[str(on).lower()])}
 
 
 def _alpha(keys: Keys, command: str) -> Flags:
     given = keys["lora_alpha"]
-    if given.words[0] == rows()["lora_alpha"].default:
+    if given.values[0] == rows()["lora_alpha"].default:
         rank = _value(keys, "lora_rank", str(rows()["lora_rank"].default))
-        given = given._replace(words=[str(2 * int(rank))])
+        given = given._replace(values=[str(2 * int(rank))])
     return {"lora_alpha": given}
 
 
 def _targets(keys: Keys, command: str) -> Flags:
     given = keys["lora_target"]
-    names = [name.strip() for word in given.words for name in word.split(",") if name.strip()]
-    return {"lora_target_modules": given._replace(words=["all-linear" if names == ["all"] else ",".join(names)])}
+    names = [name.strip() for value in given.values for name in value.split(",") if name.strip()]
+    return {"lora_target_modules": given._replace(values=["all-linear" if names == ["all"] else ",".join(names)])}
 
 
 def _quantization(keys: Keys, command: str) -> Flags:
     given = keys["quantization_bit"]
-    if given.words != ["4"]:
-        raise ArgumentError(f"{given.origin} {given.words[0]} is not part of this tool: 4 bit is")
-    return {"q_lora": given._replace(words=["true"])}
+    if given.values != ["4"]:
+        raise ArgumentError(f"{given.origin} {given.values[0]} is not part of this tool: 4 bit is")
+    return {"q_lora": given._replace(values=["true"])}
 
 
 def _history(keys: Keys, command: str) -> Flags:
     last = _truth(keys, "mask_history")
-    return {"train_on": keys["mask_history"]._replace(words=["last" if last else "all"])}
+    return {"train_on": keys["mask_history"]._replace(values=["last" if last else "all"])}
 
 
 def _neat_packing(keys: Keys, command: str) -> Flags:
-    """Here no sample of a row sees another in either case."""
+    """neat_packing and packing are the same here: samples of a packed row never attend to each other."""
     on = _truth(keys, "neat_packing")
-    return {"packing": keys["neat_packing"]._replace(words=["best_fit"])} if on else {}
+    return {"packing": keys["neat_packing"]._replace(values=["best_fit"])} if on else {}
 
 
 def _shuffling(keys: Keys, command: str) -> Flags:
     off = _truth(keys, "disable_shuffling")
-    return {"train_sampling_strategy": keys["disable_shuffling"]._replace(words=["sequential" if off else "random"])}
+    return {"train_sampling_strategy": keys["disable_shuffling"]._replace(values=["sequential" if off else "random"])}
 
 
 _RULES: dict[str, Callable[[Keys, str], Flags]] = {

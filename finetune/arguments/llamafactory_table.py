@@ -1,4 +1,4 @@
-"""The table of LLaMA-Factory's keys: llamafactory.yaml, read and checked."""
+"""Reads the table of LLaMA-Factory's keys, llamafactory.yaml."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ PATH = Path(__file__).with_name("llamafactory.yaml")
 
 @dataclass(frozen=True, slots=True)
 class KeyRow:
-    """One key; exactly one of ``flag``, ``rule``, ``no_effect`` and ``instead`` says what becomes of it.
+    """One key; exactly one of ``flag``, ``rule``, ``no_effect`` and ``instead`` is set.
 
     Attributes:
         key: LLaMA-Factory's name.
-        section: title of the section it stands in.
+        section: title of its section in the table.
         default: LLaMA-Factory's default.
-        flag: our flag that takes the value as it is.
-        rule: the rule that makes flags of it.
+        flag: our flag that takes the value unchanged.
+        rule: the rule that translates it.
         no_effect: why any value is accepted without effect.
-        instead: why other values than the default are refused, and what to use.
-        also: further values that mean the default.
+        instead: why values other than the default are refused, and what to use.
+        also: further values that are equivalent to the default.
         method: the finetuning_type it belongs to; None for all.
-        ours: what our default does, where it counts instead of theirs.
+        ours: what our default does, if it is used instead of LLaMA-Factory's.
         export: whether `export` takes it too.
         only_export: whether only `export` takes it.
     """
@@ -44,10 +44,10 @@ class KeyRow:
     export: bool = False
     only_export: bool = False
 
-    def is_default(self, words: list[str]) -> bool:
-        """Whether the words say what LLaMA-Factory does without them."""
+    def is_default(self, values: list[str]) -> bool:
+        """Whether the values are equivalent to LLaMA-Factory's default."""
         accepted = (self.default, *self.also, *((False, "") if self.default is None else ()))
-        return any(_same(words, value) for value in accepted)
+        return any(_same(values, value) for value in accepted)
 
 
 @lru_cache(maxsize=1)
@@ -62,12 +62,12 @@ def rows() -> dict[str, KeyRow]:
 
 @lru_cache(maxsize=1)
 def other_defaults() -> dict[str, Any]:
-    """Keys of transformers.TrainingArguments with a default there that is not ours."""
+    """Keys of transformers.TrainingArguments whose default in LLaMA-Factory differs from ours."""
     return {key: value for section in _sections() for key, value in section.get("theirs", {}).items()}
 
 
-def default_words(value: Any) -> list[str] | None:
-    """A default as words; None for no value."""
+def default_values(value: Any) -> list[str] | None:
+    """A default as command-line values; None for no value."""
     if value is None:
         return None
     return [str(value).lower() if isinstance(value, bool) else str(value)]
@@ -85,15 +85,15 @@ def _entry(section: dict[str, Any], given: Any) -> dict[str, Any]:
     return entry
 
 
-def _same(words: list[str], value: Any) -> bool:
-    if len(words) != 1:
+def _same(given: list[str], value: Any) -> bool:
+    if len(given) != 1:
         return False
-    word = words[0].lower()
+    text = given[0].lower()
     if isinstance(value, bool):
-        return word in (("true", "1") if value else ("false", "0"))
+        return text in (("true", "1") if value else ("false", "0"))
     if isinstance(value, (int, float)):
         try:
-            return float(word) == value
+            return float(text) == value
         except ValueError:
             return False
-    return value is not None and word == str(value).lower()
+    return value is not None and text == str(value).lower()

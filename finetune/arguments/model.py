@@ -1,4 +1,4 @@
-"""The flags about the checkpoint, memory and the adapters; those about training are in ``arguments``."""
+"""Flags of the model, of memory saving, and of LoRA; those of training are in ``arguments.training``."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ModelArguments:
-    """Which checkpoint is trained."""
+    """The checkpoint and how it is loaded."""
 
     model_name_or_path: str = field(
         metadata={"help": "Folder of the checkpoint, or its hub id (a hub id is downloaded)."}
     )
     llm_type: str | None = field(
         default=None,
-        metadata={"help": "Only checked: the family is read from the checkpoint; a wrong value is corrected."},
+        metadata={
+            "help": "Only checked: the model family is detected from the checkpoint; wrong values are corrected."
+        },
     )
     template: str | None = field(
-        default=None, metadata={"help": "Only checked, as llm_type: LLaMA-Factory's name for a prompt format."}
+        default=None, metadata={"help": "Only checked, as llm_type: LLaMA-Factory's name of a chat template."}
     )
     print_param_status: bool = field(
-        default=False, metadata={"help": "List every parameter with its shape, type and whether it is trained."}
+        default=False, metadata={"help": "Log every parameter with its shape, dtype and whether it is trained."}
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa (default), flash_attention_2 or eager, for vision tower and LLM."}
@@ -34,16 +36,16 @@ class ModelArguments:
     use_hub_kernels: bool = field(
         default=False,
         metadata={
-            "help": "4.6, 4.7: the kernels of linear attention from transformers' mapping on the hub, in place of "
-            "installed ones (pip install -e '.[hub-kernels]', a GPU). Downloads and runs code, so it is off by default."
+            "help": "4.6, 4.7: linear attention kernels of transformers' hub mapping instead of installed ones "
+            "(needs pip install -e '.[hub-kernels]' and a GPU). Downloads and runs code, so it is off by default."
         },
     )
     downsample_mode: str | None = field(
         default=None,
         metadata={
-            "help": "4.6 and later: 16x or 4x, how many vision patches become a token; 4x sees finer detail and takes "
-            "about four times the tokens per image. Default: DOWNSAMPLE_MODE in the environment, else the adapter's or "
-            "the checkpoint's."
+            "help": "4.6 and later: vision patches per token, 16x or 4x; 4x keeps finer detail and needs about four "
+            "times as many tokens per image. Default: environment variable DOWNSAMPLE_MODE, else the adapter's or the "
+            "checkpoint's value."
         },
     )
     check_base_loss: str = field(
@@ -57,44 +59,43 @@ class ModelArguments:
 
 @dataclass
 class MemoryArguments:
-    """What saves memory inside a step; part of the training flags."""
+    """Flags that reduce the memory of a training step; part of the training flags."""
 
     checkpoint_parts: list[str] | None = field(
         default=None,
         metadata={
-            "help": "With gradient_checkpointing, the parts whose layers are run again. Default: all that keep "
-            "anything; a frozen tower keeps nothing. fit: as few as the plan for the GPU's memory allows, if any.",
+            "help": "With gradient_checkpointing, the parts whose layers are recomputed. Default: all; a frozen tower "
+            "stores no activations. fit: as few parts as the memory estimate for the GPU allows, possibly none.",
             "choices": ["llm", "vision", "audio", "fit"],
         },
     )
     vision_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Most visual items (thumbnails, slices, frames) encoded at once, and clips of sound unless ZeRO-3. "
-            "Default: all of a micro-batch. Saves memory where the tower is frozen or its layers are run again."
+            "help": "Maximum number of visual items (thumbnails, slices, frames) encoded at once, and of audio clips "
+            "without ZeRO-3. Default: all of a micro-batch. Saves memory if the tower is frozen or recomputed."
         },
     )
 
 
 def check_memory(training: Any) -> None:
-    """Refuses what would be without effect, or reach other networks.
+    """Refuses flags without effect, and flags that would change other models of the process.
 
     Raises:
-        ArgumentError: --use_liger_kernel, or parts beside "fit".
+        ArgumentError: --use_liger_kernel, or parts together with "fit".
     """
     if "fit" in (parts := training.checkpoint_parts or []) and len(parts) > 1:
-        raise ArgumentError(f"--checkpoint_parts {' '.join(parts)}: fit chooses the parts itself; leave the others out")
+        raise ArgumentError(f"--checkpoint_parts {' '.join(parts)}: fit chooses the parts itself; remove the others")
     if training.use_liger_kernel:
         raise ArgumentError(
-            "--use_liger_kernel true: liger-kernel replaces functions of transformers for every network of the process "
-            "and knows none of these; what it saves at the loss is saved here without it (the output layer makes a few "
-            "logits at a time)"
+            "--use_liger_kernel true: liger-kernel patches transformers for every model of the process and supports "
+            "none of these models; the memory that it saves in the loss is saved here without it (chunked logits)"
         )
 
 
 @dataclass
 class LoraArguments:
-    """How LoRA adapters are made; only read with --use_lora."""
+    """LoRA settings; only used with --use_lora."""
 
     lora_r: int = field(default=64, metadata={"help": "Rank."})
     lora_alpha: int = field(default=64, metadata={"help": "Scale; the update is multiplied by alpha / r."})
@@ -102,15 +103,16 @@ class LoraArguments:
     lora_target_modules: str | None = field(
         default=None,
         metadata={
-            "help": "Regular expression over module names, or all-linear: every linear layer of lora_parts. Default: "
-            "the attention projections of lora_parts, by names that the checkpoint's generation has."
+            "help": "Regular expression for module names, or all-linear: every linear layer of lora_parts. Default: "
+            "the attention projections of lora_parts, by their names in the model family."
         },
     )
     lora_target_parameters: str | None = field(
         default=None,
         metadata={
-            "help": "Comma-separated ends of parameter names that get adapters too, for weights that are in no linear "
-            "layer: mlp.experts.gate_up_proj,mlp.experts.down_proj of a mixture. Wants lora_dropout 0. Default: none."
+            "help": "Comma-separated suffixes of parameter names that get adapters too, for weights that are not in "
+            "linear layers: mlp.experts.gate_up_proj,mlp.experts.down_proj of a mixture of experts. Needs lora_dropout "
+            "0. Default: none."
         },
     )
     lora_bias: str = field(
@@ -120,13 +122,14 @@ class LoraArguments:
         default=None, metadata={"help": "Comma-separated modules trained in full and saved too, e.g. embed_tokens."}
     )
     lora_weight_path: str | None = field(
-        default=None, metadata={"help": "Adapter folder to start from; its rank, targets and saved modules count."}
+        default=None,
+        metadata={"help": "Adapter folder to continue training from; its rank, targets and saved modules are used."},
     )
     lora_layers_to_transform: list[int] | None = field(
         default=None, metadata={"help": "Only these layers of the LLM get adapters, e.g. 0 1 2."}
     )
     lora_layers_pattern: str | None = field(
-        default=None, metadata={"help": "Name of the layer list that lora_layers_to_transform counts in (layers)."}
+        default=None, metadata={"help": "Name of the layer list for lora_layers_to_transform (layers)."}
     )
     lora_layer_replication: str | None = field(
         default=None, metadata={"help": 'Ranges of layers to stack, as JSON: "[[0, 16], [8, 24]]".'}
@@ -140,7 +143,7 @@ class LoraArguments:
 
 
 def check_lora(lora: LoraArguments, *, use_lora: bool) -> None:
-    """Refuses adapters on parameters that would be without effect or that peft does not make; warns of other flags.
+    """Refuses adapters on parameters without effect or without support in peft; warns of other flags without effect.
 
     Raises:
         ArgumentError: --lora_target_parameters without LoRA, or with dropout, DoRA or repeated layers.
@@ -156,10 +159,10 @@ def check_lora(lora: LoraArguments, *, use_lora: bool) -> None:
             logger.warning("%s: no effect without --use_lora true", ", ".join(given))
     elif lora.lora_target_parameters is not None:
         reasons = {
-            f"--lora_dropout {lora.lora_dropout:g}: an adapter on a parameter sees no input that could be dropped; "
-            "--lora_dropout 0 does it": lora.lora_dropout,
+            f"--lora_dropout {lora.lora_dropout:g}: an adapter on a parameter has no input for dropout; "
+            "use --lora_dropout 0": lora.lora_dropout,
             "--use_dora true: peft has no DoRA for parameters": lora.use_dora,
             "--lora_layer_replication: repeated layers have other names": lora.lora_layer_replication,
         }
-        if reason := next((words for words, clash in reasons.items() if clash), None):
-            raise ArgumentError(f"--lora_target_parameters does not go with {reason}")
+        if reason := next((text for text, conflict in reasons.items() if conflict), None):
+            raise ArgumentError(f"--lora_target_parameters cannot be combined with {reason}")

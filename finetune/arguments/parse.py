@@ -1,4 +1,4 @@
-"""Every flag of finetune.py, where its default comes from, and which combinations are refused."""
+"""Parses and validates the command line of finetune.py; records the origin of every value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from finetune.arguments.data import DataArguments
 from finetune.arguments.model import LoraArguments, ModelArguments, check_lora
-from finetune.arguments.ranges import check_given, check_objects, check_ranges
+from finetune.arguments.ranges import check_not_empty, check_objects, check_ranges
 from finetune.arguments.requirements import check_data, check_q_lora, check_targets, check_training, resolve_attention
 from finetune.arguments.resolve import Resolved, refuse_unknown, resolve
 from finetune.arguments.training import TrainingArguments, check_streamed_batches
@@ -23,7 +23,7 @@ from finetune.utils.errors import ArgumentError, UserError
 
 logger = logging.getLogger(__name__)
 
-# What PyYAML puts behind a single value.
+# PyYAML's document end marker after a single value.
 _DOCUMENT_END = "\n...\n"
 
 # Secrets, and objects that transformers derives from other flags.
@@ -33,7 +33,7 @@ GROUPS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
 
 
 def flags_of(groups: Sequence[Any]) -> dict[str, bool]:
-    """The flags of some dataclasses, and whether they take several words."""
+    """The flags of some dataclasses, and whether they take several values."""
     return {entry.name: "list" in str(entry.type) for group in groups for entry in fields(group)}
 
 
@@ -45,10 +45,10 @@ class Arguments(NamedTuple):
     training: TrainingArguments
     lora: LoraArguments
     origins: Mapping[str, str] = {}
-    """Where each flag was given; flags that are missing here have their default, or follow from others."""
+    """Where each flag was given; other flags have their default or are derived."""
 
     def non_defaults(self) -> dict[str, Any]:
-        """Every flag whose resolved value differs from its default, by name, in plain YAML types."""
+        """Every flag whose resolved value differs from its default, by name, as YAML types."""
         values: dict[str, Any] = {}
         for group in (self.model, self.data, self.training, self.lora):
             for entry in fields(group):
@@ -62,19 +62,19 @@ class Arguments(NamedTuple):
         return self.origins.get(name, "derived")
 
     def describe(self) -> str:
-        """The flags that differ from their defaults, one on each line, with their origins."""
+        """The flags that differ from their defaults, one per line, with their origins."""
         values = self.non_defaults()
         width = max(map(len, values), default=0)
         lines = [f"  {name:<{width}}  {_short(value)}  ({self.origin(name)})" for name, value in values.items()]
         return "\n".join(["flags that are not at their defaults:", *lines])
 
     def to_yaml(self) -> str:
-        """The same as YAML that a run takes again; what follows from other flags and the machine is in comments."""
+        """The same as YAML that finetune.py accepts; values derived from other flags or the machine are comments."""
         lines = []
         for name, value in self.non_defaults().items():
             text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=sys.maxsize)
-            remark = "" if name in self.origins else "# "
-            lines.append(f"  {remark}{name}: {text.removesuffix(_DOCUMENT_END).strip()}  # {self.origin(name)}")
+            comment = "" if name in self.origins else "# "
+            lines.append(f"  {comment}{name}: {text.removesuffix(_DOCUMENT_END).strip()}  # {self.origin(name)}")
         return "\n".join(["flags:", *lines, ""])
 
 
@@ -104,7 +104,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     model, data, training, lora = _groups(resolved, known)
     if "do_train" in resolved.origins and not training.do_train:
         raise ArgumentError(
-            f"{resolved.origins['do_train']} false: this trains; `python -m finetune evaluate` evaluates"
+            f"{resolved.origins['do_train']} false: this command trains; use `python -m finetune evaluate` to evaluate"
         )
     if training.do_predict:
         raise ArgumentError("--do_predict true is not training: `python -m finetune evaluate` predicts and scores")
@@ -123,27 +123,27 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
 
 
 class _Parser(HfArgumentParser):
-    """One line instead of the usage of all flags."""
+    """Raises a one-line error instead of printing the usage of all flags."""
 
     def error(self, message: str) -> NoReturn:
         raise ArgumentError(f"{message}; --help lists every flag")
 
 
 def _groups(resolved: Resolved, known: Mapping[str, bool]) -> tuple[Any, ...]:
-    """The flags as their dataclasses; every number is looked at before the first of them is made.
+    """The flags as dataclasses; ranges are checked before the dataclasses are created.
 
     Raises:
-        ArgumentError: also for what transformers says of its own flags.
+        ArgumentError: invalid values, including those that transformers refuses.
     """
     parser = _Parser(GROUPS, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
-    check_given(resolved.words)
-    values, unknown = parser.parse_known_args(resolved.words)
+    check_not_empty(resolved.argv)
+    values, unknown = parser.parse_known_args(resolved.argv)
     if unknown:
         refuse_unknown(unknown, [f"--{name}" for name in known])
     check_ranges(vars(values), resolved.origins)
     check_objects(vars(values))
     try:
-        return parser.parse_args_into_dataclasses(resolved.words)
+        return parser.parse_args_into_dataclasses(resolved.argv)
     except UserError:
         raise
     except (ValueError, ImportError, NotImplementedError) as error:

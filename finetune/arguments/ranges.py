@@ -1,4 +1,4 @@
-"""Which numbers a flag takes: one table for training and all commands, looked at before anything is opened."""
+"""Valid ranges of numeric flags, one table for training and all commands; checks of empty and JSON values."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.arguments.argv import group
+from finetune.arguments.argv import parse_flags
 from finetune.utils.errors import ArgumentError
 from finetune.utils.json_objects import parse, read_object
 
-# Counts, steps and seconds beyond this overflow somewhere; nobody means them.
+# Larger counts, steps and seconds would overflow somewhere.
 _MOST = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The numbers that a flag takes; NaN and infinity never are.
+    """The valid numbers of a flag; never NaN or infinity.
 
     Attributes:
-        low: the smallest.
-        high: the largest.
-        above: whether ``low`` itself is left out.
-        below: whether ``high`` itself is left out.
-        steps: whether it counts steps: a share of all below 1, from 1 on a whole number.
-        also: a value outside with a meaning of its own.
+        low: lower bound.
+        high: upper bound.
+        above: whether ``low`` is exclusive.
+        below: whether ``high`` is exclusive.
+        steps: whether it is a number of steps: a share of all steps below 1, an integer from 1 on.
+        also: a special value outside of the range.
         hint: what to do instead, for the message.
     """
 
@@ -49,7 +49,7 @@ class Range:
         return low and (value < self.high if self.below else value <= self.high)
 
     def describe(self, value: float) -> str:
-        """What is wanted instead of a value outside, in words."""
+        """The message for a value outside of the range."""
         if self.low == self.high:
             return f"it must be {_plain(self.low)}"
         bounds = ["finite"] if not math.isfinite(value) else []
@@ -71,25 +71,25 @@ _NOT_NEGATIVE = Range(low=0)
 _POSITIVE = Range(low=0, above=True)
 _SHARE = Range(low=0, high=1, below=True)
 _SEED = Range(low=0, high=2**32 - 1)
-_RATE = Range(low=0, above=True, hint="0 trains nothing; --tune_llm, --tune_vision, ... false keep a part as it is")
-# A picture of fewer pixels than a patch has shows nothing.
+_RATE = Range(low=0, above=True, hint="0 trains nothing; --tune_llm, --tune_vision, ... false freeze a part")
+# At least one patch.
 _PIXELS = Range(low=14 * 14)
 
 RANGES: Mapping[str, Range] = {
-    # how long, how often
+    # durations and intervals
     "num_train_epochs": _POSITIVE,
     "epochs": _POSITIVE,
-    "max_steps": Range(low=1, also=-1, hint="leave it out to train --num_train_epochs"),
+    "max_steps": Range(low=1, also=-1, hint="omit it to train for --num_train_epochs"),
     "logging_steps": Range(low=0, above=True, steps=True, hint="--logging_strategy no switches it off"),
     "save_steps": Range(low=0, above=True, steps=True, hint="--save_strategy no switches it off"),
     "eval_steps": Range(low=0, above=True, steps=True, hint="--eval_strategy no switches it off"),
     "eval_delay": _NOT_NEGATIVE,
     "warmup_steps": Range(low=0, steps=True),
-    "save_total_limit": Range(low=1, hint="leave it out to keep all checkpoints"),
+    "save_total_limit": Range(low=1, hint="omit it to keep all checkpoints"),
     "max_nonfinite_steps": Range(low=0, hint="0 never stops"),
     "torch_empty_cache_steps": _COUNT,
     "save_on_signal_timeout": Range(low=0, hint="0 ends at once"),
-    "hang_timeout": Range(low=0, hint="0 waits for ever"),
+    "hang_timeout": Range(low=0, hint="0 disables it"),
     # the optimizer
     **dict.fromkeys(("learning_rate", "vision_lr", "resampler_lr", "audio_lr"), _RATE),
     "weight_decay": _NOT_NEGATIVE,
@@ -101,7 +101,7 @@ RANGES: Mapping[str, Range] = {
     "label_smoothing_factor": Range(
         low=0,
         high=0,
-        hint="smoothing needs the logits of all tokens, which the output layer here never makes; leave it out",
+        hint="smoothing needs the logits of all tokens, which are never computed here; omit it",
     ),
     **dict.fromkeys(("seed", "data_seed"), _SEED),
     # batches and processes
@@ -109,14 +109,14 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "packing_tokens"), _COUNT),
     **dict.fromkeys(("packing_items", "vision_batch", "dataloader_prefetch_factor", "ddp_bucket_cap_mb"), _COUNT),
     **dict.fromkeys(("ddp_timeout", "gpus", "model_max_length", "length"), _COUNT),
-    "dataloader_num_workers": Range(low=0, hint="0 prepares samples in the training process"),
+    "dataloader_num_workers": Range(low=0, hint="0 encodes samples in the training process"),
     "gpu_memory": _POSITIVE,
     "export_size": _POSITIVE,
     "zero": Range(low=0, high=3),
     "port": Range(low=1, high=65535),
     # adapters
     "lora_r": _COUNT,
-    "lora_alpha": Range(low=1, hint="the update is multiplied by alpha / r, by 0 it does nothing"),
+    "lora_alpha": Range(low=1, hint="the update is multiplied by alpha / r; with 0 it has no effect"),
     "lora_dropout": Range(low=0, high=1, below=True, hint="1 drops everything"),
     "lora_layers_to_transform": _NOT_NEGATIVE,
     # data
@@ -144,7 +144,7 @@ RANGES: Mapping[str, Range] = {
 
 EXEMPT: Mapping[str, str] = {
     "local_rank": "set by torchrun, -1 without",
-    "tune_llm_layers": "any number but 0 has a meaning; 0 is refused with what it goes with",
+    "tune_llm_layers": "any number but 0 is valid; 0 is refused by TrainingArguments",
 }
 """Numeric flags without a range, and why."""
 
@@ -156,41 +156,41 @@ OBJECTS: Mapping[str, bool] = {
     "liger_kernel_config": False,
     "lr_scheduler_kwargs": False,
 }
-"""Flags that take a JSON object, and whether a file of one too."""
+"""Flags that take a JSON object, and whether they also take a file with one."""
 
 
 def check_ranges(values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> None:
-    """Refuses numbers that a flag does not take.
+    """Refuses numbers outside of the range of a flag.
 
     Args:
-        values: of flags by name; those that are None or no numbers are left to others.
+        values: values of flags, by name; None and values that are not numbers are ignored.
         origins: where a flag was given, for the message.
 
     Raises:
-        ArgumentError: naming the flag, its value and what it takes.
+        ArgumentError: naming the flag, its value and the range.
     """
-    for name, wanted in RANGES.items():
+    for name, valid in RANGES.items():
         for value in _numbers(values.get(name)):
-            if value not in wanted:
+            if value not in valid:
                 origin = (origins or {}).get(name, "command line")
                 where = "" if origin == "command line" else f" ({origin})"
-                hint = f"; {wanted.hint}" if wanted.hint else ""
-                raise ArgumentError(f"--{name} {value}{where}: {wanted.describe(value)}{hint}")
+                hint = f"; {valid.hint}" if valid.hint else ""
+                raise ArgumentError(f"--{name} {value}{where}: {valid.describe(value)}{hint}")
 
 
-def check_given(words: Sequence[str]) -> None:
-    """Refuses flags whose value is empty, as an unset variable of a script leaves them.
+def check_not_empty(argv: Sequence[str]) -> None:
+    """Refuses flags with an empty value, as from an unset variable of a script.
 
     Raises:
         ArgumentError: naming the flag.
     """
-    for name, given in group(words)[0].items():
-        if given and all(not word.strip() for word in given):
-            raise ArgumentError(f"--{name} has an empty value ('{given[0]}'): give one, or leave the flag out")
+    for name, values in parse_flags(argv)[0].items():
+        if values and all(not value.strip() for value in values):
+            raise ArgumentError(f"--{name} has an empty value ('{values[0]}'): give one, or omit the flag")
 
 
 def check_objects(values: Mapping[str, Any]) -> None:
-    """Refuses settings that are neither a JSON object nor, where transformers reads one, a file of it.
+    """Refuses values that are neither a JSON object nor, if the flag takes one, a file with one.
 
     Raises:
         ArgumentError: naming the flag.
@@ -202,9 +202,9 @@ def check_objects(values: Mapping[str, Any]) -> None:
         if value.startswith("{"):
             parse(value, f"--{name} {value}", ArgumentError, "correct it")
         elif not file:
-            raise ArgumentError(f"--{name} {value}: a JSON object is wanted, such as '{{\"key\": 1}}'")
+            raise ArgumentError(f"--{name} {value}: it must be a JSON object, such as '{{\"key\": 1}}'")
         else:
-            read_object(Path(value), ArgumentError, f"--{name} takes a JSON object, or a file of one")
+            read_object(Path(value), ArgumentError, f"--{name} takes a JSON object, or a file with one")
 
 
 def _numbers(value: Any) -> Iterator[float]:

@@ -1,4 +1,4 @@
-"""What a run must not begin without, told by its flags alone: packages, a GPU, an account, data that a flag needs."""
+"""Checks what the flags of a run require: packages, a GPU, a hub account, other flags."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LOGGERS = {
     "trackio": "trackio",
     "wandb": "wandb",
 }
-"""Values of --report_to and the packages behind them."""
+"""Values of --report_to and their packages."""
 OPTIMIZERS = (
     (r"adamw_torch_xla", "torch_xla", "torch_xla"),
     (r"adamw_torch_npu_fused", "torch_npu", "torch_npu"),
@@ -52,11 +52,11 @@ OPTIMIZERS = (
     (r"stable_adamw", "optimi", "torch-optimi"),
     (r"paged_.*|ademamix.*|lion_.*|rmsprop_bnb.*|adamw_(bnb_)?8bit", "bitsandbytes", _BITSANDBYTES),
 )
-"""Patterns of --optim, the module they need and its package; the others are torch's or transformers' own."""
+"""Patterns of --optim, the required module and its package; other optimizers need no package."""
 
 
 def check_training(training: TrainingArguments) -> None:
-    """Refuses what needs a package, a GPU or an account that is not there.
+    """Checks that packages of loggers and optimizer are installed, and the account for --push_to_hub.
 
     Raises:
         ArgumentError: with what to install or to give.
@@ -67,19 +67,19 @@ def check_training(training: TrainingArguments) -> None:
 
 
 def check_machine(training: TrainingArguments) -> None:
-    """Refuses what this machine cannot compute; before transformers looks at the flags.
+    """Refuses flags that the hardware does not support, before transformers checks its own.
 
     Raises:
-        ArgumentError: --tf32 without a GPU that has it.
+        ArgumentError: --tf32 without a GPU that supports it.
     """
     if training.tf32 and (training.use_cpu or not is_torch_tf32_available()):
-        raise ArgumentError("--tf32 true needs an NVIDIA GPU of the Ampere generation or newer; leave it out")
+        raise ArgumentError("--tf32 true needs an NVIDIA GPU of the Ampere generation or newer; omit it")
 
 
 def _check_loggers(training: TrainingArguments) -> None:
-    """Of those that are asked for, "all" being those that are installed."""
+    """Checks the loggers of --report_to; "all" uses the installed ones."""
     given = training.report_to if isinstance(training.report_to, list) else [training.report_to or "none"]
-    training.report_to = [name for entry in given for name in entry.split(",")]  # a YAML list comes as one word
+    training.report_to = [name for entry in given for name in entry.split(",")]  # a YAML list comes as one value
     names = [name for name in training.report_to if name not in ("", "none", "all")]
     if unknown := [name for name in names if name not in LOGGERS]:
         raise ArgumentError(f"--report_to {unknown[0]}: it is none, all or some of {', '.join(LOGGERS)}")
@@ -106,18 +106,18 @@ def _check_hub(training: TrainingArguments) -> None:
     from huggingface_hub import get_token
 
     if training.hub_model_id is None:
-        raise ArgumentError("--push_to_hub true: say where to with --hub_model_id OWNER/NAME")
+        raise ArgumentError("--push_to_hub true needs --hub_model_id OWNER/NAME")
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-        raise ArgumentError("--push_to_hub true: HF_HUB_OFFLINE is set, nothing can be sent; unset it")
+        raise ArgumentError("--push_to_hub true: HF_HUB_OFFLINE is set, nothing can be uploaded; unset it")
     if training.hub_token is None and get_token() is None:
         raise ArgumentError("--push_to_hub true needs an account: `hf auth login`, or HF_TOKEN in the environment")
 
 
 def resolve_attention(model: ModelArguments) -> None:
-    """FlashAttention where the machine has it.
+    """Falls back from FlashAttention to SDPA if there is no GPU or no flash-attn.
 
     Raises:
-        ArgumentError: no such implementation.
+        ArgumentError: an unknown implementation.
     """
     if model.attn_implementation not in (None, *ATTENTION):
         raise ArgumentError(f"--attn_implementation {model.attn_implementation}: it is {', '.join(ATTENTION)}")
@@ -125,12 +125,12 @@ def resolve_attention(model: ModelArguments) -> None:
         return
     lacks = "no GPU" if not is_torch_cuda_available() else "no flash-attn (pip install flash-attn)"
     if not is_torch_cuda_available() or importlib.util.find_spec("flash_attn") is None:
-        logger.warning("flash_attention_2 is asked for but there is %s: sdpa is used instead", lacks)
+        logger.warning("--attn_implementation flash_attention_2: there is %s; sdpa is used instead", lacks)
         model.attn_implementation = "sdpa"
 
 
 def check_data(data: DataArguments, training: TrainingArguments) -> None:
-    """Refuses flags about data that contradict each other or those about training.
+    """Refuses data flags that contradict each other or the training flags.
 
     Raises:
         ArgumentError: naming them.
@@ -141,40 +141,40 @@ def check_data(data: DataArguments, training: TrainingArguments) -> None:
     if data.val_size > 1 and data.val_size != int(data.val_size):
         raise ArgumentError(f"--val_size {data.val_size:g}: a share below 1, or a whole number of records")
     if data.streaming and training.max_steps < 1:
-        raise ArgumentError("--streaming true reads on and on: say with --max_steps when training ends")
+        raise ArgumentError("--streaming true needs --max_steps: the number of records is unknown")
     evaluation = [name for name in ("eval_data_path", "eval_dataset", "val_size") if getattr(data, name)]
     if len(evaluation) > 1:
-        raise ArgumentError(f"--{' and --'.join(evaluation)} both say what evaluation data are; give one of them")
+        raise ArgumentError(f"--{' and --'.join(evaluation)} both define the evaluation data; give one of them")
     if training.do_eval and not evaluation:
         raise ArgumentError(
             "evaluation is on (--do_eval or --eval_strategy) but none of --eval_data_path, --eval_dataset and "
             "--val_size is given"
         )
     if training.eval_generate and not evaluation:
-        raise ArgumentError(f"--eval_generate {training.eval_generate} asks evaluation samples: give --eval_data_path")
+        raise ArgumentError(f"--eval_generate {training.eval_generate} needs evaluation samples: give --eval_data_path")
     _check_best(training, evaluation)
 
 
 def _check_best(training: TrainingArguments, evaluation: list[str]) -> None:
-    """What is best is known from evaluations alone."""
+    """Checks that there are evaluations, and a known metric, to choose the best checkpoint by."""
     best = training.metric_for_best_model
     strategy = str(getattr(training.eval_strategy, "value", training.eval_strategy))
     saving = str(getattr(training.save_strategy, "value", training.save_strategy))
     if (training.load_best_model_at_end or saving == "best") and (not evaluation or strategy == "no"):
         flag = "--load_best_model_at_end true" if training.load_best_model_at_end else "--save_strategy best"
         raise ArgumentError(
-            f"{flag}: no evaluation says which checkpoint is best; give --eval_data_path and --eval_strategy steps"
+            f"{flag} needs evaluations to find the best checkpoint; give --eval_data_path and --eval_strategy steps"
         )
-    # The metric of eval_generate is known once its data are read.
+    # The metric of eval_generate is chosen when its data are read.
     if best is not None and best.removeprefix("eval_") != "loss" and not training.eval_generate:
         raise ArgumentError(
-            f"--metric_for_best_model {best}: an evaluation gives loss; another metric needs --eval_generate N with "
+            f"--metric_for_best_model {best}: evaluation has only loss; another metric needs --eval_generate N with "
             "--eval_metric"
         )
 
 
 def check_q_lora(training: TrainingArguments) -> None:
-    """Refuses 4 bit with what it cannot go with.
+    """Refuses QLoRA with incompatible flags, or without bitsandbytes.
 
     Raises:
         ArgumentError: full training, ZeRO-3, or no bitsandbytes.
@@ -193,15 +193,15 @@ def check_q_lora(training: TrainingArguments) -> None:
 
 
 def check_targets(lora: LoraArguments) -> None:
-    """Refuses a pattern of module names that is no regular expression.
+    """Refuses a pattern of module names that is not a valid regular expression.
 
     Raises:
-        ArgumentError: with what is wrong in it.
+        ArgumentError: with the error.
     """
     try:
         re.compile(lora.lora_target_modules or "")
     except re.error as error:
         raise ArgumentError(
-            f"--lora_target_modules {lora.lora_target_modules!r} is no regular expression: {error}; give one that "
-            "matches whole module names, or names separated by commas"
+            f"--lora_target_modules {lora.lora_target_modules!r} is not a regular expression: {error}; give one that "
+            "matches full module names, or names separated by commas"
         ) from error

@@ -1,4 +1,4 @@
-"""Command line over file over defaults: one command line for the parser, and where each flag on it comes from."""
+"""Merges command line, YAML file and defaults into one command line for the parser, with the origin of each flag."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from finetune.arguments import llamafactory
-from finetune.arguments.argv import Words, flatten, group, read_file, split_file
+from finetune.arguments.argv import Values, parse_flags, read_file, split_file, to_argv
 from finetune.arguments.legacy import legacy_names, translate
 from finetune.arguments.llamafactory import Flags, Given
 from finetune.arguments.llamafactory_table import rows
@@ -26,117 +26,119 @@ class Resolved:
     """A command line for the parser.
 
     Attributes:
-        words: ``--flag value ...`` in our flags, each flag once.
-        origins: where the value of each flag was read, e.g. "x.yaml: lora_rank" or "command line".
-        file: the YAML file, where there is one.
+        argv: ``--flag value ...`` with our flags, each flag once.
+        origins: where the value of each flag was given, e.g. "x.yaml: lora_rank" or "command line".
+        file: the YAML file, if any.
     """
 
-    words: list[str]
+    argv: list[str]
     origins: dict[str, str]
     file: Path | None
 
 
 def resolve(argv: Sequence[str], known: Mapping[str, bool], command: str = "train") -> Resolved:
-    """One command line of our flags from a file in front, if any, and the words behind it, which count more.
+    """Merges a YAML file, if any, and the flags after it, which override it.
 
-    A file that uses keys of LLaMA-Factory that we do not have takes LLaMA-Factory's defaults for absent ones.
+    A file with keys that only LLaMA-Factory has uses LLaMA-Factory's defaults for missing keys.
 
     Args:
-        argv: ``[FILE.yaml] --flag value ...``; behind a file also ``flag=value``.
-        known: our flags, without dashes, and whether they take several words; where they do not, several are joined by
-            commas (a list in a file).
-        command: "train" or "export"; which of LLaMA-Factory's keys count.
+        argv: ``[FILE.yaml] --flag value ...``; after a file also ``flag=value``.
+        known: our flags, without dashes, and whether they take several values; a list for another flag is joined by
+            commas.
+        command: "train" or "export"; which of LLaMA-Factory's keys are read.
 
     Raises:
-        ArgumentError: no such file, a key that nobody knows, a value that this tool has nothing for, or a flag that is
-            given twice in one place under two names.
+        ArgumentError: no such file, an unknown key, an unsupported value, or a flag that is given in one place under
+            two names.
     """
     path, rest = split_file(argv)
-    typed, stray = group(translate(rest), pairs=path is not None)
+    typed, stray = parse_flags(translate(rest), pairs=path is not None)
     ours = set(known)
     keys: Flags = {}
     flags: Flags = {}
     theirs = False
     if path is not None:
-        written, _ = group(translate(read_file(path)))
+        written, _ = parse_flags(translate(read_file(path)))
         _check_names(path, written, ours)
         theirs = any(llamafactory.is_foreign(key, ours) for key in written)
-        _sort_out(written, _FILE, str(path), ours, theirs, keys, flags)
-    _sort_out(typed, _COMMAND_LINE, "command line", ours, theirs, keys, flags)
+        _split(written, _FILE, str(path), ours, theirs, keys, flags)
+    _split(typed, _COMMAND_LINE, "command line", ours, theirs, keys, flags)
     if theirs:
         keys = {**llamafactory.defaults(keys, command), **keys}
         if command == "train":
-            logger.info("%s uses LLaMA-Factory's keys: what it leaves out takes LLaMA-Factory's defaults", path)
+            logger.info("%s uses LLaMA-Factory's keys: missing keys have LLaMA-Factory's defaults", path)
             flags = {**llamafactory.training_defaults(), **flags}
     chosen = _choose(llamafactory.translate(keys, command), flags)
     if theirs and command == "train":
-        chosen = _same_rate(chosen)
-    words = {name: given.words if known.get(name, True) else [",".join(given.words)] for name, given in chosen.items()}
-    return Resolved([*stray, *flatten(words)], {name: given.origin for name, given in chosen.items()}, path)
+        chosen = _same_learning_rate(chosen)
+    values = {
+        name: given.values if known.get(name, True) else [",".join(given.values)] for name, given in chosen.items()
+    }
+    return Resolved([*stray, *to_argv(values)], {name: given.origin for name, given in chosen.items()}, path)
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """A hint at the nearest known name, empty when there is none."""
+    """A hint with the nearest known name; empty if there is none."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _check_names(path: Path, written: Words, ours: set[str]) -> None:
+def _check_names(path: Path, written: Values, ours: set[str]) -> None:
     known = {*ours, *rows(), *legacy_names()}
     unknown = [f"{key}{nearest(key, known)}" for key in written if key not in known]
     if unknown:
         raise ArgumentError(f"{path}: unknown: {', '.join(unknown)}")
 
 
-def _sort_out(words: Words, layer: int, where: str, ours: set[str], theirs: bool, keys: Flags, flags: Flags) -> None:
-    """Puts every word of a layer with LLaMA-Factory's keys or with our flags."""
-    for given, said in words.items():
-        name, values = _switch(given, ours) if not said else (given, said)
-        foreign = name in rows() and (theirs or name not in ours)
+def _split(entries: Values, layer: int, where: str, ours: set[str], theirs: bool, keys: Flags, flags: Flags) -> None:
+    """Splits the entries of a layer into LLaMA-Factory's keys and our flags."""
+    for entry, given in entries.items():
+        name, values = (entry, given) if given else _switch(entry, ours)
+        is_key = name in rows() and (theirs or name not in ours)
         origin = where if where == "command line" and name in ours else f"{where}: {name}"
-        target = keys if foreign else flags
+        target = keys if is_key else flags
         target[name] = Given(values, layer, origin)
 
 
 def _switch(name: str, ours: set[str]) -> tuple[str, list[str]]:
-    """A flag that stands alone: it switches on, and with no_ in front off."""
+    """Name and value of a flag without a value: true, or false with the prefix no_."""
     if name not in ours and name.startswith("no_") and name.removeprefix("no_") in ours:
         return name.removeprefix("no_"), ["false"]
     return name, ["true"]
 
 
 def _choose(translated: Flags, direct: Flags) -> Flags:
-    """Of two values for a flag the one of the later layer."""
+    """Merges flags; of two values the one of the higher layer is used."""
     chosen = dict(direct)
     for name, given in translated.items():
         other = direct.get(name)
         if other is None or given.layer > other.layer:
             chosen[name] = given
-        elif given.layer == other.layer and given.words != other.words:
+        elif given.layer == other.layer and given.values != other.values:
             raise ArgumentError(
-                f"{given.origin} says {name} {' '.join(given.words)}, {other.origin} says {' '.join(other.words)}: "
-                "leave one of them out"
+                f"{given.origin} says {name} {' '.join(given.values)}, {other.origin} says {' '.join(other.values)}: "
+                "remove one of them"
             )
     return chosen
 
 
-def _same_rate(flags: Flags) -> Flags:
-    """LLaMA-Factory has one learning rate for all parts that are trained."""
-    trained = [part for part in ("vision", "resampler") if flags[f"tune_{part}"].words == ["true"]]
+def _same_learning_rate(flags: Flags) -> Flags:
+    """LLaMA-Factory has one learning rate for all trained parts."""
+    trained = [part for part in ("vision", "resampler") if flags[f"tune_{part}"].values == ["true"]]
     return {**{f"{part}_lr": flags["learning_rate"] for part in trained}, **flags}
 
 
-def refuse_unknown(words: Sequence[str], known: Sequence[str]) -> NoReturn:
-    """Refuses what no flag takes.
+def refuse_unknown(unknown: Sequence[str], known: Sequence[str]) -> NoReturn:
+    """Refuses unknown flags.
 
     Args:
-        words: flags, perhaps with their values, or words that stand alone.
+        unknown: unknown flags, perhaps with their values, or stray values.
         known: all flags.
 
     Raises:
         ArgumentError: with the nearest known flag.
     """
-    names = [word for word in words if word.startswith("--")] or words
+    names = [argument for argument in unknown if argument.startswith("--")] or unknown
     hints = []
     for name in names:
         close = difflib.get_close_matches(name.partition("=")[0], known, n=1)

@@ -1,4 +1,4 @@
-"""The flags of training, and what they default to; those of batches and of an early end included."""
+"""Training flags (a subclass of transformers.TrainingArguments) and the defaults derived from other flags."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import transformers
 from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_cuda_available
 
-from finetune.arguments.activation_checkpointing import hand_over
+from finetune.arguments.activation_checkpointing import copy_to_new_names
 from finetune.arguments.deepspeed import check_deepspeed, check_zero, load_deepspeed
 from finetune.arguments.model import MemoryArguments, check_memory
 from finetune.arguments.requirements import check_machine
@@ -16,76 +16,80 @@ from finetune.utils.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
 
-# Below this LoRA hardly moves: the adapters start at zero and most published failures used 1e-6.
+# Lower learning rates hardly train LoRA: adapters start at zero, and most published failures used 1e-6.
 LOW_LORA_LEARNING_RATE = 1e-5
 
-# True and False are what older scripts pass.
-_RESUME_WORDS = {"none": None, "false": None, "auto": "auto", "true": "auto"}
+# Older scripts pass true and false.
+_RESUME_VALUES = {"none": None, "false": None, "auto": "auto", "true": "auto"}
 
 PACKINGS = {"off": "off", "batch": "batch", "best_fit": "best_fit", "true": "best_fit", "false": "off"}
 BY_SIZE = ("group_by_length", "batch_rebalance")
-"""Values of train_sampling_strategy that look at the sizes of the samples."""
+"""Values of train_sampling_strategy that need the lengths of the samples."""
 
 
 @dataclass
 class BatchArguments:
-    """Which samples are trained together; part of the training flags."""
+    """Packing of samples into rows; part of the training flags."""
 
     packing: str = field(
         default="off",
         metadata={
-            "help": "Samples lie one behind another in one row, without padding and without seeing each other. batch: "
-            "every optimizer step has the samples it would have anyway, dealt to the GPUs by their work. best_fit: "
-            "rows are filled up to packing_tokens, so a step has more samples. off: rows are padded. "
+            "help": "Concatenate samples in one row without padding; they do not attend to each other. batch: every "
+            "optimizer step has the same samples as without packing, balanced over the GPUs. best_fit: rows are "
+            "filled up to packing_tokens, so a step has more samples. off: rows are padded. "
             "true and false mean best_fit and off."
         },
     )
     packing_tokens: int | None = field(
         default=None,
-        metadata={"help": "Longest packed row. Default: per_device_train_batch_size x model_max_length."},
+        metadata={
+            "help": "Maximum length of a packed row in tokens. Default: per_device_train_batch_size x model_max_length."
+        },
     )
     packing_items: int | None = field(
         default=None,
-        metadata={"help": "Most images, slices and frames of a row of best_fit. Default: as many as its tokens allow."},
+        metadata={"help": "Maximum number of images, slices and frames per row of best_fit. Default: no limit."},
     )
 
 
 @dataclass
 class EndingArguments:
-    """How long a run that is asked to stop, or stands still, is waited for."""
+    """Timeouts of stopping by a signal and of hanging runs; part of the training flags."""
 
     save_on_signal_timeout: float = field(
         default=25.0,
         metadata={
-            "help": "Seconds to finish the step and save a checkpoint when SIGTERM, SIGUSR1 or SIGHUP asks the run to "
-            "stop; 0 ends it at once, without saving. Give the scheduler a longer notice than that."
+            "help": "Seconds to finish the step and save a checkpoint after SIGTERM, SIGUSR1 or SIGHUP; 0 ends the run "
+            "at once, without saving. The scheduler's notice should be longer than that."
         },
     )
     hang_timeout: float = field(
         default=1800.0,
         metadata={
             "help": "Seconds without a finished micro-batch, evaluation batch or save after which every rank writes "
-            "its stacks and the samples of the step into OUTPUT_DIR/hang and the run ends; 0: never."
+            "its stack traces and the samples of the step into OUTPUT_DIR/hang and the run ends; 0: never."
         },
     )
 
 
 @dataclass
 class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transformers.TrainingArguments):
-    """The flags of transformers.TrainingArguments, with defaults that learn, and those of the official scripts."""
+    """transformers.TrainingArguments with other defaults, and the flags of the official scripts."""
 
-    output_dir: str | None = field(default="output", metadata={"help": "Where checkpoints and the result go."})
+    output_dir: str | None = field(default="output", metadata={"help": "Folder of checkpoints and the result."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Use a non-empty output folder; a former result in it is removed."}
+        default=False, metadata={"help": "Use a non-empty output folder; a previous result in it is removed."}
     )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "auto continues from the newest complete checkpoint in output_dir, or starts when there is none; "
-            "a checkpoint-N folder continues from that one; none (default) always starts."
+            "help": "auto resumes from the newest complete checkpoint in output_dir, or starts a new run if there is "
+            "none; a checkpoint-N folder resumes from that one; none (default) always starts a new run."
         },
     )
-    model_max_length: int = field(default=2048, metadata={"help": "Longest sample in tokens, images included."})
+    model_max_length: int = field(
+        default=2048, metadata={"help": "Maximum length of a sample in tokens, with image tokens."}
+    )
     tune_vision: bool | None = field(
         default=None, metadata={"help": "Train the vision tower (in full). Default: true without LoRA, false with."}
     )
@@ -99,7 +103,7 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
     tune_llm_layers: int | None = field(
         default=None,
         metadata={
-            "help": "Of the LLM train only the last so many layers (a negative number: the first), in full; without "
+            "help": "Train only the last N layers of the LLM (a negative number: the first N), in full, without "
             "embeddings and output layer."
         },
     )
@@ -114,7 +118,7 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
     )
     vision_lr: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of the vision tower. Default: a fifth of learning_rate; all of it for LoRA."},
+        metadata={"help": "Learning rate of the vision tower. Default: learning_rate / 5; learning_rate for LoRA."},
     )
     resampler_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the resampler. Default: learning_rate."}
@@ -124,7 +128,7 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
     )
     bf16: bool = field(
         default=None,  # pyright: ignore[reportAssignmentType, reportArgumentType]
-        metadata={"help": "Default: true where the GPU has it."},
+        metadata={"help": "Default: true if the GPU supports it."},
     )
     fp16: bool = field(
         default=None,  # pyright: ignore[reportAssignmentType, reportArgumentType]
@@ -135,27 +139,31 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "The same in evaluation."})
     eval_generate: int = field(
         default=0,
-        metadata={"help": "Evaluation samples that the model answers at every evaluation, scored by eval_metric."},
+        metadata={
+            "help": "Number of evaluation samples answered by generation at every evaluation, scored by eval_metric."
+        },
     )
     eval_metric: str = field(
         default="auto",
         metadata={"help": "Metric of eval_generate, logged as eval_<metric>; a name or a function as in evaluate."},
     )
-    eval_max_new_tokens: int = field(default=64, metadata={"help": "Longest answer of eval_generate, in tokens."})
+    eval_max_new_tokens: int = field(
+        default=64, metadata={"help": "Maximum length of the answers of eval_generate, in tokens."}
+    )
     eval_generate_zero3: bool = field(
         default=False,
-        metadata={"help": "eval_generate under ZeRO-3 too: right, but slow, as every token gathers all weights."},
+        metadata={"help": "Enable eval_generate with ZeRO-3: correct, but slow, as every token gathers all weights."},
     )
-    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps (below 1: share of all)."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every N steps (below 1: share of all steps)."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "No effect: NaN is logged as NaN."})
     max_nonfinite_steps: int = field(
-        default=3, metadata={"help": "Stop after so many steps in a row with a loss or gradient not finite; 0: never."}
+        default=3, metadata={"help": "Stop after N consecutive steps with non-finite loss or gradient; 0: never."}
     )
-    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Where logs go; none for off."})
-    dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that prepare samples, per rank."})
+    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "Loggers; none for off."})
+    dataloader_num_workers: int = field(default=2, metadata={"help": "Dataloader workers per rank."})
     dataloader_persistent_workers: bool = field(
         default=None,  # pyright: ignore[reportAssignmentType, reportArgumentType]
-        metadata={"help": "Keep these processes from epoch to epoch. Default: true where there are any."},
+        metadata={"help": "Keep dataloader workers between epochs. Default: true if there are any."},
     )
     verify_adapter: str = field(
         default="auto",
@@ -172,39 +180,39 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
         check_machine(self)
         resolve_batches(self)
         check_memory(self)
-        self.resume_from_checkpoint = _RESUME_WORDS.get(
+        self.resume_from_checkpoint = _RESUME_VALUES.get(
             (self.resume_from_checkpoint or "none").lower(), self.resume_from_checkpoint
         )
         self.deepspeed = load_deepspeed(self.deepspeed)
         check_deepspeed(self.deepspeed, self)
         if self.remove_unused_columns:
-            # With true, transformers would drop our batch keys it cannot find in a wrapped forward.
-            logger.warning("--remove_unused_columns true has no meaning here and is set to false")
+            # With true, transformers would drop batch keys that it does not find in a wrapped forward.
+            logger.warning("--remove_unused_columns true is not supported and is set to false")
             self.remove_unused_columns = False
         if self.ddp_find_unused_parameters is None:
-            # Every part runs in every micro-batch (text-only ones run a dummy image), so nothing is ever unused.
+            # Every part runs in every micro-batch (text-only ones run a dummy image): no parameter is unused.
             self.ddp_find_unused_parameters = False
         if self.deepspeed:
-            from finetune.runtime.distributed import prepare_deepspeed_on_cpu, prepare_lone_process
+            from finetune.runtime.distributed import prepare_deepspeed_on_cpu, prepare_single_process
 
             if self.use_cpu:
                 prepare_deepspeed_on_cpu()
-            else:  # transformers connects the processes as soon as it sees the flags
-                prepare_lone_process()
+            else:  # transformers initialises the process group in its __post_init__
+                prepare_single_process()
             check_zero(self.deepspeed)
-        hand_over(self)
+        copy_to_new_names(self)
         super().__post_init__()
 
     def _resolve_parts(self) -> None:
         if self.use_lora and self.tune_llm:
             raise ArgumentError(
                 "--use_lora true trains adapters in the LLM, --tune_llm true trains the LLM in full: "
-                "choose one (LoRA wants --tune_llm false)"
+                "choose one (LoRA needs --tune_llm false)"
             )
         if self.tune_llm_layers is not None and (self.use_lora or self.tune_llm is False or not self.tune_llm_layers):
             raise ArgumentError(
-                f"--tune_llm_layers {self.tune_llm_layers} trains so many layers of the LLM in full: it goes neither "
-                "with --use_lora true (adapters) nor with --tune_llm false (nothing there), nor with 0"
+                f"--tune_llm_layers {self.tune_llm_layers} trains that many layers of the LLM in full: it cannot be 0 "
+                "or combined with --use_lora true (adapters) or --tune_llm false (frozen LLM)"
             )
         self.tune_llm = (not self.use_lora) if self.tune_llm is None else self.tune_llm
         self.tune_vision = (not self.use_lora) if self.tune_vision is None else self.tune_vision
@@ -222,7 +230,7 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
                 "--tune_resampler to true"
             )
         if not self.use_lora and not self.tune_llm:
-            logger.warning("--tune_llm false without LoRA: the LLM stays as it is, only %s is trained", self._towers())
+            logger.warning("--tune_llm false without LoRA: the LLM is frozen, only %s is trained", self._towers())
 
     def _towers(self) -> str:
         return " and ".join(part for part in ("vision", "resampler", "audio") if getattr(self, f"tune_{part}"))
@@ -232,7 +240,7 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
             self.learning_rate = 1e-4 if self.use_lora else 1e-5
         if self.use_lora and self.learning_rate < LOW_LORA_LEARNING_RATE:
             logger.warning(
-                "--learning_rate %g is low for LoRA: adapters start at zero and usually want 1e-4 to 2e-4; "
+                "--learning_rate %g is low for LoRA: adapters start at zero and usually need 1e-4 to 2e-4; "
                 "below %g training often has no visible effect",
                 self.learning_rate,
                 LOW_LORA_LEARNING_RATE,
@@ -247,7 +255,7 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
 
     def _resolve_precision(self) -> None:
         if self.bf16 and self.fp16:
-            raise ArgumentError("--bf16 true and --fp16 true: choose one (bf16 where the GPU has it)")
+            raise ArgumentError("--bf16 true and --fp16 true: choose one (bf16 if the GPU supports it)")
         if self.use_cpu or not is_torch_cuda_available():
             self.use_cpu = True
             self.dataloader_pin_memory = False
@@ -264,7 +272,7 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
 
     @property
     def compute_dtype(self) -> str:
-        """The type the network computes in: "bfloat16", "float16" or "float32"."""
+        """The compute dtype: "bfloat16", "float16" or "float32"."""
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
 
     @property
@@ -276,7 +284,7 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
 
 
 def resolve_batches(training: TrainingArguments) -> None:
-    """Defaults that depend on other flags, and a word about flags without effect.
+    """Sets defaults that depend on other flags; warns of flags without effect.
 
     Raises:
         ArgumentError: flags that contradict each other.
@@ -293,24 +301,24 @@ def resolve_batches(training: TrainingArguments) -> None:
     orders = ("random", "sequential") if training.packing == "batch" else ("random",)
     if training.train_sampling_strategy not in orders:
         raise ArgumentError(
-            f"--packing {training.packing} with --train_sampling_strategy {training.train_sampling_strategy}: packs "
-            f"have an order of their own, balanced over the GPUs; use {' or '.join(orders)}"
+            f"--packing {training.packing} with --train_sampling_strategy {training.train_sampling_strategy}: "
+            f"packed rows are ordered and balanced over the GPUs by themselves; use {' or '.join(orders)}"
         )
     if training.packing_tokens is not None and training.packing_tokens < training.model_max_length:
         logger.warning(
-            "--packing_tokens %d is below --model_max_length %d: a sample between them has a row of its own",
+            "--packing_tokens %d is below --model_max_length %d: longer samples get a row of their own",
             training.packing_tokens,
             training.model_max_length,
         )
 
 
 def row_capacity(training: TrainingArguments) -> int:
-    """Most tokens of a packed row."""
+    """Maximum number of tokens of a packed row."""
     return training.packing_tokens or training.per_device_train_batch_size * training.model_max_length
 
 
 def _idle(training: TrainingArguments) -> list[str]:
-    """Flags that were given and mean nothing with this kind of packing."""
+    """Flags that were given and have no effect with this packing."""
     if training.packing == "off":
         return [name for name in ("packing_tokens", "packing_items") if getattr(training, name) is not None]
     idle = ["dataloader_drop_last"] if training.dataloader_drop_last else []
@@ -320,13 +328,13 @@ def _idle(training: TrainingArguments) -> list[str]:
 
 
 def check_streamed_batches(training: TrainingArguments) -> None:
-    """Checks that batches do not need the sizes of records that are still to come.
+    """Refuses packing and length grouping for streamed data, whose lengths are unknown in advance.
 
     Raises:
-        ArgumentError: they do.
+        ArgumentError: such a flag is given.
     """
     if training.packing != "off" or training.train_sampling_strategy in BY_SIZE:
         raise ArgumentError(
-            "--streaming true reads records as they come: --packing and --train_sampling_strategy "
-            f"{' or '.join(BY_SIZE)} need the sizes of all samples before"
+            "--streaming true reads records in order: --packing and --train_sampling_strategy "
+            f"{' or '.join(BY_SIZE)} need the lengths of all samples before training"
         )

@@ -18,7 +18,7 @@ from finetune.data_check.check_cache import fingerprint
 from finetune.encoding.example_size import ExampleSize
 from finetune.encoding.sample_policy import SamplePolicy
 from finetune.sample import DataError
-from finetune.utils.cache import folder, replacing, signature
+from finetune.utils.cache import atomic_write, folder, signature
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _read(file: Path, count: int) -> np.ndarray | None:
 
 def _write(file: Path, table: np.ndarray) -> None:
     try:
-        with replacing(file) as opened:
+        with atomic_write(file) as opened:
             np.save(opened, table)
     except OSError as error:
         logger.warning("the sizes of the samples are not remembered: %s", error)

@@ -1,1 +1,1 @@
-"""Checkpoints and results: saved, checked, resumed, verified."""
+"""Saving, checking, resuming and verifying checkpoints and results."""

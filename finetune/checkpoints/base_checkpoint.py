@@ -1,4 +1,4 @@
-"""The checkpoint folder a run starts from, and the files a result takes over from it unchanged."""
+"""The base checkpoint of a run, and the tokenizer and processor files that are copied from it into results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIDE_FILES = (
     "processor_config.json",
     "generation_config.json",
 )
-# A full checkpoint is also the network's description and the code that official loaders run.
+# A full checkpoint also has the configuration of the model and the code that official loaders run.
 FULL_FILES = (*SIDE_FILES, "config.json", "*.py")
 
 
@@ -43,12 +43,12 @@ class Checkpoint:
     """A base checkpoint on this machine.
 
     Attributes:
-        folder: where its files are, absolute.
-        name: what is recorded in adapters: the absolute folder, or the hub id.
+        folder: absolute path.
+        name: the name recorded in adapters: the absolute folder, or the hub id.
         revision: commit of the hub id, None for a folder.
         config: config.json as a dictionary, exactly as read.
         family: the generation it belongs to.
-        mode: how many patches become a token in this run; None for families that know one way.
+        mode: downsample_mode of this run; None for families without one.
     """
 
     folder: Path
@@ -60,20 +60,20 @@ class Checkpoint:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """config.json and, where the folder describes them, the settings of its processors by their names.
+        """config.json with the settings of the processors, by processor, as far as the folder has them.
 
-        See ``model_folders.checkpoint_folder.read_settings``. The decided downsample_mode stands in all of them.
+        See ``model_folders.checkpoint_folder.read_settings``. All of them have the downsample_mode of the run.
         """
         return with_mode(read_settings(self.folder, self.config), self.mode)
 
     @property
     def downsample_mode(self) -> str | None:
-        """Name of the mode; the network is loaded with it."""
+        """Name of the mode that the model is loaded with."""
         return None if self.mode is None else self.mode.name
 
     @property
-    def mark(self) -> dict[str, str]:
-        """What an adapter's auto_mapping says of it beside the class of the base: AutoPeftModel passes over it."""
+    def auto_mapping_extra(self) -> dict[str, str]:
+        """The mode as an extra key of an adapter's auto_mapping, which AutoPeftModel ignores."""
         return {} if self.mode is None else {DOWNSAMPLE_MODE: self.mode.name}
 
     @property
@@ -93,9 +93,9 @@ def resolve(
 
     Args:
         model_name_or_path: folder or hub id.
-        downsample_mode: of the flag, None where it is not given; see ``models.downsample_mode.decide``.
-        trained: adapter or checkpoint of a training on it, whose mode counts before that of the base.
-        environment: where the variable of the published guides may be set.
+        downsample_mode: value of the flag, None if it is not given; see ``models.downsample_mode.decide``.
+        trained: adapter or checkpoint trained on it, whose mode takes precedence over that of the base.
+        environment: environment variables, one of which may set the mode.
 
     Raises:
         CheckpointError: no such folder, or a folder without config.json or with quantised weights, or an unknown mode.
@@ -118,26 +118,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder.
 
     Raises:
-        CheckpointError: it or a file beside it is not what it should be, or the weights beside it are quantised.
+        CheckpointError: it or another JSON file of the folder is invalid, or the weights are quantised.
     """
     check_unquantised(folder)  # first: a folder of GGUF files alone has no config.json
     return checkpoint_folder.read_config(folder)
 
 
 def side_files(base: Checkpoint, *, use_lora: bool) -> list[str]:
-    """Names of the files that a result takes over from its base."""
+    """Names of the files that are copied from the base into a result."""
     return _matching(base.folder, SIDE_FILES if use_lora else FULL_FILES)
 
 
-def take_over(base: Checkpoint, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copies files of a base byte for byte; only its downsample_mode becomes that of the run, where they differ."""
+def copy_base_files(base: Checkpoint, target: Path, patterns: tuple[str, ...]) -> None:
+    """Copies files of the base byte for byte; only the downsample_mode in them is set to that of the run."""
     copy_files(base.folder, target, patterns)
     if base.mode is not None:
         write_mode(target, base.family, base.mode.name)
 
 
-def but_mode(base: Checkpoint) -> str:
-    """For cards of results: that their files are those of the base but for the mode; empty where that is the same."""
+def mode_note(base: Checkpoint) -> str:
+    """The difference of the mode from that of the base, for model cards; empty if there is none."""
     if base.mode is None or base.mode.name == base.mode.base:
         return ""
     return f", with {DOWNSAMPLE_MODE} {base.mode.name} in place of {base.mode.base}"

@@ -1,4 +1,4 @@
-"""Space for what a run saves, and what to say when something cannot be written."""
+"""Disk space: expected size of checkpoints, checks before training, messages for failed writes."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from finetune.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# What else a checkpoint has: tokenizer, states of the Trainer and of random numbers, scripts of DeepSpeed.
+# Bytes of the other files of a checkpoint: tokenizer, states of the Trainer and of random numbers, DeepSpeed's script.
 _BESIDE = 1 << 18
 _BLOCK = 4096
-# What torch's writer of archives says when the system did not take its bytes.
+# Texts in errors of torch.save when a write failed.
 _TORCH_WRITER = ("inline_container.cc", "PytorchStreamWriter", "iostream error", "cannot be opened", "Parent directory")
 _STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "lion": 4, "lion_32bit": 4, "adagrad": 4}
 
 
 class SpaceError(UserError):
-    """There is no space for what the run would save."""
+    """The disk has no space for a checkpoint of the run."""
 
 
 def write_fault(error: BaseException) -> str | None:
-    """What kept something from being written, in words; None for an error that is about something else."""
+    """The message of a failed write; None for an error that has another cause."""
     if isinstance(error, OSError):
         names = {errno.ENOSPC: "no space left on the device", errno.EROFS: "the file system is read-only"}
         names |= {errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file is larger than is allowed here"}
         return names.get(error.errno or 0, error.strerror or str(error))
     if isinstance(error, SafetensorError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_WRITER)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _TORCH_WRITER)
     ):
         return (str(error).splitlines() or ["the file could not be written"])[0]
     return None
 
 
 def free_space(folder: Path) -> int | None:
-    """Bytes that may be written where a folder is or will be; None when nobody can tell."""
+    """Free bytes on the file system of a folder that need not exist; None if unknown."""
     for place in (folder, *folder.parents):
         try:
             return shutil.disk_usage(place).free
@@ -57,13 +57,13 @@ def free_space(folder: Path) -> int | None:
 
 
 def written_size(folder: Path) -> int:
-    """Bytes that the files of a folder take, in whole blocks."""
+    """Bytes that the files of a folder take on disk, rounded up to blocks."""
     sizes = (path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return sum(-(-size // _BLOCK) * _BLOCK for size in sizes)
 
 
 def describe_space(folder: Path, needed: int | None) -> str:
-    """Space needed and free, in words."""
+    """Needed and free space, for messages."""
     free = free_space(folder)
     parts = [] if needed is None else [f"about {_size(needed)} needed"]
     parts += [] if free is None else [f"{_size(free)} free"]
@@ -71,10 +71,10 @@ def describe_space(folder: Path, needed: int | None) -> str:
 
 
 def checkpoint_size(model: nn.Module, args: Any) -> int:
-    """Bytes that a checkpoint will take, without the reserve of a file system.
+    """Expected size of a checkpoint in bytes.
 
     Args:
-        model: the network, before it is wrapped.
+        model: the model, before it is wrapped.
         args: the training flags.
     """
     saved = trained = 0
@@ -89,46 +89,46 @@ def checkpoint_size(model: nn.Module, args: Any) -> int:
         return saved + _BESIDE
     if not args.deepspeed:
         return saved + trained * _state_bytes(args) + _BESIDE
-    # Without ZeRO-3 the module once more beside the weights; the fp32 masters, the states of the optimizer.
+    # Without ZeRO-3 DeepSpeed's model states repeat the weights; then fp32 master weights and optimizer state.
     copies = 1 if zero_stage(args.deepspeed) == 3 else 2  # noqa: PLR2004 - the stage
     return copies * saved + trained * (4 + _state_bytes(args)) + _BESIDE
 
 
 def _state_bytes(args: Any) -> int:
-    """Bytes per trained parameter that the optimizer keeps; two moments in fp32 unless it is known to keep less."""
+    """Bytes of optimizer state per trained parameter; two fp32 moments for an unknown optimizer."""
     name = str(getattr(args.optim, "value", args.optim))
     return _STATES.get(name, 2 if "8bit" in name else 8)
 
 
 def check_space(output: Path, size: int, count: int | None) -> None:
-    """Compares the space that checkpoints will take with what is free, before the first step.
+    """Compares the expected size of checkpoints with the free space, before the first step.
 
     Args:
         output: folder of the run.
         size: of a checkpoint, in bytes.
-        count: how many there will be at once, None where no limit is set and their number is not known.
+        count: number of checkpoints that exist at a time; None without --save_total_limit.
 
     Raises:
-        SpaceError: not even one fits.
+        SpaceError: there is no space for one.
     """
     free = free_space(output)
     if free is None:
         return
     if free < size:
         raise SpaceError(
-            f"a checkpoint takes about {_size(size)}, {output} has {_size(free)} free: make space, give another "
+            f"a checkpoint takes about {_size(size)}, {output} has {_size(free)} free: free disk space, give another "
             "--output_dir, or train without checkpoints (--save_strategy no)"
         )
     if count is not None and free < size * count:
         logger.warning(
             "%d checkpoints (--save_total_limit and the one being written) take about %s, %s has %s free: saving will "
-            "fail when it is full; a smaller --save_total_limit or more space keeps that from happening",
+            "fail when the disk is full; free disk space or reduce --save_total_limit",
             count, _size(size * count), output, _size(free),
         )  # fmt: skip
 
 
-def probe(folder: Path) -> None:
-    """Makes a folder and writes a little into it, so that what cannot be written at all is known before much is done.
+def check_writable(folder: Path) -> None:
+    """Makes a folder and writes one byte to a file in it.
 
     Raises:
         OSError: it cannot be written.
@@ -144,12 +144,13 @@ def probe(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-class NotingWriter:
-    """DeepSpeed's writer of checkpoints that notes what it could not write: a rank that raised would leave the others
-    waiting for it.
+class RecordingWriter:
+    """Wraps DeepSpeed's checkpoint writer and records errors instead of raising them.
+
+    A rank that raised would leave the others waiting for it in a collective.
 
     Args:
-        inner: the ``checkpoint_engine`` of the engine; everything but writing is left to it.
+        inner: the ``checkpoint_engine`` of the engine; everything but writing is delegated to it.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -157,14 +158,14 @@ class NotingWriter:
         self.faults: list[str] = []
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Makes a folder, or notes why not."""
-        self._note(self._inner.makedirs, path, exist_ok=exist_ok)
+        """Makes a folder; records an error."""
+        self._record(self._inner.makedirs, path, exist_ok=exist_ok)
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Writes a file, or notes why not."""
-        self._note(self._inner.save, state_dict, path)
+        """Writes a file; records an error."""
+        self._record(self._inner.save, state_dict, path)
 
-    def _note(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def _record(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         try:
             write(*args, **kwargs)
         except (OSError, RuntimeError) as error:
@@ -173,7 +174,7 @@ class NotingWriter:
             self.faults.append(fault)
 
     def __getattr__(self, name: str) -> Any:
-        """What is not about writing."""
+        """Delegates everything else."""
         return getattr(self._inner, name)
 
 

@@ -1,7 +1,7 @@
-"""What rounding does to logits, measured on the prompts at hand: how far those may be apart that should be equal.
+"""Tolerance for comparing logits, measured from the effect of rounding on the prompts that are compared.
 
-A constant would be wrong both ways: in bfloat16 the logits of one network are certain to 1 % of the largest, those of
-another, deeper or less trained, to 10 %.
+A constant would be too loose or too tight: in bfloat16 the rounding error of logits is 1 % of the largest logit in one
+model, and 10 % in a deeper or less trained one.
 """
 
 from __future__ import annotations
@@ -13,49 +13,49 @@ from typing import Any
 import torch
 from torch import nn
 
-# Of float32 sums in another order, relative to the largest logit; what a wrong weight does is far above.
+# Tolerance in float32 for sums in another order, relative to the largest logit; a wrong weight changes far more.
 FLOAT32 = 1e-4
 _LOW = (torch.bfloat16, torch.float16)
 
 
-def computing_noise(model: nn.Module, ask: Callable[[], torch.Tensor], logits: torch.Tensor) -> float:
-    """How far logits move when every layer rounds its result once more, as other kernels, devices and batches do.
+def computing_noise(model: nn.Module, compute_logits: Callable[[], torch.Tensor], logits: torch.Tensor) -> float:
+    """How far logits change when the output of every layer is rounded once more, as with other kernels and devices.
 
-    Nothing of the model changes, and its weights may be partitioned, packed to 4 bit or under adapters.
+    The model is not changed; its weights may be sharded, quantised to 4 bit or wrapped by adapters.
 
     Args:
-        model: in the types in which its result will be used.
-        ask: gives the logits anew.
-        logits: what it gave before.
+        model: in the dtypes in which the result will be used.
+        compute_logits: runs the model again.
+        logits: its result before.
 
     Returns:
         The largest absolute difference; 0 in float32.
     """
     if not any(parameter.dtype in _LOW for parameter in model.parameters()):
         return 0.0
-    with _rounded_again(model):
-        return (ask() - logits).abs().max().item()
+    with _extra_rounding(model):
+        return (compute_logits() - logits).abs().max().item()
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Gives weights the types that they have in a process which loads the result in a 16-bit ``dtype``, in place.
+    """Casts weights in place to the dtypes that they have when the result is loaded in a 16-bit ``dtype``.
 
-    Those are ``dtype``, and float32 for LoRA, as peft keeps it beside any base. What ZeRO-3 has partitioned stays: it
-    is 16 bit already.
+    Those are ``dtype``, and float32 for LoRA, as peft loads it on any base. Weights partitioned by ZeRO-3 are 16 bit
+    already.
     """
     if dtype not in _LOW:
         return
     for name, parameter in model.named_parameters():
         wanted = torch.float32 if ".lora_" in name else dtype
-        whole = not hasattr(parameter, "ds_id")
-        if whole and parameter.dtype != wanted and parameter.dtype in (*_LOW, torch.float32):
+        partitioned = hasattr(parameter, "ds_id")
+        if not partitioned and parameter.dtype != wanted and parameter.dtype in (*_LOW, torch.float32):
             parameter.grad = None
             parameter.data = parameter.data.to(wanted)
 
 
 @contextmanager
-def _rounded_again(model: nn.Module) -> Iterator[None]:
-    """Moves every 16-bit result of a layer by up to half a unit in its last place, the same way each time."""
+def _extra_rounding(model: nn.Module) -> Iterator[None]:
+    """Changes every 16-bit output of a layer by up to half a unit in the last place, with a fixed seed."""
     generators: dict[torch.device, torch.Generator] = {}
 
     def moved(_: nn.Module, __: Any, output: Any) -> Any:

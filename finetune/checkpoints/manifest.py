@@ -1,4 +1,4 @@
-"""manifest.json: the last file written into a checkpoint folder; a folder whose manifest matches is complete."""
+"""manifest.json of a checkpoint: hashes of its files and the identity of its run, written last to mark it complete."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from finetune.runtime import distributed
 
 NAME = "manifest.json"
 _FORMAT = 2
-# Format 1 has no identity of the run: what it lacks is not compared.
+# Format 1 has no identity of the run, which is then not compared.
 _READABLE = (1, _FORMAT)
-# hashlib releases the interpreter: several files are read at once, as fast as the disk allows.
+# Threads that hash files; hashlib releases the GIL.
 _READERS = 8
 
 
@@ -33,26 +33,26 @@ class File:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a complete checkpoint folder holds and how the run that wrote it was laid out.
+    """Files of a complete checkpoint, and configuration and identity of the run that wrote it.
 
     Attributes:
         step: optimizer steps done.
-        world_size: processes.
+        world_size: number of ranks.
         zero_stage: ZeRO stage of DeepSpeed, 0 without it.
         method: "lora" or "full".
         batch_size: samples per device and micro-batch.
         accumulation: micro-batches per optimizer step.
         resumable: whether the optimizer's state was saved too.
-        written: seconds since 1970, for people: clocks differ between machines, so nothing is decided by it.
+        written: seconds since 1970, for information only: clocks differ between machines.
         files: by path relative to the folder.
-        order: how batches are made of the samples, in words; empty where an older version did not note it.
-        run: id of the run, kept when it is resumed; this and what follows is empty in format 1.
-        attempt: how often the run was started until this was written.
-        base: of ``identity.base_of``.
-        data: of ``identity.data_of``, with the number of samples.
-        flags: every flag, in plain types.
+        order: flags that decide how samples become batches; empty if an older version did not record them.
+        run: id of the run, kept when it is resumed; this and the following fields are empty in format 1.
+        attempt: how often the run had been started when this was written.
+        base: from ``run_identity.base_of``.
+        data: from ``run_identity.data_of``.
+        flags: every flag, as JSON values.
         versions: of the libraries.
-        doubt: why the weights are probably not worth going on from; empty where nothing is known against them.
+        doubt: why the weights are probably unusable (no step from them was finite); empty otherwise.
     """
 
     step: int
@@ -75,7 +75,7 @@ class Manifest:
 
     @property
     def age(self) -> tuple[int, int]:
-        """Orders the checkpoints of a run from old to new, whatever the clocks say: start of the run, then step."""
+        """Sort key of the checkpoints of a run, old to new, independent of clocks: start of the run, then step."""
         return self.attempt, self.step
 
 
@@ -114,8 +114,8 @@ def write(folder: Path, step: int, layout: dict[str, Any]) -> None:
     _put(folder, Manifest(step=step, written=time.time(), files=_hash_all(folder), **layout))
 
 
-def cast_doubt(folder: Path, reason: str) -> None:
-    """Notes in a manifest why its weights are probably not worth going on from.
+def mark_doubtful(folder: Path, reason: str) -> None:
+    """Records in the manifest of a checkpoint why its weights are probably unusable.
 
     Raises:
         OSError: it cannot be written.
@@ -125,7 +125,7 @@ def cast_doubt(folder: Path, reason: str) -> None:
 
 
 def _put(folder: Path, manifest: Manifest) -> None:
-    """Renames a finished file into place."""
+    """Writes the manifest to a temporary file and renames it into place."""
     unfinished = folder / f"{NAME}.tmp"
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1) + "\n")
@@ -148,21 +148,21 @@ def read(folder: Path) -> Manifest | None:
 
 
 def _typed(manifest: Manifest) -> bool:
-    """Whether the values that decisions are made on are of their types."""
-    whole = (manifest.step, manifest.world_size, manifest.zero_stage, manifest.attempt)
+    """Whether the values have the right types, and all files are inside the folder."""
+    integers = (manifest.step, manifest.world_size, manifest.zero_stage, manifest.attempt)
     tables = (manifest.base, manifest.data, manifest.flags, manifest.versions)
-    words = (manifest.method, manifest.order, manifest.run, manifest.doubt)
+    texts = (manifest.method, manifest.order, manifest.run, manifest.doubt)
     inside = (not Path(name).is_absolute() and ".." not in Path(name).parts for name in manifest.files)
     return (
-        all(isinstance(value, int) for value in whole)
+        all(isinstance(value, int) for value in integers)
         and all(isinstance(value, dict) for value in tables)
-        and all(isinstance(value, str) for value in words)
+        and all(isinstance(value, str) for value in texts)
         and all(inside)
     )
 
 
 def fault(folder: Path, manifest: Manifest | None) -> str | None:
-    """Why a folder is not what its manifest says; None when it is. Sizes are compared first, then hashes."""
+    """How a folder differs from its manifest; None if it matches. Sizes are compared first, then hashes."""
     if manifest is None:
         return f"it has no {NAME}: the run ended while it was being written, or another tool wrote it"
     for name, expected in manifest.files.items():
@@ -173,7 +173,7 @@ def fault(folder: Path, manifest: Manifest | None) -> str | None:
             return f"{name} has {found} bytes instead of {expected.bytes}"
     for name, file in _hash_all(folder, manifest.files).items():
         if file != manifest.files[name]:
-            return f"{name} has other content than when it was written"
+            return f"the content of {name} has changed since it was written (SHA-256 differs)"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The output folder of a run: what may be written there, what a former run left, and what becomes of that."""
+"""The output folder of a run: checks before writing, its lock, the list of written files, replaced results."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ RECORDS = ".finetune"
 """Folder in OUTPUT_DIR with the lock of the run that writes there, and the list of what runs have written."""
 
 FILES = "files.json"
-"""Of RECORDS: the names, below OUTPUT_DIR, of what runs of this toolkit wrote."""
+"""File in RECORDS with the names, relative to OUTPUT_DIR, of what runs of this toolkit wrote."""
 
-# What every run may write, whatever its method.
+# Files that a run of any method may write.
 _RUN = "run.yaml"
 _ALWAYS = (
     _RUN,
@@ -42,13 +42,13 @@ _ALWAYS = (
     "bad_samples.jsonl",
     "hang",
 )
-# Names that only a run gives, as patterns.
+# Patterns of the files of a result.
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _MODEL = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 _LOGS = "runs"
-# What a run that saved nothing leaves; such a folder may be used again.
-_BEGUN = (RECORDS, _RUN, _LOGS)
-# Where a former result is kept, with a number.
+# Left by a run that saved nothing; a folder with only these may be used again.
+_REUSABLE = (RECORDS, _RUN, _LOGS)
+# Prefix of the folders that keep a previous result until the new one is complete; a number follows.
 _FORMER = ".former-"
 
 
@@ -58,10 +58,10 @@ class OutputError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """Something that a run reads.
+    """A file or folder that a run reads.
 
     Attributes:
-        flag: by which it was given.
+        flag: the flag that gives it.
         path: absolute.
     """
 
@@ -72,8 +72,8 @@ class Input:
 class OutputFolder:
     """The output folder of a run.
 
-    ``check`` looks, ``own`` keeps others away, ``open`` changes what is there, once everything else was looked at, and
-    ``finish`` removes what was replaced. Only the main process does these. Leaving the context lets other runs in.
+    ``check`` changes nothing; ``lock`` keeps other runs away; ``open`` is called after all other checks and moves a
+    previous result aside; ``finish`` removes it. Only rank 0 calls these. Leaving the context releases the lock.
 
     Args:
         folder: absolute; it need not exist.
@@ -84,7 +84,7 @@ class OutputFolder:
         self._records = folder / RECORDS
         self._use_lora = self._resuming = False
         self._side_files: list[str] = []
-        self._ownership: OutputLock | None = None
+        self._lock: OutputLock | None = None
 
     def check(
         self,
@@ -95,40 +95,40 @@ class OutputFolder:
         resuming: bool,
         overwrite: bool,
     ) -> None:
-        """Whether the run may write here; nothing is changed.
+        """Checks that the run may write here; nothing is changed.
 
         Args:
-            inputs: what the run reads.
-            side_files: names that it copies from its base.
-            use_lora: whether it writes an adapter or a model.
-            resuming: whether it goes on with the run that wrote here.
-            overwrite: whether a former result may be replaced.
+            inputs: files and folders that the run reads.
+            side_files: names of the files that are copied from the base.
+            use_lora: whether the run writes an adapter or a full model.
+            resuming: whether it resumes the run that wrote here.
+            overwrite: whether a previous result may be replaced.
 
         Raises:
-            OutputError: it is, holds or lies in something that is read; it has files and neither was asked for; or
-                files that no run of this toolkit wrote would be replaced.
+            OutputError: the folder is, holds or lies in an input; it is not empty, and neither resuming nor overwrite
+                is set; or files that no run of this toolkit wrote would be replaced.
         """
         self._use_lora, self._resuming, self._side_files = use_lora, resuming, list(side_files)
         for given in inputs:
             self._check_apart(given)
-        with self._in_words():
+        with self._os_errors():
             self._check_contents(resuming=resuming, overwrite=overwrite)
 
     def _check_contents(self, *, resuming: bool, overwrite: bool) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise OutputError(f"OUTPUT_DIR {self.folder} is a file; give a folder")
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-        if not resuming and not overwrite and any(name not in _BEGUN for name in names):
+        if not resuming and not overwrite and any(name not in _REUSABLE for name in names):
             raise OutputError(
                 f"OUTPUT_DIR {self.folder} is not empty: choose another, continue its run with "
                 "--resume_from_checkpoint auto, or replace it with --overwrite_output_dir true"
             )
         ours = self._written()
-        foreign = sorted(path.name for path in self._would_write() if path.name not in ours)
-        if foreign:
+        unknown = sorted(path.name for path in self._would_write() if path.name not in ours)
+        if unknown:
             raise OutputError(
                 f"OUTPUT_DIR {self.folder} has files that no run of this toolkit is known to have written, and this "
-                f"run would replace them: {', '.join(foreign[:8])}. Choose another folder, or move them away"
+                f"run would replace them: {', '.join(unknown[:8])}. Choose another folder, or move them away"
             )
 
     def __enter__(self) -> OutputFolder:
@@ -137,19 +137,19 @@ class OutputFolder:
     def __exit__(self, *error: object) -> None:
         self.release()
 
-    def own(self) -> None:
-        """Makes the folder and keeps other runs away from it until this process ends.
+    def lock(self) -> None:
+        """Makes the folder and locks it until this process ends.
 
         Raises:
-            OwnedError: another run writes to it.
+            OutputInUseError: another run writes to it.
         """
-        with self._in_words():
-            self._ownership = OutputLock(self._records)
-        outcome.at_end(self.release)
+        with self._os_errors():
+            self._lock = OutputLock(self._records)
+        outcome.register_cleanup(self.release)
 
     def open(self) -> None:
-        """Moves what a former run wrote aside, unless it is gone on with, and lists what this one will write."""
-        with self._in_words():
+        """Moves the files of a previous run aside, unless it is resumed; lists the files that this run will write."""
+        with self._os_errors():
             ours = self._written()
             if not self._resuming:
                 self._move_aside(ours)
@@ -159,11 +159,11 @@ class OutputFolder:
 
     @property
     def written(self) -> list[str]:
-        """Names below the folder that runs have written, or this one is about to."""
+        """Names relative to the folder of files that runs have written, or this one is about to write."""
         return list(self._written())
 
     def add(self, *names: str) -> None:
-        """Lists what is about to be written below the folder."""
+        """Adds names to the list of written files, before they are written."""
         self._write_list({**self._written(), **dict.fromkeys(names)})
 
     def logs(self) -> list[str]:
@@ -171,29 +171,29 @@ class OutputFolder:
         return [f"{_LOGS}/{path.name}" for path in sorted((self.folder / _LOGS).glob("*"))]
 
     def finish(self) -> None:
-        """The result is complete: what a former run wrote goes."""
+        """Called when the result is complete: removes previous results."""
         self.add(*(path.name for pattern in _MODEL for path in self.folder.glob(pattern)) if not self._use_lora else ())
         self._write_list({name: None for name in self._written() if (self.folder / name).exists()})
-        for former in self._former().values():
-            remove(former, _listed(former))
+        for previous in self._former().values():
+            remove(previous, _listed(previous))
 
     def release(self) -> None:
-        """Lets other runs write here."""
-        if self._ownership is not None:
-            self._ownership.release()
-            self._ownership = None
-            for folder in (self._records, self.folder):  # as it was, where nothing came of the run
+        """Releases the lock."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+            for folder in (self._records, self.folder):  # removed if the run wrote nothing
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
 
     @contextmanager
-    def _in_words(self) -> Iterator[None]:
+    def _os_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise OutputError(
                 f"OUTPUT_DIR {self.folder} cannot be used: {error.strerror or error} ({error.filename}). Choose "
-                "another folder, or mend its permissions or its disk"
+                "another folder, or correct its permissions or free disk space"
             ) from error
 
     def _check_apart(self, given: Input) -> None:
@@ -207,7 +207,7 @@ class OutputFolder:
         raise OutputError(f"OUTPUT_DIR {self.folder} {how} {path}, which is read ({given.flag}): choose another folder")
 
     def _fixed(self) -> list[str]:
-        """Names of this run's method and base; those of shards follow from the weights."""
+        """Names of the files of this run's method and base; names of shards are not known yet."""
         own = _ADAPTER if self._use_lora else ("config.json", "model.safetensors", "model.safetensors.index.json")
         return [*own, *self._side_files]
 
@@ -217,7 +217,7 @@ class OutputFolder:
         return sorted(found.union(folder for _, folder in checkpoints(self.folder)))
 
     def _written(self) -> dict[str, None]:
-        """What runs have written, in order; all that looks so where an earlier version kept no list of its run."""
+        """Names of written files, in order; files that match the patterns if an earlier version kept no list."""
         if (self._records / FILES).is_file() or not is_run(self.folder / _RUN):
             return dict.fromkeys(_listed(self.folder))
         return dict.fromkeys([path.name for path in self._would_write()] if self._resuming else [_RUN])
@@ -229,7 +229,7 @@ class OutputFolder:
         unfinished.replace(self._records / FILES)
 
     def _former(self) -> dict[int, Path]:
-        """Where former results are kept, by number."""
+        """Folders of previous results, by number."""
         found = ((path.name.removeprefix(_FORMER), path) for path in sorted(self.folder.glob(f"{_FORMER}*")))
         return {int(number): path for number, path in found if number.isdecimal()}
 
@@ -237,18 +237,18 @@ class OutputFolder:
         present = [name for name in ours if (self.folder / name).exists()]
         if not present:
             return
-        former = self.folder / f"{_FORMER}{1 + max(self._former(), default=0)}"
-        # The list first: whatever ends the process in between, all that is moved is known to be ours.
-        OutputFolder(former)._write_list(dict.fromkeys(present))
+        previous = self.folder / f"{_FORMER}{1 + max(self._former(), default=0)}"
+        # The list is written first, so that an interrupted move leaves no unlisted file.
+        OutputFolder(previous)._write_list(dict.fromkeys(present))
         for name in present:
-            target = former / name
+            target = previous / name
             target.parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).rename(target)
-        logger.info("the former result is kept in %s until the new one is complete", former)
+        logger.info("the previous result is kept in %s until the new one is complete", previous)
 
 
 def remove(folder: Path, names: Iterable[str]) -> None:
-    """Removes what is listed, and the folders that are empty then; anything else stays."""
+    """Removes the listed files, and folders that are empty then; other files are kept."""
     for name in names:
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -263,7 +263,7 @@ def remove(folder: Path, names: Iterable[str]) -> None:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a file is the description of a run of this toolkit, see ``saving.write_run``."""
+    """Whether a file is a run.yaml of this toolkit, see ``saving.write_run``."""
     if not path.is_file():
         return False
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -271,7 +271,7 @@ def is_run(path: Path) -> bool:
 
 
 class LogsCallback(TrainerCallback):
-    """Lists the folders of loggers that have begun with the training; add it after them."""
+    """Adds folders made by loggers at the start of training to the list of written files; add it after the loggers."""
 
     def __init__(self, output: OutputFolder) -> None:
         self._output = output
@@ -280,7 +280,7 @@ class LogsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Lists what is new, on the main process."""
+        """Lists new folders, on rank 0."""
         if state.is_world_process_zero:
             self._output.add(*(name for name in self._output.logs() if name not in self._known))
 
@@ -290,5 +290,5 @@ def _listed(folder: Path) -> list[str]:
     if not path.is_file():
         return []
     names = [name for name in read_object(path).get("files", []) if isinstance(name, str)]
-    # Only what lies below the folder: the list may have been edited, or come from elsewhere.
+    # Only paths inside the folder: the list may have been edited.
     return [name for name in names if ".." not in Path(name).parts and not Path(name).is_absolute()]

@@ -1,4 +1,4 @@
-"""One run per output folder: a file lock where it reaches, and a heartbeat for the other hosts of a shared folder."""
+"""Lock of the output folder: a file lock, and a heartbeat for hosts of a shared folder that file locks do not reach."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from finetune.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two signs of life, and of silence after which the owner on another host counts as dead.
+# Seconds between two heartbeats, and without a heartbeat until the owner on another host counts as dead.
 HEARTBEAT = 15.0
 SILENCE = 180.0
 _LOCK, _OWNER = "lock", "owner.json"
 
 
-class OwnedError(UserError):
+class OutputInUseError(UserError):
     """Another run writes to the output folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class LockOwner:
-    """The process that writes to a folder.
+    """The process that holds the lock of a folder.
 
     Attributes:
-        host: its machine.
-        pid: its process id there.
-        started: when it began, seconds since 1970.
-        launcher: id that torchrun gave the run, "none" without it.
+        host: host name.
+        pid: process id.
+        started: start time, seconds since 1970.
+        launcher: run id of torchrun, "none" without it.
     """
 
     host: str
@@ -59,17 +59,17 @@ def this_process() -> LockOwner:
 
 
 class OutputLock:
-    """A folder that belongs to this process until ``release``.
+    """Lock of a folder, held by this process until ``release``.
 
-    Whoever holds the file lock owns the folder; the kernel frees it when the process ends. Where another host's locks
-    do not reach, its owner counts as alive while its heartbeat, the age of owner.json, is younger than ``SILENCE``;
-    ages are measured by the clock of the file system.
+    The holder of the file lock owns the folder; the kernel frees it when the process ends. If file locks of another
+    host are not visible here, its owner counts as alive while owner.json is younger than ``SILENCE``, by the clock of
+    the file system.
 
     Args:
-        folder: of the files of the lock; it is made.
+        folder: folder of the lock files; it is made.
 
     Raises:
-        OwnedError: another run owns it; the message says which.
+        OutputInUseError: another run holds the lock; the message names it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,33 +77,39 @@ class OutputLock:
         self._owner = folder / _OWNER
         self._lock = FileLock(folder / _LOCK, thread_local=False)
         self._ended = threading.Event()
-        former = _read(self._owner)
+        previous = _read(self._owner)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise OwnedError(_held(folder.parent, former)) from None
+            raise OutputInUseError(_held(folder.parent, previous)) from None
         except NotImplementedError:
-            logger.warning("%s has no file locks; runs are told apart by their heartbeat alone", folder)
-        if former is not None:
-            self._take_over(folder, former)
+            logger.warning("%s does not support file locks: only the heartbeat protects it from other runs", folder)
+        if previous is not None:
+            self._take_over(folder, previous)
         self._beat()
         threading.Thread(target=self._run, daemon=True, name="heartbeat").start()
 
-    def _take_over(self, folder: Path, former: LockOwner) -> None:
-        """Whether a former owner is dead, which is said, or only out of reach."""
+    def _take_over(self, folder: Path, previous: LockOwner) -> None:
+        """Takes the lock over from an owner that is dead, with a warning.
+
+        Raises:
+            OutputInUseError: the owner is alive, or its heartbeat on another host is recent.
+        """
         silent = _age(self._owner, folder)
-        here = former.host == socket.gethostname()
-        if (here and _alive(former)) or (not here and silent < SILENCE):
+        here = previous.host == socket.gethostname()
+        if (here and _alive(previous)) or (not here and silent < SILENCE):
             self._lock.release()
-            waits = "" if here else f"; its last sign is {silent:.0f} s old, after {SILENCE:.0f} s it counts as dead"
-            raise OwnedError(_held(folder.parent, former) + waits)
+            waits = (
+                "" if here else f"; its last heartbeat is {silent:.0f} s old, after {SILENCE:.0f} s it counts as dead"
+            )
+            raise OutputInUseError(_held(folder.parent, previous) + waits)
         logger.warning(
-            "%s belonged to %s, which has ended without a word (last sign %.0f s ago): taken over",
-            folder.parent, former, silent,
+            "%s was locked by %s, which has ended without releasing it (last heartbeat %.0f s ago): taken over",
+            folder.parent, previous, silent,
         )  # fmt: skip
 
     def release(self) -> None:
-        """Lets others own the folder."""
+        """Releases the lock."""
         self._ended.set()
         if self._lock.is_locked or _read(self._owner) == this_process():
             self._owner.unlink(missing_ok=True)
@@ -120,8 +126,8 @@ class OutputLock:
         while not self._ended.wait(HEARTBEAT):
             try:
                 self._beat()
-            except OSError as error:  # a full disk or a mount that is gone for a while: the next beat may come through
-                logger.debug("no sign of life in %s: %s", self._owner, error)
+            except OSError as error:  # a full disk, or a mount that is temporarily gone: the next one may succeed
+                logger.debug("heartbeat not written to %s: %s", self._owner, error)
 
 
 def _held(folder: Path, owner: LockOwner | None) -> str:
@@ -138,7 +144,7 @@ def _read(path: Path) -> LockOwner | None:
 
 
 def _age(path: Path, folder: Path) -> float:
-    """Seconds since a file was written; both times are of the file system's clock."""
+    """Seconds since a file was written, by the clock of the file system."""
     with tempfile.NamedTemporaryFile(dir=folder) as now:
         return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
 

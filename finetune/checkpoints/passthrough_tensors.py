@@ -1,4 +1,4 @@
-"""Tensors that the network does not have (the speech output of MiniCPM-o) go from base to result byte for byte."""
+"""Copies tensors that the model does not build (the speech output of MiniCPM-o) from the base into full results."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints.safetensors_io import Stored, copy_tensor, shard_name, stored_in, write_header
+from finetune.checkpoints.safetensors_io import StoredTensor, copy_tensor, shard_name, stored_in, write_header
 from finetune.model_folders.checkpoint_folder import INDEX, WEIGHTS, weight_files
-from finetune.models.strict_loading import CARRIED
+from finetune.models.strict_loading import PASSTHROUGH_PREFIXES
 
 
-def carry(base: Path, folder: Path) -> None:
-    """Adds the carried tensors of ``base`` to the weights saved in ``folder``, as one more shard; none change nothing.
+def copy_passthrough_tensors(base: Path, folder: Path) -> None:
+    """Adds the tensors of ``base`` that the model does not build to the weights in ``folder``, as one more shard.
 
-    The file is written block by block: no tensor is held in memory.
+    The file is written block by block: no tensor is held in memory. Without such tensors nothing changes.
     """
-    tensors = {name: stored for name, stored in stored_in(weight_files(base)).items() if name.startswith(CARRIED)}
+    tensors = {
+        name: stored for name, stored in stored_in(weight_files(base)).items() if name.startswith(PASSTHROUGH_PREFIXES)
+    }
     if not tensors:
         return
     index = _with_one_more_shard(folder)
@@ -35,7 +37,7 @@ def carry(base: Path, folder: Path) -> None:
 
 
 def _with_one_more_shard(folder: Path) -> dict[str, Any]:
-    """Renames the weight files as the first of one more; returns the index that describes them."""
+    """Renames the weight files for a count that is one higher; returns their index."""
     if (folder / WEIGHTS).is_file():
         tensors = stored_in(weight_files(folder))
         only = shard_name(1, 2)
@@ -51,7 +53,7 @@ def _with_one_more_shard(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _write(path: Path, tensors: Mapping[str, Stored]) -> None:
+def _write(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     with path.open("wb") as target:
         write_header(target, {name: (stored.dtype, stored.shape, stored.size) for name, stored in tensors.items()})
         for stored in tensors.values():

@@ -1,8 +1,7 @@
-"""Files that are unpickled when a run is resumed: looked at first, so that no file of somebody else runs code.
+"""Checks the pickle files of a checkpoint before a run resumes from it, so that they cannot run code.
 
-DeepSpeed reads its parts of a checkpoint with the unrestricted unpickler. The names that such a file would import
-stand in it in plain sight: they are listed without running any of it, and only those that the libraries themselves
-write are let through.
+DeepSpeed loads its checkpoint shards with the unrestricted unpickler. The globals that a pickle would import are listed
+without unpickling it, and only those that the libraries themselves write are accepted.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from finetune.utils.errors import UserError
 
 PICKLED = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
-"""Ends of names of files that are pickles."""
+"""Suffixes of pickle files."""
 
-# What torch, numpy and DeepSpeed write beside what torch itself knows to be harmless: classes that hold plain values.
-_HARMLESS = frozenset(
+# Globals that torch, numpy and DeepSpeed write, in addition to torch's own safe globals: classes of plain values.
+_SAFE_GLOBALS = frozenset(
     {
         "numpy.ndarray",
         "numpy.dtype",
@@ -35,39 +34,39 @@ _HARMLESS = frozenset(
 
 
 class ForeignCodeError(UserError):
-    """A file that would run code when it is read."""
+    """A file that may run code when it is unpickled."""
 
 
 class DamagedError(UserError):
-    """A file that cannot be read at all."""
+    """A file that cannot be read."""
 
 
 def pickled_files(folder: Path) -> list[Path]:
-    """Everything in a folder that may be a pickle, whatever it is for."""
+    """All files of a folder that may be pickles, by suffix."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICKLED and path.is_file())
 
 
 def check_pickles(files: Iterable[Path]) -> None:
-    """Checks that files name nothing but what the libraries write; no byte of them is unpickled.
+    """Checks the globals of pickle files without unpickling them.
 
     Raises:
-        ForeignCodeError: a file would import something else when it is read.
-        DamagedError: a file is cut short.
+        ForeignCodeError: a file would import something else when it is unpickled.
+        DamagedError: a file is truncated.
     """
     for path in files:
         try:
-            foreign = sorted(set(get_unsafe_globals_in_checkpoint(str(path))) - _HARMLESS)
+            unsafe = sorted(set(get_unsafe_globals_in_checkpoint(str(path))) - _SAFE_GLOBALS)
         except (RuntimeError, OSError, EOFError) as error:
             raise DamagedError(f"{path} is damaged: {_first_line(error)}") from error
         except (ValueError, IndexError, KeyError, struct.error, pickle.UnpicklingError) as error:
             raise ForeignCodeError(
-                f"{path} is not read: it is no file of torch.save whose content can be told beforehand "
-                f"({_first_line(error)}), and reading such a file may run code"
+                f"{path} is not read: it is not a torch.save file that can be checked without unpickling it "
+                f"({_first_line(error)}), and unpickling may run code"
             ) from error
-        if foreign:
+        if unsafe:
             raise ForeignCodeError(
-                f"{path} is not read: it would import {', '.join(foreign)}, which no checkpoint needs and which may "
-                "run code. It is not of a run of this project, or was changed since: take weights from *.safetensors"
+                f"{path} is not read: unpickling it would import {', '.join(unsafe)}, which no checkpoint needs and "
+                "which may run code. It was not written by this toolkit, or was changed: load *.safetensors instead"
             )
 
 

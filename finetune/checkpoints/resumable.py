@@ -1,4 +1,4 @@
-"""Whether a complete checkpoint can be gone on from: all that a resumed run reads is there, readable and finite."""
+"""Checks that a run can resume from a complete checkpoint: all files are there, readable, safe and finite."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from finetune.checkpoints.manifest import Manifest
-from finetune.checkpoints.passthrough_tensors import CARRIED
+from finetune.checkpoints.passthrough_tensors import PASSTHROUGH_PREFIXES
 from finetune.checkpoints.pickle_check import DamagedError, check_pickles, pickled_files
 from finetune.model_folders.checkpoint_folder import INDEX, WEIGHTS
 from finetune.models.finite_weights import check_file, check_types
@@ -22,11 +22,11 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _SHARDED = 3
 
 
-def unusable(folder: Path, manifest: Manifest) -> str | None:
-    """Why a checkpoint whose manifest matches cannot be gone on from; None when it can.
+def why_not_resumable(folder: Path, manifest: Manifest) -> str | None:
+    """Why a run cannot resume from a checkpoint whose manifest matches; None if it can.
 
     Raises:
-        ForeignCodeError: a file would run code when it is read.
+        ForeignCodeError: a file may run code when it is unpickled.
     """
     try:
         check_pickles(pickled_files(folder))
@@ -40,8 +40,8 @@ def unusable(folder: Path, manifest: Manifest) -> str | None:
     )
 
 
-def parts_folder(folder: Path) -> Path | str:
-    """The folder of DeepSpeed's parts that the file "latest" names, or what is wrong with it."""
+def shards_folder(folder: Path) -> Path | str:
+    """The folder of DeepSpeed's checkpoint shards that the file "latest" names, or an error message."""
     name = (folder / _LATEST).read_text(encoding="utf-8", errors="replace").strip()
     if not name or Path(name).name != name or (folder / name).is_symlink():
         return f"the file {_LATEST!r} names {name!r}, which is no folder in it"
@@ -60,7 +60,7 @@ def _state_fault(folder: Path, manifest: Manifest) -> str | None:
 
 
 def _read_object(path: Path) -> tuple[dict[str, Any], str | None]:
-    """A JSON object, or what is wrong with it."""
+    """A JSON object, or an error message."""
     if not path.is_file():
         return {}, f"{path.name} is missing"
     try:
@@ -70,19 +70,19 @@ def _read_object(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _missing(folder: Path, manifest: Manifest) -> str | None:
-    """The first file of the state that is not there."""
+    """A message about missing files of the training state."""
     count = manifest.world_size
     wanted = ["scheduler.pt"]
     wanted += ["rng_state.pth"] if count == 1 else [f"rng_state_{rank}.pth" for rank in range(count)]
     if manifest.zero_stage or (folder / _LATEST).is_file():
         if not (folder / _LATEST).is_file():
-            return f"{_LATEST} is missing, which names the folder of DeepSpeed's parts"
-        if isinstance(parts := parts_folder(folder), str):
-            return parts
+            return f"{_LATEST} is missing, which names the folder of DeepSpeed's checkpoint shards"
+        if isinstance(shards := shards_folder(folder), str):
+            return shards
         sharded = manifest.zero_stage == _SHARDED
         for pattern, least in (("*_model_states.pt", count if sharded else 1), ("*_optim_states.pt", count)):
-            if (found := len(list(parts.glob(pattern)))) < least:
-                return f"{parts.name} has {found} of {least} files {pattern}"
+            if (found := len(list(shards.glob(pattern)))) < least:
+                return f"{shards.name} has {found} of {least} files {pattern}"
     else:
         wanted.append("optimizer.pt")
     absent = [name for name in wanted if not (folder / name).is_file()]
@@ -99,7 +99,7 @@ def _weights_fault(folder: Path, manifest: Manifest) -> str | None:
         return fault
     for path in files:
         try:
-            check_types(path, CARRIED)
+            check_types(path, PASSTHROUGH_PREFIXES)
             check_file(path)
         except CheckpointError as error:
             return str(error)
@@ -109,7 +109,7 @@ def _weights_fault(folder: Path, manifest: Manifest) -> str | None:
 
 
 def _weight_files(folder: Path, manifest: Manifest) -> tuple[list[Path], str | None]:
-    """The weight files, and what is missing of them; none need be there where ZeRO-3 did not gather them."""
+    """The weight files, and a message about missing ones; with ZeRO-3 there are none unless weights were gathered."""
     name = _ADAPTER if manifest.method == "lora" else WEIGHTS
     if (folder / name).is_file():
         return [folder / name], None

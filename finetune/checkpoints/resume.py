@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and whether it can."""
+"""Chooses and checks the checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from finetune.arguments.training import TrainingArguments
 from finetune.checkpoints.manifest import Manifest, checkpoints, describe, fault, read
-from finetune.checkpoints.resumable import unusable
+from finetune.checkpoints.resumable import why_not_resumable
 from finetune.checkpoints.resume_rules import compare
 from finetune.checkpoints.run_identity import RunIdentity
 from finetune.models.downsample_mode import saved_with
@@ -19,52 +19,52 @@ from finetune.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# The ZeRO stage in which no rank has whole weights; see ``universal``.
+# The ZeRO stage that shards the weights; see ``universal_checkpoint``.
 _SHARDED = 3
 
 
 class ResumeError(UserError):
-    """A checkpoint that this run cannot continue from."""
+    """A checkpoint that this run cannot resume from."""
 
 
-class NothingLeftError(Exception):
-    """The checkpoint that was resumed from already has all steps of the run."""
+class NoStepsLeftError(Exception):
+    """The resumed checkpoint already has all steps of the run."""
 
 
-class NothingLeftCallback(TrainerCallback):
-    """Keeps a resumed run from training beyond its last step: the Trainer looks for the end only after a step."""
+class NoStepsLeftCallback(TrainerCallback):
+    """Stops a resumed run that has no steps left; the Trainer checks for the end only after a step."""
 
     def on_train_begin(
         self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Called when weights and optimizer of the checkpoint are loaded."""
         if state.global_step >= state.max_steps:
-            raise NothingLeftError
+            raise NoStepsLeftError
 
 
 def choose_checkpoint(
     training: TrainingArguments, output: Path, now: RunIdentity | None = None, downsample_mode: str | None = None
 ) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint stands for, checked; None to start from the base.
+    """The checkpoint for --resume_from_checkpoint, checked; None to start from the base.
 
     Only one process should call this: it reads every byte of the checkpoint.
 
     Args:
         training: flags of the run.
-        output: its folder.
-        now: what the run is; it takes the id of the run that it goes on with. None compares the layout alone.
-        downsample_mode: of the run, None for a family without.
+        output: its output folder.
+        now: identity of this run; it takes the id of the resumed run. None compares the flags of batches and ZeRO only.
+        downsample_mode: of the run, None for a family without one.
 
     Raises:
-        ResumeError: a path that is no complete checkpoint, or a checkpoint that does not fit this run.
-        ForeignCodeError: a file of the checkpoint would run code when it is read.
+        ResumeError: a path without a complete checkpoint, or a checkpoint that this run cannot resume from.
+        ForeignCodeError: a file of the checkpoint may run code when it is unpickled.
     """
     wish = training.resume_from_checkpoint
     if wish is None:
         return None
     found = _newest(output) if wish == "auto" else _named(wish)
     if found is None:
-        _check_nothing_is_lost(output)
+        _check_no_result(output)
         logger.info("no complete checkpoint in %s: starting from the base", output)
         return None
     folder, manifest = found
@@ -72,7 +72,7 @@ def choose_checkpoint(
     _check_fits(training, folder, manifest, downsample_mode)
     _compare(folder, manifest, now)
     known = (read(path) for _, path in checkpoints(output))
-    now.go_on_from(manifest, [each.attempt for each in known if each is not None and each.run == manifest.run])
+    now.continue_run(manifest, [each.attempt for each in known if each is not None and each.run == manifest.run])
     logger.info("resuming from %s (step %d)", folder, manifest.step)
     return folder
 
@@ -90,72 +90,77 @@ def _named(wish: str) -> tuple[Path, Manifest]:
         inside = checkpoints(folder)
         hint = f"give one of its checkpoints, e.g. {inside[-1][1]}" if inside else "auto takes the newest complete one"
         raise ResumeError(f"{folder} is not a complete checkpoint, {reason}. --resume_from_checkpoint: {hint}")
-    # One that was saved on purpose without its state is told so by ``_check_fits``.
-    if manifest.resumable and (reason := unusable(folder, manifest)) is not None:
+    # ``_check_fits`` has the message for checkpoints saved without optimizer state (--save_only_model).
+    if manifest.resumable and (reason := why_not_resumable(folder, manifest)) is not None:
         raise ResumeError(
-            f"{folder} cannot be gone on from: {reason}. Name another checkpoint. {_weights_hint(folder, manifest)}"
+            f"cannot resume from {folder}: {reason}. Give another checkpoint. {_weights_hint(folder, manifest)}"
         )
     return folder, manifest
 
 
 def _newest(output: Path) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint of the folder's run that can be gone on from; those passed over are named.
+    """The newest resumable checkpoint of the folder's run; skipped ones are logged.
 
-    Newest is what the latest start of the run that saved anything got furthest with, whatever the clocks say.
+    Newest: the highest step of the latest start of the run that saved anything, independent of clocks.
 
     Raises:
-        ResumeError: there are complete checkpoints, but none that can be gone on from.
+        ResumeError: there are complete checkpoints, but none is resumable.
     """
     found = [(folder, read(folder)) for _, folder in checkpoints(output)]
     run = _run_of(found)
-    spoilt = None
+    damaged = None
     found.sort(key=lambda entry: (entry[1] is None, entry[1].age if entry[1] else (0, 0)), reverse=True)
     for folder, manifest in found:
         if manifest is not None and manifest.run not in (run, ""):
-            logger.warning("%s is of another run and is passed over: name it to go on from it", folder)
+            logger.warning("%s is of another run and is skipped: give its path to resume from it", folder)
         elif (reason := fault(folder, manifest)) is not None:
-            logger.warning("%s is not complete and is passed over: %s", folder, reason)
-        elif manifest is not None and manifest.resumable and (reason := unusable(folder, manifest)) is not None:
-            logger.warning("%s cannot be gone on from and is passed over: %s", folder, reason)
-            spoilt = spoilt or f"{folder}: {reason}"
+            logger.warning("%s is not complete and is skipped: %s", folder, reason)
+        elif manifest is not None and manifest.resumable and (reason := why_not_resumable(folder, manifest)):
+            logger.warning("%s is not resumable and is skipped: %s", folder, reason)
+            damaged = damaged or f"{folder}: {reason}"
         elif manifest is not None:
             return folder, manifest
-    if spoilt is not None:
+    if damaged is not None:
         raise ResumeError(
-            f"no checkpoint in {output} can be gone on from ({spoilt}): start anew with another --output_dir, or "
+            f"no checkpoint in {output} is resumable ({damaged}): start a new run with another --output_dir, or "
             "replace them with --resume_from_checkpoint none --overwrite_output_dir true"
         )
     return None
 
 
 def _run_of(found: list[tuple[Path, Manifest | None]]) -> str:
-    """The id of the run that a folder is of: of the highest step, where checkpoints of several lie there."""
+    """The run id of an output folder: that of the checkpoint with the highest step."""
     known = [manifest for _, manifest in found if manifest is not None]
     return max(known, key=lambda manifest: (manifest.run != "", manifest.step)).run if known else ""
 
 
 def _compare(folder: Path, manifest: Manifest, now: RunIdentity) -> None:
-    """Says what goes on, what is taken over and what is not.
+    """Logs how this run differs from that of the checkpoint.
 
     Raises:
-        ResumeError: something differs that cannot.
+        ResumeError: a difference that is refused.
     """
     if not manifest.run:
         logger.warning("%s was written by an older version: its base, data and flags are not compared", folder)
         return
     found = compare(manifest, now)
-    logger.log(logging.WARNING if found.felt else logging.INFO, "%s and this run:\n%s", folder, found)
+    level = logging.WARNING if found.affects_training else logging.INFO
+    logger.log(level, "%s and this run:\n%s", folder, found)
     if found.refused:
         other_base = manifest.base.get("digest") != now.base.get("digest")
         hint = "" if other_base else f" {_weights_hint(folder, manifest)}"
         raise ResumeError(
-            f"{folder} cannot be continued with what this run has: {'; '.join(found.refused)}. Give what it was "
-            f"started with.{hint}"
+            f"cannot resume from {folder} with the flags and files of this run: {'; '.join(found.refused)}. Use those "
+            f"that it was started with.{hint}"
         )
 
 
-def _check_nothing_is_lost(output: Path) -> None:
-    """Starting over must not replace a finished result."""
+def _check_no_result(output: Path) -> None:
+    """Checks that a run without a checkpoint does not replace a finished result.
+
+    Raises:
+        ResumeError: there is one.
+    """
     for name in ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"):
         if (output / name).exists():
             raise ResumeError(
@@ -165,12 +170,16 @@ def _check_nothing_is_lost(output: Path) -> None:
 
 
 def _check_fits(training: TrainingArguments, folder: Path, manifest: Manifest, mode: str | None) -> None:
-    """Whether the state in a complete checkpoint can be continued by this run."""
+    """Checks that this run can load the training state of a complete checkpoint.
+
+    Raises:
+        ResumeError: it cannot.
+    """
     now = Manifest(step=0, written=0.0, files={}, **describe(training))
     weights = _weights_hint(folder, manifest)
     if not manifest.resumable:
         raise ResumeError(
-            f"{folder} holds the weights only (--save_only_model true), not the state of the optimizer: it cannot be "
+            f"{folder} holds the weights only (--save_only_model true), not the optimizer state: it cannot be "
             f"resumed. {weights}"
         )
     if manifest.method != now.method:
@@ -179,14 +188,14 @@ def _check_fits(training: TrainingArguments, folder: Path, manifest: Manifest, m
         )
     if manifest.zero_stage != now.zero_stage:
         raise ResumeError(
-            f"{folder} was written with {_zero(manifest.zero_stage)}, this run uses {_zero(now.zero_stage)}: the state "
-            f"of the optimizer cannot be read. Use the DS_CONFIG it was started with. {weights}"
+            f"{folder} was written with {_zero(manifest.zero_stage)}, this run uses {_zero(now.zero_stage)}: the "
+            f"optimizer state cannot be loaded. Use the DS_CONFIG it was started with. {weights}"
         )
     if manifest.world_size != now.world_size and now.zero_stage == _SHARDED:
         raise ResumeError(
-            f"{folder} was written by {manifest.world_size} processes, this run has {now.world_size}: with ZeRO-3 each "
-            f"process holds a part of the optimizer's state, which DeepSpeed does not restore rightly for another "
-            f"number (with ZeRO-2 it does). Start {manifest.world_size} processes (GPUS_PER_NODE, NNODES). {weights}"
+            f"{folder} was written by {manifest.world_size} processes, this run has {now.world_size}: the ZeRO-3 "
+            f"optimizer state cannot be restored for another number of processes (that of ZeRO-2 can). Start "
+            f"{manifest.world_size} processes (GPUS_PER_NODE, NNODES). {weights}"
         )
     if (saved := saved_with(folder)) not in (None, mode):
         raise ResumeError(

@@ -1,4 +1,4 @@
-"""What a resumed run may have otherwise than the run of its checkpoint, flag by flag."""
+"""Compares a resumed run with that of its checkpoint, and decides per flag whether a difference is accepted."""
 
 from __future__ import annotations
 
@@ -12,80 +12,80 @@ from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.run_identity import RunIdentity
 
 
-class Fate(Enum):
-    """What becomes of a difference."""
+class Decision(Enum):
+    """How a difference of a flag is handled."""
 
     REFUSED = "refused"
-    TAKEN = "taken over"
-    ELSEWHERE = "decided elsewhere, or of one start alone"
+    ACCEPTED = "accepted"
+    NOT_COMPARED = "compared elsewhere, or specific to one start of the run"
 
 
 @dataclass(frozen=True, slots=True)
 class FlagRule:
-    """What becomes of a difference in some flags, and why.
+    """How differences of some flags are handled, and why.
 
     Attributes:
-        fate: refused or not.
-        why: the reason of a refusal; what the change means where it is taken over.
-        flags: their names.
+        decision: refused, accepted or not compared.
+        why: the reason of a refusal, or the effect of an accepted change.
+        flags: names separated by spaces.
     """
 
-    fate: Fate
+    decision: Decision
     why: str
     flags: str
 
 
 _ORDER = "samples are not seen exactly once"
-_SAMPLES = "samples look different from here on"
+_SAMPLES = "samples are encoded differently from here on"
 
-# A flag stands in one line; tests hold that every flag does.
+# Every flag has exactly one rule; a test checks that.
 RULES = (
     FlagRule(
-        Fate.REFUSED,
-        "the weights and the optimizer's state of the checkpoint are of other parameters",
+        Decision.REFUSED,
+        "the weights and the optimizer state of the checkpoint belong to other parameters",
         "tune_vision tune_resampler tune_audio tune_llm tune_llm_layers lora_parts lora_r lora_target_modules "
         "lora_target_parameters lora_bias lora_modules_to_save lora_weight_path lora_layers_to_transform "
         "lora_layers_pattern lora_layer_replication use_dora q_lora",
     ),
-    FlagRule(Fate.REFUSED, "the adapters were trained with another scale", "lora_alpha use_rslora"),
+    FlagRule(Decision.REFUSED, "the adapters were trained with another scale", "lora_alpha use_rslora"),
     FlagRule(
-        Fate.REFUSED,
+        Decision.REFUSED,
         "the checkpoint holds the state of another optimizer",
         "optim optim_args optim_target_modules",
     ),
     FlagRule(
-        Fate.REFUSED,
-        "it would have no effect: the state in the checkpoint holds the former value, which wins",
+        Decision.REFUSED,
+        "it would have no effect: the optimizer state of the checkpoint restores the previous value",
         "learning_rate vision_lr resampler_lr audio_lr weight_decay adam_beta1 adam_beta2 adam_epsilon",
     ),
     FlagRule(
-        Fate.REFUSED,
-        "the schedule is counted from step 0: the learning rate would jump to another curve",
+        Decision.REFUSED,
+        "the schedule is computed from step 0: the learning rate would jump to another curve",
         "lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio",
     ),
-    FlagRule(Fate.REFUSED, "weights and optimizer's state are kept in other types", "bf16 fp16"),
-    FlagRule(Fate.REFUSED, "which records were seen could not be told", "streaming"),
+    FlagRule(Decision.REFUSED, "weights and optimizer state have other dtypes", "bf16 fp16"),
+    FlagRule(Decision.REFUSED, "the records seen so far would be unknown", "streaming"),
     FlagRule(
-        Fate.TAKEN,
-        "the schedule is computed anew for this length: the learning rate goes on from where a run of it would be",
+        Decision.ACCEPTED,
+        "the schedule is computed for the new length: the learning rate continues on the curve of a run of that length",
         "max_steps num_train_epochs",
     ),
     FlagRule(
-        Fate.TAKEN,
+        Decision.ACCEPTED,
         _ORDER,
         "seed data_seed packing_items dataloader_drop_last max_samples val_size ignore_data_skip length_column_name "
         "accelerator_config full_determinism",
     ),
     FlagRule(
-        Fate.TAKEN,
+        Decision.ACCEPTED,
         _SAMPLES,
         "model_max_length overlong on_bad_sample train_on thinking data_format image_root media_dir max_slice_nums "
         "max_image_pixels image_max_pixels image_backend video_fps video_max_frames video_max_slice_nums "
         "video_max_pixels video_packing packing_maxlen enable_high_fps double_frame_duration time_scale",
     ),
     FlagRule(
-        Fate.TAKEN,
-        "counts from here on",
+        Decision.ACCEPTED,
+        "applies from here on",
         "max_grad_norm label_smoothing_factor neftune_noise_alpha lora_dropout average_tokens_across_devices "
         "max_nonfinite_steps attn_implementation use_hub_kernels tf32 torch_compile torch_compile_backend "
         "torch_compile_mode gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
@@ -94,7 +94,7 @@ RULES = (
         "parallelism_config check check_base_loss verify_adapter max_bad_share strict_paths",
     ),
     FlagRule(
-        Fate.TAKEN,
+        Decision.ACCEPTED,
         "",
         "output_dir llm_type template print_param_status eval_data_path eval_dataset eval_strategy eval_steps "
         "eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start eval_do_concat_batches "
@@ -112,8 +112,8 @@ RULES = (
         "jit_mode_eval torchdynamo save_safetensors",
     ),
     FlagRule(
-        # base, data, method, batches, downsample_mode and streams are compared as what they mean; see ``resume``
-        Fate.ELSEWHERE,
+        # base, data, method, batch size, downsample_mode and streams are compared by their effect; see ``resume``
+        Decision.NOT_COMPARED,
         "",
         "model_name_or_path data_path dataset dataset_dir use_lora downsample_mode buffer_size packing packing_tokens "
         "train_sampling_strategy per_device_train_batch_size gradient_accumulation_steps resume_from_checkpoint "
@@ -125,30 +125,30 @@ _BY_FLAG = {name: rule for rule in RULES for name in rule.flags.split()}
 
 @dataclass(slots=True)
 class RunComparison:
-    """What is the same, what differs and is taken over, and what cannot be continued, each in words.
+    """Result of a comparison: descriptions of what is equal, and of differences that are accepted or refused.
 
     Attributes:
-        same: goes on.
-        taken: differs and is taken over.
-        refused: cannot be continued.
-        felt: whether something that is taken over changes what is trained.
+        same: equal values that are not defaults.
+        accepted: differences that are accepted.
+        refused: differences that are refused.
+        affects_training: whether an accepted difference changes what is trained.
     """
 
     same: list[str] = field(default_factory=list)
-    taken: list[str] = field(default_factory=list)
+    accepted: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    felt: bool = False
+    affects_training: bool = False
 
     def __str__(self) -> str:
         """The three lists."""
-        lists = {"goes on": self.same, "differs and is taken over": self.taken, "refused": self.refused}
+        lists = {"same": self.same, "differs, accepted": self.accepted, "refused": self.refused}
         return "\n".join(f"  {title}: {'; '.join(found) or 'nothing'}" for title, found in lists.items())
 
 
 def compare(manifest: Manifest, now: RunIdentity) -> RunComparison:
-    """A checkpoint's identity beside that of the run that wants to go on from it.
+    """Compares the identity of a checkpoint's run with that of the run that resumes from it.
 
-    What is missing on one side, as in manifests of older versions, is not compared.
+    Values that one side does not have, as in manifests of older versions, are not compared.
     """
     result = RunComparison()
     _compare_base(manifest.base, now.base, result)
@@ -156,22 +156,22 @@ def compare(manifest: Manifest, now: RunIdentity) -> RunComparison:
     same, refused = [], {}
     defaults = _defaults()
     for name, before, after in _flags(manifest.flags, now.flags, defaults):
-        rule = _BY_FLAG.get(name, FlagRule(Fate.TAKEN, "not known to this version", name))
+        rule = _BY_FLAG.get(name, FlagRule(Decision.ACCEPTED, "not known to this version", name))
         if before == after:
-            if after != defaults.get(name) and rule.fate is not Fate.ELSEWHERE:
+            if after != defaults.get(name) and rule.decision is not Decision.NOT_COMPARED:
                 same.append(name)
-        elif rule.fate is Fate.REFUSED:
+        elif rule.decision is Decision.REFUSED:
             refused.setdefault(rule.why, []).append(f"--{name} was {_short(before)}, now {_short(after)}")
-        elif rule.fate is Fate.TAKEN:
+        elif rule.decision is Decision.ACCEPTED:
             why = f" ({rule.why})" if rule.why else ""
-            result.felt |= bool(why)
-            result.taken.append(f"{name} {_short(before)} -> {_short(after)}{why}")
+            result.affects_training |= bool(why)
+            result.accepted.append(f"{name} {_short(before)} -> {_short(after)}{why}")
     result.refused += [f"{', '.join(flags)}: {why}" for why, flags in refused.items()]
     if same:
         result.same.append(", ".join(same))
     for name, before in manifest.versions.items():
         if name in now.versions and now.versions[name] != before:
-            result.taken.append(f"{name} {before} -> {now.versions[name]}")
+            result.accepted.append(f"{name} {before} -> {now.versions[name]}")
     return result
 
 
@@ -181,12 +181,12 @@ def _compare_base(before: Mapping[str, Any], after: Mapping[str, Any], result: R
     if before.get("family") != after["family"]:
         result.refused.append(
             f"the base was {before.get('name')} ({before.get('family')}), now {after['name']} ({after['family']}): "
-            "another generation"
+            "another model family"
         )
     elif before.get("digest") != after["digest"]:
         named = after["name"] if after["name"] != before.get("name") else f"{after['name']}, changed since"
         result.refused.append(
-            f"the base was {before.get('name')}, now {named}: what was trained belongs to the former weights"
+            f"the base was {before.get('name')}, now {named}: the trained weights belong to the previous base"
         )
     else:
         result.same.append(f"base {after['name']}")
@@ -202,15 +202,15 @@ def _compare_data(before: Mapping[str, Any], after: Mapping[str, Any], result: R
         return
     count = f" ({before['samples']} samples)" if before.get("samples") else ""
     changed = [name for name in now if name in files and files[name] != now[name]]
-    result.felt = True
+    result.affects_training = True
     what = f"changed: {', '.join(changed)}" if changed else f"{', '.join(files)}{count} -> {', '.join(now)}"
-    result.taken.append(f"data {what} ({_ORDER})")
+    result.accepted.append(f"data {what} ({_ORDER})")
 
 
 def _flags(
     before: Mapping[str, Any], after: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Name and both values of every flag; one that a version did not have had its default."""
+    """Name and both values of every flag; the default for a flag that the other version did not have."""
     if before and after:
         for name in sorted({*before, *after}):
             if name in defaults or (name in before and name in after):

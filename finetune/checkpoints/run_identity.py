@@ -1,4 +1,4 @@
-"""What a run is: its base, its data, its flags and the libraries, as every checkpoint notes them."""
+"""Identity of a run, recorded in every checkpoint: base, data, flags and versions of libraries."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from finetune.utils.errors import CheckpointError
 
 _LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "numpy")
 # A secret, and an object that transformers derives from other flags.
-_NOT_NOTED = ("hub_token", "accelerator_config")
-# What a base says of itself beside its weights, where the folder has it.
+_NOT_RECORDED = ("hub_token", "accelerator_config")
+# Files of a base, beside its weights, that go into its digest.
 _DESCRIBED = ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer.model")
 _DESCRIBED += ("tokenizer_config.json", "chat_template.jinja")
-# Of a data file the first, the last and some pieces between are read: enough to tell files apart, quick for any size.
-_PIECE = 1 << 16
-_PIECES = 16
+# A data file is identified by its first, its last and some blocks between: fast for any size.
+_BLOCK = 1 << 16
+_BLOCKS = 16
 
 
 @dataclass(slots=True, kw_only=True)
 class RunIdentity:
-    """What a manifest says of a run beside its layout.
+    """Identity of a run, as a manifest records it.
 
     Attributes:
-        run: an id that resumed runs keep.
-        attempt: counts the starts of the run.
-        base: of ``base_of``.
-        data: of ``data_of``.
-        flags: every flag in plain types.
+        run: an id that is kept when the run is resumed.
+        attempt: number of starts of the run.
+        base: from ``base_of``.
+        data: from ``data_of``.
+        flags: every flag, as JSON values.
         versions: of the libraries.
     """
 
@@ -49,12 +49,12 @@ class RunIdentity:
     flags: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
 
-    def go_on_from(self, manifest: Manifest, attempts: Iterable[int]) -> None:
-        """Takes the id of the run that a checkpoint is of; ``attempts`` are those known of it."""
+    def continue_run(self, manifest: Manifest, attempts: Iterable[int]) -> None:
+        """Takes the id of a checkpoint's run; ``attempts`` are those of its other checkpoints."""
         self.run = manifest.run or self.run
         self.attempt = 1 + max([manifest.attempt, *attempts])
 
-    def noted(self) -> dict[str, Any]:
+    def manifest_fields(self) -> dict[str, Any]:
         """The fields of a manifest."""
         return {name: getattr(self, name) for name in ("run", "attempt", "base", "data", "flags", "versions")}
 
@@ -69,10 +69,7 @@ def identify(args: Arguments, base: Checkpoint, data_files: Sequence[Path]) -> R
 
 
 def base_of(base: Checkpoint) -> dict[str, Any]:
-    """Name and family of a base, and a digest of what its folder says: config and the headers of its weights.
-
-    Weights of the same shapes are told apart by a piece of each file beside its header.
-    """
+    """Name and family of a base, and a digest of its configuration and of headers and blocks of its weight files."""
     digest = hashlib.sha256()
     described = [base.folder / name for name in _DESCRIBED if (base.folder / name).is_file()]
     for path in sorted([*base.folder.glob("*.safetensors"), *described]):
@@ -81,7 +78,7 @@ def base_of(base: Checkpoint) -> dict[str, Any]:
             with path.open("rb") as file:
                 if path.suffix == ".safetensors":
                     _update_with_header(digest, file)
-                    _update_with_pieces(digest, file, path.stat().st_size)
+                    _update_with_blocks(digest, file, path.stat().st_size)
                 else:
                     digest.update(file.read())
         except OSError as error:
@@ -90,29 +87,29 @@ def base_of(base: Checkpoint) -> dict[str, Any]:
 
 
 def data_of(files: Iterable[Path]) -> dict[str, Any]:
-    """Size and a digest of some pieces of every data file, by its name; files that are not there are left out."""
+    """Size and a digest of some blocks of every data file, by its name; unreadable files are skipped."""
     found = {}
     for path in files:
         try:
             size = path.stat().st_size
             digest = hashlib.sha256()
             with path.open("rb") as file:
-                _update_with_pieces(digest, file, size)
+                _update_with_blocks(digest, file, size)
         except OSError:
-            continue  # whoever opens it for its records says so
+            continue  # reported when its records are read
         found[path.name] = {"bytes": size, "digest": digest.hexdigest()}
     return {"files": found}
 
 
 def flags_of(args: Arguments) -> dict[str, Any]:
-    """Every flag at its resolved value, by name, as it comes back from JSON."""
+    """The resolved value of every flag, by name, converted to JSON values."""
     groups = (args.model, args.data, args.training, args.lora)
     named = ((entry.name, getattr(group, entry.name)) for group in groups for entry in fields(group))
-    return {name: json.loads(json.dumps(value, default=str)) for name, value in named if name not in _NOT_NOTED}
+    return {name: json.loads(json.dumps(value, default=str)) for name, value in named if name not in _NOT_RECORDED}
 
 
 def versions() -> dict[str, str]:
-    """Versions of this project and of the libraries that decide what is computed."""
+    """Versions of this project and of the libraries that affect results."""
     found = {"finetune": finetune.__version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         try:
@@ -127,10 +124,10 @@ def _update_with_header(digest: Any, file: BinaryIO) -> None:
     digest.update(file.read(min(length, 1 << 27)))
 
 
-def _update_with_pieces(digest: Any, file: BinaryIO, size: int) -> None:
-    last = max(size - _PIECE, 0)
-    for number in range(_PIECES):
-        file.seek(last * number // (_PIECES - 1))
-        digest.update(file.read(_PIECE))
+def _update_with_blocks(digest: Any, file: BinaryIO, size: int) -> None:
+    last = max(size - _BLOCK, 0)
+    for number in range(_BLOCKS):
+        file.seek(last * number // (_BLOCKS - 1))
+        digest.update(file.read(_BLOCK))
         if not last:
             return

@@ -1,4 +1,4 @@
-"""What a run starts from: its base checkpoint, its output folder, and the checkpoint that it resumes."""
+"""Start of a run: finds the base checkpoint, locks the output folder, chooses the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.checkpoints.base_checkpoint import Checkpoint, resolve, side_files
 from finetune.checkpoints.output_folder import Input, OutputFolder
 from finetune.checkpoints.resume import choose_checkpoint
 from finetune.checkpoints.run_identity import RunIdentity, identify
-from finetune.checkpoints.universal_checkpoint import expect_converted, for_processes
+from finetune.checkpoints.universal_checkpoint import convert_for_world_size, set_load_universal
 from finetune.families.family import Family
 from finetune.runtime import distributed
 from finetune.utils.errors import ArgumentError
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 def find_base(args: Arguments) -> Checkpoint:
-    """The base checkpoint; its downsample_mode may be that of the adapter that the run continues."""
-    former = args.lora.lora_weight_path if args.training.use_lora else None
-    trained = None if former is None else Path(former)
+    """The base checkpoint; its downsample_mode may come from the adapter of --lora_weight_path."""
+    adapter = args.lora.lora_weight_path if args.training.use_lora else None
+    trained = None if adapter is None else Path(adapter)
     base = resolve(args.model.model_name_or_path, args.model.downsample_mode, trained=trained)
     if base.mode is not None:
         logger.info("%s", base.mode)
@@ -36,34 +36,34 @@ def find_base(args: Arguments) -> Checkpoint:
 def start_run(
     args: Arguments, base: Checkpoint, output: OutputFolder, data: Sequence[Path]
 ) -> tuple[str | None, RunIdentity | None]:
-    """Takes the output folder, connects the ranks, and decides what is resumed.
+    """Locks the output folder, initialises the process group, and chooses the checkpoint to resume from.
 
     Args:
         args: the flags.
         base: the base checkpoint.
-        output: the output folder, so far untouched; nothing in it changes here.
+        output: the output folder; its contents are not changed here.
         data: files of the training data, for the identity of the run.
 
     Returns:
-        the checkpoint that every rank resumes, or None; and on rank 0 the identity of the run.
+        The checkpoint that every rank resumes from, or None; and on rank 0 the identity of the run.
 
     Raises:
-        ArgumentError: ranks that do not look at images alike.
+        ArgumentError: ranks have different downsample modes.
         OutputError: the folder is in use, or is an input of the run.
-        ResumeError: the checkpoint cannot be resumed.
+        ResumeError: the run cannot resume from the checkpoint.
     """
-    resume, identity = _look_at_output(args, base, output, data) if distributed.is_main_process() else (None, None)
+    resume, identity = _prepare_output(args, base, output, data) if distributed.is_main_process() else (None, None)
     distributed.start(args.training)
     _check_modes(base.downsample_mode)
     resume_from = distributed.from_main_process(resume and str(resume))
-    expect_converted(args.training, resume_from)
+    set_load_universal(args.training, resume_from)
     return resume_from, identity
 
 
-def _look_at_output(
+def _prepare_output(
     args: Arguments, base: Checkpoint, output: OutputFolder, data: Sequence[Path]
 ) -> tuple[Path | None, RunIdentity]:
-    """Makes sure that this run, and no other, may write its output folder."""
+    """Checks and locks the output folder, and chooses the checkpoint; on rank 0."""
     training = args.training
     identity = identify(args, base, data)
     resume = choose_checkpoint(training, output.folder, identity, base.downsample_mode)
@@ -74,13 +74,13 @@ def _look_at_output(
         resuming=training.resume_from_checkpoint == "auto" or (resume and resume.parent) == output.folder,
         overwrite=training.overwrite_output_dir,
     )
-    output.own()
+    output.lock()
     logger.info("%s", args.describe())
-    return for_processes(resume, output.folder), identity
+    return convert_for_world_size(resume, output.folder), identity
 
 
 def _inputs_of(args: Arguments, base: Checkpoint) -> list[Input]:
-    """What the run reads, as far as it is files and folders here."""
+    """The local files and folders that the run reads."""
     given = {"--model_name_or_path": str(base.folder), "--lora_weight_path": args.lora.lora_weight_path}
     given |= {"--data_path": args.data.data_path, "--eval_data_path": args.data.eval_data_path}
     if args.data.dataset or args.data.eval_dataset:
@@ -90,7 +90,7 @@ def _inputs_of(args: Arguments, base: Checkpoint) -> list[Input]:
 
 
 def _check_modes(mode: str | None) -> None:
-    """Checks that all ranks look at images alike, whatever the environment of their machines says.
+    """Checks that all ranks have the same downsample_mode, which may come from the environment of their machines.
 
     Raises:
         ArgumentError: this rank has another downsample_mode than rank 0.

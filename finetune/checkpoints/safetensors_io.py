@@ -1,4 +1,4 @@
-"""Safetensors files as bytes: where each tensor lies, and files written tensor by tensor from any source."""
+"""Reads and writes safetensors files tensor by tensor, by byte offsets, without loading whole files."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from finetune.utils.errors import CheckpointError
 
 _BLOCK = 1 << 24
-# As headers name them; those that a merge computes with.
+# By the names in headers: the dtypes that a merge can compute with.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """Where a tensor lies in a safetensors file.
+class StoredTensor:
+    """Location of a tensor in a safetensors file.
 
     Attributes:
         file: the file.
         offset: first byte.
-        size: in bytes.
+        size: bytes.
         dtype: as in the header of the file, e.g. "BF16".
         shape: as in the header.
     """
@@ -36,8 +36,8 @@ class Stored:
     shape: list[int]
 
 
-def stored_in(files: Iterable[Path]) -> dict[str, Stored]:
-    """All tensors of some safetensors files by name, file by file, as they lie there; only headers are read."""
+def stored_in(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """All tensors of some safetensors files by name, in the order of the files; only headers are read."""
     found = {}
     for path in files:
         with path.open("rb") as file:
@@ -46,7 +46,7 @@ def stored_in(files: Iterable[Path]) -> dict[str, Stored]:
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
-            found[name] = Stored(path, 8 + length + start, end - start, entry["dtype"], entry["shape"])
+            found[name] = StoredTensor(path, 8 + length + start, end - start, entry["dtype"], entry["shape"])
     return found
 
 
@@ -56,7 +56,7 @@ def shard_name(number: int, count: int) -> str:
 
 
 def write_header(target: BinaryIO, tensors: Mapping[str, tuple[str, list[int], int]]) -> None:
-    """Begins a safetensors file: length of the header and header; the bytes of the tensors must follow in this order.
+    """Writes length and header of a safetensors file; the bytes of the tensors must follow in this order.
 
     Args:
         target: an empty file.
@@ -72,15 +72,15 @@ def write_header(target: BinaryIO, tensors: Mapping[str, tuple[str, list[int], i
     target.write(len(text).to_bytes(8, "little") + text)
 
 
-def read_tensor(stored: Stored) -> torch.Tensor:
-    """A floating point tensor in memory, nothing else of its file.
+def read_tensor(stored: StoredTensor) -> torch.Tensor:
+    """Reads one floating point tensor.
 
     Raises:
-        CheckpointError: numbers of another kind.
+        CheckpointError: a dtype that is not floating point.
         EOFError: the file is shorter than its header says.
     """
     if stored.dtype not in DTYPES:
-        raise CheckpointError(f"{stored.file}: a tensor of type {stored.dtype} cannot be computed with")
+        raise CheckpointError(f"{stored.file}: tensors of dtype {stored.dtype} are not supported")
     tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
     data: Any = tensor.flatten().view(torch.uint8).numpy() if stored.size else None
     with stored.file.open("rb") as file:
@@ -90,8 +90,8 @@ def read_tensor(stored: Stored) -> torch.Tensor:
     return tensor
 
 
-def copy_tensor(stored: Stored, target: BinaryIO) -> None:
-    """Appends the bytes of a tensor, block by block: it is never held in memory.
+def copy_tensor(stored: StoredTensor, target: BinaryIO) -> None:
+    """Appends the bytes of a tensor, block by block, without holding it in memory.
 
     Raises:
         EOFError: its file is shorter than its header says.

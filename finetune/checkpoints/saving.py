@@ -1,4 +1,4 @@
-"""What is written beside the trained weights, so that a result loads anywhere the official checkpoints load."""
+"""Side files of results (run.yaml, config, tokenizer, processor, model card), so that they load like official ones."""
 
 from __future__ import annotations
 
@@ -19,20 +19,27 @@ from safetensors import safe_open
 
 import finetune
 from finetune.arguments.parse import Arguments
-from finetune.checkpoints.base_checkpoint import FULL_FILES, SIDE_FILES, Checkpoint, but_mode, read_config, take_over
-from finetune.checkpoints.passthrough_tensors import carry
+from finetune.checkpoints.base_checkpoint import (
+    FULL_FILES,
+    SIDE_FILES,
+    Checkpoint,
+    copy_base_files,
+    mode_note,
+    read_config,
+)
+from finetune.checkpoints.passthrough_tensors import copy_passthrough_tensors
 from finetune.families.settings import DOWNSAMPLE_MODE
 
-# Weights of a former result, which must not stay beside those of a new one.
+# Weights of a previous result, which are removed before a new one is moved into place.
 _WEIGHT_FILES = ("adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json")
 
 
 def write_run(args: Arguments, base: Checkpoint, folder: Path) -> None:
-    """Writes run.yaml, which finetune.py runs again: flags that differ from their defaults, the base, the versions."""
+    """Writes run.yaml, with which finetune.py repeats the run: non-default flags, base checkpoint, versions."""
     described: dict[str, Any] = {"name": base.name, "revision": base.revision, "family": base.family.name}
     if base.mode is not None:
         described[DOWNSAMPLE_MODE] = base.mode.name
-        if base.mode.chosen:  # also by the environment: the run that this file starts again need not have it
+        if base.mode.chosen:  # recorded as a flag: it may come from an environment variable
             model = replace(args.model, downsample_mode=base.mode.name)
             args = args._replace(model=model, origins={DOWNSAMPLE_MODE: base.mode.origin, **args.origins})
     run = {
@@ -49,45 +56,45 @@ def write_run(args: Arguments, base: Checkpoint, folder: Path) -> None:
 
 
 def finish_adapter(model: PeftModel, folder: Path, base: Checkpoint) -> None:
-    """Completes a saved adapter: loadable by AutoPeftModel, base recorded, tokenizer and processor of the base."""
+    """Adds to a saved adapter what AutoPeftModel needs, the base, and tokenizer and processor files of the base."""
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     config.base_model_name_or_path = base.name
     config.revision = base.revision
-    # peft imports the class named here; its allow-list has transformers, which our registration then serves.
+    # peft imports the class named here; its allow-list has transformers, whose Auto classes know ours by registration.
     base_class, library = base.family.auto_mapping
-    config.auto_mapping = {"base_model_class": base_class, "parent_library": library, **base.mark}
+    config.auto_mapping = {"base_model_class": base_class, "parent_library": library, **base.auto_mapping_extra}
     config.save_pretrained(str(folder))
-    take_over(base, folder, SIDE_FILES)
+    copy_base_files(base, folder, SIDE_FILES)
     (folder / "README.md").write_text(_adapter_card(base), encoding="utf-8")
     _tidy(folder)
 
 
 def finish_full(folder: Path, base: Checkpoint) -> None:
-    """Completes a saved full model: the base's own config.json, tokenizer, processor and code files.
+    """Adds to a saved full model config.json, tokenizer, processor and code files of the base.
 
-    Tensors of the base that the network does not have (the speech output of MiniCPM-o) are added to the weights.
-    transformers 5 re-serialises config.json in a layout that official code misreads (rope_theta moves), so the
-    original goes back; only torch_dtype follows the weights, and downsample_mode the run.
+    Tensors of the base that the model does not build (the speech output of MiniCPM-o) are added to the weights.
+    transformers 5 writes config.json in a layout that official code misreads (rope_theta moves), so the original is
+    copied; only torch_dtype is set to that of the weights, and downsample_mode to that of the run.
     """
-    take_over(base, folder, FULL_FILES)
+    copy_base_files(base, folder, FULL_FILES)
     config = read_config(folder)
     dtype = _saved_dtype(folder)
     if dtype is not None:
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    carry(base.folder, folder)
+    copy_passthrough_tensors(base.folder, folder)
     (folder / "README.md").write_text(_full_card(base), encoding="utf-8")
     _tidy(folder)
 
 
-def put_in_place(unfinished: Path, folder: Path, ours: Container[str] = ()) -> None:
-    """Moves a result that is complete to where it belongs; weights of a former one go first.
+def move_result(unfinished: Path, folder: Path, ours: Container[str] = ()) -> None:
+    """Moves a complete result to its folder; weights of a previous result are removed first.
 
     Args:
-        unfinished: the result, in a folder of its own, which goes when it is empty.
-        folder: where it belongs.
-        ours: names there that runs of this toolkit have written; other files are left alone.
+        unfinished: folder of the result; it is removed.
+        folder: the target.
+        ours: names of files there that runs of this toolkit have written; other files are kept.
 
     Raises:
         OSError: it cannot be moved.
@@ -114,9 +121,9 @@ def _saved_dtype(folder: Path) -> str | None:
 
 
 def _tidy(folder: Path) -> None:
-    # A pickle; run.yaml says the same in plain text.
+    # A pickle; run.yaml has the same information.
     (folder / "training_args.bin").unlink(missing_ok=True)
-    # safetensors writes files that only their owner may read, whatever the umask.
+    # safetensors writes files with mode 0600, regardless of the umask.
     readable = (folder / "README.md").stat().st_mode & 0o777
     for path in folder.glob("*.safetensors"):
         path.chmod(readable)
@@ -129,7 +136,7 @@ def _adapter_card(base: Checkpoint) -> str:
         option = f'model.config.{DOWNSAMPLE_MODE} = "{base.mode.name}"\n'
         note = f"""
 It was trained with {DOWNSAMPLE_MODE} {base.mode.name}, and the base has {base.mode.base}. The processor beside the
-adapter and the tools of this project know; peft loads the base as it is and has to be told, as above.
+adapter and the tools of this project use its mode; with peft, set it on the model as above.
 """
     return f"""---
 base_model: {base.name}
@@ -140,7 +147,7 @@ library_name: peft
 Base checkpoint: `{base.name}`{revision}. The flags of the run are in `run.yaml`.
 
 ```python
-import finetune.models  # registers the network; no remote code is run
+import finetune.models  # registers the model classes; no remote code is run
 from peft import AutoPeftModel
 
 model = AutoPeftModel.from_pretrained("path/to/this/folder", device_map="auto").eval()
@@ -154,10 +161,10 @@ base_model: {base.name}
 ---
 # Finetuned {base.family.title}
 
-All files besides the weights are those of `{base.name}`{but_mode(base)}. The flags of the run are in `run.yaml`.
+All files besides the weights are those of `{base.name}`{mode_note(base)}. The flags of the run are in `run.yaml`.
 
 ```python
-import finetune.models  # registers the network; no remote code is run
+import finetune.models  # registers the model classes; no remote code is run
 from transformers import {base.family.auto_mapping[0]}
 
 model = {base.family.auto_mapping[0]}.from_pretrained("path/to/this/folder", device_map="auto").eval()

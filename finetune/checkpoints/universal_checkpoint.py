@@ -1,7 +1,7 @@
-"""A checkpoint of ZeRO-1 or ZeRO-2 for another number of processes, by DeepSpeed's universal checkpoints.
+"""Converts a ZeRO-1 or ZeRO-2 checkpoint for another number of processes, with DeepSpeed's universal checkpoints.
 
-ZeRO-3 is left out: DeepSpeed 0.19.8 gives every group of parameters the settings of the first one, and all of them one
-counter of steps, when it loads such a checkpoint, so that other weights come out.
+ZeRO-3 is not supported: when DeepSpeed 0.19.8 loads such a checkpoint, it gives all parameter groups the settings of
+the first one and a common step counter, so that training would continue with wrong values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from finetune.checkpoints.disk_space import describe_space, free_space, written_size
 from finetune.checkpoints.manifest import NAME, read
 from finetune.checkpoints.output_folder import RECORDS
-from finetune.checkpoints.resumable import parts_folder
+from finetune.checkpoints.resumable import shards_folder
 from finetune.checkpoints.resume import ResumeError
 from finetune.runtime import distributed
 
@@ -25,21 +25,21 @@ logger = logging.getLogger(__name__)
 
 _FOLDER = "universal"
 _LATEST = "latest_universal"
-# What a launcher tells its processes; the converter is none of them.
+# Variables of the launcher, which the converter must not see.
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
-def for_processes(checkpoint: Path | None, output: Path) -> Path | None:
-    """The checkpoint itself, or where this run has another number of processes, what they can read of it.
+def convert_for_world_size(checkpoint: Path | None, output: Path) -> Path | None:
+    """The checkpoint, converted if this run has another number of processes.
 
     Only one process should call this.
 
     Args:
-        checkpoint: complete and checked, None for none.
-        output: folder of the run; what is made lies among its records.
+        checkpoint: complete and checked; None for none.
+        output: folder of the run; the converted checkpoint is written below RECORDS in it.
 
     Raises:
-        ResumeError: there is no space for it, or DeepSpeed cannot convert it.
+        ResumeError: the disk has no space for it, or DeepSpeed cannot convert it.
     """
     made = output / RECORDS / _FOLDER
     shutil.rmtree(made, ignore_errors=True)  # of a run that was ended
@@ -48,9 +48,9 @@ def for_processes(checkpoint: Path | None, output: Path) -> Path | None:
         return checkpoint
     if manifest.world_size == distributed.world_size():
         return checkpoint
-    parts = parts_folder(checkpoint)
-    assert isinstance(parts, Path)
-    needed, free = written_size(parts), free_space(output)
+    shards = shards_folder(checkpoint)
+    assert isinstance(shards, Path)
+    needed, free = written_size(shards), free_space(output)
     if free is not None and free < needed:
         raise ResumeError(
             f"{checkpoint} was written by {manifest.world_size} processes and has to be converted for "
@@ -62,28 +62,28 @@ def for_processes(checkpoint: Path | None, output: Path) -> Path | None:
     for path in checkpoint.iterdir():
         if path.is_file() and path.name not in (NAME, "latest"):
             (target / path.name).symlink_to(path.absolute())
-    _convert(parts, target / f"{parts.name}_{_FOLDER}")
+    _convert(shards, target / f"{shards.name}_{_FOLDER}")
     return target
 
 
-def _convert(parts: Path, target: Path) -> None:
+def _convert(shards: Path, target: Path) -> None:
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(parts), "--output_folder", str(target)]
+    command += ["--input_folder", str(shards), "--output_folder", str(target)]
     command += ["--num_extract_workers", "2", "--num_merge_workers", "2"]
     environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
     environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ResumeError(f"{parts} cannot be converted for another number of processes: {last}")
+        raise ResumeError(f"{shards} cannot be converted for another number of processes: {last}")
 
 
 def is_converted(checkpoint: Path) -> bool:
-    """Whether a folder is one that ``for_processes`` has made."""
+    """Whether a folder was made by ``convert_for_world_size``."""
     return (checkpoint / _LATEST).is_file()
 
 
-def expect_converted(training: Any, checkpoint: str | None) -> None:
-    """Lets DeepSpeed read what ``for_processes`` has made; every process must call it before the Trainer is made."""
+def set_load_universal(training: Any, checkpoint: str | None) -> None:
+    """Sets DeepSpeed's ``load_universal`` for a converted checkpoint; call on every rank before the Trainer is made."""
     if checkpoint is not None and is_converted(Path(checkpoint)):
         training.hf_deepspeed_config.config.setdefault("checkpoint", {})["load_universal"] = True

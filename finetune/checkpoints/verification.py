@@ -1,4 +1,4 @@
-"""Proof that a saved result is what was trained: loaded in a fresh process, its logits are compared."""
+"""Verifies a saved result: loads it in a fresh process and compares logits and trained weights with the model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from finetune.runtime.processes import ABOVE
 
 logger = logging.getLogger(__name__)
 
-# Logits kept per reference: the end of a sample has seen all of it.
+# Positions at the end of the sample whose logits are kept: they depend on all of it.
 _KEPT = 64
 
 
@@ -40,9 +40,9 @@ class Origin:
     Attributes:
         dtype: in which the result is loaded, e.g. "bfloat16".
         quantised: whether the base is in 4 bit (QLoRA).
-        rounding: largest absolute difference that rounding the trained model to ``dtype`` makes in these logits.
-        noise: what one more rounding in every layer makes; 0 in float32.
-        trained: fingerprints of what was trained, by name.
+        rounding: largest absolute change of these logits when the trained model is cast to ``dtype``.
+        noise: largest absolute change when every layer's output is rounded once more; 0 in float32.
+        trained: fingerprints of the trained parameters, by name.
     """
 
     dtype: str
@@ -55,8 +55,8 @@ class Origin:
 def take_reference(trainer: Trainer, example: Example, pad_id: int, dtype: str, quantised: bool) -> Path | None:
     """Logits of the trained model on one example; every rank must call it (ZeRO-3 gathers).
 
-    This is the last that is done with the model: its float32 weights are then rounded to ``dtype``, in place, to
-    measure what that does to the logits.
+    Nothing else may use the model afterwards: its float32 weights are cast to ``dtype`` in place, to measure how that
+    changes the logits.
 
     Returns:
         On rank 0 a safetensors file with the batch, the last logits and their origin, alone in a temporary folder that
@@ -68,19 +68,19 @@ def take_reference(trainer: Trainer, example: Example, pad_id: int, dtype: str, 
     first, kind = trainer.args.process_index == 0, getattr(torch, dtype)
     trained = fingerprints(model, trained_names(model), kind, wanted=first)
 
-    def ask() -> torch.Tensor:
+    def compute_logits() -> torch.Tensor:
         return model(**batch, logits_to_keep=min(_KEPT, labels.shape[1])).logits.float()
 
     model.eval()
     rounding = noise = 0.0
     with torch.no_grad():
         with trainer.accelerator.autocast():
-            logits = ask()
+            logits = compute_logits()
         if kind != torch.float32:
             round_weights(model, kind)
-            rounded = ask()
+            rounded = compute_logits()
             rounding = (rounded - logits).abs().max().item()
-            noise = computing_noise(model, ask, rounded)
+            noise = computing_noise(model, compute_logits, rounded)
     if not first:
         return None
     path = Path(tempfile.mkdtemp(prefix="verify-")) / "reference.safetensors"
@@ -89,7 +89,7 @@ def take_reference(trainer: Trainer, example: Example, pad_id: int, dtype: str, 
 
 
 def write_reference(path: Path, batch: Mapping[str, torch.Tensor], logits: torch.Tensor, origin: Origin) -> None:
-    """Writes what ``compare`` reads: a batch, the logits (1, K, V) of its last K positions, and how they were made."""
+    """Writes the reference for ``compare``: a batch, the logits (1, K, V) of its last K positions, and their origin."""
     tensors = {key: value.cpu().contiguous() for key, value in batch.items()}
     metadata = {"origin": json.dumps(asdict(origin))}
     save_file({**tensors, "logits": logits.float().cpu().contiguous()}, path, metadata=metadata)
@@ -98,13 +98,13 @@ def write_reference(path: Path, batch: Mapping[str, torch.Tensor], logits: torch
 def verify_in_fresh_process(folder: Path, reference: Path) -> int:
     """Runs ``python -m finetune verify`` from another directory, without this run's distributed environment.
 
-    The reference holds a sample of the user's: its folder is removed, unless the check fails and it is needed again.
+    The reference contains a sample of the user's data: its folder is removed unless the verification fails.
 
     Returns:
-        Its exit status: 0 when the folder loads and its logits agree.
+        The exit status: 0 when the folder loads and its logits agree.
     """
-    foreign = ("RANK", "LOCAL_", "WORLD_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+    distributed = ("RANK", "LOCAL_", "WORLD_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(distributed)}
     source = str(Path(finetune.__file__).resolve().parent.parent)
     environment[ABOVE] = str(os.getpid())
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, environment.get("PYTHONPATH", "")]))
@@ -113,7 +113,7 @@ def verify_in_fresh_process(folder: Path, reference: Path) -> int:
     if status == 0:
         shutil.rmtree(reference.parent)
     else:
-        logger.error("to check again: %s", shlex.join(["python", *command[1:]]))
+        logger.error("to repeat the verification: %s", shlex.join(["python", *command[1:]]))
     return status
 
 
@@ -124,7 +124,7 @@ class LogitComparison:
     Attributes:
         difference: largest absolute difference of logits.
         largest: largest absolute logit of the reference.
-        wrong: names of what was trained and has other values here.
+        wrong: names of the trained parameters whose values differ.
         base_difference: largest absolute difference with the adapter off; None for a full model.
         origin: of the reference.
     """
@@ -142,7 +142,7 @@ class LogitComparison:
 
     @property
     def tolerance(self) -> float:
-        """Largest relative difference allowed: that of rounding, and the noise of both computations."""
+        """Largest relative difference allowed: the effect of the cast, and the rounding noise of both computations."""
         return max((self.origin.rounding + 2 * self.origin.noise) / self.largest, FLOAT32)
 
     @property
@@ -151,20 +151,20 @@ class LogitComparison:
         return not self.wrong and self.relative <= self.tolerance
 
     def reasons(self) -> str:
-        """Where the tolerance comes from, and what else was compared, in words."""
+        """Where the tolerance comes from, and how many trained tensors are equal, for messages."""
         origin, same = self.origin, len(self.origin.trained) - len(self.wrong)
         equal = f"{same} of {len(origin.trained)} trained tensors and scales are equal"
         if origin.dtype == "float32":
             return f"tolerance: {FLOAT32:.0e} of the largest logit, for other kernels in float32; {equal}"
         rounding, noise = origin.rounding / self.largest, origin.noise / self.largest
         return (
-            f"tolerance: rounding the trained model to {origin.dtype} moves these logits by {rounding:.1e} of the "
+            f"tolerance: casting the trained model to {origin.dtype} changes these logits by {rounding:.1e} of the "
             f"largest, one more rounding in every layer by {noise:.1e}, here and in the new process; {equal}"
         )
 
 
 def compare(model: torch.nn.Module, reference: Path) -> LogitComparison:
-    """Runs the reference's batch through a loaded model, and compares what was trained with its weights."""
+    """Runs the reference's batch through a loaded model; compares logits and fingerprints of trained parameters."""
     from peft import PeftModel
 
     tensors, origin = load_file(reference), origin_of(reference)
@@ -190,6 +190,6 @@ def origin_of(reference: Path) -> Origin:
 
 def _distance(model: torch.nn.Module, batch: dict[str, torch.Tensor], expected: torch.Tensor) -> float:
     keep = expected.shape[1]
-    # The classes of transformers (4.6, 4.7, OCR) give all logits whatever is asked for.
+    # A model may return the logits of all positions.
     logits = model(**batch, logits_to_keep=keep).logits[:, -keep:]
     return (logits.float().cpu() - expected).abs().max().item()

@@ -1,4 +1,4 @@
-"""Whether weights are those that were trained, to the bit: logits in 16 bit do not show a single wrong layer."""
+"""Hashes of trained weights, to compare them bit by bit: 16-bit logits do not reveal a single wrong layer."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def fingerprints(model: nn.Module, names: list[str], dtype: torch.dtype, *, want
     """A digest of some parameters by name, and the scale of every LoRA layer.
 
     Args:
-        model: the network; under ZeRO-3 every rank must call, as the weights are gathered one by one.
-        names: of its parameters; those it does not have are left out.
-        dtype: to which values are rounded first, so that neither float32 masters nor the type of a file make a
+        model: the model; with ZeRO-3 every rank must call, as the weights are gathered one by one.
+        names: names of parameters; those that the model does not have are skipped.
+        dtype: dtype to which values are cast first, so that float32 master weights and the dtype of a file make no
             difference.
-        wanted: False on a rank that only helps to gather.
+        wanted: False on a rank that only takes part in gathering.
     """
     found, parameters = {}, dict(model.named_parameters())
     for name in names:
         if name in parameters:
-            with _whole(parameters[name]):
+            with _gathered(parameters[name]):
                 if wanted:
                     found[name] = _digest(parameters[name], dtype)
     for path, module in model.named_modules():
@@ -37,7 +37,7 @@ def fingerprints(model: nn.Module, names: list[str], dtype: torch.dtype, *, want
     return found
 
 
-def _whole(parameter: nn.Parameter) -> AbstractContextManager[object]:
+def _gathered(parameter: nn.Parameter) -> AbstractContextManager[object]:
     """Gathers a parameter that ZeRO-3 has partitioned."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()

@@ -85,7 +85,7 @@ def _encoder(given: argparse.Namespace, data: DataArguments) -> Encoder:
         print(base.mode)
     tokenizer = load_tokenizer(base.folder)
     encoder = Encoder.from_config(
-        base.family, tokenizer, base.settings, max_length=given.model_max_length, **data.looking
+        base.family, tokenizer, base.settings, max_length=given.model_max_length, **data.encoding
     )
     check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
     return encoder
@@ -143,9 +143,9 @@ def _with_training(parser: CommandParser, words: Sequence[str]) -> argparse.Name
 
     known = {**flags_of(GROUPS), "data_path": True}
     resolved = resolve(words, known)
-    given, rest = parser.parse_known_args(resolved.words)
+    given, rest = parser.parse_known_args(resolved.argv)
     others = [word for word in rest if word.startswith("--")]
-    stray = [resolved.words[0]] if not resolved.words[0].startswith("--") else []
+    stray = [resolved.argv[0]] if not resolved.argv[0].startswith("--") else []
     if unknown := stray + [flag for flag in others if flag.removeprefix("--") not in known]:
         refuse_unknown(unknown, [f"--{name}" for name in known])
     typed = {word.partition("=")[0] for word in words}

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     from finetune.checkpoints.base_checkpoint import resolve
     from finetune.export.result_folder import check_target, model_card, unfinished, write_model, write_record
     from finetune.export.sharded_writer import WeightFiles
-    from finetune.export.zero_consolidation import Gathered, base_named_by, read_parts, write_adapter
+    from finetune.export.zero_consolidation import Gathered, base_named_by, read_shards, write_adapter
     from finetune.model_folders.checkpoint_folder import has_adapter
     from finetune.models import load_model
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     sources = [base.folder, checkpoint]
     check_target(out, sources, overwrite=given.overwrite_output_dir == "true")
     print(f"reading    {checkpoint}; base {base.name}, {base.family.title}")
-    state = read_parts(checkpoint, trained_only=lora)
+    state = read_shards(checkpoint, trained_only=lora)
     with unfinished(out, sources, overwrite=given.overwrite_output_dir == "true") as folder:
         if lora:
             count = write_adapter(folder, checkpoint, base, state)

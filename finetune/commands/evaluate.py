@@ -144,7 +144,7 @@ def _encoder(given: argparse.Namespace, checkpoint: Checkpoint) -> Encoder:
         checkpoint.family,
         load_tokenizer(checkpoint.folder),
         checkpoint.settings,
-        **data_arguments(given).looking,
+        **data_arguments(given).encoding,
         **thinking,
     )
 

@@ -59,7 +59,7 @@ def command_words(argv: list[str]) -> list[str]:
     from finetune.arguments.resolve import resolve
 
     known = vars(_parser().parse_args(["--export_dir", "OUT"]))
-    return resolve(argv, dict.fromkeys(known, False), "export").words
+    return resolve(argv, dict.fromkeys(known, False), "export").argv
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ def _export(given: argparse.Namespace, sources: Sources, out: Path) -> Agreement
 
 def _weights(given: argparse.Namespace, sources: Sources) -> Base | Merged:
     """The tensors of the result, computed when they are read."""
-    from finetune.export.lora_merge import Base, Merged, empty_network
+    from finetune.export.lora_merge import Base, Merged, empty_model
     from finetune.export.vllm_layout import check_servable, stays
 
     base, device = sources.base, _device(given.export_device)
@@ -176,13 +176,11 @@ def _weights(given: argparse.Namespace, sources: Sources) -> Base | Merged:
     if given.format == "vllm":
         if len(sources.adapters) != 1:
             raise UserError("--format vllm needs exactly one adapter; merge the earlier ones first")
-        served = Merged(
-            weights, empty_network(base.folder), sources.adapters[0], device=device, keep=stays(base.family)
-        )
+        served = Merged(weights, empty_model(base.folder), sources.adapters[0], device=device, keep=stays(base.family))
         check_servable(sources.adapters[0], served.config)
         return served
     for adapter in sources.adapters:
-        weights = Merged(weights, empty_network(base.folder), adapter, device=device)
+        weights = Merged(weights, empty_model(base.folder), adapter, device=device)
     return weights
 
 
@@ -208,22 +206,22 @@ def _record(given: argparse.Namespace, sources: Sources) -> dict[str, Any]:
         "adapters": [str(adapter) for adapter in sources.adapters],
         "format": given.format,
         "infer_dtype": given.infer_dtype,
-        **base.mark,
+        **base.auto_mapping_extra,
         "finetune": finetune.__version__,
     }
 
 
 def _verify(given: argparse.Namespace, sources: Sources, model: Path, left: list[Path]) -> Agreement:
     from finetune.checkpoints.base_checkpoint import resolve
-    from finetune.export.merge_check import answers_of, compare, make_prompts
+    from finetune.export.merge_check import compare, logits_of, make_prompts
 
     prompts = make_prompts(sources.base)
     device = _device(given.export_device)
     base = sources.base
-    adapted = answers_of(base, sources.adapters, prompts, dtype=given.infer_dtype, device=device)
+    adapted = logits_of(base, sources.adapters, prompts, dtype=given.infer_dtype, device=device)
     # By the mode of its own files, as everybody will load it.
     result = resolve(str(model), trained=left[0] if left else None, environment={})
-    return compare(adapted, answers_of(result, left, prompts, dtype="auto", device=device))
+    return compare(adapted, logits_of(result, left, prompts, dtype="auto", device=device))
 
 
 def _in_words(agreement: Agreement) -> str:

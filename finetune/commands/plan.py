@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
 def _plan(given: argparse.Namespace) -> int:
     from finetune.planning import estimate_table, settings_search
-    from finetune.planning.memory_estimate import GIB, MemoryPlanner
+    from finetune.planning.memory_estimate import GIB, MemoryEstimator
     from finetune.planning.meta_model import quiet
 
     config, settings, name, mode = _model(given)
@@ -48,7 +48,7 @@ def _plan(given: argparse.Namespace) -> int:
     limit = int((given.gpu_memory or _memory_here() or 24) * GIB)
     methods = settings_search.ALL_METHODS if given.method == "all" else (given.method,)
     with quiet():
-        planner = MemoryPlanner(config)
+        planner = MemoryEstimator(config)
         print(f"{planner.family.title}, {planner.parameters():,} parameters; {_described(shape)}")
         if mode is not None:
             print(mode)
@@ -127,7 +127,7 @@ def _measured(given: argparse.Namespace, shape: SampleShape) -> SampleShape:
     data = data_arguments(given)
     data.max_slice_nums = given.slices or None
     encoder = Encoder.from_config(
-        base.family, load_tokenizer(base.folder), base.settings, max_length=given.length or 2048, **data.looking
+        base.family, load_tokenizer(base.folder), base.settings, max_length=given.length or 2048, **data.encoding
     )
     samples = open_data(given.data, data.dataset, **data.reading)
     if (found := measured_shape(LengthPolicy(encoder, data.overlong), samples, shape)) is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from finetune.sample import DataError, Sample
-from finetune.utils.errors import WorthlessError
+from finetune.utils.errors import UnusableResultError
 
 if TYPE_CHECKING:
     from finetune.encoding.encoder import Encoder
@@ -38,7 +38,7 @@ def read_questions(
 
     Raises:
         DataError: a record that cannot be used, or none that can.
-        WorthlessError: more of them are skipped than that share allows.
+        UnusableResultError: more of them are left out than that share allows.
     """
     from finetune.encoding.sample_policy import share_is_bad
     from finetune.media import video
@@ -64,7 +64,7 @@ def read_questions(
             f"{title}: no record can be used; the first: {skipped[0]}" if skipped else f"{title}: no record"
         )
     if share_is_bad(len(skipped), len(questions) + len(skipped), max_bad_share):
-        raise WorthlessError(
+        raise UnusableResultError(
             f"{samples.title}: {len(skipped)} of {len(questions) + len(skipped)} records cannot be used, more than "
             f"--max_bad_share {max_bad_share:g} allows; mend the data, or raise it. The first: {skipped[0]}"
         )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import finetune
 from finetune.encoding.length_policy import LengthPolicy, Outcome
 from finetune.sample import Sample
-from finetune.utils.cache import folder, replacing, signature
+from finetune.utils.cache import atomic_write, folder, signature
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class CheckCache:
             return
         text = json.dumps({"data": self._state, "records": self._known | self._fresh})
         try:
-            with replacing(self._path) as file:
+            with atomic_write(self._path) as file:
                 file.write(text.encode())
         except OSError as error:
             logger.warning("the results of the check are not remembered: %s", error)

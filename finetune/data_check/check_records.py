@@ -23,7 +23,7 @@ from finetune.encoding.length_policy import LengthPolicy, OverlongError
 from finetune.encoding.sample_policy import SamplePolicy, share_is_bad, source_of
 from finetune.sample import MEDIA_KINDS, DataError, Sample
 from finetune.templates.rendering import IGNORE
-from finetune.utils.errors import WorthlessError
+from finetune.utils.errors import UnusableResultError
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def check_before_training(intakes: Sequence[SamplePolicy], level: str | None) ->
         level: one of LEVELS, None for "full" up to FULL_UP_TO records and "sample" above.
 
     Raises:
-        DataError, WorthlessError: as ``judge``; the reports are logged before.
+        DataError, UnusableResultError: as ``judge``; the reports are logged before.
     """
     reports: list[CheckReport | None] = []
     for intake in intakes:
@@ -70,7 +70,7 @@ def judge(intakes: Sequence[SamplePolicy], reports: Sequence[CheckReport | None]
 
     Raises:
         CheckError: records cannot be used and are not to be skipped.
-        WorthlessError: more of them cannot be used than the intake's share allows.
+        UnusableResultError: more of them cannot be used than the intake's share allows.
         DataError: a data set without any sample to use.
     """
     looked = [(intake, report) for intake, report in zip(intakes, reports, strict=True) if report is not None]
@@ -88,7 +88,7 @@ def judge(intakes: Sequence[SamplePolicy], reports: Sequence[CheckReport | None]
             first = (report.problems + report.left_out)[0]
             raise CheckError(f"{report.file}: none of {report.looked_at} records can be used; the first: {first}")
         if share_is_bad(len(report.problems), report.looked_at, intake.max_bad_share):
-            raise WorthlessError(
+            raise UnusableResultError(
                 f"{report.file}: {len(report.problems)} of {report.looked_at} records cannot be used, more than "
                 f"--max_bad_share {intake.max_bad_share:g} allows; the first: {report.problems[0]}. Mend the data, or "
                 "raise --max_bad_share if so many are expected to be unusable"

@@ -197,7 +197,7 @@ def _write(place: Path, path: Path, file: BinaryIO, scan: Scan) -> bool:
     state = _state(file)
     logger.info("%s: finding the records (%.1f GB); this is done once", path, state[1] / 1e9)
     try:
-        with cache.replacing(place) as target:
+        with cache.atomic_write(place) as target:
             target.write(bytes(_HEADER.size))
             count = 0
             for spans in scan(path, file):

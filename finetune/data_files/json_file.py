@@ -70,7 +70,7 @@ def _unpacked(path: Path) -> BinaryIO:
         pass
     with path.open("rb") as packed:
         try:
-            with cache.replacing(place) as target:
+            with cache.atomic_write(place) as target:
                 for block in _blocks(path, packed):
                     if shutil.disk_usage(place.parent).free < _KEPT_FREE + len(block):
                         raise DataError(

@@ -1,1 +1,1 @@
-"""From what training leaves to folders that others load: merged, split for servers, gathered from ZeRO's parts."""
+"""Exports results of training: merged models, the layout for vLLM, weights consolidated from ZeRO shards."""

@@ -1,7 +1,7 @@
-"""Adapters merged into their base one layer at a time: no more than a layer is ever in memory.
+"""Merges LoRA adapters into their base layer by layer, with at most one layer in memory.
 
-The network and the adapter are built without weights; peft itself says which tensors of the adapter's file belong to
-which layer and computes every layer's merge, in float32.
+Model and adapter are built on the meta device; peft maps the tensors of the adapter file to layers and computes the
+merge of every layer, in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from transformers import AutoConfig, PreTrainedModel
 
-from finetune.checkpoints.safetensors_io import Stored, read_tensor, stored_in
+from finetune.checkpoints.safetensors_io import StoredTensor, read_tensor, stored_in
 from finetune.model_folders.checkpoint_folder import weight_files
 from finetune.models.adapters import (
     ADAPTER_PREFIX,
@@ -30,8 +30,8 @@ from finetune.models.adapters import (
     stored_shapes,
     trained_beside,
 )
-from finetune.models.loading import NETWORKS
-from finetune.models.strict_loading import check_folder, check_whole
+from finetune.models.loading import MODEL_CLASSES
+from finetune.models.strict_loading import check_folder, check_not_truncated
 from finetune.utils.errors import CheckpointError
 
 _NAME = "default"
@@ -42,28 +42,28 @@ class Weights(Protocol):
     """The tensors of a model, read one at a time.
 
     Attributes:
-        stored: every tensor by name; where a changed one lies unchanged, with its type and shape.
-        changed: names of those whose values are not the stored ones.
-        untied: whether embeddings and output layer, one tensor by config.json, have become two.
+        stored: every tensor by name; for a changed one the original, with its dtype and shape.
+        changed: names of the tensors whose values differ from the stored ones.
+        untied: whether embeddings and output layer, tied by config.json, have become two tensors.
     """
 
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, StoredTensor]
     changed: set[str]
     untied: bool
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor; what was computed is float32, whatever is stored."""
+        """One tensor; a changed one is float32, whatever is stored."""
         ...
 
 
 class Base:
-    """The tensors of a model folder as they are."""
+    """The unchanged tensors of a model folder."""
 
     def __init__(self, folder: Path) -> None:
         check_folder(folder)
         for path in (files := weight_files(folder)):
-            check_whole(path)
-        self.stored: Mapping[str, Stored] = stored_in(files)
+            check_not_truncated(path)
+        self.stored: Mapping[str, StoredTensor] = stored_in(files)
         self.changed: set[str] = set()
         self.untied = False
 
@@ -76,20 +76,20 @@ class Merged:
     """The tensors of ``below`` with an adapter merged into them.
 
     Args:
-        below: the base, or the base with other adapters merged already.
-        network: the base's network without weights; it is used up.
-        folder: of the adapter.
-        device: where layers are computed.
-        keep: whether the LoRA of a module (by its name in the network) stays an adapter instead of being merged.
+        below: the base, without or with other merged adapters.
+        model: the base model on the meta device; it is modified.
+        folder: folder of the adapter.
+        device: device that computes the merge.
+        keep: whether the LoRA of a module (by its name in the model) stays an adapter instead of being merged.
 
     Raises:
-        CheckpointError: the adapter is of a kind that cannot be merged, does not fit, or its files are not complete.
+        CheckpointError: the adapter cannot be merged, does not match the base, or is not complete.
     """
 
     def __init__(
         self,
         below: Weights,
-        network: PreTrainedModel,
+        model: PreTrainedModel,
         folder: Path,
         *,
         device: str = "cpu",
@@ -97,13 +97,13 @@ class Merged:
     ) -> None:
         self._below, self._folder, self._device = below, folder, device
         self._file = folder / ADAPTER_WEIGHTS
-        ties = ties_of(network)
+        ties = tied_names(model)
         self._beside = trained_beside(folder)
         self.config = lora_config_of(folder, self._beside)
         _check_kind(folder, self.config)
-        self._model = self._outline(network)
-        self._lies = stored_in([self._file])
-        present = set(self._lies) | set(self._beside)
+        self._model = self._meta_adapter(model)
+        self._in_file = stored_in([self._file])
+        present = set(self._in_file) | set(self._beside)
         self._keys = {name: key for name, key in _names(self._model).items() if key in present}
         self._layers: dict[str, tuple[str, LoraLayer]] = {}
         self.kept: dict[str, LoraLayer] = {}
@@ -119,19 +119,19 @@ class Merged:
         outside = {name: key for name, key in self._keys.items() if not name.startswith(inside)}
         self._replaced = {_own(name): key for name, key in outside.items()}
         self._ready: dict[str, torch.Tensor] = {}
-        parted = [names for names in ties if len({self._change(name) for name in names}) > 1]
-        self.untied = below.untied or bool(parted)
-        self._tied = self._absent(parted)
-        self.stored: Mapping[str, Stored] = {
+        split = [names for names in ties if len({self._change(name) for name in names}) > 1]
+        self.untied = below.untied or bool(split)
+        self._tied = self._absent(split)
+        self.stored: Mapping[str, StoredTensor] = {
             **below.stored,
             **{name: below.stored[where] for name, where in self._tied.items()},
         }
         self.changed = below.changed | set(self._layers) | set(self._replaced) | set(self._tied)
         if lost := sorted(self.changed - set(self.stored)):
-            apart = any(re.search(r"\.experts\.\d+\.", name) for name in self.stored)
-            remedy = "; they store every expert by itself: load_model(BASE).save_pretrained(OUT) stores them together"
+            unfused = any(re.search(r"\.experts\.\d+\.", name) for name in self.stored)
+            remedy = "; they store every expert separately: load_model(BASE).save_pretrained(OUT) stores fused experts"
             raise CheckpointError(
-                f"{folder} changes {lost[0]}, which the weight files of the base do not have{remedy if apart else ''}"
+                f"{folder} changes {lost[0]}, which the weight files of the base do not have{remedy if unfused else ''}"
             )
 
     def read(self, name: str) -> torch.Tensor:
@@ -153,34 +153,34 @@ class Merged:
         """A tensor of a module that stays an adapter: "lora_A.weight" or "lora_B.weight"."""
         return self._from_adapter(f"{ADAPTER_PREFIX}{module}.{part}")
 
-    def _outline(self, network: PreTrainedModel) -> PeftModel:
-        """The adapter on the network, both without weights, once its files are known to fit and to be complete."""
+    def _meta_adapter(self, model: PreTrainedModel) -> PeftModel:
+        """The model with the adapter on the meta device, after checks of the adapter's files."""
         settings = check_adapter(self._folder)
         shapes = stored_shapes(self._file) | {name: tuple(tensor.shape) for name, tensor in self._beside.items()}
-        check_fit(network, self._folder, settings, shapes)
+        check_fit(model, self._folder, settings, shapes)
         with peft_errors(self._folder):
-            model = PeftModel(network, self.config, adapter_name=_NAME, low_cpu_mem_usage=True)
+            adapted = PeftModel(model, self.config, adapter_name=_NAME, low_cpu_mem_usage=True)
         stored = set(shapes)
-        if self._beside:  # saved beside the adapter was only what had been trained of a module
-            stored |= {key for key in _described(model) if ".lora_" not in key}
-        check_complete(model, self._file, stored, _NAME)
-        return model
+        if self._beside:  # the file beside the adapter has only the trained tensors of a module
+            stored |= {key for key in _described(adapted) if ".lora_" not in key}
+        check_complete(adapted, self._file, stored, _NAME)
+        return adapted
 
     def _change(self, name: str) -> str | None:
-        """What the adapter makes of a tensor; the same for the same change, None for none."""
+        """An identifier of the change that the adapter makes to a tensor; None for none."""
         return self._layers[name][0] if name in self._layers else self._replaced.get(name)
 
-    def _absent(self, parted: list[list[str]]) -> dict[str, str]:
-        """Tensors that the base stores only under another's name -> that name."""
+    def _absent(self, split: list[list[str]]) -> dict[str, str]:
+        """Tied tensors that the base stores only under another name -> that name."""
         result = {}
-        for names in parted:
+        for names in split:
             where = next((name for name in names if name in self._below.stored), None)
             if where is not None:
                 result |= {name: where for name in names if name not in self._below.stored}
         return result
 
     def _merge(self, path: str, layer: LoraLayer) -> dict[str, torch.Tensor]:
-        """The merged tensors of one layer; peft computes them."""
+        """The merged tensors of one layer, computed by peft."""
         module = self._model.get_submodule(path)
         tensors = {}
         for name in module.state_dict():
@@ -189,7 +189,7 @@ class Merged:
         module.to_empty(device=self._device)
         module.load_state_dict(tensors)
         del tensors
-        # Of adapters on several parameters of a module, one is around the other.
+        # Adapters of several parameters of a module are nested.
         wrappers = [each for each in module.modules() if isinstance(each, LoraLayer)]
         try:
             for wrapper in wrappers:
@@ -210,30 +210,30 @@ class Merged:
         return self._below.read(self._tied.get(name, name))
 
     def _from_adapter(self, key: str) -> torch.Tensor:
-        return self._beside[key] if key in self._beside else read_tensor(self._lies[key])
+        return self._beside[key] if key in self._beside else read_tensor(self._in_file[key])
 
 
-def empty_network(folder: Path) -> PreTrainedModel:
-    """The network that config.json describes, without weights."""
+def empty_model(folder: Path) -> PreTrainedModel:
+    """The model of config.json on the meta device."""
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        return NETWORKS[config.model_type](config)
+        return MODEL_CLASSES[config.model_type](config)
 
 
-def adapter_names(network: PreTrainedModel, folder: Path, beside: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def adapter_names(model: PreTrainedModel, folder: Path, beside: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Names of a LoRA adapter's tensors: in training -> in its file.
 
     Args:
-        network: of the base, without weights; it is used up.
-        folder: with adapter_config.json.
+        model: the base model on the meta device; it is modified.
+        folder: folder with adapter_config.json.
         beside: as for ``lora_config_of``.
     """
     config = lora_config_of(folder, dict(beside))
-    return _names(PeftModel(network, config, adapter_name=_NAME, low_cpu_mem_usage=True))
+    return _names(PeftModel(model, config, adapter_name=_NAME, low_cpu_mem_usage=True))
 
 
 def _names(model: PeftModel) -> dict[str, str]:
-    """Name of a tensor in the outline -> its name in the adapter's files; tied ones have the same."""
+    """Name of a tensor in the meta model -> its name in the adapter's files; tied ones have the same."""
     owners: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         owners.setdefault(id(tensor), []).append(name)
@@ -241,27 +241,27 @@ def _names(model: PeftModel) -> dict[str, str]:
 
 
 def _described(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The outline's own tensors under the names of an adapter's file."""
+    """The adapter tensors of the meta model, by their names in an adapter file."""
     return get_peft_model_state_dict(
         model, state_dict=model.state_dict(keep_vars=True), adapter_name=_NAME, save_embedding_layers=False
     )
 
 
-def ties_of(network: PreTrainedModel) -> list[list[str]]:
-    """Groups of names that stand for the same tensor."""
+def tied_names(model: PreTrainedModel) -> list[list[str]]:
+    """Groups of names of tied tensors."""
     groups: dict[int, list[str]] = {}
-    for name, tensor in network.state_dict(keep_vars=True).items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
 
 
 def _own(path: str) -> str:
-    """The name in the base of what is at ``path`` in the outline."""
+    """The name in the base model of the module or tensor ``path`` of the meta model."""
     return own_name(path.removeprefix(ADAPTER_PREFIX)).replace(_SAVED, ".")
 
 
 def _check_kind(folder: Path, config: LoraConfig) -> None:
-    """Refuses adapters that a merge would not do justice to.
+    """Refuses adapters that cannot be merged.
 
     Raises:
         CheckpointError: with the reason.

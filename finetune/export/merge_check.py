@@ -1,4 +1,4 @@
-"""Proof that a merged model is the adapted one: both answer the same prompts, one after the other in memory."""
+"""Verifies a merged model: compares its logits with those of base and adapter, loading one after the other."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _SIDE = 448
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far two models are apart on a text and on an image prompt.
+    """How far the logits of two models differ on a text and an image prompt.
 
     Attributes:
         difference: largest absolute difference of logits.
-        relative: the same over the largest magnitude.
-        tolerance: largest relative difference allowed, twice what one more rounding in every layer does: both models'
-            logits are no more certain than that.
+        relative: the same divided by the largest absolute logit.
+        tolerance: largest relative difference allowed: twice the effect of one more rounding in every layer, the
+            rounding noise of both models.
         effect: largest absolute difference that the adapter makes; None without one.
     """
 
@@ -48,27 +48,27 @@ class Agreement:
 
     @property
     def ok(self) -> bool:
-        """Whether they are the same model."""
+        """Whether the difference is within the tolerance."""
         return self.relative <= self.tolerance
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """What a model answers.
+class PromptLogits:
+    """Logits of a model on the prompts.
 
     Attributes:
         logits: of every prompt, in float32.
-        plain: the same with the adapter off; None without one.
-        noise: how far one more rounding in every layer moves the logits; 0 in float32.
+        base_logits: the same with the adapter disabled; None without one.
+        noise: how far one more rounding in every layer changes the logits; 0 in float32.
     """
 
     logits: list[torch.Tensor]
-    plain: list[torch.Tensor] | None
+    base_logits: list[torch.Tensor] | None
     noise: float
 
 
 def make_prompts(base: Checkpoint) -> list[Batch]:
-    """A question alone, and the same about a picture of noise, whose every patch is different."""
+    """A question without image, and the same with an image of noise, whose patches are all different."""
     encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings, max_slice_nums=1)
     noise = np.random.default_rng(0).integers(0, 256, (_SIDE, _SIDE, 3), dtype=np.uint8)
     prompts = []
@@ -78,44 +78,44 @@ def make_prompts(base: Checkpoint) -> list[Batch]:
     return prompts
 
 
-def answers_of(
+def logits_of(
     base: Checkpoint, adapters: Sequence[Path], prompts: Sequence[Batch], *, dtype: torch.dtype | str, device: str
-) -> Answers:
-    """Loads a model, puts adapters on it and asks it; the last adapter stays one, peft merges those before it.
+) -> PromptLogits:
+    """Loads a model with adapters and computes logits; peft merges all adapters but the last.
 
     Args:
         base: the model.
         adapters: in the order in which they apply.
-        prompts: of ``make_prompts``.
-        dtype: to load in; "auto" is the file's.
+        prompts: from ``make_prompts``.
+        dtype: of the weights; "auto" uses that of the files.
         device: to compute on.
     """
     options = {"dtype": dtype, "device_map": {"": device}, "downsample_mode": base.downsample_mode}
-    network: Any = load_model(base.folder, **options)
+    model: Any = load_model(base.folder, **options)
     for number, adapter in enumerate(adapters, 1):
-        network = put_adapter(network, adapter)
+        model = put_adapter(model, adapter)
         if number < len(adapters):
-            network = network.merge_and_unload()
-    network.eval()
+            model = model.merge_and_unload()
+    model.eval()
     batches = [{name: value.to(device) for name, value in batch.items() if name != "labels"} for batch in prompts]
-    logits, plain = _logits(network, batches), None
+    logits, base_logits = _all_logits(model, batches), None
     noise = max(
-        computing_noise(network, partial(_ask, network, batch), before)
+        computing_noise(model, partial(_logits, model, batch), before)
         for batch, before in zip(batches, logits, strict=True)
     )
-    if isinstance(network, PeftModel):
-        with network.disable_adapter():
-            plain = _logits(network, batches)
-    del network
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            base_logits = _all_logits(model, batches)
+    del model
     gc.collect()
-    return Answers(logits, plain, noise)
+    return PromptLogits(logits, base_logits, noise)
 
 
-def compare(adapted: Answers, merged: Answers) -> Agreement:
+def compare(adapted: PromptLogits, merged: PromptLogits) -> Agreement:
     """How far a merged model is from the adapted one."""
     largest = max(*(logits.abs().max().item() for logits in adapted.logits), 1e-6)
     difference = _distance(adapted.logits, merged.logits)
-    effect = None if adapted.plain is None else _distance(adapted.logits, adapted.plain)
+    effect = None if adapted.base_logits is None else _distance(adapted.logits, adapted.base_logits)
     return Agreement(difference, difference / largest, max(2 * adapted.noise / largest, FLOAT32), effect)
 
 
@@ -123,10 +123,10 @@ def _distance(ours: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> f
     return max((one - other).abs().max().item() for one, other in zip(ours, others, strict=True))
 
 
-def _logits(network: nn.Module, batches: Sequence[Batch]) -> list[torch.Tensor]:
-    return [_ask(network, batch) for batch in batches]
+def _all_logits(model: nn.Module, batches: Sequence[Batch]) -> list[torch.Tensor]:
+    return [_logits(model, batch) for batch in batches]
 
 
-def _ask(network: nn.Module, batch: Batch) -> torch.Tensor:
+def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
-        return network(**batch).logits.float().cpu()
+        return model(**batch).logits.float().cpu()

@@ -1,4 +1,4 @@
-"""A model folder that needs nothing else, put in its place only when it is complete."""
+"""Writes an exported model folder to a temporary folder and moves it into place when it is complete."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import yaml
 
-from finetune.checkpoints.base_checkpoint import FULL_FILES, Checkpoint, but_mode, read_config, take_over
-from finetune.export.sharded_writer import WeightFiles, check_room
+from finetune.checkpoints.base_checkpoint import FULL_FILES, Checkpoint, copy_base_files, mode_note, read_config
+from finetune.export.sharded_writer import WeightFiles, check_export_space
 from finetune.utils.errors import UserError
 from finetune.utils.paths import expand
 
-# Says what the folder was made of; also the sign that a folder is ours to replace.
+# File with the sources of an export; a folder that has it may be replaced.
 RECORD = "export.yaml"
 _TIES = "tie_word_embeddings"
 
@@ -30,12 +30,12 @@ class ExportError(UserError):
 
 @contextmanager
 def unfinished(target: Path, sources: Sequence[Path], *, overwrite: bool) -> Iterator[Path]:
-    """A folder beside ``target`` to write into; it takes the target's place at the end, or vanishes with an error.
+    """A temporary folder beside ``target``, which replaces the target at the end, or is removed on an error.
 
     Args:
         target: the result; must not exist, or be empty, unless ``overwrite``.
-        sources: folders that are read and that the result must therefore not replace or lie in.
-        overwrite: replace a former result; only what is nothing but a model folder is ever removed.
+        sources: folders that are read, which the result must not replace or contain.
+        overwrite: replace a previous result; only a folder that is nothing but a model is ever removed.
 
     Raises:
         ExportError: the target must not be written to.
@@ -47,11 +47,11 @@ def unfinished(target: Path, sources: Sequence[Path], *, overwrite: bool) -> Ite
     folder.mkdir()
     try:
         yield folder
-        former = target.with_name(f".{target.name}.former-{os.getpid()}")
+        previous = target.with_name(f".{target.name}.former-{os.getpid()}")
         if target.is_dir():
-            target.rename(former)
+            target.rename(previous)
         folder.rename(target)
-        shutil.rmtree(former, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -66,7 +66,7 @@ def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> N
         raise ExportError(f"--export_dir {target} is a file; give a folder")
     for source in sources:
         if target == source or target in source.parents:
-            raise ExportError(f"--export_dir {target} holds {source}, which is read; choose another folder")
+            raise ExportError(f"--export_dir {target} contains {source}, which is read; choose another folder")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
@@ -76,8 +76,8 @@ def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> N
     ours, plain = (target / RECORD).is_file(), (target / "config.json").is_file()
     if not ours and not (plain and all(path.is_file() for path in target.iterdir())):
         raise ExportError(
-            f"--export_dir {target} holds more than a model and is not replaced, not even with --overwrite_output_dir: "
-            "choose another folder, or empty it yourself"
+            f"--export_dir {target} contains more than a model and is not replaced, not even with "
+            "--overwrite_output_dir: choose another folder, or empty it yourself"
         )
 
 
@@ -86,16 +86,16 @@ def write_model(folder: Path, base: Checkpoint, files: WeightFiles, *, dtype: to
 
     Args:
         folder: an empty folder.
-        base: the checkpoint that everything but the weights and the downsample_mode comes from.
+        base: the checkpoint; everything but the weights and the downsample_mode is copied from it.
         files: the weights.
-        dtype: recorded in config.json; None leaves what is there.
+        dtype: recorded in config.json; None keeps the value of the base.
         card: text of README.md.
 
     Returns:
         Number of weight files.
     """
-    check_room(folder, files.total_size)
-    take_over(base, folder, FULL_FILES)
+    check_export_space(folder, files.total_size)
+    copy_base_files(base, folder, FULL_FILES)
     config = read_config(folder)
     before = copy.deepcopy(config)
     if dtype is not None:
@@ -111,7 +111,7 @@ def write_model(folder: Path, base: Checkpoint, files: WeightFiles, *, dtype: to
 
 
 def write_record(folder: Path, adapters: Sequence[Path], record: Mapping[str, Any]) -> None:
-    """Writes export.yaml, and the flags with which the adapters were trained as training*.yaml."""
+    """Writes export.yaml, and copies run.yaml of the adapters as training*.yaml."""
     (folder / RECORD).write_text(yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True), encoding="utf-8")
     for number, adapter in enumerate(adapters, 1):
         if (adapter / "run.yaml").is_file():
@@ -131,10 +131,10 @@ base_model: {base.name}
 
 - base: `{base.name}`{revision}{parts}
 
-All files besides the weights are those of the base{but_mode(base)}. `{RECORD}` says how this folder was made.
+All files besides the weights are those of the base{mode_note(base)}. `{RECORD}` has the sources of this folder.
 
 ```python
-import finetune.models  # registers the network; no remote code is run
+import finetune.models  # registers the model classes; no remote code is run
 from transformers import {loader}
 
 model = {loader}.from_pretrained("path/to/this/folder", device_map="auto").eval()

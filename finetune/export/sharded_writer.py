@@ -1,4 +1,4 @@
-"""Weight files of a bounded size, written tensor by tensor."""
+"""Writes safetensors shards of a maximum size, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import torch
 from finetune.checkpoints.safetensors_io import DTYPES, copy_tensor, shard_name, write_header
 from finetune.export.lora_merge import Weights
 from finetune.model_folders.checkpoint_folder import INDEX, WEIGHTS
-from finetune.models.strict_loading import CARRIED
+from finetune.models.strict_loading import PASSTHROUGH_PREFIXES
 from finetune.utils.errors import CheckpointError, UserError
 
 _HEADER_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Room on the disk beyond the weights: tokenizer, code files, headers.
+# Disk space beyond the weights: tokenizer, code files, headers.
 _MARGIN = 1 << 28
 
 
 class WeightFiles:
-    """The weights of a model as they will lie in its folder.
+    """The weight files of a model to be written.
 
     Args:
-        weights: where they come from.
-        dtype: of the result; None keeps that of every tensor. What the network does not have keeps its own.
-        shard_size: most bytes of tensors per file; a larger tensor has a file to itself.
+        weights: the tensors.
+        dtype: of the result; None keeps that of every tensor. Tensors that the model does not build keep theirs.
+        shard_size: maximum bytes of tensors per file; a larger tensor gets a file of its own.
 
     Attributes:
         weights: as given.
@@ -37,7 +37,7 @@ class WeightFiles:
         self.weights = weights
         self._dtypes = {name: self._dtype_of(name, dtype) for name in weights.stored}
         self._sizes = {name: self._size_of(name) for name in weights.stored}
-        self._shards = self._deal(shard_size)
+        self._shards = self._assign(shard_size)
 
     @property
     def total_size(self) -> int:
@@ -45,10 +45,10 @@ class WeightFiles:
         return sum(self._sizes.values())
 
     def write(self, folder: Path) -> int:
-        """Writes the files and, where there are several, their index; returns how many files.
+        """Writes the files and, for several shards, their index; returns the number of files.
 
         Raises:
-            CheckpointError: a value that the type of the result cannot hold.
+            CheckpointError: a value that the dtype of the result cannot represent.
         """
         names = [WEIGHTS]
         if (count := len(self._shards)) > 1:
@@ -80,14 +80,14 @@ class WeightFiles:
         cast = tensor.to(device="cpu", dtype=DTYPES[self._dtypes[name]]).contiguous()
         if not cast.isfinite().all():
             raise CheckpointError(
-                f"{name} would have values that {cast.dtype} cannot hold, or is damaged: try --infer_dtype bfloat16"
+                f"{name} has values that {cast.dtype} cannot represent, or is damaged: try --infer_dtype bfloat16"
             )
         plain: Any = cast.flatten().view(torch.uint8).numpy()
         return memoryview(plain)
 
     def _dtype_of(self, name: str, wish: torch.dtype | None) -> str:
         found = self.weights.stored[name].dtype
-        if wish is None or found not in DTYPES or name.startswith(CARRIED):
+        if wish is None or found not in DTYPES or name.startswith(PASSTHROUGH_PREFIXES):
             return found
         return _HEADER_NAMES[wish]
 
@@ -97,7 +97,7 @@ class WeightFiles:
             return stored.size
         return math.prod(stored.shape) * DTYPES[self._dtypes[name]].itemsize
 
-    def _deal(self, shard_size: int) -> list[list[str]]:
+    def _assign(self, shard_size: int) -> list[list[str]]:
         shards: list[list[str]] = [[]]
         filled = 0
         for name, size in self._sizes.items():
@@ -106,16 +106,16 @@ class WeightFiles:
                 filled = 0
             shards[-1].append(name)
             filled += size
-        # The widest numbers first: each tensor then begins at a multiple of its number's size, as readers expect.
+        # The largest dtypes first: each tensor then begins at a multiple of its item size, as readers expect.
         width = {name: DTYPES[kind].itemsize if kind in DTYPES else 8 for name, kind in self._dtypes.items()}
         return [sorted(shard, key=lambda name: -width[name]) for shard in shards]
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Checks that a disk has room for some bytes of weights.
+def check_export_space(folder: Path, needed: int) -> None:
+    """Checks that the disk has space for the weights.
 
     Raises:
-        UserError: it has not, in GB.
+        UserError: it has not.
     """
     free = shutil.disk_usage(folder).free
     if free < needed + _MARGIN:

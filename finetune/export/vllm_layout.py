@@ -1,7 +1,7 @@
-"""For vLLM: a base with everything merged that its LoRA loader refuses, and an adapter with what it takes.
+"""Export for vLLM: an adapter with the LoRA layers that vLLM can load, and a base with everything else merged.
 
-What it takes is written down, with the versions that were read, in docs/export.md: LoRA of the language model's linear
-layers, one rank and one scale for all, no modules saved in full, no DoRA.
+vLLM loads LoRA of the language model's linear layers with one rank and one scale, no modules saved in full and no DoRA;
+see docs/export.md, with versions.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from finetune.checkpoints.base_checkpoint import SIDE_FILES, Checkpoint, take_over
+from finetune.checkpoints.base_checkpoint import SIDE_FILES, Checkpoint, copy_base_files
 from finetune.export.lora_merge import Merged
 from finetune.families.family import Family
 from finetune.models.adapters import ADAPTER_PREFIX, ADAPTER_WEIGHTS
 from finetune.utils.errors import CheckpointError
 
 _NOT_LINEAR = ("embed_tokens", "lm_head")
-# What its --max-lora-rank may be.
+# Values of vLLM's --max-lora-rank.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -28,7 +28,7 @@ def max_lora_rank(rank: int) -> int:
     """The value of vLLM's --max-lora-rank for an adapter.
 
     Raises:
-        CheckpointError: vLLM has none that is large enough.
+        CheckpointError: the rank is too large for vLLM.
     """
     if rank > _RANKS[-1]:
         raise CheckpointError(f"the adapter has rank {rank}, vLLM takes at most {_RANKS[-1]}: export without --format")
@@ -36,18 +36,18 @@ def max_lora_rank(rank: int) -> int:
 
 
 def stays(family: Family) -> Callable[[str], bool]:
-    """Whether the LoRA of a module stays in the adapter: a linear layer of the language model, not its ends."""
+    """Whether the LoRA of a module stays in the adapter: linear layers of the LLM but embeddings and output layer."""
     inside = tuple(f"{part}." for part in family.parts["llm"])
     return lambda name: name.startswith(inside) and name.rpartition(".")[2] not in _NOT_LINEAR
 
 
 def check_servable(folder: Path, config: LoraConfig) -> None:
-    """Refuses adapters that vLLM cannot serve as such.
+    """Refuses adapters that vLLM cannot serve.
 
     Raises:
         CheckpointError: with what to do instead.
     """
-    merge = "merge it whole: export without --format vllm, the result needs no adapter"
+    merge = "merge it completely: export without --format vllm, the result needs no adapter"
     if config.use_dora:
         raise CheckpointError(f"{folder} is a DoRA adapter, which vLLM refuses; {merge}")
     if config.lora_bias:
@@ -55,18 +55,18 @@ def check_servable(folder: Path, config: LoraConfig) -> None:
 
 
 def write_served_adapter(folder: Path, merged: Merged, base: Checkpoint, base_name: str) -> int:
-    """Writes the adapter that is left; returns its rank, which vLLM's --max-lora-rank must reach.
+    """Writes the adapter with the layers that were not merged; returns its rank, for vLLM's --max-lora-rank.
 
-    vLLM knows one rank and one scale: layers of another rank are filled up with zeros, other scales go into B.
+    vLLM supports one rank and one scale: smaller ranks are padded with zeros, other scales are multiplied into B.
 
     Args:
         folder: an empty folder.
-        merged: keeps the layers that the adapter is made of.
-        base: for the tokenizer and the class that loads it.
+        merged: has the layers that were not merged.
+        base: for the tokenizer and the auto_mapping.
         base_name: recorded as the base of the adapter.
 
     Raises:
-        CheckpointError: nothing is left.
+        CheckpointError: all layers were merged.
     """
     if not merged.kept:
         raise CheckpointError(
@@ -75,7 +75,7 @@ def write_served_adapter(folder: Path, merged: Merged, base: Checkpoint, base_na
     ranks = {name: layer.r["default"] for name, layer in merged.kept.items()}
     scales = {name: layer.scaling["default"] for name, layer in merged.kept.items()}
     rank = max(ranks.values())
-    # One scale for all stays a scale, if alpha is then a whole number, as peft and vLLM want it.
+    # A common scale is kept if alpha is an integer, as peft and vLLM require.
     alpha = next(iter(scales.values())) * rank
     even = len(set(ranks.values())) == len(set(scales.values())) == 1 and alpha == round(alpha)
     common = alpha / rank if even else 1.0
@@ -87,18 +87,18 @@ def write_served_adapter(folder: Path, merged: Merged, base: Checkpoint, base_na
         inference_mode=True,
     )
     loader, library = base.family.auto_mapping
-    config.auto_mapping = {"base_model_class": loader, "parent_library": library, **base.mark}
+    config.auto_mapping = {"base_model_class": loader, "parent_library": library, **base.auto_mapping_extra}
     config.save_pretrained(str(folder))
     save_file(
         _tensors(merged, rank, {name: scale / common for name, scale in scales.items()}), folder / ADAPTER_WEIGHTS
     )
-    take_over(base, folder, SIDE_FILES)
+    copy_base_files(base, folder, SIDE_FILES)
     (folder / "README.md").write_text(
         f"---\nbase_model: {base_name}\nlibrary_name: peft\n---\n# LoRA adapter of the language model alone\n\n"
         f"For `{base_name}`, which has everything else that was trained. Not for the published base.\n",
         encoding="utf-8",
     )
-    # safetensors writes files that only their owner may read, whatever the umask.
+    # safetensors writes files with mode 0600, regardless of the umask.
     (folder / ADAPTER_WEIGHTS).chmod((folder / "README.md").stat().st_mode & 0o777)
     return rank
 

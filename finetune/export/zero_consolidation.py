@@ -1,6 +1,6 @@
-"""Weights out of the parts that ZeRO's processes wrote: what a run left when it ended before they were gathered.
+"""Consolidates ZeRO checkpoint shards into a model or adapter, for runs that ended before weights were gathered.
 
-DeepSpeed's files are pickles, which can run code when they are read: each is checked before DeepSpeed opens it.
+DeepSpeed's files are pickles, which can run code when they are unpickled: each is checked before DeepSpeed opens it.
 """
 
 from __future__ import annotations
@@ -15,86 +15,86 @@ from typing import Any
 import torch
 import yaml
 
-from finetune.checkpoints.base_checkpoint import SIDE_FILES, Checkpoint, copy_files, take_over
+from finetune.checkpoints.base_checkpoint import SIDE_FILES, Checkpoint, copy_base_files, copy_files
 from finetune.checkpoints.pickle_check import DamagedError, check_pickles, pickled_files
-from finetune.checkpoints.resumable import parts_folder
-from finetune.checkpoints.safetensors_io import Stored, write_header
-from finetune.export.lora_merge import Base, adapter_names, empty_network, ties_of
+from finetune.checkpoints.resumable import shards_folder
+from finetune.checkpoints.safetensors_io import StoredTensor, write_header
+from finetune.export.lora_merge import Base, adapter_names, empty_model, tied_names
 from finetune.model_folders.checkpoint_folder import ADAPTER_CONFIG, has_adapter, read_adapter_config
 from finetune.models.adapters import ADAPTER_WEIGHTS, trained_beside
-from finetune.models.strict_loading import CARRIED, some
+from finetune.models.strict_loading import PASSTHROUGH_PREFIXES, some
 from finetune.utils.errors import CheckpointError
 
-# Holds the name of the folder that the parts lie in.
+# File with the name of the folder of the shards.
 _LATEST = "latest"
 
 
 class Gathered:
-    """The tensors of a full training in place of those of its base; see ``Weights``.
+    """The tensors of a full training instead of those of its base; see ``Weights``.
 
     Raises:
-        CheckpointError: the parts are of another network, or tensors are missing.
+        CheckpointError: the shards belong to another model, or tensors are missing.
     """
 
     def __init__(self, base: Checkpoint, state: Mapping[str, Any]) -> None:
-        network = empty_network(base.folder)
+        model = empty_model(base.folder)
         self._base, self._state = Base(base.folder), state
-        self.stored: Mapping[str, Stored] = self._base.stored
-        aliases = {name for names in ties_of(network) for name in names if name not in self.stored}
-        wanted = {name for name in self.stored if not name.startswith(CARRIED)} & set(network.state_dict())
+        self.stored: Mapping[str, StoredTensor] = self._base.stored
+        aliases = {name for names in tied_names(model) for name in names if name not in self.stored}
+        wanted = {name for name in self.stored if not name.startswith(PASSTHROUGH_PREFIXES)} & set(model.state_dict())
         if missing := sorted(wanted - set(state)):
-            raise CheckpointError(f"the parts lack {len(missing)} tensors of {base.name}: {some(missing)}")
-        if foreign := sorted(set(state) - wanted - aliases):
-            raise CheckpointError(f"the parts are not of {base.name}, which does not have {some(foreign)}")
+            raise CheckpointError(f"the ZeRO shards lack {len(missing)} tensors of {base.name}: {some(missing)}")
+        if unknown := sorted(set(state) - wanted - aliases):
+            raise CheckpointError(f"the ZeRO shards are not of {base.name}, which does not have {some(unknown)}")
         for name in wanted:
             here, there = tuple(self.stored[name].shape), tuple(state[name].shape)
             if here != there:
-                raise CheckpointError(f"{name} is {there} in the parts, {here} in {base.name}")
+                raise CheckpointError(f"{name} is {there} in the ZeRO shards, {here} in {base.name}")
         self.changed = wanted
         self.untied = False
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor in float32; DeepSpeed puts it together only now."""
+        """One tensor in float32; DeepSpeed assembles it in this call."""
         return self._state[name].contiguous() if name in self.changed else self._base.read(name)
 
 
-def read_parts(checkpoint: Path, *, trained_only: bool) -> Mapping[str, Any]:
+def read_shards(checkpoint: Path, *, trained_only: bool) -> Mapping[str, Any]:
     """The float32 weights of a DeepSpeed checkpoint by name; ``contiguous()`` makes each a tensor.
 
     Args:
         checkpoint: local folder with the file "latest" and the folder that it names.
-        trained_only: leave out what was frozen.
+        trained_only: skip frozen parameters.
 
     Raises:
-        CheckpointError: parts are missing or damaged.
-        ForeignCodeError: a part would run code when it is read.
+        CheckpointError: shards are missing or damaged.
+        ForeignCodeError: a shard may run code when it is unpickled.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     if not (checkpoint / _LATEST).is_file():
         raise CheckpointError(
-            f"{checkpoint} has no parts of ZeRO (the file {_LATEST!r} is missing): a checkpoint-N folder of a run with "
-            "DeepSpeed is wanted. If it has weights (*.safetensors), it needs no consolidation"
+            f"{checkpoint} has no ZeRO shards (the file {_LATEST!r} is missing): give a checkpoint-N folder of a run "
+            "with DeepSpeed. If it has weights (*.safetensors), it needs no consolidation"
         )
-    if isinstance(parts := parts_folder(checkpoint), str):
-        raise CheckpointError(f"the parts in {checkpoint} are not complete: {parts}")
+    if isinstance(shards := shards_folder(checkpoint), str):
+        raise CheckpointError(f"the ZeRO shards in {checkpoint} are not complete: {shards}")
     try:
-        check_pickles([*pickled_files(checkpoint), *pickled_files(parts)])
+        check_pickles([*pickled_files(checkpoint), *pickled_files(shards)])
     except DamagedError as error:
-        raise CheckpointError(f"the parts in {checkpoint} are not complete: {error}") from error
-    said = io.StringIO()
+        raise CheckpointError(f"the ZeRO shards in {checkpoint} are not complete: {error}") from error
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(printed):
             state: Any = get_fp32_state_dict_from_zero_checkpoint(
                 str(checkpoint), exclude_frozen_parameters=trained_only, lazy_mode=True
             )
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"the parts in {checkpoint} are not complete: {error}") from error
+        raise CheckpointError(f"the ZeRO shards in {checkpoint} are not complete: {error}") from error
     return state
 
 
 def base_named_by(checkpoint: Path) -> str | None:
-    """The base of a run: of the adapter's settings, else of run.yaml in the checkpoint or in the folder above."""
+    """The base of a run, from adapter_config.json, or from run.yaml in the checkpoint or its parent folder."""
     if has_adapter(checkpoint):
         name = read_adapter_config(checkpoint).get("base_model_name_or_path")
         if name:
@@ -108,14 +108,16 @@ def base_named_by(checkpoint: Path) -> str | None:
 
 
 def write_adapter(folder: Path, checkpoint: Path, base: Checkpoint, state: Mapping[str, Any]) -> int:
-    """Writes an adapter folder from the trained tensors of a LoRA run; returns how many tensors it has.
+    """Writes an adapter folder from the trained tensors of a LoRA run; returns the number of tensors.
 
     Raises:
-        CheckpointError: the parts are not those of the adapter that adapter_config.json describes.
+        CheckpointError: the shards are not of the adapter that adapter_config.json describes.
     """
-    names = adapter_names(empty_network(base.folder), checkpoint, trained_beside(checkpoint))
+    names = adapter_names(empty_model(base.folder), checkpoint, trained_beside(checkpoint))
     if missing := sorted(set(names) - set(state)):
-        raise CheckpointError(f"the parts in {checkpoint} lack {len(missing)} tensors of the adapter: {some(missing)}")
+        raise CheckpointError(
+            f"the ZeRO shards in {checkpoint} lack {len(missing)} tensors of the adapter: {some(missing)}"
+        )
     keys = dict(sorted((key, name) for name, key in names.items()))
     shapes = {key: list(state[name].shape) for key, name in keys.items()}
     with (folder / ADAPTER_WEIGHTS).open("wb") as file:
@@ -123,6 +125,6 @@ def write_adapter(folder: Path, checkpoint: Path, base: Checkpoint, state: Mappi
         for name in keys.values():
             plain: Any = state[name].contiguous().float().flatten().view(torch.uint8).numpy()
             file.write(memoryview(plain))
-    take_over(base, folder, SIDE_FILES)
+    copy_base_files(base, folder, SIDE_FILES)
     copy_files(checkpoint, folder, (ADAPTER_CONFIG, "README.md"))
     return len(keys)

@@ -1,4 +1,4 @@
-"""Where a checkpoint is on this machine, what kind of folder it is, and its files, read with care."""
+"""Finds checkpoint and adapter folders (local or on the hub), and reads and checks their JSON files."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ _SIDE_FILES = {
     "special_tokens_map.json": file_schemas.SPECIAL_TOKENS,
     "generation_config.json": file_schemas.GENERATION,
 }
-# Ways of starting an adapter that change the base too: its own weights are not those it was trained on.
+# LoRA initialisations that change the weights of the base.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Folders that are looked into for a hint.
-_LOOKED_INTO = 2000
+# Folders that are searched for a hint.
+_SEARCHED_FOLDERS = 2000
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Weights as safetensors only, never pickled; code files are copied into full results, not run.
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
 
 
 def local_folder(name: str, revision: str | None = None) -> Path:
-    """The folder that a path or a hub id stands for, absolute; only a hub id may be downloaded.
+    """The absolute folder of a path or hub id; only a hub id is downloaded.
 
     Args:
         name: a folder, or "owner/name" on the hub where there is no such folder.
         revision: commit, branch or tag of the hub id.
 
     Raises:
-        CheckpointError: neither a folder nor to be had from the hub.
+        CheckpointError: neither a folder nor available on the hub.
     """
     if (folder := existing_folder(name)) is not None:
         return folder
@@ -52,8 +52,8 @@ def local_folder(name: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES))).resolve()
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise CheckpointError(
-            f"{name} is no folder here ({Path.cwd()}) and could not be fetched from the hub: {error}. Download it once "
-            "with network access, or give a folder (HF_HOME and HF_ENDPOINT are respected)"
+            f"{name} is not a folder (in {Path.cwd()}) and could not be downloaded from the hub: {error}. Download it "
+            "once with network access, or give a folder (HF_HOME and HF_ENDPOINT are respected)"
         ) from error
 
 
@@ -75,20 +75,20 @@ def existing_folder(name: str) -> Path | None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder is an adapter: of one that has config.json too, the whole model counts."""
+    """Whether a folder is an adapter; a folder that has config.json too is a full model."""
     return has_adapter(folder) and not (folder / CONFIG).is_file()
 
 
 def has_adapter(folder: Path) -> bool:
-    """Whether a folder can be used where an adapter is asked for."""
+    """Whether a folder has an adapter."""
     return (folder / ADAPTER_CONFIG).is_file()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder; the other files beside it that decide what is made of it are looked at too.
+    """config.json of a folder; also checks the JSON files of processors, tokenizer and generation.
 
     Raises:
-        CheckpointError: it is missing, or a file is not what it should be.
+        CheckpointError: it is missing, or a file is invalid.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -101,10 +101,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a folder, of an adapter that can be put on a base.
+    """adapter_config.json of a folder.
 
     Raises:
-        CheckpointError: it is missing, not what it should be, or of an adapter that changes the base's own weights.
+        CheckpointError: it is missing or invalid, or its initialisation changes the weights of the base.
     """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
@@ -114,17 +114,17 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
         raise CheckpointError(
-            f"{path}: the adapter was started by {start}, which changes the base's weights too: the base is not what "
-            "it was trained on. Save it with peft's path_initial_model_for_weight_conversion and use that"
+            f"{path}: the adapter was initialised by {start}, which changes the weights of the base, so that it does "
+            "not match the original base. Save it with peft's path_initial_model_for_weight_conversion and use that"
         )
     return settings
 
 
 def check_side_files(folder: Path) -> None:
-    """Checks what a model or adapter folder says of its tokenizer and of generation.
+    """Checks the JSON files of tokenizer and generation in a model or adapter folder.
 
     Raises:
-        CheckpointError: a file is not what it should be.
+        CheckpointError: a file is invalid.
     """
     for name, table in _SIDE_FILES.items():
         if (path := folder / name).is_file():
@@ -167,12 +167,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json and, where the folder describes them, the settings of its processors by their names.
+    """config.json with the settings of the processors, by processor, as far as the folder has them.
 
-    Those are the keys of ``families.settings.PROCESSORS``; ``setting_files`` says which file each was read from.
+    Processors are the keys of ``families.settings.PROCESSORS``; ``setting_files`` names the file of each.
 
     Raises:
-        CheckpointError: a file that is not what it should be.
+        CheckpointError: a file is invalid.
     """
     read: dict[str, dict[str, Any]] = {}
     given: dict[str, Any] = {}
@@ -189,7 +189,7 @@ def read_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _processor(path: Path) -> dict[str, Any]:
-    """A file about processors, its parts included."""
+    """Reads and checks a processor file with its sections."""
     values = read_object(path)
     file_schemas.check(values, file_schemas.PROCESSOR, str(path))
     for part, inside in values.items():
@@ -199,9 +199,9 @@ def _processor(path: Path) -> dict[str, Any]:
 
 
 def nearest_folders(missing: Path) -> str:
-    """The model and adapter folders whose paths are most like one that is not there, as the end of a message.
+    """Model and adapter folders with paths similar to a missing one, as the end of a message.
 
-    They are looked for below the lowest folder of the path that exists.
+    They are searched below the deepest existing folder of the path.
     """
     root = missing.absolute()
     while not root.is_dir():
@@ -215,7 +215,7 @@ def nearest_folders(missing: Path) -> str:
         ]
         if any(name in files for name in (ADAPTER_CONFIG, CONFIG)):
             found.append(os.path.relpath(folder, root))
-        if number > _LOOKED_INTO:
+        if number > _SEARCHED_FOLDERS:
             break
     near = difflib.get_close_matches(os.path.relpath(missing.absolute(), root), found, n=3, cutoff=0.5)
     return f"; the nearest that exist are {', '.join(str(root / name) for name in near)}" if near else ""

@@ -1,4 +1,4 @@
-"""What the JSON files of model and adapter folders may say: one table per file, key to kind of value."""
+"""Schemas of the JSON files in model and adapter folders: one table per file, key to allowed values."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from finetune.utils.json_objects import shown
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Values that a key may have.
+    """Allowed values of a key.
 
     Attributes:
-        words: what they are, for messages.
-        fits: whether a value is one of them.
-        null: whether null, which stands for a missing key, is too.
+        description: for messages.
+        fits: whether a value is allowed.
+        null: whether null is allowed, as for a missing key.
     """
 
-    words: str
+    description: str
     fits: Callable[[Any], bool]
     null: bool = True
 
@@ -34,7 +34,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _whole(low: int) -> Callable[[Any], bool]:
+def _integer(low: int) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**31
 
 
@@ -69,8 +69,8 @@ def _rope(value: Any) -> bool:
 _ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3", "proportional", "mrope")
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 
-COUNT = Kind("a whole number of at least 1", _whole(1))
-NATURAL = Kind("a whole number of at least 0", _whole(0))
+COUNT = Kind("a whole number of at least 1", _integer(1))
+NATURAL = Kind("a whole number of at least 0", _integer(0))
 POSITIVE = Kind("a number above 0", lambda value: _number(value) and value > 0)
 NOT_NEGATIVE = Kind("a number of at least 0", lambda value: _number(value) and value >= 0)
 SHARE = Kind("a number from 0 to 1", lambda value: _number(value) and 0 <= value <= 1)
@@ -84,17 +84,19 @@ SPREADS = Kind(
     "a list of three numbers above 0",
     lambda value: _list_of(_number)(value) and len(value) == 3 and min(value) > 0,
 )
-SIDES = Kind("a list of two whole numbers of at least 1", lambda value: _list_of(_whole(1))(value) and len(value) == 2)
+SIDES = Kind(
+    "a list of two whole numbers of at least 1", lambda value: _list_of(_integer(1))(value) and len(value) == 2
+)
 ACTIVATION = Kind("the name of an activation function of transformers", _activation)
 VERSION = Kind("a text or a number", lambda value: _text(value) or _number(value))
 DTYPE = Kind(f"one of {', '.join(_DTYPES)}", lambda value: isinstance(value, str) and value in _DTYPES)
 _ROPE_KEYS = {
     "partial_rotary_factor": SMALL,
     **dict.fromkeys(("rope_theta", "factor"), POSITIVE),
-    "mrope_section": Kind("three sizes", lambda value: _list_of(_whole(1))(value) and len(value) == 3),
+    "mrope_section": Kind("three sizes", lambda value: _list_of(_integer(1))(value) and len(value) == 3),
 }
 ROPE = Kind(f"an object whose rope_type is one of {', '.join(_ROPES)}, with its numbers in their ranges", _rope)
-IDS = Kind("a token id or a list of them", lambda value: _whole(0)(value) or _ids(value))
+IDS = Kind("a token id or a list of them", lambda value: _integer(0)(value) or _ids(value))
 TOKEN = Kind("a text or an object {...} with its content", lambda value: isinstance(value, str) or _is_token(value))
 
 
@@ -103,7 +105,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _ids(value: Any) -> bool:
-    return _list_of(_whole(0))(value) and value != []
+    return _list_of(_integer(0))(value) and value != []
 
 
 def _templates(value: Any) -> bool:
@@ -148,7 +150,7 @@ CONFIG: Table = {
     "vision_config": replace(OBJECT, null=False),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), IDS),
 }
-"""config.json and the parts in it that networks are built from."""
+"""config.json and its sections for the parts of the model."""
 
 PROCESSOR: Table = {
     **dict.fromkeys(("max_slice_nums", "scale_resolution", "patch_size", "image_feature_size"), COUNT),
@@ -162,7 +164,7 @@ PROCESSOR: Table = {
     "small_image_upsize": TEXT,
     **dict.fromkeys(("image_processor", "video_processor", "audio_processor", "feature_extractor"), OBJECT),
 }
-"""processor_config.json, its parts, and the files of single processors."""
+"""processor_config.json, its sections, and the files of single processors."""
 
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 TOKENIZER_CONFIG: Table = {
@@ -190,7 +192,7 @@ GENERATION: Table = {
 
 _COUNTS = Kind(
     "an object from patterns to whole numbers of at least 1",
-    lambda value: isinstance(value, dict) and all(map(_whole(1), value.values())) and all(map(_pattern, value)),
+    lambda value: isinstance(value, dict) and all(map(_integer(1), value.values())) and all(map(_pattern, value)),
 )
 _SCALES = Kind(
     "an object from patterns to numbers above 0",
@@ -202,7 +204,7 @@ _TARGETS = Kind(
 )
 _NAMES = Kind("a list of names", _list_of(_text))
 _LAYERS = Kind("a layer number or a list of them", IDS.fits)
-_PAIRS = Kind("a list of pairs of layer numbers", _list_of(lambda pair: _list_of(_whole(0))(pair) and len(pair) == 2))
+_PAIRS = Kind("a list of pairs of layer numbers", _list_of(lambda pair: _list_of(_integer(0))(pair) and len(pair) == 2))
 
 ADAPTER: Table = {
     "peft_type": Kind('"LORA", the one kind of adapter that is supported', lambda value: value == "LORA", null=False),
@@ -228,15 +230,15 @@ ADAPTER: Table = {
 
 
 def check(values: Mapping[str, Any], table: Table, where: str) -> None:
-    """Checks the keys of a table, as far as a file has them.
+    """Checks the keys of a file that are in the table.
 
     Args:
-        values: the file, or a part of it.
-        table: one of those above.
-        where: file and part, for the message.
+        values: the file, or a section of it.
+        table: one of the tables above.
+        where: file and section, for the message.
 
     Raises:
-        CheckpointError: naming the first wrong key, what it is and what it should be.
+        CheckpointError: naming the first invalid key, its value and the allowed values.
     """
     for key, kind in table.items():
         if key not in values:
@@ -244,12 +246,12 @@ def check(values: Mapping[str, Any], table: Table, where: str) -> None:
         value = values[key]
         if (not kind.null) if value is None else (not kind.fits(value)):
             raise CheckpointError(
-                f"{where}: {key} is {shown(value)}; it should be {kind.words}: correct it, or download the file again"
+                f"{where}: {key} is {shown(value)}; it should be {kind.description}: correct it, or download it again"
             )
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Checks config.json: its keys, those of its parts, and that heads divide what they share.
+    """Checks config.json: its keys, those of its sections, and that numbers of heads are divisors.
 
     Raises:
         CheckpointError: as ``check``.

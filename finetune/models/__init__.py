@@ -1,4 +1,4 @@
-"""The networks. Importing this package registers them and their tokenizers with transformers' Auto classes."""
+"""The models. Importing this package registers them and their tokenizers with transformers' Auto classes."""
 
 from __future__ import annotations
 

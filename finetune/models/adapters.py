@@ -1,4 +1,4 @@
-"""Adapters on a network: looked at before anything is touched, completely loaded or not at all."""
+"""Loads LoRA adapters onto a base model, after checking that files are complete and shapes match."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from finetune.families import by_name, detect
 from finetune.families.family import Family
 from finetune.model_folders.checkpoint_folder import ADAPTER_CONFIG, read_adapter_config
 from finetune.models.finite_weights import check_file, check_types, finite
-from finetune.models.strict_loading import check_whole, some
+from finetune.models.strict_loading import check_not_truncated, some
 from finetune.utils.errors import CheckpointError, UserError
 from finetune.utils.json_objects import read_object
 from finetune.utils.log_once import warn_once
@@ -30,7 +30,7 @@ from finetune.utils.log_once import warn_once
 logger = logging.getLogger(__name__)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# The first published scripts left what was trained in full beside the adapter, under the names of their training.
+# The first published scripts saved modules trained in full beside the adapter, under the names of the training run.
 _FIRST_WEIGHTS = "vpm_resampler_embedtokens.pt"
 _FIRST_PARTS = ("vpm", "resampler", "embed_tokens")
 ADAPTER_PREFIX = "base_model.model."
@@ -39,24 +39,24 @@ _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
 def put_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "default") -> PeftModel:
-    """Puts an adapter on a network, beside those that it has already.
+    """Loads an adapter onto a model, which may have other adapters.
 
-    The first one is active; ``set_adapter(name)`` changes that, and ``disable_adapter()`` gives the base.
+    The first one is active; ``set_adapter(name)`` activates another, ``disable_adapter()`` gives the base model.
 
     Args:
-        model: the base, or the same with other adapters.
+        model: the base model, without or with other adapters.
         folder: adapter_config.json with adapter_model.safetensors; of the first published scripts also
             vpm_resampler_embedtokens.pt.
-        name: under which the adapter can be chosen.
+        name: name of the adapter for ``set_adapter``.
 
     Raises:
-        CheckpointError: files are missing or damaged, the name is taken, or the adapter belongs to a network of
+        CheckpointError: files are missing or damaged, the name is taken, or the adapter belongs to a model of
             another family or size.
     """
     if isinstance(model, PeftModel) and name in model.peft_config:
         raise CheckpointError(f"{folder}: there is an adapter called {name!r} already; give it another name")
-    pieces = {piece for path, _ in network_of(model).named_modules() for piece in path.split(".")}
-    if not name or "." in name or name in pieces:  # peft looks for names between the dots of a path
+    taken = {part for path, _ in base_model_of(model).named_modules() for part in path.split(".")}
+    if not name or "." in name or name in taken:  # peft searches adapter names in the parts of module paths
         raise CheckpointError(f"{folder}: {name!r} cannot be the name of an adapter; give another")
     settings, weights = check_adapter(folder), folder / ADAPTER_WEIGHTS
     beside = trained_beside(folder)
@@ -74,26 +74,27 @@ def put_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "d
     return adapted
 
 
-def network_of(model: PreTrainedModel | PeftModel) -> Any:
-    """The network itself, without adapters around it."""
+def base_model_of(model: PreTrainedModel | PeftModel) -> Any:
+    """The model without peft's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def check_adapter(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a folder, whose weights are there, whole and finite.
+    """Checks an adapter folder: configuration, weights file not truncated, values finite, ranks as configured.
+
+    Returns:
+        The content of adapter_config.json.
 
     Raises:
-        CheckpointError: they are not, or the configuration is not what it should be.
+        CheckpointError: a check failed.
     """
     settings = read_adapter_config(folder)
     if not settings.get("target_modules") and not settings.get("target_parameters"):
-        raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG}: neither target_modules nor target_parameters says what is adapted"
-        )
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} has neither target_modules nor target_parameters")
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"{folder} has {ADAPTER_CONFIG} but not {ADAPTER_WEIGHTS}")
-    check_whole(weights)
+    check_not_truncated(weights)
     check_types(weights)
     check_file(weights)
     _check_ranks(settings, weights)
@@ -101,7 +102,11 @@ def check_adapter(folder: Path) -> dict[str, Any]:
 
 
 def _check_ranks(settings: Mapping[str, Any], weights: Path) -> None:
-    """Of adapters on parameters the rows of all experts are one tensor: their ranks are left to peft."""
+    """Compares ranks with the configuration; not of adapters on parameters, whose tensors have the rows of all experts.
+
+    Raises:
+        CheckpointError: a tensor of another rank.
+    """
     if settings.get("target_parameters"):
         return
     known = {settings.get("r"), *(settings.get("rank_pattern") or {}).values()}
@@ -115,23 +120,23 @@ def _check_ranks(settings: Mapping[str, Any], weights: Path) -> None:
 
 @contextmanager
 def peft_errors(folder: Path) -> Iterator[None]:
-    """What peft and torch say of an adapter that cannot be put on its base, as one line.
+    """Turns errors of peft and torch about an adapter that cannot be loaded onto its base into one line.
 
     Raises:
-        CheckpointError: with their reason.
+        CheckpointError: with their message.
     """
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except KeyError as error:  # of a module saved in full that lacks a tensor
+    except KeyError as error:  # a module saved in full lacks a tensor
         raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} lacks tensors of the adapter: {error}") from error
     except (ValueError, TypeError, RuntimeError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), None)
         reason = reason or " ".join(str(error).split())
         raise CheckpointError(
-            f"the adapter {folder} cannot be put on its base, {ADAPTER_CONFIG} and its weights disagree or do not fit "
-            f"it: {reason}"
+            f"the adapter {folder} cannot be loaded onto its base, {ADAPTER_CONFIG} and its weights disagree or do not "
+            f"match it: {reason}"
         ) from error
 
 
@@ -142,10 +147,10 @@ def stored_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
 
 
 def trained_beside(folder: Path) -> dict[str, torch.Tensor]:
-    """What the first scripts saved beside the adapter, under the names that an adapter file has.
+    """Modules trained in full that the first published scripts saved beside the adapter, by names as in adapter files.
 
     Raises:
-        CheckpointError: the file is not one of plain tensors, or holds other parts.
+        CheckpointError: the file has more than tensors, or tensors of other parts.
     """
     file = folder / _FIRST_WEIGHTS
     if not file.is_file():
@@ -156,7 +161,7 @@ def trained_beside(folder: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{file} is damaged, or holds more than tensors and is not read: {error}") from error
     result = {}
     for name, tensor in given.items():
-        if ".original_module." in name:  # the base's own, which peft keeps beside a module trained in full
+        if ".original_module." in name:  # the frozen original that peft keeps beside a module trained in full
             continue
         plain = name.removeprefix(ADAPTER_PREFIX).replace(".modules_to_save.default.", ".")
         if not any(f".{part}." in f".{plain}" for part in _FIRST_PARTS) or not isinstance(tensor, torch.Tensor):
@@ -170,11 +175,11 @@ def trained_beside(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def lora_config_of(folder: Path, beside: dict[str, torch.Tensor]) -> LoraConfig:
-    """The configuration of a LoRA adapter, to compute with and not to train.
+    """The configuration of a LoRA adapter for inference.
 
     Args:
-        folder: with adapter_config.json.
-        beside: what ``trained_beside`` found: it counts as modules saved with the adapter.
+        folder: folder with adapter_config.json.
+        beside: from ``trained_beside``; its modules are added to modules_to_save.
 
     Raises:
         CheckpointError: it is another kind of adapter.
@@ -182,7 +187,7 @@ def lora_config_of(folder: Path, beside: dict[str, torch.Tensor]) -> LoraConfig:
     read_adapter_config(folder)
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
-        raise CheckpointError(f"{folder} is no LoRA adapter but {config.peft_type}")
+        raise CheckpointError(f"{folder} is not a LoRA adapter but {config.peft_type}")
     parts = {part for part in _FIRST_PARTS if any(f".{part}." in key for key in beside)}
     config.modules_to_save = sorted(parts | set(config.modules_to_save or ())) or None
     config.inference_mode = True
@@ -192,12 +197,11 @@ def lora_config_of(folder: Path, beside: dict[str, torch.Tensor]) -> LoraConfig:
 def _put_first_generation(
     model: PreTrainedModel | PeftModel, folder: Path, beside: dict[str, torch.Tensor], name: str
 ) -> PeftModel:
-    """As modules saved with the adapter, so that switching it off gives the base back."""
+    """Loads modules saved beside the adapter as modules_to_save, so that disabling the adapter gives the base model."""
     config = lora_config_of(folder, beside)
-    network = network_of(model)
     inside = {
         ADAPTER_PREFIX + key: tensor
-        for key, tensor in _tensors(network).items()
+        for key, tensor in _tensors(base_model_of(model)).items()
         if any(f".{part}." in f".{key}" for part in config.modules_to_save or ())
     }
     state = {**inside, **load_file(folder / ADAPTER_WEIGHTS), **beside}
@@ -207,17 +211,17 @@ def _put_first_generation(
     else:
         adapted = PeftModel(model, config, adapter_name=name)
     stored = set(state)
-    set_peft_model_state_dict(adapted, state, adapter_name=name)  # peft 0.20 takes entries out of the dictionary
+    set_peft_model_state_dict(adapted, state, adapter_name=name)  # peft 0.20 removes entries from the dictionary
     adapted.eval()
     check_complete(adapted, folder / ADAPTER_WEIGHTS, stored, name)
     return adapted
 
 
 def check_complete(adapted: PeftModel, weights: Path, stored: set[str], name: str) -> None:
-    """Checks that an adapter's files have the tensors that its configuration describes, and no others.
+    """Checks that an adapter's files have exactly the tensors that its configuration describes.
 
     Raises:
-        CheckpointError: naming those that are missing or surplus.
+        CheckpointError: naming missing or unexpected tensors.
     """
     expected = set(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
     if missing := sorted(expected - stored):
@@ -228,56 +232,56 @@ def check_complete(adapted: PeftModel, weights: Path, stored: set[str], name: st
         )
 
 
-def _tensors(network: nn.Module) -> dict[str, torch.Tensor]:
-    """The network's own tensors under their own names, whatever adapters have been put around them."""
+def _tensors(base_model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of the base model under their original names, without adapters."""
     return {
         own_name(name): tensor
-        for name, tensor in network.state_dict().items()
+        for name, tensor in base_model.state_dict().items()
         if ".lora_" not in name and ".modules_to_save." not in name
     }
 
 
 def own_name(name: str) -> str:
-    """The name of a module or tensor of the base, without what adapters around it add."""
+    """The name of a module or tensor in the base model, without the wrappers of peft."""
     return _WRAPPERS.sub(".", f"{name}.")[:-1]
 
 
 def check_fit(
     model: PreTrainedModel | PeftModel, folder: Path, settings: dict[str, Any], shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    """Refuses an adapter of another family or size before peft changes the network.
+    """Refuses an adapter of another family or size before peft changes the model.
 
     Raises:
         CheckpointError: with the names of both.
     """
-    network = network_of(model)
-    family = detect(network.config.to_dict())
+    base_model = base_model_of(model)
+    family = detect(base_model.config.to_dict())
     theirs = _trained_on(folder, settings)
-    misfit = None
-    if gone := _gone(network, settings.get("modules_to_save") or ()):
+    mismatch = None
+    if missing := _missing_module(base_model, settings.get("modules_to_save") or ()):
         warn_once(
-            logger, f"{folder}: its modules_to_save names {gone}, which is no module of {family.title}: no effect"
+            logger, f"{folder}: its modules_to_save names {missing}, which is no module of {family.title}: no effect"
         )
     if theirs is not None and theirs is not family:
-        misfit = "they are different networks"
-    elif not settings.get("layer_replication"):  # which gives layers other numbers
-        misfit = _misfit(network, shapes, settings.get("target_parameters") or ())
-    if misfit:
+        mismatch = "they are different models"
+    elif not settings.get("layer_replication"):  # which changes layer numbers
+        mismatch = _mismatch(base_model, shapes, settings.get("target_parameters") or ())
+    if mismatch:
         title = f"{theirs.title}, " if theirs else ""
         raise CheckpointError(
             f"the adapter {folder} was trained on {title}{settings.get('base_model_name_or_path') or 'an unnamed base'}"
-            f" and does not fit {family.title}, {network.name_or_path or 'this network'}: {misfit}"
+            f" and does not fit {family.title}, {base_model.name_or_path or 'this model'}: {mismatch}"
         )
 
 
-def _gone(network: nn.Module, saved: Sequence[str]) -> str | None:
-    """The first of some ends of module names that no module has."""
-    names = [f".{own_name(name)}" for name, _ in network.named_modules()]
+def _missing_module(base_model: nn.Module, saved: Sequence[str]) -> str | None:
+    """The first of some module names (their last parts) that no module has."""
+    names = [f".{own_name(name)}" for name, _ in base_model.named_modules()]
     return next((name for name in saved if not any(known.endswith(f".{name}") for known in names)), None)
 
 
 def _trained_on(folder: Path, settings: dict[str, Any]) -> Family | None:
-    """The family that an adapter was trained on, where its run or its base says so."""
+    """The family that an adapter was trained on, by its run.yaml or its base; None if unknown."""
     run = folder / "run.yaml"
     base = Path(str(settings.get("base_model_name_or_path") or "."))
     try:
@@ -287,20 +291,20 @@ def _trained_on(folder: Path, settings: dict[str, Any]) -> Family | None:
             if (config := place / "config.json").is_file():
                 return detect(read_object(config))
     except (KeyError, TypeError, yaml.YAMLError, UserError):
-        return None  # a run.yaml or a base of something else; the shapes decide
+        return None  # not files of this toolkit; shapes are compared instead
     return None
 
 
-def _misfit(network: nn.Module, shapes: dict[str, tuple[int, ...]], targets: Sequence[str]) -> str | None:
-    """The first tensor of an adapter that has no place in the network, in words.
+def _mismatch(base_model: nn.Module, shapes: dict[str, tuple[int, ...]], targets: Sequence[str]) -> str | None:
+    """A message about the first tensor of an adapter that does not match the model; None if all match.
 
     Args:
-        network: that the adapter is to be put on.
-        shapes: of the adapter's tensors, by name.
-        targets: ends of the names of the parameters that it adapts, as peft has them.
+        base_model: the model to load the adapter onto.
+        shapes: shapes of the adapter's tensors, by name.
+        targets: target_parameters of the adapter.
     """
-    modules = {own_name(name): module for name, module in network.named_modules()}
-    own = {name: tuple(tensor.shape) for name, tensor in _tensors(network).items() if tensor.is_floating_point()}
+    modules = {own_name(name): module for name, module in base_model.named_modules()}
+    own = {name: tuple(tensor.shape) for name, tensor in _tensors(base_model).items() if tensor.is_floating_point()}
     for name, shape in sorted(shapes.items()):
         plain = name.removeprefix(ADAPTER_PREFIX)
         found = _LORA.fullmatch(plain)
@@ -315,7 +319,7 @@ def _misfit(network: nn.Module, shapes: dict[str, tuple[int, ...]], targets: Seq
         there = shape[1] if found["side"] == "A" else shape[0]
         here = getattr(module, "in_features" if found["side"] == "A" else "out_features", there)
         if adapted := _adapted_parameters(path, module, targets):
-            # One adapter around the other: the innermost belongs to the first parameter.
+            # Adapters of several parameters are nested: the innermost belongs to the first parameter.
             inside = found["module"].count(".base_layer")
             if inside >= len(adapted):
                 return f"{name} is on a parameter that {ADAPTER_CONFIG} does not name"
@@ -330,6 +334,6 @@ def _misfit(network: nn.Module, shapes: dict[str, tuple[int, ...]], targets: Seq
 
 
 def _adapted_parameters(path: str, module: nn.Module, targets: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of a module that an adapter of parameters is for, by whole name, in the module's order."""
+    """The parameters of a module that target_parameters match, by full name, in the module's order."""
     named = ((f"{path}.{name}", parameter) for name, parameter in module.named_parameters(recurse=False))
     return [(name, value) for name, value in named if any(f".{name}".endswith(f".{end}") for end in targets)]

@@ -1,4 +1,4 @@
-"""The audio tower: Whisper's encoder for clips of any length up to 30 s, and its way into the language model."""
+"""Audio tower of MiniCPM-o: Whisper's encoder for clips of up to 30 s, projection, pooling, checks of audio inputs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _STEPS_PER_SECOND = 50
 
 
 class AudioTower(WhisperEncoder):
-    """Whisper's encoder under the official names, padding masked and attention limited to past and own second.
+    """Whisper's encoder with padding masked, and attention in chunks: a step sees its chunk and all before.
 
-    It has a configuration of its own, because its attention needs a mask, which flash attention does not take.
+    It has its own attention implementation, because it needs a mask, which flash attention does not take.
     """
 
     def __init__(self, config: MiniCPMVConfig) -> None:
-        # The decoder is not built; its vocabulary only makes Whisper's configuration warn about token ids.
+        # The decoder is not built; vocab_size would only make Whisper's configuration warn about token ids.
         part = WhisperConfig(**{k: v for k, v in config.read("audio_config", {}).items() if k != "vocab_size"})
         part._attn_implementation = _with_mask(config._attn_implementation)
         super().__init__(part)
@@ -41,11 +41,11 @@ class AudioTower(WhisperEncoder):
             lengths: mel frames of each clip.
 
         Returns:
-            (clips, steps of T, D); what lies behind a clip's own steps means nothing.
+            (clips, steps of T, D); values after a clip's own steps are undefined.
         """
         frames = torch.tensor(lengths, device=features.device)
         outside = (torch.arange(features.shape[-1], device=features.device) >= frames[:, None])[:, None]
-        # The convolutions look one frame ahead: what is no sound must be zero before each of them, as at a clip's end.
+        # The convolutions look one frame ahead: padding must be zero before each of them, as at the end of a clip.
         x = features.to(self.conv1.weight.dtype).masked_fill(outside, 0)
         x = F.gelu(self.conv1(x)).masked_fill(outside, 0)
         x = F.gelu(self.conv2(x)).transpose(1, 2)
@@ -57,7 +57,7 @@ class AudioTower(WhisperEncoder):
         return self.layer_norm(x)
 
     def _mask(self, lengths: Sequence[int], x: torch.Tensor) -> torch.Tensor | None:
-        """Which steps see which, (clips, 1, steps, steps); None when all see all. No row is without any."""
+        """Attention mask, (clips, 1, steps, steps); None for full attention. Every row attends to some step."""
         size = x.shape[1]
         chunk = self.chunk if self.chunk > 0 else size
         if size <= chunk and min(lengths) == max(lengths):
@@ -70,11 +70,11 @@ class AudioTower(WhisperEncoder):
         return seen[:, None]
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """What this tower uses when the whole model is set to an implementation."""
+        """The implementation that this tower uses when one is set for the model."""
         return _with_mask(requested_attention)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if module is self.embed_positions:  # by the configuration: under ZeRO-3 the tensor is empty here
+        if module is self.embed_positions:  # sizes from the configuration: with ZeRO-3 the tensor is empty here
             init.copy_(self.embed_positions.weight, sinusoids(self.config.max_source_positions, self.config.d_model))
         else:
             super()._init_weights(module)
@@ -85,7 +85,7 @@ def _with_mask(implementation: str | None) -> str:
 
 
 class AudioProjection(nn.Module):
-    """From the width of the audio tower to that of the language model."""
+    """Projects features of the audio tower to the width of the language model."""
 
     def __init__(self, input_size: int, size: int) -> None:
         super().__init__()
@@ -99,17 +99,17 @@ class AudioProjection(nn.Module):
 
 
 def steps_of(frames: int) -> int:
-    """Outputs of the encoder for a clip of so many mel frames."""
+    """Number of encoder outputs for a clip of ``frames`` mel frames."""
     return (frames - 1) // 2 + 1
 
 
 def pooled(features: torch.Tensor, lengths: Sequence[int], step: int) -> torch.Tensor:
-    """The mean of every ``step`` neighbours, whole ones only, all clips one behind another.
+    """Average pooling over ``step`` neighbouring steps (complete windows only), all clips concatenated.
 
     Args:
         features: (clips, steps, E).
         lengths: mel frames of each clip.
-        step: number of neighbours.
+        step: size of a window.
 
     Returns:
         (S, E), S the sum of ``steps_of(length) // step``.
@@ -145,11 +145,11 @@ def read_clips(features: torch.Tensor, lengths: torch.Tensor, *, bins: int, long
         features: (clips, mel bins, T).
         lengths: (clips,) mel frames.
         bins: mel bins of the tower.
-        longest: most mel frames that it takes.
-        step: outputs per token.
+        longest: maximum number of mel frames of a clip.
+        step: encoder outputs per token.
 
     Raises:
-        ValueError: they do not agree with each other or with the tower.
+        ValueError: the inputs do not match each other or the tower.
     """
     if features.ndim != 3 or features.shape[1] != bins:
         raise ValueError(f"audio_features must be (clips, {bins}, frames), got {tuple(features.shape)}")
@@ -162,35 +162,35 @@ def read_clips(features: torch.Tensor, lengths: torch.Tensor, *, bins: int, long
         if size > min(longest, features.shape[2]):
             raise ValueError(
                 f"audio clip {clip} has {size} mel frames, but audio_features holds {features.shape[2]} and the tower "
-                f"takes {longest}: cut longer sound into clips"
+                f"takes {longest}: split longer audio into clips"
             )
     return Clips(features=features, lengths=sizes, counts=[steps_of(size) // step for size in sizes])
 
 
 def dummy_clip(bins: int, step: int, device: torch.device) -> Clips:
-    """A silent clip of one token, for batches without sound."""
+    """A silent clip of one token, for batches without audio."""
     frames = 2 * step - 1
     return Clips(features=torch.zeros(1, bins, frames, device=device), lengths=[frames], counts=[1])
 
 
 def split_clips(clips: Clips, most: int) -> list[Clips]:
-    """The clips in pieces of at most so many, each as long as its longest clip."""
-    pieces = []
+    """The clips in chunks of at most ``most``, each padded to its longest clip."""
+    chunks = []
     for start in range(0, len(clips.counts), most):
         place = slice(start, start + most)
         lengths = clips.lengths[place]
         features = clips.features[place, :, : max(lengths)]
-        pieces.append(Clips(features=features, lengths=lengths, counts=clips.counts[place]))
-    return pieces
+        chunks.append(Clips(features=features, lengths=lengths, counts=clips.counts[place]))
+    return chunks
 
 
 def check_audio_bounds(bounds: list[list[int]], counts: list[int], embeddings: torch.Tensor) -> None:
-    """Checks that the clips fill the placeholders and that no clip is shared by two rows.
+    """Checks that the number of audio tokens is that of the placeholders, and that no clip is split between two rows.
 
-    Within a row, clips are poured into the runs one after another: one run per clip, or several (chunked input).
+    Within a row, clips fill the runs of placeholders one after another: one run per clip, or several (chunked input).
 
     Args:
-        bounds: batch row, start and end of each run, runs of a row next to each other.
+        bounds: batch row, start and end of each run; the runs of a row are adjacent.
         counts: tokens of each clip, in the order of the rows.
         embeddings: (B, T, E).
 

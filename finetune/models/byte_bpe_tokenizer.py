@@ -1,4 +1,4 @@
-"""A fast tokenizer with Qwen's rules from vocab.json and merges.txt (folders without tokenizer.json, as 4.5)."""
+"""Builds Qwen's byte-level BPE tokenizer from vocab.json and merges.txt, for folders without tokenizer.json (4.5)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 
 from finetune.utils.errors import CheckpointError
 
-# Contractions, words with one leading sign, single digits, signs with their line breaks, line breaks, spaces.
+# Contractions, words with one leading symbol, single digits, symbols with line breaks, line breaks, spaces.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,10 +23,10 @@ def from_vocabulary(vocabulary: Path, merges: Path, added: Mapping[int, AddedTok
     Args:
         vocabulary: vocab.json.
         merges: merges.txt.
-        added: tokens by id that are found before anything else, as tokenizer_config.json or added_tokens.json has them.
+        added: added tokens by id, from tokenizer_config.json or added_tokens.json.
 
     Raises:
-        CheckpointError: merges that are missing, or an added token that cannot have its id.
+        CheckpointError: missing merges, or an added token that cannot have its id.
     """
     vocab, pairs = BPE.read_file(str(vocabulary), str(merges))
     _check_merges(vocabulary, vocab, pairs, {token.content for token in added.values()})
@@ -39,7 +39,7 @@ def from_vocabulary(vocabulary: Path, merges: Path, added: Mapping[int, AddedTok
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    # Ids are given in order, so holes would move the tokens behind them.
+    # Ids are assigned in order, so gaps would shift the following tokens.
     tokenizer.add_tokens([token for _, token in sorted(added.items())])
     for index, token in added.items():
         found = tokenizer.token_to_id(token.content)
@@ -57,7 +57,7 @@ def _check_merges(
 ) -> None:
     """Checks that every entry of the vocabulary is a byte, a merge of two entries, or an added token.
 
-    Text whose tokens cannot be built is written with other, shorter ones, without a word.
+    Tokens without a merge are never produced: text would silently be split into other, shorter tokens.
 
     Raises:
         CheckpointError: saying how many merges are missing and what to do.
@@ -68,7 +68,7 @@ def _check_merges(
         read = decoders.ByteLevel()
         shown = ", ".join(repr(read.decode([entry])) for entry in lost[:3])
         raise CheckpointError(
-            f"{vocabulary.parent}: tokenizer.json is missing; this merges.txt lacks {len(lost)} merges: so many of the "
-            f"{len(vocab)} entries of {vocabulary.name} cannot be built ({shown}, ...), and text with them would get "
-            "other tokens than the model knows. Put the published tokenizer.json into the folder"
+            f"{vocabulary.parent}: tokenizer.json is missing; this merges.txt lacks {len(lost)} merges: as many of "
+            f"the {len(vocab)} entries of {vocabulary.name} cannot be produced ({shown}, ...), and text with them "
+            "would get other tokens than in pretraining. Put the published tokenizer.json into the folder"
         )

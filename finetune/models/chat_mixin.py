@@ -1,4 +1,4 @@
-"""``model.chat``, in the form of the published networks."""
+"""``model.chat``, with the signature of the published models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class ChatMixin(PreTrainedModel):
-    """Gives a network its ``chat``."""
+    """Adds ``chat`` to a model."""
 
     def chat(
         self,
@@ -21,31 +21,31 @@ class ChatMixin(PreTrainedModel):
         stream: bool = False,
         **options: Any,
     ) -> Any:
-        """The answer to a conversation, with whatever adapter is active.
+        """The answer to a conversation, with the active adapter.
 
         Args:
-            image: picture (PIL, or a path), or several, in front of the first user turn; of a batch, one per
+            image: image (PIL, or a path), or several, before the first user turn; for a batch, one per
                 conversation.
-            msgs: turns with ``role`` and ``content`` (a string, or a list of strings, pictures and
-                sound, numpy arrays at 16 kHz), or their JSON; a list of such lists is a batch.
+            msgs: turns with ``role`` and ``content`` (a string, or a list of strings, images and
+                audio, numpy arrays at 16 kHz), or their JSON; a list of such lists is a batch.
             context: turns before ``msgs``, as V-2.0 returns them.
-            tokenizer: the checkpoint's; None for the one in the folder that the network came from.
+            tokenizer: of the checkpoint; None loads it from the folder of the model.
             system_prompt: text of a system turn.
-            stream: return an iterator over pieces of the answer.
+            stream: return an iterator over chunks of the answer.
             **options: sampling (default True; False is greedy), temperature, top_p, top_k, repetition_penalty,
                 num_beams, max_new_tokens, min_new_tokens; max_slice_nums, use_image_id, enable_thinking,
                 max_inp_length; of MiniCPM-o use_tts_template, chunk_input, and omni_input (or omni_mode): items of a
                 content are then not joined by newlines.
 
         Returns:
-            The answer; of a batch a list of them. V-2.0 returns answer, context, history, where the last two are both
-            the conversation with the answer.
+            The answer; for a batch a list of answers. V-2.0 returns answer, context, history, where the last two are
+            both the conversation with the answer.
 
         Raises:
-            ArgumentError: an option that does not exist, or does not fit the network.
+            ArgumentError: an option that does not exist, or that the model does not support.
             DataError: a conversation or an image that cannot be used.
         """
-        # Late: what writes prompts stands above the networks, and only here does a network ask for it.
+        # Imported here: ``chat`` is a package above ``models``.
         from finetune.chat.model_chat import chat
 
         if isinstance(context, PreTrainedTokenizerBase):  # from 2.5 on, the third argument of published calls

@@ -1,4 +1,4 @@
-"""The configuration of a MiniCPM-V or MiniCPM-o checkpoint, flat as published."""
+"""Configuration classes of MiniCPM-V and MiniCPM-o, with the flat keys of the published config.json."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from finetune.models.kv_cache import NAMES
 class MiniCPMVConfig(PretrainedConfig):
     """A published config.json, every key kept as it was read.
 
-    It does not inherit a language model's configuration: that would rewrite the rope keys when saved, and readers of
-    the official layout would then fall back to another rope base without a word. The configurations of the parts are
-    made when the parts are built. Only ``use_cache`` is dropped, as transformers does: 2.5 publishes false, a setting
-    of its training, with which every step of ``generate`` would encode the images again.
+    It does not inherit a language model's configuration: that would rewrite the rope keys when saved, and code for the
+    official layout would then silently use another rope base. The configurations of the parts are made when the parts
+    are built. Only ``use_cache`` is dropped, as transformers does: 2.5 publishes false, a setting of its training, with
+    which every step of ``generate`` would encode the images again.
     """
 
     model_type: ClassVar[str] = "minicpmv"
@@ -27,7 +27,7 @@ class MiniCPMVConfig(PretrainedConfig):
     rope_scaling: ClassVar[Any] = None
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """Leaves the rope keys as they were read."""
+        """Keeps the rope keys as they were read."""
         return kwargs
 
     @property
@@ -46,6 +46,6 @@ class MiniCPMVConfig(PretrainedConfig):
 
 
 class MiniCPMOConfig(MiniCPMVConfig):
-    """The same of a checkpoint that can hear."""
+    """The same for MiniCPM-o, which has an audio tower."""
 
     model_type: ClassVar[str] = "minicpmo"

@@ -1,8 +1,8 @@
-"""How many patches become a token, "16x" or "4x": decided here, for every command and every way of loading.
+"""Resolves downsample_mode ("16x" or "4x": vision patches per token) from flag, environment, adapter and checkpoint.
 
-Published inference is told twice: the network merges patches by config.json, the processors count placeholders by files
-of their own. Here one value serves both: that of a flag, else of the environment variable of the published finetuning
-guides, else of the files.
+In published inference it is set twice: the model merges patches by config.json, and the processors count placeholders
+by their own files. Here one value is used for both: that of the flag, else of the environment variable of the published
+finetuning guides, else of the files.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Mode:
 
     Attributes:
         name: "16x" or "4x".
-        origin: what decided it: the flag, the environment variable, or a file.
-        overruled: what says otherwise, in words; empty where nothing does.
-        base: the mode by the files of the base checkpoint alone.
+        origin: source of the value: the flag, the environment variable, or a file.
+        overruled: sources with another value, for messages; empty if there are none.
+        base: the mode of the files of the base checkpoint.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Mode:
 
     @property
     def chosen(self) -> bool:
-        """Whether the user has decided it, by the flag or by the environment variable."""
+        """Whether it was set by the flag or by the environment variable."""
         return self.origin in (FLAG, _ENVIRONMENT)
 
     def __str__(self) -> str:
@@ -78,23 +78,23 @@ def decide(
     trained: Path | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Mode | None:
-    """The mode of a run; None for a family whose network knows one way only.
+    """The mode of a run; None for a family without modes.
 
     Args:
         family: the generation.
         config: config.json of the base checkpoint.
-        folder: of the base checkpoint; None where config has all there is.
-        wish: what the flag says, None where it is not given.
-        trained: folder of an adapter or a checkpoint trained on the base, which counts before it.
-        environment: where the variable of the published guides may be set.
+        folder: folder of the base checkpoint; None if all settings are in ``config``.
+        wish: value of the flag, None if it is not given.
+        trained: folder of an adapter or checkpoint trained on the base, which takes precedence over the base.
+        environment: environment variables, one of which may set the mode.
 
     Raises:
-        ArgumentError: the flag is given to a family without modes, or flag or variable name an unknown one.
-        CheckpointError: a file names an unknown one.
+        ArgumentError: the flag is given for a family without modes, or flag or variable have an unknown value.
+        CheckpointError: a file has an unknown value.
     """
     variable = environment.get(VARIABLE) or None
     if DOWNSAMPLE_MODE not in family.settings:
-        _say_without_effect(family, wish, variable)
+        _refuse_or_warn(family, wish, variable)
         return None
     settings = config if folder is None else read_settings(folder, config)
     base, doubt = _in_files(family, settings, "" if folder is None else f"{folder}/")
@@ -110,7 +110,7 @@ def decide(
 
 
 def with_mode(settings: Config, mode: Mode | None) -> dict[str, Any]:
-    """Settings in which a mode stands wherever one is read."""
+    """Settings with the mode in config and all processors."""
     if mode is None:
         return dict(settings)
     given = {DOWNSAMPLE_MODE: mode.name}
@@ -120,9 +120,9 @@ def with_mode(settings: Config, mode: Mode | None) -> dict[str, Any]:
 
 @contextmanager
 def working_in(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Lets a network work in a mode, and afterwards as before; None changes nothing.
+    """Sets the mode of a model for a while; None changes nothing.
 
-    By its configuration: what is given to ``generate`` is taken away once the images are encoded.
+    By its configuration: an argument of ``generate`` would be dropped after the images are encoded.
     """
     config: Any = model.config
     if name is None:
@@ -137,10 +137,10 @@ def working_in(model: nn.Module, name: str | None) -> Iterator[None]:
 
 
 def saved_with(folder: Path) -> str | None:
-    """The mode that a training has recorded in the adapter or full checkpoint it saved; None where it has none.
+    """The mode recorded in an adapter or full checkpoint by its training; None if there is none.
 
     Raises:
-        CheckpointError: a file that is not JSON.
+        CheckpointError: a file is not JSON.
     """
     if has_adapter(folder):
         return (read_adapter_config(folder).get("auto_mapping") or {}).get(DOWNSAMPLE_MODE)
@@ -148,9 +148,9 @@ def saved_with(folder: Path) -> str | None:
 
 
 def write_mode(folder: Path, family: Family, name: str) -> None:
-    """Puts a mode into the config.json and processor files of a folder, as far as it has them.
+    """Sets the mode in config.json and the processor files of a folder, as far as it has them.
 
-    Nothing else in them changes; a file by which it is the same mode already stays as it is.
+    Nothing else in them changes; a file that has the mode already is not written.
     """
     parts: dict[str, set[str]] = {CONFIG: {""}}
     for processor in _COUNTING:
@@ -165,7 +165,7 @@ def write_mode(folder: Path, family: Family, name: str) -> None:
 
 
 def _changed(text: str, keys: set[str], name: str, default: str) -> str:
-    """A JSON file with another mode in some of its parts ("" is the whole), otherwise byte for byte."""
+    """The text of a JSON file with another mode in some sections ("" is the top level), otherwise byte for byte."""
     values: dict[str, Any] = json.loads(text)
     wanted = copy.deepcopy(values)
     for part in (wanted.get(key) if key else wanted for key in keys):
@@ -174,15 +174,15 @@ def _changed(text: str, keys: set[str], name: str, default: str) -> str:
     if wanted == values:
         return text
     edited = _VALUE.sub(rf'\g<1>"{name}"', text)
-    # Where the key is not there yet, or stands in other parts too, the file is written anew.
+    # If the key is missing, or is in other sections too, the file is serialised again.
     return edited if json.loads(edited) == wanted else json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
 
 
-def _say_without_effect(family: Family, wish: str | None, variable: str | None) -> None:
+def _refuse_or_warn(family: Family, wish: str | None, variable: str | None) -> None:
     able = ", ".join(each.title for each in FAMILIES if DOWNSAMPLE_MODE in each.settings)
-    why = f"{family.title} has no modes of downsampling ({able} have)"
+    why = f"{family.title} has no downsample modes ({able} have)"
     if wish is not None:
-        raise ArgumentError(f"{FLAG} {wish}: {why}; leave the flag out")
+        raise ArgumentError(f"{FLAG} {wish}: {why}; omit the flag")
     if variable is not None:
         warn_once(logger, f"{_ENVIRONMENT}={variable} has no effect: {why}")
 
@@ -196,7 +196,7 @@ def _check(found: Found) -> None:
 
 
 def _held(settings: Config) -> list[Found]:
-    """What config.json and the processors say, with None where they say nothing."""
+    """The values in config.json and the processors; None for a missing key."""
     names = settings.get(FILES) or {}
     processors = {name: settings[name] for name in _COUNTING if settings.get(name)}
     return [
@@ -206,7 +206,7 @@ def _held(settings: Config) -> list[Found]:
 
 
 def _in_files(family: Family, settings: Config, place: str) -> tuple[Found, str]:
-    """The mode by the files of a checkpoint, and in words that they disagree, if they do."""
+    """The mode of the files of a checkpoint, and a message if they disagree."""
     default = family.settings[DOWNSAMPLE_MODE].default
     held = _held(settings)
     first = next((found for found in held if found.value is not None), Found(default, f"default of {family.title}"))
@@ -220,12 +220,12 @@ def _in_files(family: Family, settings: Config, place: str) -> tuple[Found, str]
         return used, ""
     return used, (
         f"{used.where}: {DOWNSAMPLE_MODE} is {used.value}, but {' and '.join(others)}; published inference fails on "
-        f"images of such a folder. {used.value} is used for all of them; {FLAG} decides otherwise"
+        f"images of such a folder. {used.value} is used for all of them; {FLAG} overrides it"
     )
 
 
 def _in_result(trained: Path, base: Config) -> Found | None:
-    """The mode by the files of a result, where they are not simply those of its base."""
+    """The mode of the files of a result, if it differs from that of the base."""
     if has_adapter(trained) and (name := saved_with(trained)) is not None:
         return Found(name, str(trained / ADAPTER_CONFIG))
     config = read_object(trained / CONFIG) if (trained / CONFIG).is_file() else {}

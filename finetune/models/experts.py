@@ -1,6 +1,6 @@
-"""Mixtures of experts: which weights are the routed experts', and how many of them a token goes through.
+"""Mixture of experts: names and sizes of the experts' weights, and the share of them that a token is routed to.
 
-Experts of a layer are fused: parameters with three dimensions, the first of which counts the experts.
+The experts of a layer are fused: their weights are 3-D parameters whose first dimension is the expert.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["ExpertBlock", "Experts", "Router", "expert_matrices", "expert_names"
 
 
 def routed_shares(model: nn.Module) -> dict[int, Fraction]:
-    """By the id of a parameter of routed experts, adapters on them included: the share of it that a token sees.
+    """Share of the experts that a token is routed to, by the id of a routed experts' parameter, with adapters on them.
 
-    Empty for dense networks.
+    Empty for dense models.
     """
     shares: dict[int, Fraction] = {}
     for block in model.modules():
@@ -37,13 +37,13 @@ def routed_shares(model: nn.Module) -> dict[int, Fraction]:
 
 
 def expert_matrices(experts: Experts) -> list[tuple[nn.Parameter, int]]:
-    """The fused weights and their sizes, which ZeRO-3 does not tell."""
+    """The fused weights and their sizes, which partitioned parameters (ZeRO-3) do not have."""
     sizes: Any = experts
     one = int(sizes.num_experts * sizes.hidden_dim * sizes.intermediate_dim)
     return [(sizes.gate_up_proj, 2 * one), (sizes.down_proj, one)]
 
 
 def expert_names(model: nn.Module) -> list[str]:
-    """Names of the weights of mixtures that are in no linear layer: the fused ones, and the routers'."""
+    """Names of the weights of experts and routers, which are not in linear layers."""
     modules = ((name, module) for name, module in model.named_modules() if isinstance(module, Experts | Router))
     return [f"{name}.{own}" for name, module in modules for own, _ in module.named_parameters(recurse=False)]

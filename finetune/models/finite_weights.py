@@ -1,4 +1,4 @@
-"""Weights are numbers: files of integers, and values that are NaN or infinite, are refused where they are read."""
+"""Checks that weights are floating point and finite, in safetensors files and in loaded models."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import nn
 
 from finetune.utils.errors import CheckpointError
 
-# Tables of positions and counters, which are no weights.
+# Tables of positions and counters, which are not weights.
 _COUNTERS = ("position_ids", "num_batches_tracked", "relative_position_index")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _REMEDY = "the file is damaged, or its training went wrong: download it again, or take an earlier checkpoint"
 
 
-def check_types(path: Path, carried: Sequence[str] = ()) -> None:
+def check_types(path: Path, passthrough: Sequence[str] = ()) -> None:
     """Checks by the header of a safetensors file that its weights are floating point.
 
     Args:
         path: the file.
-        carried: beginnings of the names of tensors that no network reads.
+        passthrough: prefixes of the names of tensors that no model reads.
 
     Raises:
         CheckpointError: naming the first tensor that is not.
     """
     with safe_open(str(path), framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-            if name.endswith(_COUNTERS) or name.startswith(tuple(carried)):
+            if name.endswith(_COUNTERS) or name.startswith(tuple(passthrough)):
                 continue
             if (kind := file.get_slice(name).get_dtype()) not in _FLOATS:
                 raise CheckpointError(f"{path}: {name} is of type {kind}; weights are floating point: {_REMEDY}")
@@ -46,13 +46,13 @@ def check_file(path: Path) -> None:
         _refuse(path, (name for name in file.keys() if not finite(file.get_tensor(name))))  # noqa: SIM118 - as above
 
 
-def check_network(model: nn.Module, name: str, files: Sequence[Path]) -> None:
-    """Checks the values of a loaded network; under ZeRO-3 every rank its own part, and all ranks agree.
+def check_finite_model(model: nn.Module, name: str, files: Sequence[Path]) -> None:
+    """Checks the values of a loaded model; with ZeRO-3 every rank checks its shard, and all ranks get all names.
 
     Args:
-        model: freshly loaded.
+        model: the loaded model.
         name: the checkpoint, for the message.
-        files: its weights, which are read again where the network keeps them in another form (4 bit).
+        files: its weight files, which are checked instead if the model has quantised weights (4 bit).
 
     Raises:
         CheckpointError: naming the first weight with a value that is not finite.
@@ -69,11 +69,11 @@ def check_network(model: nn.Module, name: str, files: Sequence[Path]) -> None:
 
 
 def nonfinite_weights(model: nn.Module, *, trained_only: bool) -> list[str]:
-    """Names of parameters that hold a value that is not finite; under ZeRO-3 of those whose own part does.
+    """Names of parameters with a value that is not finite; with ZeRO-3 in the shard of this rank.
 
     Args:
-        model: the network.
-        trained_only: look at those that train alone; nothing else is saved of an adapter.
+        model: the model.
+        trained_only: check trained parameters only, as saved for an adapter.
     """
     chosen = [(name, p) for name, p in model.named_parameters() if p.requires_grad or not trained_only]
     flags = [finite(_part(parameter)) for _, parameter in chosen]
@@ -81,25 +81,25 @@ def nonfinite_weights(model: nn.Module, *, trained_only: bool) -> list[str]:
     for place, flag in enumerate(flags):
         by_device.setdefault(flag.device, []).append(place)
     bad = []
-    for places in by_device.values():  # one wait per device
+    for places in by_device.values():  # one synchronisation per device
         good = torch.stack([flags[place] for place in places]).tolist()
         bad += [place for place, fine in zip(places, good, strict=True) if not fine]
     return [chosen[place][0] for place in sorted(bad)]
 
 
 def finite(tensor: torch.Tensor) -> torch.Tensor:
-    """Whether all values are finite, as a scalar on the tensor's device; also of none, and of integers."""
+    """Whether all values are finite, as a scalar on the tensor's device; true for empty and integer tensors."""
     if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
         return torch.ones((), dtype=torch.bool, device="cpu" if tensor.is_meta else tensor.device)
     if tensor.element_size() == 1:
         tensor = tensor.float()
-    # One pass without a copy: NaN is both, and infinity one of them.
+    # One pass without a copy: with NaN both are NaN, and an infinity is one of them.
     low, high = torch.aminmax(tensor.detach())
     return torch.isfinite(low) & torch.isfinite(high)
 
 
 def _part(parameter: torch.Tensor) -> torch.Tensor:
-    """What this rank has of a parameter: those that ZeRO-3 has partitioned are empty, with a part beside."""
+    """The shard of a parameter on this rank; the parameter itself if ZeRO-3 has not partitioned it."""
     return getattr(parameter, "ds_tensor", parameter)
 
 

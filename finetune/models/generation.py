@@ -1,4 +1,4 @@
-"""What ``generate`` has to know about images and sound."""
+"""Image and audio inputs in ``generate``: encoded in the first step only, repeated for beams."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _AUDIO = ("audio_features", "audio_lengths", "audio_bound", "audio_embeds")
 
 
 class MediaGenerationMixin(PreTrainedModel, GenerationMixin):
-    """Feeds images and sound in the first step only, and copies whole items when rows are copied."""
+    """Passes image and audio inputs in the first step only, and repeats their features when rows are repeated."""
 
-    if TYPE_CHECKING:  # the declared type of ``self`` there fits no model
+    if TYPE_CHECKING:  # the declared type of ``self`` in transformers matches no model
 
         def generate(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
 
@@ -27,9 +27,9 @@ class MediaGenerationMixin(PreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,  # generate looks for this very name before it accepts inputs such as attention_mask
     ) -> dict[str, Any]:
-        """Inputs of one decoding step; without a cache every step sees and hears everything again.
+        """Inputs of one decoding step; without a cache every step gets the media again.
 
-        The cache is among ``kwargs``, under the name that the installed transformers has for it.
+        The cache is in ``kwargs``, under the name of the installed transformers.
         """
         media = {name: kwargs.pop(name, None) for name in (*_VISUAL, *_AUDIO)}
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
@@ -48,7 +48,7 @@ class MediaGenerationMixin(PreTrainedModel, GenerationMixin):
     ) -> tuple[Any, dict[str, Any]]:
         """Repeats every row for beams and several returned sequences.
 
-        The default would repeat single patches. Here each item is encoded once, before the rows are repeated.
+        The default would repeat single patches. Here each item is encoded once, and its features are repeated.
         """
         visual = {name: model_kwargs.pop(name, None) for name in _VISUAL}
         audio = {name: model_kwargs.pop(name, None) for name in _AUDIO}
@@ -63,7 +63,7 @@ class MediaGenerationMixin(PreTrainedModel, GenerationMixin):
         return ids, expanded
 
     def _repeat_items(self, visual: dict[str, Any], times: int) -> dict[str, Any]:
-        """Features and bounds of ``times`` copies of each row, copies of a row next to each other."""
+        """Features and bounds for ``times`` copies of each row; the copies of a row are adjacent."""
         features = visual["image_features"]
         if features is None:
             inputs = (visual[name] for name in ("patches", "tgt_sizes", "temporal_ids", "group_sizes"))
@@ -72,7 +72,7 @@ class MediaGenerationMixin(PreTrainedModel, GenerationMixin):
         return {"image_features": features.repeat_interleave(times, dim=0), "image_bound": bounds}
 
     def _repeat_audio(self, audio: dict[str, Any], times: int) -> dict[str, Any]:
-        """The same of sound; a model that cannot hear says so when it is called."""
+        """The same for audio; a model without an audio tower raises in ``forward``."""
         return audio
 
     def get_image_features(
@@ -82,5 +82,5 @@ class MediaGenerationMixin(PreTrainedModel, GenerationMixin):
         temporal_ids: torch.Tensor | None = None,
         group_sizes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Resampled features, (g, Q, E); given by the model."""
+        """Resampled features, (g, Q, E); implemented by the model."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""First values of the parts that are ours; the language model brings its own."""
+"""Weight initialisation of vision tower, resampler and projections; the language model has its own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ STD = 0.02
 
 
 def initialize(module: nn.Module) -> None:
-    """Fills the parameters of one plain layer, skipping those that a checkpoint has filled.
+    """Initialises the parameters of one basic layer that were not loaded from a checkpoint.
 
-    Sizes are never read from the tensors: under ZeRO-3 they are empty here. The functions of transformers are used
-    because they leave loaded tensors alone.
+    Sizes are never read from the tensors, which are empty here with ZeRO-3. The functions of transformers skip loaded
+    tensors.
     """
     if isinstance(module, nn.LayerNorm):
         init.ones_(module.weight)

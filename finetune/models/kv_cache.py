@@ -1,4 +1,4 @@
-"""The cache of keys and values, under the name that the installed transformers has for it.
+"""The KV cache under the argument name of the installed transformers.
 
 Up to transformers 5.23 arguments and outputs call it ``past_key_values``, from 5.24 on ``cache``.
 """
@@ -16,13 +16,13 @@ CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.nam
 
 
 def as_installed(cache: Cache | None, past_key_values: Cache | None) -> dict[str, Any]:
-    """The cache of a call that may have used either name, as a keyword argument of transformers.
+    """The cache given under either name, as a keyword argument of the installed transformers.
 
     Raises:
         ValueError: both names were used.
     """
     if cache is not None and past_key_values is not None:
-        raise ValueError("cache and past_key_values are two names of one thing, but both were given")
+        raise ValueError("cache and past_key_values are two names of one argument, but both were given")
     return {CACHE: past_key_values if cache is None else cache}
 
 

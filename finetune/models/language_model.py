@@ -1,4 +1,4 @@
-"""The language models: stock transformers classes fed from the flat official keys."""
+"""Builds the language models: transformers classes, configured from the flat keys of the official config.json."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ _KEYS = (
 
 
 def _keys(config: MiniCPMVConfig) -> dict[str, Any]:
-    """The official keys that are set; a null would be taken for a value and warned about."""
+    """The official keys that are set, without nulls, which transformers would take for values."""
     return {key: value for key in _KEYS if (value := config.read(key)) is not None}
 
 
 def _prepared(part: PretrainedConfig, config: MiniCPMVConfig) -> Any:
-    # not handed down to configurations made here
+    # not inherited by configurations made here
     part._attn_implementation = implementation_of(config._attn_implementation)
     return part
 

@@ -1,4 +1,7 @@
-"""Training loss inside the output layer: logits only where a label is, in chunks, gradients made along with them."""
+"""Cross entropy inside the output layer: logits of labelled tokens only, in chunks, with gradients in the forward pass.
+
+With ZeRO-3 the weight is gathered only while the layer is called, so the whole loss is computed in that call.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# Bytes of the logits and log probabilities, both float32, that live at a time.
+# Bytes of the float32 logits and log probabilities of a chunk.
 BUDGET = 96 * 2**20
 IGNORE = -100
 _LOW = (torch.bfloat16, torch.float16)
 
 
 class LMHeadLoss(nn.Linear):
-    """An output layer that can give the loss in place of the logits.
-
-    Both happen inside its own call, the only place where ZeRO-3 has its weight together.
+    """An output layer that returns the loss instead of logits if it is called with targets.
 
     Args:
-        linear: the layer it takes the place of, without a bias; the parameter stays the same one.
+        linear: the layer that it replaces, without a bias; the parameter is shared.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        super(nn.Linear, self).__init__()  # that of Linear would make a parameter
+        super(nn.Linear, self).__init__()  # Linear's would make a new parameter
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight
         self.register_parameter("bias", None)
@@ -37,7 +38,7 @@ class LMHeadLoss(nn.Linear):
 
 
 def put_head(owner: Any) -> None:
-    """Makes the plain ``lm_head`` of a model a ``LMHeadLoss``; one that is something else stays."""
+    """Replaces the ``lm_head`` of a model by a ``LMHeadLoss`` if it is an ``nn.Linear`` without bias."""
     old = owner.lm_head
     if type(old) is nn.Linear and old.bias is None:
         owner.lm_head = LMHeadLoss(old)
@@ -46,7 +47,7 @@ def put_head(owner: Any) -> None:
 def nll_of(
     head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log likelihoods by one call of an output layer, a ``LMHeadLoss`` or anything in its place (adapters).
+    """Negative log likelihoods by one call of an output layer: a ``LMHeadLoss`` or a replacement (adapters, 4 bit).
 
     Args:
         head: (M, E) to (M, V).
@@ -67,14 +68,14 @@ def nll_of(
 def linear_nll(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scaling: float = 1.0, rows: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log likelihoods of a linear layer, in float32, with logits of no more than ``rows`` tokens at a time.
+    """Negative log likelihoods of a linear layer in float32, computed in chunks of at most ``rows`` tokens.
 
     Args:
         hidden: (M, E); M may be 0.
         weight: (V, E).
         targets: (M,) int64.
         scaling: what logits are divided by.
-        rows: tokens at a time; None for ``rows_at_once``.
+        rows: tokens per chunk; None for ``rows_at_once``.
 
     Returns:
         Their sum, with a graph for one backward pass, and each of them, (M,) float32 without one.
@@ -87,10 +88,10 @@ def linear_nll(
 
 
 def rows_at_once(count: int, weight: torch.Tensor) -> int:
-    """Of ``count`` tokens, how many have their logits at a time: what ``BUDGET`` lets through, at least one.
+    """Tokens per chunk for ``count`` tokens: as many as ``BUDGET`` allows, at least one.
 
-    A trained 16 bit weight (V, E) would need a float32 sum of its size over several times. As long as all logits take
-    less than that sum, they are made at once.
+    With several chunks, the gradient of a trained 16 bit weight (V, E) is accumulated in float32. If all logits take
+    less memory than that sum, one chunk is used.
     """
     vocabulary, width = weight.shape
     if weight.requires_grad and weight.dtype in _LOW and count <= width // 2:
@@ -99,7 +100,7 @@ def rows_at_once(count: int, weight: torch.Tensor) -> int:
 
 
 class _LinearNll(torch.autograd.Function):
-    """As ``linear_nll``; the gradients of the sum are made in the forward pass, while the logits are there."""
+    """As ``linear_nll``; gradients of the sum are computed in the forward pass, chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -113,7 +114,7 @@ class _LinearNll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
-        # In place, as they may be large: torch then refuses a second backward pass, as it does of any freed graph.
+        # In place, as they may be large; torch then refuses a second backward pass, as for any freed graph.
         hidden, weight = (None if tensor is None else tensor.mul_(outputs[0]) for tensor in ctx.saved_tensors)
         return hidden, None if weight is None else weight.to(ctx.dtype), None, None, None
 
@@ -121,12 +122,12 @@ class _LinearNll(torch.autograd.Function):
 def _by_chunks(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scaling: float, rows: int, wanted: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Negative log likelihoods (M,), and of their sum the wanted gradients, of hidden states and of the weight."""
+    """Negative log likelihoods (M,), and the wanted gradients of their sum: of hidden states and of the weight."""
     cast = weight.to(_computed_in(weight))
     nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
     of_weight = None
-    if wanted[1]:  # sums of several roundings to 16 bit would drift
+    if wanted[1]:  # accumulating chunks in 16 bit would lose precision
         summed = torch.float32 if len(hidden) > rows else weight.dtype
         of_weight = torch.zeros(weight.shape, dtype=summed, device=weight.device)
     for start in range(0, len(hidden), rows):
@@ -143,13 +144,13 @@ def _by_chunks(
             of_hidden[part] = slopes @ cast
         if of_weight is not None:
             _add_product(of_weight, slopes, chunk)
-    if of_weight is not None and weight.dtype == torch.bfloat16:  # float16 would overflow before it is scaled
+    if of_weight is not None and weight.dtype == torch.bfloat16:  # float16 could overflow before loss scaling
         of_weight = of_weight.bfloat16()
     return nll, of_hidden, of_weight
 
 
 def _computed_in(weight: torch.Tensor) -> torch.dtype:
-    """The type in which a linear layer computes here: that of autocast, else its own."""
+    """The dtype in which a linear layer computes: that of autocast, else of its weight."""
     device = weight.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -177,11 +178,11 @@ def supervised_loss(
 
     Args:
         hidden: (B, T, E) last hidden states.
-        labels: (B, T) unshifted, -100 = no loss. The first of a row or segment counts for nothing.
+        labels: (B, T) unshifted, -100 = no loss. The first label of a row or segment is ignored.
         head: output layer, (M, E) to (M, V), called once.
         num_items: divisor of the summed loss; None divides by the number of labelled tokens here.
         scaling: what logits are divided by.
-        bounds: (s + 1,), where the segments of ONE row begin and end; None for rows that are not packed.
+        bounds: (s + 1,) boundaries of the segments of ONE packed row; None for rows that are not packed.
 
     Returns:
         The loss, and per row the sum of negative log likelihoods and the number of labelled tokens, (B, 2) float32;
@@ -195,7 +196,7 @@ def supervised_loss(
     total, nll = nll_of(head, chosen, labels.flatten()[places], scaling)
     per_row = torch.zeros(count, 2, dtype=nll.dtype, device=nll.device)
     per_row.index_add_(0, rows.to(nll.device), torch.stack([nll, torch.ones_like(nll)], dim=1))
-    # A batch of nothing but rows without labels is counted as 0 by the Trainer too.
+    # The Trainer's count is 0 as well for a batch without labels.
     divisor = torch.as_tensor(len(nll) if num_items is None else num_items, device=nll.device).clamp(min=1)
     return total / divisor, per_row
 

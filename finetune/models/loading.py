@@ -1,4 +1,4 @@
-"""Model folders and adapter folders become a model: completely, or not at all."""
+"""Loads models from checkpoint folders, adapter folders or hub ids, with all checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
 from finetune.models.downsample_mode import decide, saved_with
 from finetune.models.minicpmo import MiniCPMO
 from finetune.models.minicpmv import MiniCPMV
-from finetune.models.minicpmv4_6 import WHOLE_NETWORKS
+from finetune.models.minicpmv4_6 import NATIVE_MODELS
 from finetune.models.strict_loading import check_folder
 from finetune.models.tokenization import check_tokens, load_tokenizer
 from finetune.utils.errors import CheckpointError
@@ -29,10 +29,10 @@ from finetune.utils.paths import expand
 logger = logging.getLogger(__name__)
 
 # By the model_type of config.json.
-NETWORKS: dict[str, type[PreTrainedModel]] = {
+MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
     MiniCPMVConfig.model_type: MiniCPMV,
     MiniCPMOConfig.model_type: MiniCPMO,
-    **WHOLE_NETWORKS,
+    **NATIVE_MODELS,
 }
 
 
@@ -52,23 +52,23 @@ def load_model(
 ) -> PreTrainedModel | PeftModel:
     """Loads a full checkpoint, or an adapter on top of the base checkpoint that it names.
 
-    Adapters of the first published scripts (vpm_resampler_embedtokens.pt beside the adapter) are loaded whole.
+    Adapters of the first published scripts are loaded with their vpm_resampler_embedtokens.pt.
 
-    Every parameter of a loaded model requires gradients again; whoever trains it freezes what stays fixed afterwards.
+    Every parameter of the loaded model requires gradients; freezing has to follow loading.
 
     Args:
         model: local folder, or a hub id (the only case that may use the network).
-        dtype: of the weights; "auto" is the file's.
+        dtype: of the weights; "auto" uses that of the files.
         device_map: as in transformers ("auto", {"": 0}, ...).
         attn_implementation: "sdpa", "eager" or "flash_attention_2"; None lets transformers choose.
         revision: of the hub id.
-        base: folder of the checkpoint that an adapter is put on; None for the one that the adapter names.
-        adapter_name: under which an adapter can be chosen, where ``add_adapter`` puts more on the same base.
-        tokenizer_required: also check that the tokenizer beside the weights has the tokens the family needs.
-        downsample_mode: "16x" or "4x", for families that have it; None for the environment's, the adapter's or the
-            checkpoint's (``models.downsample_mode.decide``).
-        hub_kernels: use the kernels that transformers' mapping names on the hub; downloads and runs code.
-        **kwargs: handed on to ``from_pretrained`` (offload_folder, quantization_config, ...).
+        base: folder of the base checkpoint of an adapter; None for the one that the adapter names.
+        adapter_name: name of the adapter, for ``set_adapter`` with several adapters (``add_adapter``).
+        tokenizer_required: also check that the tokenizer in the folder has the tokens that the family needs.
+        downsample_mode: "16x" or "4x", for families that have it; None for that of the environment, the adapter or the
+            checkpoint (``models.downsample_mode.decide``).
+        hub_kernels: use the kernels of transformers' hub mapping; downloads and runs code.
+        **kwargs: passed to ``from_pretrained`` (offload_folder, quantization_config, ...).
 
     Raises:
         CheckpointError: no such folder, files are missing, weights, config.json and tokenizer disagree, or kernels
@@ -82,28 +82,28 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     trained = folder if is_adapter(folder) else None
     if trained is None and base is not None:
-        raise CheckpointError(f"{folder} is no adapter ({ADAPTER_CONFIG} is missing): it cannot be put on {base}")
+        raise CheckpointError(f"{folder} is not an adapter ({ADAPTER_CONFIG} is missing) for the base {base}")
     below = folder
     if trained is not None:
         below = _base_folder(folder, read_adapter_config(folder)) if base is None else Path(base)
-    network = _load_full(below, tokenizer_required, downsample_mode, trained, options)
+    loaded = _load_full(below, tokenizer_required, downsample_mode, trained, options)
     if hub_kernels:
-        _use_hub_kernels(network)
-    return network if trained is None else put_adapter(network, trained, adapter_name)
+        _use_hub_kernels(loaded)
+    return loaded if trained is None else put_adapter(loaded, trained, adapter_name)
 
 
 def add_adapter(model: PeftModel, adapter: str | Path, name: str) -> None:
-    """Puts another adapter on a loaded one; ``model.set_adapter(name)`` makes it the active one.
+    """Loads another adapter onto a model; ``model.set_adapter(name)`` activates it.
 
     Raises:
-        CheckpointError: as ``load_model``, and an adapter of another family or size.
+        CheckpointError: as ``load_model``, or an adapter of another family or size.
     """
     folder = local_folder(str(adapter))
     put_adapter(model, folder, name)
     mode, trained = getattr(model.get_base_model().config, DOWNSAMPLE_MODE, None), saved_with(folder)
     if trained not in (None, mode):
         logger.warning(
-            "adapter %s was trained with %s %s, the network works with %s: set model.config.%s before it speaks",
+            "adapter %s was trained with %s %s, the model uses %s: set model.config.%s before using the adapter",
             folder,
             DOWNSAMPLE_MODE,
             trained,
@@ -116,7 +116,7 @@ def base_of(adapter: str | Path) -> Path:
     """The folder of the base checkpoint that an adapter names.
 
     Raises:
-        CheckpointError: it is no adapter, or its base is not there.
+        CheckpointError: it is not an adapter, or its base does not exist.
     """
     folder = local_folder(str(adapter))
     return _base_folder(folder, read_adapter_config(folder))
@@ -131,13 +131,13 @@ def _load_full(
     if tokenizer_required:
         check_tokens(load_tokenizer(folder), family, vocab_size(config), str(folder), config)
     mode = decide(family, config, folder, wish, trained=trained)
-    network = NETWORKS[config["model_type"]].from_pretrained(folder, **options)
+    model = MODEL_CLASSES[config["model_type"]].from_pretrained(folder, **options)
     if mode is not None:
-        # Not an option of from_pretrained, which would make it one of the generation config too.
-        setattr(network.config, DOWNSAMPLE_MODE, mode.name)
-        if wish is None and mode.chosen and mode.overruled:  # by the environment: nobody else says so
+        # Not as an argument of from_pretrained, which would add it to the generation config too.
+        setattr(model.config, DOWNSAMPLE_MODE, mode.name)
+        if wish is None and mode.chosen and mode.overruled:  # set by the environment variable
             warn_once(logger, str(mode))
-    return network
+    return model
 
 
 def _use_hub_kernels(model: PreTrainedModel) -> None:
@@ -145,16 +145,16 @@ def _use_hub_kernels(model: PreTrainedModel) -> None:
         model.use_kernels = True
     except (ImportError, OSError, ValueError) as error:  # no package, no network, no kernel for this GPU
         raise CheckpointError(
-            f"the kernels of transformers' hub mapping could not be loaded ({error}). Without network access leave "
-            "--use_hub_kernels out, or install the kernels themselves (pip install -e '.[linear]')"
+            f"the kernels of transformers' hub mapping could not be loaded ({error}). Without network access omit "
+            "--use_hub_kernels, or install the kernels themselves (pip install -e '.[linear]')"
         ) from error
 
 
 def _base_folder(adapter: Path, settings: dict[str, Any]) -> Path:
-    """The base checkpoint of an adapter; a relative path is looked up here, then beside the adapter.
+    """The base checkpoint of an adapter; a relative path is resolved here, then in the folder of the adapter.
 
     Raises:
-        CheckpointError: it is recorded nowhere, or no longer where it was.
+        CheckpointError: it is not recorded, or does not exist.
     """
     name = settings.get("base_model_name_or_path")
     if not name:

@@ -1,4 +1,4 @@
-"""MiniCPM-o: MiniCPM-V that can hear."""
+"""MiniCPM-o: MiniCPM-V plus an audio tower."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from finetune.models.audio_tower import (
 )
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
 from finetune.models.memory_saving import is_partitioned
-from finetune.models.minicpmv import OLD_TABLE, WHOLE_MODULES, MiniCPMV, trainable
+from finetune.models.minicpmv import NO_SPLIT_MODULES, OLD_TABLE, MiniCPMV, trainable
 from finetune.models.visual_items import check_inside, given_together, merge, repeat_bounds
 
 
 class MiniCPMO(MiniCPMV):
-    """A MiniCPM-o network; its speech output (``tts.*`` in published files) is not built and not trained."""
+    """MiniCPM-o; its speech output (``tts.*`` in published files) is not built and not trained."""
 
     config_class = MiniCPMOConfig
-    _no_split_modules = [*WHOLE_MODULES, "AudioProjection"]
+    _no_split_modules = [*NO_SPLIT_MODULES, "AudioProjection"]
     _keys_to_ignore_on_load_unexpected = [OLD_TABLE, r"^tts\."]
 
     def _add_parts(self, config: MiniCPMVConfig) -> None:
@@ -43,10 +43,10 @@ class MiniCPMO(MiniCPMV):
             audio_lengths: (clips,) mel frames.
 
         Returns:
-            (S, E), the tokens of all clips one behind another.
+            (S, E), the tokens of all clips concatenated.
 
         Raises:
-            ValueError: they do not agree.
+            ValueError: features and lengths do not match.
         """
         return self._encode_clips(self._read_clips(audio_features, audio_lengths))
 
@@ -73,7 +73,7 @@ class MiniCPMO(MiniCPMV):
             clips = self._read_clips(audio_features, audio_lengths)
             check_audio_bounds(audio_bound.tolist(), clips.counts, embeddings)
             if clips.counts:
-                return merge(embeddings, self._encode_clip_pieces(clips, in_step=dummy), audio_bound)
+                return merge(embeddings, self._encode_clip_chunks(clips, in_step=dummy), audio_bound)
         if dummy:
             silence = dummy_clip(self.apm.num_mel_bins, self.pool_step, embeddings.device)
             return embeddings + (self._encode_clips(silence).mean() * 0).to(embeddings)
@@ -83,14 +83,14 @@ class MiniCPMO(MiniCPMV):
         longest = 2 * self.apm.max_source_positions
         return read_clips(features, lengths, bins=self.apm.num_mel_bins, longest=longest, step=self.pool_step)
 
-    def _encode_clip_pieces(self, clips: Clips, *, in_step: bool) -> torch.Tensor:
-        """As ``_encode_clips``, at most ``vision_batch`` clips at once in a step; all at once under ZeRO-3."""
+    def _encode_clip_chunks(self, clips: Clips, *, in_step: bool) -> torch.Tensor:
+        """As ``_encode_clips``, in a step in chunks of at most ``vision_batch`` clips; in one chunk with ZeRO-3."""
         if self.vision_batch is None or not in_step or is_partitioned(self.apm):
             return self._encode_clips(clips)
-        return torch.cat([self._encode_clips(piece) for piece in split_clips(clips, self.vision_batch)])
+        return torch.cat([self._encode_clips(chunk) for chunk in split_clips(clips, self.vision_batch)])
 
     def _encode_clips(self, clips: Clips) -> torch.Tensor:
-        """Audio tower and projection, each called once: (S, E); without a graph where nothing trains."""
+        """Audio tower and projection, each called once: (S, E); frozen parts run without a graph."""
         if not clips.counts:
             return torch.zeros(0, self.config.hidden_size, dtype=self.dtype, device=clips.features.device)
         trained = torch.is_grad_enabled()

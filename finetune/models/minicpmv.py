@@ -18,7 +18,7 @@ from finetune.models.initialization import initialize
 from finetune.models.kv_cache import NAMES, as_installed, cache_of
 from finetune.models.language_model import LANGUAGES, embedding_scale, logits_scaling
 from finetune.models.lm_head_loss import put_head, supervised_loss
-from finetune.models.memory_saving import MemorySavingMixin, pieces, pieces_on_all_ranks
+from finetune.models.memory_saving import MemorySavingMixin, chunk_counts, chunks_on_all_ranks
 from finetune.models.packed_attention import packed_arguments
 from finetune.models.resampler import RESAMPLERS, Resampler
 from finetune.models.strict_loading import StrictLoadingMixin
@@ -33,19 +33,19 @@ from finetune.models.visual_items import (
     split_items,
 )
 
-# Modules that stay on one device.
-WHOLE_MODULES = ("Resampler", "QueryPositionResampler", "TemporalResampler")
-# Position table in some 2.5 files; it is computed here.
+# Modules that device_map must not split.
+NO_SPLIT_MODULES = ("Resampler", "QueryPositionResampler", "TemporalResampler")
+# Position table in some 2.5 files; here it is computed.
 OLD_TABLE = r"^resampler\.pos_embed$"
 
 
 @dataclass
 class MiniCPMVOutput(CausalLMOutputWithPast):
-    """What ``forward`` returns: loss when labels were given, else logits; cache, hidden states, attentions on request.
+    """Output of ``forward``: loss if labels were given, else logits; cache, hidden states, attentions on request.
 
     Attributes:
-        row_loss: (B, 2) float32, per row the sum of negative log likelihoods and the number of labelled tokens, when
-            labels were given; of a packed row (s, 2), per segment.
+        row_loss: (B, 2) float32, per row the sum of negative log likelihoods and the number of labelled tokens, if
+            labels were given; for a packed row (s, 2), per segment.
     """
 
     row_loss: torch.Tensor | None = None
@@ -54,7 +54,7 @@ class MiniCPMVOutput(CausalLMOutputWithPast):
 class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
     MemorySavingMixin, ChatMixin, MediaGenerationMixin, StrictLoadingMixin, GenerationMixin
 ):
-    """A MiniCPM-V network assembled from the parts that its family names.
+    """MiniCPM-V, assembled from the vision tower, resampler and language model that its family names.
 
     Raises:
         UnknownFamilyError: the configuration belongs to no supported generation.
@@ -68,7 +68,7 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = [*WHOLE_MODULES]
+    _no_split_modules = [*NO_SPLIT_MODULES]
     _skip_keys_device_placement = [*NAMES]
     _keys_to_ignore_on_load_unexpected = [OLD_TABLE]
 
@@ -120,34 +120,34 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
             attention_mask: (B, T); None for a packed row.
             position_ids: (B, T) int64.
             past_key_values: another name of ``cache``.
-            inputs_embeds: (B, T, E) in place of ``input_ids``, already scaled.
+            inputs_embeds: (B, T, E) instead of ``input_ids``, already scaled.
             labels: (B, T) int64, unshifted, -100 = no loss.
             patches: (N, 3*P*P) uint8, one row per patch in (channel, row, column) order, all items concatenated.
             tgt_sizes: (n, 2) int64, rows and columns of patches per item.
             image_bound: (g, 3) int64, batch row, start and end (half open) of each group's placeholders.
             temporal_ids: (n,) int64, time index of a packed video frame, -1 for stills.
             group_sizes: (g,) int64, number of consecutive items per group; the items of a group (frames packed
-                together, never of two rows) share one run of placeholders. None when every item is a group, g = n.
-            image_features: (g, Q, E) from ``get_image_features``, in place of patches, tgt_sizes, temporal_ids and
+                together, of one row) share one run of placeholders. None if every item is a group, g = n.
+            image_features: (g, Q, E) from ``get_image_features``, instead of patches, tgt_sizes, temporal_ids and
                 group_sizes.
             audio_features: (clips, mel bins, T) float log-mel, padded with 0, clips in the order of the rows.
             audio_lengths: (clips,) int64, mel frames per clip.
             audio_bound: (m, 3) int64, batch row, start and end (half open) of each run of audio placeholders, in the
                 order of the rows. The clips of a row fill its runs one after another: one run per clip, or several.
-            audio_embeds: (S, E) from ``get_audio_embeds``, in place of audio_features and audio_lengths: the tokens
+            audio_embeds: (S, E) from ``get_audio_embeds``, instead of audio_features and audio_lengths: the tokens
                 that fill the runs of audio_bound in their order.
             cache: keys and values of earlier steps.
             use_cache: None means no cache when there are labels or segments.
-            cu_seq_lens_q: (s + 1,) int32, where the segments of ONE packed row begin and end. They do not see each
-                other, and the first label of each counts for nothing. Then attention_mask is None, position_ids
-                restart at 0 with every segment, and cu_seq_lens_k, max_length_q and max_length_k (int) come with it.
+            cu_seq_lens_q: (s + 1,) int32, boundaries of the segments of ONE packed row. Segments do not attend to each
+                other, and the first label of each is ignored. attention_mask must be None, position_ids restart at 0
+                with every segment, and cu_seq_lens_k, max_length_q and max_length_k (int) are given too.
             num_items_in_batch: divisor of the summed loss; None takes the mean over the labelled tokens.
             logits_to_keep: number of last positions, or their indices; 0 keeps all. Only without labels.
-            **kwargs: handed on to the language model (output_attentions, ...).
+            **kwargs: passed to the language model (output_attentions, ...).
 
         Raises:
-            ValueError: the inputs do not agree; the message names both numbers. Or sound for a model that cannot hear,
-                or segments together with a mask or a cache.
+            ValueError: the inputs do not match each other; the message has both numbers. Also for audio inputs of a
+                model without audio tower, or segments with a mask or a cache.
         """
         embeddings = self._embed_text(input_ids) if inputs_embeds is None else inputs_embeds
         dummy = self.training or labels is not None
@@ -186,7 +186,7 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
             patches: (N, 3*P*P) uint8, all items concatenated.
             tgt_sizes: (n, 2) rows and columns of patches per item.
             temporal_ids: (n,) time index of a packed video frame, -1 for stills.
-            group_sizes: (g,) items per group; None when every item is a group, g = n.
+            group_sizes: (g,) items per group; None if every item is a group, g = n.
 
         Returns:
             (g, Q, E).
@@ -214,10 +214,10 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
         *,
         dummy: bool,
     ) -> torch.Tensor:
-        """Text embeddings with the images in their places.
+        """Text embeddings with image features at the placeholders.
 
-        A batch without images still runs every layer once when ``dummy`` is set, with a result of zero: the ranks of a
-        distributed run must all call the same layers, in training and in evaluation.
+        With ``dummy``, a batch without images runs every layer once on a dummy image whose result is multiplied by
+        zero: all ranks of a distributed run must call the same layers, in training and in evaluation.
         """
         if features is not None:
             if image_bound is None:
@@ -230,9 +230,9 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
             items = self._read_items(patches, tgt_sizes, *packing)
             check_bounds(image_bound.tolist(), len(items.groups), self.query_num, embeddings)
             if items.groups:
-                return merge(embeddings, self._encode_pieces(items, in_step=dummy).flatten(0, 1), image_bound)
+                return merge(embeddings, self._encode_chunks(items, in_step=dummy).flatten(0, 1), image_bound)
         if dummy:
-            features = self._encode_pieces(dummy_items(self.patch_width, embeddings.device), in_step=True)
+            features = self._encode_chunks(dummy_items(self.patch_width, embeddings.device), in_step=True)
             return embeddings + (features.mean() * 0).to(embeddings)
         return embeddings
 
@@ -245,18 +245,22 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
         *,
         dummy: bool,
     ) -> torch.Tensor:
-        """Embeddings with the sound in its places, with a dummy as for images; here there is no audio tower."""
+        """Embeddings with audio features at the placeholders, as for images; this class has no audio tower.
+
+        Raises:
+            ValueError: the batch has audio inputs.
+        """
         if any(tensor is not None and len(tensor) for tensor in (*audio, audio_bound, audio_embeds)):
-            raise ValueError(f"{self.config.family.title} cannot hear: the batch has audio, the network no audio part")
+            raise ValueError(f"the batch has audio inputs, but {self.config.family.title} has no audio tower")
         return embeddings
 
-    def _encode_pieces(self, items: VisualItems, *, in_step: bool) -> torch.Tensor:
-        """As ``_encode``, at most ``vision_batch`` items at once; in a step equally often on every rank."""
+    def _encode_chunks(self, items: VisualItems, *, in_step: bool) -> torch.Tensor:
+        """As ``_encode``, in a step in chunks of at most ``vision_batch`` items, equally many on every rank."""
         if self.vision_batch is None or not in_step:
             return self._encode(items)
-        parts = split_items(items, pieces(items.groups, self.vision_batch))
-        idle = pieces_on_all_ranks(len(parts), self.vpm, items.patches.device) - len(parts)
-        features = torch.cat([self._encode(part) for part in parts])
+        chunks = split_items(items, chunk_counts(items.groups, self.vision_batch))
+        idle = chunks_on_all_ranks(len(chunks), self.vpm, items.patches.device) - len(chunks)
+        features = torch.cat([self._encode(chunk) for chunk in chunks])
         for _ in range(idle):
             features = features + self._encode(dummy_items(self.patch_width, items.patches.device)).mean() * 0
         return features
@@ -264,8 +268,8 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
     def _encode(self, items: VisualItems) -> torch.Tensor:
         """Vision tower and resampler, each called once: (g, Q, E).
 
-        Parts without a trainable parameter run without a graph, so that a hook which makes inputs require gradients
-        does not buy a backward pass through a frozen tower.
+        Frozen parts run without a graph, so that a hook that makes inputs require gradients does not cause a backward
+        pass through a frozen tower.
         """
         if not items.groups:
             shape = (0, self.query_num, self.config.hidden_size)
@@ -293,7 +297,7 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
         self.llm.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in transformers, and keeps the vocabulary size of the language model's own configuration in step."""
+        """As in transformers; also updates the vocabulary size in the language model's configuration."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         put_head(self.llm)
         self.llm.config.vocab_size = self.llm.vocab_size = self.config.vocab_size
@@ -311,5 +315,5 @@ def _output(out: Any, **values: Any) -> MiniCPMVOutput:
 
 
 def trainable(module: nn.Module) -> bool:
-    """Whether any parameter of a part is being trained."""
+    """Whether any parameter of a module requires a gradient."""
     return any(parameter.requires_grad for parameter in module.parameters())

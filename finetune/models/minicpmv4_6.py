@@ -1,6 +1,6 @@
-"""The networks that transformers has as one class (4.6, 4.7, OCR), with the loss and the care of ours.
+"""MiniCPM-V 4.6, 4.7 and OCR: transformers' own (native) classes with our loss, packing and distributed training.
 
-A class here has the name of its parent, so that what it saves names the class that everybody has.
+Each class has the name of its parent, so that saved checkpoints name the class of transformers.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from finetune.families.common import merge_of
 from finetune.models.chat_mixin import ChatMixin
 from finetune.models.kv_cache import as_installed, cache_of
 from finetune.models.lm_head_loss import put_head, supervised_loss
-from finetune.models.memory_saving import MemorySavingMixin, pieces, pieces_on_all_ranks
+from finetune.models.memory_saving import MemorySavingMixin, chunk_counts, chunks_on_all_ranks
 from finetune.models.minicpmv import MiniCPMVOutput
-from finetune.models.packed_attention import implementation_of, owners, packed_arguments
+from finetune.models.packed_attention import implementation_of, packed_arguments, segment_ids
 from finetune.models.strict_loading import StrictLoadingMixin
 
-# Rows and columns of the smallest picture that can be merged twice.
+# Rows and columns of patches of the smallest image that can be merged twice.
 _DUMMY = (4, 4)
 
 
 class NativeModelMixin(MemorySavingMixin, ChatMixin, StrictLoadingMixin):
-    """Forward of the networks below: our loss, and every part called once per batch, the same on every rank."""
+    """Forward of the native classes: our loss, and every part called once per batch, on every rank alike."""
 
     accepts_loss_kwargs = True
     model: Any
@@ -39,7 +39,7 @@ class NativeModelMixin(MemorySavingMixin, ChatMixin, StrictLoadingMixin):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         put_head(self)
-        # transformers gives this one module to all networks of a process; what DeepSpeed notes in it is this one's own.
+        # transformers shares this module between all models of a process; DeepSpeed stores state of one model in it.
         merger = self.model.vision_tower.vit_merger
         merger.act = copy.deepcopy(merger.act)
         text = self.model.language_model.config
@@ -51,7 +51,7 @@ class NativeModelMixin(MemorySavingMixin, ChatMixin, StrictLoadingMixin):
         put_head(self)
         return embeddings
 
-    def forward(  # every input by name: ``generate`` looks for the names before it prepares them
+    def forward(  # every input by name: ``generate`` inspects the signature
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -80,26 +80,26 @@ class NativeModelMixin(MemorySavingMixin, ChatMixin, StrictLoadingMixin):
             attention_mask: (B, T).
             position_ids: (B, T), or (3 or 4, B, T) as 4.7 has them; None in training.
             past_key_values: another name of ``cache``.
-            inputs_embeds: (B, T, E) in place of ``input_ids``.
+            inputs_embeds: (B, T, E) instead of ``input_ids``.
             labels: (B, T) int64, unshifted, -100 = no loss.
             pixel_values: (1, 3, P, N*P) float, the patches of all items side by side.
             target_sizes: (n, 2) rows and columns of patches per item.
             pixel_values_videos: as pixel_values, of videos.
             target_sizes_videos: as target_sizes, of videos.
             mm_token_type_ids: (B, T) 1 for placeholders of images; 4.7 computes its positions from them.
-            mm_encoder_outputs: features by kind of medium, in place of pixel values.
-            downsample_mode: "16x" or "4x", as the placeholders were counted; None for that of ``config``, where loading
-                puts the decided one (``models.downsample_mode``).
+            mm_encoder_outputs: features by kind of medium, instead of pixel values.
+            downsample_mode: "16x" or "4x", as the placeholders were counted; None for that of ``config``, which loading
+                sets (``models.downsample_mode``).
             cache: keys and values of earlier steps.
             use_cache: None means no cache when there are labels.
             num_items_in_batch: divisor of the summed loss; None takes the mean over the labelled tokens.
-            cu_seq_lens_q: (s + 1,) int32, where the segments of ONE packed row begin and end; as for the other
-                networks, with position_ids (1, T) that restart. Needs the kernels of ``Family.packing_kernels``.
+            cu_seq_lens_q: (s + 1,) int32, boundaries of the segments of ONE packed row, as in ``MiniCPMV.forward``,
+                with position_ids (1, T) that restart. Needs the kernels of ``Family.packing_kernels``.
             logits_to_keep: number of last positions, or their indices; 0 keeps all. Only without labels.
-            **kwargs: handed on to the language model.
+            **kwargs: passed to the language model.
 
         Raises:
-            ValueError: pixels, sizes and placeholders do not agree, or an unknown mode.
+            ValueError: pixels, sizes and placeholders do not match, or an unknown mode.
         """
         mode = downsample_mode or self.config.downsample_mode
         in_step = self.training or labels is not None
@@ -107,19 +107,19 @@ class NativeModelMixin(MemorySavingMixin, ChatMixin, StrictLoadingMixin):
         given = {"image": (pixel_values, target_sizes), "video": (pixel_values_videos, target_sizes_videos)}
         seen = {kind: (pixels, sizes) for kind, (pixels, sizes) in given.items() if pixels is not None}
         if in_step and len(seen) > 1:
-            # Images and videos go through together: ranks must call every layer as often as each other.
-            features |= self._together(seen, mode)
+            # Images and videos in one pass: all ranks must call every layer equally often.
+            features |= self._features_of_all(seen, mode)
         else:
             for kind, (pixels, sizes) in seen.items():
                 features[kind] = _pooled(self.visual_features(pixels, sizes, mode, in_step=in_step))
         idle = None
         if not features and in_step:
-            # A batch without images runs every layer too, with a result of zero: ranks must call the same layers.
+            # A batch without images runs a dummy image times zero: all ranks must call the same layers.
             idle = torch.cat(self.visual_features(*self._dummy(), mode, in_step=True)).mean() * 0
         embedded: torch.Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if idle is not None:
             embedded = embedded + idle.to(device=embedded.device, dtype=embedded.dtype)
-        if mm_token_type_ids is not None:  # 4.6 does not know it
+        if mm_token_type_ids is not None:  # 4.6 has no such argument
             kwargs["mm_token_type_ids"] = mm_token_type_ids
         kwargs |= _no_router_logits(self.model.language_model)
         context: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": use_cache}
@@ -129,12 +129,12 @@ class NativeModelMixin(MemorySavingMixin, ChatMixin, StrictLoadingMixin):
         if cu_seq_lens_q is not None:
             llm = self.model.language_model
             context |= packed_arguments(llm, cu_seq_lens_q, embedded, position_ids, past=past, **context)
-            kwargs |= {"cu_seq_lens_q": cu_seq_lens_q, "seq_idx": owners(cu_seq_lens_q, embedded.shape[1])}
+            kwargs |= {"cu_seq_lens_q": cu_seq_lens_q, "seq_idx": segment_ids(cu_seq_lens_q, embedded.shape[1])}
             if mm_token_type_ids is not None and (target_sizes is not None or target_sizes_videos is not None):
                 sizes = {"target_sizes": target_sizes, "target_sizes_videos": target_sizes_videos}
-                canvas = self._canvas(input_ids, mm_token_type_ids, cu_seq_lens_q, downsample_mode=mode, **sizes)
-                assert position_ids is not None  # packed_arguments saw them
-                position_ids = torch.cat([position_ids[None], canvas])
+                rope = self._rope_positions(input_ids, mm_token_type_ids, cu_seq_lens_q, downsample_mode=mode, **sizes)
+                assert position_ids is not None  # checked by packed_arguments
+                position_ids = torch.cat([position_ids[None], rope])
         out = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -156,58 +156,58 @@ class NativeModelMixin(MemorySavingMixin, ChatMixin, StrictLoadingMixin):
         return MiniCPMVOutput(logits=self.lm_head(hidden[:, kept]), **more)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, with the names of the weights as they are here: the published ones.
+        """As in transformers, but with ``save_original_format`` off: the names here are the published ones.
 
-        After a load under ZeRO-3, transformers 5.23 would undo renamings that it never did.
+        After loading with ZeRO-3, transformers 5.23 would revert renamings that it did not apply.
         """
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(*args, **kwargs)
 
-    def _canvas(
+    def _rope_positions(
         self, input_ids: torch.Tensor | None, types: torch.Tensor, bounds: torch.Tensor, **options: Any
     ) -> torch.Tensor:
-        """(3, 1, T): where 4.7 lays the tokens of a packed row, every segment on canvases of its own."""
+        """Positions (3, 1, T) of the tokens of a packed row for 4.7 (time, row, column), computed per segment."""
         if input_ids is None:
-            raise ValueError("a packed row with images needs input_ids: inputs_embeds do not say where they stand")
+            raise ValueError("a packed row with images needs input_ids: the positions depend on the placeholders")
         lengths = bounds.diff().tolist()
         ids, types, mask = (
             pad_sequence(list(row.split(lengths)), batch_first=True)
             for row in (input_ids[0], types[0], torch.ones_like(input_ids[0]))
         )
-        laid, _ = self.model.get_rope_index(ids, mm_token_type_ids=types, attention_mask=mask, **options)
-        return laid[:, mask.bool()][:, None]
+        positions, _ = self.model.get_rope_index(ids, mm_token_type_ids=types, attention_mask=mask, **options)
+        return positions[:, mask.bool()][:, None]
 
     def _dummy(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels and size of a grey picture."""
+        """Pixels and size of a grey dummy image."""
         embeddings = self.model.vision_tower.embeddings
         sizes = torch.tensor([_DUMMY], device=self.device)
         width = _DUMMY[0] * _DUMMY[1] * embeddings.patch_size
         return torch.zeros(1, 3, embeddings.patch_size, width, device=self.device), sizes
 
-    def _together(
+    def _features_of_all(
         self, seen: dict[str, tuple[torch.Tensor, torch.Tensor | None]], mode: str
     ) -> dict[str, BaseModelOutputWithPooling]:
-        """Features of several kinds of media by one call of every layer."""
+        """Features of images and videos with one call of every layer."""
         for pixels, sizes in seen.values():
             _checked_sizes(pixels, sizes, merge_of(mode))
         counts = [len(sizes) for _, sizes in seen.values() if sizes is not None]
         pixels = torch.cat([pixels for pixels, _ in seen.values()], dim=3)
         sizes = torch.cat([sizes for _, sizes in seen.values() if sizes is not None])
-        left = iter(self.visual_features(pixels, sizes, mode, in_step=True))
-        return {kind: _pooled([next(left) for _ in range(count)]) for kind, count in zip(seen, counts, strict=True)}
+        items = iter(self.visual_features(pixels, sizes, mode, in_step=True))
+        return {kind: _pooled([next(items) for _ in range(count)]) for kind, count in zip(seen, counts, strict=True)}
 
     def visual_features(
         self, pixel_values: torch.Tensor, target_sizes: torch.Tensor | None, mode: str, *, in_step: bool
     ) -> list[torch.Tensor]:
         """Vision tower and merger: (tokens, E) per item.
 
-        With ``in_step`` each is called once, or once for every ``vision_batch`` items, as often as on any other rank.
+        With ``in_step`` each is called once, or once per chunk of ``vision_batch`` items, equally often on every rank.
         """
         if target_sizes is None or self.vision_batch is None or not in_step:
             return self._features(pixel_values, target_sizes, mode, in_step=in_step)
         _checked_sizes(pixel_values, target_sizes, merge_of(mode))
-        counts = pieces([1] * len(target_sizes), self.vision_batch)
-        idle = pieces_on_all_ranks(len(counts), self.model.vision_tower, pixel_values.device) - len(counts)
+        counts = chunk_counts([1] * len(target_sizes), self.vision_batch)
+        idle = chunks_on_all_ranks(len(counts), self.model.vision_tower, pixel_values.device) - len(counts)
         sizes = target_sizes.split(counts)
         widths = [int(part.prod(1).sum()) * pixel_values.shape[2] for part in sizes]
         features: list[torch.Tensor] = []
@@ -222,13 +222,12 @@ class NativeModelMixin(MemorySavingMixin, ChatMixin, StrictLoadingMixin):
     ) -> list[torch.Tensor]:
         """Vision tower and merger: (tokens, E) per item.
 
-        With ``in_step`` tower and merger are called once, whatever the items; else the merger works item by item, as
-        the stock class has it, and the logits are the stock ones to the last bit. Parts without a trainable parameter
-        run without a graph.
+        With ``in_step`` tower and merger are called once for all items; else the merger runs item by item, as in the
+        native class, with bit-identical logits. Frozen parts run without a graph.
         """
         tower, merger = self.model.vision_tower, self.model.merger
         merge = merge_of(mode)
-        windows = merge > 2  # the tower's own merger halves the sides too
+        windows = merge > 2  # the merger inside the tower halves the sides too
         sizes = _checked_sizes(pixel_values, target_sizes, merge)
         trained = torch.is_grad_enabled()
         with torch.set_grad_enabled(trained and _trainable(tower)):
@@ -245,7 +244,7 @@ class NativeModelMixin(MemorySavingMixin, ChatMixin, StrictLoadingMixin):
 
 
 def _no_router_logits(language_model: nn.Module) -> dict[str, Any]:
-    """Keeps a mixture from giving router logits: no loss has a use for them, and transformers 5.24 fails on them."""
+    """Disables router logits of a mixture of experts, which the loss does not use and transformers 5.24 fails on."""
     return {"output_router_logits": False} if hasattr(language_model.config, "output_router_logits") else {}
 
 
@@ -254,7 +253,7 @@ def _pooled(features: list[torch.Tensor]) -> BaseModelOutputWithPooling:
 
 
 def _idle(window_merger: nn.Module, hidden: torch.Tensor, target_sizes: Any) -> torch.Tensor:
-    """Zero that depends on the merger which "4x" leaves out: distributed training wants a gradient everywhere."""
+    """Zero that depends on the merger that "4x" does not use: distributed training needs a gradient everywhere."""
     return window_merger(hidden[:, :4].detach(), target_sizes.new_tensor([[2, 2]])).sum() * 0
 
 
@@ -266,7 +265,7 @@ def _checked_sizes(pixel_values: torch.Tensor, target_sizes: torch.Tensor | None
     """Rows and columns of every item.
 
     Raises:
-        ValueError: no sizes, pixels that are not packed or of another number, sides that cannot be merged.
+        ValueError: no sizes, pixels of another shape or number, or sides that cannot be merged.
     """
     if target_sizes is None:
         raise ValueError("pixel_values given without target_sizes")
@@ -280,8 +279,8 @@ def _checked_sizes(pixel_values: torch.Tensor, target_sizes: torch.Tensor | None
         raise ValueError(f"target_sizes add up to {expected} patches, but {given} were given")
     if uneven := [size for size in sizes if size[0] % merge or size[1] % merge]:
         raise ValueError(
-            f"an item of {uneven[0][0]} x {uneven[0][1]} patches cannot be merged by {merge}: were the images cut with "
-            "another downsample_mode than that of config.json?"
+            f"an item of {uneven[0][0]} x {uneven[0][1]} patches cannot be merged by {merge}: were the images sliced "
+            "with another downsample_mode than that of config.json?"
         )
     return sizes
 
@@ -298,7 +297,7 @@ class MiniCPMV4_7ForConditionalGeneration(  # pyright: ignore[reportIncompatible
     """MiniCPM-V 4.7."""
 
 
-WHOLE_NETWORKS: dict[str, type[PreTrainedModel]] = {
+NATIVE_MODELS: dict[str, type[PreTrainedModel]] = {
     "minicpmv4_6": MiniCPMV4_6ForConditionalGeneration,
     "minicpmv4_7": MiniCPMV4_7ForConditionalGeneration,
 }
@@ -310,18 +309,18 @@ if hasattr(transformers, "MiniCPMOcrForConditionalGeneration"):  # since 5.23; `
     ):
         """MiniCPM-OCR."""
 
-    WHOLE_NETWORKS["minicpm_ocr"] = MiniCPMOcrForConditionalGeneration
+    NATIVE_MODELS["minicpm_ocr"] = MiniCPMOcrForConditionalGeneration
 
 
 def merge_patches(merger: Any, hidden: torch.Tensor, sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
-    """Every merge kernel's patches to one token.
+    """Merges the patches of each kernel window to one token.
 
-    The merger's own forward calls its layers once per item. Here they are called once, as ranks with other numbers of
-    items would not agree otherwise (ZeRO-3).
+    The merger's own forward calls its layers once per item. Here they are called once for all items, because with
+    ZeRO-3 all ranks must call them equally often.
 
     Args:
         merger: with ``mlp`` (one per round), ``merge_kernel_size`` and ``merger_times``.
-        hidden: (N, D) all items one behind another.
+        hidden: (N, D) all items concatenated.
         sizes: rows and columns per item; their products add up to N.
 
     Returns:

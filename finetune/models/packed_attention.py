@@ -1,7 +1,7 @@
-"""Packed rows: causal attention inside each segment of one long row, none between segments.
+"""Attention for packed rows: causal attention inside each segment of one row, none between segments.
 
-The language model uses torch's SDPA under a name of ours. Told the lengths of segments it attends to each of them
-alone, and no mask of length times length is ever built; otherwise it is the "sdpa" of transformers, mask and all.
+Registered with transformers as "sdpa_segmented". With segment lengths it calls torch's SDPA per segment, without a mask
+of T x T; without them it is the "sdpa" of transformers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LENGTHS = "segment_lengths"
 
 
 def implementation_of(requested: str | None) -> str | None:
-    """The name of the attention that a language model gets where ``requested`` was asked for."""
+    """The attention implementation of the language model: "sdpa_segmented" for "sdpa", others unchanged."""
     return SEGMENTED if requested == "sdpa" else requested
 
 
@@ -38,18 +38,18 @@ def segmented_attention(
     segment_lengths: tuple[int, ...] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer, in the form that transformers asks for.
+    """Attention of one layer, with the signature of transformers' AttentionInterface.
 
     Args:
         module: the layer; ``num_key_value_groups`` is read.
         query: (B, heads, T, head_dim).
         key: (B, key heads, T, head_dim).
         value: like ``key``.
-        attention_mask: as the mask function below made it; not looked at with ``segment_lengths``.
-        dropout: share of the weights that is dropped.
+        attention_mask: from the mask function below; ignored with ``segment_lengths``.
+        dropout: dropout probability.
         scaling: factor on the scores.
         segment_lengths: tokens of each segment, adding up to T; None for rows that are not packed.
-        **kwargs: handed on to the attention of transformers.
+        **kwargs: passed to the attention of transformers.
 
     Returns:
         (B, T, heads, head_dim), and no weights.
@@ -59,7 +59,7 @@ def segmented_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     grouped = query.shape[1] != key.shape[1]
-    # split, not slices: the backward pass of a slice writes a whole row of zeros, that of a split is one copy
+    # split, not slices: the backward pass of a slice writes a full row of zeros, that of a split is one copy
     parts = (tensor.split(segment_lengths, dim=2) for tensor in (query, key, value))
     outputs = [
         F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
@@ -72,8 +72,8 @@ AttentionInterface.register(SEGMENTED, segmented_attention)
 AttentionMaskInterface.register(SEGMENTED, sdpa_mask)
 
 
-def owners(bounds: torch.Tensor, length: int) -> torch.Tensor:
-    """The number of the segment that every token of a packed row belongs to, which causal-conv1d asks for.
+def segment_ids(bounds: torch.Tensor, length: int) -> torch.Tensor:
+    """Segment index of every token of a packed row, as causal-conv1d takes it (seq_idx).
 
     Args:
         bounds: cu_seq_lens_q, (s + 1,).
@@ -96,14 +96,14 @@ def packed_arguments(
     attention_mask: torch.Tensor | None,
     use_cache: bool | None,
 ) -> dict[str, Any]:
-    """What a language model is told about a packed row, beside the four kwargs of FlashAttention.
+    """Arguments of a language model for a packed row, in addition to the four kwargs of FlashAttention.
 
     FlashAttention reads cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k. "eager" and the "sdpa" of
-    transformers find the segments in the positions, and only without a mask and without a cache.
+    transformers derive the segments from the positions, and only without a mask and without a cache.
 
     Args:
         llm: the language model.
-        bounds: cu_seq_lens_q, (s + 1,), where segments begin and end.
+        bounds: cu_seq_lens_q, (s + 1,).
         embeddings: (1, T, E).
         position_ids: (1, T), restarting at 0 with every segment.
         past: a cache of earlier steps by its name; must be None.
@@ -111,7 +111,7 @@ def packed_arguments(
         use_cache: must be off.
 
     Raises:
-        ValueError: something among these through which segments would see each other.
+        ValueError: an argument with which segments would attend to each other.
     """
     for name, refused in (
         ("an attention_mask", attention_mask is not None),
@@ -123,16 +123,16 @@ def packed_arguments(
         if refused:
             raise ValueError(
                 f"cu_seq_lens_q (packed segments) given with {name}: a packed batch is one row with position_ids that "
-                "restart, no mask and no cache; else its segments would see each other"
+                "restart, no mask and no cache; else its segments would attend to each other"
             )
-    told: dict[str, Any] = {"attention_mask": None, "use_cache": False}
+    arguments: dict[str, Any] = {"attention_mask": None, "use_cache": False}
     sliding = any("sliding" in kind for kind in getattr(llm.config, "layer_types", None) or ())
     if llm.config._attn_implementation != SEGMENTED or sliding:
-        return told
-    ends, length = bounds.tolist(), embeddings.shape[1]  # once per forward pass: on a GPU this waits
+        return arguments
+    ends, length = bounds.tolist(), embeddings.shape[1]  # once per forward pass: this synchronises a GPU
     if ends[0] != 0 or ends[-1] != length:
         raise ValueError(f"cu_seq_lens_q goes from {ends[0]} to {ends[-1]}, but the row has {length} tokens")
-    # transformers takes what has four dimensions for a finished mask, and makes none
-    told["attention_mask"] = embeddings.new_empty(1, 1, 0, 0)
-    told[LENGTHS] = tuple(end - start for start, end in zip(ends, ends[1:], strict=False))
-    return told
+    # transformers uses a 4-D mask as it is, and builds none
+    arguments["attention_mask"] = embeddings.new_empty(1, 1, 0, 0)
+    arguments[LENGTHS] = tuple(end - start for start, end in zip(ends, ends[1:], strict=False))
+    return arguments

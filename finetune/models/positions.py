@@ -1,4 +1,7 @@
-"""Position rules of the vision part. All tables are computed when needed: a loaded model keeps only what files hold."""
+"""Position embeddings of vision towers and resamplers: bucketed ids, interpolated tables, 2-D and 1-D sine-cosine.
+
+Tables are computed when needed: a model has no buffers that checkpoint files do not have.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ Sizes = Sequence[tuple[int, int]]
 def _buckets(count: int, side: int) -> torch.Tensor:
     """The (count,) bucket of each of ``count`` evenly spaced positions on a table with ``side`` entries.
 
-    The published arithmetic in its exact float32 form: the step is a float32 reciprocal, and neither ``arange(n) / n``
-    nor integer division gives the same ids at many lengths (25, 49, 50, 55, 58, ...).
+    The float32 arithmetic of the published code: the step is a float32 reciprocal, and neither ``arange(n) / n`` nor
+    integer division gives the same ids for all lengths (25, 49, 50, 55, 58, ... differ).
     """
     step = (1 / torch.tensor(count, dtype=torch.float32, device="cpu")).item()
     fractions = torch.arange(0, 1 - 1e-6, step, dtype=torch.float32, device="cpu")
@@ -22,7 +25,7 @@ def _buckets(count: int, side: int) -> torch.Tensor:
 
 
 def _joined(sizes: Sizes, of_size: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
-    """What ``of_size`` gives for the rows and columns of every item, one behind another; called once per size."""
+    """Concatenates ``of_size(rows, columns)`` of every item; called once per distinct size."""
     by_size = {size: of_size(*size) for size in dict.fromkeys(sizes)}
     return torch.cat([by_size[size] for size in sizes])
 
@@ -30,7 +33,7 @@ def _joined(sizes: Sizes, of_size: Callable[[int, int], torch.Tensor]) -> torch.
 def row_ids(sizes: Sizes, side: int) -> torch.Tensor:
     """Rows of the position table, (patches,) int64, by the rule of MiniCPM-Llama3-V 2.5.
 
-    Its published code takes an item of h x w patches for one row of h * w, so only the first row of the table is used.
+    Its published code treats an item of h x w patches as one row of h * w, so only the first row of the table is used.
     """
     return _joined(sizes, lambda height, width: _buckets(height * width, side))
 
@@ -47,7 +50,7 @@ POSITION_IDS: dict[str, Callable[[Sizes, int], torch.Tensor]] = {"row": row_ids,
 
 
 def resampled(table: torch.Tensor, sizes: Sizes, grid: tuple[int, int]) -> torch.Tensor:
-    """A learned (1, rows * columns, D) table of ``grid`` rows, columns brought to the size of each item.
+    """A learned (1, rows * columns, D) table of ``grid`` rows, columns interpolated to the size of each item.
 
     Bicubic with antialiasing in float32, once per distinct size (V-2.0).
 
@@ -57,10 +60,10 @@ def resampled(table: torch.Tensor, sizes: Sizes, grid: tuple[int, int]) -> torch
     # Only V-2.0 needs timm, and importing it takes a second.
     from timm.layers.pos_embed import resample_abs_pos_embed
 
-    def brought(height: int, width: int) -> torch.Tensor:
+    def resized(height: int, width: int) -> torch.Tensor:
         return resample_abs_pos_embed(table, [height, width], old_size=list(grid), num_prefix_tokens=0)[0]
 
-    return _joined(sizes, brought)
+    return _joined(sizes, resized)
 
 
 def _sincos_of(positions: torch.Tensor, dim: int) -> torch.Tensor:
@@ -71,7 +74,7 @@ def _sincos_of(positions: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def sincos(sizes: Sizes, dim: int, device: torch.device) -> torch.Tensor:
-    """Two-dimensional sine-cosine positions, (patches, dim) float32, items one behind another, row by row.
+    """Two-dimensional sine-cosine positions, (patches, dim) float32, items concatenated, row by row.
 
     The first half of the channels encodes the column, the second the row (the published order). The value at (row,
     column) does not depend on the size of the grid.
@@ -89,7 +92,7 @@ def sincos(sizes: Sizes, dim: int, device: torch.device) -> torch.Tensor:
 def sincos_times(times: Sequence[int], dim: int) -> torch.Tensor:
     """One-dimensional sine-cosine positions of time indices, (items, dim) float32; zeros for stills (-1).
 
-    Computed on the CPU: a late time multiplies the last bit in which devices differ about a frequency.
+    Computed on the CPU: large time indices amplify differences of the frequencies in the last bit between devices.
     """
     indices = torch.tensor(times, dtype=torch.float32, device="cpu")
     return _sincos_of(indices, dim) * (indices >= 0)[:, None]

@@ -1,4 +1,4 @@
-"""The resampler: a fixed number of learned queries reads the patches of each visual item."""
+"""Resamplers: cross attention from a fixed number of learned queries to the patch features of each visual item."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _HEAD_DIM = 128
 class CrossAttention(nn.Module):
     """Multi-head attention with the parameter names of torch's MultiheadAttention.
 
-    The packed projection is read by the module that owns it and ``out_proj`` runs as a module, so that both are whole
-    under ZeRO-3, on offloaded weights and under adapters.
+    The fused projection is used only in the module that owns it, and ``out_proj`` is called as a module, as ZeRO-3,
+    offloading and adapters require.
     """
 
     def __init__(self, config: MiniCPMVConfig, size: int) -> None:
@@ -35,7 +35,7 @@ class CrossAttention(nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
     ) -> torch.Tensor:
-        """Every group's patches seen by the same queries.
+        """Cross attention of the same queries to the patches of every group.
 
         Args:
             query: (Q, E).
@@ -60,7 +60,7 @@ class CrossAttention(nn.Module):
 class Resampler(nn.Module):
     """Cross attention from learned queries to patch features plus two-dimensional sine-cosine positions."""
 
-    temporal = False  # whether it can tell packed video frames apart
+    temporal = False  # whether packed video frames have temporal positions
 
     def __init__(self, config: MiniCPMVConfig, input_size: int) -> None:
         super().__init__()
@@ -80,17 +80,17 @@ class Resampler(nn.Module):
         """Embeddings for the language model.
 
         Args:
-            features: (N, D) vision features, items one behind another.
+            features: (N, D) vision features, items concatenated.
             sizes: rows and columns of patches per item.
             times: time index per item, -1 for stills.
-            groups: items per group of neighbours that share one block of queries; they add up to the items.
+            groups: number of consecutive items per group that share one block of queries; they sum to the items.
 
         Returns:
             (groups, Q, E).
         """
         features = features.to(self.query.dtype)  # a trained resampler may be float32 on a 16 bit tower
         value = self.ln_kv(self.kv_proj(features))
-        # into the positions, which nothing else reads: the sum takes no memory of its own
+        # in place, into the positions: the sum takes no extra memory
         key = self._positions(sizes, times, value.device).to(value.dtype).add_(value)
         patches = iter([height * width for height, width in sizes])
         x = self.attn(self._queries(), key, value, [sum(islice(patches, count)) for count in groups])
@@ -103,7 +103,7 @@ class Resampler(nn.Module):
         return self.ln_q(self.query)
 
     def initialize(self) -> None:
-        """Fills the parameters that belong to this module itself and those of its attention."""
+        """Initialises the parameters of this module and of its attention."""
         init.trunc_normal_(self.query, std=STD)
         init.normal_(self.proj, std=self.size**-0.5)
         init.trunc_normal_(self.attn.in_proj_weight, std=STD)
@@ -111,9 +111,9 @@ class Resampler(nn.Module):
 
 
 class QueryPositionResampler(Resampler):
-    """Adds a position table, stored in the checkpoint, to the queries (V-2.0).
+    """Adds position embeddings, stored in the checkpoint, to the queries (V-2.0).
 
-    The table is a square sine-cosine grid and is never trained.
+    They are a square sine-cosine grid and are never trained.
     """
 
     def __init__(self, config: MiniCPMVConfig, input_size: int) -> None:
@@ -124,14 +124,14 @@ class QueryPositionResampler(Resampler):
         return self.ln_q(self.query) + self.pos_embed
 
     def initialize(self) -> None:
-        """Fills the position table as well."""
+        """Initialises the position embeddings as well."""
         super().initialize()
         side = round(self.queries**0.5)
         init.copy_(self.pos_embed, sincos([(side, side)], self.size, self.pos_embed.device))
 
 
 class TemporalResampler(Resampler):
-    """Tells the frames of packed video apart by a one-dimensional sine-cosine position of their time (4.5)."""
+    """Adds one-dimensional sine-cosine positions of the time index of packed video frames (4.5)."""
 
     temporal = True
 

@@ -1,6 +1,6 @@
-"""A fast tokenizer with Llama's legacy rules from a sentencepiece model (V-2.0 folders without tokenizer.json).
+"""Builds a fast tokenizer with Llama's legacy rules from tokenizer.model, for V-2.0 folders without tokenizer.json.
 
-The converter of transformers 5 leaves out the word-start piece, so that ids differ from the published ones.
+The converter of transformers 5 does not prepend the word-start piece, so that its ids differ from the published ones.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def from_sentencepiece(path: Path, special: Collection[str], *, add_bos: bool = 
 
     Args:
         path: tokenizer.model.
-        special: pieces that are special tokens, besides the model's control pieces: they are found before anything
-            else and never built by merges.
+        special: pieces that are special tokens, in addition to the model's control pieces: they are matched first and
+            never produced by merges.
         add_bos: whether every encoding starts with the model's beginning-of-sequence piece.
 
     Raises:
-        CheckpointError: the model follows other rules, so that ids would differ.
+        CheckpointError: ids differ from those of sentencepiece.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -69,9 +69,9 @@ def from_sentencepiece(path: Path, special: Collection[str], *, add_bos: bool = 
 def _merges(
     processor: SentencePieceProcessor, vocabulary: dict[str, int], special: Collection[str]
 ) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two others, best piece first.
+    """All merges of two pieces into a third, highest score first.
 
-    Sentencepiece joins the neighbours whose union has the highest score; a merge list says the same by its order.
+    Sentencepiece merges the pair whose result has the highest score; a merge list has the same priority by its order.
     """
     ordinary = {piece for piece, index in vocabulary.items() if piece not in special and not processor.is_byte(index)}
     ranked = sorted(ordinary, key=lambda piece: (-processor.get_score(vocabulary[piece]), vocabulary[piece]))

@@ -1,4 +1,4 @@
-"""Loading without guesses: every tensor comes from the file, or the load fails."""
+"""Strict loading: raises on missing, unexpected, mismatched, quantised or non-finite weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from finetune.families import detect
 from finetune.model_folders.checkpoint_folder import CONFIG, INDEX, WEIGHTS, read_config, weight_files
-from finetune.models.finite_weights import check_network, check_types
+from finetune.models.finite_weights import check_finite_model, check_types
 from finetune.utils.errors import CheckpointError, UserError
 from finetune.utils.json_objects import read_object
 
-# Beginnings of the names of tensors that no network reads.
-CARRIED = ("tts.",)
-# What quantisers write beside the weights (GPTQ, AWQ), and what only quantised layers have (those and bitsandbytes).
+# Prefixes of the names of tensors that no model reads; copied into full results (``checkpoints.passthrough_tensors``).
+PASSTHROUGH_PREFIXES = ("tts.",)
+# Files of quantisers (GPTQ, AWQ), and suffixes of tensors of quantised layers (those and bitsandbytes).
 _QUANTISED_FILES = ("quant_config.json", "quantize_config.json")
 _QUANTISED_TENSORS = (".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".nested_absmax", ".SCB")
 
@@ -30,24 +30,24 @@ def some(names: Sequence[str]) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Checks that a local folder holds a configuration and safetensors weights.
+    """Checks that a local folder has a configuration and safetensors weights, not quantised.
 
     Raises:
-        CheckpointError: naming what is missing and what is there, or what is quantised.
+        CheckpointError: naming what is missing and what was found.
     """
     check_unquantised(folder)
     if not (folder / "config.json").is_file():
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise CheckpointError(f"{folder} is no checkpoint: config.json is missing (found: {found})")
+        raise CheckpointError(f"{folder} is not a checkpoint: config.json is missing (found: {found})")
     read_config(folder)
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
         for path in weight_files(folder):
-            check_whole(path)
-            check_types(path, CARRIED)
+            check_not_truncated(path)
+            check_types(path, PASSTHROUGH_PREFIXES)
         return
     if shards := sorted(path.name for path in folder.glob("*.safetensors")):
         raise CheckpointError(
-            f"{folder} has {shards[0]}, but neither {WEIGHTS} nor {INDEX}, which says what lies where: an interrupted "
+            f"{folder} has {shards[0]}, but neither {WEIGHTS} nor the index of its shards, {INDEX}: an interrupted "
             "download? Run it again"
         )
     if pickled := sorted(path.name for path in folder.glob("*.bin")):
@@ -76,7 +76,7 @@ def check_unquantised(folder: Path) -> None:
 
 
 def _quantised(folder: Path) -> str | None:
-    """What shows that the weights of a folder are quantised."""
+    """Why the weights of a folder count as quantised; None if they do not."""
     if _config_of(folder).get("quantization_config"):
         return "config.json has quantization_config"
     for name in _QUANTISED_FILES:
@@ -84,11 +84,11 @@ def _quantised(folder: Path) -> str | None:
             return f"it has {name}"
     weights = sorted(folder.glob("*.safetensors"))
     if weights and (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
-        weight_files(folder)  # of an interrupted download, before anything else is opened
+        weight_files(folder)  # raises for an interrupted download, before any file is opened
     if not weights and (packed := sorted(path.name for path in folder.glob("*.gguf"))):
         return f"its weights are {packed[0]}"
     for path in weights:
-        check_whole(path)
+        check_not_truncated(path)
         with safe_open(str(path), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                 if name.endswith(_QUANTISED_TENSORS) or ".quant_state." in name:
@@ -97,18 +97,18 @@ def _quantised(folder: Path) -> str | None:
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    """config.json, empty when it is missing; what is not JSON is left to those who need it."""
+    """config.json; empty if it is missing or invalid, which is reported elsewhere."""
     try:
         return read_object(folder / CONFIG)
     except CheckpointError:
         return {}
 
 
-def check_whole(path: Path) -> None:
-    """Checks by its header that a weights file is as long as it says; the weights are not read.
+def check_not_truncated(path: Path) -> None:
+    """Checks the header and length of a safetensors file without reading the weights.
 
     Raises:
-        CheckpointError: it is truncated, or no safetensors file (a pointer of Git LFS, an HTML page).
+        CheckpointError: it is truncated, or not a safetensors file (a Git LFS pointer, an HTML page).
     """
     try:
         with safe_open(str(path), framework="pt"):
@@ -117,28 +117,28 @@ def check_whole(path: Path) -> None:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is truncated or no safetensors file ({error}); copy or download it "
-            "again"
+            f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file ({error}); copy or download "
+            "it again"
         ) from error
 
 
 def check_loaded(name: str, info: dict[str, Any], allow_mismatched: bool) -> None:
-    """Checks transformers' report of a load.
+    """Checks the loading info of transformers.
 
     Args:
         name: the checkpoint, for the message.
-        info: what ``output_loading_info=True`` returns.
-        allow_mismatched: whether the caller accepted new weights for tensors of another shape.
+        info: from ``output_loading_info=True``.
+        allow_mismatched: whether tensors of another shape may be initialised anew.
 
     Raises:
-        CheckpointError: listing the tensors that are missing, unknown or of another shape.
+        CheckpointError: listing the tensors that are missing, unexpected or of another shape.
     """
     problems = []
     mismatched = {key: (file, model) for key, file, model in info.get("mismatched_keys") or ()}
     if missing := sorted(set[str](info.get("missing_keys") or ()) - set(mismatched)):
         problems.append(f"{len(missing)} tensors are missing in the file: {some(missing)}")
     if unexpected := sorted(set[str](info.get("unexpected_keys") or ())):
-        problems.append(f"{len(unexpected)} tensors in the file are unknown to the network: {some(unexpected)}")
+        problems.append(f"{len(unexpected)} tensors in the file are unknown to the model: {some(unexpected)}")
     if mismatched and not allow_mismatched:
         shapes = [f"{key} is {tuple(a)} in the file, {tuple(b)} by config.json" for key, (a, b) in mismatched.items()]
         problems.append(f"{len(shapes)} tensors have another shape: {some(sorted(shapes))}")
@@ -149,8 +149,8 @@ def check_loaded(name: str, info: dict[str, Any], allow_mismatched: bool) -> Non
 
 
 @contextmanager
-def network_errors(name: str) -> Iterator[None]:
-    """What is raised where a network is made of files that lack something, as one line.
+def model_build_errors(name: str) -> Iterator[None]:
+    """Turns errors of building a model from its files into one line.
 
     Raises:
         CheckpointError: with the reason.
@@ -162,19 +162,19 @@ def network_errors(name: str) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OSError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{name}: no network can be made of its files ({type(error).__name__}: {reason}); download it again"
+            f"{name}: the model cannot be built from its files ({type(error).__name__}: {reason}); download it again"
         ) from error
 
 
 class StrictLoadingMixin(PreTrainedModel):
-    """Makes ``from_pretrained``, also through AutoModel, fail instead of filling gaps with random weights."""
+    """Makes ``from_pretrained``, also of AutoModel, raise instead of initialising missing weights."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """As in transformers, from safetensors only and with every tensor accounted for.
+        """As in transformers, but from safetensors only, and with the checks of this module.
 
         Raises:
-            CheckpointError: the folder lacks files, or file and config.json disagree about a tensor.
+            CheckpointError: files are missing, or weights and config.json disagree.
         """
         kwargs.setdefault("use_safetensors", True)
         wants_info = kwargs.pop("output_loading_info", False)
@@ -184,7 +184,7 @@ class StrictLoadingMixin(PreTrainedModel):
         if checked:
             check_folder(folder)
         allow_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
-        with network_errors(name):
+        with model_build_errors(name):
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path,
                 *args,
@@ -194,6 +194,6 @@ class StrictLoadingMixin(PreTrainedModel):
             )
         model, info = loaded
         check_loaded(name, info, allow_mismatched)
-        check_network(model, name, weight_files(folder) if checked else [])
+        check_finite_model(model, name, weight_files(folder) if checked else [])
         result: Any = (model, info) if wants_info else model
         return result

@@ -1,4 +1,4 @@
-"""Tokenizers of published folders and of adapters, without running the code that the folders name."""
+"""Loads tokenizers of model and adapter folders without remote code, and checks their tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",
 
 
 class MiniCPMVTokenizerFast(PreTrainedTokenizerFast):
-    """The class that published tokenizer_config.json files name; it adds nothing to what the folder's files say."""
+    """The class named in published tokenizer_config.json files; the files of the folder define everything."""
 
     vocab_files_names: ClassVar[dict[str, str]] = {
         "vocab_file": "vocab.json",
@@ -66,22 +66,22 @@ _CLASSES = {chosen.__name__: chosen for chosen in (MiniCPMVTokenizerFast, MiniCP
 
 
 class _TokenizerOnly(PretrainedConfig):
-    """Carries the registration below.
+    """Configuration class for the registration of the tokenizers.
 
-    Registered for MiniCPMVConfig instead, ``trust_remote_code=True`` would ask for the folder's own code again.
+    If they were registered for MiniCPMVConfig, ``trust_remote_code=True`` would load the code of the folder.
     """
 
     model_type: ClassVar[str] = "minicpmv_tokenizer_only"
 
 
 class _OmniTokenizerOnly(_TokenizerOnly):
-    """A configuration carries two classes at most."""
+    """A second one, as a configuration can have two tokenizer classes at most."""
 
     model_type: ClassVar[str] = "minicpmo_tokenizer_only"
 
 
 def register() -> None:
-    """Makes AutoTokenizer know the classes by name, which serves model and adapter folders alike."""
+    """Registers the classes with AutoTokenizer by name, for model and adapter folders."""
     AutoTokenizer.register(
         _TokenizerOnly, slow_tokenizer_class=MiniCPMVTokenizer, fast_tokenizer_class=MiniCPMVTokenizerFast
     )
@@ -93,7 +93,7 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
 
     Args:
         folder: local folder with tokenizer.json, vocab.json and merges.txt, or tokenizer.model; or a hub id.
-        **kwargs: handed on to ``from_pretrained`` (revision, cache_dir, ...).
+        **kwargs: passed to ``from_pretrained`` (revision, cache_dir, ...).
 
     Raises:
         CheckpointError: the folder has no tokenizer files, or they contradict each other.
@@ -109,17 +109,17 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
 
 @contextmanager
 def tokenizer_errors(folder: Path) -> Iterator[None]:
-    """The files of a tokenizer are looked at before, and what the libraries say of them then is one line.
+    """Checks the files of a tokenizer, then turns errors of the libraries into one line.
 
     Raises:
-        CheckpointError: a file is not what it should be.
+        CheckpointError: a file is invalid.
     """
     if (path := folder / "tokenizer.json").is_file():
         values = read_object(path)
         file_schemas.check(values, file_schemas.TOKENIZER, str(path))
         if "model" not in values:
-            raise CheckpointError(f"{path} has no model: it is no tokenizer; download it again")
-        _check_ends(folder, values)
+            raise CheckpointError(f"{path} has no model: it is not a tokenizer; download it again")
+        _check_bos_eos(folder, values)
     check_side_files(folder)
     try:
         yield
@@ -133,13 +133,17 @@ def tokenizer_errors(folder: Path) -> Iterator[None]:
         raise _unusable(folder, error) from error
 
 
-def _check_ends(folder: Path, tokenizer: Mapping[str, Any]) -> None:
-    """A bos or eos that tokenizer.json does not have would be a new token, with an embedding that nobody trained."""
+def _check_bos_eos(folder: Path, tokenizer: Mapping[str, Any]) -> None:
+    """Checks that tokenizer.json has the bos and eos token; else they would be added with an untrained embedding.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
     settings = read_object(path) if (path := folder / "tokenizer_config.json").is_file() else {}
-    words = tokenizer["model"].get("vocab")
-    known = set(words) if isinstance(words, dict) else set()
-    if isinstance(words, list):  # of sentencepiece: words with their scores
-        known = {word[0] for word in words if isinstance(word, list) and word}
+    vocab = tokenizer["model"].get("vocab")
+    known = set(vocab) if isinstance(vocab, dict) else set()
+    if isinstance(vocab, list):  # sentencepiece: pairs of piece and score
+        known = {entry[0] for entry in vocab if isinstance(entry, list) and entry}
     added = [*(tokenizer.get("added_tokens") or ()), *(settings.get("added_tokens_decoder") or {}).values()]
     known |= {token["content"] for token in added}
     for key in ("bos_token", "eos_token"):
@@ -154,7 +158,7 @@ def _check_ends(folder: Path, tokenizer: Mapping[str, Any]) -> None:
 
 def _unusable(folder: Path, error: Exception) -> CheckpointError:
     reason = " ".join(f"{type(error).__name__}: {error}".removeprefix("Exception: ").split())
-    return CheckpointError(f"the tokenizer of {folder} cannot be made from its files ({reason}); download them again")
+    return CheckpointError(f"the tokenizer of {folder} cannot be loaded ({reason}); download its files again")
 
 
 def _declared_class(folder: Path) -> str:
@@ -165,14 +169,14 @@ def _declared_class(folder: Path) -> str:
 def check_tokens(
     tokenizer: PreTrainedTokenizerBase, family: Family, vocab_size: int, name: str, config: Mapping[str, Any]
 ) -> None:
-    """Checks that every token the family needs is one id, and that every id has an embedding.
+    """Checks that the tokenizer has every token the family needs, and that every id has an embedding.
 
     Args:
-        tokenizer: the checkpoint's tokenizer.
-        family: the checkpoint's family.
+        tokenizer: of the checkpoint.
+        family: of the checkpoint.
         vocab_size: rows of the embedding table.
         name: the checkpoint, for the message.
-        config: its config.json; the ids of placeholders in it must be those of the tokenizer.
+        config: its config.json; the placeholder ids in it must be those of the tokenizer.
 
     Raises:
         CheckpointError: naming the tokens.
@@ -192,6 +196,6 @@ def check_tokens(
     if max(vocabulary.values()) >= vocab_size:
         token = max(vocabulary, key=lambda name: vocabulary[name])
         raise CheckpointError(
-            f"{token!r} has id {vocabulary[token]} in the tokenizer of {name}, but its network has {vocab_size} "
+            f"{token!r} has id {vocabulary[token]} in the tokenizer of {name}, but the model has {vocab_size} "
             "embeddings: the tokenizer files belong to another model"
         )

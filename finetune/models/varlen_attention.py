@@ -1,7 +1,7 @@
-"""Attention over several items that lie one behind another in a single sequence.
+"""Variable-length attention: full attention inside each item of a concatenated sequence, none between items.
 
-Linear layers and norms run once over all items; only here are the items kept apart. Every rank therefore runs every
-layer the same number of times whatever its images look like, which ZeRO-3 needs, and nothing is padded or masked.
+Linear layers and norms run once over all items; only attention separates them. So every rank calls every layer equally
+often whatever its images are, as ZeRO-3 requires, and nothing is padded or masked.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def split_attention(
         value: like ``key``.
         query_lengths: rows of ``query`` that belong to each item.
         key_lengths: rows of ``key`` and ``value`` that belong to each item.
-        implementation: ``eager``, ``flash_attention_2``; every other name means torch's own SDPA.
+        implementation: ``eager``, ``flash_attention_2``; SDPA for any other name.
 
     Returns:
         (sum of query_lengths, heads, head_dim).
@@ -41,7 +41,7 @@ def split_attention(
 
 
 def _by_runs(batched: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> Attend:
-    """Applies a function of (items, heads, length, head_dim) to each run of neighbouring items of equal lengths."""
+    """Applies a function of (items, heads, length, head_dim) to each run of consecutive items of equal lengths."""
 
     def attend(
         query: torch.Tensor,

@@ -1,4 +1,4 @@
-"""What the vision towers share, and the table of towers."""
+"""Base class, patch projection and pixel normalisation of the vision towers; ``build_vision``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class VisionTower(PreTrainedModel):
-    """Patches of all items of a micro-batch in, features out, in one pass.
+    """Base class of vision towers: encodes the patches of all items of a micro-batch in one pass.
 
-    A PreTrainedModel so that ``model.vpm.gradient_checkpointing_enable()`` works on it alone. It shares the
-    configuration of the whole model, and with it the attention implementation.
+    A PreTrainedModel, so that ``model.vpm.gradient_checkpointing_enable()`` works. It shares the configuration of the
+    full model, and with it the attention implementation.
     """
 
     config: MiniCPMVConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -40,7 +40,7 @@ class VisionTower(PreTrainedModel):
         """Features of the patches.
 
         Args:
-            patches: (N, 3*P*P) uint8, rows in (channel, row, column) order, items one behind another.
+            patches: (N, 3*P*P) uint8, rows in (channel, row, column) order, items concatenated.
             sizes: rows and columns of patches per item.
 
         Returns:
@@ -53,10 +53,10 @@ class VisionTower(PreTrainedModel):
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution of images that are one kernel large, as the matrix product that it is.
+    """A patch-embedding convolution on single patches, computed as a matrix product.
 
-    The libraries' convolutions take several times as long for many small images. Parameters, names and module stay
-    those of the convolution, for checkpoints, hooks and adapters.
+    Convolution kernels take several times as long for many small images. Parameters and names are those of the
+    convolution, for checkpoints, hooks and adapters.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name of nn.Conv2d
@@ -66,7 +66,7 @@ class PatchProjection(nn.Conv2d):
 
 def normalize(patches: torch.Tensor, side: int, dtype: torch.dtype) -> torch.Tensor:
     """Bytes to numbers in [-1, 1]: (N, 3*P*P) uint8 to (N, 3, P, P), P = ``side``; mean and deviation 0.5."""
-    # (x / 255 - 0.5) / 0.5 with two roundings, as there: halving and doubling are exact
+    # (x / 255 - 0.5) / 0.5 with two roundings, as in the published code: halving and doubling are exact
     return patches.float().div_(127.5).sub_(1).to(dtype).unflatten(1, (3, side, side))
 
 

@@ -1,4 +1,4 @@
-"""SigLIP for items of any size (2.5 and later), under the official parameter names."""
+"""NaViT-style SigLIP vision tower for images of any size (2.5 and later), with the official parameter names."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class NavitLayer(GradientCheckpointingLayer):
 
 
 class NavitEncoder(nn.Module):
-    """The stack of layers."""
+    """The transformer layers."""
 
     def __init__(self, layers: Sequence[NavitLayer]) -> None:
         super().__init__()

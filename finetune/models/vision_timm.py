@@ -1,6 +1,6 @@
-"""timm's SigLIP (V-2.0): its layers under its names, run on the patches of all items at once.
+"""timm's SigLIP vision tower (V-2.0): layers and parameter names of timm, applied to the patches of all items at once.
 
-timm's own forward takes images of one size, so the number of passes would differ from rank to rank; this one does not.
+timm's own forward takes images of one size, so that the number of passes would differ between ranks.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class TimmSiglip(VisionTower):
     def __init__(self, config: MiniCPMVConfig, positions: str) -> None:
         super().__init__(config)
         if positions != "resampled":
-            raise ValueError(f"the timm tower knows the position rule 'resampled', the family asks for {positions!r}")
+            raise ValueError(f"the timm tower supports positions 'resampled' only, the family has {positions!r}")
         model = _timm_model(config)
         blocks = list(model.blocks)
         if config.read("drop_vision_last_layer", True):
@@ -121,6 +121,6 @@ def _timm_model(config: MiniCPMVConfig) -> Any:
         num_classes=0,
         dynamic_img_size=True,
         dynamic_img_pad=True,
-        weight_init="skip",  # post_init fills what no checkpoint does
+        weight_init="skip",  # post_init initialises what no checkpoint has
         **config.read("vision_encoder_kwargs", {}),
     )

@@ -1,4 +1,4 @@
-"""The visual part of a batch, checked: which patches make an item, and where features go among the text."""
+"""Visual inputs of a batch: checks patches, sizes and placeholders, and inserts features into text embeddings."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisualItems:
-    """The n visual items of a micro-batch, in g groups of neighbours.
+    """The n visual items of a micro-batch, in g groups of consecutive items.
 
     Attributes:
-        patches: (N, 3*P*P) uint8, all items one behind another.
+        patches: (N, 3*P*P) uint8, all items concatenated.
         sizes: rows and columns of patches per item.
         times: time index per item, -1 for stills.
-        groups: number of items per group; they add up to n. One group gets one run of placeholders.
+        groups: number of items per group; they sum to n. A group has one run of placeholders.
     """
 
     patches: torch.Tensor
@@ -26,7 +26,7 @@ class VisualItems:
 
 
 def dummy_items(width: int, device: torch.device) -> VisualItems:
-    """A grey picture of 2 x 2 patches, (4, width) uint8, for batches without images."""
+    """A grey dummy image of 2 x 2 patches, (4, width) uint8, for batches without images."""
     patches = torch.full((4, width), 127, dtype=torch.uint8, device=device)
     return VisualItems(patches=patches, sizes=[(2, 2)], times=[-1], groups=[1])
 
@@ -46,12 +46,12 @@ def read_items(
         patches: (N, 3*P*P) uint8.
         tgt_sizes: (n, 2) rows, columns.
         temporal_ids: (n,), -1 for stills; None for stills only.
-        group_sizes: (g,) number of items per group; None when every item is its own.
+        group_sizes: (g,) number of items per group; None if every item is a group.
         width: 3*P*P.
-        temporal: whether the network has temporal positions.
+        temporal: whether the model has temporal positions.
 
     Raises:
-        ValueError: the parts do not agree, or the network cannot read packed frames.
+        ValueError: the inputs do not match, or the model does not support packed frames.
     """
     sizes = [(height, columns) for height, columns in tgt_sizes.tolist()]
     times = [-1] * len(sizes) if temporal_ids is None else temporal_ids.tolist()
@@ -69,23 +69,23 @@ def read_items(
 
 
 def split_items(items: VisualItems, counts: Sequence[int]) -> list[VisualItems]:
-    """The same items in several parts.
+    """Splits items into chunks.
 
     Args:
         items: n items in g groups.
-        counts: groups per part; they add up to g.
+        counts: groups per chunk; they sum to g.
     """
-    parts, group, item, patch = [], 0, 0, 0
+    chunks, group, item, patch = [], 0, 0, 0
     for count in counts:
         groups = items.groups[group : group + count]
         sizes = items.sizes[item : item + sum(groups)]
         length = sum(height * columns for height, columns in sizes)
         times = items.times[item : item + len(sizes)]
-        parts.append(
+        chunks.append(
             VisualItems(patches=items.patches[patch : patch + length], sizes=sizes, times=times, groups=groups)
         )
         group, item, patch = group + count, item + len(sizes), patch + length
-    return parts
+    return chunks
 
 
 def _refuse_packing(times: list[int], groups: list[int]) -> None:
@@ -102,7 +102,7 @@ def _refuse_packing(times: list[int], groups: list[int]) -> None:
 
 def _check_patches(patches: torch.Tensor, sizes: list[tuple[int, int]], width: int) -> None:
     if patches.dtype != torch.uint8:
-        raise ValueError(f"patches must be uint8 pixel values, got {patches.dtype}; the network normalises them itself")
+        raise ValueError(f"patches must be uint8 pixel values, got {patches.dtype}; the model normalises them")
     if patches.ndim != 2 or patches.shape[1] != width:
         raise ValueError(f"patches must be (N, {width}), got {tuple(patches.shape)}: check patch_size in config.json")
     if any(height < 1 or columns < 1 for height, columns in sizes):
@@ -113,10 +113,10 @@ def _check_patches(patches: torch.Tensor, sizes: list[tuple[int, int]], width: i
 
 
 def given_together(**tensors: torch.Tensor | None) -> bool:
-    """Whether all of these inputs are there.
+    """Whether all of these inputs are given.
 
     Raises:
-        ValueError: some are, with content, and others are not.
+        ValueError: some are given and not empty, and others are not given.
     """
     missing = [name for name, tensor in tensors.items() if tensor is None]
     present = [name for name, tensor in tensors.items() if tensor is not None and len(tensor)]
@@ -126,7 +126,7 @@ def given_together(**tensors: torch.Tensor | None) -> bool:
 
 
 def check_bounds(bounds: list[list[int]], groups: int, queries: int, embeddings: torch.Tensor) -> None:
-    """Checks that there is one run of placeholders of the right length per group of items, inside the batch.
+    """Checks that every group of items has one run of placeholders of the right length, inside the batch.
 
     Args:
         bounds: batch row, start and end of each run.
@@ -160,14 +160,14 @@ def check_inside(bounds: list[list[int]], name: str, embeddings: torch.Tensor) -
 
 
 def merge(embeddings: torch.Tensor, features: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-    """Text embeddings (B, T, E) with features (S, E) in place of the S placeholders of all bounds, in their order.
+    """Text embeddings (B, T, E) with features (S, E) at the S placeholders of all bounds, in their order.
 
-    Out of place: the embeddings may be a leaf that requires a gradient (adapters with checkpointing).
+    Not in place: the embeddings may be a leaf that requires a gradient (adapters with checkpointing).
 
     Args:
         embeddings: (B, T, E).
         features: (S, E).
-        bounds: (m, 3) batch row, start, end; their lengths add up to S.
+        bounds: (m, 3) batch row, start, end; their lengths sum to S.
     """
     device, total = embeddings.device, len(features)
     rows, starts, ends = bounds.to(device).unbind(1)
@@ -179,7 +179,7 @@ def merge(embeddings: torch.Tensor, features: torch.Tensor, bounds: torch.Tensor
 
 
 def repeat_bounds(bounds: torch.Tensor, times: int) -> torch.Tensor:
-    """Bounds (m, 3) when every batch row is copied ``times`` times, copies of a row next to each other."""
+    """Bounds (m, 3) for ``times`` copies of every batch row; the copies of a row are adjacent."""
     copies = torch.arange(times, device=bounds.device).repeat(len(bounds))
     bounds = bounds.repeat_interleave(times, dim=0)
     return torch.cat([(bounds[:, 0] * times + copies)[:, None], bounds[:, 1:]], dim=1)

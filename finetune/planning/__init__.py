@@ -1,1 +1,1 @@
-"""What a training step needs in memory, told from sizes alone: no weights are read and no device is used."""
+"""Memory estimates of a training step, computed on the meta device: no weights are read and no GPU is used."""

@@ -1,8 +1,8 @@
-"""What a forward pass keeps for its backward pass, block by block, found by running it on tensors without memory.
+"""Activation memory per block, traced on the meta device.
 
-Torch's own hook on saved tensors sees everything that the backward pass will need; on the meta device nothing is
-computed, so a network of eight billion parameters takes a second. Attention is counted as the kernels of SDPA and
-FlashAttention have it: inputs, output and one number per row and head, never a table of length times length.
+torch's saved_tensors_hooks report every tensor that the backward pass will need; on the meta device nothing is
+computed, so a model of eight billion parameters takes a second. Attention is counted as SDPA and FlashAttention kernels
+store it: inputs, output and one number per row and head, no matrix of T x T.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 @dataclass(slots=True)
 class TracedBlock:
-    """A layer, or what lies between layers; sizes in bytes.
+    """A layer, or the operations between layers; sizes in bytes.
 
     Attributes:
-        part: of the network.
-        layer: whether activation checkpointing may run it again.
+        part: part of the model.
+        layer: whether it is a layer that gradient checkpointing can recompute.
         graph: whether a backward pass goes through it.
-        saved: kept for the backward pass.
-        entering: its input, all that is kept of a layer which is run again.
+        saved: tensors saved for the backward pass.
+        entering: its input, which is all that is saved of a recomputed layer.
         widest: the largest tensor made in it.
-        copies: of the saved, 16 bit copies of fp32 weights, which autocast keeps until the forward pass is over.
-        gradients: of its trained parameters.
-        largest: of these, of the largest parameter.
+        copies: the share of ``saved`` that is 16 bit copies of fp32 weights, which autocast caches until the end of the
+            forward pass.
+        gradients: gradients of its trained parameters.
+        largest: the largest of these gradients.
     """
 
     part: str
@@ -49,7 +50,7 @@ class TracedBlock:
 
 
 class _Flash(torch.autograd.Function):
-    """Attention as the memory-saving kernels have it, without its numbers."""
+    """Stand-in for attention with the saved tensors of memory-efficient kernels."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: Any) -> torch.Tensor:
@@ -59,12 +60,12 @@ class _Flash(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pragma: no cover - nothing is run backwards here
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pragma: no cover - no backward pass here
         raise NotImplementedError
 
 
 class _Grouped(torch.autograd.Function):
-    """The product of every group of rows with its own matrix, in any type; the meta device knows it in 16 bit alone."""
+    """Stand-in for grouped matrix products in any dtype; the meta device supports 16 bit only."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -73,12 +74,12 @@ class _Grouped(torch.autograd.Function):
         return rows.new_empty(len(rows), matrices.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pragma: no cover - nothing is run backwards here
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pragma: no cover - no backward pass here
         raise NotImplementedError
 
 
 class _Dropped(torch.autograd.Function):
-    """Dropout on a GPU: one byte per number is kept."""
+    """Stand-in for dropout on a GPU, which saves one byte per element."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -86,13 +87,13 @@ class _Dropped(torch.autograd.Function):
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pragma: no cover - nothing is run backwards here
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # pragma: no cover - no backward pass here
         raise NotImplementedError
 
 
 @dataclass(slots=True)
 class Trace:
-    """The blocks of a forward pass, in its order."""
+    """The blocks of a forward pass, in order."""
 
     blocks: list[TracedBlock] = field(default_factory=list)
     current: TracedBlock = field(default_factory=lambda: TracedBlock("none"))
@@ -101,23 +102,23 @@ class Trace:
     copies: dict[int, Any] = field(default_factory=dict)
 
     def begin(self, part: str, *, layer: bool = False) -> None:
-        """What follows belongs to a new block."""
+        """Begins a new block."""
         self.current = TracedBlock(part, layer=layer)
         self.blocks.append(self.current)
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Notes a tensor that is kept for the backward pass; storages are counted once, weights never."""
+        """Counts a tensor that is saved for the backward pass; storages are counted once, weights never."""
         storage = tensor.untyped_storage()
         if id(storage) not in self.seen and id(storage) not in self.weights:
-            self.seen[id(storage)] = storage  # held: a freed storage's id could come again
+            self.seen[id(storage)] = storage  # kept alive: the id of a freed storage could be reused
             self.current.saved += storage.nbytes()
             if id(storage) in self.copies:
                 self.current.copies += storage.nbytes()
         return tensor
 
 
-class _Standing(TorchFunctionMode):
-    """Stands in for what cannot run without numbers, and notes how wide tensors get."""
+class _StandIns(TorchFunctionMode):
+    """Replaces functions that cannot run on the meta device, and records the largest tensors."""
 
     def __init__(self, trace: Trace, *, padded: bool, gpu: bool, autocast: bool) -> None:
         super().__init__()
@@ -128,7 +129,7 @@ class _Standing(TorchFunctionMode):
         given = dict(kwargs or {})
         if self.autocast:
             args = self._cast(func, args)
-        result = self._standing_in(func, args, given)
+        result = self._stand_in(func, args, given)
         if result is NotImplemented:
             result = func(*args, **given)
         if isinstance(result, torch.Tensor) and result.device.type == "meta":
@@ -137,11 +138,11 @@ class _Standing(TorchFunctionMode):
                 self.trace.current.widest = max(self.trace.current.widest, result.numel() * result.element_size())
         return result
 
-    def _standing_in(self, func: Any, args: Any, given: dict[str, Any]) -> Any:
+    def _stand_in(self, func: Any, args: Any, given: dict[str, Any]) -> Any:
         first: Any = args[0] if args else None
         if func is F.scaled_dot_product_attention:
             bias = given.get("attn_mask")
-            if bias is not None:  # kernels turn a mask into numbers to add, once per layer
+            if bias is not None:  # kernels convert a boolean mask to an additive one, once per layer
                 bias = torch.empty(bias.shape, dtype=first.dtype, device="meta")
             return _Flash.apply(*args[:3], bias)
         if getattr(func, "__name__", "").endswith(_GROUPED):
@@ -149,14 +150,14 @@ class _Standing(TorchFunctionMode):
         if func is F.dropout and self.gpu and given.get("training", True) and given.get("p", 0):
             return _Dropped.apply(first)
         if func in (torch.Tensor.item, torch.Tensor.__bool__) and first.device.type == "meta":
-            return not self.padded  # the only question that is asked of numbers: is nothing padded?
+            return not self.padded  # the only value that is read: whether there is no padding
         if func is torch.Tensor.to and first.device.type == "cpu" and not first.is_floating_point():
-            dtype = next((word for word in (*args[1:], *given.values()) if isinstance(word, torch.dtype)), first.dtype)
-            return first if dtype == first.dtype else first.type(dtype)  # sizes stay where they can be read
+            dtype = next((arg for arg in (*args[1:], *given.values()) if isinstance(arg, torch.dtype)), first.dtype)
+            return first if dtype == first.dtype else first.type(dtype)  # tensors of sizes stay on the CPU
         return NotImplemented
 
     def _cast(self, func: Any, args: Any) -> Any:
-        """Inputs as autocast gives them to a function."""
+        """The inputs of a function as autocast casts them."""
         if func in _LOW:
             return tuple(self._low(x) for x in args)
         if func in _HIGH and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
@@ -173,7 +174,7 @@ class _Standing(TorchFunctionMode):
         return low
 
 
-# F.grouped_mm by the name under which torch sees it; autocast leaves it alone.
+# Name of F.grouped_mm in TorchFunctionMode; autocast does not cast its inputs.
 _GROUPED = "grouped_mm"
 _LOW = {F.linear, F.conv1d, F.conv2d, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm}
 _LOW |= {F.scaled_dot_product_attention}
@@ -181,7 +182,7 @@ _HIGH = {F.layer_norm, torch.Tensor.pow, torch.pow, torch.rsqrt, F.softmax, F.cr
 
 
 class _Sum(nn.Module):
-    """A parameter with the adapter on it added: for every expert, or for one matrix."""
+    """Parametrization that adds the adapter to a parameter: for every expert, or for one matrix."""
 
     def __init__(self, wrapper: ParamWrapper) -> None:
         super().__init__()
@@ -189,7 +190,7 @@ class _Sum(nn.Module):
         self.sides: list[nn.Parameter] = [side.weight for side in sides]
 
     def forward(self, base: torch.Tensor) -> torch.Tensor:
-        """The sum, in the type of the parameter."""
+        """The sum, in the dtype of the parameter."""
         count = len(base) if base.ndim == 3 else 1
         a, b = (side.to(base.dtype) for side in self.sides)
         a, b = a.reshape(count, -1, a.shape[1]), b.reshape(len(b), -1, count).permute(2, 0, 1)
@@ -198,13 +199,13 @@ class _Sum(nn.Module):
 
 @contextmanager
 def _adapters_added(model: nn.Module) -> Iterator[None]:
-    """Adds adapters on parameters as peft does, which asks for an autocast that the meta device does not have."""
+    """Adds adapters on parameters as peft does; peft's own code needs autocast, which the meta device does not have."""
     wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
     for wrapper in wrappers:
         parametrize.register_parametrization(
             wrapper.get_base_layer(), wrapper.parameter_name, _Sum(wrapper), unsafe=True
         )
-        wrapper.merged_adapters.extend(wrapper.active_adapters)  # so it adds nothing itself
+        wrapper.merged_adapters.extend(wrapper.active_adapters)  # so that peft does not add them too
     try:
         yield
     finally:
@@ -219,14 +220,14 @@ def _adapters_added(model: nn.Module) -> Iterator[None]:
 def tracing(
     model: nn.Module, part_of: Callable[[str], str], *, padded: bool, gpu: bool, autocast: bool
 ) -> Iterator[Trace]:
-    """Records what forward passes inside keep.
+    """Records the activation memory of forward passes inside the context.
 
     Args:
         model: on the meta device, in training mode.
         part_of: the part that a module name belongs to.
-        padded: whether rows are of different lengths, so that attention needs a mask.
-        gpu: kernels of a GPU rather than those of a CPU.
-        autocast: as without DeepSpeed, where trained weights are fp32 and products 16 bit.
+        padded: whether rows have different lengths, so that attention needs a mask.
+        gpu: whether to model GPU kernels instead of CPU kernels.
+        autocast: whether trained weights are fp32 and matrix products 16 bit, as without DeepSpeed.
     """
     trace = Trace()
     for tensor in (*model.parameters(), *model.buffers()):
@@ -236,9 +237,9 @@ def tracing(
         if isinstance(module, GradientCheckpointingLayer):
             handles += _watch(trace, module, part_of(name))
     try:
-        standing = _Standing(trace, padded=padded, gpu=gpu, autocast=autocast)
+        stand_ins = _StandIns(trace, padded=padded, gpu=gpu, autocast=autocast)
         hooks = torch.autograd.graph.saved_tensors_hooks(trace.keep, lambda tensor: tensor)
-        with _adapters_added(model), standing, hooks:
+        with _adapters_added(model), stand_ins, hooks:
             yield trace
     finally:
         for handle in handles:

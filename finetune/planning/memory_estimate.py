@@ -1,4 +1,4 @@
-"""Bytes on one GPU: what lies there all the time, and the highest point of a training step."""
+"""Estimates the peak memory of a training step on one GPU: weights, gradients, optimizer, activations, buffers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from torch import nn
 
 from finetune.families import detect
 from finetune.planning.activation_trace import TracedBlock
-from finetune.planning.meta_model import build, prepared, quantised
+from finetune.planning.meta_model import build_meta_model, prepare_meta_model, quantised
 from finetune.planning.meta_step import HEAD, blocks_of_step
 from finetune.planning.training_setup import SampleShape, TrainingSetup
 from finetune.training.freezing import numel
 
 GIB = 2**30
-# CUDA's context, the libraries' workspaces and NCCL's channels, and what torch's allocator cannot hand out again. Not
-# measured here.
+# CUDA context, workspaces of libraries and NCCL channels; and fragmentation of torch's allocator. Not measured.
 CONTEXT = int(1.0 * GIB)
 SLACK = 0.03
-# Of ds_config_zero2.json and ds_config_zero3.json, in elements.
+# Sizes in ds_config_zero2.json and ds_config_zero3.json, in elements.
 _ZERO2_BUCKET = 200_000_000
 _ZERO3_LIVE = 1_000_000_000
 _SUB_GROUP = 1_000_000_000
@@ -32,18 +31,18 @@ _FP32, _ADAM = 4, 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes on one GPU at the highest point of a step.
+    """Bytes on one GPU at the peak of a training step.
 
     Attributes:
-        weights: of the network, as they lie on the GPU.
-        gradients: of what is trained.
-        optimizer: Adam's two moments, and fp32 masters under DeepSpeed.
-        activations: kept for the backward pass, and what is being worked on.
+        weights: weights of the model on this GPU.
+        gradients: gradients of trained parameters.
+        optimizer: Adam's two moments, and fp32 master weights with DeepSpeed.
+        activations: saved activations and temporary tensors.
         logits: logits, loss and their gradients.
-        buffers: of communication: ZeRO's buckets and gathered layers, DDP's buckets.
-        context: of CUDA and of torch's allocator.
-        host: in the memory of the machine for this process (offload), not part of the total.
-        when: "loss", "forward", "backward" or "step", what is going on at that point.
+        buffers: communication buffers: ZeRO's buckets and gathered layers, DDP's buckets.
+        context: CUDA context and fragmentation of torch's allocator.
+        host: CPU memory of this process (offload), not part of the total.
+        when: phase of the peak: "loss", "forward", "backward" or "step".
     """
 
     weights: int = 0
@@ -62,24 +61,24 @@ class MemoryEstimate:
         return sum(getattr(self, entry.name) for entry in fields(self) if entry.name not in ("host", "when"))
 
 
-def plan(config: dict[str, Any], recipe: TrainingSetup, shape: SampleShape) -> MemoryEstimate:
-    """Memory of one GPU.
+def estimate(config: dict[str, Any], setup: TrainingSetup, shape: SampleShape) -> MemoryEstimate:
+    """Peak memory of one GPU.
 
     Raises:
         UnknownFamilyError: a config.json of none of the supported generations.
         ArgumentError: flags that contradict each other or the family.
     """
-    return MemoryPlanner(config).memory(recipe, shape)
+    return MemoryEstimator(config).memory(setup, shape)
 
 
-class MemoryPlanner:
-    """Plans for one checkpoint; what recipes have in common is found once.
+class MemoryEstimator:
+    """Estimates for one checkpoint; models and traces are shared between setups.
 
     Args:
         config: config.json as a dictionary.
-        dtype: in which it computes.
-        gpu: whether it is planned for a GPU; on a CPU there is no context and kernels keep other things.
-        model: the network on the meta device as all recipes train it; None to make it as each of them says.
+        dtype: compute dtype.
+        gpu: whether to estimate for a GPU; a CPU has no context, and its kernels save other tensors.
+        model: the model on the meta device, as all setups train it; None to build it for each setup.
     """
 
     def __init__(
@@ -95,20 +94,20 @@ class MemoryPlanner:
         self._models: dict[Any, nn.Module] = {}
         self._blocks: dict[Any, list[TracedBlock]] = {}
 
-    def model(self, recipe: TrainingSetup) -> nn.Module:
-        """The network on the meta device as the recipe trains it."""
+    def model(self, setup: TrainingSetup) -> nn.Module:
+        """The model on the meta device, frozen and wrapped as in the setup."""
         if self._given is not None:
             return self._given
-        alike = replace(recipe, stage=min(recipe.stage, 1), offload=False, gpus=1, vision_batch=None)
+        alike = replace(setup, stage=min(setup.stage, 1), offload=False, gpus=1, vision_batch=None)
         alike = replace(alike, checkpointing=False, checkpoint_parts=None)
-        alike = replace(alike, method="lora" if recipe.adapters else recipe.method)
+        alike = replace(alike, method="lora" if setup.adapters else setup.method)
         if alike not in self._models:
-            self._models[alike] = prepared(self.config, alike, self.dtype)
+            self._models[alike] = prepare_meta_model(self.config, alike, self.dtype)
         return self._models[alike]
 
-    def blocks(self, recipe: TrainingSetup, shape: SampleShape) -> list[TracedBlock]:
-        """What the forward pass keeps, in its order."""
-        model, autocast = self.model(recipe), not recipe.masters and self.dtype != torch.float32
+    def blocks(self, setup: TrainingSetup, shape: SampleShape) -> list[TracedBlock]:
+        """The blocks of the forward pass, in order."""
+        model, autocast = self.model(setup), not setup.master_weights and self.dtype != torch.float32
         key = (id(model), shape)
         if key not in self._blocks:
             self._blocks[key] = blocks_of_step(model, self.family, shape, autocast=autocast, gpu=self.gpu)
@@ -116,46 +115,46 @@ class MemoryPlanner:
 
     def parameters(self) -> int:
         """Number of parameters of the checkpoint, without adapters."""
-        return numel_total(build(self.config))
+        return numel_total(build_meta_model(self.config))
 
-    def memory(self, recipe: TrainingSetup, shape: SampleShape) -> MemoryEstimate:
-        """Memory of one GPU.
+    def memory(self, setup: TrainingSetup, shape: SampleShape) -> MemoryEstimate:
+        """Peak memory of one GPU.
 
         Raises:
             ArgumentError: flags that contradict each other or the family.
         """
-        resting = self.resting(recipe)
-        blocks = [_in_pieces(block, recipe, shape) for block in self.blocks(recipe, shape)]
-        peak = max((*_moments(blocks, recipe, resting), self._in_step(recipe, resting)), key=lambda m: m.total)
+        resting = self.resting(setup)
+        blocks = [_with_vision_batch(block, setup, shape) for block in self.blocks(setup, shape)]
+        peak = max((*_timeline(blocks, setup, resting), self._in_step(setup, resting)), key=lambda m: m.total)
         if not self.gpu:
             return peak
         return replace(peak, context=CONTEXT + int(SLACK * peak.total))
 
-    def resting(self, recipe: TrainingSetup) -> MemoryEstimate:
-        """What lies on the GPU between two steps; the gradients as they are at the end of a step."""
-        model = self.model(recipe)
-        packed = quantised(model, self.config) if recipe.method == "qlora" else set()
+    def resting(self, setup: TrainingSetup) -> MemoryEstimate:
+        """Memory between two steps, with the gradients as they are at the end of a step."""
+        model = self.model(setup)
+        packed = quantised(model, self.config) if setup.method == "qlora" else set()
         weights, trained = 0, 0
         for name, parameter in model.named_parameters():
             size = _NF4_BYTES if name in packed else parameter.element_size()
             weights += round(numel(parameter) * size)
             trained += numel(parameter) if parameter.requires_grad else 0
-        size = self.dtype.itemsize if recipe.masters else _FP32
-        return _shared_out(recipe, weights, trained, size, numel_total(model), self._hidden())
+        size = self.dtype.itemsize if setup.master_weights else _FP32
+        return _sharded(setup, weights, trained, size, numel_total(model), self._hidden())
 
     def _hidden(self) -> int:
         return (self.config.get("text_config") or self.config)["hidden_size"]
 
-    def _in_step(self, recipe: TrainingSetup, resting: MemoryEstimate) -> MemoryEstimate:
-        """While the optimizer steps: DeepSpeed lays gradients in a row and makes them fp32, a group at a time."""
+    def _in_step(self, setup: TrainingSetup, resting: MemoryEstimate) -> MemoryEstimate:
+        """Memory during the optimizer step: DeepSpeed flattens gradients and casts them to fp32, a group at a time."""
         extra = 0
-        if recipe.masters and not recipe.offload:
-            share = -(-self._trained(recipe) // recipe.gpus)
-            extra = (self.dtype.itemsize + _FP32) * (min(share, _SUB_GROUP) if recipe.stage == 3 else share)
+        if setup.master_weights and not setup.offload:
+            share = -(-self._trained(setup) // setup.gpus)
+            extra = (self.dtype.itemsize + _FP32) * (min(share, _SUB_GROUP) if setup.stage == 3 else share)
         return replace(resting, gradients=resting.gradients + extra, when="step")
 
-    def _trained(self, recipe: TrainingSetup) -> int:
-        return sum(numel(p) for p in self.model(recipe).parameters() if p.requires_grad)
+    def _trained(self, setup: TrainingSetup) -> int:
+        return sum(numel(p) for p in self.model(setup).parameters() if p.requires_grad)
 
 
 def numel_total(model: nn.Module) -> int:
@@ -163,99 +162,95 @@ def numel_total(model: nn.Module) -> int:
     return sum(numel(parameter) for parameter in model.parameters())
 
 
-def _shared_out(
-    recipe: TrainingSetup, weights: int, trained: int, size: int, total: int, hidden: int
-) -> MemoryEstimate:
-    """Who holds what.
+def _sharded(setup: TrainingSetup, weights: int, trained: int, size: int, total: int, hidden: int) -> MemoryEstimate:
+    """Memory of one GPU between steps, after sharding by ZeRO.
 
     Args:
-        recipe: stage of ZeRO, offload and number of GPUs.
+        setup: ZeRO stage, offload and number of GPUs.
         weights: bytes of all weights.
         trained: number of trained parameters.
         size: bytes of one gradient.
         total: number of parameters.
         hidden: width of the LLM.
     """
-    gpus = recipe.gpus
+    gpus = setup.gpus
     gradients, optimizer = trained * size, trained * _ADAM
-    if recipe.stage == 0:
+    if setup.stage == 0:
         buckets = gradients if gpus > 1 else 0
         return MemoryEstimate(weights=weights, gradients=gradients, optimizer=optimizer, buffers=buckets)
     optimizer += trained * _FP32
     share, gradients = -(-optimizer // gpus), -(-gradients // gpus)
     host = 0
-    if recipe.stage == 2:
+    if setup.stage == 2:
         buffers = 2 * _ZERO2_BUCKET * size
     else:
         gathered = min(_ZERO3_LIVE, total) * weights // max(total, 1)
         buffers = gathered + (hidden * hidden + hidden * hidden * 9 // 10) * size
         weights = -(-weights // gpus)
-    if recipe.offload:
+    if setup.offload:
         host = share + trained * _FP32 // gpus
         share = gradients = 0
-        if recipe.stage == 3:
+        if setup.stage == 3:
             host, weights = host + weights, 0
     return MemoryEstimate(weights=weights, gradients=gradients, optimizer=share, buffers=buffers, host=host)
 
 
-def _moments(blocks: list[TracedBlock], recipe: TrainingSetup, resting: MemoryEstimate) -> Iterable[MemoryEstimate]:
-    """Memory block by block, forward and back.
+def _timeline(blocks: list[TracedBlock], setup: TrainingSetup, resting: MemoryEstimate) -> Iterable[MemoryEstimate]:
+    """Memory at every block of the forward and the backward pass.
 
-    Gradients of earlier micro-batches lie there from the start; else they grow while activations go.
+    With accumulation, gradients of earlier micro-batches exist from the start; else they grow during the backward pass.
     """
-    share = 0 if recipe.offload else recipe.gpus if recipe.stage else 1
-    grown = resting.gradients if recipe.accumulation > 1 else 0
+    share = 0 if setup.offload else setup.gpus if setup.stage else 1
+    grown = resting.gradients if setup.accumulation > 1 else 0
     kept = copies = 0
     for block in blocks:
-        work = _forward_work(block, recipe)
+        work = _forward_work(block, setup)
         yield replace(resting, gradients=grown, activations=kept + copies + work, when="forward")
         if block.part == HEAD:
             break
-        copies += block.copies if _again(block, recipe) else 0
-        kept += _kept(block, recipe)
+        copies += block.copies if _is_recomputed(block, setup) else 0
+        kept += _kept(block, setup)
     head = blocks[-1]
     yield replace(resting, gradients=grown, activations=kept + copies, logits=head.saved + 2 * head.widest, when="loss")
     for block in reversed(blocks):
         if not block.graph:
             continue
-        kept -= 0 if block.part == HEAD else _kept(block, recipe)
+        kept -= 0 if block.part == HEAD else _kept(block, setup)
         in_head = block.part == HEAD
-        again = block.entering if _again(block, recipe) else 0
-        work = kept + again + (0 if in_head else block.saved + 2 * block.widest + block.largest)
+        entering = block.entering if _is_recomputed(block, setup) else 0
+        work = kept + entering + (0 if in_head else block.saved + 2 * block.widest + block.largest)
         logits = max(block.saved + 2 * block.widest, block.widest + block.largest) if in_head else 0
         yield replace(resting, gradients=grown, activations=work, logits=logits, when="backward")
-        if recipe.accumulation == 1 and share:
+        if setup.accumulation == 1 and share:
             grown = min(grown + block.gradients // share, resting.gradients)
 
 
-def _in_pieces(block: TracedBlock, recipe: TrainingSetup, shape: SampleShape) -> TracedBlock:
-    """A block of the vision part where --vision_batch lets only so many items through at once.
+def _with_vision_batch(block: TracedBlock, setup: TrainingSetup, shape: SampleShape) -> TracedBlock:
+    """A block of the vision part when --vision_batch limits the items per pass.
 
-    What is worked on shrinks; what is kept does not, unless it is run again, which happens piece by piece too.
+    Temporary tensors shrink; saved activations do not, unless they are recomputed, which is done chunk by chunk too.
     """
     items = shape.batch * shape.items
-    if block.part not in ("vision", "resampler") or recipe.vision_batch is None or recipe.vision_batch >= items:
+    if block.part not in ("vision", "resampler") or setup.vision_batch is None or setup.vision_batch >= items:
         return block
-    share = recipe.vision_batch / items
-    again = _again(block, recipe)
-    return replace(
-        block, widest=round(block.widest * share), saved=round(block.saved * share) if again else block.saved
-    )
+    share = setup.vision_batch / items
+    saved = round(block.saved * share) if _is_recomputed(block, setup) else block.saved
+    return replace(block, widest=round(block.widest * share), saved=saved)
 
 
-def _again(block: TracedBlock, recipe: TrainingSetup) -> bool:
-    """Whether a block is a layer that is run again in the backward pass."""
-    return block.layer and recipe.again(block.part)
+def _is_recomputed(block: TracedBlock, setup: TrainingSetup) -> bool:
+    """Whether a block is a layer that is recomputed in the backward pass."""
+    return block.layer and setup.recomputes(block.part)
 
 
-def _kept(block: TracedBlock, recipe: TrainingSetup) -> int:
-    """Bytes that stay after a block's forward pass."""
+def _kept(block: TracedBlock, setup: TrainingSetup) -> int:
+    """Bytes saved after a block's forward pass."""
     if not block.graph:
         return 0
-    return block.entering if _again(block, recipe) else block.saved
+    return block.entering if _is_recomputed(block, setup) else block.saved
 
 
-def _forward_work(block: TracedBlock, recipe: TrainingSetup) -> int:
-    if block.graph and not recipe.again(block.part):
+def _forward_work(block: TracedBlock, setup: TrainingSetup) -> int:
+    if block.graph and not setup.recomputes(block.part):
         return block.saved + block.widest
     return 2 * block.widest

@@ -1,7 +1,7 @@
-"""Sizes of the published checkpoints: the keys of their files that decide how large networks and prompts are.
+"""Configurations of the published checkpoints, as far as they decide the sizes of models and prompts.
 
-Read from the published files of 2.0, 2.5, 2.6, 4.5 and o-4.5; ASSUMED names the families of which some figures were
-told elsewhere. A real folder always counts more than these.
+Read from the published files of 2.0, 2.5, 2.6, 4.5 and o-4.5; ASSUMED lists families with values from other sources.
+Used only when no checkpoint folder is given.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.families.settings import PROCESSORS
 
-# Families with figures that were not read from their own config.json.
+# Families with values that were not read from their own config.json.
 ASSUMED = ("o2_6", "v4_0", "v4_6", "v4_7", "ocr1_0")
 
 _SLICES = {"max_slice_nums": 9, "patch_size": 14}
@@ -99,7 +99,7 @@ _QWEN3_5 = {
 }
 
 
-def _whole(maker: str, model_type: str, mode: str = "16x") -> dict[str, Any]:
+def _native(maker: str, model_type: str, mode: str = "16x") -> dict[str, Any]:
     return {
         "architectures": [f"{maker}ForConditionalGeneration"],
         "downsample_mode": mode,
@@ -188,9 +188,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "slice_config": {"max_slice_nums": 1, "patch_size": 14, "scale_resolution": 448},
         "stream_input": True,
     },
-    "v4_6": {**_whole("MiniCPMV4_6", "minicpmv4_6"), "image_size": 448},
-    "v4_7": {**_whole("MiniCPMV4_7", "minicpmv4_7"), "image_size": 448},
-    "ocr1_0": _whole("MiniCPMOcr", "minicpm_ocr", "4x"),
+    "v4_6": {**_native("MiniCPMV4_6", "minicpmv4_6"), "image_size": 448},
+    "v4_7": {**_native("MiniCPMV4_7", "minicpmv4_7"), "image_size": 448},
+    "ocr1_0": _native("MiniCPMOcr", "minicpm_ocr", "4x"),
 }
 _PIXELS = {
     "max_slice_nums": 9,
@@ -209,6 +209,6 @@ _PREPROCESSORS: dict[str, dict[str, Any]] = {
 
 
 def settings(family: str) -> dict[str, Any]:
-    """What ``Checkpoint.settings`` gives of a published folder, as far as it decides how large prompts are."""
+    """``Checkpoint.settings`` of a published folder, as far as they decide the size of prompts."""
     processor = _PREPROCESSORS.get(family)
     return CONFIGS[family] if processor is None else {**CONFIGS[family], **dict.fromkeys(PROCESSORS, processor)}

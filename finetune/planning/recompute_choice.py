@@ -1,4 +1,4 @@
-"""Which layers a training run has to run again in the backward pass, by what fits on its GPU."""
+"""--checkpoint_parts fit: chooses the parts with gradient checkpointing from the memory estimate and the GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from finetune.arguments.model import LoraArguments
 from finetune.arguments.training import TrainingArguments, row_capacity
 from finetune.checkpoints.manifest import zero_stage
 from finetune.encoding.length_policy import LengthPolicy
-from finetune.planning.memory_estimate import GIB, MemoryEstimate, MemoryPlanner
-from finetune.planning.meta_model import adapted, quiet
+from finetune.planning.memory_estimate import GIB, MemoryEstimate, MemoryEstimator
+from finetune.planning.meta_model import adapt_meta_model, quiet
 from finetune.planning.training_setup import Method, SampleShape, TrainingSetup
 from finetune.runtime.distributed import from_main_process, is_main_process
 from finetune.sample import DataError
@@ -23,18 +23,18 @@ from finetune.utils.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
 
-# Records whose length is measured; the longest of them counts.
+# Records whose lengths are measured, to find the longest.
 _MEASURED = 500
 SHARE = 0.92
-"""Of the GPU's memory: a plan leaves out what other programs hold, and the kernels' workspaces are a rule of thumb."""
+"""Share of the GPU's memory that an estimate may use; other programs and workspaces of kernels are not estimated."""
 _SOME: tuple[tuple[str, ...], ...] = ((), ("vision",), ("llm",))
-"""Parts to run again, from fast to slow; to run all of them again comes last."""
+"""Parts to recompute, from fast to slow; recomputing all comes last."""
 
 Parts = list[str] | None
 
 
 def measured_shape(fitter: LengthPolicy, samples: Any, shape: SampleShape) -> SampleShape | None:
-    """The shape with the longest of some records, and the one with the most patches; None where none can be used."""
+    """The shape with the maximum of tokens, labels and patches over some records; None if none can be used."""
     tokens = items = patches = labels = 0
     for index in range(0, len(samples), max(len(samples) // _MEASURED, 1)):
         try:
@@ -55,11 +55,11 @@ def measured_shape(fitter: LengthPolicy, samples: Any, shape: SampleShape) -> Sa
 def step_shape(
     training: TrainingArguments, fitter: LengthPolicy, samples: Any, *, streaming: bool = False
 ) -> SampleShape:
-    """The largest micro-batch of a run; where not all records are measured, one of them may be as long as the limit.
+    """The largest micro-batch of a run; if not all records are measured, model_max_length is assumed.
 
     Args:
         training: the run's flags.
-        fitter: of its samples.
+        fitter: length policy of its samples.
         samples: its records, or the first of a stream.
         streaming: whether there are more.
 
@@ -68,20 +68,20 @@ def step_shape(
     """
     shape = measured_shape(fitter, samples, SampleShape(batch=training.per_device_train_batch_size))
     if shape is None:
-        raise ArgumentError("none of the records can be used; python -m finetune check tells why")
+        raise ArgumentError("none of the records can be used; python -m finetune check shows the reasons")
     if streaming or len(samples) > _MEASURED:
         shape = replace(shape, tokens=max(shape.tokens, training.model_max_length))
     if training.packing == "off":
         return shape
-    # One row, full of samples that have as many images for their length as the one with the most.
+    # One full row; its images are scaled up from the sample with the most.
     tokens = max(row_capacity(training), shape.tokens)
     items = -(-shape.items * tokens // shape.tokens)
     most = training.packing_items if training.packing == "best_fit" else None
     return replace(shape, batch=1, tokens=tokens, items=min(items, max(most or items, shape.items)))
 
 
-def recipe_of(training: TrainingArguments, lora: LoraArguments) -> TrainingSetup:
-    """How a run trains, as a plan sees it."""
+def setup_of(training: TrainingArguments, lora: LoraArguments) -> TrainingSetup:
+    """The setup of a run for memory estimates."""
     config: dict[str, Any] = training.deepspeed if isinstance(training.deepspeed, dict) else {}
     moved = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
     method: Method = "qlora" if lora.q_lora else "lora" if training.use_lora else "full"
@@ -103,66 +103,66 @@ def fitting_parts(
     shape: SampleShape,
     limit: int,
 ) -> tuple[Parts, MemoryEstimate]:
-    """The fewest layers that have to be run again, and the memory that is planned then.
+    """The fewest parts to recompute so that a step fits, and the memory estimate.
 
     Args:
         config: config.json of the checkpoint.
         training: the run's flags.
         lora: its adapters.
         shape: its largest micro-batch.
-        limit: bytes that it may use on a GPU.
+        limit: bytes available on a GPU.
 
     Returns:
-        The parts whose layers are run again, empty for none, None for all, also where that is too much as well.
+        The parts whose layers are recomputed: empty for none, None for all, also if that does not fit either.
     """
-    recipe, dtype = recipe_of(training, lora), getattr(torch, training.compute_dtype)
+    setup, dtype = setup_of(training, lora), getattr(torch, training.compute_dtype)
     with quiet():
-        planner = MemoryPlanner(config, dtype, model=adapted(config, training, lora, recipe, dtype))
+        estimator = MemoryEstimator(config, dtype, model=adapt_meta_model(config, training, lora, setup, dtype))
         for parts in _SOME:
-            memory = planner.memory(replace(recipe, checkpointing=bool(parts), checkpoint_parts=parts), shape)
+            memory = estimator.memory(replace(setup, checkpointing=bool(parts), checkpoint_parts=parts), shape)
             if memory.total <= limit:
                 return [*parts], memory
-        return None, planner.memory(replace(recipe, checkpointing=True), shape)
+        return None, estimator.memory(replace(setup, checkpointing=True), shape)
 
 
-def settle(
+def choose_parts(
     config: dict[str, Any], training: TrainingArguments, lora: LoraArguments, measured: Callable[[], SampleShape]
 ) -> None:
-    """Puts the parts that have to be run again in the place of ``--checkpoint_parts fit``; rank 0 decides.
+    """Replaces ``--checkpoint_parts fit`` by the chosen parts; rank 0 chooses for all.
 
     Args:
         config: config.json of the checkpoint.
         training: the run's flags, which are changed.
         lora: its adapters.
-        measured: its largest micro-batch, see ``step_shape``; asked for only where it counts.
+        measured: returns the largest micro-batch, see ``step_shape``; called only if needed.
     """
     if training.checkpoint_parts != ["fit"]:
         return
     chosen = " ".join(_chosen(config, training, lora, measured)) if is_main_process() else None
-    words = (from_main_process(chosen) or "").split()
-    set_checkpointing(training, bool(words))
-    training.checkpoint_parts = None if words in ([], ["all"]) else words
+    parts = (from_main_process(chosen) or "").split()
+    set_checkpointing(training, bool(parts))
+    training.checkpoint_parts = None if parts in ([], ["all"]) else parts
 
 
 def _chosen(
     config: dict[str, Any], training: TrainingArguments, lora: LoraArguments, measured: Callable[[], SampleShape]
 ) -> list[str]:
-    """Parts, nothing for none of them, or "all"."""
+    """The chosen parts, empty for none, or ["all"]."""
     if (memory := _gpu_memory(training)) is None:
-        logger.info("--checkpoint_parts fit: no GPU whose memory is known, so the layers of all parts are run again")
+        logger.info("--checkpoint_parts fit: no GPU, so its memory is unknown: the layers of all parts are recomputed")
         return ["all"]
     shape = measured()
-    parts, planned = fitting_parts(config, training, lora, shape, int(memory * SHARE))
+    parts, estimated = fitting_parts(config, training, lora, shape, int(memory * SHARE))
     what = "all layers are" if parts is None else f"layers of {' and '.join(parts)} are" if parts else "no layers are"
-    size = f"{planned.total / GIB:.1f} of {memory / GIB:.1f} GB are planned for {shape.batch} x {shape.tokens} tokens"
-    if planned.total > memory * SHARE:
-        size += "; python -m finetune plan tells what would fit"
-    logger.info("--checkpoint_parts fit: %s run again, %s", what, size)
+    size = f"{estimated.total / GIB:.1f} of {memory / GIB:.1f} GB estimated for {shape.batch} x {shape.tokens} tokens"
+    if estimated.total > memory * SHARE:
+        size += "; python -m finetune plan lists setups that fit"
+    logger.info("--checkpoint_parts fit: %s recomputed, %s", what, size)
     return ["all"] if parts is None else parts
 
 
 def _gpu_memory(training: TrainingArguments) -> int | None:
-    """Bytes of this process' GPU; None without one."""
+    """Memory of this process' GPU in bytes; None without one."""
     if training.device.type != "cuda":
         return None
     return torch.cuda.get_device_properties(training.device).total_memory

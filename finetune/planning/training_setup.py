@@ -1,4 +1,4 @@
-"""What is to be planned: how it is trained, on how many GPUs, and how large a micro-batch is."""
+"""Inputs of a memory estimate: method, ZeRO stage, number of GPUs, recomputation, and shape of the micro-batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SampleShape:
         tokens: of the longest sample, to which the others are padded.
         items: visual items (thumbnails and slices) per sample.
         patches: vision patches per item.
-        labelled: share of the tokens that carry loss.
+        labelled: share of the tokens with a label.
     """
 
     batch: int = 1
@@ -39,16 +39,16 @@ class TrainingSetup:
 
     Attributes:
         method: what trains, a key of METHODS.
-        stage: of ZeRO, 0 without DeepSpeed.
-        offload: whether ZeRO keeps the states of the optimizer (3: also the weights) in the memory of the CPU.
-        gpus: processes.
-        checkpointing: whether layers are run again in the backward pass instead of being kept.
-        checkpoint_parts: the parts of which they are, None for all.
+        stage: ZeRO stage, 0 without DeepSpeed.
+        offload: whether the optimizer state (with ZeRO-3 also the weights) is offloaded to CPU memory.
+        gpus: number of processes.
+        checkpointing: whether layers are recomputed in the backward pass (gradient checkpointing).
+        checkpoint_parts: the parts whose layers are recomputed, None for all.
         accumulation: micro-batches per optimizer step.
-        vision_batch: most visual items encoded at once, None for all.
+        vision_batch: maximum number of visual items encoded at once, None for all.
         lora_r: rank of the adapters.
-        tune_vision: whether the vision tower is trained; None for what the method does.
-        tune_resampler: the same of the resampler.
+        tune_vision: whether the vision tower is trained; None for the method's default.
+        tune_resampler: whether the resampler is trained; None for the method's default.
     """
 
     method: Method = "lora"
@@ -68,8 +68,8 @@ class TrainingSetup:
         """Whether adapters are trained in the LLM."""
         return self.method in ("lora", "qlora")
 
-    def again(self, part: str) -> bool:
-        """Whether the layers of a part are run again."""
+    def recomputes(self, part: str) -> bool:
+        """Whether the layers of a part are recomputed."""
         return self.checkpointing and (self.checkpoint_parts is None or part in self.checkpoint_parts)
 
     @property
@@ -78,8 +78,8 @@ class TrainingSetup:
         return self.method == "full" if self.tune_vision is None else self.tune_vision
 
     @property
-    def masters(self) -> bool:
-        """Whether trained weights are 16 bit with fp32 masters beside them (DeepSpeed), and not fp32 themselves."""
+    def master_weights(self) -> bool:
+        """Whether trained weights are 16 bit with fp32 master weights (DeepSpeed), instead of fp32."""
         return self.stage > 0
 
     def training_flags(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class TrainingSetup:
         return flags
 
     def flags(self) -> list[str]:
-        """The flags of this recipe as they are given to a launcher."""
+        """The flags of this setup, as given to finetune.py."""
         given = [f"--{name} {str(value).lower()}" for name, value in self.training_flags().items()]
         if self.method == "qlora":
             given.append("--q_lora true")
@@ -109,5 +109,5 @@ class TrainingSetup:
 
     @property
     def ds_config(self) -> str | None:
-        """The DeepSpeed configuration of this repository that does this."""
+        """The DeepSpeed configuration file of this repository for this setup."""
         return f"ds_config_zero{self.stage}{'_offload' if self.offload else ''}.json" if self.stage else None

@@ -1,4 +1,4 @@
-"""Starting and ending the training processes, with and without GPUs."""
+"""Process group, logging and memory of the ranks of a run, with and without GPUs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 
-from finetune.utils.errors import ignore_what_nobody_can_mend
+from finetune.utils.errors import ignore_library_warnings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -30,7 +30,7 @@ def world_size() -> int:
 
 
 def from_main_process(value: str | None) -> str | None:
-    """What rank 0 gave; every rank must call it, once the processes are connected."""
+    """Broadcasts the value of rank 0; every rank must call it, once the process group exists."""
     values = [value]
     if dist.is_available() and dist.is_initialized():
         broadcast_object_list(values)
@@ -38,10 +38,10 @@ def from_main_process(value: str | None) -> str | None:
 
 
 def setup_logging() -> None:
-    """Messages of rank 0 on stderr; the other ranks only report errors."""
+    """Logs messages of rank 0 on stderr; the other ranks log errors only."""
     level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    ignore_what_nobody_can_mend()
+    ignore_library_warnings()
     for name in ("finetune", "trainer", "dataset", "__main__"):
         logging.getLogger(name).setLevel(level)
 
@@ -56,8 +56,8 @@ def prepare_deepspeed_on_cpu() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def prepare_lone_process() -> None:
-    """Makes a process that no launcher has started rank 0 of 1, which DeepSpeed would otherwise ask MPI about."""
+def prepare_single_process() -> None:
+    """Makes a process without a launcher rank 0 of 1; DeepSpeed would otherwise discover ranks through MPI."""
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:
@@ -68,7 +68,7 @@ def prepare_lone_process() -> None:
 
 
 def start(training: TrainingArguments) -> None:
-    """Brings the process group up; DeepSpeed's must exist before a ZeRO-3 model is loaded, or it is not partitioned."""
+    """Initialises DeepSpeed's process group, without which a ZeRO-3 model would be loaded unpartitioned."""
     if training.device.type == "cuda" and training.deepspeed:
         import deepspeed
 
@@ -76,19 +76,19 @@ def start(training: TrainingArguments) -> None:
     elif training.deepspeed:
         import deepspeed
 
-        prepare_lone_process()
+        prepare_single_process()
         deepspeed.init_distributed(dist_backend="gloo")
 
 
 def stop() -> None:
-    """Waits for all ranks and takes the process group down."""
+    """Waits for all ranks and destroys the process group."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def free_memory() -> None:
-    """Gives cached GPU memory back to the driver, for the process that verifies the result."""
+    """Releases cached GPU memory, for the process that verifies the result."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

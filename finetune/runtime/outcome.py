@@ -1,4 +1,4 @@
-"""How a run ends: exit codes, the machine-readable last line, signals, and the way out.
+"""Exit codes, the machine-readable ``result=`` line, and the exit of a process.
 
 A program imports this before torch: exit handlers run in reverse order, so that the one here runs last.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from finetune.runtime.processes import RUN_FOLDER, a_rank_has_died, end_children, end_with_launcher
+from finetune.runtime.processes import RUN_FOLDER, any_rank_died, end_children, end_with_launcher
 from finetune.runtime.signals import SignalWatch
 from finetune.utils.errors import UserError
 
@@ -26,25 +26,25 @@ OK = 0
 FAILED = 1
 USER_ERROR = 2
 NOT_VERIFIED = 3
-# WorthlessError: nothing was trained, or what came out is of no use.
-WORTHLESS = 4
-# Training went on to its end, but a checkpoint or the result could not be written (disk full, read-only).
+# UnusableResultError: nothing was trained, or the result is unusable.
+UNUSABLE_RESULT = 4
+# Training finished, but a checkpoint or the result could not be written (disk full, read-only).
 NOT_SAVED = 5
-# Asked to stop by a signal, and saved: --resume_from_checkpoint auto goes on (75 is EX_TEMPFAIL: start it again).
+# Stopped by a signal, and saved: --resume_from_checkpoint auto continues (75 is EX_TEMPFAIL).
 STOPPED = 75
 INTERRUPTED = 130
 
 RESULT = "result.json"
 """The last line of rank 0, in the launcher's folder for the run."""
 
-# The exit status that ``leave`` was given.
+# The exit status that ``exit_process`` was given.
 _leaving: int | None = None
-# What is done before the process ends.
-_endings: list[Callable[[], object]] = []
+# Called before the process ends.
+_cleanups: list[Callable[[], object]] = []
 
 
 def plain_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with null where a number is not finite: NaN and Infinity are no JSON."""
+    """The same with null in place of numbers that are not finite: NaN and Infinity are not JSON."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
     }
@@ -69,7 +69,7 @@ def last_eval_loss(history: Iterable[Mapping[str, Any]]) -> float | None:
 
 
 def distinct_lines(path: Path) -> int:
-    """How many different lines a file has: every process of a run may note the same record. 0 without the file."""
+    """Number of distinct lines of a file, to which several processes may write the same record; 0 without the file."""
     return len(set(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else 0
 
 
@@ -85,16 +85,16 @@ def report(status: str, **fields: Any) -> None:
 
 
 def message_of(error: UserError) -> str:
-    """What the user reads; an error raised in a loader process carries that process' traceback in front of it."""
+    """The message of an error, without the traceback that a dataloader worker puts in front of it."""
     message = str(error)
     return message.rpartition("Error: ")[2] if message.startswith("Caught ") else message
 
 
-def leave(status: int) -> NoReturn:
-    """Ends the process: threads are waited for and exit handlers run as always, but nothing behind them does.
+def exit_process(status: int) -> NoReturn:
+    """Ends the process after its threads and exit handlers, without destroying C++ objects.
 
-    torch 2.15.0 can abort while its C++ objects are destroyed after a distributed run; a launcher would then take work
-    that is done and saved for failed.
+    torch 2.15.0 can abort while its C++ objects are destroyed after a distributed run; a launcher would then report a
+    run that is complete and saved as failed.
     """
     global _leaving
     _leaving = status
@@ -112,7 +112,7 @@ def _leave() -> None:
 
 
 def install() -> None:
-    """From here on every end of this process has its message, its last line and its exit code."""
+    """Installs excepthook and signal handlers, so that every exit has its message, result line and exit code."""
     sys.excepthook = _excepthook
     end_with_launcher()
     watch.install()
@@ -126,9 +126,9 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Tracebac
     global _leaving
     if isinstance(error, KeyboardInterrupt):
         _interrupted("interrupted")
-    if isinstance(error, RuntimeError) and a_rank_has_died():
-        # What a collective says then; the other process has said why.
-        end_now(FAILED, "ended, as another process of the run has died: see its message")
+    if isinstance(error, RuntimeError) and any_rank_died():
+        # The collective failed because of the other process, which has reported the cause.
+        exit_now(FAILED, "ended, as another process of the run has died: see its message")
     traceback.print_exception(kind, error, trace)
     report("error", exit_code=FAILED, message=f"{kind.__name__}: {error}")
     end_children()
@@ -136,16 +136,16 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 
 def _interrupted(message: str) -> NoReturn:
-    end_now(INTERRUPTED, message, "; --resume_from_checkpoint auto continues from the last checkpoint")
+    exit_now(INTERRUPTED, message, "; --resume_from_checkpoint auto continues from the last checkpoint")
 
 
-def end_now(status: int, message: str, advice: str = "") -> NoReturn:
-    """Ends the process without waiting for anything: loader processes, collectives that wait for dead ranks.
+def exit_now(status: int, message: str, advice: str = "") -> NoReturn:
+    """Ends the process without waiting for dataloader workers or for collectives with dead ranks.
 
     Args:
         status: exit status.
-        message: for the last line and, with ``advice`` behind it, the screen.
-        advice: what to do.
+        message: for the result line and, followed by ``advice``, for stderr.
+        advice: the remedy.
     """
     if _is_main_process():
         sys.stderr.write(f"{message}{advice}\n")
@@ -155,35 +155,35 @@ def end_now(status: int, message: str, advice: str = "") -> NoReturn:
 
 
 def print_error(error: UserError) -> str:
-    """Prints what the user reads, once for all ranks of the machine that say the same; returns it."""
+    """Prints the message of an error, once for all ranks of the machine that have the same; returns it."""
     message = message_of(error)
-    if _first_to_say(message):
+    if _is_first(message):
         title = "" if error.exit_code == STOPPED else "error: "
         sys.stderr.write(f"{title}{message}\n")
     return message
 
 
-def _first_to_say(message: str) -> bool:
+def _is_first(message: str) -> bool:
     if (folder := os.environ.get(RUN_FOLDER)) is None:
         return True
-    said = Path(folder) / f"said-{hashlib.sha256(message.encode(errors='replace')).hexdigest()[:16]}"
+    marker = Path(folder) / f"said-{hashlib.sha256(message.encode(errors='replace')).hexdigest()[:16]}"
     try:
-        said.touch(exist_ok=False)
+        marker.touch(exist_ok=False)
     except FileExistsError:
         return False
     return True
 
 
-def at_end(clear: Callable[[], object]) -> None:
-    """Has something done when this process ends, however it does, SIGKILL and crashes of C code aside."""
-    _endings.append(clear)
+def register_cleanup(cleanup: Callable[[], object]) -> None:
+    """Registers a function to be called when this process ends, except by SIGKILL or a crash in C code."""
+    _cleanups.append(cleanup)
 
 
 def _end(status: int) -> NoReturn:
-    while _endings:
-        _endings.pop()()
+    while _cleanups:
+        _cleanups.pop()()
     os._exit(status)
 
 
 watch = SignalWatch(_interrupted)
-"""Of the signals of this process; ``install`` lets it begin."""
+"""Handles the signals of this process, from ``install`` on."""

@@ -1,4 +1,4 @@
-"""Signals: a process that trains finishes its step and saves; any other ends at once, whatever it waits for."""
+"""Signal handling: SIGTERM, SIGUSR1 and SIGHUP save and stop a training process, and end any other at once."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import threading
 import time
 from collections.abc import Callable
 
-# What schedulers and people send to end a job: kill, SLURM's --signal=USR1, a terminal that is closed.
+# Sent to end a job: kill, SLURM's --signal=USR1, a closed terminal.
 _REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-# Seconds that Ctrl-C has to reach Python code; a main thread that waits inside a collective never gets there.
-_PATIENCE = 5.0
-# And that a process has which does not even let its other threads run.
+# Seconds that Ctrl-C has to raise KeyboardInterrupt; a main thread inside a collective never returns to Python.
+_INTERRUPT_SECONDS = 5.0
+# More seconds until SIGALRM ends a process whose other threads do not run either.
 _LAST_RESORT = 10
 
 
 class SignalWatch:
-    """Takes the signals of this process, in a thread that works while the main thread waits inside C code.
+    """Handles the signals of this process in a thread, which runs while the main thread waits inside C code.
 
-    A Python handler runs only once the main thread is back in Python; torchrun would wait 30 seconds for that.
+    A Python signal handler runs only once the main thread is back in Python; torchrun waits 30 seconds for that.
 
     Args:
         end: ends the process at once, with a message.
@@ -37,41 +37,41 @@ class SignalWatch:
 
     @property
     def request(self) -> str | None:
-        """Name of the signal that asked this process to save and stop, None while there was none."""
+        """Name of the signal that requested a save and stop; None before."""
         return self._request
 
     def can_save(self, seconds: float, failed: Callable[[], bool]) -> None:
-        """From here on a request lets the process finish its step and save, and ends it when that takes too long.
+        """From here on a signal requests a save and stop, and ends the process when that takes too long.
 
         Args:
-            seconds: that this may take.
-            failed: whether another process of the run has died: then there is nothing to wait for.
+            seconds: time limit for finishing the step and saving.
+            failed: whether another process of the run has died; then the process ends at once.
         """
         self._failed = failed
         self._grace = seconds
 
     def cannot_save(self) -> None:
-        """From here on a request ends the process at once, as it did before ``can_save``."""
+        """From here on a signal ends the process at once, as before ``can_save``."""
         self._grace = None
 
     def saved(self) -> None:
-        """Everything is saved: the process is about to end and passes over further requests."""
+        """Everything is saved and the process is about to end: further signals are ignored."""
         self._leaving, self._deadline = True, None
         signal.alarm(_LAST_RESORT)
 
     def install(self) -> None:
-        """Takes the signals over. One that is ignored (nohup) stays so."""
+        """Installs the handlers. An ignored signal (nohup) stays ignored."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
 
         def note(number: int, frame: object) -> None:
-            """Loader processes, made by fork, pass over it: they end with their rank."""
+            """Does nothing; also in forked dataloader workers, which end with their rank."""
 
         for request in _REQUESTS:
             if signal.getsignal(request) != signal.SIG_IGN:
                 signal.signal(request, note)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        # What a loader process, made by fork, is sent is not for this one.
+        # Signals sent to a forked dataloader worker are not for this process.
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         threading.Thread(target=self._run, args=(reader,), daemon=True, name="signals").start()
 
@@ -82,7 +82,7 @@ class SignalWatch:
                 self._end(self._late)
             for number in os.read(reader, 64):
                 if number == signal.SIGINT:
-                    self._wait(_PATIENCE, "interrupted")
+                    self._wait(_INTERRUPT_SECONDS, "interrupted")
                 elif number in _REQUESTS:
                     self._asked(signal.Signals(number).name)
 
@@ -92,7 +92,7 @@ class SignalWatch:
         if self._failed():
             self._end("ended, as another process of the run has died")
         if self._request is not None:
-            return  # schedulers send a signal to the launcher, which passes it on, and to every process besides
+            return  # schedulers signal the launcher, which forwards it, and every process as well
         if self._grace is None:
             self._end(f"ended by {name}")
         else:

@@ -1,1 +1,1 @@
-"""What trains: LoRA and frozen parts, callbacks that watch a run, throughput."""
+"""LoRA and freezing, optimizer groups, callbacks that stop or watch a run, throughput and FLOPs."""

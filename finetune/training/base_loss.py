@@ -1,4 +1,4 @@
-"""The loss of the base model at step 0, which says whether its weights are those of its configuration."""
+"""Check of the loss at step 0: near chance, the weights of the base model are not the pretrained ones."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import nn
 from finetune.training.freezing import counted, numel
 from finetune.utils.errors import UserError
 
-# A pretrained checkpoint predicts far better than chance; near ln(vocabulary) its weights are not what they should be.
+# A pretrained checkpoint predicts far better than chance: a loss near ln(vocabulary) means wrong weights.
 CHANCE = 0.85
-# No published checkpoint is smaller; below, random weights are expected (demo, tests).
+# Parameters. Every published checkpoint is larger; smaller ones have random weights on purpose (demo, tests).
 SMALLEST_PRETRAINED = 100_000_000
 
 
@@ -36,5 +36,5 @@ def check_base_loss(loss: float, vocab_size: int, model: nn.Module, name: str) -
         raise BaseLossError(
             f"the base loss {loss:.2f} is near ln(vocabulary) = {chance:.2f}: {name} predicts no better than chance. "
             "Its weights are probably not those of its config.json (a truncated download, a folder of random weights), "
-            "or its tokenizer is another one's. Pass --check_base_loss off if the weights are meant to be random"
+            "or its tokenizer belongs to another model. Pass --check_base_loss off if random weights are intended"
         )

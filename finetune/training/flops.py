@@ -1,15 +1,16 @@
-"""Floating point operations of a training step, from the sizes of its micro-batches alone: nothing is measured.
+"""FLOPs of a training step, computed from the sizes of its micro-batches.
 
-The cost model. A matrix of m x n that k vectors go through costs 2 m n k forward; as much again backward for its input
-if a gradient passes through, and as much again for its weights if they train. Attention costs 4 x width per pair of a
-query and a key that it sees (two products), and twice that backward if a gradient passes through. So what trains costs
-three times its forward pass, a frozen LLM with adapters about twice, a frozen tower in front once. In causal attention
-a segment of L tokens has L^2 / 2 pairs. The gated delta rule of linear attention counts as its recurrence does: 6
-operations per number of its state and token. Of a mixture only the experts that a token is sent to count, the shared
-one and the router; adapters on experts likewise, though peft adds theirs to the weights of all, once per micro-batch.
+The cost model. A matrix of m x n applied to k vectors costs 2 m n k in the forward pass, as much in the backward pass
+for the gradient of its input, if one is needed, and as much for the gradient of its weights, if they train. Attention
+costs 4 x width per query-key pair (two products), and twice that in the backward pass if a gradient passes through. So
+a trained part costs three times its forward pass, a frozen LLM with adapters about twice, a frozen tower in front once.
+In causal attention a segment of L tokens has L^2 / 2 pairs. The gated delta rule of linear attention is counted as its
+recurrence: 6 operations per element of its state and token. In a mixture of experts only the experts that a token is
+routed to, the shared expert and the router count; adapters on experts likewise, though peft adds theirs to the weights
+of all experts, once per micro-batch.
 
-Counted is what the result needs: no padding, no layers run again (activation checkpointing), no logits where there is
-no label, none of the pictures that stand in for missing ones; norms, activations and the optimizer are left out too.
+These are the FLOPs of the model (as in MFU), without padding, recomputation (gradient checkpointing), logits of tokens
+without a label, dummy images, norms, activations and the optimizer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import nn
 
 from finetune.families.family import Family
-from finetune.models.adapters import network_of
+from finetune.models.adapters import base_model_of
 from finetune.models.experts import Experts, Router, expert_matrices, routed_shares
 from finetune.models.minicpmv4_6 import NativeModelMixin
 from finetune.models.resampler import CrossAttention, Resampler
@@ -42,11 +43,11 @@ COUNTS: tuple[str, ...] = (
     "steps",
     "step_pairs",
 )
-"""What is counted of a micro-batch.
+"""The counts of a micro-batch that its FLOPs depend on.
 
-Samples; tokens of the LLM and the sum of the squares of its segments' lengths; tokens with a label; 1 if there are
-visual items; patches, and the sum of the squares of the items' patches; groups of visual items, each with its queries;
-steps of the audio tower and the pairs that see each other.
+samples; tokens of the LLM; pairs, the sum of the squared segment lengths; labelled tokens; looks, 1 if there are visual
+items; patches; patch_pairs, the sum of the squared patch counts per item; groups of visual items, each with its
+queries; steps of the audio tower; step_pairs, the pairs of steps that attend to each other.
 """
 
 Count = int | torch.Tensor
@@ -54,12 +55,12 @@ Count = int | torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """What one of each of COUNTS costs.
+    """FLOPs per unit of each of COUNTS.
 
     Attributes:
-        forward: operations of the forward pass per unit.
-        backward: those of the backward pass.
-        chunk: steps of sound that see each other and all before them.
+        forward: FLOPs of the forward pass per unit.
+        backward: FLOPs of the backward pass per unit.
+        chunk: attention chunk of the audio tower, in steps: a step attends to its chunk and all before.
     """
 
     forward: Mapping[str, float]
@@ -67,11 +68,11 @@ class Flops:
     chunk: int = 0
 
     def of(self, counts: Mapping[str, float]) -> float:
-        """Operations of forward and backward pass together."""
+        """FLOPs of forward and backward pass together."""
         return sum((self.forward.get(name, 0) + self.backward.get(name, 0)) * counts[name] for name in counts)
 
     def counts(self, inputs: Mapping[str, Any]) -> dict[str, Count]:
-        """COUNTS of a micro-batch, as the network gets it; a tensor where the batch is on a device already.
+        """COUNTS of a micro-batch; tensors where the batch is on a device already.
 
         Args:
             inputs: padded, with attention_mask (B, T), or packed, with cu_seq_lens_q (s + 1,); "sources" is one name
@@ -95,14 +96,14 @@ class Flops:
             "patch_pairs": 0 if patches is None else _sum(patches.square()),
             "groups": 0 if groups is None else len(groups),
         }
-        return found | self._heard(inputs.get("audio_lengths"))
+        return found | self._audio_counts(inputs.get("audio_lengths"))
 
-    def _heard(self, frames: torch.Tensor | None) -> dict[str, Count]:
+    def _audio_counts(self, frames: torch.Tensor | None) -> dict[str, Count]:
         if frames is None:
             return {"steps": 0, "step_pairs": 0}
         steps = (frames.long() + 1) // 2
-        whole = steps // self.chunk if self.chunk else torch.zeros_like(steps)
-        pairs = self.chunk**2 * whole * (whole + 1) // 2 + (steps - whole * self.chunk) * steps
+        full = steps // self.chunk if self.chunk else torch.zeros_like(steps)
+        pairs = self.chunk**2 * full * (full + 1) // 2 + (steps - full * self.chunk) * steps
         return {"steps": _sum(steps), "step_pairs": _sum(pairs)}
 
 
@@ -115,16 +116,16 @@ def _sum(values: torch.Tensor) -> Count:
 
 
 def flops_of(model: Any, family: Family) -> Flops:
-    """What a unit of each count costs the model as it is trained now, adapters and frozen parts included."""
-    network = network_of(model)
-    rules, routed, chunk = _rules(network), routed_shares(network), 0
+    """FLOPs per unit of each count, with the current adapters and frozen parts."""
+    base_model = base_model_of(model)
+    rules, routed, chunk = _rules(base_model), routed_shares(base_model), 0
     forward, backward = dict.fromkeys(COUNTS, 0.0), dict.fromkeys(COUNTS, 0.0)
     passes: dict[str, bool] = {}
     for part in ("vision", "resampler", "audio", "llm"):
-        # Whether a gradient is wanted at the entrance of the part: does something in front of it train?
+        # Whether the gradient of the part's input is needed: does something in front of it train?
         passing = passes.get("vision", False) if part == "resampler" else part == "llm" and any(passes.values())
         for root in family.parts.get(part, ()):
-            for name, module in _inside(network.get_submodule(root), root):
+            for name, module in _inside(base_model.get_submodule(root), root):
                 for count, cost, weight in _costs(name, module, rules, routed):
                     forward[count] += cost
                     if weight is None:
@@ -134,20 +135,20 @@ def flops_of(model: Any, family: Family) -> Flops:
                 passing |= any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         passes[part] = passing
     if "audio" in family.parts:
-        chunk = network.apm.chunk
+        chunk = base_model.apm.chunk
     return Flops(forward, backward, chunk)
 
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """What goes through the matrices of some modules, and what their attention sees.
+    """How often the matrices of some modules are applied, and how many pairs their attention has.
 
     Attributes:
-        where: regular expression on the names of the modules, matched from the start.
-        count: of which there is ``share`` per vector.
+        where: regular expression for the module names, matched from the start.
+        count: the count that the number of vectors is proportional to.
         share: vectors per unit of ``count``.
-        attention: the module is the last of an attention, whose pairs are ``attended`` per unit of this count.
-        attended: see ``attention``.
+        attention: for the output projection of an attention: the count that its pairs are proportional to.
+        attended: pairs per unit of ``attention``.
     """
 
     where: str
@@ -157,12 +158,12 @@ class _Rule:
     attended: float = 1.0
 
 
-def _rules(network: Any) -> tuple[_Rule, ...]:
-    return _whole_rules(network) if isinstance(network, NativeModelMixin) else _own_rules(network)
+def _rules(base_model: Any) -> tuple[_Rule, ...]:
+    return _native_rules(base_model) if isinstance(base_model, NativeModelMixin) else _own_rules(base_model)
 
 
-def _own_rules(network: Any) -> tuple[_Rule, ...]:
-    queries = network.query_num
+def _own_rules(base_model: Any) -> tuple[_Rule, ...]:
+    queries = base_model.query_num
     return (
         _Rule(r"llm\.lm_head", "labelled"),
         _Rule(r"llm\..*\.self_attn\.o_proj$", "tokens", 1, "pairs", 0.5),
@@ -179,9 +180,9 @@ def _own_rules(network: Any) -> tuple[_Rule, ...]:
     )
 
 
-def _whole_rules(network: Any) -> tuple[_Rule, ...]:
-    """Of 4.6 and later, whose tower merges patches by windows behind one of its layers ("16x") or not at all ("4x")."""
-    config = network.config
+def _native_rules(base_model: Any) -> tuple[_Rule, ...]:
+    """Rules of 4.6 and later, whose tower merges patches by windows after one of its layers ("16x") or not ("4x")."""
+    config = base_model.config
     vision, text = config.vision_config, config.text_config
     merging = config.downsample_mode != "4x"
     window = math.prod(vision.window_kernel_size) if merging else 1
@@ -192,9 +193,9 @@ def _whole_rules(network: Any) -> tuple[_Rule, ...]:
         _Rule(rf"model\.merger\.mlp\.{index}\.", "patches", (1 / window / kernel ** (index + 1)))
         for index in range(config.merger_times)
     ]
-    left_out = () if merging else (_Rule(tower + "vit_merger", "patches", 0),)
+    unused = () if merging else (_Rule(tower + "vit_merger", "patches", 0),)
     return (
-        *left_out,
+        *unused,
         _Rule("lm_head", "labelled"),
         _Rule(r"model\.language_model\..*\.self_attn\.o_proj$", "tokens", 1, "pairs", 0.5),
         _Rule(
@@ -214,7 +215,7 @@ def _whole_rules(network: Any) -> tuple[_Rule, ...]:
 
 
 def _inside(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """A module and all below it in their order, the inner ones first, without the originals that peft keeps."""
+    """A module and its submodules, inner ones first, without the original modules that peft keeps."""
     for child, below in module.named_children():
         if child != "original_module":
             yield from _inside(below, f"{name}.{child}")
@@ -224,7 +225,7 @@ def _inside(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 def _costs(
     name: str, module: nn.Module, rules: tuple[_Rule, ...], routed: Mapping[int, Fraction]
 ) -> Iterator[tuple[str, float, torch.Tensor | None]]:
-    """What a module costs forward: count, operations per unit, and the weights; None for attention, which has none."""
+    """Forward costs of a module: count, FLOPs per unit, and the weight; None for attention, which has no weight."""
     for weight, size in _matrices(module):
         rule = next(rule for rule in rules if re.match(rule.where, name))
         yield rule.count, 2 * size * rule.share * float(routed.get(id(weight), 1)), weight
@@ -235,7 +236,7 @@ def _costs(
 
 
 def _matrices(module: nn.Module) -> list[tuple[torch.Tensor, int]]:
-    """The weights of a module and the sizes of their matrices, which neither ZeRO-3 nor 4 bit tell."""
+    """The weights of a module and the sizes of their matrices, which sharded (ZeRO-3) or 4 bit tensors do not have."""
     if isinstance(module, nn.Linear):
         return [(module.weight, module.in_features * module.out_features)]
     if isinstance(module, nn.Conv1d | nn.Conv2d):

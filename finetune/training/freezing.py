@@ -1,6 +1,6 @@
-"""What trains: full or LoRA, per part. All freezing happens here, after loading, in one place.
+"""Freezing and LoRA per part of the model, the table of trainable parameters, fp32 master weights.
 
-``from_pretrained`` makes every parameter trainable again, so nothing set before it counts.
+``from_pretrained`` makes every parameter trainable, so freezing has to follow it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from finetune.utils.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
 
-# Part of a network -> the modules it consists of (Family.parts).
+# Part of the model -> the modules it consists of (Family.parts).
 Parts = Mapping[str, tuple[str, ...]]
-# Those whose kernels do not bring input and weights to one type by themselves.
+# Layers whose kernels do not cast input and weights to one type under autocast.
 _NORMS = (nn.LayerNorm, nn.GroupNorm)
 
 
 def part_of(name: str, parts: Parts) -> str:
-    """The part a parameter name belongs to, with or without peft's prefixes.
+    """The part a parameter belongs to, by its name with or without peft's prefixes.
 
     Raises:
-        ValueError: the name lies in none of the modules.
+        ValueError: the name belongs to none of the parts.
     """
     inside = name.removeprefix("module.").removeprefix("base_model.model.")
     for part, modules in parts.items():
@@ -47,43 +47,43 @@ def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: L
     """Freezes what is not trained and, with LoRA, wraps the model with adapters.
 
     Trainable 16-bit weights, and those of norms, become fp32 (they run under autocast), unless DeepSpeed keeps fp32
-    masters itself.
+    master weights itself.
 
     Raises:
-        ArgumentError: a part that the network does not have, or LoRA targets that match none of its modules.
+        ArgumentError: a part that the model does not have, or LoRA targets that match none of its modules.
     """
-    _save_memory(model, family, training)
+    _set_memory_saving(model, family, training)
     _warn_of_router_losses(model, family)
     model.requires_grad_(False)
-    # Loading draws random numbers, another count of them under ZeRO-3; adapters must start the same in every mode.
+    # Loading draws random numbers, with ZeRO-3 a different count; adapters must be initialised alike in every mode.
     set_seed(training.seed)
     full = full_parts(training)
-    if foreign := [part for part in full if part not in family.parts]:
-        raise ArgumentError(f"--tune_{foreign[0]} true: {family.title} has no {foreign[0]} part")
+    if unknown := [part for part in full if part not in family.parts]:
+        raise ArgumentError(f"--tune_{unknown[0]} true: {family.title} has no {unknown[0]} part")
     modules = [module for part in full for module in family.parts[part]]
-    masters = bool(training.deepspeed and (training.bf16 or training.fp16))
+    deepspeed_master_weights = bool(training.deepspeed and (training.bf16 or training.fp16))
     if training.use_lora:
-        model = add_lora(model, family, modules, lora, training.lora_parts, in_fp32=not masters)
+        model = add_lora(model, family, modules, lora, training.lora_parts, in_fp32=not deepspeed_master_weights)
     else:
         for module in modules:
             model.get_submodule(module).requires_grad_(True)
         if training.tune_llm_layers is not None:
-            _leave_layers(model, family, training.tune_llm_layers)
-        # Not with LoRA: there peft trains a saved module whole, and so do the published counts (Trainable 733677856).
+            _freeze_other_layers(model, family, training.tune_llm_layers)
+        # Not with LoRA: peft trains all of a saved module, as in the published counts (Trainable 733677856).
         for name, parameter in model.named_parameters():
             if name in family.fixed_parameters:
                 parameter.requires_grad_(False)
-    if not masters:
-        _make_masters(model)
+    if not deepspeed_master_weights:
+        _cast_to_fp32(model)
     return model
 
 
-def _make_masters(model: nn.Module) -> None:
-    """Turns 16-bit weights that train into fp32, and those of norms, trained or not.
+def _cast_to_fp32(model: nn.Module) -> None:
+    """Casts trained 16-bit weights, and the weights of all norms, to fp32.
 
-    Under autocast a frozen part between trained ones gets fp32 from the one before it, or a norm has one weight that
-    trains and one that does not. Matrix products are brought to one type then; norms are not on a CPU, whose kernels
-    take any input beside fp32 weights and no fp32 input beside others.
+    Norms too, because a frozen norm may get fp32 input from a trained part before it, or have one trained and one
+    frozen weight. Autocast casts the inputs of matrix products but not of norms, whose CPU kernels take fp32 input with
+    fp32 weights only.
     """
     norms = {id(weight) for module in model.modules() if isinstance(module, _NORMS) for weight in module.parameters()}
     for parameter in model.parameters():
@@ -100,14 +100,14 @@ def _warn_of_router_losses(model: Any, family: Family) -> None:
         )
 
 
-def _save_memory(model: Any, family: Family, training: TrainingArguments) -> None:
-    """Tells the network which layers may be run again, and how many visual items it may encode at once.
+def _set_memory_saving(model: Any, family: Family, training: TrainingArguments) -> None:
+    """Sets the parts with gradient checkpointing, and how many visual items the model encodes at once.
 
     Raises:
-        ArgumentError: a part that the network does not have, or a number below 1.
+        ArgumentError: a part that the model does not have, or a number below 1.
     """
-    if foreign := [part for part in training.checkpoint_parts or () if part not in family.parts]:
-        raise ArgumentError(f"--checkpoint_parts {foreign[0]}: {family.title} has no {foreign[0]} part")
+    if unknown := [part for part in training.checkpoint_parts or () if part not in family.parts]:
+        raise ArgumentError(f"--checkpoint_parts {unknown[0]}: {family.title} has no {unknown[0]} part")
     if training.vision_batch is not None and training.vision_batch < 1:
         raise ArgumentError(f"--vision_batch {training.vision_batch}: at least 1 visual item is needed")
     if training.checkpoint_parts and not training.gradient_checkpointing:
@@ -115,11 +115,11 @@ def _save_memory(model: Any, family: Family, training: TrainingArguments) -> Non
     model.checkpoint_parts, model.vision_batch = training.checkpoint_parts, training.vision_batch
 
 
-def _leave_layers(model: nn.Module, family: Family, count: int) -> None:
-    """Of the LLM only the last ``count`` layers (a negative count: the first) go on requiring gradients.
+def _freeze_other_layers(model: nn.Module, family: Family, count: int) -> None:
+    """Freezes the LLM but for its last ``count`` layers (a negative count: its first).
 
     Raises:
-        ArgumentError: it does not have so many.
+        ArgumentError: the LLM has fewer layers.
     """
     inside = tuple(f"{module}." for module in family.parts["llm"])
     named = model.named_modules()
@@ -146,14 +146,14 @@ def full_parts(training: TrainingArguments) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class PartRow:
-    """One line of the table of what trains.
+    """One row of the table of trainable parameters.
 
     Attributes:
         part: "vision", "resampler", "llm" or "audio".
         mode: "frozen", "full", "LoRA r=..." or a mix such as "LoRA r=64 + embed_tokens".
         total: parameters, copies of saved modules counted once.
-        active: those of them that a token goes through; fewer in a mixture of experts.
-        trainable: those that train.
+        active: parameters used per token; fewer than ``total`` in a mixture of experts.
+        trainable: parameters that train.
         learning_rate: of the part; None when frozen.
     """
 
@@ -166,27 +166,27 @@ class PartRow:
 
 
 def numel(parameter: nn.Parameter) -> int:
-    """Number of elements, also of a parameter that ZeRO-3 has partitioned (its local size is 0) or packed to 4 bit."""
+    """Number of elements, also of a parameter partitioned by ZeRO-3 (its local size is 0) or quantised to 4 bit."""
     packed = 2 if getattr(parameter, "quant_state", None) is not None else 1
     return getattr(parameter, "ds_numel", parameter.numel()) * packed
 
 
 def counted(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters, leaving out the frozen originals that peft keeps beside the trained copies."""
+    """The parameters without the frozen originals that peft keeps beside the trained copies."""
     for name, parameter in model.named_parameters():
         if ".original_module." not in name:
             yield name, parameter
 
 
 def part_rows(model: nn.Module, parts: Parts, learning_rates: Mapping[str, float]) -> list[PartRow]:
-    """What trains, part by part, read off the model itself (not off the flags)."""
+    """The table of trainable parameters per part, from ``requires_grad`` of the model and not from the flags."""
     rows, routed = [], routed_shares(model)
     for part in parts:
         parameters = [(name, p) for name, p in counted(model) if part_of(name, parts) == part]
         trained = [(name, p) for name, p in parameters if p.requires_grad]
         mode = _mode(model, [name for name, _ in trained])
         if mode.startswith("LoRA") and any(id(p) in routed for _, p in parameters):
-            # Fused experts are no linear layers: LoRA does not reach them by itself.
+            # Fused experts are parameters, not linear layers: default LoRA targets do not include them.
             mode += " + experts" if any(id(p) in routed for _, p in trained) else ", experts frozen"
         rate = learning_rates[part] if trained else None
         active = sum(int(numel(p) * routed.get(id(p), 1)) for _, p in parameters)
@@ -195,7 +195,7 @@ def part_rows(model: nn.Module, parts: Parts, learning_rates: Mapping[str, float
 
 
 def describe_parameters(model: nn.Module) -> str:
-    """Every parameter with its shape, type and whether it is trained, one on each line."""
+    """Every parameter with its shape, dtype and whether it is trained, one per line."""
     return "\n".join(
         f"{name}: {tuple(parameter.shape)}, {str(parameter.dtype).removeprefix('torch.')}, "
         f"{'trained' if parameter.requires_grad else 'frozen'}"
@@ -220,7 +220,7 @@ def _mode(model: nn.Module, trained: list[str]) -> str:
 
 
 def format_table(rows: list[PartRow]) -> str:
-    """The table as text, with a total line; of mixtures also how many parameters a token goes through."""
+    """The table as text, with a total line; for mixtures of experts with a column of active parameters."""
     total, active, trainable = (sum(getattr(row, name) for row in rows) for name in ("total", "active", "trainable"))
     mixture = active != total
 
@@ -234,4 +234,4 @@ def format_table(rows: list[PartRow]) -> str:
         lines.append(line(row.part, row.mode, (f"{row.total:,}", f"{row.active:,}", f"{row.trainable:,}"), rate))
     share = f"{100 * trainable / max(total, 1):.2f} % trained"
     lines.append(line("all", share, (f"{total:,}", f"{active:,}", f"{trainable:,}"), ""))
-    return "\n".join(lines) + ("\nactive: what a token goes through, experts that it is not sent to left out" * mixture)
+    return "\n".join(lines) + ("\nactive: parameters used per token, without the experts it is not routed to" * mixture)

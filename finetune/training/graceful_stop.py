@@ -1,4 +1,4 @@
-"""The end of a training before its last step: asked for by a signal, or because nothing moves any more."""
+"""Stops a training before its last step: save and stop on a signal, or end a hanging run with stack traces."""
 
 from __future__ import annotations
 
@@ -17,74 +17,74 @@ from transformers import IntervalStrategy, TrainerCallback, TrainerControl, Trai
 
 from finetune.media import worker_process
 from finetune.runtime import outcome
-from finetune.runtime.processes import a_rank_has_died
+from finetune.runtime.processes import any_rank_died
 from finetune.utils.errors import NotSavedError, UserError
 
 logger = logging.getLogger(__name__)
 
 STACKS = "hang"
-"""Folder in OUTPUT_DIR with the stacks of every rank of a run that stood still."""
+"""Folder in OUTPUT_DIR with the stack traces of every rank of a hanging run."""
 
-# Seconds between two looks at the clock, those that the other ranks get to write theirs, and those after which a
-# process ends that does not even let the thread run.
-_LOOK_EVERY = 1.0
+# Seconds between checks; that the other ranks have to write their stacks; until faulthandler ends a process whose
+# threads do not run.
+_POLL_SECONDS = 1.0
 _GATHER = 5.0
 _LAST_RESORT = 15.0
 
 
 class StoppedError(UserError):
-    """The training was asked to stop, and has saved its state."""
+    """The training was stopped by a signal, and has saved its state."""
 
     exit_code = outcome.STOPPED
 
 
 class StopCallback(TrainerCallback):
-    """Saves and ends the training at the end of a step at which any rank was asked to stop.
+    """Saves and ends the training after the step in which any rank got a signal.
 
-    The ranks agree by the sum that the alarms make at every step: a rank whose peers have died waits for it in vain and
-    never saves.
+    The ranks share the request through the reduction that the watchdog makes in every step; a rank whose peers have
+    died cannot finish it, and does not save.
 
     Args:
-        seconds: that finishing the step and saving may take.
-        asked: whether a rank was asked to stop, the same on all ranks.
+        seconds: time limit for finishing the step and saving.
+        requested: whether any rank got a signal; the same on all ranks.
     """
 
-    def __init__(self, seconds: float, asked: Callable[[], bool]) -> None:
+    def __init__(self, seconds: float, requested: Callable[[], bool]) -> None:
         self._seconds = seconds
-        self._asked = asked
-        self._on_start = False
+        self._requested = requested
+        self._eval_on_start = False
 
     def __enter__(self) -> StopCallback:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """From here on the last checkpoint is all there is."""
+        """A signal ends the process at once from here on."""
         outcome.watch.cannot_save()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """From here on there is something to save; an evaluation that a stop left out is made up for."""
-        outcome.watch.can_save(self._seconds, a_rank_has_died)
-        self._on_start = args.eval_on_start
-        args.eval_on_start = self._on_start or _evaluation_left_out(args, state)
+        """A signal saves and stops from here on; evaluates first if the stop skipped a due evaluation."""
+        outcome.watch.can_save(self._seconds, any_rank_died)
+        self._eval_on_start = args.eval_on_start
+        args.eval_on_start = self._eval_on_start or _evaluation_skipped(args, state)
 
     def on_epoch_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
-        """The flag is as it was given."""
-        args.eval_on_start = self._on_start
+        """Restores the flag."""
+        args.eval_on_start = self._eval_on_start
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Lets the Trainer save after this step and go no further."""
-        if self._asked():
-            logger.info("asked to stop: saving after step %d", state.global_step)
+        """Has the Trainer save after this step and stop."""
+        if self._requested():
+            logger.info("stop requested: saving after step %d", state.global_step)
             control.should_evaluate, control.should_save, control.should_training_stop = False, True, True
             args.load_best_model_at_end = False
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """An epoch that was cut short is not evaluated, and what is saved is not saved again."""
-        if self._asked():
+        """Does not evaluate an incomplete epoch, and does not save again."""
+        if self._requested():
             control.should_evaluate = control.should_save = False
 
     def check(self, args: TrainingArguments, state: TrainerState, missing: str | None = None) -> None:
@@ -93,26 +93,26 @@ class StopCallback(TrainerCallback):
         Args:
             args: of the run.
             state: of the Trainer.
-            missing: why there is no checkpoint of the last step; None where there is.
+            missing: why there is no checkpoint of the last step; None if there is one.
 
         Raises:
-            StoppedError: it was asked for.
-            NotSavedError: it was asked for, and the state could not be saved.
+            StoppedError: a stop was requested.
+            NotSavedError: a stop was requested, and the state could not be saved.
         """
-        if not self._asked():
+        if not self._requested():
             return
         outcome.watch.saved()
         if missing is not None:
-            raise NotSavedError(f"stopped as asked at step {state.global_step} of {state.max_steps}, but {missing}")
+            raise NotSavedError(f"stopped by a signal at step {state.global_step} of {state.max_steps}, but {missing}")
         saved = f"step {state.global_step} of {state.max_steps} is saved in {args.output_dir}/checkpoint-"
-        how = "--resume_from_checkpoint auto goes on from there"
+        how = "--resume_from_checkpoint auto continues from there"
         if args.save_only_model:
-            how = "of its weights only (--save_only_model true): a new run can start from them, this one cannot go on"
-        raise StoppedError(f"stopped as asked: {saved}{state.global_step}; {how}")
+            how = "its weights only (--save_only_model true): a new run can start from them, this one cannot be resumed"
+        raise StoppedError(f"stopped by a signal: {saved}{state.global_step}; {how}")
 
 
-def _evaluation_left_out(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether the checkpoint that is gone on from was saved by a stop at a step after which to evaluate."""
+def _evaluation_skipped(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the resumed checkpoint was saved by a stop that skipped the evaluation due at its step."""
     if not state.global_step or state.global_step < args.eval_delay:
         return False
     if args.eval_strategy == IntervalStrategy.STEPS:
@@ -125,12 +125,12 @@ def _evaluation_left_out(args: TrainingArguments, state: TrainerState) -> bool:
 class HangWatch(TrainerCallback):
     """Ends a run in which no micro-batch, evaluation batch or save was finished for too long.
 
-    Every rank first writes the stacks of all its threads and of its loader processes, and the samples of the step, into
-    ``STACKS``. A thread sees to it; should it not run either, because C code holds the interpreter, the stacks are
-    written by ``faulthandler`` and the process ends all the same.
+    Every rank first writes the stacks of all its threads and of its dataloader workers, and the samples of the step,
+    into ``STACKS``. This is done by a thread; if it cannot run because C code holds the GIL, ``faulthandler`` writes
+    the stacks and ends the process.
 
     Args:
-        seconds: without any progress; 0 for no watch.
+        seconds: time without progress after which the run is ended; 0 never ends it.
         samples: names of the samples of the step so far.
     """
 
@@ -142,10 +142,10 @@ class HangWatch(TrainerCallback):
         self._folder = Path()
 
     def progress(self) -> None:
-        """Something was finished."""
+        """Notes that something was finished."""
         if self._last is not None:
             self._last = time.monotonic()
-            # Not sys.stderr, which may be something without a file.
+            # Not sys.stderr, which may have no file descriptor.
             faulthandler.dump_traceback_later(self._seconds + _LAST_RESORT, exit=True, file=sys.__stderr__ or 2)
 
     def on_train_begin(
@@ -196,12 +196,12 @@ class HangWatch(TrainerCallback):
     def _run(self) -> None:
         while (last := self._last) is not None:
             silent = time.monotonic() - last
-            # One rank that stands still makes all others wait; the first to notice calls them.
-            if silent > self._seconds or (silent > _LOOK_EVERY and self._called()):
+            # One hanging rank makes all others wait; the first to notice makes the folder that the others look for.
+            if silent > self._seconds or (silent > _POLL_SECONDS and self._other_rank_ends()):
                 self._end(silent)
-            time.sleep(_LOOK_EVERY)
+            time.sleep(_POLL_SECONDS)
 
-    def _called(self) -> bool:
+    def _other_rank_ends(self) -> bool:
         return (self._folder / f"step-{self._step}").is_dir()
 
     def _end(self, silent: float) -> None:
@@ -217,6 +217,6 @@ class HangWatch(TrainerCallback):
         time.sleep(_GATHER)
         message = (
             f"step {self._step}: nothing was finished for {silent:.0f} seconds (--hang_timeout {self._seconds:g}). "
-            f"What every rank was doing, and the samples of the step, are in {folder}"
+            f"The stack traces of every rank, and the samples of the step, are in {folder}"
         )
-        outcome.end_now(outcome.FAILED, message)
+        outcome.exit_now(outcome.FAILED, message)

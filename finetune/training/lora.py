@@ -1,4 +1,4 @@
-"""LoRA adapters: fresh ones from the flags, or a former one to go on from."""
+"""LoRA: new adapters from the flags, or continued training of a saved adapter."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from finetune.utils.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
 
-# Only the LLM's linear layers are worth quantising; the rest is small, trained in full, or reads packed weights. Of its
-# linear attention the two projections of the gates stay: a few rows, which a CPU cannot hold in 4 bit.
+# Only the LLM's linear layers are quantised; the rest is small, trained in full, or reads its weights directly. The
+# gate projections of linear attention have a few rows only, which a CPU cannot hold in 4 bit.
 _NOT_QUANTISED = ["vpm", "resampler", "lm_head", "apm", "audio_projection_layer", "tts"]
 _NOT_QUANTISED += ["model.vision_tower", "model.merger", "in_proj_a", "in_proj_b"]
 _ALL_LINEAR = ("all-linear", "all")
 # Names of modules, not a pattern: q_proj,v_proj
 _NAMES = re.compile(r"[A-Za-z_][\w.]*(\s*,\s*[A-Za-z_][\w.]*)*")
-# What decides the shape or the meaning of an adapter.
+# Settings that decide the shapes or the computation of an adapter.
 _DECISIVE = (
     "r",
     "lora_alpha",
@@ -66,16 +66,16 @@ def add_lora(
     """The model with adapters.
 
     Args:
-        model: the loaded network.
+        model: the loaded model.
         family: its generation; names the default targets.
         saved: modules trained in full and saved with the adapter.
-        lora: the lora_* flags; with ``lora_weight_path`` the adapter there is gone on from.
-        parts: the parts of the network that get adapters.
-        in_fp32: adapters on 16-bit weights are fp32; False where DeepSpeed keeps fp32 masters, as ZeRO-3 demands that
-            all trained weights have one type.
+        lora: the lora_* flags; with ``lora_weight_path`` the training of that adapter is continued.
+        parts: the parts of the model that get adapters.
+        in_fp32: adapters on 16-bit weights are fp32; False where DeepSpeed keeps fp32 master weights, as ZeRO-3
+            requires one dtype for all trained weights.
 
     Raises:
-        ArgumentError: targets or modules that the network does not have, or an adapter that does not fit the flags.
+        ArgumentError: targets or modules that the model does not have, or an adapter that does not match the flags.
     """
     config = lora_config(model, family, saved, lora, parts)
     if lora.lora_weight_path is not None:
@@ -83,14 +83,16 @@ def add_lora(
     names = [name for name, _ in model.named_modules()]
     for wanted in config.modules_to_save or []:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-            raise ArgumentError(f"--lora_modules_to_save {wanted}: the network has no module of that name")
+            raise ArgumentError(f"--lora_modules_to_save {wanted}: the model has no module of that name")
     try:
         base: Any = model
         adapted: Any = get_peft_model(base, config, autocast_adapter_dtype=in_fp32)
         return adapted
     except ValueError as error:
         if "layers attribute" in str(error):
-            raise ArgumentError(f"--lora_layer_replication: peft cannot do it in this network ({error})") from error
+            raise ArgumentError(
+                f"--lora_layer_replication: peft does not support it for this model ({error})"
+            ) from error
         if "target" not in str(error):
             raise
         layers, targets = lora.lora_layers_to_transform, lora.lora_target_modules or default_targets(family, parts)
@@ -106,10 +108,10 @@ def lora_config(
 ) -> LoraConfig:
     """The peft configuration of the flags.
 
-    task_type stays None: AutoPeftModel refuses any other (the network is loaded by AutoModel).
+    task_type stays None: AutoPeftModel refuses any other (the model is loaded by AutoModel).
 
     Raises:
-        ArgumentError: a flag that cannot be read.
+        ArgumentError: a flag that cannot be parsed.
     """
     extra = [name.strip() for name in (lora.lora_modules_to_save or "").split(",") if name.strip()]
     parameters = target_parameters(model, family, parts, lora)
@@ -122,8 +124,8 @@ def lora_config(
         targets = named_targets(model, family, parts, targets)
     pattern = None
     if lora.lora_layers_to_transform is not None:
-        # peft takes layer numbers only with a list of names, and a list of plain names would match the vision tower;
-        # whole names it does not filter by layer.
+        # peft takes layer numbers only with a list of names. Names such as q_proj would match the vision tower too, and
+        # full names are not filtered by layer.
         pattern = lora.lora_layers_pattern or "layers"
         names = (name for name, _ in model.named_modules() if re.fullmatch(targets, name))
         targets = [name for name in names if _in_layers(lora)(name)]
@@ -146,10 +148,10 @@ def lora_config(
 
 
 def target_parameters(model: nn.Module, family: Family, parts: Sequence[str], lora: LoraArguments) -> list[str] | None:
-    """Whole names of the experts' weights that get adapters, of some layers where the flags say so; None for none.
+    """Full names of the expert weights that get adapters, in the layers of the flags; None for none.
 
     Raises:
-        ArgumentError: a dense network, or a name that no weight of experts or routers in those parts ends in.
+        ArgumentError: a dense model, or a name that no weight of experts or routers in those parts ends with.
     """
     prefixes = tuple(f"{prefix}." for part in parts for prefix in family.parts.get(part, ()))
     known = [name for name in expert_names(model) if name.startswith(prefixes)]
@@ -175,7 +177,7 @@ def target_parameters(model: nn.Module, family: Family, parts: Sequence[str], lo
 
 
 def _ends(names: Sequence[str]) -> list[str]:
-    """What names of weights have in common in all layers."""
+    """The names of weights without their layers."""
     return sorted({re.sub(r".*\.\d+\.", "", name) for name in names})
 
 
@@ -201,7 +203,7 @@ def default_targets(family: Family, parts: Sequence[str]) -> str:
 
 
 def all_linear(model: nn.Module, family: Family, parts: Sequence[str]) -> str:
-    """Every linear layer of some parts but the output layer, as a regular expression in which layers have no number.
+    """Every linear layer of some parts but the output layer, as a regular expression for all layer numbers.
 
     Raises:
         ArgumentError: a part that the family does not have.
@@ -210,26 +212,28 @@ def all_linear(model: nn.Module, family: Family, parts: Sequence[str]) -> str:
 
 
 def named_targets(model: nn.Module, family: Family, parts: Sequence[str], given: str) -> str:
-    """The linear layers of some parts whose names end in one of some names, as a regular expression.
+    """The linear layers of some parts whose names end with one of some names, as a regular expression.
 
-    A name that is a whole module name is taken as it is.
+    A full module name is matched exactly.
 
     Raises:
         ArgumentError: a name that no linear layer of those parts has, or a part that the family does not have.
     """
     names = [name.strip() for name in given.split(",")]
-    whole = {name for name, _ in model.named_modules()}
+    full_names = {name for name, _ in model.named_modules()}
     inside = _linear(model, family, parts)
     patterns: dict[str, None] = {}
     for wanted in names:
-        found = [wanted] if wanted in whole else [name for name in inside if f".{name}".endswith(f".{wanted}")]
+        found = [wanted] if wanted in full_names else [name for name in inside if f".{name}".endswith(f".{wanted}")]
         if not found:
             known = sorted({name.rpartition(".")[2] for name in inside})
             raise ArgumentError(
                 f"--lora_target_modules {given}: no linear layer of {', '.join(parts)} is called {wanted}; there are "
                 f"{', '.join(known)}"
             )
-        patterns.update(dict.fromkeys(re.escape(wanted) if wanted in whole else _any_layer(name) for name in found))
+        patterns.update(
+            dict.fromkeys(re.escape(wanted) if wanted in full_names else _any_layer(name) for name in found)
+        )
     return "|".join(patterns)
 
 
@@ -246,7 +250,7 @@ def _linear(model: nn.Module, family: Family, parts: Sequence[str]) -> list[str]
 
 
 def _any_layer(name: str) -> str:
-    """A module name as a pattern that fits the same module of every layer."""
+    """A module name as a pattern that matches the same module of every layer."""
     return re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name))
 
 
@@ -257,7 +261,7 @@ def _replication(given: str | None) -> list[tuple[int, int]] | None:
         return [(int(start), int(end)) for start, end in json.loads(given)]
     except (json.JSONDecodeError, TypeError, ValueError) as error:
         raise ArgumentError(
-            f"--lora_layer_replication {given!r}: pairs of layer numbers are wanted, such as [[0, 16], [8, 24]]"
+            f"--lora_layer_replication {given!r}: it must be pairs of layer numbers, such as [[0, 16], [8, 24]]"
         ) from error
 
 
@@ -278,7 +282,7 @@ def _continue(model: nn.Module, wanted: LoraConfig, folder: Path, in_fp32: bool)
     for name in _DECISIVE:
         here, there = getattr(wanted, name), getattr(found, name)
         if name != "modules_to_save" and _comparable(here) != _comparable(there):
-            logger.warning("--lora_weight_path %s: its %s %s counts, not %s of the flags", folder, name, there, here)
+            logger.warning("--lora_weight_path %s: its %s %s is used, not %s of the flags", folder, name, there, here)
     base: Any = model
     with peft_errors(folder):
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True, autocast_adapter_dtype=in_fp32)

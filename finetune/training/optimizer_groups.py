@@ -1,4 +1,4 @@
-"""Parameter groups of the optimizer: one learning rate per part of the model."""
+"""Optimizer parameter groups: a learning rate per part of the model."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import nn
 
 
 def split_groups(optimizer: torch.optim.Optimizer, rate_of: Mapping[int, float]) -> None:
-    """Splits the groups of an optimizer by learning rate, and joins those that are treated alike.
+    """Splits the parameter groups of an optimizer by learning rate, and merges groups with equal options.
 
-    DeepSpeed's work and messages of a step grow with the number of groups.
+    The fewer groups the better: DeepSpeed's work and communication per step grow with their number.
 
     Args:
         optimizer: as the Trainer makes it, with one group per weight decay.
         rate_of: learning rate by the ``id`` of the parameter.
     """
-    alike: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
+    merged: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
     for group in optimizer.param_groups:
         options = {name: value for name, value in group.items() if name != "params"}
         for parameter in group["params"]:
             wanted = {**options, "lr": rate_of[id(parameter)]}
-            parameters = next((found for given, found in alike if given == wanted), None)
+            parameters = next((found for given, found in merged if given == wanted), None)
             if parameters is None:
-                alike.append((wanted, parameters := []))
+                merged.append((wanted, parameters := []))
             parameters.append(parameter)
     optimizer.param_groups.clear()
-    for options, parameters in alike:
+    for options, parameters in merged:
         optimizer.add_param_group({**options, "params": parameters})

@@ -1,4 +1,4 @@
-"""Stops a run that leaves out too many of its samples: what is left may be no sample of the data any more."""
+"""Stops a run that skips too many of its samples (--max_bad_share)."""
 
 from __future__ import annotations
 
@@ -10,64 +10,64 @@ from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.encoding.sample_policy import BAD_SAMPLES, SamplePolicy, share_is_bad
-from finetune.utils.errors import WorthlessError
+from finetune.utils.errors import UnusableResultError
 
-# The ranks add their counts up once in so many optimizer steps.
+# Optimizer steps between two reductions of the counts.
 _EVERY = 10
+# Causes in the message.
 _NAMED = 3
 
 
 class BadShareCallback(TrainerCallback):
-    """Stops the run when more than ``intake.max_bad_share`` of its samples could not be used.
+    """Stops the run when more than ``policy.max_bad_share`` of its samples could not be used.
 
-    The counts of all ranks and their loader processes are added up every 10 optimizer steps, once 50 samples were
-    taken, and when training ends. Loader processes are ahead of training, and so are the counts. A resumed run counts
-    anew.
+    The counts of all ranks and their dataloader workers are summed every 10 optimizer steps, from 50 samples on, and
+    when training ends. Workers prefetch, so the counts are ahead of training. A resumed run starts its counts at 0.
 
     Args:
-        intake: of the training data.
+        policy: of the training data.
     """
 
-    def __init__(self, intake: SamplePolicy) -> None:
-        self._intake = intake
+    def __init__(self, policy: SamplePolicy) -> None:
+        self._policy = policy
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Judges the counts, now and then.
+        """Checks the counts every 10 steps.
 
         Raises:
-            WorthlessError: on every rank, too much was left out.
+            UnusableResultError: too many samples were skipped; raised on every rank.
         """
         if state.global_step % _EVERY == 0:
-            self._judge(args, ended=False)
+            self._check(args, ended=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Judges the counts of a run of any length.
+        """Checks the counts of a run of any length.
 
         Raises:
-            WorthlessError: on every rank, too much was left out.
+            UnusableResultError: too many samples were skipped; raised on every rank.
         """
-        self._judge(args, ended=True)
+        self._check(args, ended=True)
 
-    def _judge(self, args: TrainingArguments, *, ended: bool) -> None:
-        if self._intake.on_bad_sample != "skip":
+    def _check(self, args: TrainingArguments, *, ended: bool) -> None:
+        if self._policy.on_bad_sample != "skip":
             return
-        total = reduce(torch.tensor(self._intake.taken(), device=args.device), reduction="sum")
+        total = reduce(torch.tensor(self._policy.taken(), device=args.device), reduction="sum")
         assert isinstance(total, torch.Tensor)
         taken, bad = map(int, total.tolist())
-        if share_is_bad(bad, taken, self._intake.max_bad_share, few=ended):
-            raise WorthlessError(
+        if share_is_bad(bad, taken, self._policy.max_bad_share, few=ended):
+            raise UnusableResultError(
                 f"{bad} of {taken} samples taken could not be used, more than --max_bad_share "
-                f"{self._intake.max_bad_share:g} allows{_latest(Path(args.output_dir or '.') / BAD_SAMPLES)}. Mend the "
-                "data, or raise --max_bad_share if so many are expected to be unusable"
+                f"{self._policy.max_bad_share:g} allows{_latest(Path(args.output_dir or '.') / BAD_SAMPLES)}. Correct "
+                "the data, or raise --max_bad_share if that many bad samples are expected"
             )
 
 
 def _latest(report: Path) -> str:
-    """The last causes that are listed, to stand in a message."""
+    """The last causes in the report, for a message."""
     if not report.is_file():
         return ""
     lines = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]

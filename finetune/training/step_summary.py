@@ -1,4 +1,4 @@
-"""What one optimizer step is made of, estimated before training from media headers alone."""
+"""Global batch size and tokens per optimizer step, estimated before training from text and media headers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from finetune.arguments.training import TrainingArguments, row_capacity
 from finetune.encoding.length_policy import LengthPolicy
 from finetune.sample import DataError, Sample
 
-# Enough for a stable mean; reading the headers of so many images takes milliseconds.
+# Samples; enough for a stable mean, and reading their image headers takes milliseconds.
 _MEASURED = 32
 
 
 def describe_steps(training: TrainingArguments, samples: Sequence[Sample], fitter: LengthPolicy) -> str:
-    """Global batch, mean length and tokens per optimizer step, as one line; records that cannot be used are passed."""
+    """Global batch, mean length and tokens per optimizer step, as one line; records with errors are skipped."""
     accumulation = training.gradient_accumulation_steps
     batch = training.per_device_train_batch_size * training.world_size * accumulation
     stride = max(len(samples) // _MEASURED, 1)

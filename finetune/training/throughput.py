@@ -1,4 +1,4 @@
-"""How fast a training is: what every line of its log says about tokens, waiting, operations and memory."""
+"""Throughput in the training log: samples/s, tokens/s, data waiting time, MFU and peak memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import torch
 from finetune.training.flops import COUNTS, Count, Flops
 
 _MICRO = 1_000_000
-# Dense 16 bit operations per second that NVIDIA's data sheets give (bf16; fp16 for V100, which has no bf16), sums in
-# fp32, by the name that CUDA gives the device. Products of which a part of a card is sold or whose sheets differ are
-# not here: a share of a wrong peak says nothing.
+# Peak dense 16 bit FLOP/s of NVIDIA's data sheets (bf16; fp16 for V100, which has no bf16) with fp32 accumulation, by
+# the device name of CUDA. Not here: cards sold in partitions, and cards whose data sheets differ.
 _PEAKS = {
     r"(NVIDIA )?A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe": 312e12,
     r"NVIDIA H100 80GB HBM3": 989e12,
@@ -30,26 +29,26 @@ _PEAKS = {
 
 
 def peak_of(name: str) -> float | None:
-    """Peak of a device in dense 16 bit operations per second; None for one that is not in the table."""
+    """Peak of a device in dense 16 bit FLOP/s; None for one that is not in the table."""
     return next((peak for pattern, peak in _PEAKS.items() if re.fullmatch(pattern, name)), None)
 
 
 class Throughput:
-    """Counts between two lines of the log, without synchronising anything until the line is written.
+    """Counts between two log entries, without synchronising the device or the ranks until the entry is written.
 
-    A line has, over all ranks and without evaluation and saving:
+    An entry has, over all ranks and without the time of evaluation and saving:
 
-    * samples_per_second, tokens_per_second: tokens of the LLM, images included, padding not.
-    * data_wait: share of the time that the training waited for its next batch, the mean of the ranks.
-    * mfu: operations of the model (``finetune.training.flops``) by the peak of the GPUs; where that is not known
-      tflops_per_second instead, 10^12 operations.
-    * peak_memory_gb: 2^30 bytes of tensors on the fullest GPU since the last line; not on a CPU.
+    * samples_per_second, tokens_per_second: tokens of the LLM, with image tokens, without padding.
+    * data_wait: share of the time spent waiting for the next batch, mean over the ranks.
+    * mfu: model FLOPs (``finetune.training.flops``) divided by the peak of the GPUs; if the peak is unknown,
+      tflops_per_second instead.
+    * peak_memory_gb: peak allocated memory since the last entry, in 2^30 bytes, of the GPU with the most; not on a CPU.
 
     Args:
-        flops: what the model costs.
-        gather: puts (1, k) tensors of all ranks together, (ranks, k).
-        device: that the model is on.
-        clock: seconds.
+        flops: cost model of the model.
+        gather: gathers (1, k) tensors of all ranks to (ranks, k).
+        device: of the model.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -73,19 +72,19 @@ class Throughput:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
-        """Takes note of a micro-batch that is about to be trained on."""
+        """Counts a micro-batch that is about to be trained on."""
         self._newest = self._flops.counts(inputs)
         for name, value in self._newest.items():
             self._counts[name] = self._counts[name] + value
 
     @property
     def operations(self) -> float:
-        """Those of the newest micro-batch, forward and backward, by the cost model."""
+        """FLOPs of the newest micro-batch, forward and backward, by the cost model."""
         return self._flops.of({name: int(value) for name, value in self._newest.items()})
 
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches; the time that each takes to arrive is waiting."""
-        if not self._begun:  # what came before the first batch is no training
+        """The same batches; the time until each arrives counts as waiting."""
+        if not self._begun:  # time before the first batch is not training time
             self._begun = True
             self._clear()
         while True:
@@ -99,15 +98,15 @@ class Throughput:
             yield batch
 
     def waited(self, seconds: float) -> None:
-        """So long the training stood still for its next batch."""
+        """Adds time spent waiting for the next batch."""
         self._waited += seconds
 
     def pause(self, seconds: float) -> None:
-        """So long something else was done, which is not to count."""
+        """Subtracts time that is not training time (evaluation, saving)."""
         self._paused += seconds
 
     def log(self) -> dict[str, float]:
-        """The figures since the last call; every rank must make it."""
+        """The values since the last call; every rank must call it."""
         seconds = max(self._clock() - self._start - self._paused, 1e-9)
         cuda = self._device.type == "cuda"
         memory = torch.cuda.max_memory_allocated(self._device) if cuda else 0

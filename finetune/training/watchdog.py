@@ -1,7 +1,7 @@
-"""Alarms of a running training: a part that does not learn, a loss or gradient that is not finite.
+"""Stops a training with non-finite losses or gradients, parts without a gradient, or samples without labels.
 
-All of them are decided on sums over the ranks, made once per optimizer step, so that every rank stops at the same step
-with the same message.
+All checks use sums over the ranks, reduced once per optimizer step, so that every rank stops at the same step with the
+same message.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune.runtime import outcome
 from finetune.training.freezing import Parts, part_of
-from finetune.utils.errors import UserError, WorthlessError
+from finetune.utils.errors import UnusableResultError, UserError
 
 logger = logging.getLogger(__name__)
 
-# LoRA's A has no gradient in the first step (B starts at zero), and one batch may be a coincidence.
+# Steps without a gradient until a part counts as dead. LoRA's A has none in the first step (B starts at zero).
 _STEPS = 2
 _TITLES = {
     "vision": "the vision tower",
@@ -32,7 +32,7 @@ _TITLES = {
     "llm": "the LLM",
     "audio": "the audio tower",
 }
-# So many samples without a label are no coincidence. A step has as many, or several steps together.
+# Consecutive samples without a label after which the run stops, counted over as many steps as needed.
 _UNLABELLED = 8
 # Samples and weights named in a message.
 _NAMED = 8
@@ -42,26 +42,26 @@ class DeadPartError(UserError):
     """A part that is declared trainable receives no gradient."""
 
 
-class NonFiniteError(WorthlessError):
-    """Loss or gradient were not finite for too many steps in a row."""
+class NonFiniteError(UnusableResultError):
+    """Loss or gradient were not finite in too many consecutive steps."""
 
 
-class NoLabelError(WorthlessError):
-    """Samples in a row without a single label: nothing is learnt from them."""
+class NoLabelError(UnusableResultError):
+    """Consecutive samples without a single label: nothing is learnt from them."""
 
 
 class GradientWatch:
-    """Notes which trained parts received a gradient in the steps that used them.
+    """Records which trained parts received a gradient in the steps that used them.
 
     DeepSpeed's ``safe_get_full_grad`` cannot be used: accelerate's DeepSpeed wrapper steps inside ``backward`` and
     clears the gradients before the Trainer sees them. Hooks on the parameters see this rank's own gradient before it
-    is reduced, alike with one process, DDP, ZeRO-2 and ZeRO-3. They go as soon as their part is known to learn, and
-    do nothing in a micro-batch that does not use the part.
+    is reduced, alike with one process, DDP, ZeRO-2 and ZeRO-3. They are removed as soon as their part had a gradient,
+    and do nothing in a micro-batch that does not use the part.
 
     Args:
-        model: the network, before it is wrapped.
-        parts: the network's parts.
-        declared: those of them that are declared trainable.
+        model: the model, before it is wrapped.
+        parts: the parts of the model.
+        declared: names of the parts that are declared trainable.
     """
 
     def __init__(self, model: nn.Module, parts: Parts, declared: Iterable[str]) -> None:
@@ -85,23 +85,23 @@ class GradientWatch:
         return look
 
     def begin(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        """Takes note of the parts that a micro-batch uses."""
+        """Records the parts that a micro-batch uses."""
         if self._handles:
-            # Rows in place of samples that are left out have no label: they use nothing.
+            # Rows of skipped samples have no label: they use no part.
             labelled = bool((inputs["labels"] >= 0).any())
             self._running = {part for part in self._handles if labelled and _uses(part, inputs)}
             self._used |= self._running
 
     def flags(self) -> list[float | torch.Tensor]:
-        """Two per watched part: used in this step, gradient seen in this step. The step ends with this call."""
+        """Two flags per watched part: used, and gradient seen in this step. The step ends with this call."""
         values: list[float | torch.Tensor] = []
         for part in self._handles:
             values += [float(part in self._used), self._hit.get(part, 0.0)]
         self._used, self._hit, self._running = set(), {}, set()
         return values
 
-    def judge(self, flags: list[float]) -> None:
-        """Judges the flags of a step, summed over the ranks.
+    def check(self, flags: list[float]) -> None:
+        """Checks the flags of a step, summed over the ranks.
 
         Raises:
             DeadPartError: a part was used in enough steps and never had a gradient.
@@ -122,18 +122,18 @@ def _uses(part: str, inputs: Mapping[str, torch.Tensor]) -> bool:
     if part == "llm":
         return True
     if part == "audio":
-        return shown(inputs, "audio_bound")
-    if "target_sizes" in inputs:  # 4.6 and later: which row an image stands in is not said
+        return affects_loss(inputs, "audio_bound")
+    if "target_sizes" in inputs:  # 4.6 and later: the batch does not say which row an image belongs to
         return bool(len(inputs["target_sizes"])) and bool((inputs["labels"] >= 0).any(dim=1).all())
-    return shown(inputs, "image_bound")
+    return affects_loss(inputs, "image_bound")
 
 
-def shown(inputs: Mapping[str, torch.Tensor], key: str) -> bool:
-    """Whether a medium of the batch stands before a labelled token, so that the loss depends on it.
+def affects_loss(inputs: Mapping[str, torch.Tensor], key: str) -> bool:
+    """Whether an image or audio clip of the batch precedes a labelled token, so that the loss depends on it.
 
     Args:
         inputs: the batch.
-        key: of the (n, 3) ranges of its placeholders: batch row, start, end.
+        key: key of the (n, 3) ranges of the placeholders: batch row, start, end.
     """
     bounds, labels = inputs.get(key), inputs["labels"]
     if bounds is None or not len(bounds):
@@ -143,7 +143,7 @@ def shown(inputs: Mapping[str, torch.Tensor], key: str) -> bool:
     if (ends := inputs.get("cu_seq_lens_q")) is None:
         last = torch.where(labels >= 0, positions, -1).amax(dim=1)
         return bool((last[row] >= end).any())
-    # Packed: what comes behind the end of its segment does not see a medium.
+    # Packed: tokens of other segments do not attend to it.
     ends = ends.to(positions)
     segment = torch.bucketize(positions, ends[1:], right=True)
     labelled = torch.where(labels[0] >= 0, positions, -1)
@@ -152,25 +152,25 @@ def shown(inputs: Mapping[str, torch.Tensor], key: str) -> bool:
 
 
 class Watchdog(TrainerCallback):
-    """Stops a training that cannot go well, and keeps updates that are not finite from the weights.
+    """Skips updates that are not finite, and stops a training that does not learn.
 
-    DeepSpeed (before 0.19.8 not in bf16 with ZeRO-3, nor in fp32) and the loss scaler of fp16 leave such an update out
-    by themselves; otherwise its gradients are dropped.
+    DeepSpeed (before 0.19.8 not in bf16 with ZeRO-3, nor in fp32) and the loss scaler of fp16 skip such an update
+    themselves; otherwise the gradients are cleared before the optimizer step.
 
     Args:
-        model: the network, before it is wrapped.
-        parts: the network's parts.
+        model: the model, before it is wrapped.
+        parts: the parts of the model.
         accelerator: of the Trainer.
-        declared: the parts that are declared trainable.
-        limit: stop after so many non-finite steps in a row; 0 never stops.
+        declared: names of the parts that are declared trainable.
+        limit: number of consecutive non-finite steps after which to stop; 0 never stops.
     """
 
     def __init__(
         self, model: nn.Module, parts: Parts, accelerator: Accelerator, declared: Iterable[str], limit: int
     ) -> None:
         self.limit = limit
-        self.since_log = False
-        self.asked_to_stop = False
+        self.nonfinite_since_log = False
+        self.stop_requested = False
         self._accelerator = accelerator
         self._gradients = GradientWatch(model, parts, declared)
         self._sources: list[list[str]] = []
@@ -181,7 +181,7 @@ class Watchdog(TrainerCallback):
         self._finite = 0
 
     def begin(self, inputs: dict[str, Any]) -> None:
-        """Takes what the network does not read out of a micro-batch that is about to be trained on."""
+        """Records a micro-batch that is about to be trained on; removes "sources", which the model does not take."""
         self._sources.append(inputs.pop("sources", None) or ["a sample without a source"] * len(inputs["input_ids"]))
         self._labelled.append((inputs["labels"] >= 0).any())
         self._gradients.begin(inputs)
@@ -190,19 +190,19 @@ class Watchdog(TrainerCallback):
         """Names of the samples of the step so far, on this rank."""
         return [source for batch in self._sources for source in batch]
 
-    def note(self, row_loss: torch.Tensor) -> None:
-        """Notes the loss of every row, (B, 2), of the micro-batch that has begun."""
+    def record_row_loss(self, row_loss: torch.Tensor) -> None:
+        """Records the loss of every row, (B, 2), of the current micro-batch."""
         self._bad_rows.append(~torch.isfinite(row_loss.detach()[:, 0]))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Judges a step when its gradients are complete, before they are applied (with DeepSpeed: after).
+        """Checks a step when its gradients are complete, before they are applied (with DeepSpeed: after).
 
         Raises:
-            NonFiniteError: too many steps in a row were not finite.
-            DeadPartError: a part does not learn.
-            NoLabelError: nothing in this step says what should be learnt.
+            NonFiniteError: too many consecutive steps were not finite.
+            DeadPartError: a trainable part receives no gradient.
+            NoLabelError: too many consecutive samples had no label.
         """
         device = self._accelerator.device
         own = [
@@ -217,21 +217,21 @@ class Watchdog(TrainerCallback):
         total = self._accelerator.reduce(flags, reduction="sum")
         assert isinstance(total, torch.Tensor)
         bad_loss, bad_gradient, labelled, samples, stop, *seen = total.tolist()
-        self.asked_to_stop = bool(stop)
+        self.stop_requested = bool(stop)
         self._count_labels(state.global_step + 1, bool(labelled), int(samples))
         if bad_loss or bad_gradient:
             if self._accelerator.scaler is None and _engine(self._accelerator) is None:
-                # An optimizer passes over a parameter without gradient: no update, no decay, no change of its moments.
+                # Optimizers skip parameters without a gradient: no update, no weight decay, no change of the moments.
                 kwargs["optimizer"].zero_grad(set_to_none=True)
             self._count(args, state.global_step + 1, bool(bad_loss), kwargs["model"])
         else:
             self.in_a_row = 0
             self._finite += 1
-            self._gradients.judge(seen)
+            self._gradients.check(seen)
         self._sources, self._bad_rows, self._labelled = [], [], []
 
-    def check_any(self) -> None:
-        """At the end of training, before a result is saved.
+    def check_any_finite(self) -> None:
+        """Called at the end of training, before a result is saved.
 
         Raises:
             NonFiniteError: no step was finite.
@@ -239,31 +239,31 @@ class Watchdog(TrainerCallback):
         if self.in_a_row and not self._finite:
             raise NonFiniteError(
                 f"none of the {self.in_a_row} steps was finite: nothing was learned, and no result is saved. The "
-                "warnings before name the samples; a base that is not finite looks like this too"
+                "warnings above name the samples; a base checkpoint with non-finite weights has the same effect"
             )
 
-    def at_end(self) -> NonFiniteError | None:
-        """What is to be said when training has ended and its result is saved: whether the last step was not finite."""
+    def final_error(self) -> NonFiniteError | None:
+        """The error to report when the result is saved but the last steps were not finite; None otherwise."""
         if not self.in_a_row:
             return None
         return NonFiniteError(
-            f"the last {self.in_a_row} steps were not finite. The weights that are saved are finite, those after the "
-            "last finite step; the warnings before name the samples"
+            f"the last {self.in_a_row} steps were not finite. The saved weights are finite: those after the last "
+            "finite step; the warnings above name the samples"
         )
 
     def _bad_gradient(self, args: TrainingArguments, model: nn.Module) -> bool | torch.Tensor:
         if args.fp16:
-            return False  # how the search for a loss scale works; a loss that is not finite still counts
+            return False  # the loss scaler overflows on purpose; a loss that is not finite still counts
         engine = _engine(self._accelerator)
         if engine is not None:
             norm = engine.get_global_grad_norm()
-            return norm is not None and not (math.isfinite(norm) and norm >= 0)  # -1 is DeepSpeed's word for NaN
+            return norm is not None and not (math.isfinite(norm) and norm >= 0)  # -1: DeepSpeed's code for NaN
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         return ~torch.isfinite(torch.nn.utils.get_total_norm(gradients))
 
     def _count(self, args: TrainingArguments, step: int, bad_loss: bool, model: nn.Module) -> None:
-        """Warns about a step that was not finite, on rank 0, or stops, on all."""
-        self.since_log = True
+        """Counts a step that was not finite: logs a warning on rank 0, or raises on all ranks at the limit."""
+        self.nonfinite_since_log = True
         self.in_a_row += 1
         samples = gather_object(self._suspects(bad_loss))
         what = "loss" if bad_loss else "gradient"
@@ -278,13 +278,13 @@ class Watchdog(TrainerCallback):
             )  # fmt: skip
 
     def _count_labels(self, step: int, labelled: bool, samples: int) -> None:
-        """Stops a run whose samples are all empty; in small steps a few of them are left out by chance."""
+        """Raises if too many consecutive samples have no label; with small steps, a few may be skipped by chance."""
         self._unlabelled = 0 if labelled else self._unlabelled + samples
         if self._unlabelled >= _UNLABELLED:
             names = gather_object(self.samples())
             raise NoLabelError(
                 f"step {step}: the last {self._unlabelled} samples have no token with a label, so that nothing is "
-                f"learnt from them ({_listed(names)}). Either all of them were left out (the warnings before and "
+                f"learnt from them ({_listed(names)}). Either all of them were skipped (the warnings above and "
                 "bad_samples.jsonl in the output folder say why), or their answers are not trained on (--train_on, "
                 '"loss" of the records)'
             )
@@ -317,17 +317,17 @@ def _nonfinite(
     steps = f"in step {step}" if limit == 1 else f"in {limit} steps in a row ({first} to {step})"
     causes = [f"a learning rate that is too high (--learning_rate is {args.learning_rate:g})"]
     if args.fp16:
-        causes.insert(0, "fp16, whose range many checkpoints leave (--bf16 true where the GPU has it)")
+        causes.insert(0, "fp16 overflow, which many checkpoints have (--bf16 true if the GPU supports it)")
     if weights:
         causes.insert(0, f"weights that are not finite: {_listed(weights)}")
     elif first == 1:
-        causes.insert(0, "a damaged checkpoint (it was so from the first step on)")
-    before = "" if first == 1 else f", but the update of step {first - 1} may have done the damage"
-    causes.append("these samples, when the warnings before name them again and again")
+        causes.insert(0, "a damaged checkpoint (no step was finite)")
+    before = "" if first == 1 else f", but the update of step {first - 1} may be the cause"
+    causes.append("these samples, if the warnings above name them repeatedly")
     return (
         f"the {what} was not finite {steps}. Samples of step {step}: {_listed(samples)}. Likely causes: "
-        f"{'; '.join(causes)}. These steps changed no weight{before}. --max_nonfinite_steps {limit} sets when to "
-        "stop, 0 never does"
+        f"{'; '.join(causes)}. These steps changed no weight{before}. --max_nonfinite_steps {limit} sets the "
+        "limit; 0 never stops"
     )
 
 
@@ -336,7 +336,7 @@ def _dead(parts: list[str]) -> str:
     off = " ".join(f"--tune_{part} false" for part in parts if part != "llm")
     return (
         f"{names} should train, but had a gradient of exactly zero in {_STEPS} steps whose samples use it. Likely "
-        "causes: it was frozen after setting up (requires_grad), its result is detached or computed without gradient "
-        "on the way to the loss, or fp16 is too coarse for its gradients (--bf16 true where the GPU has it)"
+        "causes: it was frozen after setup (requires_grad), its output is detached or computed without gradient, or "
+        "its gradients underflow in fp16 (--bf16 true if the GPU supports it)"
         + (f". If it is not meant to train: {off}" if off else "")
     )

@@ -1,1 +1,1 @@
-"""Helpers without torch: errors, quoting, paths, JSON objects, file types, the cache folder."""
+"""Helpers without torch: errors, quoting, paths, JSON objects, file types, the cache directory."""

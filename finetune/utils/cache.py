@@ -1,4 +1,4 @@
-"""Where things that can be made again are kept between runs."""
+"""Cache directory for data indexes and check results; atomic writes into it."""
 
 from __future__ import annotations
 
@@ -22,33 +22,32 @@ logger = logging.getLogger(__name__)
 Signature = tuple[str, int, int, int, int]
 
 _UNFINISHED = ".unfinished"
-# Files of killed runs: no run of today writes one for as long as this (seconds).
-_OLD = 24 * 3600
-# As earlier versions called theirs.
-_FORMER = re.compile(r"index-\w{8}|check-\w+\.\d+|sizes-\w+\.\d+\.npy")
+# Unfinished files older than this (seconds) belong to killed runs: no write takes a day.
+_STALE_SECONDS = 24 * 3600
+# Unfinished files of earlier versions.
+_OLD_NAMES = re.compile(r"index-\w{8}|check-\w+\.\d+|sizes-\w+\.\d+\.npy")
 
 
 def folder() -> Path:
-    """Where they are kept: ~/.cache/minicpmv-finetune, or under XDG_CACHE_HOME; without a home, for this process."""
+    """The cache directory: ~/.cache/minicpmv-finetune, or under XDG_CACHE_HOME; temporary without a home folder."""
     if given := os.environ.get("XDG_CACHE_HOME"):
         return Path(given) / "minicpmv-finetune"
     known = home()
-    return _of_this_process() if known is None else known / ".cache" / "minicpmv-finetune"
+    return _temporary_folder() if known is None else known / ".cache" / "minicpmv-finetune"
 
 
 @lru_cache(maxsize=1)
-def _of_this_process() -> Path:
-    logger.warning("no home folder: what could be kept between runs is not; set HOME or XDG_CACHE_HOME")
+def _temporary_folder() -> Path:
+    logger.warning("no home folder: nothing is cached between runs; set HOME or XDG_CACHE_HOME")
     made = Path(tempfile.mkdtemp(prefix="minicpmv-finetune-"))
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     return made
 
 
 def signature(path: Path) -> Signature:
-    """State of a file: path, time of its last change in nanoseconds, size in bytes, inode, time of change of that.
+    """Identity of a file's content: path, mtime in nanoseconds, size in bytes, inode, ctime in nanoseconds.
 
-    The last two tell files apart that were put in place of each other with the time of the first, as rsync -t and
-    archives do.
+    Inode and ctime detect a file that was replaced by one with the same mtime, as rsync -t and archives do.
 
     Raises:
         OSError: it cannot be read.
@@ -57,21 +56,22 @@ def signature(path: Path) -> Signature:
 
 
 def state_of(found: os.stat_result) -> tuple[int, int, int, int]:
-    """State of a file without its path, as ``signature`` has it."""
+    """Mtime, size, inode and ctime, as in ``signature``."""
     return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
 
 
 @contextmanager
-def replacing(place: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes its place when it is finished; what is unfinished goes, of killed runs after a day.
+def atomic_write(place: Path) -> Iterator[IO[bytes]]:
+    """A temporary file that is renamed to ``place`` when it is complete, and removed otherwise.
 
-    Several processes may write the same one at once: each has a file of its own, and the last one stays.
+    Several processes may write the same file at once: each has a temporary file of its own, and the last rename wins.
+    Temporary files of killed runs are removed after a day.
 
     Raises:
         OSError: it cannot be written.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(place.parent)
+    _remove_stale(place.parent)
     with tempfile.NamedTemporaryFile(dir=place.parent, prefix=f"{place.name}.", suffix=_UNFINISHED, delete=False) as to:
         partial = Path(to.name)
         try:
@@ -82,12 +82,12 @@ def replacing(place: Path) -> Iterator[IO[bytes]]:
             partial.unlink(missing_ok=True)
 
 
-def _sweep(where: Path) -> None:
+def _remove_stale(where: Path) -> None:
     """Removes the unfinished files of killed runs."""
     for file in where.iterdir():
-        if file.name.endswith(_UNFINISHED) or _FORMER.fullmatch(file.name):
+        if file.name.endswith(_UNFINISHED) or _OLD_NAMES.fullmatch(file.name):
             try:
-                if time.time() - file.stat().st_mtime > _OLD:
+                if time.time() - file.stat().st_mtime > _STALE_SECONDS:
                     file.unlink()
-            except FileNotFoundError:  # another process was first
+            except FileNotFoundError:  # another process has removed it
                 continue

@@ -1,4 +1,4 @@
-"""What is the user's to mend, shown as one message without a traceback; and what nobody can mend, not shown."""
+"""User errors: one message without a traceback, and an exit code; filters for warnings of libraries."""
 
 import warnings
 
@@ -6,12 +6,12 @@ from finetune.utils.quoting import plain
 
 
 class UserError(ValueError):
-    """Something given by the user cannot be used. The message says what disagrees and what to do.
+    """Invalid input of the user. The message says what disagrees and what to do.
 
-    What files and records put into a message is shown with control characters escaped: no message steers a terminal.
+    Control characters in it are escaped: text of files and records cannot send escape sequences to a terminal.
 
     Attributes:
-        exit_code: with which the process ends, one of ``finetune.runtime.outcome``.
+        exit_code: exit status of the process, one of ``finetune.runtime.outcome``.
     """
 
     exit_code = 2
@@ -28,23 +28,23 @@ class ArgumentError(UserError):
     """Flags that contradict each other, the checkpoint or the machine."""
 
 
-class WorthlessError(UserError):
-    """A run whose result nobody could use: nothing was trained, weights are not finite, too much data was left out."""
+class UnusableResultError(UserError):
+    """The result of a run is unusable: nothing was trained, weights are not finite, too many samples were skipped."""
 
     exit_code = 4
 
 
 class NotSavedError(UserError):
-    """Something that the run should leave could not be written."""
+    """A checkpoint, result or file of the run could not be written."""
 
     exit_code = 5  # NOT_SAVED
 
 
-def ignore_what_nobody_can_mend() -> None:
-    """Keeps warnings from the screen that no user could do anything about."""
-    # Old names that libraries use among themselves.
+def ignore_library_warnings() -> None:
+    """Filters warnings of libraries that a user cannot act on."""
+    # Deprecated names that libraries use among themselves.
     for message in ("`is_gradient_checkpointing` is deprecated", "`torch.distributed.all_gather_into_tensor` is dep"):
         warnings.filterwarnings("ignore", message=message)
-    # Pillow's remarks about single files: they name none of them. What cannot be decoded is an error of ours, and so is
-    # a picture above --max_image_pixels.
+    # Pillow's warnings about single files do not name the file. What cannot be decoded, and an image above
+    # --max_image_pixels, are errors of this package.
     warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -1,4 +1,4 @@
-"""What a file is that is not what its place asks for: each kind has its own words, since each has another remedy."""
+"""Recognises files of the wrong type (HTML, archives, Git LFS pointers, empty files) and says what to do."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _HEAD = 512
 _MARKUP = re.compile(
     rb"\s*(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(!doctype\s+)?([a-z]+)", re.I | re.S
 )
-# First bytes, and where they stand, by what they are; the remedy is that of the kind.
-_SIGNS = (
-    (0, b"%PDF-", "a PDF document", "save its pages as pictures"),
+# Offset, magic bytes, type, remedy.
+_MAGIC = (
+    (0, b"%PDF-", "a PDF document", "save its pages as images"),
     (0, b"%!PS", "a PostScript document", "save it as PNG"),
     (0, b"\xc5\xd0\xd3\xc6", "an EPS document", "save it as PNG"),
     (0, b"PK\x03\x04", "a zip archive", "unpack it and give what is in it"),
@@ -28,7 +28,7 @@ _SIGNS = (
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; False for what no file can be called, or where nobody may look."""
+    """Whether the path is a file; False for an invalid path, or one without permission."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -36,7 +36,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is such a folder; False for what none can be called, or where nobody may look."""
+    """Whether the path is a folder; False for an invalid path, or one without permission."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -44,7 +44,7 @@ def is_folder(path: Path) -> bool:
 
 
 def is_special(path: Path) -> bool:
-    """Whether it is a pipe, a socket or a device: reading would wait for somebody, or never end."""
+    """Whether it is a pipe, a socket or a device: reading it might block, or never end."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
@@ -53,10 +53,10 @@ def is_special(path: Path) -> bool:
 
 
 def foreign(file: Path | bytes) -> str | None:
-    """What a file is instead of data or media, and what to do, to stand behind its name; None for anything else.
+    """What a file of the wrong type is, and the remedy, to be appended to its name; None for any other file.
 
     Args:
-        file: its path, or what it holds.
+        file: its path, or its content.
 
     Raises:
         OSError: it cannot be read.
@@ -68,7 +68,7 @@ def foreign(file: Path | bytes) -> str | None:
 
 
 def told(file: Path | bytes) -> str | None:
-    """As ``foreign``, for an error that is being explained: None where the file cannot be read either."""
+    """As ``foreign``, to explain an error: None where the file cannot be read."""
     try:
         return foreign(file)
     except (OSError, ValueError):
@@ -90,7 +90,7 @@ def _told(head: bytes, size: int) -> str | None:
             return "is a web page (HTML), as failed downloads leave it: download the file again"
         if head.lstrip().startswith(b"<?xml"):
             return "is an XML document, as failed downloads leave it: download the file again"
-    for at, sign, what, remedy in _SIGNS:
-        if head.startswith(sign, at):
-            return f"is {what}: {remedy}"
+    for offset, magic, kind, remedy in _MAGIC:
+        if head.startswith(magic, offset):
+            return f"is {kind}: {remedy}"
     return None

@@ -1,4 +1,4 @@
-"""JSON files as objects: whatever is wrong with one is a line that names it."""
+"""Reads JSON files that hold an object; every error is one line that names the file."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def read_text(path: Path, kind: type[UserError] = CheckpointError) -> str:
 
 
 def type_name(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value, for messages."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -80,6 +80,6 @@ def type_name(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A JSON value for a message, cut where it is long."""
+    """A JSON value for a message, truncated to 60 characters."""
     text = json.dumps(value, ensure_ascii=True)
     return text if len(text) <= 60 else f"{text[:57]}..."

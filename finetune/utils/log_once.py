@@ -1,4 +1,4 @@
-"""What the log says once, however often it is found out."""
+"""Warnings that are logged once per process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths as users write them; a machine need not know a home folder for whoever runs this."""
+"""Expansion of ``~`` in paths, also on machines where the user has no home folder."""
 
 from __future__ import annotations
 

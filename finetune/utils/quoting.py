@@ -1,4 +1,4 @@
-"""Words of files and records as messages show them: short, on one line, and harmless to a terminal."""
+"""Quotes values of files and records in messages: truncated, on one line, control characters escaped."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import unicodedata
 from collections.abc import Iterable
 
 LONGEST = 120
-"""Characters that are shown of a word."""
+"""Most characters of a quoted value."""
 
 _KEPT = "\n\t"
 
 
 def plain(text: str) -> str:
-    r"""The text with control characters, half surrogate pairs and marks that turn text around written as escapes.
+    r"""The text with control characters, lone surrogates and bidirectional marks written as escapes.
 
     Line breaks and tabs stay.
 
     >>> print(plain("a\x1b[31mb"))
     a\x1b[31mb
     """
-    # A long message without any of these is the rule; this test is done by the interpreter in one go.
+    # The usual case, tested in C.
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() or each in _KEPT or _is_space(each) else _escaped(each) for each in text)
 
 
 def shown(value: object, most: int = LONGEST) -> str:
-    """A value as a message quotes it: strings between quotation marks, all cut after ``most`` characters.
+    """A value as a message quotes it: strings in quotation marks, truncated after ``most`` characters.
 
     >>> shown("a" * 200, 10)
     "'aaaaaaaaaa'... (200 characters)"
@@ -43,7 +43,7 @@ def shown(value: object, most: int = LONGEST) -> str:
 
 
 def words_of(words: Iterable[object], most: int = 12) -> str:
-    """Some words as a message lists them; "nothing" where there is none.
+    """Values as a message lists them, at most ``most``; "nothing" for an empty list.
 
     >>> words_of(["a", "b", "c"], 2)
     "'a', 'b' and 1 more"
@@ -54,19 +54,19 @@ def words_of(words: Iterable[object], most: int = 12) -> str:
 
 
 def cut(text: str, most: int = 300) -> str:
-    """The text without its middle where it is longer than ``most``, as paths in messages are shown."""
+    """The text truncated in the middle to ``most`` characters, for paths in messages."""
     if len(text) <= most:
         return text
     return f"{text[: most // 2]}[...{len(text) - most // 2 * 2} characters...]{text[-(most // 2) :]}"
 
 
 def reason(error: OSError | ValueError) -> str:
-    """What the system says about a file, without its path, which messages have already."""
+    """The system's message about a file, without the path that messages have already."""
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def _is_space(character: str) -> bool:
-    """Whether it is a space of another width."""
+    """Whether it is a Unicode space (category Zs)."""
     return unicodedata.category(character) == "Zs"
 
 

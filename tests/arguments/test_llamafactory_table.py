@@ -1,4 +1,4 @@
-"""The table of LLaMA-Factory's keys: complete, right about their defaults, and the page made from it."""
+"""The table of LLaMA-Factory's keys: complete, with their defaults, and in sync with docs/llamafactory.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune.arguments.llamafactory import Given, translate
-from finetune.arguments.llamafactory_table import default_words, rows
+from finetune.arguments.llamafactory_table import default_values, rows
 from finetune.arguments.parse import GROUPS, flags_of
 from finetune.commands.export import command_words
 from finetune.utils.errors import ArgumentError
@@ -41,7 +41,7 @@ def test_every_row_says_one_thing(row):
 @pytest.mark.parametrize("row", [row for row in rows().values() if row.instead or row.no_effect], ids=lambda r: r.key)
 def test_defaults_pass_in_silence_and_others_are_told(row, caplog):
     command = "export" if row.only_export else "train"
-    for words in (default_words(row.default), ["false"] if row.default is None else None):
+    for words in (default_values(row.default), ["false"] if row.default is None else None):
         if words is not None:
             assert translate({row.key: Given(words, 1, "x")}, command) == {}
             assert not caplog.records

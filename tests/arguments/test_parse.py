@@ -1,4 +1,4 @@
-"""Flags: defaults that learn, contradictions refused, nothing without effect in silence."""
+"""Parsing of flags: defaults, refused combinations, warnings of flags without effect."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_flags_without_effect_warn(caplog):
 
 def test_tune_llm_false_without_lora_is_legal_and_warned_about(caplog):
     assert not parse("--tune_llm", "false").training.tune_llm
-    assert "the LLM stays as it is" in caplog.text
+    assert "the LLM is frozen" in caplog.text
 
 
 def test_precision_on_a_machine_without_gpu(caplog, monkeypatch):

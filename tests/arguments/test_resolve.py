@@ -1,4 +1,4 @@
-"""Command line over file over defaults, LLaMA-Factory's keys, and where every flag comes from."""
+"""Precedence of command line, YAML file and defaults; LLaMA-Factory's keys; origins of values."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_file_in_their_keys_takes_their_defaults(parse, caplog):
     assert training.logging_steps == 500
     # the one exception, and it is said
     assert data.image_max_pixels is None
-    assert "images keep their detail" in caplog.text
+    assert "images are not resized" in caplog.text
     assert args.origin("lora_r") == "LLaMA-Factory's default of lora_rank"
     assert parse({**BASE, "image_max_pixels": 4096}).data.image_max_pixels == 4096
 
@@ -63,7 +63,7 @@ def test_the_command_line_wins_over_their_keys_in_either_name(parse):
     # alpha follows the rank of LLaMA-Factory's key
     assert args.lora.lora_alpha == 8
     assert parse({**BASE, "lora_rank": 4}, "--lora_rank", "5").lora.lora_alpha == 10
-    with pytest.raises(ArgumentError, match=r"lora_rank says lora_r 4, .*lora_r says 5: leave one of them out"):
+    with pytest.raises(ArgumentError, match=r"lora_rank says lora_r 4, .*lora_r says 5: remove one of them"):
         parse({**BASE, "lora_rank": 4, "lora_r": 5})
 
 
@@ -158,13 +158,13 @@ def test_what_the_machine_lacks_falls_back_with_one_warning(parse, caplog, monke
         ({"do_train": False}, "do_train false: this trains"),
         ({"use_liger_kernel": True}, "saved here without it"),
         ({"packing": "tight"}, "--packing tight: off, batch or best_fit"),
-        ({"packing": True, "disable_shuffling": True}, "packs have an order of their own"),
+        ({"packing": True, "disable_shuffling": True}, "packed rows are ordered and balanced"),
         ({"packing": True, "packing_items": 0}, r"packing_items 0 \(.*\): it must be at least 1"),
         (
             {"streaming": True, "max_steps": 1, "train_sampling_strategy": "group_by_length"},
-            "need the sizes of all samples",
+            "need the lengths of all samples",
         ),
-        ({"mask_history": "maybe"}, "true or false is wanted"),
+        ({"mask_history": "maybe"}, "it must be true or false"),
         ({"data_path": "x"}, "both are given"),
     ],
 )

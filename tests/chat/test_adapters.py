@@ -199,7 +199,7 @@ def test_another_family_is_refused(tiny, adapter, tmp_path, theirs, ours, known)
     assert str(tiny(ours)) in str(caught.value)
     if known:
         model: Any = load_model(adapter(ours, saved=()))
-        with pytest.raises(CheckpointError, match="they are different networks"):
+        with pytest.raises(CheckpointError, match="they are different models"):
             add_adapter(model, folder, "b")
         assert list(model.peft_config) == ["default"]
 

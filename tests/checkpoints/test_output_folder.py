@@ -1,4 +1,4 @@
-"""Nothing is removed that no run of this toolkit is known to have written, and nothing before all else is looked at."""
+"""The output folder: no file that is not known to be ours is removed, and nothing changes before all checks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write(folder: Path, *names: str, text: str = "mine") -> None:
 
 
 def contents(folder: Path) -> Files:
-    """Text by path; the records of runs are left out."""
+    """Text by path; without the records of runs."""
     found = (path for path in folder.rglob("*") if path.is_file() and RECORDS not in path.parts)
     return {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(found)}
 
@@ -36,7 +36,7 @@ def run(folder: Path, *names: str, text: str = "ours", use_lora: bool = True, en
     with OutputFolder(folder) as output:
         how = {"resuming": False, "overwrite": False, **how}
         output.check([], SIDE[:1] if use_lora else SIDE, use_lora=use_lora, **how)
-        output.own()
+        output.lock()
         output.open()
         logs = LogsCallback(output)
         write(folder, *names, text=text)
@@ -127,7 +127,7 @@ def test_nothing_is_made_for_a_run_that_does_not_begin(tmp_path):
     folder = tmp_path / "a" / "out"
     with OutputFolder(folder) as output:
         output.check([], SIDE, use_lora=True, resuming=False, overwrite=False)
-        output.own()
+        output.lock()
     assert not folder.exists()
 
 

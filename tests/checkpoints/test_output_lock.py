@@ -1,4 +1,4 @@
-"""One run per output folder."""
+"""The lock of the output folder: one run at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from finetune.checkpoints import output_lock
-from finetune.checkpoints.output_lock import SILENCE, OutputLock, OwnedError, this_process
+from finetune.checkpoints.output_lock import SILENCE, OutputInUseError, OutputLock, this_process
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOLD = """
@@ -39,7 +39,7 @@ def test_a_second_run_is_told_who_holds_it(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")
     folder = tmp_path / "out" / ".finetune"
     first = OutputLock(folder)
-    with pytest.raises(OwnedError) as refused:
+    with pytest.raises(OutputInUseError) as refused:
         OutputLock(folder)
     me = this_process()
     for part in (str(tmp_path / "out"), f"process {me.pid} on {socket.gethostname()}, started 20", "launcher job-7"):
@@ -55,12 +55,12 @@ def test_a_process_that_is_killed_holds_nothing(tmp_path, caplog):
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, stdin=-1, stdout=-1, text=True)
     assert other.stdout is not None
     assert other.stdout.readline() == "owned\n"
-    with pytest.raises(OwnedError, match=f"process {other.pid} on"):
+    with pytest.raises(OutputInUseError, match=f"process {other.pid} on"):
         OutputLock(folder)
     other.kill()
     other.communicate(timeout=60)
     OutputLock(folder).release()
-    assert f"belonged to process {other.pid} on {socket.gethostname()}" in caplog.text
+    assert f"was locked by process {other.pid} on {socket.gethostname()}" in caplog.text
     assert "taken over" in caplog.text
 
 
@@ -70,7 +70,7 @@ def test_another_host_is_waited_for(tmp_path, caplog, silent, owned):
     folder = tmp_path / ".finetune"
     leave_behind(folder, silent, host="node-2")
     if owned:
-        with pytest.raises(OwnedError, match=r"on node-2, .* its last sign is 1\d\d s old, after 180 s"):
+        with pytest.raises(OutputInUseError, match=r"on node-2, .* its last heartbeat is 1\d\d s old, after 180 s"):
             OutputLock(folder)
         assert (folder / "owner.json").is_file()
     else:
@@ -93,8 +93,8 @@ def test_without_file_locks_the_heartbeat_counts(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(output_lock.FileLock, "acquire", unsupported)
     folder = tmp_path / ".finetune"
     first = OutputLock(folder)
-    assert "no file locks" in caplog.text
-    with pytest.raises(OwnedError):
+    assert "does not support file locks" in caplog.text
+    with pytest.raises(OutputInUseError):
         OutputLock(folder)
     first.release()
     OutputLock(folder).release()
@@ -120,6 +120,6 @@ def test_loader_processes_do_not_keep_it(tmp_path):
     if not child:
         os._exit(0)
     os.waitpid(child, 0)
-    with pytest.raises(OwnedError):
+    with pytest.raises(OutputInUseError):
         OutputLock(folder)
     owner.release()

@@ -1,4 +1,4 @@
-"""Tensors that are not trained go from base to result as they are."""
+"""Tensors that the model does not build are copied unchanged from the base into results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from finetune.checkpoints.base_checkpoint import resolve
-from finetune.checkpoints.passthrough_tensors import carry
+from finetune.checkpoints.passthrough_tensors import copy_passthrough_tensors
 from finetune.checkpoints.saving import finish_full
 from finetune.models import load_model
 
@@ -28,7 +28,7 @@ TTS = {
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A recorded network with speech output in its file."""
+    """A recorded model with speech output in its file."""
     folder = Path(shutil.copytree(GOLDEN / "o2_6", tmp_path / "base", ignore=shutil.ignore_patterns("cases.*")))
     weights = load_file(folder / "model.safetensors")
     save_file(weights | TTS, folder / "model.safetensors", metadata={"format": "pt"})
@@ -90,7 +90,7 @@ def test_the_bytes_are_those_of_the_file(base: Path, tmp_path: Path) -> None:
     """Also of a kind of number that need not be known here, with the tensors at whole multiples of 8 bytes."""
     model = load_model(base, tokenizer_required=False)
     model.save_pretrained(str(tmp_path / "result"))
-    carry(base, tmp_path / "result")
+    copy_passthrough_tensors(base, tmp_path / "result")
     shard = tmp_path / "result" / "model-00002-of-00002.safetensors"
     assert int.from_bytes(shard.read_bytes()[:8], "little") % 8 == 0
     with safe_open(shard, framework="pt") as file:
@@ -101,6 +101,6 @@ def test_the_bytes_are_those_of_the_file(base: Path, tmp_path: Path) -> None:
 def test_without_speech_output_nothing_changes(tmp_path: Path) -> None:
     model = load_model(GOLDEN / "v2_6", tokenizer_required=False)
     model.save_pretrained(str(tmp_path))
-    carry(GOLDEN / "v2_6", tmp_path)
+    copy_passthrough_tensors(GOLDEN / "v2_6", tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
     assert not (tmp_path / "model.safetensors.index.json").exists()

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: complete ones only, and only when it fits."""
+"""Choosing the checkpoint to resume from: complete, undamaged ones that match the run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from made_checkpoints import checkpoint, sign, training
 from safetensors.torch import save_file
 
 from finetune.checkpoints.checkpoint_manager import rotate
-from finetune.checkpoints.manifest import cast_doubt, checkpoints, describe, fault, read, write
+from finetune.checkpoints.manifest import checkpoints, describe, fault, mark_doubtful, read, write
 from finetune.checkpoints.pickle_check import ForeignCodeError
 from finetune.checkpoints.resume import ResumeError, choose_checkpoint
 from finetune.checkpoints.run_identity import RunIdentity
-from finetune.export.zero_consolidation import read_parts
+from finetune.export.zero_consolidation import read_shards
 from finetune.utils.errors import CheckpointError
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
@@ -50,7 +50,7 @@ def flip(folder: Path) -> None:
 
 DAMAGES = {
     "instead of ": truncate,
-    "optimizer.pt has other content": flip,
+    "the content of optimizer.pt has changed": flip,
     "optimizer.pt is missing": lambda folder: (folder / "optimizer.pt").unlink(),
     "has no manifest.json": lambda folder: (folder / "manifest.json").unlink(),
     "no manifest.json: ": lambda folder: (folder / "manifest.json").write_text('{"format": 1, "fi'),
@@ -66,7 +66,7 @@ def test_an_incomplete_folder_is_passed_over_and_refused_by_name(tmp_path, caplo
     caplog.clear()
     caplog.set_level(logging.INFO)
     assert choose_checkpoint(training(tmp_path), tmp_path) == good
-    assert f"{bad} is not complete and is passed over" in caplog.text
+    assert f"{bad} is not complete and is skipped" in caplog.text
     assert reason in caplog.text
     assert "(step 2)" in caplog.text
     with pytest.raises(ResumeError, match=r"checkpoint-4 is not a complete checkpoint"):
@@ -108,15 +108,13 @@ def test_a_complete_folder_that_nothing_can_go_on_from(tmp_path, caplog, reason)
     bad = checkpoint(tmp_path, 4)
     UNUSABLE[reason](bad)
     sign(bad, 4, tmp_path)
-    with pytest.raises(ResumeError, match=rf"checkpoint-4 cannot be gone on from.*{reason}.*--lora_weight_path"):
+    with pytest.raises(ResumeError, match=rf"cannot resume from .*checkpoint-4: .*{reason}.*--lora_weight_path"):
         choose_checkpoint(training(tmp_path, str(bad)), tmp_path)
-    with pytest.raises(
-        ResumeError, match=rf"no checkpoint in .* can be gone on from.*{reason}.*--overwrite_output_dir"
-    ):
+    with pytest.raises(ResumeError, match=rf"no checkpoint in .* is resumable.*{reason}.*--overwrite_output_dir"):
         choose_checkpoint(training(tmp_path), tmp_path)
     good = checkpoint(tmp_path, 2)
     assert choose_checkpoint(training(tmp_path), tmp_path) == good
-    assert "checkpoint-4 cannot be gone on from and is passed over" in caplog.text
+    assert "checkpoint-4 is not resumable and is skipped" in caplog.text
 
 
 ZERO_FAULTS = {
@@ -170,12 +168,12 @@ def test_parts_are_checked_before_they_are_consolidated(tmp_path):
     folder = checkpoint(tmp_path, 4, zero_stage=2)
     made = tmp_path / "made"
     torch.save({"module": Payload(made)}, folder / "global_step" / "mp_rank_00_model_states.pt")
-    with pytest.raises(ForeignCodeError, match=r"mp_rank_00_model_states\.pt is not read: it would import .*pathlib"):
-        read_parts(folder, trained_only=True)
+    with pytest.raises(ForeignCodeError, match=r"_states\.pt is not read: unpickling it would import .*pathlib"):
+        read_shards(folder, trained_only=True)
     assert not made.exists()
     (folder / "latest").write_text("/elsewhere")
     with pytest.raises(CheckpointError, match="not complete: the file 'latest' names '/elsewhere'"):
-        read_parts(folder, trained_only=True)
+        read_shards(folder, trained_only=True)
 
 
 def test_auto_without_a_checkpoint_starts(tmp_path, caplog):
@@ -266,7 +264,7 @@ def test_newest_is_the_highest_step_whatever_the_clock_says(tmp_path):
 
 
 def test_a_run_that_went_back_goes_on_with_what_it_made_there(tmp_path):
-    """It was told to go on from an older checkpoint: what it left behind is not newer."""
+    """It resumed from an older checkpoint: what it left behind is not newer."""
     left = checkpoint(tmp_path, 8)
     now = RunIdentity()
     assert choose_checkpoint(training(tmp_path, str(checkpoint(tmp_path, 2))), tmp_path, now)
@@ -284,7 +282,7 @@ def test_checkpoints_of_another_run_are_neither_taken_nor_removed(tmp_path, capl
     assert choose_checkpoint(training(tmp_path), tmp_path) == own
     (own / "optimizer.pt").unlink()
     assert choose_checkpoint(training(tmp_path), tmp_path) is None
-    assert f"{other} is of another run and is passed over" in caplog.text
+    assert f"{other} is of another run and is skipped" in caplog.text
     rotate(tmp_path, 1, "r", None)
     assert other.exists()
 
@@ -318,7 +316,7 @@ def test_what_rotation_removes_first(tmp_path):
     for step in (1, 2, 3, 4, 5):
         checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-9").mkdir()
-    cast_doubt(tmp_path / "checkpoint-5", "none of the 3 steps after it was finite")
+    mark_doubtful(tmp_path / "checkpoint-5", "none of the 3 steps after it was finite")
     steps = []
     for limit in (5, 4, 3, 1):
         rotate(tmp_path, limit, "r", str(tmp_path / "checkpoint-1"))

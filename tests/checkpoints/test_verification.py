@@ -1,4 +1,4 @@
-"""The check of a result: what it finds, how far logits may be apart, and what is left of the reference."""
+"""Verification of a result: wrong weights are found; tolerance of logits; removal of the reference."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_full_run_in_bf16_is_verified_by_what_rounding_does_to_it(tiny, demo_d
     assert f"logit_difference={origin.rounding:.3e}" in said
     tolerance = (origin.rounding + 2 * origin.noise) / expected.abs().max().item()
     assert f"tolerance={tolerance:.1e}" in said
-    assert "rounding the trained model to bfloat16 moves these logits by" in said
+    assert "casting the trained model to bfloat16 changes these logits by" in said
     assert all(".merger." not in name for name in origin.trained)
     assert f"{len(origin.trained)} of {len(origin.trained)} trained tensors" in said
 

@@ -206,7 +206,7 @@ def test_what_is_in_the_way_is_kept(tiny, adapter, tmp_path, capsys):
     assert main([*words, "--overwrite_output_dir"]) == 0
     (out / "export.yaml").unlink()
     (out / "checkpoint-5").mkdir()
-    with pytest.raises(UserError, match="holds more than a model"):
+    with pytest.raises(UserError, match="contains more than a model"):
         main([*words, "--overwrite_output_dir"])
     with pytest.raises(UserError, match="which is read"):
         main(flags(base, adapter("v2_6"), base, "--overwrite_output_dir"))

@@ -43,7 +43,10 @@ def records(tmp_path: Path) -> Path:
         ("--model_name_or_path {model} --data_pat {data}", "unknown: --data_pat (did you mean --data_path?)"),
         ("--model_name_or_path {model} --data_path {data} --num_train_epochs 0", "--num_train_epochs 0.0: it must be"),
         ("--model_name_or_path {model} --data_path {data} --lora_r four", "--lora_r four: a whole number is wanted"),
-        ("--model_name_or_path {model} --data_path {data} --use_lora maybe", "--use_lora: maybe: true or false"),
+        (
+            "--model_name_or_path {model} --data_path {data} --use_lora maybe",
+            "--use_lora: maybe: it must be true or false",
+        ),
         ("--model_name_or_path {model} --data_path {data} --seed", "--seed true: a whole number is wanted"),
         ("--model_name_or_path {model} --data_path {model}/config.json", "neither a JSON array nor JSON Lines"),
         ("--model_name_or_path {model}", "--data_path is missing"),

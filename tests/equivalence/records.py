@@ -1,4 +1,4 @@
-"""Records that split unevenly: at a given step one rank has images and the other has none, or both have others."""
+"""Training records with which ranks have different numbers and kinds of media at a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stack of finetune.py, from flags to a trainer, without its output folder and its verification."""
+"""Builds trainer, model and data from flags as finetune.py does, without output folder and verification."""
 
 from __future__ import annotations
 
@@ -70,15 +70,15 @@ def steps(trainer: CPMTrainer) -> list[Step]:
     return [Step(entry["loss"], float(entry["grad_norm"])) for entry in logs]
 
 
-def network(trainer: CPMTrainer) -> nn.Module:
-    """The trained network."""
+def unwrapped(trainer: CPMTrainer) -> nn.Module:
+    """The model without wrappers."""
     assert isinstance(trainer.model, nn.Module)
     return trainer.model
 
 
 def trained(trainer: CPMTrainer) -> dict[str, torch.Tensor]:
     """Copies of the trained weights."""
-    return {n: p.detach().clone() for n, p in network(trainer).named_parameters() if p.requires_grad}
+    return {n: p.detach().clone() for n, p in unwrapped(trainer).named_parameters() if p.requires_grad}
 
 
 def near(ours: torch.Tensor, other: torch.Tensor) -> bool:

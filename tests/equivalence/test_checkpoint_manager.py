@@ -1,4 +1,4 @@
-"""Checkpoints in one process: finite or none, a failed save ends nothing, and a good one is always left."""
+"""CheckpointManager in one process: non-finite weights, failed writes, rotation of checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from stack import LORA, build, flags, network
+from stack import LORA, build, flags, unwrapped
 from torch import nn
 
 from finetune.checkpoints import checkpoint_manager, disk_space
@@ -24,7 +24,7 @@ from finetune.evaluation import progress_files
 from finetune.evaluation.progress_files import ProgressCallback
 from finetune.runtime import outcome
 from finetune.training.watchdog import NonFiniteError
-from finetune.utils.errors import NotSavedError, WorthlessError
+from finetune.utils.errors import NotSavedError, UnusableResultError
 from trainer import CPMTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,7 +60,7 @@ def after_step(trainer: CPMTrainer, step: int, do: Callable[[], object]) -> None
 
 def spoil(trainer: CPMTrainer, value: float) -> None:
     with torch.no_grad():
-        network(trainer).get_parameter("base_model.model.resampler.kv_proj.weight").fill_(value)
+        unwrapped(trainer).get_parameter("base_model.model.resampler.kv_proj.weight").fill_(value)
 
 
 @pytest.mark.parametrize("value", [torch.nan, 3e38])
@@ -70,7 +70,7 @@ def test_weights_that_are_spoilt_evict_no_good_ones(make, caplog, value):
     after_step(trainer, 2, lambda: spoil(trainer, value))
     with pytest.raises(NonFiniteError, match=r"3 to 5.*but the update of step 2 may have done the damage") as stop:
         trainer.train()
-    assert stop.value.exit_code == outcome.WORTHLESS
+    assert stop.value.exit_code == outcome.UNUSABLE_RESULT
     assert left(trainer) == ([1] if value != value else [1, 2])  # noqa: PLR0124 - NaN
     output = Path(trainer.args.output_dir or "")
     again = make("--resume_from_checkpoint", "auto")
@@ -78,7 +78,7 @@ def test_weights_that_are_spoilt_evict_no_good_ones(make, caplog, value):
     assert "no checkpoint-3 is written: the last 1 steps were not finite" in caplog.text
     spoil(trainer, torch.nan)
     said = r"not finite: .*kv_proj\.weight\. The result is not saved.*checkpoint-1\."
-    with pytest.raises(WorthlessError, match=said):
+    with pytest.raises(UnusableResultError, match=said):
         trainer.save_model()
     assert not list(output.glob("*.safetensors"))
 
@@ -86,12 +86,12 @@ def test_weights_that_are_spoilt_evict_no_good_ones(make, caplog, value):
 def test_a_run_that_learnt_nothing_has_no_result(make):
     trainer = make("--max_nonfinite_steps", "0", "--max_steps", "2")
     spoil(trainer, torch.nan)
-    with pytest.raises(WorthlessError, match="none of the 2 steps was finite"):
+    with pytest.raises(UnusableResultError, match="none of the 2 steps was finite"):
         trainer.train()
     assert left(trainer) == []
     trainer = make()
     trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
-    with pytest.raises(WorthlessError, match=r"0 steps were trained: --max_steps -1, --num_train_epochs 0"):
+    with pytest.raises(UnusableResultError, match=r"0 steps were trained: --max_steps -1, --num_train_epochs 0"):
         trainer.train()
 
 
@@ -101,13 +101,13 @@ def test_a_run_whose_last_step_was_not_finite_is_not_well(make):
     def ruin(_: nn.Module, __: object, result: torch.Tensor) -> torch.Tensor:
         return result * torch.nan if trainer.state.global_step == 1 else result
 
-    network(trainer).get_submodule("base_model.model.resampler").register_forward_hook(ruin)
+    unwrapped(trainer).get_submodule("base_model.model.resampler").register_forward_hook(ruin)
     trainer.train()
     trainer.save_model()
     assert left(trainer) == [1]
-    trouble = trainer.keeper.trouble(trainer.args)
-    assert isinstance(trouble, WorthlessError)
-    assert str(trouble).startswith("the last 1 steps were not finite. The weights that are saved are finite")
+    error = trainer.checkpoint_manager.final_error(trainer.args)
+    assert isinstance(error, UnusableResultError)
+    assert str(error).startswith("the last 1 steps were not finite. The saved weights are finite")
 
 
 def full_disk(monkeypatch, trainer: CPMTrainer, steps: tuple[int, ...]) -> None:
@@ -136,12 +136,12 @@ def test_a_save_that_fails_is_said_and_training_goes_on(make, monkeypatch, caplo
     assert "free in " in caplog.text
     trainer.save_model()
     if 4 in steps:
-        trouble = trainer.keeper.trouble(trainer.args)
-        assert trouble is not None
-        assert trouble.exit_code == outcome.NOT_SAVED
-        assert re.match(r"the result is saved in .*, but .*checkpoint-4 could not", str(trouble))
+        error = trainer.checkpoint_manager.final_error(trainer.args)
+        assert error is not None
+        assert error.exit_code == outcome.NOT_SAVED
+        assert re.match(r"the result is saved in .*, but .*checkpoint-4 could not", str(error))
     else:
-        assert trainer.keeper.trouble(trainer.args) is None
+        assert trainer.checkpoint_manager.final_error(trainer.args) is None
 
 
 def test_no_space_is_known_before_writing(make, monkeypatch, caplog):
@@ -196,12 +196,12 @@ def test_the_best_and_the_newest_stay(make):
 
 def test_space_is_estimated_and_compared_before_step_1(make, monkeypatch, caplog, tmp_path):
     trainer = make("--max_steps", "1")
-    size = checkpoint_size(network(trainer), trainer.args)
+    size = checkpoint_size(unwrapped(trainer), trainer.args)
     trainer.train()
     written = disk_space.written_size(tmp_path / "out" / "checkpoint-1")
     assert size == pytest.approx(written, rel=0.1)
     monkeypatch.setattr(disk_space, "free_space", lambda _: size - 1)
-    with pytest.raises(SpaceError, match=r"a checkpoint takes about .* MB, .* has .* free: make space"):
+    with pytest.raises(SpaceError, match=r"a checkpoint takes about .* MB, .* has .* free: free disk space"):
         check_space(tmp_path, size, 2)
     monkeypatch.setattr(disk_space, "free_space", lambda _: 2 * size)
     caplog.clear()

@@ -1,4 +1,4 @@
-"""Batches, accumulation, checkpointing and merging change the cost of a training, not the training."""
+"""Batch size, accumulation, gradient checkpointing and merging do not change the result of a training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from records import write_records
-from stack import FAMILIES, KINDS, OTHERS, build, flags, near, network, steps, trained
+from stack import FAMILIES, KINDS, OTHERS, build, flags, near, steps, trained, unwrapped
 
 from dataset import DataCollator, SupervisedDataset
 from finetune.models import MiniCPMV
@@ -63,7 +63,7 @@ def test_accumulation_equals_a_batch_and_is_the_mean_over_tokens(make):
         inputs = collator([examples[index]])
         del inputs["sources"]
         with torch.no_grad():
-            nll, tokens = network(batch)(**inputs).row_loss.sum(0).tolist()
+            nll, tokens = unwrapped(batch)(**inputs).row_loss.sum(0).tolist()
         total, count = total + nll, count + tokens
     batch.train()
     assert steps(batch)[0].loss == pytest.approx(total / count, abs=1e-5)
@@ -92,8 +92,8 @@ def check_checkpointing(make):
     plain, recomputed = make(*FOUR), make(*FOUR, "--gradient_checkpointing", "true")
     plain.train()
     recomputed.train()
-    assert not any(getattr(module, "gradient_checkpointing", False) for module in network(plain).modules())
-    assert any(getattr(module, "gradient_checkpointing", False) for module in network(recomputed).modules())
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in unwrapped(plain).modules())
+    assert any(getattr(module, "gradient_checkpointing", False) for module in unwrapped(recomputed).modules())
     assert_equal(recomputed, plain, loss=1e-6, norm=1e-6)
 
 
@@ -106,7 +106,7 @@ def test_evaluation_at_batch_one_equals_batch_four(make):
 def test_a_text_only_batch_trains_the_language_model_alone(make):
     """The dummy image adds nothing: the gradient is that of the language model by itself, of the towers zero."""
     trainer = make()
-    model, examples, collator = network(trainer), trainer.train_dataset, trainer.data_collator
+    model, examples, collator = unwrapped(trainer), trainer.train_dataset, trainer.data_collator
     assert isinstance(examples, SupervisedDataset)
     assert isinstance(collator, DataCollator)
     inputs = collator([examples[2], examples[3]])  # the second rank's of step 1
@@ -136,7 +136,7 @@ def test_a_merged_adapter_computes_the_same(tiny, data, tmp_path, family):
     assert isinstance(examples, SupervisedDataset)
     assert isinstance(collator, DataCollator)
     trainer.train()
-    model = network(trainer).eval()
+    model = unwrapped(trainer).eval()
     assert isinstance(model, PeftModel)
     inputs = collator([examples[index] for index in range(4)])
     del inputs["sources"], inputs["labels"]

@@ -1,4 +1,4 @@
-"""One process, DDP, ZeRO-2 and ZeRO-3 are the same training, also when ranks hold other media at every step."""
+"""One process, DDP, ZeRO-2 and ZeRO-3 train alike, also when ranks have different media at every step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def runs(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def brief_runs(tiny, tmp_path_factory) -> Path:
-    """The same of the other generations: DDP and ZeRO-3, in full; adapters where the network is another one."""
+    """The same of the other generations: DDP and ZeRO-3, in full; adapters where the architecture differs."""
     folder = tmp_path_factory.mktemp("brief")
     paths = prepare(folder, OTHERS, tiny)
     launch([*TORCHRUN, str(WORKER), *paths, "--kinds", "full", "--", "ddp", "zero3-0"])
@@ -46,13 +46,13 @@ def brief_runs(tiny, tmp_path_factory) -> Path:
     return folder
 
 
-# Family with video, whether it hears, steps.
+# Family with video, whether it has audio, steps.
 MEDIA = {"o4_5": (True, STEPS), "v4_5": (False, 6)}
 
 
 @pytest.fixture(scope="module")
 def media_runs(tiny, tmp_path_factory) -> Path:
-    """Text, images, videos and sound in one data set, alone and in every mode."""
+    """Text, images, videos and audio in one dataset, alone and in every mode."""
     folder = tmp_path_factory.mktemp("media")
     (folder / "models").mkdir()
     for family, (sound, length) in MEDIA.items():

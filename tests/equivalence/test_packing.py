@@ -1,4 +1,4 @@
-"""Packed rows train the same as padded ones; every sample once per epoch, on one rank."""
+"""Packed rows train like padded ones, with every sample once per epoch; on one rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from linear_kernels import put_in_place
 from records import write_records
-from stack import KINDS, LORA, build, flags, network
+from stack import KINDS, LORA, build, flags, unwrapped
 from test_in_process import FOUR, assert_equal
 from transformers import PreTrainedModel
 
@@ -55,7 +55,7 @@ def test_a_packed_step_is_the_padded_step(tiny, data, tmp_path, monkeypatch, fam
 def test_over_an_epoch_every_sample_has_its_loss_once(tiny, data, tmp_path, flag):
     def losses(*more: str) -> dict[str, list[float]]:
         trainer = build(flags(tiny("llama3_v2_5"), data, tmp_path / "out", *LORA, *more))
-        model, found = network(trainer), {}
+        model, found = unwrapped(trainer), {}
         for batch in trainer.get_train_dataloader():
             sources = batch.pop("sources")
             with torch.no_grad():

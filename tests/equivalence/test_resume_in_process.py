@@ -1,4 +1,4 @@
-"""One process without DeepSpeed: a resumed run ends bit for bit as if never interrupted."""
+"""Resuming in one process without DeepSpeed is bit-identical to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def test_five_and_five_steps_are_ten(tiny, demo_data, tmp_path, monkeypatch, kin
     assert [step for step, _ in checkpoints(tmp_path / "again")] == [8, 10], "saved when its own flags say"
     expected = trained(whole)
     assert [name for name, value in trained(resumed).items() if not torch.equal(value, expected[name])] == []
-    if kind == "lora":  # asked to stop where an evaluation is due, which comes when it goes on
+    if kind == "lora":  # stopped where an evaluation is due, which follows on resuming
         # A process that has saved ends soon after, this one too.
         monkeypatch.setattr(outcome.watch, "saved", lambda: None)
         stopped = made(tmp_path / "stopped")
         asked = property(lambda _: stopped.state.global_step == 3, lambda *_: None)
-        monkeypatch.setattr(Watchdog, "asked_to_stop", asked, raising=False)
+        monkeypatch.setattr(Watchdog, "stop_requested", asked, raising=False)
         with pytest.raises(StoppedError, match="step 3 of 10"):
             stopped.train()
         monkeypatch.undo()

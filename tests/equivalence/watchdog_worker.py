@@ -1,4 +1,4 @@
-"""Trains as one of two ranks with faults put in, mode by mode; every rank writes how each run ended."""
+"""Worker of test_watchdog_modes.py: trains as one of two ranks with injected faults; writes how each run ended."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
 import torch  # noqa: E402
-from stack import build, flags, network, steps  # noqa: E402
+from stack import build, flags, steps, unwrapped  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 from worker import deepspeed_configs  # noqa: E402
 
 from finetune.checkpoints.manifest import checkpoints, read  # noqa: E402
-from finetune.runtime.outcome import leave  # noqa: E402
+from finetune.runtime.outcome import exit_process  # noqa: E402
 from finetune.utils.errors import UserError  # noqa: E402
 from trainer import CPMTrainer  # noqa: E402
 
@@ -44,7 +44,7 @@ def poison(trainer: CPMTrainer, when: Callable[[int], bool]) -> None:
     def spoil(_: nn.Module, __: object, result: torch.Tensor) -> torch.Tensor:
         return result * torch.nan if RANK == 1 and when(trainer.state.global_step + 1) else result
 
-    network(trainer).get_submodule("resampler").register_forward_hook(spoil)
+    unwrapped(trainer).get_submodule("resampler").register_forward_hook(spoil)
 
 
 def nan_for_good(trainer: CPMTrainer) -> None:
@@ -56,11 +56,11 @@ def nan_now_and_then(trainer: CPMTrainer) -> None:
 
 
 def frozen(trainer: CPMTrainer) -> None:
-    network(trainer).get_submodule("vpm").requires_grad_(False)
+    unwrapped(trainer).get_submodule("vpm").requires_grad_(False)
 
 
 def detached(trainer: CPMTrainer) -> None:
-    network(trainer).get_submodule("vpm").register_forward_hook(lambda _, __, result: result.detach())
+    unwrapped(trainer).get_submodule("vpm").register_forward_hook(lambda _, __, result: result.detach())
 
 
 def full_disk(trainer: CPMTrainer) -> None:
@@ -82,7 +82,7 @@ def spoilt_part(trainer: CPMTrainer) -> None:
     class Spoil(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if RANK == 1 and state.global_step == 2:
-                weight: Any = network(trainer).get_parameter("resampler.kv_proj.weight")
+                weight: Any = unwrapped(trainer).get_parameter("resampler.kv_proj.weight")
                 weight.ds_tensor[0] = torch.inf
 
     trainer.add_callback(Spoil())
@@ -100,10 +100,16 @@ def outcome(trainer: CPMTrainer) -> dict:
     except UserError as raised:
         error = f"{type(raised).__name__}: {raised}"
     torch.save = WRITE
-    finite = all(bool(torch.isfinite(p.detach()).all()) for p in network(trainer).parameters())
+    finite = all(bool(torch.isfinite(p.detach()).all()) for p in unwrapped(trainer).parameters())
     saved = [step for step, folder in checkpoints(Path(trainer.args.output_dir or "")) if read(folder) is not None]
     losses = [step.loss for step in steps(trainer)]
-    return {"error": error, "finite": finite, "losses": losses, "saved": saved, "unsaved": trainer.keeper.unsaved}
+    return {
+        "error": error,
+        "finite": finite,
+        "losses": losses,
+        "saved": saved,
+        "unsaved": trainer.checkpoint_manager.unsaved,
+    }
 
 
 def main() -> None:
@@ -132,11 +138,11 @@ def main() -> None:
             del trainer
             gc.collect()
             gc.freeze()  # what is left are modules; the next search need not go through them
-    (given.out / f"alarms-{RANK}.json").write_text(json.dumps(results))
+    (given.out / f"watchdog-{RANK}.json").write_text(json.dumps(results))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    exit_process(0)

@@ -1,4 +1,4 @@
-"""Trains in several configurations one after another, alone or as a rank; results go to results-*.json in --out."""
+"""Worker of test_modes.py: trains several configurations, alone or as a rank; writes results-*.json to --out."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
 import torch  # noqa: E402
 from records import PER_RANK, STEPS  # noqa: E402
-from stack import EXPERTS, FAMILIES, KINDS, build, flags, network, steps  # noqa: E402
+from stack import EXPERTS, FAMILIES, KINDS, build, flags, steps, unwrapped  # noqa: E402
 from variants import MIXTURE  # noqa: E402
 
-from finetune.runtime.outcome import leave  # noqa: E402
+from finetune.runtime.outcome import exit_process  # noqa: E402
 
 ROOT = HERE.parents[1]
 MODES = ("ddp", "zero2", "zero3", "zero3-0")
@@ -47,7 +47,7 @@ def run(base: Path, data: Path, output: Path, *more: str) -> dict:
     trainer = build(flags(base, data, output, *more))
     from deepspeed.utils import get_z3_leaf_modules  # not before the flags have told it that there is no GPU
 
-    partitioned = sum(hasattr(parameter, "ds_shape") for parameter in network(trainer).parameters())
+    partitioned = sum(hasattr(parameter, "ds_shape") for parameter in unwrapped(trainer).parameters())
     trainer.train()
     evaluated = trainer.evaluate()
     trainer.save_model()
@@ -55,7 +55,7 @@ def run(base: Path, data: Path, output: Path, *more: str) -> dict:
         "steps": [astuple(step) for step in steps(trainer)],
         "eval": (evaluated["eval_loss"], evaluated["eval_tokens"]),
         "partitioned": partitioned,
-        "leaves": len(get_z3_leaf_modules(network(trainer))),
+        "leaves": len(get_z3_leaf_modules(unwrapped(trainer))),
         "seconds": time.perf_counter() - start,
     }
 
@@ -102,4 +102,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    exit_process(0)

@@ -1,4 +1,4 @@
-"""--format vllm gives what vLLM's LoRA loader takes; its rules stand here as they were read (docs/export.md)."""
+"""--format vllm: the exported adapter satisfies the rules of vLLM's LoRA loader (docs/export.md)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.export.vllm_layout import max_lora_rank
 from finetune.families import by_name
 from finetune.utils.errors import UserError
 
-# A key is the prefix, the module and one of two ends; the module must be called like a linear layer of the network.
+# A key is the prefix, the module and one of two ends; the module must be called like a linear layer of the model.
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(A|B)\.weight")
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 LINEAR |= {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"}

@@ -145,7 +145,7 @@ def test_unfinished_files_of_killed_runs_go_after_a_day(tmp_path: Path) -> None:
         (cache.folder() / name).touch()
         os.utime(cache.folder() / name, (1, 1))
     (cache.folder() / "index-1f.bin.k3.unfinished").touch()
-    with cache.replacing(cache.folder() / "new") as file:
+    with cache.atomic_write(cache.folder() / "new") as file:
         file.write(b"x")
     assert {path.name for path in cache.folder().iterdir()} == {*kept, "index-1f.bin.k3.unfinished", "new"}
 

@@ -1,4 +1,4 @@
-"""Fixtures of the network tests: small recorded models, few threads."""
+"""Fixtures of the model tests: small recorded models, few threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches with sound for the tests of the network."""
+"""Batches with audio for the model tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT adapters on the network: train, save, load, merge."""
+"""peft adapters on the models: train, save, load, merge."""
 
 from __future__ import annotations
 

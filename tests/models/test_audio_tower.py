@@ -1,4 +1,4 @@
-"""Sound: batches, chunks, placeholders, the dummy pass, decoding."""
+"""Audio: batches, attention chunks, placeholders, the dummy clip, decoding."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def test_disagreeing_inputs_name_both_numbers(model: MiniCPMO, fault: str) -> No
 
 
 def test_longer_than_the_tower_takes() -> None:
-    with pytest.raises(ValueError, match="takes 3000: cut longer sound into clips"):
+    with pytest.raises(ValueError, match="takes 3000: split longer audio into clips"):
         read_clips(torch.zeros(1, 80, 3002), torch.tensor([3002]), bins=80, longest=3000, step=2)
 
 

@@ -1,4 +1,4 @@
-"""Values that are no numbers are found in a loaded network, in every part of a partitioned one, and in files."""
+"""Non-finite values are found in loaded models, in ZeRO-3 shards and in files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from finetune.models import finite_weights
-from finetune.models.finite_weights import check_file, check_network, check_types
+from finetune.models.finite_weights import check_file, check_finite_model, check_types
 from finetune.utils.errors import CheckpointError
 
 KINDS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -37,17 +37,17 @@ def test_what_has_no_values_here() -> None:
 
 def partitioned(value: float) -> nn.Module:
     """As ZeRO-3 leaves a parameter: nothing in it, and this rank's part beside it."""
-    network = nn.Linear(2, 2)
-    weight: Any = network.weight
+    model = nn.Linear(2, 2)
+    weight: Any = model.weight
     weight.data = torch.empty(0)
     weight.ds_tensor = torch.tensor([1.0, value])
-    return network
+    return model
 
 
 def test_a_part_of_a_partitioned_weight() -> None:
-    check_network(partitioned(1.0), "folder", [])
+    check_finite_model(partitioned(1.0), "folder", [])
     with pytest.raises(CheckpointError, match=r"folder: weight has values that are not finite"):
-        check_network(partitioned(math.nan), "folder", [])
+        check_finite_model(partitioned(math.nan), "folder", [])
 
 
 def test_ranks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,17 +63,17 @@ def test_ranks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(finite_weights, "dist", Other)
     with pytest.raises(CheckpointError, match=r"folder: llm\.x has values"):
-        check_network(partitioned(1.0), "folder", [])
-    check_network(nn.Linear(2, 2), "folder", [])  # whole on every rank: each sees all of it
+        check_finite_model(partitioned(1.0), "folder", [])
+    check_finite_model(nn.Linear(2, 2), "folder", [])  # whole on every rank: each sees all of it
 
 
 def test_a_network_in_4_bit_is_checked_by_its_files(tmp_path: Path) -> None:
-    network = nn.Linear(2, 2)
-    network.weight = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+    model = nn.Linear(2, 2)
+    model.weight = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.tensor([1.0, math.inf])}, path)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: weight has values that are not finite"):
-        check_network(network, "folder", [path])
+        check_finite_model(model, "folder", [path])
 
 
 def test_types_and_counters(tmp_path: Path) -> None:

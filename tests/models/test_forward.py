@@ -1,4 +1,4 @@
-"""Batches, loss and the dummy pass."""
+"""Forward pass: batches, loss and the dummy image."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def wrong(batch: dict[str, torch.Tensor], queries: int) -> dict[str, tuple[dict,
         "temporal count": ({"temporal_ids": ids[:2]}, "4 visual items, but 2 temporal_ids"),
         "groups": ({"group_sizes": torch.tensor([1, 2, 1])}, "group_sizes has 2, but this model has no temporal"),
         "group count": ({"group_sizes": torch.tensor([1, 1])}, r"\[1, 1\] must be positive and add up to the 4"),
-        "sound": ({"audio_features": torch.zeros(1, 80, 60)}, "cannot hear"),
+        "sound": ({"audio_features": torch.zeros(1, 80, 60)}, "has no audio tower"),
         "floats": ({"patches": batch["patches"].float()}, "must be uint8"),
         "width": ({"patches": batch["patches"][:, :-1]}, r"must be \(N, 588\)"),
         "no sizes": ({"tgt_sizes": None}, "patches and image_bound given without tgt_sizes"),

@@ -1,4 +1,4 @@
-"""The loss in the output layer: the figures of plain cross entropy, with few logits at a time."""
+"""The chunked loss in the output layer equals plain cross entropy."""
 
 from __future__ import annotations
 

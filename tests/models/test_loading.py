@@ -1,4 +1,4 @@
-"""Folders become models completely or not at all, and come back as they were."""
+"""Loading and saving of model folders; errors for incomplete ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REMOTE = {
 
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[str], Path]:
-    """A writable copy of a recorded network, without the cases."""
+    """A writable copy of a recorded model, without the cases."""
 
     def make(family: str) -> Path:
         ignore = shutil.ignore_patterns("cases.*")
@@ -58,9 +58,9 @@ def test_auto_classes_need_no_remote_code(copy_of: Callable, family: str, trust:
     folder = copy_of(family)
     edit_config(folder, auto_map=REMOTE)
     options = {} if trust is None else {"trust_remote_code": trust}
-    config, network = (MiniCPMOConfig, MiniCPMO) if family in OMNI else (MiniCPMVConfig, MiniCPMV)
+    config, model_class = (MiniCPMOConfig, MiniCPMO) if family in OMNI else (MiniCPMVConfig, MiniCPMV)
     assert type(AutoConfig.from_pretrained(folder, **options)) is config
-    assert type(auto.from_pretrained(folder, **options)) is network
+    assert type(auto.from_pretrained(folder, **options)) is model_class
 
 
 def test_dtype_of_the_file_and_of_the_caller(copy_of: Callable) -> None:
@@ -74,7 +74,7 @@ def test_dtype_of_the_file_and_of_the_caller(copy_of: Callable) -> None:
     ("change", "message"),
     [
         (lambda w: w.pop("resampler.query"), "1 tensors are missing in the file: resampler.query"),
-        (lambda w: w.update({"apm.conv1.weight": torch.zeros(2)}), "unknown to the network: apm.conv1.weight"),
+        (lambda w: w.update({"apm.conv1.weight": torch.zeros(2)}), "unknown to the model: apm.conv1.weight"),
         (lambda w: w.update({"resampler.query": torch.zeros(7, 256)}), r"resampler.query.*\b7\b.*\b8\b"),
     ],
     ids=["missing", "unexpected", "shape"],
@@ -148,7 +148,7 @@ def test_required_tokens(copy_of: Callable, family: str) -> None:
     for file in (GOLDEN / "encode" / "tokenizers" / TOKENIZERS[family]).iterdir():
         shutil.copy(file, folder)
     with pytest.raises(CheckpointError, match=r"has id \d+ .* 160 embeddings"):
-        load_model(folder)  # the recorded network has fewer embeddings than this tokenizer
+        load_model(folder)  # the recorded model has fewer embeddings than this tokenizer
     assert isinstance(load_model(folder, tokenizer_required=False), MiniCPMV)
     data = json.loads((folder / "tokenizer.json").read_text())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] != "<slice>"]
@@ -336,7 +336,7 @@ def test_speech_output_is_passed_over_and_only_that(copy_of: Callable) -> None:
     model = load_model(folder, tokenizer_required=False)
     assert not any(name.startswith("tts") for name, _ in model.named_parameters())
     edit_weights(folder, lambda w: w.update({"ttx.weight": torch.zeros(3)}))
-    with pytest.raises(CheckpointError, match=r"unknown to the network: ttx\.weight"):
+    with pytest.raises(CheckpointError, match=r"unknown to the model: ttx\.weight"):
         load_model(folder, tokenizer_required=False)
 
 

@@ -1,4 +1,4 @@
-"""What saves memory changes no number: parts run again, images in pieces, frozen towers without a graph."""
+"""Gradient checkpointing per part, vision_batch and frozen towers do not change results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.arguments.model import LoraArguments
 from finetune.arguments.training import TrainingArguments
 from finetune.families import by_name
 from finetune.models import MiniCPMO, MiniCPMV
-from finetune.models.memory_saving import pieces
+from finetune.models.memory_saving import chunk_counts
 from finetune.training.freezing import adapt
 from finetune.utils.errors import ArgumentError
 
@@ -49,7 +49,7 @@ def counted_calls(module: torch.nn.Module) -> Iterator[list[int]]:
 )
 def test_pieces(groups: list[int], most: int | None, expected: list[int]) -> None:
     """Groups stay together, also those that are larger than a piece."""
-    assert pieces(groups, most) == expected
+    assert chunk_counts(groups, most) == expected
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -108,7 +108,7 @@ def test_text_alone_still_calls_the_tower_once() -> None:
 
 @pytest.mark.parametrize("parts", [["llm"], ["vision"], ["llm", "vision"], ["audio", "llm"]])
 def test_parts_run_again(tmp_path: Path, parts: list[str]) -> None:
-    """Loss and gradients are equal whichever parts are run again."""
+    """Loss and gradients are equal whichever parts are recomputed."""
     model = small_model("o2_6").train()
     batch = make_batch(ROWS, model.query_num)
     plain = loss_and_gradients(model, batch)
@@ -134,7 +134,7 @@ def test_frozen_towers_keep_nothing(tmp_path: Path, family: str, flags: dict[str
     training = arguments(tmp_path, **flags)
     model: Any = adapt(small_model(family), by_name(family), training, LoraArguments(lora_r=4)).train()
     model.enable_input_require_grads()
-    network: MiniCPMV = model.get_base_model() if training.use_lora else model
+    inner: MiniCPMV = model.get_base_model() if training.use_lora else model
     inside: list[str] = []
     kept: list[str] = []
 
@@ -142,16 +142,16 @@ def test_frozen_towers_keep_nothing(tmp_path: Path, family: str, flags: dict[str
         kept.extend(inside)
         return tensor
 
-    towers = [network.vpm, *([network.apm] if hasattr(network, "apm") else [])]
+    towers = [inner.vpm, *([inner.apm] if hasattr(inner, "apm") else [])]
     for tower in towers:
         tower.register_forward_pre_hook(lambda *_: inside.append("tower"))
         tower.register_forward_hook(lambda *_: inside.clear())
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**make_batch(ROWS, network.query_num)).loss.backward()
+        model(**make_batch(ROWS, inner.query_num)).loss.backward()
     assert kept == []
     towers[0].requires_grad_(True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**make_batch(ROWS, network.query_num))
+        model(**make_batch(ROWS, inner.query_num))
     assert kept, "the hook would see it"
 
 

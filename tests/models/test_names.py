@@ -1,4 +1,4 @@
-"""Names, shapes and bytes of the published checkpoints, on the meta device."""
+"""Parameter names, shapes and sizes of the published checkpoints, on the meta device."""
 
 from __future__ import annotations
 

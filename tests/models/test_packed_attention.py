@@ -1,4 +1,4 @@
-"""Packed rows: every segment is as it would be alone."""
+"""Packed rows: the result of every segment is the same as alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune.models import MiniCPMO, MiniCPMV, MiniCPMVConfig
 from finetune.models.kv_cache import CACHE, NAMES
 from finetune.models.packed_attention import LENGTHS, SEGMENTED
 
-# Text in front, items, text behind; the clips of those that hear. One segment without labels.
+# Text in front, items, text behind; the clips of models with audio. One segment without labels.
 SEGMENTS: list[tuple[Row, list[int]]] = [
     ((7, [(4, 6)], 5), [12]),
     ((6, [], 9), []),
@@ -29,7 +29,7 @@ POISONED = 1, 3
 
 
 def rows_of(model: MiniCPMV, *, poison: bool = False) -> list[dict[str, torch.Tensor]]:
-    """The segments as batches of one row; with ``poison`` two of them have other tokens, pictures and sound."""
+    """The segments as batches of one row; with ``poison`` two of them have other tokens, images and audio."""
     rows = []
     for index, (row, clips) in enumerate(SEGMENTS):
         if isinstance(model, MiniCPMO) and clips:
@@ -197,7 +197,7 @@ def test_two_packed_rows_are_refused() -> None:
 
 
 def test_sliding_windows_are_kept() -> None:
-    """A network with windows falls back to a mask."""
+    """A model with windows falls back to a mask."""
     config = small_model("v2_6").config.to_dict()
     torch.manual_seed(0)
     windows = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}

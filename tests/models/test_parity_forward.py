@@ -1,4 +1,4 @@
-"""The recorded figures of the official code, and proof that a difference is seen."""
+"""Parity with recorded results of the official code; deliberate differences are detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The position rules against formulas written from the description alone."""
+"""Position embeddings against formulas written independently."""
 
 from __future__ import annotations
 

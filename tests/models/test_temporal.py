@@ -1,4 +1,4 @@
-"""Packed video frames: several items, one run of placeholders."""
+"""Packed video frames: several items with one run of placeholders."""
 
 from __future__ import annotations
 

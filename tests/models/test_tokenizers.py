@@ -1,4 +1,4 @@
-"""Published tokenizer folders load by name, with the published ids, and without running their code."""
+"""Published tokenizer folders load with AutoTokenizer, with the published ids and without remote code."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_folder_without_tokenizer_files(tmp_path: Path) -> None:
 def test_check_tokens() -> None:
     tokenizer = load_tokenizer(TOKENIZERS / "llama3")
     check_tokens(tokenizer, by_name("llama3_v2_5"), 722, "folder", {})
-    with pytest.raises(CheckpointError, match="id 721 in the tokenizer of folder, but its network has 721 embeddings"):
+    with pytest.raises(CheckpointError, match="id 721 in the tokenizer of folder, but the model has 721 embeddings"):
         check_tokens(tokenizer, by_name("llama3_v2_5"), 721, "folder", {})
     with pytest.raises(CheckpointError, match="does not know <s>, </s>, which MiniCPM-V 2.0 needs"):
         check_tokens(tokenizer, by_name("v2_0"), 722, "folder", {})

@@ -1,4 +1,4 @@
-"""Two ranks whose batches have other numbers and sizes of images train as one process does."""
+"""ZeRO-3 on two ranks with different numbers and sizes of images trains like one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small models and batches for the tests of the network."""
+"""Small models and batches with images for the model tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Row = tuple[int, list[tuple[int, int]], int]
 
 
 def small_model(family: str, **options) -> MiniCPMV:
-    """The recorded tiny network of a family, float32."""
+    """The recorded tiny model of a family, float32."""
     folder = GOLDEN / "forward" / family
     model = load_model(folder, dtype=torch.float32, tokenizer_required=False, **options)
     assert isinstance(model, MiniCPMV)

@@ -1,4 +1,4 @@
-"""Trains each small network for a few steps, alone or as one rank of a ZeRO-3 run; results go to ``--out``."""
+"""Worker of test_zero3.py: trains small models, alone or as a ZeRO-3 rank; writes results to ``--out``."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from sound_batch import add_clips  # noqa: E402
 from visual_batch import Row, make_batch, pack_rows, small_model  # noqa: E402
 
 from finetune.models import MiniCPMO, MiniCPMV  # noqa: E402
-from finetune.runtime.outcome import leave  # noqa: E402
+from finetune.runtime.outcome import exit_process  # noqa: E402
 
-# Every vision tower and resampler; the audio tower with sound on one rank only.
+# Every vision tower and resampler; the audio tower with audio on one rank only.
 FAMILIES = ("v2_0", "llama3_v2_5", "v4_5", "o2_6")
 # Of these every rank packs its rows into one, while the process alone pads them.
 PACKED = ("v4_5", "o2_6")
@@ -60,7 +60,7 @@ class InOrder(Trainer):
 
 
 def with_sound(batch: dict[str, torch.Tensor], rows: list[Row], model: MiniCPMV) -> dict[str, torch.Tensor]:
-    """A short clip in every row with enough text in front, for a network that hears."""
+    """A short clip in every row with enough text in front, for a model with audio."""
     clips = [[5] if row[0] >= 5 else [] for row in rows]
     return add_clips(batch, clips, model.pool_step) if isinstance(model, MiniCPMO) and any(clips) else batch
 
@@ -93,7 +93,7 @@ def train(family: str, out: Path, world: int) -> dict:
         deepspeed.init_distributed(dist_backend="gloo")  # before the model: else it is not partitioned
     model = small_model(family)
     if world > 1 and family == "v4_5":
-        model.vision_batch = 1  # in other numbers of pieces on every rank
+        model.vision_batch = 1  # in a different number of chunks on every rank
     partitioned = sum(hasattr(parameter, "ds_shape") for parameter in model.parameters())
     for name, parameter in model.named_parameters():
         if name in model.config.family.fixed_parameters:  # ZeRO-3 keeps what construction froze, plain loading does not
@@ -134,4 +134,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    exit_process(0)

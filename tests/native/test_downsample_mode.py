@@ -35,7 +35,7 @@ from finetune.encoding.length_policy import LengthPolicy
 from finetune.families import FAMILIES, by_name
 from finetune.models import add_adapter, load_model, load_tokenizer
 from finetune.models.downsample_mode import VARIABLE, decide, saved_with, write_mode
-from finetune.planning.memory_estimate import MemoryPlanner
+from finetune.planning.memory_estimate import MemoryEstimator
 from finetune.planning.training_setup import SampleShape, TrainingSetup
 from finetune.training.freezing import adapt
 from finetune.utils.errors import ArgumentError, CheckpointError, UserError
@@ -151,7 +151,9 @@ def test_an_unknown_mode_is_refused(native, folder: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", WITHOUT)
 def test_families_without_modes(name: str, caplog: pytest.LogCaptureFixture) -> None:
     family = by_name(name)
-    with pytest.raises(ArgumentError, match=f"--downsample_mode 4x: {family.title} has no modes .*4.6.*leave the flag"):
+    with pytest.raises(
+        ArgumentError, match=f"--downsample_mode 4x: {family.title} has no downsample modes .*4.6.*omit the flag"
+    ):
         decide(family, {}, None, "4x")
     warn_once.cache_clear()
     assert decide(family, {}, None, environment={VARIABLE: "4x"}) is None
@@ -299,7 +301,7 @@ def parts(asked: Any) -> list[Any]:
 def test_add_adapter_warns_of_another_mode(native, lora: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = load_model(lora, downsample_mode="16x")
     add_adapter(model, lora, "again")  # pyright: ignore[reportArgumentType]
-    assert any("was trained with downsample_mode 4x, the network works with 16x" in text for text in caplog.messages)
+    assert any("was trained with downsample_mode 4x, the model uses 16x" in text for text in caplog.messages)
 
 
 def test_evaluate_and_export_use_the_mode_of_the_adapter(
@@ -409,7 +411,7 @@ def test_lengths_and_plans_follow(native, tmp_path: Path, capsys: pytest.Capture
     pads = {mode: int((made[mode].encode(asked).input_ids == made[mode]._placeholder).sum()) for mode in lengths}
     assert tokens["4x"] - tokens["16x"] == pads["4x"] - pads["16x"] == lengths["4x"] - lengths["16x"] > 0
     shape, recipe = SampleShape(tokens=256, items=10, patches=64), TrainingSetup(method="full")
-    planners = {mode: MemoryPlanner(resolve(str(native("v4_6")), mode).settings) for mode in lengths}
+    planners = {mode: MemoryEstimator(resolve(str(native("v4_6")), mode).settings) for mode in lengths}
     blocks = {
         mode: [each for each in planners[mode].blocks(recipe, shape) if each.part == "vision"] for mode in lengths
     }

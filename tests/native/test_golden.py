@@ -12,7 +12,7 @@ from golden import CASES, FAMILIES, GOLDEN, fill, moments
 from transformers import AutoConfig
 
 from finetune.encoding.collate import pad
-from finetune.models.minicpmv4_6 import WHOLE_NETWORKS
+from finetune.models.minicpmv4_6 import NATIVE_MODELS
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -23,7 +23,7 @@ def recorded(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def network(recorded: tuple[str, Any]) -> Any:
     config = AutoConfig.from_pretrained(GOLDEN / recorded[0])
-    model = WHOLE_NETWORKS[config.model_type](config)
+    model = NATIVE_MODELS[config.model_type](config)
     fill(model)
     return model.eval()
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from finetune.encoding.collate import pad
 from finetune.models import load_model
 from finetune.models.kv_cache import CACHE, NAMES
-from finetune.models.minicpmv4_6 import WHOLE_NETWORKS
+from finetune.models.minicpmv4_6 import NATIVE_MODELS
 from finetune.tiny.native_folders import NATIVE
 from finetune.utils.errors import CheckpointError
 
@@ -224,7 +224,7 @@ def test_canvas_positions_matter(native) -> None:
 
 def test_forward_takes_every_input_by_name(family: str) -> None:
     """``generate`` looks at the names to decide what it prepares."""
-    network = WHOLE_NETWORKS[NATIVE[family][1]]
+    network = NATIVE_MODELS[NATIVE[family][1]]
     parent = next(base for base in network.__mro__ if base.__module__.startswith("transformers.models"))
     wanted = inspect.signature(parent.forward).parameters  # type: ignore[attr-defined]
     assert network.__name__ == parent.__name__
@@ -274,7 +274,7 @@ def test_loading_is_strict(native, family: str, tmp_path: Path) -> None:
     folder = native(family)
     with pytest.raises(CheckpointError, match=f"missing in the file: {name}"):
         load_model(damaged(folder, tmp_path / "missing", lambda state: state.pop(name)))
-    with pytest.raises(CheckpointError, match="unknown to the network: more"):
+    with pytest.raises(CheckpointError, match="unknown to the model: more"):
         load_model(damaged(folder, tmp_path / "more", lambda state: state.update(more=torch.zeros(2))))
     with pytest.raises(CheckpointError, match="another shape: model.merger"):
         load_model(damaged(folder, tmp_path / "shape", lambda state: state.update({name: torch.zeros(2, 2)})))

@@ -1,4 +1,4 @@
-"""Networks of a size that a step on the CPU takes a second with."""
+"""Configurations of small models, with which a step on the CPU takes a second."""
 
 from finetune.planning.published_shapes import CONFIGS
 

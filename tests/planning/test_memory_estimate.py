@@ -1,4 +1,4 @@
-"""The memory plan: sizes that are known, sums that can be done by hand, and real steps on the CPU."""
+"""Memory estimates against known sizes, manual sums, and measured steps on the CPU."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from finetune.__main__ import main
 from finetune.arguments.model import LoraArguments
 from finetune.arguments.training import TrainingArguments
 from finetune.families import FAMILIES
-from finetune.planning.memory_estimate import GIB, MemoryPlanner
-from finetune.planning.meta_model import adapted, build
+from finetune.planning.memory_estimate import GIB, MemoryEstimator
+from finetune.planning.meta_model import adapt_meta_model, build_meta_model
 from finetune.planning.published_shapes import CONFIGS
 from finetune.planning.settings_search import cheapest, gpus_needed
 from finetune.planning.training_setup import SampleShape, TrainingSetup
@@ -32,8 +32,8 @@ TEXT = SampleShape(tokens=256, items=0)
 
 
 @cache
-def planner(name: str = "v4_5") -> MemoryPlanner:
-    return MemoryPlanner(SMALL if name == "small" else CONFIGS[name])
+def planner(name: str = "v4_5") -> MemoryEstimator:
+    return MemoryEstimator(SMALL if name == "small" else CONFIGS[name])
 
 
 def test_every_family_has_sizes() -> None:
@@ -44,7 +44,7 @@ def test_every_family_has_sizes() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parameters_are_the_published_ones(name: str) -> None:
-    model = build(CONFIGS[name])
+    model = build_meta_model(CONFIGS[name])
     assert {tensor.device.type for tensor in model.parameters()} == {"meta"}
     count = sum(parameter.numel() for parameter in model.parameters())
     known = {"v2_0": 3434965792, "v4_0": 4059533040, "v4_6": 1300659440, "v4_7": 1300659440}
@@ -54,7 +54,7 @@ def test_parameters_are_the_published_ones(name: str) -> None:
 
 def test_states_by_hand() -> None:
     """2 + 2 + 12 bytes per trained parameter, divided as ZeRO does."""
-    count = sum(p.numel() for p in build(SMALL).parameters())
+    count = sum(p.numel() for p in build_meta_model(SMALL).parameters())
     whole = planner("small").resting(TrainingSetup(method="full", stage=2))
     assert (whole.weights, whole.gradients, whole.optimizer) == (2 * count, 2 * count, 12 * count)
     second = planner("small").resting(TrainingSetup(method="full", stage=2, gpus=4))
@@ -70,7 +70,9 @@ def test_states_by_hand() -> None:
 def test_adapters_and_frozen_parts() -> None:
     model = planner("small").model(TrainingSetup(stage=2))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    resampler = sum(p.numel() for name, p in build(SMALL).named_parameters() if name.startswith("resampler."))
+    resampler = sum(
+        p.numel() for name, p in build_meta_model(SMALL).named_parameters() if name.startswith("resampler.")
+    )
     adapters = sum(64 * (m + n) * 4 for m, n in ((256, 256), (256, 64), (256, 64), (256, 256)))
     assert trained == resampler + adapters
     lora = planner("small").resting(TrainingSetup(stage=2))
@@ -167,7 +169,7 @@ IMAGES = SampleShape(tokens=256, items=2, patches=256)
 )
 def test_within_a_fifth_of_a_real_step(config: dict[str, Any], recipe: TrainingSetup, shape: SampleShape) -> None:
     """Every allocation of a training step on the CPU counted."""
-    ours = MemoryPlanner(config, torch.float32, gpu=False).memory(recipe, shape)
+    ours = MemoryEstimator(config, torch.float32, gpu=False).memory(recipe, shape)
     total, moving = measured(config, recipe, shape)
     assert ours.total == pytest.approx(total, rel=0.2)
     assert ours.total - ours.weights - ours.optimizer == pytest.approx(moving, rel=0.2)
@@ -195,9 +197,9 @@ def test_adapters_on_experts_are_within_a_fifth_too(tmp_path: Path) -> None:
     training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", use_lora=True)
     lora = LoraArguments(lora_r=4, lora_dropout=0.0, lora_target_parameters="experts.gate_up_proj,experts.down_proj")
     recipe = TrainingSetup(method="lora", checkpointing=False)
-    model = adapted(SMALL_MIXTURE, training, lora, recipe, torch.float32)
+    model = adapt_meta_model(SMALL_MIXTURE, training, lora, recipe, torch.float32)
     before = {name: id(weight) for name, weight in model.named_parameters()}
-    ours = MemoryPlanner(SMALL_MIXTURE, torch.float32, gpu=False, model=model).memory(recipe, TEXT)
+    ours = MemoryEstimator(SMALL_MIXTURE, torch.float32, gpu=False, model=model).memory(recipe, TEXT)
     assert before == {name: id(weight) for name, weight in model.named_parameters()}
     total, moving = measured(SMALL_MIXTURE, recipe, TEXT, lora)
     assert ours.total == pytest.approx(total, rel=0.2)

@@ -1,4 +1,4 @@
-"""--checkpoint_parts fit: as few layers run again as the memory of the GPU allows."""
+"""--checkpoint_parts fit: as few recomputed layers as the memory of the GPU allows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import LengthPolicy
 from finetune.models import load_tokenizer
 from finetune.planning import recompute_choice
-from finetune.planning.memory_estimate import MemoryPlanner
+from finetune.planning.memory_estimate import MemoryEstimator
 from finetune.planning.training_setup import SampleShape, TrainingSetup
 from finetune.readers.mixture import open_data
 from finetune.utils.errors import ArgumentError
@@ -52,7 +52,7 @@ def data(tiny: Callable[[str], Path], tmp_path: Path) -> Data:
 def test_the_fewest_layers_that_fit(method: Any, tmp_path: Path) -> None:
     """The same memory as a plan of the same training, and the first choice that is within the limit."""
     training = arguments(tmp_path, use_lora=method == "lora", tune_vision=True)
-    planner, recipe = MemoryPlanner(SMALL, torch.float32), TrainingSetup(method=method, tune_vision=True)
+    planner, recipe = MemoryEstimator(SMALL, torch.float32), TrainingSetup(method=method, tune_vision=True)
     planned = {
         parts: planner.memory(TrainingSetup(method=method, tune_vision=True, checkpoint_parts=parts), SHAPE).total
         for parts in ((), ("vision",), ("llm",), None)
@@ -96,7 +96,7 @@ def test_what_a_run_is_told(
         caplog.clear()
         monkeypatch.setattr(recompute_choice, "_gpu_memory", lambda _: memory)
         training = arguments(tmp_path, checkpoint_parts=["fit"])
-        recompute_choice.settle(
+        recompute_choice.choose_parts(
             config, training, LoraArguments(), lambda: recompute_choice.step_shape(training, fitter, samples)
         )
         names = ("gradient_checkpointing", "activation_checkpointing")  # the Trainer looks at the newer where it is
@@ -106,17 +106,17 @@ def test_what_a_run_is_told(
     assert settled(None)[:2] == (True, None), "nothing is known of a CPU"
     roomy = settled(80 << 30)
     assert roomy[:2] == (False, None)
-    assert "no layers are run again" in roomy[2]
-    assert "of 80.0 GB are planned for 1 x" in roomy[2]
+    assert "no layers are recomputed" in roomy[2]
+    assert "of 80.0 GB estimated for 1 x" in roomy[2]
     tight = settled(1 << 20)
     assert tight[:2] == (True, None)
-    assert "all layers are run again" in tight[2]
+    assert "all layers are recomputed" in tight[2]
     assert "python -m finetune plan tells what would fit" in tight[2]
 
 
 def test_what_is_not_asked_for_stays(tmp_path: Path) -> None:
     training = arguments(tmp_path, checkpoint_parts=["llm"], gradient_checkpointing=True)
-    recompute_choice.settle(SMALL, training, LoraArguments(), lambda: SHAPE)
+    recompute_choice.choose_parts(SMALL, training, LoraArguments(), lambda: SHAPE)
     assert training.checkpoint_parts == ["llm"]
     with pytest.raises(ArgumentError, match="fit chooses the parts itself"):
         arguments(tmp_path, checkpoint_parts=["fit", "llm"])

@@ -1,4 +1,4 @@
-"""Exit codes and the last line, of processes that end in every way."""
+"""Exit codes and the result line, for every way in which a process can end."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
 @pytest.mark.parametrize(
     ("last", "status", "ends"),
     [
-        ("outcome.leave(3)", 3, []),
+        ("outcome.exit_process(3)", 3, []),
         ("outcome.install(); raise RuntimeError('broken')", 1, []),
         ("sys.exit(3)", 3, ["taken apart"]),
     ],

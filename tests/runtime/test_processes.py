@@ -1,4 +1,4 @@
-"""No process outlives the one it belongs to."""
+"""Ranks end with their launcher, dataloader workers with their rank."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ print("ready", flush=True)
 time.sleep(60)
 """
 # A sandbox may forbid the call.
-FORBIDDEN = "processes._LOOK_EVERY = 0.1; ctypes.CDLL = lambda *a, **k: object()"
-# The batches do not fit into a pipe: such a loader process waits for ever to hand one over.
+FORBIDDEN = "processes._POLL_SECONDS = 0.1; ctypes.CDLL = lambda *a, **k: object()"
+# The batches do not fit into a pipe: such a dataloader worker blocks for ever.
 RANK = """
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -99,9 +99,9 @@ def test_loader_processes_end_with_their_rank(number, tmp_path):
 
 def test_a_dead_rank_is_seen(tmp_path, monkeypatch):
     monkeypatch.delenv(processes.RUN_FOLDER, raising=False)
-    assert not processes.a_rank_has_died()
+    assert not processes.any_rank_died()
     monkeypatch.setenv(processes.RUN_FOLDER, str(tmp_path))
-    assert not processes.a_rank_has_died()
+    assert not processes.any_rank_died()
     folder = tmp_path / processes.PROCESSES
     folder.mkdir()
     (folder / str(os.getpid())).write_text("rank")
@@ -109,7 +109,7 @@ def test_a_dead_rank_is_seen(tmp_path, monkeypatch):
     (folder / str(other.pid)).write_text("loader")
     other.kill()
     gone([other.pid])
-    assert not processes.a_rank_has_died(), "loader processes come and go"
+    assert not processes.any_rank_died(), "dataloader workers come and go"
     (folder / str(other.pid)).write_text("rank")
-    assert processes.a_rank_has_died()
+    assert processes.any_rank_died()
     other.communicate(timeout=60)

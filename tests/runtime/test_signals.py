@@ -1,4 +1,4 @@
-"""A process that can save is given the time to; any other ends at once."""
+"""Signals: a training process gets time to save; any other ends at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ while outcome.watch.request is None: time.sleep(0.01)
 print(outcome.watch.request, flush=True)
 {saving}
 outcome.watch.saved()
-outcome.leave(outcome.STOPPED)
+outcome.exit_process(outcome.STOPPED)
 """
 CAN_SAVE = "outcome.watch.can_save({seconds}, lambda: {failed})"
 
@@ -75,7 +75,7 @@ if not os.fork():
 os.wait(); time.sleep(0.3)
 assert outcome.watch.request is None
 """
-    setup = "import finetune.runtime.signals; finetune.runtime.signals._PATIENCE = 0.1; "
+    setup = "import finetune.runtime.signals; finetune.runtime.signals._INTERRUPT_SECONDS = 0.1; "
     status, out, _ = ended(setup + CAN_SAVE.format(seconds=20, failed=False) + fork, signal.SIGTERM)
     assert (status, out) == (outcome.STOPPED, ["SIGTERM"])
 
@@ -88,6 +88,6 @@ def test_nohup_is_respected():
 
 def test_ctrl_c_ends_a_process_that_waits_in_c_code():
     """Its main thread never gets to raise KeyboardInterrupt."""
-    setup = "import finetune.runtime.signals; finetune.runtime.signals._PATIENCE = 0.5; import hashlib"
+    setup = "import finetune.runtime.signals; finetune.runtime.signals._INTERRUPT_SECONDS = 0.5; import hashlib"
     wait = "print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
     assert ended(f"{setup}; {wait}", signal.SIGINT)[0] == outcome.INTERRUPTED

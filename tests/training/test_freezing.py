@@ -1,4 +1,4 @@
-"""Each flag combination trains what the table says and nothing else."""
+"""The trainable parameters of each combination of flags, and the table that is logged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-import finetune.models  # noqa: F401 - registers the network
+import finetune.models  # noqa: F401 - registers the models
 from finetune.arguments.model import LoraArguments
 from finetune.arguments.training import TrainingArguments
 from finetune.families import by_name, usable
@@ -265,7 +265,7 @@ def test_some_layers_of_the_llm(tiny, tmp_path, family, prefix, count, trained):
 def test_more_layers_than_there_are(tiny, tmp_path):
     with pytest.raises(ArgumentError, match="--tune_llm_layers 3: the LLM of MiniCPM-V 2.0 has 2 layers"):
         adapt(load_model(tiny("v2_0")), by_name("v2_0"), arguments(tmp_path, tune_llm_layers=3), LoraArguments())
-    with pytest.raises(ArgumentError, match="neither with --use_lora true"):
+    with pytest.raises(ArgumentError, match="cannot be 0 or combined with --use_lora true"):
         arguments(tmp_path, tune_llm_layers=3, use_lora=True)
 
 

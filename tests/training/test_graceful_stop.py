@@ -1,4 +1,4 @@
-"""A run that stands still says where, and ends; one that is asked to stop saves."""
+"""HangWatch ends a hanging run with stack traces; StopCallback saves and stops on a signal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from finetune.media import worker_process
 from finetune.training import graceful_stop
 outcome.install()
-graceful_stop._LOOK_EVERY, graceful_stop._GATHER = 0.1, 0.5
+graceful_stop._POLL_SECONDS, graceful_stop._GATHER = 0.1, 0.5
 class Stuck(Dataset):
     def __len__(self): return 4
     def __getitem__(self, index):
@@ -50,7 +50,7 @@ def test_a_run_that_stands_still_ends_with_its_stacks_and_samples(tmp_path):
     said = (tmp_path / "hang" / "step-2" / "rank-0.txt").read_text()
     assert "samples of the step so far: data.json, record 0" in said
     assert " is at data.json, record 2" in said
-    assert said.count("in __getitem__") == 1, "the stack of the loader process"
+    assert said.count("in __getitem__") == 1, "the stack of the dataloader worker"
     assert "in <module>" in said, "the stack of the rank"
 
 
@@ -69,7 +69,9 @@ def test_a_rank_that_only_waits_is_called_by_the_one_that_notices(tmp_path, monk
     assert ended[0] < 600
 
 
-@pytest.mark.parametrize(("weights_only", "how"), [(False, "auto goes on from there"), (True, "this one cannot go on")])
+@pytest.mark.parametrize(
+    ("weights_only", "how"), [(False, "auto continues from there"), (True, "this one cannot be resumed")]
+)
 def test_a_run_that_is_asked_to_stop_saves_once_and_ends(monkeypatch, weights_only, how):
     monkeypatch.setattr(outcome, "watch", SimpleNamespace(saved=lambda: None))
     asked = [False]

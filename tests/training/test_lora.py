@@ -1,4 +1,4 @@
-"""Every lora_* flag reaches peft; a former adapter is gone on from; QLoRA quantises the LLM alone."""
+"""Every lora_* flag reaches peft; training of a saved adapter is continued; QLoRA quantises the LLM only."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_variants_train(tiny, flags):
 def test_replication_that_cannot_be_done_or_read_is_refused(tiny):
     with pytest.raises(ArgumentError, match="pairs of layer numbers"):
         add_lora(load_model(tiny("v2_0")), by_name("v2_0"), [], LoraArguments(lora_layer_replication="0-3"))
-    with pytest.raises(ArgumentError, match="peft cannot do it"):
+    with pytest.raises(ArgumentError, match="peft does not support it"):
         add_lora(load_model(tiny("v2_0")), by_name("v2_0"), [], LoraArguments(lora_layer_replication="[[0, 2]]"))
 
 
@@ -99,7 +99,7 @@ def test_lora_weight_path_starts_from_that_adapter(tiny, former, caplog):
     folder, saved = former
     base = load_model(tiny("llama3_v2_5"), dtype=torch.float32)
     model = add_lora(base, FAMILY, ["resampler"], LoraArguments(lora_weight_path=str(folder), lora_alpha=64))
-    assert "its r 4 counts, not 64 of the flags" in caplog.text
+    assert "its r 4 is used, not 64 of the flags" in caplog.text
     weights = dict(saved.named_parameters())
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert any(".lora_B" in name for name in trained)

@@ -1,4 +1,4 @@
-"""--max_bad_share: a run that leaves out too many of its samples stops, with a status of its own."""
+"""--max_bad_share: a run that skips too many samples stops with its own exit code."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.sample_policy import BAD_SAMPLES, SamplePolicy
 from finetune.models import load_tokenizer
 from finetune.readers import read
-from finetune.runtime.outcome import WORTHLESS
+from finetune.runtime.outcome import UNUSABLE_RESULT
 from finetune.training.skip_limit import BadShareCallback
-from finetune.utils.errors import ArgumentError, WorthlessError
+from finetune.utils.errors import ArgumentError, UnusableResultError
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def encoder(tiny: Callable[[str], Path]) -> Encoder:
 
 
 def make(folder: Path, encoder: Encoder, good: int, bad: int, long: int = 0, **options: Any) -> SamplePolicy:
-    """Taken once, with so many records that can be used, cannot, and are too long."""
+    """Taken once, with numbers of records that are good, bad and too long."""
     answers = ["A dog."] * good + [""] * bad + ["A dog. " * 100] * long
     turns = [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}] for answer in answers]
     path = folder / "data.json"
@@ -53,17 +53,17 @@ def test_more_than_the_share_stops(tmp_path: Path, encoder: Encoder) -> None:
     intake = make(tmp_path, encoder, 44, 6)
     judge(intake, tmp_path, step=9)
     with pytest.raises(
-        WorthlessError, match=r"6 of 50 samples .* --max_bad_share 0.1 .*record 49 \(id '49'\)"
+        UnusableResultError, match=r"6 of 50 samples .* --max_bad_share 0.1 .*record 49 \(id '49'\)"
     ) as caught:
         judge(intake, tmp_path)
-    assert caught.value.exit_code == WORTHLESS
+    assert caught.value.exit_code == UNUSABLE_RESULT
     judge(make(tmp_path, encoder, 44, 6, max_bad_share=1.0), tmp_path)
 
 
 def test_few_samples_are_judged_at_the_end(tmp_path: Path, encoder: Encoder) -> None:
     intake = make(tmp_path, encoder, 3, 18)
     judge(intake, tmp_path)
-    with pytest.raises(WorthlessError, match="18 of 21 samples"):
+    with pytest.raises(UnusableResultError, match="18 of 21 samples"):
         judge(intake, tmp_path, "on_train_end")
 
 
@@ -76,7 +76,9 @@ def test_what_is_only_too_long_does_not_count(tmp_path: Path, encoder: Encoder) 
 
 
 def test_what_the_check_finds_stops_before_the_first_step(tmp_path: Path, encoder: Encoder) -> None:
-    with pytest.raises(WorthlessError, match="2 of 12 records cannot be used, more than --max_bad_share 0.1 allows"):
+    with pytest.raises(
+        UnusableResultError, match="2 of 12 records cannot be used, more than --max_bad_share 0.1 allows"
+    ):
         check_before_training([make(tmp_path, encoder, 10, 2)], "full")
     check_before_training([make(tmp_path, encoder, 10, 1)], "full")
 

@@ -1,4 +1,4 @@
-"""The cost model against operations that torch counts, and the figures of the log with a clock of our own."""
+"""The FLOPs model against the FLOPs counted by torch, and the logged throughput with a fake clock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.arguments.training import TrainingArguments
 from finetune.families import by_name
 from finetune.families.family import Family
 from finetune.models import load_model
-from finetune.models.adapters import network_of
+from finetune.models.adapters import base_model_of
 from finetune.models.minicpmv4_6 import NativeModelMixin
 from finetune.training.flops import COUNTS, Flops, flops_of
 from finetune.training.freezing import adapt
@@ -29,7 +29,7 @@ HEAD = {"tune_vision": False, "tune_resampler": False}
 
 
 def trained(folder, name: str, tmp_path, **flags) -> Any:
-    """A tiny network as it is trained; eager attention and experts, whose products torch counts on a CPU."""
+    """A tiny base_model as it is trained; eager attention and experts, whose products torch counts on a CPU."""
     experts: dict[str, Any] = {"experts_implementation": "eager"} if name == MIXTURE else {}
     model = load_model(folder, dtype=torch.float32, attn_implementation="eager", **experts)
     training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **flags)
@@ -38,8 +38,8 @@ def trained(folder, name: str, tmp_path, **flags) -> Any:
 
 def own_batch(model: Any, *, audio: bool = False) -> dict[str, torch.Tensor]:
     """One row of 3 items and a text; no padding."""
-    network = model.get_base_model() if hasattr(model, "get_base_model") else model
-    queries, sizes = network.query_num, [[4, 6], [4, 6], [8, 4]]
+    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    queries, sizes = base_model.query_num, [[4, 6], [4, 6], [8, 4]]
     length = 3 * queries + 40 + (30 if audio else 0)
     ids = torch.randint(5, 90, (1, length))
     labels = torch.where(torch.arange(length) >= length - 25, ids, -100)
@@ -55,20 +55,20 @@ def own_batch(model: Any, *, audio: bool = False) -> dict[str, torch.Tensor]:
         "temporal_ids": torch.full((3,), -1),
     }
     if audio:
-        frames = 2 * 10 * network.pool_step
+        frames = 2 * 10 * base_model.pool_step
         start = 3 * queries + 4
-        sound = {"audio_features": torch.randn(1, network.apm.num_mel_bins, frames)}
+        sound = {"audio_features": torch.randn(1, base_model.apm.num_mel_bins, frames)}
         sound |= {"audio_lengths": torch.tensor([frames]), "audio_bound": torch.tensor([[0, start, start + 10]])}
         batch |= sound
     return batch
 
 
 def whole_batch(model: Any) -> dict[str, torch.Tensor]:
-    """The same for a network of transformers: items of 16, 32 and 16 patches, 16 or 4 of which are a token."""
-    side = 2 if network_of(model).config.downsample_mode == "4x" else 4
+    """The same for a base_model of transformers: items of 16, 32 and 16 patches, 16 or 4 of which are a token."""
+    side = 2 if base_model_of(model).config.downsample_mode == "4x" else 4
     sizes = torch.tensor([[4, 4], [8, 4], [4, 4]])
     ids = torch.randint(5, 90, (1, 64))
-    ids[0, 2 : 2 + 64 // side**2] = network_of(model).config.image_token_id
+    ids[0, 2 : 2 + 64 // side**2] = base_model_of(model).config.image_token_id
     labels = torch.where(torch.arange(64) >= 40, ids, -100)
     pixels = torch.randn(1, 3, 14, 64 * 14)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(64)[None]}
@@ -110,9 +110,9 @@ def counted(model: Any, batch: dict[str, torch.Tensor]) -> tuple[int, int]:
     runs = (forward, lambda: model(**batch).loss.backward())
     for run in runs:
         totals.append(sum(watched(run)["Global"].values()))
-    network = network_of(model)
-    if isinstance(network, NativeModelMixin):
-        network.set_attn_implementation("sdpa")
+    base_model = base_model_of(model)
+    if isinstance(base_model, NativeModelMixin):
+        base_model.set_attn_implementation("sdpa")
         totals = [total - watched(run)["Global"][torch.ops.aten.bmm] for total, run in zip(totals, runs, strict=True)]
     return totals[0], totals[1] - totals[0]
 
@@ -127,7 +127,7 @@ def expected(model: Any, family: Family, batch: dict[str, torch.Tensor]) -> tupl
         sum(costs[name] * counts[name] for name in COUNTS) for costs in (flops.forward, flops.backward)
     )
     rule = 0
-    for module in network_of(model).modules():
+    for module in base_model_of(model).modules():
         if hasattr(module, "head_v_dim"):
             rule += 6 * module.num_v_heads * module.head_k_dim * module.head_v_dim * counts["tokens"]
     return forward - rule, backward - 2 * rule
@@ -155,7 +155,7 @@ def test_operations_of_a_part_that_is_frozen_or_not(tiny, tmp_path, name, flags)
 def check(folder, name: str, tmp_path, flags: dict[str, Any]) -> None:
     """Forward and backward pass within 2 %."""
     model, family = trained(folder, name, tmp_path, **flags), family_of(name)
-    whole = isinstance(network_of(model), NativeModelMixin)
+    whole = isinstance(base_model_of(model), NativeModelMixin)
     batch = whole_batch(model) if whole else own_batch(model, audio=family.audio_spec is not None)
     assert expected(model, family, batch) == pytest.approx(counted(model, batch), rel=0.02)
 

@@ -1,4 +1,4 @@
-"""Parts in different types side by side: whatever trains and whatever is frozen, in either type, a step can be made."""
+"""Mixed dtypes: a training step works for every combination of trained and frozen parts in fp32 and 16 bit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def combinations(family: Family) -> Iterator[dict[str, str]]:
     """Every way to train a family: each part frozen, in full or with adapters.
 
-    The o models share one network; of the older the sound is treated as the pictures are.
+    The o models share one network; of the older one, audio is handled like images.
     """
     for modes in product(("frozen", "full", "lora"), repeat=len(family.parts)):
         chosen: dict[str, str] = dict(zip(family.parts, modes, strict=True))
@@ -50,7 +50,7 @@ def arguments(chosen: dict[str, str], output: Path, *, bf16: bool) -> TrainingAr
 
 
 def batch_of(folder: Path, family: Family) -> dict[str, torch.Tensor]:
-    """A row of text and a picture, with sound for those that hear."""
+    """A row of text and an image, with audio for models that take it."""
     encoder = Encoder.from_config(family, load_tokenizer(folder), resolve(str(folder)).settings, max_slice_nums=1)
     noise = np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8)
     parts = [Media("image", Image.fromarray(noise)), Text("What?")]

@@ -1,4 +1,4 @@
-"""Alarms in one process: what is named, what is kept from the weights, and that a good run hears nothing."""
+"""The watchdog in one process: its errors, skipped updates, and no false positives."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finetune.runtime import outcome
 from finetune.runtime.signals import SignalWatch
 from finetune.training.freezing import adapt
 from finetune.training.graceful_stop import StoppedError
-from finetune.training.watchdog import DeadPartError, NoLabelError, NonFiniteError, shown
+from finetune.training.watchdog import DeadPartError, NoLabelError, NonFiniteError, affects_loss
 from trainer import CPMTrainer
 
 Make = Callable[..., CPMTrainer]
@@ -55,7 +55,7 @@ def make(tiny, demo_data, tmp_path) -> Make:
     return made
 
 
-def network(trainer: CPMTrainer) -> nn.Module:
+def unwrapped(trainer: CPMTrainer) -> nn.Module:
     assert isinstance(trainer.model, nn.Module)
     return trainer.model
 
@@ -66,22 +66,22 @@ def spoil(trainer: CPMTrainer, when: Callable[[int], bool], module: str = "resam
     def ruin(_: nn.Module, __: object, result: torch.Tensor) -> torch.Tensor:
         return result * torch.nan if when(trainer.state.global_step + 1) else result
 
-    network(trainer).get_submodule(module).register_forward_hook(ruin)
+    unwrapped(trainer).get_submodule(module).register_forward_hook(ruin)
 
 
 def spoil_gradient(trainer: CPMTrainer, when: Callable[[int], bool]) -> None:
     def ruin(gradient: torch.Tensor) -> torch.Tensor:
         return gradient * torch.inf if when(trainer.state.global_step + 1) else gradient
 
-    network(trainer).get_parameter("llm.lm_head.weight").register_hook(ruin)
+    unwrapped(trainer).get_parameter("llm.lm_head.weight").register_hook(ruin)
 
 
 def weights(trainer: CPMTrainer) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in network(trainer).named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in unwrapped(trainer).named_parameters()}
 
 
 def hooks(trainer: CPMTrainer) -> int:
-    return sum(len(p._backward_hooks or ()) for p in network(trainer).parameters())
+    return sum(len(p._backward_hooks or ()) for p in unwrapped(trainer).parameters())
 
 
 @pytest.mark.parametrize("family", ["v2_0", "llama3_v2_5"])
@@ -100,7 +100,7 @@ def test_a_good_run_is_silent_and_the_hooks_go(make, caplog, family, flags):
 )
 def test_a_detached_part_is_named(make, module, named):
     trainer = make()
-    network(trainer).get_submodule(module).register_forward_hook(lambda _, __, result: result.detach())
+    unwrapped(trainer).get_submodule(module).register_forward_hook(lambda _, __, result: result.detach())
     with pytest.raises(DeadPartError, match=f"^{named}.*--tune_vision false"):
         trainer.train()
     assert trainer.state.global_step == 1
@@ -109,7 +109,7 @@ def test_a_detached_part_is_named(make, module, named):
 @pytest.mark.parametrize(("part", "module"), [("vision tower", "vpm"), ("resampler", "resampler"), ("LLM", "llm")])
 def test_a_part_frozen_by_accident_is_named(make, part, module):
     trainer = make()
-    network(trainer).get_submodule(module).requires_grad_(False)
+    unwrapped(trainer).get_submodule(module).requires_grad_(False)
     with pytest.raises(DeadPartError, match=f"^the {part} should train"):
         trainer.train()
 
@@ -131,9 +131,9 @@ def test_text_alone_blames_no_tower(make, tmp_path):
 def test_an_image_behind_the_last_label_is_not_used():
     labels = torch.tensor([[-100, 5, -100, -100, -100], [-100, -100, -100, 5, -100]])
     none = torch.zeros(0, 3, dtype=torch.int64)
-    assert not shown({"labels": labels, "image_bound": none}, "image_bound")
-    assert not shown({"labels": labels, "image_bound": torch.tensor([[0, 2, 4]])}, "image_bound")
-    assert shown({"labels": labels, "image_bound": torch.tensor([[0, 2, 4], [1, 1, 3]])}, "image_bound")
+    assert not affects_loss({"labels": labels, "image_bound": none}, "image_bound")
+    assert not affects_loss({"labels": labels, "image_bound": torch.tensor([[0, 2, 4]])}, "image_bound")
+    assert affects_loss({"labels": labels, "image_bound": torch.tensor([[0, 2, 4], [1, 1, 3]])}, "image_bound")
 
 
 @pytest.mark.parametrize("fault", [spoil, spoil_gradient])
@@ -157,7 +157,7 @@ def test_the_run_stops_after_some_nonfinite_steps_and_names_samples(make, caplog
 
 def test_only_the_rows_whose_loss_is_not_finite_are_named(make):
     trainer = make("--max_nonfinite_steps", "1", "--per_device_train_batch_size", "4")
-    network(trainer).get_submodule("llm.model").register_forward_hook(lambda _, __, result: poison_row(result, 2))
+    unwrapped(trainer).get_submodule("llm.model").register_forward_hook(lambda _, __, result: poison_row(result, 2))
     with pytest.raises(
         NonFiniteError, match=r"in step 1\. Samples of step 1: [^;]*record 2 [^;]*\. Likely causes: a dam"
     ):
@@ -190,13 +190,13 @@ def test_a_nonfinite_step_changes_no_weight(make, fault):
 def test_weights_that_are_not_finite_are_named(make):
     trainer = make()
     with torch.no_grad():
-        network(trainer).get_parameter("resampler.kv_proj.weight")[0, 0] = torch.inf
+        unwrapped(trainer).get_parameter("resampler.kv_proj.weight")[0, 0] = torch.inf
     with pytest.raises(NonFiniteError, match=r"1 to 3.*weights that are not finite: resampler\.kv_proj\.weight"):
         trainer.train()
 
 
 def test_a_run_without_a_label_stops(make, monkeypatch):
-    """One sample per step: a few in a row may be left out by chance, eight are no chance."""
+    """One sample per step: a few consecutive ones may be skipped by chance, eight not."""
     trainer = make("--max_steps", "20")
     collate = trainer.data_collator
     monkeypatch.setattr(trainer, "data_collator", lambda samples: unlabelled(collate(samples)))
