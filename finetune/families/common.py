@@ -9,7 +9,7 @@ from finetune.families.family import Config, Video
 from finetune.families.settings import DOWNSAMPLE_MODE, NUMBERED, TRANSFORMERS, Table, value_of
 from finetune.media.audio_layout import AudioSpec
 from finetune.media.slicing import MERGES, SliceSpec
-from finetune.media.video_sampling import PACKED, PER_SECOND, VideoOptions, packed, per_second, whole_seconds
+from finetune.media.video_sampling import PACKED, PER_SECOND, VideoOptions, packed, per_second, processor_sampling
 from finetune.templates.rendering import Layout
 from finetune.utils.errors import CheckpointError
 
@@ -52,16 +52,16 @@ def _processed(config: Config) -> VideoOptions:
     )
 
 
-SINGLE_FRAMES = Video(sample=per_second, defaults=_single, between="\n", heeds=_FRAMES)
+SINGLE_FRAMES = Video(sample=per_second, defaults=_single, separator="\n", options=_FRAMES)
 """2.6, 4.0 and the o models: frames as images, joined by line breaks."""
 PACKED_FRAMES = Video(
     sample=packed,
     defaults=_grouped,
-    between="\n",
-    heeds=(*_FRAMES, "packing", "max_packing", "high_fps", "high_fps_below", "time_scale"),
+    separator="\n",
+    options=(*_FRAMES, "packing", "max_packing", "high_fps", "high_fps_below", "time_scale"),
 )
 """4.5: groups of frames, one run of placeholders each, joined by line breaks."""
-PROCESSED_FRAMES = Video(sample=whole_seconds, defaults=_processed, between="", heeds=_FRAMES[1:])
+PROCESSED_FRAMES = Video(sample=processor_sampling, defaults=_processed, separator="", options=_FRAMES[1:])
 """4.6 and later: what the video processor of transformers does."""
 
 
@@ -74,7 +74,7 @@ def slices(table: Table, config: Config) -> SliceSpec:
     )
 
 
-def hearing(table: Table, config: Config) -> AudioSpec:
+def audio_spec(table: Table, config: Config) -> AudioSpec:
     """How a MiniCPM-o checkpoint hears, by the table of its generation."""
     return AudioSpec(
         pool_step=value_of(config, table["audio_pool_step"]),
@@ -82,7 +82,7 @@ def hearing(table: Table, config: Config) -> AudioSpec:
         bins=value_of(config, table["mel_bins"]),
         hop=value_of(config, table["hop_length"]),
         window=value_of(config, table["n_fft"]),
-        piece_seconds=value_of(config, table["piece_seconds"]),
+        chunk_seconds=value_of(config, table["chunk_seconds"]),
     )
 
 
@@ -99,7 +99,7 @@ def published_as(config: Config, model_type: str, version: str) -> bool:
 
 
 # The generations that transformers brings (4.6 and later).
-WHOLE_PARTS = {
+NATIVE_PARTS = {
     "vision": ("model.vision_tower",),
     "resampler": ("model.merger",),
     "llm": ("model.language_model", "lm_head"),
@@ -108,7 +108,7 @@ WHOLE_PARTS = {
 # refuses to run it on segments.
 LINEAR_ATTENTION = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
 # Of linear attention only the projections, not the two small ones of its gates.
-WHOLE_LORA = {
+NATIVE_LORA = {
     "llm": (
         r"model\.language_model\.layers\.\d+\."
         r"(self_attn\.(q_proj|k_proj|v_proj|o_proj)|linear_attn\.(in_proj_qkv|in_proj_z|out_proj))"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.families.settings import Table
-from finetune.media.audio_layout import AudioSpec, Sound
+from finetune.media.audio_layout import AudioPlan, AudioSpec
 from finetune.media.slicing import SlicePlan, SliceSpec
 from finetune.media.video_sampling import Group, Length, VideoOptions
 from finetune.sample import Sample
@@ -45,13 +45,13 @@ class Video:
         sample: which frames of a video of this length.
         defaults: reads the options of a checkpoint, as ``Family.slice_spec`` does.
         between: text between two groups of frames.
-        heeds: names of the options that mean something to it.
+        options: names of the options that mean something to it.
     """
 
     sample: Callable[[Length, VideoOptions], list[Group]]
     defaults: Callable[[Config], VideoOptions]
-    between: str
-    heeds: tuple[str, ...]
+    separator: str
+    options: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,7 @@ class Family:
     settings: Table
     slice_spec: Callable[[Config], SliceSpec]
     layout: Callable[[Config], Layout]
-    render: Callable[[Sample, Sequence[SlicePlan | Sound], Vocabulary, Layout, bool], Rendered]
+    render: Callable[[Sample, Sequence[SlicePlan | AudioPlan], Vocabulary, Layout, bool], Rendered]
     roles: tuple[str, ...]
     control_tokens: tuple[str, ...]
     required_tokens: tuple[str, ...]

@@ -14,18 +14,18 @@ from finetune.families.common import (
     SINGLE_FRAMES,
     SLICE_TOKENS,
     SPEECH_TOKENS,
-    hearing,
+    audio_spec,
     numbered_layout,
     published_as,
     slices,
 )
 from finetune.families.family import Config, Family, Network
-from finetune.families.settings import NUMBERED, O4_5_SOUND
+from finetune.families.settings import NUMBERED, O4_5_AUDIO
 from finetune.templates.chatml_thinking import ROLES, render
 from finetune.templates.rendering import Layout
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
-_SETTINGS = {**NUMBERED, **O4_5_SOUND}
+_SETTINGS = {**NUMBERED, **O4_5_AUDIO}
 
 
 def _matches(config: Config) -> bool:
@@ -39,7 +39,7 @@ def _layout(config: Config) -> Layout:
         # The published chat code answers sound in this form, whether or not it then speaks.
         speech=SPEECH_TOKENS[3:4],
         speech_end=SPEECH_TOKENS[4],
-        spoken="with sound",
+        spoken="with audio",
     )
 
 
@@ -53,7 +53,7 @@ O4_5 = Family(
     video=SINGLE_FRAMES,
     settings=_SETTINGS,
     slice_spec=partial(slices, _SETTINGS),
-    audio_spec=partial(hearing, _SETTINGS),
+    audio_spec=partial(audio_spec, _SETTINGS),
     layout=_layout,
     render=render,
     roles=ROLES,

@@ -210,15 +210,15 @@ _MEL: Table = {
     ),
     "hop_length": Setting(places=(Place("audio_processor", "hop_length", 160),), default=160),
     "n_fft": Setting(places=(Place("audio_processor", "n_fft", 400),), default=400),
-    "piece_seconds": Setting(places=(Place("audio_processor", "chunk_length", 30),), default=30),
+    "chunk_seconds": Setting(places=(Place("audio_processor", "chunk_length", 30),), default=30),
 }
 # Whisper's log-mel frames.
-O2_6_SOUND: Table = {
+O2_6_AUDIO: Table = {
     **_MEL,
     "audio_pool_step": Setting(places=(_config("audio_pool_step", 2), _processor("audio_pool_step")), agree=True),
     "run_seconds": Setting(default=1.0, source="chat(chunk_input=True) writes a run of placeholders per second"),
 }
-O4_5_SOUND: Table = {
+O4_5_AUDIO: Table = {
     **_MEL,
     "audio_pool_step": Setting(places=(_config("audio_pool_step", 5), _processor("audio_pool_step")), agree=True),
     "run_seconds": Setting(

@@ -17,7 +17,7 @@ class AudioSpec:
         rate: samples per second.
         hop: samples per mel frame.
         window: samples that a mel frame looks at.
-        piece_seconds: most seconds that the encoder takes at once.
+        chunk_seconds: most seconds that the encoder takes at once.
     """
 
     pool_step: int
@@ -26,12 +26,12 @@ class AudioSpec:
     rate: int = 16_000
     hop: int = 160
     window: int = 400
-    piece_seconds: int = 30
+    chunk_seconds: int = 30
 
     @property
-    def piece(self) -> int:
+    def chunk_samples(self) -> int:
         """Most samples that the encoder takes at once."""
-        return self.piece_seconds * self.rate
+        return self.chunk_seconds * self.rate
 
     @property
     def shortest(self) -> int:
@@ -52,7 +52,7 @@ class AudioSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Sound:
+class AudioPlan:
     """The placeholders of one clip.
 
     Attributes:
@@ -72,24 +72,24 @@ class Sound:
 Span = tuple[int, int]
 
 
-def pieces(samples: int, spec: AudioSpec) -> list[Span]:
+def audio_chunks(samples: int, spec: AudioSpec) -> list[Span]:
     """Half-open ranges of samples that the encoder takes one by one; an end too short for a token is left out.
 
-    >>> pieces(480_000 + 160, AudioSpec(pool_step=2))
+    >>> audio_chunks(480_000 + 160, AudioSpec(pool_step=2))
     [(0, 480000)]
-    >>> pieces(500_000, AudioSpec(pool_step=2))
+    >>> audio_chunks(500_000, AudioSpec(pool_step=2))
     [(0, 480000), (480000, 500000)]
     """
-    spans = [(start, min(start + spec.piece, samples)) for start in range(0, samples, spec.piece)]
+    spans = [(start, min(start + spec.chunk_samples, samples)) for start in range(0, samples, spec.chunk_samples)]
     return [(start, end) for start, end in spans if spec.tokens(spec.frames(end - start))]
 
 
-def sound(samples: int, spec: AudioSpec) -> Sound:
+def plan_audio(samples: int, spec: AudioSpec) -> AudioPlan:
     """The placeholders of a clip.
 
-    >>> sound(16_000 * 65, AudioSpec(pool_step=2)).runs
+    >>> plan_audio(16_000 * 65, AudioSpec(pool_step=2)).runs
     (1625,)
-    >>> sound(16_000 * 2 + 8_000, AudioSpec(pool_step=2, run_seconds=1.0)).runs
+    >>> plan_audio(16_000 * 2 + 8_000, AudioSpec(pool_step=2, run_seconds=1.0)).runs
     (25, 25, 12)
 
     Args:
@@ -99,9 +99,9 @@ def sound(samples: int, spec: AudioSpec) -> Sound:
     Raises:
         ValueError: the clip is too short for a token.
     """
-    frames = tuple(spec.frames(end - start) for start, end in pieces(samples, spec))
+    frames = tuple(spec.frames(end - start) for start, end in audio_chunks(samples, spec))
     total = sum(spec.tokens(count) for count in frames)
     if not total:
         raise ValueError(f"a clip of {samples} samples makes no token; {spec.shortest} are needed")
     run = spec.tokens(int(spec.run_seconds * spec.rate / spec.hop)) or total
-    return Sound(tuple(min(run, total - start) for start in range(0, total, run)), frames)
+    return AudioPlan(tuple(min(run, total - start) for start in range(0, total, run)), frames)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from PIL import Image
 
 from finetune.media.bit_depth import is_deep, to_grey
-from finetune.media.image_files import UnreadableError, check_end, open_picture, orientation, reading, upright
+from finetune.media.image_files import UnreadableError, check_end, open_image, orientation, reading, upright
 from finetune.media.resample import PILLOW_13, Size, lowered, narrowed, vertical_first
 from finetune.media.slicing import SlicePlan, crop_boxes
 from finetune.sample import DataError, Media, Source
@@ -172,7 +172,7 @@ def _opened(media: Media, source: Source, max_pixels: int) -> Iterator[Image.Ima
     """The image with its header read; errors of opening and of the body become DataError."""
     try:
         if isinstance(media.data, Path):
-            with open_picture(media.data) as image:
+            with open_image(media.data) as image:
                 _check_pixels(image, media, source, max_pixels)
                 check_end(image, media.data)
                 yield image

@@ -54,7 +54,7 @@ class UnreadableError(Exception):
     """A picture that cannot be read; the message says why, to stand behind its name."""
 
 
-def open_picture(file: Path | BinaryIO) -> Image.Image:
+def open_image(file: Path | BinaryIO) -> Image.Image:
     """A picture of one of FORMATS with its header read.
 
     Raises:
@@ -90,7 +90,7 @@ def decode(data: bytes, source: Source, what: str = "the image") -> Image.Image:
     """
     file = io.BytesIO(data)
     try:
-        picture = open_picture(file)
+        picture = open_image(file)
         check_end(picture, file)
         return picture
     except UnreadableError as error:

@@ -10,7 +10,7 @@ from typing import Literal
 
 Box = tuple[int, int, int, int]
 """A part of an image: left, top, right, bottom in pixels."""
-Look = Callable[[Box], int | None]
+UpsizeRule = Callable[[Box], int | None]
 """From a part of an image to the side in pixels of the square whose area it is enlarged to; None to leave it small."""
 Enlarging = Literal["always", "never", "adaptive"]
 """Whether what is smaller than a square is enlarged to one; "adaptive" looks at the pixels."""
@@ -62,7 +62,7 @@ class SlicePlan:
         return 1 if self.grid is None else 1 + self.grid[0] * self.grid[1]
 
 
-def plan(width: int, height: int, spec: SliceSpec, look: Look | None = None) -> SlicePlan:
+def plan(width: int, height: int, spec: SliceSpec, upsize: UpsizeRule | None = None) -> SlicePlan:
     """How an image of the given size is cut.
 
     An image that covers more than one square of ``scale_resolution`` is cut into about as many slices as squares fit
@@ -81,23 +81,25 @@ def plan(width: int, height: int, spec: SliceSpec, look: Look | None = None) -> 
         width: pixels, after EXIF orientation.
         height: pixels, after EXIF orientation.
         spec: settings of the checkpoint.
-        look: what the pixels say, for "adaptive" and no other.
+        upsize: what the pixels say, for "adaptive" and no other.
 
     Raises:
-        ValueError: a side below 1, or ``look`` where it is not needed or missing where it is.
+        ValueError: a side below 1, or ``upsize`` where it is not needed or missing where it is.
     """
     if width < 1 or height < 1:
         raise ValueError(f"an image of {width} x {height} pixels cannot be cut; both sides must be at least 1")
     squares = min(math.ceil(width * height / (spec.scale_resolution * spec.scale_resolution)), spec.max_slice_nums)
-    if (spec.enlarge == "adaptive") != (look is not None):
-        raise ValueError(f"enlarge {spec.enlarge!r} {'takes no look' if look else 'needs look: the pixels decide'}")
+    if (spec.enlarge == "adaptive") != (upsize is not None):
+        raise ValueError(
+            f"enlarge {spec.enlarge!r} {'takes no upsize' if upsize else 'needs upsize: the pixels decide'}"
+        )
     if squares <= 1:
-        side = None if look is None else look((0, 0, width, height))
+        side = None if upsize is None else upsize((0, 0, width, height))
         return SlicePlan(_fit(width, height, spec) if spec.enlarge == "always" else _small(width, height, spec, side))
     grid = _best_grid(width, height, squares, spec.max_slice_nums)
     columns, rows = grid
     cell = _fit(_nearest(width, columns) / columns, _nearest(height, rows) / rows, spec)
-    own = () if look is None else tuple(_own(box, cell, spec, look) for box in _cells(width, height, grid))
+    own = () if upsize is None else tuple(_own(box, cell, spec, upsize) for box in _cells(width, height, grid))
     return SlicePlan(
         thumbnail=_fit(width, height, spec),
         grid=grid,
@@ -145,12 +147,12 @@ def _cells(width: int, height: int, grid: tuple[int, int]) -> Iterator[Box]:
             yield left, top, right, bottom
 
 
-def _own(box: Box, cell: tuple[int, int], spec: SliceSpec, look: Look) -> tuple[int, int]:
+def _own(box: Box, cell: tuple[int, int], spec: SliceSpec, upsize: UpsizeRule) -> tuple[int, int]:
     """Size of the slice that shows this part of the image: ``cell``, or one that has fewer pixels and is enough."""
     width, height = box[2] - box[0], box[3] - box[1]
     if min(width, height) < 1 or width * height > spec.scale_resolution**2:
         return cell
-    side = look(box)
+    side = upsize(box)
     size = cell if side == spec.scale_resolution else _small(width, height, spec, side)
     return size if math.prod(size) < math.prod(cell) else cell
 

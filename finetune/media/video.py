@@ -55,7 +55,7 @@ def probe(media: Media, source: Source, fps: float = 1.0, max_pixels: int = imag
     Raises:
         DataError: no such file, none that is a video, no frames, or frames that are too large or of several sizes.
     """
-    files = pictures_of(media, source)
+    files = frame_files(media, source)
     if files is not None:
         sizes = {image.size(Media("image", file), source, max_pixels) for file in files}
         if len(sizes) > 1:
@@ -87,7 +87,7 @@ def check(media: Media, source: Source) -> None:
         decoder.take(clip.length.frames - 1)
 
 
-def pictures_of(media: Media, source: Source) -> tuple[Path, ...] | None:
+def frame_files(media: Media, source: Source) -> tuple[Path, ...] | None:
     """The frames of a video that is a folder or a list of pictures; None for a file.
 
     Raises:
@@ -125,14 +125,14 @@ class Decoder:
         self._clip = clip
         self._source = source
         self._media = Media("video", clip.files if clip.pictures else clip.files[0])
-        self._walk: _Walk | None = None
+        self._reader: _FrameReader | None = None
 
     def __enter__(self) -> Decoder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._walk is not None:
-            self._walk.close()
+        if self._reader is not None:
+            self._reader.close()
 
     def take(self, index: int) -> Image.Image:
         """Frame ``index`` as RGB, turned as it is shown.
@@ -143,9 +143,9 @@ class Decoder:
         if self._clip.pictures:
             return image.load(Media("image", self._clip.files[index]), self._source)
         with _errors(self._media, self._source):
-            if self._walk is None:
-                self._walk = _Walk(self._clip.files[0])
-            frame = self._walk.at(index)
+            if self._reader is None:
+                self._reader = _FrameReader(self._clip.files[0])
+            frame = self._reader.at(index)
             if frame is None:
                 raise DataError(
                     f"{self._source}: {self._media}: its header tells of {self._clip.length.frames} frames, number "
@@ -154,7 +154,7 @@ class Decoder:
             return _picture(frame)
 
 
-class _Walk:
+class _FrameReader:
     """A way through the frames of a file: forward, or by way of the key frame before the one that is wanted."""
 
     def __init__(self, file: Path) -> None:
@@ -194,7 +194,9 @@ class _Walk:
             self._now = self._now + 1 if self._index.counted or pts is None else pts
             # Frames in front of the first key frame lack what they are made of, and are not shown.
             if self._current.is_corrupt and self._now >= self._index.times[0]:
-                raise _CutError(f"is damaged: its frame at {self._current.time or 0:.2f} seconds cannot be decoded")
+                raise _TruncatedError(
+                    f"is damaged: its frame at {self._current.time or 0:.2f} seconds cannot be decoded"
+                )
 
     def _go_to(self, key: int, wanted: int) -> None:
         """Steps onto a frame that is not behind the wanted one."""
@@ -277,24 +279,24 @@ def _check_bytes(stream: VideoStream, size: int) -> None:
     """Checks that a file is as long as the table in its header says (MP4, MOV), without reading on.
 
     Raises:
-        _CutError: it is shorter.
+        _TruncatedError: it is shorter.
     """
     ends = [entry.pos + entry.size for entry in getattr(stream, "index_entries", ()) or ()]  # PyAV 14 has none
     if ends and max(ends) > size:
-        raise _CutError(f"is {size} bytes long, and its header speaks of {max(ends)}")
+        raise _TruncatedError(f"is {size} bytes long, and its header speaks of {max(ends)}")
 
 
 def _check_index(container: InputContainer, index: _Index) -> None:
     """Checks that the packets of a file go on to where its header says.
 
     Raises:
-        _CutError: they end before, or one of them is damaged.
+        _TruncatedError: they end before, or one of them is damaged.
     """
     if index.cut:
-        raise _CutError("has packets that are not whole")
+        raise _TruncatedError("has packets that are not whole")
     told = (container.duration or 0) / 1_000_000
     if _ENDS & set(container.format.name.split(",")) and index.end and index.end < told - _SLACK:
-        raise _CutError(f"ends after {index.end:.2f} seconds, and its header speaks of {told:.2f}")
+        raise _TruncatedError(f"ends after {index.end:.2f} seconds, and its header speaks of {told:.2f}")
 
 
 @lru_cache(maxsize=4096)
@@ -325,7 +327,7 @@ def _probed(file: Path, changed: int, size: int, *_: int) -> Clip:
     return Clip((file,), Length(frames, fps or 1.0), _shown_size(first))
 
 
-class _CutError(Exception):
+class _TruncatedError(Exception):
     """A file that is not whole; the message says what disagrees."""
 
 
@@ -372,7 +374,7 @@ def _errors(media: Media, source: Source) -> Iterator[None]:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{source}: {media} does not exist; correct the path or remove the record") from error
-    except _CutError as error:
+    except _TruncatedError as error:
         raise DataError(f"{source}: {media} {error}; the file is truncated or damaged: {_MEND}") from error
     except _NoFramesError as error:
         what = _told(media) or f"has no picture that can be shown; {_MEND}"

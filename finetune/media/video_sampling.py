@@ -219,17 +219,17 @@ def _time(seconds: float, duration: float, scale: float) -> int:
     return int(best * scale / scale)
 
 
-WHOLE_SECONDS = VideoOptions(max_frames=128, max_slice_nums=9)
+PROCESSOR_SAMPLING = VideoOptions(max_frames=128, max_slice_nums=9)
 """What the video processor of transformers for MiniCPM-V 4.6 has where a checkpoint says nothing."""
 
 
-def whole_seconds(length: Length, options: VideoOptions) -> list[Group]:
+def processor_sampling(length: Length, options: VideoOptions) -> list[Group]:
     """One frame per second; of a clip of more seconds than the limit so many frames, evenly spaced.
 
-    >>> [group.indices[0] for group in whole_seconds(Length(75, 30.0), WHOLE_SECONDS)]
+    >>> [group.indices[0] for group in processor_sampling(Length(75, 30.0), PROCESSOR_SAMPLING)]
     [0, 30, 60]
     """
-    options = options.over(WHOLE_SECONDS)
+    options = options.over(PROCESSOR_SAMPLING)
     most = options.max_frames
     assert most is not None
     if length.duration > most:

@@ -34,28 +34,28 @@ _ENDS = 2.0
 _notes: tuple[int, int] | None = None
 
 
-def settle(sample: str = "") -> None:
+def configure_worker(sample: str = "") -> None:
     """In a loader process, has it end with its rank, freed memory kept and training go first; elsewhere nothing.
 
     By default glibc hands large blocks back to the kernel, which clears every page again when the next picture comes.
     Up to 128 MiB stay with each process.
 
     Args:
-        sample: what it is at now, for ``what_loaders_do``.
+        sample: what it is at now, for ``worker_report``.
     """
     if (worker := get_worker_info()) is not None:
         end_with_rank()
         keep_freed_memory()
-        let_training_go_first(worker.num_workers)
-        _listen_to_its_rank_alone()
-        _show_stacks_when_asked()
+        lower_worker_priority(worker.num_workers)
+        _ignore_foreign_sigterm()
+        _dump_stacks_on_signal()
         if _notes is not None:
             name = sample.encode(errors="replace")[:_NAME].ljust(_NAME, b"\0")
             os.pwrite(_notes[0], name, os.getpid() * _NAME)
 
 
 @cache
-def _listen_to_its_rank_alone() -> None:
+def _ignore_foreign_sigterm() -> None:
     """Passes over SIGTERM of others: launchers and schedulers send it to all processes of a rank that is to save."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_wait_for_sigterm, daemon=True, name="sigterm").start()
@@ -71,14 +71,14 @@ def _wait_for_sigterm() -> None:
     os._exit(0)
 
 
-def take_notes() -> None:
+def enable_worker_reports() -> None:
     """Lets loader processes that are made from here on tell what they do; call it in their rank."""
     global _notes
     if _notes is None:
         _notes = os.memfd_create("samples"), os.memfd_create("stacks")
 
 
-def what_loaders_do() -> str:
+def worker_report() -> str:
     """The samples that the loader processes of this rank are at, and the stacks of their threads."""
     if _notes is None:
         return ""
@@ -94,7 +94,7 @@ def what_loaders_do() -> str:
 
 
 @cache
-def _show_stacks_when_asked() -> None:
+def _dump_stacks_on_signal() -> None:
     faulthandler.register(signal.SIGUSR2, file=sys.stderr if _notes is None else _notes[1])
 
 
@@ -118,7 +118,7 @@ def keep_freed_memory() -> bool:
 
 
 @cache
-def let_training_go_first(workers: int) -> bool:
+def lower_worker_priority(workers: int) -> bool:
     """Whether this process now has a low priority: where a node has fewer cores than processes of training.
 
     A rank that waits for its core keeps all others waiting; samples are prepared ahead, while ranks wait for each

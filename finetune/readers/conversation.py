@@ -61,7 +61,7 @@ def build(
     turns = with_system(joined(turns), record, record_keys.system_keys(form), source)
     if turns and turns[0].role == "system" and not turns[0].content:
         del turns[0]  # an empty prompt is none: the model's own holds
-    turns, files = foreign_placeholders.settle(turns, files, source, where, _TAG)
+    turns, files = foreign_placeholders.to_tags(turns, files, source, where, _TAG)
     explicit = any(
         not isinstance(part, Text) for turn in turns if not isinstance(turn.content, str) for part in turn.content
     )

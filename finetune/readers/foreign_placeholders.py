@@ -150,7 +150,7 @@ class _Turn(Protocol):
 AnyTurn = TypeVar("AnyTurn", bound=_Turn)
 
 
-def settle(
+def to_tags(
     turns: Sequence[AnyTurn],
     files: Mapping[MediaKind, Any],
     source: Source,
@@ -173,22 +173,22 @@ def settle(
     Raises:
         DataError: files of the record have no place beside those that the text names.
     """
-    result, settled = list(turns), dict(files)
+    result, converted = list(turns), dict(files)
     if any(not isinstance(part, Text) for turn in turns if not isinstance(turn.content, str) for part in turn.content):
-        return result, settled
+        return result, converted
     users = [number for number, turn in enumerate(turns) if turn.role == "user"]
     for kind, listed in files.items():
         # A turn that names files of its own has places for these alone.
         own = [number for number in users if result[number].files.get(kind)]
         for number in own:
-            found = _settled(result, [number], kind, turns[number].files[kind], source, where, tag)
+            found = _converted(result, [number], kind, turns[number].files[kind], source, where, tag)
             result[number] = result[number]._replace(files={**result[number].files, kind: found})
         others = [number for number in users if number not in own]
-        settled[kind] = _settled(result, others, kind, listed, source, where, tag)
-    return result, settled
+        converted[kind] = _converted(result, others, kind, listed, source, where, tag)
+    return result, converted
 
 
-def _settled(
+def _converted(
     turns: list[AnyTurn],
     asked: Sequence[int],
     kind: MediaKind,

@@ -227,7 +227,7 @@ def _size(sample: Sample, number: int) -> tuple[tuple[int, int], bool]:
         return image_files.upright(data)
     assert isinstance(data, Path)
     try:
-        with image_files.open_picture(data) as image:
+        with image_files.open_image(data) as image:
             return image_files.upright(image)
     except (image_files.UnreadableError, OSError) as error:
         raise DataError(f"{sample.source}: image {shown(str(data))}: its size cannot be read ({error})") from error

@@ -19,7 +19,7 @@ from finetune.readers.conversation import TrainOn
 from finetune.readers.dataset_info import find_entry, open_entry
 from finetune.readers.form_detection import DataFormat
 from finetune.readers.record_reader import SampleFile
-from finetune.sample import DataError, Sample, Source
+from finetune.sample import DataError, Sample, SampleSet, Source
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ MOST_TIMES = 10_000
 """How often a record may be taken in an epoch: more is a slip, and would fill the memory with its number."""
 
 
-class Mixture(Sequence[Sample]):
+class Mixture(SampleSet):
     """Records of some files in an order of their own.
 
     Args:
@@ -83,10 +83,10 @@ class Mixture(Sequence[Sample]):
         return list(dict.fromkeys(path for file in self._files for path in file.files))
 
     @property
-    def meaning(self) -> str:
+    def fingerprint(self) -> str:
         """All that decides which records there are and what they mean, as text that changes with it."""
         state = 0 if self._order is None else zlib.crc32(self._order.tobytes())
-        return json.dumps([[str(file.path), file.meaning] for file in self._files] + [[len(self), state]])
+        return json.dumps([[str(file.path), file.fingerprint] for file in self._files] + [[len(self), state]])
 
     @property
     def title(self) -> str:
@@ -101,8 +101,8 @@ class Mixture(Sequence[Sample]):
         return self._files[place], number - (self._ends[place - 1] if place else 0)
 
     @property
-    def once(self) -> Mixture:
-        """The same records, each only once."""
+    def unique(self) -> Mixture:
+        """The same records without repetitions."""
         if self._order is None:
             return self
         _, places = np.unique(self._order, return_index=True)

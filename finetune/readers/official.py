@@ -48,7 +48,7 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
     files: dict[MediaKind, _Files] = {
         kind: _files(kind, json_cell(record.get(kind)), source, where) for kind in MEDIA_KINDS
     }
-    turns, files = foreign_placeholders.settle(turns, files, source, where, _TAG)
+    turns, files = foreign_placeholders.to_tags(turns, files, source, where, _TAG)
     placed = _place(turns, files, source)
     return assemble(turns, placed, tool_calls.described(record, record_keys.TOOLS, source), source, train_on)
 

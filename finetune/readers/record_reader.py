@@ -14,7 +14,7 @@ from finetune.readers.conversation import TRAIN_ON, TrainOn
 from finetune.readers.forms import Form
 from finetune.readers.record_media import Places, json_type
 from finetune.readers.unread_keys import unread_notes
-from finetune.sample import DataError, Sample, Source, Text
+from finetune.sample import DataError, Sample, SampleSet, Source, Text
 from finetune.utils.quoting import shown
 
 _READERS = {"sharegpt": sharegpt.sample, "alpaca": alpaca.sample, "openai": openai.sample}
@@ -57,14 +57,14 @@ class RecordReader:
         return replace(sample, notes=(*sample.notes, *notes)) if notes else sample
 
     @property
-    def meaning(self) -> str:
+    def fingerprint(self) -> str:
         """All that decides what a record means, as text that changes with it."""
         return json.dumps(
             [asdict(self.form), [str(folder) for folder in self.where.folders], self.where.allowed is not None]
         )
 
 
-class SampleFile(Sequence[Sample]):
+class SampleFile(SampleSet):
     """Samples are built, and may fail, when they are asked for; images are never opened here.
 
     Args:
@@ -128,9 +128,9 @@ class SampleFile(Sequence[Sample]):
         return self.reading.train_on
 
     @property
-    def meaning(self) -> str:
+    def fingerprint(self) -> str:
         """All that decides what a record means, as text that changes with it."""
-        return self.reading.meaning
+        return self.reading.fingerprint
 
     def _source(self, record: Any, number: int) -> Source:
         return Source(self._file, number, identity(record))

@@ -16,9 +16,9 @@ from finetune.readers.embedded_media import A_FILE, kind_of, kind_of_text
 from finetune.readers.forms import Form
 from finetune.readers.record_media import Places, json_cell
 from finetune.sample import (
+    AUDIO_SUFFIXES,
+    IMAGE_SUFFIXES,
     MEDIA_COLUMNS,
-    PICTURE_SUFFIXES,
-    SOUND_SUFFIXES,
     UNREAD,
     VIDEO_SUFFIXES,
     DataError,
@@ -28,9 +28,9 @@ from finetune.sample import (
 from finetune.utils.quoting import shown
 
 _SUFFIXES: dict[str, MediaKind] = {
-    **dict.fromkeys(SOUND_SUFFIXES, "audio"),
+    **dict.fromkeys(AUDIO_SUFFIXES, "audio"),
     **dict.fromkeys(VIDEO_SUFFIXES, "video"),
-    **dict.fromkeys(PICTURE_SUFFIXES, "image"),
+    **dict.fromkeys(IMAGE_SUFFIXES, "image"),
 }
 # Words in the names under which people keep media.
 _MEDIA_NAMES = re.compile(r"image|img|pic|photo|video|clip|frame|audio|sound|speech", re.IGNORECASE)

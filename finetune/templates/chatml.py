@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
-from finetune.media.audio_layout import Sound
+from finetune.media.audio_layout import AudioPlan
 from finetune.media.slicing import SlicePlan
 from finetune.media.video_sampling import Frames
 from finetune.sample import Media, Message, Sample, Text
@@ -17,7 +17,7 @@ ROLES = ("system", "user", "assistant")
 
 
 def render(
-    sample: Sample, plans: Sequence[SlicePlan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
+    sample: Sample, plans: Sequence[SlicePlan | AudioPlan], vocabulary: Vocabulary, layout: Layout, generate: bool
 ) -> Rendered:
     """Role, content as it is and end mark per turn; in front the bos token and the default system turn, if any.
 
@@ -52,7 +52,7 @@ def render(
     return rendered
 
 
-def numbered(sample: Sample, plans: Sequence[SlicePlan | Sound]) -> Iterator[tuple[int, SlicePlan | Sound]]:
+def numbered(sample: Sample, plans: Sequence[SlicePlan | AudioPlan]) -> Iterator[tuple[int, SlicePlan | AudioPlan]]:
     """The media with their numbers; only images count."""
     images = 0
     for media, plan in zip(sample.media(), plans, strict=True):
@@ -63,7 +63,7 @@ def numbered(sample: Sample, plans: Sequence[SlicePlan | Sound]) -> Iterator[tup
 def speech_of(messages: Sequence[Message], layout: Layout) -> tuple[str, ...]:
     """What stands behind the header of the last answer when the conversation is spoken, else nothing."""
     heard = any(isinstance(part, Media) and part.kind == "audio" for message in messages for part in message.parts)
-    return layout.speech if layout.spoken == "always" or (heard and layout.spoken == "with sound") else ()
+    return layout.speech if layout.spoken == "always" or (heard and layout.spoken == "with audio") else ()
 
 
 def begin(rendered: Rendered, messages: Sequence[Message], vocabulary: Vocabulary, layout: Layout) -> None:
@@ -77,7 +77,7 @@ def begin(rendered: Rendered, messages: Sequence[Message], vocabulary: Vocabular
 def add_prompt(
     rendered: Rendered,
     message: Message,
-    media: Iterator[tuple[int, SlicePlan | Sound]],
+    media: Iterator[tuple[int, SlicePlan | AudioPlan]],
     vocabulary: Vocabulary,
     layout: Layout,
 ) -> None:
@@ -91,8 +91,8 @@ def add_prompt(
             continue
         rendered.add(vocabulary.text(text))
         number, plan = next(media)
-        if isinstance(plan, Sound):
-            rendered.add_sound(plan, vocabulary)
+        if isinstance(plan, AudioPlan):
+            rendered.add_audio(plan, vocabulary)
         elif isinstance(part.data, Frames):
             rendered.add_items(*frame_schema(plan, part.data, layout, vocabulary))
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from finetune.media.audio_layout import Sound
+from finetune.media.audio_layout import AudioPlan
 from finetune.media.slicing import SlicePlan
 from finetune.sample import DataError, Message, Sample, Text
 from finetune.templates.chatml import add_prompt, add_results, begin, close_turn, numbered, open_answer, speech_of
@@ -19,7 +19,7 @@ _THOUGHT = re.compile(r"\s*<think>(.*?)</think>|((?:(?!<think>).)*?)</think>", r
 
 
 def render(
-    sample: Sample, plans: Sequence[SlicePlan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
+    sample: Sample, plans: Sequence[SlicePlan | AudioPlan], vocabulary: Vocabulary, layout: Layout, generate: bool
 ) -> Rendered:
     """Role, content and end mark per turn; the last answer has a think block, empty where it has no thought.
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal, Protocol
 
-from finetune.media.audio_layout import Sound
+from finetune.media.audio_layout import AudioPlan
 
 IGNORE = -100
 
 Thinking = Literal["keep", "mask", "strip"]
-Spoken = Literal["never", "with sound", "always"]
+Spoken = Literal["never", "with audio", "always"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ class Vocabulary(Protocol):
         ...
 
 
-class Remembered:
+class CachedVocabulary:
     """A vocabulary that spells each text once; what it gives must not be written into.
 
     Args:
@@ -131,7 +131,7 @@ class Rendered:
         self.add(ids)
         self.image_bounds.extend((start + first, start + last) for first, last in bounds)
 
-    def add_sound(self, sound: Sound, vocabulary: Vocabulary) -> None:
+    def add_audio(self, sound: AudioPlan, vocabulary: Vocabulary) -> None:
         """Appends the placeholders of a clip, every run between its marks."""
         opening, unknown, closing = (
             vocabulary.control(token) for token in ("<|audio_start|>", "<unk>", "<|audio_end|>")

@@ -35,7 +35,7 @@ class Longest:
     length: int
     in_bytes: bool
 
-    def fewest(self, texts: Iterable[str]) -> int:
+    def min_tokens(self, texts: Iterable[str]) -> int:
         """A number of tokens that texts have at least together, however they are joined."""
         if not self.length:
             return 0

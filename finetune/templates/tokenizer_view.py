@@ -91,9 +91,9 @@ class TokenizerView:
         self._fixed: dict[str, list[int]] = {}
         self._longest = longest_token(spec)
 
-    def fewest(self, texts: Iterable[str]) -> int:
+    def min_tokens(self, texts: Iterable[str]) -> int:
         """A number of tokens that texts have at least, from their length; see ``finetune.templates.token_bounds``."""
-        return self._longest.fewest(texts)
+        return self._longest.min_tokens(texts)
 
     def has(self, token: str) -> bool:
         """Whether there is such a control token."""

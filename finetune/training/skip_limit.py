@@ -18,18 +18,18 @@ _NAMED = 3
 
 
 class BadShareCallback(TrainerCallback):
-    """Stops the run when more than ``intake.max_bad_share`` of its samples could not be used.
+    """Stops the run when more than ``sample_policy.max_bad_share`` of its samples could not be used.
 
     The counts of all ranks and their loader processes are added up every 10 optimizer steps, once 50 samples were
     taken, and when training ends. Loader processes are ahead of training, and so are the counts. A resumed run counts
     anew.
 
     Args:
-        intake: of the training data.
+        sample_policy: of the training data.
     """
 
-    def __init__(self, intake: SamplePolicy) -> None:
-        self._intake = intake
+    def __init__(self, sample_policy: SamplePolicy) -> None:
+        self._intake = sample_policy
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -55,7 +55,7 @@ class BadShareCallback(TrainerCallback):
     def _judge(self, args: TrainingArguments, *, ended: bool) -> None:
         if self._intake.on_bad_sample != "skip":
             return
-        total = reduce(torch.tensor(self._intake.taken(), device=args.device), reduction="sum")
+        total = reduce(torch.tensor(self._intake.totals(), device=args.device), reduction="sum")
         assert isinstance(total, torch.Tensor)
         taken, bad = map(int, total.tolist())
         if share_is_bad(bad, taken, self._intake.max_bad_share, few=ended):

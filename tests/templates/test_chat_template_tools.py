@@ -188,12 +188,12 @@ def test_long_samples_and_other_processes(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", WITHOUT)
-@pytest.mark.parametrize(("name", "what"), [("described", "tools"), ("call", "tools and calls of tools")])
+@pytest.mark.parametrize(("name", "what"), [("described", "tools"), ("call", "tools and tool calls")])
 def test_families_whose_template_has_no_tools(family: str, name: str, what: str, tmp_path: Path) -> None:
     able = ", ".join(each.title for each in FAMILIES if each.name in WITH_TOOLS)
     title = by_name(family).title
     message = (
-        f"record 0: has {what}, and the chat template of {title} has no place for them; use a model whose template"
+        f"record 0: has {what}, and the chat template of {title} does not support them; use a model whose template"
     )
     with pytest.raises(DataError, match=message) as caught:
         encoder(family).render(sample(tmp_path, {"messages": TALKS[name], "tools": [CLOCK]}), ())
@@ -215,9 +215,9 @@ def test_the_template_of_the_checkpoint_decides(tmp_path: Path) -> None:
     named = changed("v4_5", "# Functions", "# Other words")
     assert "# Other words" in str(named.tokenizer.decode(named.render(conversation, ()).input_ids))
     for old, new in (("message.tool_calls or", ""), ("if tools", "if false")):
-        with pytest.raises(DataError, match="has tools and calls of tools, and the chat template of MiniCPM-V 4.5 has"):
+        with pytest.raises(DataError, match="has tools and tool calls, and the chat template of MiniCPM-V 4.5 has"):
             changed("v4_5", old, new).render(conversation, ())
-    with pytest.raises(TemplateMismatchError, match="writes descriptions of tools outside of the system turn"):
+    with pytest.raises(TemplateMismatchError, match="writes tool descriptions outside of the system turn"):
         changed("v4_5", "{{ '<|im_start|>system\n' }}", "{{ '<|im_start|>tools\n' }}").render(conversation, ())
 
 
