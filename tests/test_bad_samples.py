@@ -136,7 +136,7 @@ def test_too_long_leaves_an_empty_row_whatever_bad_samples_do(
     made = dataset(folder, encoder(tiny("v2_0"), max_length=30), on_bad_sample=policy, overlong="drop")
     assert [len(made[index].input_ids) for index in (0, 1)][1] == 1
     assert [(line["record"], line["exception"]) for line in lines(folder)] == [(1, "OverlongError")]
-    assert "left out" in lines(folder)[0]["message"]
+    assert "skipped" in lines(folder)[0]["message"]
     assert (made.first_usable().labels != -100).any()
 
 

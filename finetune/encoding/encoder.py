@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypedDict, Unpack
 
@@ -30,7 +30,7 @@ from finetune.encoding.video_frames import (
     probe_video,
     video_options,
 )
-from finetune.families import FAMILIES
+from finetune.families import FAMILIES, unsupported
 from finetune.families.family import Config, Family
 from finetune.families.settings import DOWNSAMPLE_MODE, disagreements
 from finetune.media import audio, image, transformers_processor
@@ -38,7 +38,7 @@ from finetune.media.audio_layout import AudioPlan, AudioSpec, plan_audio
 from finetune.media.slicing import MERGES, SlicePlan, SliceSpec, plan
 from finetune.media.small_print import SmallPrint, check_installed
 from finetune.media.video_sampling import VideoOptions
-from finetune.sample import DataError, Media, MediaKind, Sample
+from finetune.sample import DataError, Media, Sample
 from finetune.templates.rendering import IGNORE, Layout, Rendered, Spoken, Thinking
 from finetune.templates.rendering import Vocabulary as Spelling
 from finetune.templates.tokenizer_view import TextError, TokenizerView
@@ -63,15 +63,6 @@ class PromptOptions(TypedDict, total=False):
     enable_thinking: bool | None
     image_ids: bool
     spoken: Spoken
-
-
-def _unsupported(family: Family, kind: MediaKind) -> str:
-    """The message that a family does not support a kind of media, with the families that do."""
-    has: Callable[[Family], object] = (lambda each: each.video) if kind == "video" else (lambda each: each.audio_spec)
-    able = ", ".join(each.title for each in FAMILIES if has(each) is not None)
-    kinds = ["images", *(["videos"] if family.video else []), *(["audio"] if family.audio_spec else []), "text"]
-    supported = f"{', '.join(kinds[:-1])} and {kinds[-1]}"
-    return f"{family.title} takes {supported}, no {kind}; use a model that does ({able})"
 
 
 class Encoder:
@@ -242,7 +233,7 @@ class Encoder:
         if media.kind == "video" and self.family.video is not None:
             transformers_processor.check_videos(self.slicing)
             return probe_video(media, sample.source, self.family.video, self.video, self.max_pixels)
-        raise DataError(f"{sample.source}: {media}: {_unsupported(self.family, media.kind)}, or remove the record")
+        raise DataError(f"{sample.source}: {media}: {unsupported(self.family, media.kind)}, or remove the record")
 
     def plans(self, sizes: Sequence[MediaSize], max_slice_nums: int | None = None) -> tuple[MediaPlan, ...]:
         """Placeholders of media of these sizes; ``max_slice_nums`` replaces the encoder's own for images."""

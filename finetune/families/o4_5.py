@@ -36,7 +36,7 @@ def _layout(config: Config) -> Layout:
     return replace(
         numbered_layout(config),
         thinking_prefill=False,
-        # The published chat code answers sound in this form, whether or not it then speaks.
+        # The published chat code uses this form for every answer to audio, with or without speech output.
         speech=SPEECH_TOKENS[3:4],
         speech_end=SPEECH_TOKENS[4],
         spoken="with audio",
@@ -62,6 +62,6 @@ O4_5 = Family(
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
     parts=OMNI_PARTS,
     lora_targets=OMNI_LORA,
-    # Whisper's sine-cosine positions, stored in the checkpoint; a constant in the official network.
+    # Whisper's sine-cosine positions, stored in the checkpoint; a constant in the official model.
     fixed_parameters=("apm.embed_positions.weight",),
 )

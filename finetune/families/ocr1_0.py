@@ -1,4 +1,4 @@
-"""MiniCPM-OCR 1.0: the network of 4.6 with four times its tokens, and an image processor that looks for small print."""
+"""MiniCPM-OCR 1.0: the architecture of 4.6 with four times its tokens, and adaptive upscaling of small print."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.7: the network of 4.6, its positions laid out on the canvas of the image."""
+"""MiniCPM-V 4.7: the architecture of 4.6 with position ids on the two-dimensional canvas of the image."""
 
 from __future__ import annotations
 

@@ -395,7 +395,7 @@ BAD: list[tuple[str, Any, str]] = [
     (
         "openai",
         parts({"type": "image", "image": "data:image/png;base64,AAAA"}),
-        "an image inside the record .3 bytes. is not an image in a format",
+        "an image inside the record .3 bytes. is not an image in a supported format",
     ),
     (
         "openai",

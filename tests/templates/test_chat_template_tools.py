@@ -198,7 +198,7 @@ def test_families_whose_template_has_no_tools(family: str, name: str, what: str,
     with pytest.raises(DataError, match=message) as caught:
         encoder(family).render(sample(tmp_path, {"messages": TALKS[name], "tools": [CLOCK]}), ())
     assert f"({able})" in str(caught.value)
-    with pytest.raises(DataError, match="turn 1 has thinking beside its text, and the prompt of this model has no"):
+    with pytest.raises(DataError, match="turn 1 has thinking under a key, which this model does not support"):
         encoder(family).render(sample(tmp_path, {"messages": [ASK, {**END, "thinking": "Hm."}]}), ())
 
 
@@ -224,5 +224,5 @@ def test_the_template_of_the_checkpoint_decides(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", WITH_TOOLS[1:])
 def test_thinking_twice(family: str, tmp_path: Path) -> None:
     twice = turn("assistant", "<think>\na\n</think>\n\nb", reasoning_content="c")
-    with pytest.raises(DataError, match="record 0: turn 1 has thinking beside its text and in it"):
+    with pytest.raises(DataError, match="record 0: turn 1 has thinking under a key and in its text"):
         encoder(family).render(sample(tmp_path, {"messages": [ASK, twice]}), ())
