@@ -37,13 +37,13 @@ class Network:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Video:
-    """How a family looks at videos.
+    """The video input of a family.
 
     Attributes:
-        sample: which frames of a video of this length.
-        defaults: reads the options of a checkpoint, as ``Family.slice_spec`` does.
-        between: text between two groups of frames.
-        options: names of the options that mean something to it.
+        sample: frame sampling by the length of the video.
+        defaults: reads the video options of a checkpoint, as ``Family.slice_spec``.
+        separator: text between two groups of frames.
+        options: names of the video options that the family supports.
     """
 
     sample: Callable[[Length, VideoOptions], list[Group]]

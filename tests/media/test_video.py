@@ -123,7 +123,7 @@ def test_no_video(tmp_path: Path, name: str, content: bytes) -> None:
     write_clip(tmp_path / "whole.mp4")
     write_clip(tmp_path / "whole.ts")
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=rf"record 7 \(id 'x'\): video \S*{name} .*no video.*replace it or remove"):
+    with pytest.raises(DataError, match=rf"record 7 \(id 'x'\): video \S*{name} .*not a video.*replace it or remove"):
         probe(Media("video", tmp_path / name), SOURCE)
 
 

@@ -303,7 +303,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"columns": {"chosen": "a", "rejected": "b"}}, "columns has chosen, rejected: answers that are compared"),
     ({"columns": {"kto_tag": "a"}}, "columns has kto_tag: answers"),
     ({"num_samples": 0}, "'num_samples' is 0; it must be a number of records, at least 1"),
-    ({"split": "test"}, "split 'test' is not understood; local files have 'train'"),
+    ({"split": "test"}, "split 'test' is not supported; local files have 'train'"),
     ({"split": 3}, "'split' is 3; it must be a string"),
     (
         {"file_name": None, "ms_hub_url": "a/b"},
