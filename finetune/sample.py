@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from finetune.media.video_sampling import Frames
 
-UNREAD = "that nothing reads"
+UNREAD = "that are not read"
 """Part of every note about a key of a record that no reader uses."""
 
 MediaKind = Literal["image", "video", "audio"]

@@ -244,8 +244,8 @@ def test_shape(one: str, other: str) -> None:
 def test_shape_keeps_names_and_tags() -> None:
     assert shape("a, record 3: MiniCPM-V 4.6 takes 2 of 3") == "MiniCPM-V 4.6 takes N of N"
     assert shape("a, record 3: no answer behind </think> in d/x.png") == "no answer behind </think> in PATH"
-    unread = "a, record 3: nothing reads the key '{}', which has 'd/x.png'; call it 'image'"
-    assert shape(unread.format("img_2")) == "nothing reads the key 'img_N', which has '...'; call it 'image'"
+    unread = "a, record 3: the key '{}' is not read, but contains 'd/x.png'; call it 'image'"
+    assert shape(unread.format("img_2")) == "the key 'img_N' is not read, but contains '...'; call it 'image'"
     assert shape(unread.format("picture")) != shape(unread.format("photo"))
     assert shape("a, record 3: <|im_end|> and <image/> stay") == "<|im_end|> and <image/> stay"
 
@@ -328,10 +328,10 @@ def test_keys_that_nothing_reads_are_one_line_with_their_numbers(write_records: 
     extra: list[dict[str, Any]] = [{"source": "x", "width": 3}, {"source": "y", "widht": 3}, {}]
     path = write_records(*({"conversations": turns, **more} for more in extra))
     report = str(look(path, make_encoder()))
-    (line,) = (line for line in report.splitlines() if "keys that nothing reads" in line)
-    assert line.startswith("  note: keys that nothing reads: 'source' (2 of 3 records), ")
+    (line,) = (line for line in report.splitlines() if "keys that are not read" in line)
+    assert line.startswith("  note: keys that are not read: 'source' (2 of 3 records), ")
     assert sorted(line.partition("'source' (2 of 3 records), ")[2].split(", ")) == [
         "'widht' (1 of 3 records)",
         "'width' (1 of 3 records)",
     ]
-    assert "note: 3 of 3 records: keys of turns that nothing reads: 'score'" in report
+    assert "note: 3 of 3 records: keys of turns that are not read: 'score'" in report

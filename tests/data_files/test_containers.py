@@ -219,7 +219,7 @@ def test_bad_shards(tmp_path: Path) -> None:
 
 def test_a_record_of_a_shard_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.data_files.webdataset.MOST_BYTES", 2000)
-    with pytest.raises(DataError, match="the files of the key '0' have more than 1 GiB"):
+    with pytest.raises(DataError, match="the members of the key '0' have more than 1 GiB"):
         open_records(shard(tmp_path / "a.tar", {"0.json": {}, "0.png": bytes(4000)}))
 
 

@@ -282,7 +282,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"formatting": "share"}, "'formatting' is \"share\"; there are official, sharegpt, alpaca, openai"),
     ({"columns": {"image": "images"}}, "columns: unknown name 'image'; did you mean 'images'?"),
     ({"tags": {"user": "u"}}, "tags: unknown name 'user'; did you mean 'user_tag'?"),
-    ({"tags": {"user_tag": "x", "assistant_tag": "x"}}, "tags: 'x' stands for two things"),
+    ({"tags": {"user_tag": "x", "assistant_tag": "x"}}, "tags: 'x' is used twice"),
     ({"columns": ["images"]}, "'columns' is a list; it must be an object"),
     ({"columns": {"images": 3}}, "columns: 'images' is 3; it must be a string"),
     ({"columns": COLUMNS}, "columns has 'messages', and without 'formatting' .* add \"formatting\": \"sharegpt\""),
@@ -299,8 +299,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"formatting": "alpaca"},
         r"has 'instruction', the column of prompt \(found 'conversations', 'images'\); name the",
     ),
-    ({"ranking": True}, "'ranking' is true: answers that are compared; only supervised finetuning"),
-    ({"columns": {"chosen": "a", "rejected": "b"}}, "columns has chosen, rejected: answers that are compared"),
+    ({"ranking": True}, "'ranking' is true: preference data .ranking. is not supported, only supervised finetuning"),
+    ({"columns": {"chosen": "a", "rejected": "b"}}, "columns has chosen, rejected: preference data"),
     ({"columns": {"kto_tag": "a"}}, "columns has kto_tag: answers"),
     ({"num_samples": 0}, "'num_samples' is 0; it must be a number of records, at least 1"),
     ({"split": "test"}, "split 'test' is not supported; local files have 'train'"),
@@ -327,7 +327,7 @@ def test_an_unknown_tag_names_the_record(work: Path) -> None:
     turns = [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}]
     register(work, [{"conversations": turns}], formatting="sharegpt", tags=tags)
     with pytest.raises(
-        DataError, match=r"data/mine.json, record 0: turn 0: 'role' is 'human', an unknown tag; known are system, user"
+        DataError, match=r"data/mine.json, record 0: turn 0: 'role' is 'human', an unknown role; known are system, user"
     ):
         read_named("mine")[0]
 

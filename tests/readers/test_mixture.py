@@ -130,7 +130,7 @@ def test_a_file_under_two_names_is_split_as_one(work: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.01, 3, 10])
 def test_a_part_that_leaves_nothing(work: Path, share: float) -> None:
-    with pytest.raises(DataError, match=r"--val_size .* of 3 records keeps . for evaluation|keeps 10"):
+    with pytest.raises(DataError, match=r"--val_size .* of 3 records gives . for evaluation|gives 10"):
         read_named("c").split(share, 1)
 
 

@@ -215,7 +215,7 @@ def test_the_template_of_the_checkpoint_decides(tmp_path: Path) -> None:
     named = changed("v4_5", "# Functions", "# Other words")
     assert "# Other words" in str(named.tokenizer.decode(named.render(conversation, ()).input_ids))
     for old, new in (("message.tool_calls or", ""), ("if tools", "if false")):
-        with pytest.raises(DataError, match="has tools and tool calls, and the chat template of MiniCPM-V 4.5 has"):
+        with pytest.raises(DataError, match="has tools and tool calls, and the chat template of MiniCPM-V 4.5 does"):
             changed("v4_5", old, new).render(conversation, ())
     with pytest.raises(TemplateMismatchError, match="writes tool descriptions outside of the system turn"):
         changed("v4_5", "{{ '<|im_start|>system\n' }}", "{{ '<|im_start|>tools\n' }}").render(conversation, ())
