@@ -73,13 +73,13 @@ def content_of_file(path: Path) -> bytes:
         return hashlib.file_digest(file, "blake2b").digest()
 
 
-def _digest(sample: Sample, tell: Callable[[Media], bytes]) -> bytes:
+def _digest(sample: Sample, digest_of: Callable[[Media], bytes]) -> bytes:
     made = hashlib.blake2b(digest_size=16)
     for message in sample.messages:
         made.update(f"\0{message.role}\0{message.train}\0".encode())
         for part in message.parts:
-            told = part.text.encode(errors="surrogatepass") if isinstance(part, Text) else tell(part)
-            made.update(len(told).to_bytes(8, "little") + told)
+            content = part.text.encode(errors="surrogatepass") if isinstance(part, Text) else digest_of(part)
+            made.update(len(content).to_bytes(8, "little") + content)
     return made.digest()
 
 

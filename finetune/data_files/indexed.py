@@ -69,7 +69,7 @@ class IndexedRecords(Sequence[Any]):
         """The record at ``index``, as plain Python values.
 
         Raises:
-            DataError: the file has changed since it was opened, or the record cannot be taken.
+            DataError: the file has changed since it was opened, or the record cannot be used.
         """
         number = range(len(self))[index]
         try:

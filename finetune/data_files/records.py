@@ -99,12 +99,12 @@ def _shards(path: Path) -> list[Path]:
         found = _BRACES.search(pattern)
         if found is None:
             return [pattern]
-        first, last, words = found.groups()
+        first, last, names_list = found.groups()
         rest = names(pattern[found.end() :])
-        count = len(words.split(",")) if words else int(last) - int(first) + 1
+        count = len(names_list.split(",")) if names_list else int(last) - int(first) + 1
         if not 0 < count * len(rest) <= _MOST_SHARDS:
             raise DataError(f"{path}: {found[0]} are {count} shards; write {{FIRST..LAST}}, as {{000..012}}")
-        each = words.split(",") if words else [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
+        each = names_list.split(",") if names_list else [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
         return [pattern[: found.start()] + one + more for one in each for more in rest]
 
     return [path.with_name(name) for name in names(path.name)]

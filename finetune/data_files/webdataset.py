@@ -132,7 +132,7 @@ def _scan(path: Path, file: BinaryIO) -> Iterator[array[int]]:
             if last in keys:
                 raise DataError(
                     f"{path}: the members of the key {shown(last)} are not consecutive; write the members of a key "
-                    "one after another, e.g. sorted by name (tar --sort=name)"
+                    "one after another, sorted by name"
                 )
             keys.add(last)
             spans.extend((start, end))

@@ -61,7 +61,7 @@ def probe(media: Media, source: Source, fps: float = 1.0, max_pixels: int = imag
         if len(sizes) > 1:
             listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes)[:3])
             raise DataError(f"{source}: {media} has frames of different sizes ({listed}); resize them to one size")
-        return Clip(files, Length(len(files), fps), sizes.pop(), pictures=True)
+        return Clip(files, Length(len(files), fps), sizes.pop(), from_images=True)
     if not isinstance(media.data, Path):
         raise DataError(f"{source}: {media} is not a video; give the path of a video file or of a folder of frames")
     with _errors(media, source):
@@ -124,7 +124,7 @@ class Decoder:
     def __init__(self, clip: Clip, source: Source) -> None:
         self._clip = clip
         self._source = source
-        self._media = Media("video", clip.files if clip.pictures else clip.files[0])
+        self._media = Media("video", clip.files if clip.from_images else clip.files[0])
         self._reader: _FrameReader | None = None
 
     def __enter__(self) -> Decoder:
@@ -140,7 +140,7 @@ class Decoder:
         Raises:
             DataError: it cannot be decoded.
         """
-        if self._clip.pictures:
+        if self._clip.from_images:
             return image.load(Media("image", self._clip.files[index]), self._source)
         with _errors(self._media, self._source):
             if self._reader is None:
@@ -380,9 +380,9 @@ def _errors(media: Media, source: Source) -> Iterator[None]:
         what = _told(media) or f"has no video frame that can be decoded; {_FIX}"
         raise DataError(f"{source}: {media} {what}") from error
     except (FFmpegError, OSError, ValueError, EOFError, IndexError) as error:
-        words = (isinstance(error, OSError) and error.strerror) or error
+        reason = (isinstance(error, OSError) and error.strerror) or error
         what = _told(media) or (
-            f"cannot be decoded ({words}); it is truncated, damaged or not a video (mp4, mkv, webm, avi, mov, gif): "
+            f"cannot be decoded ({reason}); it is truncated, damaged or not a video (mp4, mkv, webm, avi, mov, gif): "
             f"{_FIX}"
         )
         raise DataError(f"{source}: {media} {what}") from error

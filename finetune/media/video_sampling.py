@@ -93,13 +93,13 @@ class Clip:
         files: the video file, or the image files of its frames.
         length: number of frames and frames per second.
         size: (width, height) in pixels, with rotation applied.
-        pictures: whether the files are images.
+        from_images: whether the files are images.
     """
 
     files: tuple[Path, ...]
     length: Length
     size: tuple[int, int]
-    pictures: bool = False
+    from_images: bool = False
 
 
 @dataclass(frozen=True, slots=True)

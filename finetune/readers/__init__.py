@@ -48,6 +48,6 @@ def read(
     file = Path(path)
     records = open_records(file, rebuild=rebuild) if records is None else records
     form, why = choose(some_records(records), str(path), data_format)
-    logger.info("%s: %d records in the %s form (%s)", path, len(records), form.name, why)
+    logger.info("%s: %d records in the %s format (%s)", path, len(records), form.name, why)
     beside = folders_of(file)[: 1 if strict_paths else None]
     return SampleFile(records, path, RecordReader(form, places(*beside, image_root, strict=strict_paths), train_on))

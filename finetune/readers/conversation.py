@@ -110,7 +110,7 @@ def own_placed(turn: Turn, number: int, source: Source, *, tags: bool = True) ->
         if count not in (0, len(files)):
             raise DataError(
                 f"{source}: turn {number} has {count} {tag} in its text and names {len(files)} files of that kind; "
-                "they must be as many (or no tag, then the files stand in front)"
+                "the numbers must be equal (or no tag, then the files come first)"
             )
         if not count:
             front += [part for file in files for part in (file, Text("\n"))]
@@ -174,7 +174,7 @@ def _check_counts(
     note = f" ({elsewhere} more in other turns, where they are plain text)" if elsewhere and not explicit else ""
     fix = "give every file one place" if column else f"name the column of the files, {MEDIA_COLUMNS[kind]!r}"
     raise DataError(
-        f"{source}: {count} {tag} in the user turns of {text_column!r}{note}, {under}; they must be as many: {fix}"
+        f"{source}: {count} {tag} in the user turns of {text_column!r}{note}, {under}; the numbers must be equal: {fix}"
     )
 
 

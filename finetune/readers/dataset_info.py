@@ -259,7 +259,7 @@ def open_entry(
         if strict_paths and not entry.file.resolve().is_relative_to(entry.info.parent.resolve()):
             raise DataError(
                 f"{entry.where}: its file is {cut(str(entry.file.resolve()))}, outside of "
-                f"{entry.info.parent.resolve()}, and --strict_paths allows no other place; move it there"
+                f"{entry.info.parent.resolve()}, which --strict_paths refuses; move it there"
             )
         if records is None:
             records = take_split(open_records(entry.file, rebuild=rebuild), entry.split, entry.where)
@@ -271,7 +271,7 @@ def open_entry(
         path, beside = entry.hub or "", []
     first = some_records(records)
     form, why = _form(entry, first)
-    logger.info("data set %s: %d records of %s in the %s form (%s)", entry.name, len(records), path, form.name, why)
+    logger.info("data set %s: %d records of %s in the %s format (%s)", entry.name, len(records), path, form.name, why)
     where = places(media_dir or entry.info.parent, *beside, image_root, flag="--media_dir", strict=strict_paths)
     return SampleFile(records, path, RecordReader(form, where, train_on), entry.name)
 

@@ -65,7 +65,7 @@ def choose(records: Sequence[Any], where: str, asked: DataFormat = "auto") -> tu
     alone: MediaKind | None = next((kind for record in objects for kind in MEDIA_COLUMNS if record.get(kind)), None)
     if alone is not None:
         raise DataError(
-            f"{where}: records in the {name} form ({why}) have {alone!r}, which it does not know; name it "
+            f"{where}: records in the {name} format ({why}) have {alone!r}, which it does not support; name it "
             f"{MEDIA_COLUMNS[alone]!r} and put <{alone}> where the file belongs"
         )
     columns = replace(OWN_NAMES, messages=conversation_column(objects))
@@ -90,7 +90,7 @@ def _turns(record: Mapping[str, Any], column: str | None) -> list[Mapping[str, A
     return [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, (list, tuple)) else []
 
 
-def _by_signs(records: Sequence[Mapping[str, Any]], where: str, looked_at: int) -> tuple[FormName, str]:
+def _by_signs(records: Sequence[Mapping[str, Any]], where: str, inspected: int) -> tuple[FormName, str]:
     """The format by the keys of the records; plain turns are the official format."""
     for record in records:
         if compared := record_keys.compared(record):
@@ -107,8 +107,8 @@ def _by_signs(records: Sequence[Mapping[str, Any]], where: str, looked_at: int) 
     if len(signs) > 1:
         found = ", ".join(f"{sign} ({name})" for name, sign in signs.items())
         raise DataError(
-            f"{where}: the {looked_at} records looked at have {found}, which do not go together; {WANTED}; split the "
-            "file, or say which form it has (--data_format, formatting in dataset_info.json)"
+            f"{where}: the {inspected} inspected records have {found}, which exclude each other; {WANTED}; split the "
+            "file, or set the format (--data_format, formatting in dataset_info.json)"
         )
     if signs:
         ((name, sign),) = signs.items()
@@ -116,7 +116,7 @@ def _by_signs(records: Sequence[Mapping[str, Any]], where: str, looked_at: int) 
     if plain:
         return "official", "plain turns"
     found = words_of(dict.fromkeys(key for record in records for key in record)) if records else "no object"
-    raise DataError(f"{where}: the {looked_at} records looked at fit no form (found {found}); {WANTED}")
+    raise DataError(f"{where}: the {inspected} inspected records match no format (found {found}); {WANTED}")
 
 
 def _first(signs: Iterable[tuple[FormName, str]]) -> dict[FormName, str]:
@@ -176,7 +176,7 @@ def check_columns(records: Sequence[Any], columns: Columns, form: FormName, wher
         if column is None or column in had:
             continue
         close = difflib.get_close_matches(column, had, 1, cutoff=0.8)
-        text = f"{where}: none of the {len(records)} records looked at has {column!r}, the column of {name}"
+        text = f"{where}: none of the {len(records)} inspected records has {column!r}, the column of {name}"
         found = f"(found {words_of(had)})"
         if close or name in ("messages", "response") or (name == "prompt" and columns.query not in had):
             hint = f"did you mean {close[0]!r}? Name it" if close else "name the right one"

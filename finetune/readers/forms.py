@@ -12,9 +12,9 @@ FormName = Literal["official", "sharegpt", "alpaca", "openai"]
 FORMS: tuple[FormName, ...] = get_args(FormName)
 
 WANTED = (
-    "official wants 'conversations' (turns with role and content) and 'image', 'video', 'audio'; sharegpt wants "
-    "'messages' or 'conversations' and 'images', 'videos', 'audios'; alpaca wants 'instruction' and 'output'; openai "
-    "wants 'messages' whose content may be a list of parts"
+    "official needs 'conversations' (turns with role and content) and 'image', 'video', 'audio'; sharegpt needs "
+    "'messages' or 'conversations' and 'images', 'videos', 'audios'; alpaca needs 'instruction' and 'output'; openai "
+    "needs 'messages' whose content may be a list of parts"
 )
 """The keys of each format, for errors."""
 

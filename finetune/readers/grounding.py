@@ -117,7 +117,7 @@ def _check_counts(places: Sequence[str], objects: _Objects, paired: bool, source
             what = "boxes" if place == "<bbox>" else "names"
             counts.append(f"{wanted} {place} in the text, {have} {what} in {KEY!r}")
     if counts:
-        raise DataError(f"{source}: {'; '.join(counts)}; they must be as many, each in the order of the text")
+        raise DataError(f"{source}: {'; '.join(counts)}; the numbers must be equal, in the order of the text")
 
 
 def _objects(given: Any, source: Source) -> _Objects:

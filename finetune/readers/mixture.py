@@ -276,7 +276,7 @@ def read_named(
         files.append(file)
         if entry.num_samples is not None and entry.num_samples > MOST_TIMES * len(file):
             raise DataError(
-                f"{entry.where}: 'num_samples' is {entry.num_samples}, of {len(file)} records; each may be taken "
+                f"{entry.where}: 'num_samples' is {entry.num_samples}, of {len(file)} records; each may be repeated "
                 f"{MOST_TIMES} times at most"
             )
         chosen.append(_weighted(_drawn(len(file), entry.num_samples, random)[:max_samples], each.weight, random))

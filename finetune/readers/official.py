@@ -40,7 +40,7 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
     for key in MEDIA_COLUMNS.values():
         if record.get(key):
             raise DataError(
-                f"{source}: has {key!r}, which the official form does not know; paths belong under {key[:-1]!r} "
+                f"{source}: has {key!r}, which the official format does not support; paths belong under {key[:-1]!r} "
                 "(or the file is of another form: --data_format sharegpt)"
             )
     turns = with_system(joined(_turns(record, source, where)), record, record_keys.SYSTEM, source)
@@ -150,7 +150,7 @@ def _match(kind: MediaKind, found: list[str], files: _Files, source: Source) -> 
     if len(found) != len(files):
         raise DataError(
             f"{source}: {len(found)} <{kind}> in the user turns, {len(files)} {_MANY[kind]} under {kind!r}; "
-            f"they must be equal in number (or no <{kind}>, then the {_MANY[kind]} come first)"
+            f"the numbers must be equal (or no <{kind}>, then the {_MANY[kind]} come first)"
         )
     return files
 

@@ -186,7 +186,7 @@ def test_strict_paths(tmp_path: Path, encoder: Encoder) -> None:
     assert take_all(read(path), encoder).totals() == (4, 0)
     assert take_all(read(path, strict_paths=True), encoder).totals() == (4, 3)
     assert take_all(read(path, strict_paths=True, image_root=outside), encoder).totals() == (4, 0)
-    with pytest.raises(DataError, match=r"a.png, outside of .*data, and --strict_paths allows no other place"):
+    with pytest.raises(DataError, match=r"a.png, outside of .*data, which --strict_paths refuses"):
         read(path, strict_paths=True)[3]
     film = {
         "video": "frames",

@@ -289,7 +289,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"formatting": "sharegpt", "columns": {"images": "images"}}, 'columns does not name the turns .* add "messages"'),
     (
         {"formatting": "sharegpt", "columns": {"messages": "conversation"}},
-        "none of the 1 records looked at has 'conversation', the column of messages .*did you mean 'conversations'?",
+        "none of the 1 inspected records has 'conversation', the column of messages .*did you mean 'conversations'?",
     ),
     (
         {"formatting": "sharegpt", "columns": {**COLUMNS, "images": "image"}},
@@ -301,7 +301,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"ranking": True}, "'ranking' is true: preference data .ranking. is not supported, only supervised finetuning"),
     ({"columns": {"chosen": "a", "rejected": "b"}}, "columns has chosen, rejected: preference data"),
-    ({"columns": {"kto_tag": "a"}}, "columns has kto_tag: answers"),
+    ({"columns": {"kto_tag": "a"}}, "columns has kto_tag: preference data"),
     ({"num_samples": 0}, "'num_samples' is 0; it must be a number of records, at least 1"),
     ({"split": "test"}, "split 'test' is not supported; local files have 'train'"),
     ({"split": 3}, "'split' is 3; it must be a string"),
@@ -397,7 +397,7 @@ def test_the_reading_is_said(work: Path, caplog: pytest.LogCaptureFixture) -> No
     caplog.set_level(logging.INFO)
     assert isinstance(read_named("cpmv_img"), Mixture)
     assert (
-        "data set cpmv_img: 2 records of data/image_caption.json in the sharegpt form (as dataset_info.json s"
+        "data set cpmv_img: 2 records of data/image_caption.json in the sharegpt format (as dataset_info.json s"
         in caplog.text
     )
     assert "data set cpmv_img: 2 samples, 100.0 % of 2" in caplog.text

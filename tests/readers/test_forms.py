@@ -177,7 +177,7 @@ def test_the_form_is_told_from_the_records_and_said(
     others = [{key: plain}] if key and "from" not in name else []
     samples = read(write(folder, *others, record))
     assert samples.reading.form.name == form
-    assert f"data.json: {len(samples)} records in the {form} form (the records have {why})" in caplog.text
+    assert f"data.json: {len(samples)} records in the {form} format (the records have {why})" in caplog.text
     assert shown(samples[-1])[0] == ("user", "[a.png]Who?")
 
 
@@ -213,15 +213,15 @@ def test_a_system_column_alone_makes_it_sharegpt(folder: Path) -> None:
     [
         (
             [{"text": "Hi"}, {"url": "x"}],
-            r"the 2 records looked at fit no form \(found 'text', 'url'\); official wants",
+            r"the 2 inspected records match no format \(found 'text', 'url'\); official needs",
         ),
         (
             ["Hi"],
-            r"fit no form \(found no object\); .* alpaca wants 'instruction' and 'output'; openai wants 'messages'",
+            r"match no format \(found no object\); .* alpaca needs 'instruction' and 'output'; openai needs 'messages'",
         ),
         (
             [{"image": "a.png", "conversations": CHAT}, {"images": ["a.png"], "messages": CHAT}],
-            r"have 'image' \(official\), 'images' \(sharegpt\), which do not go together; .*--data_format",
+            r"have 'image' \(official\), 'images' \(sharegpt\), which exclude each other; .*--data_format",
         ),
         (
             [{"instruction": "a", "output": "b"}, {"messages": CHAT}],
@@ -230,7 +230,7 @@ def test_a_system_column_alone_makes_it_sharegpt(folder: Path) -> None:
         ([{"instruction": "a", "chosen": "b", "rejected": "c"}], "'chosen' and 'rejected': preference data"),
         (
             [{"instruction": "a", "output": "b", "image": "a.png"}],
-            "alpaca form .* have 'image', .* name it 'images' and put",
+            "alpaca format .* have 'image', .* name it 'images' and put",
         ),
         ([{"messages": CHAT, "kto_tag": True}], "'kto_tag': preference data is not supported, only supervised"),
     ],

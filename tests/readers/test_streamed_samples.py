@@ -72,7 +72,7 @@ def test_data_sets_are_one_stream(folder: Path) -> None:
     [
         ("lines:0.5", "data set 'lines': the weight 0.5 is not supported with --streaming true"),
         ("part", "'split' 'train"),
-        ("some", "'num_samples' cannot"),
+        ("some", "'num_samples' is not supported"),
         ("rows,hub", "data sets of the hub and local files"),
         ("line", "did you mean 'lines'"),
     ],
