@@ -1,4 +1,4 @@
-"""The training data: records become samples, samples become examples, examples become padded batches."""
+"""PyTorch datasets and collators: ``SupervisedDataset``, ``StreamedDataset``, ``DataCollator``, ``PackingCollator``."""
 
 from __future__ import annotations
 
@@ -25,85 +25,117 @@ logger = logging.getLogger(__name__)
 
 
 class SupervisedDataset(Dataset[Example]):
-    """Samples encoded on access.
+    """A map-style data set that encodes samples on access.
 
-    A sample that cannot be used, or is too long, meets the policies of its intake. By default it raises DataError
-    naming file and record; what a policy leaves out leaves an empty row in its batch, and no other sample in its place.
+    Route of a record: data file -> ``readers`` (``Sample``) -> ``Encoder`` (``Example``) -> ``DataCollator`` (batch).
+    A bad or overlong sample raises DataError with its file and record, or is skipped by ``SamplePolicy``: an empty
+    example takes its place in the batch.
+
+    >>> import json
+    >>> from pathlib import Path
+    >>> from tempfile import mkdtemp
+    >>> from finetune.checkpoints.base_checkpoint import resolve
+    >>> from finetune.models.tokenization import load_tokenizer
+    >>> from finetune.readers.mixture import open_data
+    >>> from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
+    >>> folder = Path(mkdtemp())
+    >>> turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    >>> _ = (folder / "data.json").write_text(json.dumps([{"id": "0", "conversations": turns}]))
+    >>> base = resolve(write_tiny_checkpoint("v2_6", folder / "model"))
+    >>> encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings, max_length=2048)
+    >>> dataset = SupervisedDataset(open_data(folder / "data.json", None), encoder)
+    >>> example = dataset[0]
+    >>> encoder.tokenizer.decode(example.labels[example.labels >= 0])
+    'Hello.<|im_end|>'
+    >>> batch = DataCollator(encoder.pad_id)([example, encoder.empty("a skipped record")])
+    >>> batch["input_ids"].shape == batch["labels"].shape, batch["attention_mask"].sum(1).tolist()[1]
+    (True, 1)
+    >>> row = PackingCollator(encoder.empty("no example"))([example, example])
+    >>> row["input_ids"].shape[0], row["cu_seq_lens_q"].tolist() == [0, len(example.labels), 2 * len(example.labels)]
+    (1, True)
+
+    Args:
+        samples: the data set.
+        encoder: the encoder of the run.
+        sample_policy: policies for bad and overlong samples; None to raise.
     """
 
-    def __init__(self, samples: Sequence[Sample], encoder: Encoder, intake: SamplePolicy | None = None) -> None:
+    def __init__(self, samples: Sequence[Sample], encoder: Encoder, sample_policy: SamplePolicy | None = None) -> None:
         super().__init__()
         self.samples = samples
-        self.intake = intake or SamplePolicy(samples, encoder)
+        self.sample_policy = sample_policy or SamplePolicy(samples, encoder)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Example:
-        return self.intake.take(index)
+        return self.sample_policy.example(index)
 
     def first_usable(self) -> Example:
-        """The first example that is not left out."""
-        return _first_usable(self.intake)
+        """The first example that is not skipped."""
+        return _first_usable(self.sample_policy)
 
 
 class StreamedDataset(IterableDataset[Example]):
-    """Records read from front to back, for data that is too large for anything else; it never ends.
+    """An endless iterable data set over files that are read sequentially (``--streaming``).
 
-    All loader processes of all ranks together see every record once per pass. ``samples`` are the first records of the
-    data, for what wants samples by number.
+    All dataloader workers of all ranks together see every record once per pass. ``samples`` are the first records of
+    the data, for checks that need samples by index.
 
     Args:
         streamed: the records.
-        intake: of its head; streamed records meet the same policies.
+        sample_policy: policies for bad and overlong samples.
     """
 
-    def __init__(self, streamed: StreamedSamples, intake: SamplePolicy) -> None:
+    def __init__(self, streamed: StreamedSamples, sample_policy: SamplePolicy) -> None:
         super().__init__()
         self.streamed = streamed
         self.samples: Sequence[Sample] = streamed.head
-        self.intake = intake
+        self.sample_policy = sample_policy
         self._rank, self._world, self._batch_size, self._passed = 0, 1, 1, 0
 
-    def deal(self, rank: int, world: int, batch_size: int, passed: int = 0) -> None:
-        """Says which records are read here.
+    def set_shard(self, rank: int, world: int, batch_size: int, passed: int = 0) -> None:
+        """Sets the part of the stream that this rank reads.
 
         Args:
-            rank: number of this process.
-            world: processes.
+            rank: rank of this process.
+            world: number of processes.
             batch_size: examples per batch.
-            passed: batches of this rank that were trained before; an empty row stands for each of their examples, for
-                a loader that skips them.
+            passed: batches of this rank that were trained before the run was resumed; their examples are empty, and the
+                Trainer skips them.
         """
         self._rank, self._world, self._batch_size, self._passed = rank, world, batch_size, passed
 
     def __iter__(self) -> Iterator[Example]:
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        # The loader takes a batch from each of its processes in turn.
+        # The dataloader takes batches from its workers round-robin.
         passed = len(range(number, self._passed, workers)) * self._batch_size
         records = self.streamed.stream.endless(self._rank * workers + number, self._world * workers)
         for place, record in enumerate(records):
             if place < passed:
-                yield self.intake.fitter.encoder.empty(str(record.source()))
+                yield self.sample_policy.length_policy.encoder.empty(str(record.source()))
             else:
-                yield self.intake.encode(partial(self.streamed.sample, record), record.source)
+                yield self.sample_policy.encode(partial(self.streamed.sample, record), record.source)
 
     def first_usable(self) -> Example:
-        """The first example that is not left out."""
-        return _first_usable(self.intake)
+        """The first example that is not skipped."""
+        return _first_usable(self.sample_policy)
 
 
-def _first_usable(intake: SamplePolicy) -> Example:
-    examples = map(intake.take, range(len(intake.samples)))
+def _first_usable(sample_policy: SamplePolicy) -> Example:
+    examples = map(sample_policy.example, range(len(sample_policy.samples)))
     return next(example for example in examples if (example.labels >= 0).any())
 
 
 class DataCollator:
-    """Pads examples to the right; see ``finetune.encoding.collate.pad`` for the batch.
+    """Collates examples into a batch padded on the right; ``finetune.encoding.collate.pad`` describes its tensors.
 
-    One entry is not for the network: "sources", where each row came from, which the trainer takes out and names when a
-    loss is not finite.
+    The batch also has "sources", file and record of each row. The trainer removes it and logs it when a loss is not
+    finite. ``SupervisedDataset`` has an example.
+
+    Args:
+        pad_id: padding token id.
     """
 
     def __init__(self, pad_id: int) -> None:
@@ -115,23 +147,25 @@ class DataCollator:
 
 
 class PackingCollator:
-    """Lays examples into one row; see ``finetune.encoding.collate.pack`` for the batch.
+    """Packs examples into one row; ``finetune.encoding.collate.pack`` describes its tensors.
+
+    ``SupervisedDataset`` has an example.
 
     Args:
-        filler: the row of a rank that has no example.
+        filler: example for a rank without examples in a micro-batch.
     """
 
     def __init__(self, filler: Example) -> None:
         self.filler = filler
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        """The row of some examples, and where each came from, as DataCollator has it."""
+        """The packed row of some examples, with "sources" as in ``DataCollator``."""
         examples = examples or [self.filler]
         return Batch(pack(examples), sources=[example.source for example in examples])
 
 
 class DataModule(TypedDict):
-    """What the trainer takes about data."""
+    """The data arguments of the trainer."""
 
     train_dataset: SupervisedDataset | StreamedDataset
     eval_dataset: SupervisedDataset | None
@@ -141,24 +175,24 @@ class DataModule(TypedDict):
 def make_supervised_data_module(
     data: DataArguments, encoder: Encoder, output: Path | None = None, seed: int = 42
 ) -> DataModule:
-    """Training and evaluation set of the flags.
+    """Builds the training set, evaluation set and collator from the flags.
 
     Args:
         data: the flags.
         encoder: the encoder of the run.
-        output: folder of the file that lists records left out; None for no file.
-        seed: of what is drawn at random: shares of data sets, the evaluation part of the training data.
+        output: folder of the file that lists skipped records; None for no file.
+        seed: random seed of data set shares and of the ``--val_size`` split.
 
     Raises:
-        DataError: a file that is missing or malformed, or without records; a data set that is not described.
+        DataError: a file that is missing, malformed or empty; a data set that dataset_info.json does not describe.
     """
 
-    def intake(samples: Sequence[Sample]) -> SamplePolicy:
+    def policy_of(samples: Sequence[Sample]) -> SamplePolicy:
         report = None if output is None else output / BAD_SAMPLES
         return SamplePolicy(samples, encoder, report=report, **data.policies)
 
     def dataset(samples: Sequence[Sample]) -> SupervisedDataset:
-        return SupervisedDataset(samples, encoder, intake(samples))
+        return SupervisedDataset(samples, encoder, policy_of(samples))
 
     def opened(path: str | None, names: str | None) -> Mixture:
         return open_data(path, names, seed=seed, **data.reading)
@@ -168,7 +202,7 @@ def make_supervised_data_module(
         evaluation = dataset(opened(data.eval_data_path, data.eval_dataset))
     if data.streaming:
         streamed = _stream(data, seed)
-        train = StreamedDataset(streamed, intake(streamed.head))
+        train = StreamedDataset(streamed, policy_of(streamed.head))
     else:
         samples = opened(data.data_path, data.dataset)
         if data.val_size:
@@ -181,7 +215,7 @@ def make_supervised_data_module(
 
 
 def data_files(data: DataArguments) -> list[Path]:
-    """The files that the flags about training data name, none of them opened; data sets of the hub have none.
+    """The training data files named by the flags, without opening them; data sets of the hub have none.
 
     Raises:
         DataError: a folder without data files, or a data set that is not described.
@@ -194,8 +228,8 @@ def data_files(data: DataArguments) -> list[Path]:
 
 def _stream(data: DataArguments, seed: int) -> StreamedSamples:
     for flag, why in (
-        ("val_size", "nothing can be kept out of a stream: give evaluation data of their own"),
-        ("max_samples", "a stream has no number of records: --max_steps says when training ends"),
+        ("val_size", "a stream cannot be split: give evaluation data (--eval_data_path or --eval_dataset)"),
+        ("max_samples", "the number of records of a stream is unknown: limit training with --max_steps"),
     ):
         if getattr(data, flag):
             raise DataError(f"--streaming true with --{flag}: {why}")

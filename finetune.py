@@ -54,7 +54,7 @@ def train(args: Arguments, output: OutputFolder) -> int:
     from finetune.checkpoints.run_start import find_base, start_run
     from finetune.media import worker_process
 
-    worker_process.take_notes()
+    worker_process.enable_worker_reports()
 
     # ---- Model: the base checkpoint, its tokenizer and chat template; weights are loaded once the data is checked ----
     base = find_base(args)
@@ -110,8 +110,8 @@ def make_data(args: Arguments, encoder: Encoder, output: Path) -> DataModule:
     data = make_supervised_data_module(args.data, encoder, output, seed)
     train, evaluation = data["train_dataset"], data["eval_dataset"]
     if distributed.is_main_process():
-        check_before_training([part.intake for part in (train, evaluation) if part is not None], args.data.check)
-    logger.info("%s", describe_steps(args.training, train.samples, train.intake.fitter))
+        check_before_training([part.sample_policy for part in (train, evaluation) if part is not None], args.data.check)
+    logger.info("%s", describe_steps(args.training, train.samples, train.sample_policy.length_policy))
     return data
 
 
@@ -122,7 +122,9 @@ def choose_recomputed_parts(args: Arguments, base: Checkpoint, data: DataModule)
     from finetune.planning.recompute_choice import choose_parts, step_shape
 
     train = data["train_dataset"]
-    measured = partial(step_shape, args.training, train.intake.fitter, train.samples, streaming=args.data.streaming)
+    measured = partial(
+        step_shape, args.training, train.sample_policy.length_policy, train.samples, streaming=args.data.streaming
+    )
     choose_parts(base.settings, args.training, args.lora, measured)
 
 
@@ -173,7 +175,7 @@ def make_trainer(
         part_learning_rates=args.training.part_learning_rates,
         check_base_loss=args.model.check_base_loss == "auto",
         checkpoint_manager=CheckpointManager(identity),
-        callbacks=[progress, LogsCallback(output), BadShareCallback(data["train_dataset"].intake)],
+        callbacks=[progress, LogsCallback(output), BadShareCallback(data["train_dataset"].sample_policy)],
         output=output,
         **data,
     )
@@ -224,7 +226,7 @@ def report_samples(trainer: CPMTrainer, data: DataModule, output: Path) -> None:
 
     from finetune.encoding.sample_policy import BAD_SAMPLES, describe_bad_samples, describe_counts
 
-    own = torch.tensor(data["train_dataset"].intake.counts(), device=trainer.args.device)
+    own = torch.tensor(data["train_dataset"].sample_policy.counts(), device=trainer.args.device)
     counts = trainer.accelerator.reduce(own)
     assert isinstance(counts, torch.Tensor)
     logger.info("%s", describe_counts(counts.tolist()))
@@ -239,7 +241,7 @@ def verification_reference(args: Arguments, trainer: CPMTrainer, data: DataModul
     if args.training.verify_adapter != "auto":
         return None
     train = data["train_dataset"]
-    pad_id = train.intake.fitter.encoder.pad_id
+    pad_id = train.sample_policy.length_policy.encoder.pad_id
     return take_reference(trainer, train.first_usable(), pad_id, args.training.compute_dtype, args.lora.q_lora)
 
 

@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from dataset import PackingCollator, StreamedDataset
 from finetune.batching.dataloaders import is_planned, loader_options, planned_loader
-from finetune.batching.samplers import EpochOrder, LeanSampler
+from finetune.batching.samplers import CompactRandomSampler, SamplerEpochCallback
 from finetune.checkpoints import stream_resume
 from finetune.checkpoints.base_checkpoint import Checkpoint
 from finetune.checkpoints.checkpoint_manager import CheckpointManager, raise_if_any_failed, write_failure
@@ -87,7 +87,7 @@ class CPMTrainer(Trainer):
         super().__init__(**kwargs)
         self._output = output
         self.add_callback(NoStepsLeftCallback())
-        self._order = EpochOrder()
+        self._order = SamplerEpochCallback()
         self.add_callback(self._order)
         self.base = base
         self.part_learning_rates = part_learning_rates
@@ -169,7 +169,7 @@ class CPMTrainer(Trainer):
         args: Any = self.args
         if isinstance(dataset, StreamedDataset):
             batch_size = self._train_batch_size
-            dataset.deal(args.process_index, args.world_size, batch_size, self._batches_seen)
+            dataset.set_shard(args.process_index, args.world_size, batch_size, self._batches_seen)
             loader: Any = DataLoader(
                 dataset, batch_size=batch_size, collate_fn=self.data_collator, **loader_options(args)
             )
@@ -177,12 +177,12 @@ class CPMTrainer(Trainer):
         if is_planned(args):
             collate: Any = self.data_collator
             if args.packing != "off":
-                collate = PackingCollator(dataset.intake.fitter.encoder.empty("a row without samples"))
+                collate = PackingCollator(dataset.sample_policy.length_policy.encoder.empty("a row without samples"))
             loader = planned_loader(dataset, args, self.accelerator, collate, self._order)
         else:
             loader = super().get_train_dataloader()
             if type(sampler := loader.get_sampler()) is SeedableRandomSampler:
-                self._order.sampler = LeanSampler(sampler)
+                self._order.sampler = CompactRandomSampler(sampler)
                 loader.set_sampler(self._order.sampler)
         # Each micro-batch is moved to the device when it is used: on the CPU tokens are counted without synchronising,
         # and only one micro-batch of an accumulated step takes device memory.
@@ -328,12 +328,12 @@ class CPMTrainer(Trainer):
             return None
         return GeneratedMetric(
             dataset.samples,
-            dataset.intake.fitter.encoder,
+            dataset.sample_policy.length_policy.encoder,
             count=args.eval_generate,
             metric=args.eval_metric,
             max_new_tokens=args.eval_max_new_tokens,
             batch_size=args.per_device_eval_batch_size,
-            skip_bad=dataset.intake.on_bad_sample == "skip",
+            skip_bad=dataset.sample_policy.on_bad_sample == "skip",
         )
 
     def _generate(self) -> dict[str, float]:

@@ -1,11 +1,14 @@
-"""What a record means, whatever file format it came from: a conversation of ordered text and media parts."""
+"""The sample types: ``Sample``, ``Message``, ``Text`` and ``Media``, and ``SampleSet``, the interface of a data set.
+
+Every reader turns its records into these, so that nothing downstream depends on the file format.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, overload
 
 from finetune.utils.errors import UserError
 from finetune.utils.quoting import cut, plain, shown
@@ -16,41 +19,41 @@ if TYPE_CHECKING:
 
     from finetune.media.video_sampling import Frames
 
-UNREAD = "that nothing reads"
-"""Words of every note about a key of a record that is read by nothing: mostly there for others."""
+UNREAD = "that are not read"
+"""Part of every note about a key of a record that no reader uses."""
 
 MediaKind = Literal["image", "video", "audio"]
 MEDIA_KINDS: tuple[MediaKind, ...] = get_args(MediaKind)
 MEDIA_COLUMNS: dict[MediaKind, str] = {"image": "images", "video": "videos", "audio": "audios"}
-"""Keys of the files of a record, by their kind, in the forms that keep them in columns."""
+"""Column of the media files of a record by kind, in the formats that have one column per kind."""
 ROLES = ("system", "user", "assistant", "tool")
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
 )
-"""Endings of files that are videos wherever nobody says what a file is; a GIF is a picture there."""
-SOUND_SUFFIXES = frozenset(
+"""Suffixes that mark a video where nothing else says what a file is; a GIF counts as an image there."""
+AUDIO_SUFFIXES = frozenset(
     (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aiff", ".aif", ".amr", ".wma", ".ac3", ".caf")
 )
-"""Endings of files that are heard, not seen."""
-PICTURE_SUFFIXES = frozenset(
+"""Suffixes of audio files."""
+IMAGE_SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif", ".tga")
 )
-"""Endings of files that are pictures."""
+"""Suffixes of image files."""
 
 
 class DataError(UserError):
-    """A record that cannot be used. The message says where it is, what disagrees and what to do."""
+    """A record that cannot be used. The message has its file and record number, what disagrees and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a sample came from; printed in every error about it.
+    """File and position of the record a sample was made from; part of every error message about it.
 
     Attributes:
-        file: path of the data file, or a word such as "chat" for samples made in memory.
+        file: path of the data file, or a name such as "chat" for samples made in memory.
         index: position of the record in the file, from 0.
         id: the record's own id, empty when it has none.
-        unit: what the position counts: "record", or "byte" for a line of a file that is read from the middle.
+        unit: unit of the position: "record", or "byte" for a line of a streamed file.
     """
 
     file: str
@@ -64,7 +67,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A run of user text. Control tokens inside it are plain text, grounding marks such as <box> are not."""
+    """A text part. Control tokens inside it are encoded as plain text; grounding tags such as <box> are tokens."""
 
     text: str
 
@@ -75,9 +78,9 @@ class Media:
 
     Attributes:
         kind: "image", "video" or "audio".
-        data: a file path (resolved by the reader), for images a decoded PIL image, for sound the bytes of a file or
-            samples of one channel at 16 kHz, a float array (chat), for videos also the files of their frames; the
-            encoder puts ``Frames`` in the place of a video.
+        data: a file path (resolved by the reader); for images also a PIL image; for audio also the bytes of a file or a
+            mono float waveform at 16 kHz (chat); for videos also the image files of the frames. The encoder replaces a
+            video by ``Frames``.
     """
 
     kind: MediaKind
@@ -93,7 +96,7 @@ class Media:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files it comes from."""
+        """The files it is read from; none for media in memory."""
         if isinstance(self.data, tuple):
             return self.data
         return (self.data,) if isinstance(self.data, Path) else ()
@@ -101,15 +104,15 @@ class Media:
 
 Part = Text | Media
 Tool = Mapping[str, Any]
-"""The description of a tool, as chat templates take it."""
+"""A tool description in the format that chat templates take."""
 
 
 class Call(NamedTuple):
-    """One call of a tool.
+    """One tool call.
 
     Attributes:
-        name: of the tool.
-        arguments: by name.
+        name: name of the tool.
+        arguments: argument values by name.
     """
 
     name: str
@@ -123,9 +126,9 @@ class Message:
     Attributes:
         role: one of ROLES.
         parts: text and media in reading order.
-        train: whether this turn carries loss; only assistant turns may.
-        thought: the thinking before an answer, where the record has it apart from the text.
-        calls: of tools, which an answer ends with, where the record has them apart from the text.
+        train: whether the tokens of this turn are labels; only assistant turns may be trained.
+        thought: reasoning before an answer, where the record stores it apart from the text.
+        calls: tool calls at the end of an answer, where the record stores them apart from the text.
     """
 
     role: str
@@ -146,11 +149,10 @@ class Sample:
 
     Attributes:
         id: the record's own id, or its position.
-        source: where it came from.
+        source: file and position of its record.
         messages: its turns.
-        notes: what its author may not have meant, though it can be used; a sentence names no record, so that equal ones
-            are counted.
-        tools: descriptions of those that may be called.
+        notes: warnings about a usable record. They do not name the record, so that equal ones can be counted.
+        tools: descriptions of the tools that may be called.
 
     Raises:
         DataError: no message, an unknown role, a trained turn that is not the assistant's, a system turn that is
@@ -189,3 +191,69 @@ class Sample:
             for part in message.parts:
                 if isinstance(part, Media) and kind in (None, part.kind):
                     yield part
+
+
+class SampleSet(Sequence[Sample]):
+    """A data set as encoding, batching and data_check see it: samples by number, and facts about their files.
+
+    The defaults are those of samples in memory; the data sets of ``finetune.readers`` override them.
+    """
+
+    def source(self, index: int) -> Source:
+        """File and position of record ``index``, also of a record that cannot be used."""
+        try:
+            return self[index].source
+        except DataError:
+            return Source("samples in memory", index)
+
+    def form_of(self, index: int) -> str:
+        """Name of the data format of record ``index``; empty for samples in memory."""
+        return ""
+
+    @property
+    def title(self) -> str:
+        """Name for logs: the data set, or its file."""
+        return self.source(0).file
+
+    @property
+    def files(self) -> list[Path]:
+        """The data files. Cached results depend on their state; without files nothing is cached."""
+        return []
+
+    @property
+    def train_on(self) -> str | None:
+        """Which answers are trained, part of the key of cached results."""
+        return None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Text that changes when the selection of records or the way they are read changes."""
+        return None
+
+    @property
+    def unique(self) -> SampleSet:
+        """The data set without repetitions of a record."""
+        return self
+
+
+class SampleList(SampleSet):
+    """Samples in memory as a data set."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
+        """The sample at ``index``."""
+        return self._samples[index]
+
+
+def as_sample_set(samples: Sequence[Sample]) -> SampleSet:
+    """The samples as a ``SampleSet``; a plain sequence becomes a ``SampleList``."""
+    return samples if isinstance(samples, SampleSet) else SampleList(samples)

@@ -163,10 +163,10 @@ def some_record(random: Random, folder: Path) -> None:
     path = folder / "data.json"
     path.write_text(json.dumps([changed(good, random) for _ in range(random.randrange(1, 5))]))
     samples = read(path, strict_paths=random.random() < 0.3)
-    fitter = LengthPolicy(encoder(), random.choice(POLICIES))
+    length_policy = LengthPolicy(encoder(), random.choice(POLICIES))
     for index in range(len(samples)):
         try:
-            fitter.encode(samples[index])
+            length_policy.encode(samples[index])
         except UserError as error:
             str(error).encode()
     assert form

@@ -104,7 +104,10 @@ def test_skip_leaves_an_empty_row_and_a_line(tiny: Callable[[str], Path], zoo: P
     made = dataset(folder, encoder(tiny("v2_0")), on_bad_sample="skip")
     examples = [made[index] for _ in range(2) for index in range(len(made))]
     for example in examples[1:6]:
-        assert (example.input_ids.tolist(), example.labels.tolist()) == ([made.intake.fitter.encoder.pad_id], [-100])
+        assert (example.input_ids.tolist(), example.labels.tolist()) == (
+            [made.sample_policy.length_policy.encoder.pad_id],
+            [-100],
+        )
     batch = DataCollator(0)(examples[:7])
     assert batch["input_ids"].shape[0] == 7
     assert batch["attention_mask"].sum(1).tolist()[1:6] == [1] * 5
@@ -116,11 +119,11 @@ def test_skip_leaves_an_empty_row_and_a_line(tiny: Callable[[str], Path], zoo: P
         assert line["file"] == str(folder / "train.json")
         assert line["exception"] == "DataError"
         assert name in line["message"]
-    assert describe_counts(made.intake.counts()) == (
-        "14 samples encoded: 4 kept, 0 shrunk, 0 turns dropped, 0 truncated, 10 left out"
+    assert describe_counts(made.sample_policy.counts()) == (
+        "14 samples encoded: 4 kept, 0 shrunk, 0 turns dropped, 0 truncated, 10 skipped"
     )
     assert describe_bad_samples(folder / BAD_SAMPLES) == (
-        f"5 records were left out (5 DataError); {folder / BAD_SAMPLES} lists them"
+        f"5 records were skipped (5 DataError); {folder / BAD_SAMPLES} lists them"
     )
     assert describe_bad_samples(folder / "none.jsonl") is None
 
@@ -133,7 +136,7 @@ def test_too_long_leaves_an_empty_row_whatever_bad_samples_do(
     made = dataset(folder, encoder(tiny("v2_0"), max_length=30), on_bad_sample=policy, overlong="drop")
     assert [len(made[index].input_ids) for index in (0, 1)][1] == 1
     assert [(line["record"], line["exception"]) for line in lines(folder)] == [(1, "OverlongError")]
-    assert "left out" in lines(folder)[0]["message"]
+    assert "skipped" in lines(folder)[0]["message"]
     assert (made.first_usable().labels != -100).any()
 
 
@@ -148,7 +151,7 @@ def test_an_interrupt_and_faults_of_the_program_pass(tiny: Callable[[str], Path]
 
     for error in (KeyboardInterrupt, MemoryError, RuntimeError):
         with pytest.raises(error):
-            SamplePolicy(Samples(error), encoder(tiny("v2_0")), on_bad_sample="skip").take(0)
+            SamplePolicy(Samples(error), encoder(tiny("v2_0")), on_bad_sample="skip").example(0)
 
 
 def test_loader_processes_count_and_report(tiny: Callable[[str], Path], zoo: Path, tmp_path: Path) -> None:
@@ -157,9 +160,11 @@ def test_loader_processes_count_and_report(tiny: Callable[[str], Path], zoo: Pat
     loader = DataLoader(made, batch_size=1, num_workers=2, collate_fn=DataCollator(0))
     for _ in range(2):
         assert sum(int((batch["labels"] != -100).any()) for batch in loader) == 6
-    assert dict(zip(("kept", "left out"), (made.intake.counts()[0], made.intake.counts()[-1]), strict=True)) == {
+    assert dict(
+        zip(("kept", "skipped"), (made.sample_policy.counts()[0], made.sample_policy.counts()[-1]), strict=True)
+    ) == {
         "kept": 12,
-        "left out": 12,
+        "skipped": 12,
     }
     assert {line["record"] for line in lines(folder)} == {1, 3, 5, 7, 9, 11}
     assert str(describe_bad_samples(folder / BAD_SAMPLES)).startswith("6 records")
@@ -190,7 +195,7 @@ def test_training_equals_training_on_the_good_records(
         losses[kind].append(made.evaluate()["eval_loss"])
         assert made.state.global_step == 3
         assert isinstance(made.train_dataset, SupervisedDataset)
-        assert made.train_dataset.intake.counts()[-1] == (9 if kind == "mixed" else 0)
+        assert made.train_dataset.sample_policy.counts()[-1] == (9 if kind == "mixed" else 0)
     assert losses["mixed"] == pytest.approx(losses["good"], abs=1e-4)
     assert losses["good"][0] > losses["good"][2]
 

@@ -245,4 +245,4 @@ def test_skipped_records_leave_the_ranks_in_step(tiny, demo_data, tmp_path):
     lines = [json.loads(line) for line in (run.output / "bad_samples.jsonl").read_text().splitlines()]
     bad = {(Path(line["file"]).name, line["record"]) for line in lines}
     assert {("train.json", 0), ("train.json", 1), ("train.json", 4), ("eval.json", 4)} <= bad
-    assert f"{len(bad)} records were left out ({len(bad)} DataError)" in run.text
+    assert f"{len(bad)} records were skipped ({len(bad)} DataError)" in run.text

@@ -212,7 +212,7 @@ def test_lora(adapter):
         layers = {name.split(".lora_")[0].rpartition(".")[2] for name in file.keys()}  # noqa: SIM118 - no mapping
         assert all(name.startswith("base_model.model.llm.") for name in file.keys())  # noqa: SIM118
     assert layers == {"q_proj", "v_proj"}
-    assert "2 records of data/image_caption.json in the sharegpt form" in said
+    assert "2 records of data/image_caption.json in the sharegpt format" in said
     assert '"verified": true' in said
     for key in ("trust_remote_code true", "plot_loss true", "preprocessing_num_workers 16"):
         assert said.count(f"{key} has no effect") == 1
@@ -231,7 +231,7 @@ def test_lora(adapter):
         "packing_maxlen": 3,
         "time_scale": 0.1,
     }
-    assert "1 records of data/mllm_video_demo.json in the sharegpt form" in said
+    assert "1 records of data/mllm_video_demo.json in the sharegpt format" in said
 
 
 def test_full(folder):

@@ -15,7 +15,7 @@ from finetune.checkpoints.base_checkpoint import resolve
 from finetune.encoding.encoder import Encoder
 from finetune.families import FAMILIES, by_name
 from finetune.families.settings import FILES, disagreements, value_of
-from finetune.media.audio_layout import sound
+from finetune.media.audio_layout import plan_audio
 from finetune.media.slicing import item_sizes, plan
 from finetune.models import load_tokenizer
 from finetune.planning.published_shapes import ASSUMED, CONFIGS, settings
@@ -52,7 +52,7 @@ def test_what_a_published_checkpoint_looks_at(name: str) -> None:
     spec, layout = family.slice_spec(given), family.layout(given)
     sizes = [item_sizes(plan(*picture, spec)) for picture in PICTURES]
     seen = [(len(items), sum(layout.item_tokens(*size) for size in items)) for items in sizes]
-    heard = None if family.audio_spec is None else sound(5 * 16_000, family.audio_spec(given)).runs
+    heard = None if family.audio_spec is None else plan_audio(5 * 16_000, family.audio_spec(given)).runs
     assert (seen, heard) == LOOKS[name]
     # Only o-4.5 is published with files that disagree.
     said = disagreements(given, family.settings)
@@ -153,8 +153,8 @@ def test_the_tiny_checkpoint_disagrees_as_the_published_one_does(tiny, caplog: p
     for _ in range(2):
         encoder = Encoder.from_config(base.family, tokenizer, base.settings)
         assert encoder.slicing.max_slice_nums == 9
-        assert encoder.hearing is not None
-        assert sound(5 * 16_000, encoder.hearing).runs == (50,)
+        assert encoder.audio_spec is not None
+        assert plan_audio(5 * 16_000, encoder.audio_spec).runs == (50,)
     said = [record.getMessage() for record in caplog.records if "max_slice_nums" in record.getMessage()]
     assert said == [
         "MiniCPM-o 4.5: max_slice_nums is 9 (in preprocessor_config.json (max_slice_nums)), which published inference "

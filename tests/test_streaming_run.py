@@ -121,8 +121,8 @@ def test_a_resumed_run_goes_on_where_it_stopped(tiny: Tiny, lines: Path, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [
-        (["--val_size", "0.1"], DataError, "nothing can be kept out of a stream"),
-        (["--max_samples", "5"], DataError, "--streaming true needs --max_steps"),
+        (["--val_size", "0.1"], DataError, "a stream cannot be split"),
+        (["--max_samples", "5"], DataError, "limit training with --max_steps"),
         (["--buffer_size", "0"], ArgumentError, "must be at least 1"),
         (["--max_steps", "-1"], ArgumentError, "say with --max_steps"),
     ],
@@ -165,9 +165,9 @@ def test_batches_that_were_trained_before_are_empty_rows(lines: Path, tiny: Tiny
     dataset = StreamedDataset(streamed, SamplePolicy(streamed.head, encoder))
     loaders = [DataLoader(dataset, batch_size=2, collate_fn=list, num_workers=workers) for workers in (0, 2)]
     for loader in loaders:
-        dataset.deal(1, 2, 2)
+        dataset.set_shard(1, 2, 2)
         whole = list(islice(loader, 7))
-        dataset.deal(1, 2, 2, passed=3)
+        dataset.set_shard(1, 2, 2, passed=3)
         rest = list(islice(loader, 7))
         assert [row.source for batch in rest[3:] for row in batch] == [
             row.source for batch in whole[3:] for row in batch

@@ -1,1 +1,1 @@
-"""Lengths, packing, samplers and dataloaders."""
+"""Batching: sample lengths, packing, samplers and dataloaders."""

@@ -1,4 +1,4 @@
-"""Loaders of training data whose batches are planned from the sizes of the samples."""
+"""Training dataloaders whose batches depend on sample lengths: packing, group_by_length, batch_rebalance."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from finetune.batching.lengths import SampleLengths, measure
 from finetune.batching.samplers import (
     BatchPlan,
     BestFitPlan,
-    EpochOrder,
     PackPlan,
     PackShape,
-    RankPacks,
-    SeededLengths,
+    RankPackSampler,
+    SamplerEpochCallback,
+    SeededLengthGroupedSampler,
     fill,
 )
 from finetune.encoding.example import Example
@@ -38,9 +38,9 @@ Collate = Callable[[Sequence[Example]], dict[str, Any]]
 
 
 class Measured(Protocol):
-    """A data set whose samples have an intake."""
+    """A map-style data set with a sample policy."""
 
-    intake: SamplePolicy
+    sample_policy: SamplePolicy
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -48,15 +48,15 @@ class Measured(Protocol):
 
 
 def check_kernels(args: TrainingArguments, family: Family, *, from_hub: bool) -> None:
-    """Checks that kernels which are asked for can be had, and that packed segments are told apart on this machine.
+    """Checks that linear attention kernels are available if packing or ``--use_hub_kernels`` needs them.
 
     Args:
         args: the flags.
-        family: whose network is trained.
-        from_hub: whether the kernels of linear attention may be downloaded.
+        family: model family.
+        from_hub: whether the kernels may be downloaded from the hub.
 
     Raises:
-        ArgumentError: they cannot, or are not.
+        ArgumentError: they are missing.
     """
     if from_hub:
         _check_hub_kernels(args, family)
@@ -66,13 +66,13 @@ def check_kernels(args: TrainingArguments, family: Family, *, from_hub: bool) ->
 
 def _check_hub_kernels(args: TrainingArguments, family: Family) -> None:
     if not family.packing_kernels:
-        raise ArgumentError(f"--use_hub_kernels has no effect: {family.title} has no linear attention; leave it out")
-    missing = [] if is_kernels_available() else ["a fitting version of the package kernels"]
+        raise ArgumentError(f"--use_hub_kernels has no effect: {family.title} has no linear attention; remove it")
+    missing = [] if is_kernels_available() else ["a compatible version of the package kernels"]
     missing += ["a GPU"] if args.use_cpu else []
     if missing:
         raise ArgumentError(
-            f"--use_hub_kernels: {' and '.join(missing)} is not there (pip install -e '.[hub-kernels]'); leave the "
-            "option out, or install the kernels themselves (pip install -e '.[linear]')"
+            f"--use_hub_kernels: {' and '.join(missing)} not found (pip install -e '.[hub-kernels]'); remove the "
+            "option, or install the kernels themselves (pip install -e '.[linear]')"
         )
 
 
@@ -81,36 +81,36 @@ def _check_packing(args: TrainingArguments, family: Family) -> None:
     missing = [*lacking, *(["a GPU"] if args.use_cpu else [])]
     if missing:
         raise ArgumentError(
-            f"--packing {args.packing}: {family.title} cannot be packed here: its linear attention layers carry one "
-            f"sample over into the next without the kernels of {' and '.join(family.packing_kernels.values())}, and "
-            f"{' and '.join(missing)} is not there. Install the kernels (pip install -e '.[linear]'), let them be "
-            "downloaded (--use_hub_kernels true), or use --packing off, with --train_sampling_strategy batch_rebalance "
-            "for samples of different lengths"
+            f"--packing {args.packing}: not available for {family.title} here: without the kernels of "
+            f"{' and '.join(family.packing_kernels.values())} its linear attention layers leak state between the "
+            f"samples of a row, and {' and '.join(missing)} not found. Install the kernels (pip install -e "
+            "'.[linear]'), download them (--use_hub_kernels true), or use --packing off, with "
+            "--train_sampling_strategy batch_rebalance for samples of different lengths"
         )
 
 
 def is_planned(args: TrainingArguments) -> bool:
-    """Whether batches depend on the sizes of the samples."""
+    """Whether batches depend on the lengths of the samples."""
     return args.packing != "off" or args.train_sampling_strategy in BY_SIZE
 
 
 def planned_loader(
-    dataset: Measured, args: TrainingArguments, accelerator: Accelerator, collate: Collate, order: EpochOrder
+    dataset: Measured, args: TrainingArguments, accelerator: Accelerator, collate: Collate, order: SamplerEpochCallback
 ) -> DataLoader:
-    """The loader of one rank; all ranks must call this.
+    """The training dataloader of this rank; a collective call of all ranks.
 
     Args:
-        dataset: map-style.
-        args: the flags; --packing or --train_sampling_strategy says how batches are made.
-        accelerator: of the Trainer.
-        collate: examples to a batch, of one row for packs.
-        order: is told the sampler, to which it says the epoch.
+        dataset: the training data.
+        args: the flags; --packing and --train_sampling_strategy choose the sampler.
+        accelerator: accelerator of the Trainer.
+        collate: the collator, for packs one that returns a single row.
+        order: callback that gets the sampler, to set its epoch.
 
     Raises:
-        DataError: a sample that cannot be used and is not left out.
+        DataError: a sample that cannot be used and is not skipped.
     """
     sizes = measure(
-        dataset.intake,
+        dataset.sample_policy,
         rank=args.process_index,
         world=args.world_size,
         workers=args.dataloader_num_workers,
@@ -121,14 +121,14 @@ def planned_loader(
     if args.packing == "off" and args.train_sampling_strategy == "group_by_length":
         size = args.per_device_train_batch_size
         lengths: list[int] = sizes.tokens.tolist()
-        order.sampler = SeededLengths(size * args.gradient_accumulation_steps, lengths, seed)
+        order.sampler = SeededLengthGroupedSampler(size * args.gradient_accumulation_steps, lengths, seed)
         options |= {"batch_size": size, "sampler": order.sampler, "drop_last": args.dataloader_drop_last}
         return accelerator.prepare(DataLoader(dataset, **options))  # pyright: ignore[reportArgumentType]
     if args.packing == "off":
         sampler: Any = _rebalanced(sizes, args, seed)
     else:
-        sampler = order.sampler = RankPacks(_plan(sizes, args, seed), args.process_index)
-    # These samplers know their rank: accelerate shall not divide their batches once more.
+        sampler = order.sampler = RankPackSampler(_plan(sizes, args, seed), args.process_index)
+    # These samplers are per rank: accelerate must not shard their batches again.
     return prepare_data_loader(
         DataLoader(dataset, batch_sampler=sampler, **options),  # pyright: ignore[reportArgumentType]
         accelerator.device,
@@ -140,7 +140,7 @@ def planned_loader(
 
 
 def loader_options(args: TrainingArguments) -> dict[str, Any]:
-    """How loaders of training data prepare batches."""
+    """DataLoader arguments from the ``--dataloader_*`` flags."""
     return {
         "num_workers": args.dataloader_num_workers,
         "pin_memory": args.dataloader_pin_memory,
@@ -186,14 +186,14 @@ def _describe(plan: PackPlan, sizes: SampleLengths, shape: PackShape, args: Trai
     steps = max(math.ceil(len(plan) / args.gradient_accumulation_steps), 1)
     logger.info(
         "packing %s: %d samples in rows of at most %d tokens, %.1f%% full; %.1f samples per optimizer step (without "
-        "packing %d), %d steps per epoch; the slowest rank has %.1f%% more to do than the mean",
+        "packing %d), %d steps per epoch; the slowest rank has %.1f%% more work than the mean",
         args.packing, len(sizes), shape.capacity, 100 * full, len(sizes) / steps, _batch(args), steps,
         100 * (waiting - 1),
     )  # fmt: skip
 
 
 def _epochs(sizes: SampleLengths, shape: PackShape, args: TrainingArguments) -> int:
-    """Epochs that a training may reach, at least one."""
+    """Upper bound of the number of epochs, at least one."""
     if args.max_steps <= 0:
         return math.ceil(args.num_train_epochs)
     # No epoch has fewer packs than this.

@@ -1,4 +1,4 @@
-"""The size of every sample, known before any medium is decoded: packs and rounds are planned from it."""
+"""Token and patch counts of every sample, computed in parallel without decoding media, and cached on disk."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from finetune.utils.cache import atomic_write, folder, signature
 
 logger = logging.getLogger(__name__)
 
-# Below, starting processes takes longer than measuring.
+# With fewer samples, starting worker processes takes longer than measuring.
 _MANY = 2_000
 _CHUNK = 64
-_LEFT_OUT = ExampleSize(tokens=1, items=0, patches=0)
-"""What a sample that is left out takes: the padding token in its place."""
+_SKIPPED = ExampleSize(tokens=1, items=0, patches=0)
+"""Size of the empty example in place of a skipped sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,51 +44,51 @@ class SampleLengths:
 
     @property
     def tokens(self) -> np.ndarray:
-        """(n,) length of the ids."""
+        """(n,) number of tokens."""
         return self.table[:, 0]
 
     @property
     def items(self) -> np.ndarray:
-        """(n,) thumbnails, slices and frames."""
+        """(n,) number of visual items: thumbnails, slices and frames."""
         return self.table[:, 1]
 
     @property
     def cost(self) -> np.ndarray:
-        """(n,) work of a training step on each sample, in tokens."""
+        """(n,) relative compute of a training step on each sample, in tokens."""
         tokens, _, patches, frames = self.table.T
         return ExampleSize(tokens, 0, patches, frames).cost  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def measure(
-    intake: SamplePolicy,
+    sample_policy: SamplePolicy,
     *,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
     gather: Callable[[np.ndarray], list[np.ndarray]] = lambda part: [part],
 ) -> SampleLengths:
-    """Sizes of the samples as training takes them, made fit and left out by the policies of the run.
+    """Sizes of all samples after the policies of the run.
 
-    The ranks divide the work; the result is remembered by the state of the data files, not of the media in them: where
-    an image was replaced by one of another size, packs become a little shorter or longer than planned.
+    The work is sharded across ranks. The result is cached by the state of the data files, not of the media files: after
+    an image is replaced by one of another size, packs are a little shorter or longer than planned.
 
     Args:
-        intake: the data set and its policies.
-        rank: of this process.
-        world: processes, which must all call this.
-        workers: processes that measure, per rank.
-        gather: the parts of all ranks, in their order.
+        sample_policy: the data set and its policies.
+        rank: rank of this process.
+        world: number of processes; a collective call of all.
+        workers: worker processes per rank.
+        gather: all-gather of an array, in the order of the ranks.
 
     Raises:
-        DataError: a sample that cannot be used and is not left out.
+        DataError: a sample that cannot be used and is not skipped.
     """
-    file = _file(intake)
-    known = None if intake.remeasure or file is None else _read(file, len(intake.samples))
+    file = _file(sample_policy)
+    known = None if sample_policy.remeasure or file is None else _read(file, len(sample_policy.samples))
     # Ranks on other machines may not share the cache.
     if all(len(part) for part in gather(np.zeros(0 if known is None else 1))) and known is not None:
         return SampleLengths(known)
-    table = np.zeros((len(intake.samples), 4), np.int32)
-    mine = _measured(intake, range(rank, len(table), world), workers, quiet=rank > 0)
+    table = np.zeros((len(sample_policy.samples), 4), np.int32)
+    mine = _measured(sample_policy, range(rank, len(table), world), workers, quiet=rank > 0)
     for number, part in enumerate(gather(mine)):
         table[number::world] = part
     if file is not None and rank == 0:
@@ -97,32 +97,32 @@ def measure(
 
 
 class _Measures(Dataset[tuple[int, int, int, int]]):
-    """Sizes by sample number, for loader processes."""
+    """Sizes by sample number, for dataloader workers."""
 
-    def __init__(self, intake: SamplePolicy, numbers: Sequence[int]) -> None:
-        self.intake, self.numbers = intake, numbers
+    def __init__(self, sample_policy: SamplePolicy, numbers: Sequence[int]) -> None:
+        self.sample_policy, self.numbers = sample_policy, numbers
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> tuple[int, int, int, int]:
-        found = _size(self.intake, self.numbers[index])
+        found = _size(self.sample_policy, self.numbers[index])
         return found.tokens, found.items, found.patches, found.frames
 
 
-def _size(intake: SamplePolicy, index: int) -> ExampleSize:
+def _size(sample_policy: SamplePolicy, index: int) -> ExampleSize:
     try:
-        fitted = intake.fitter.fit(intake.samples[index])
+        fitted = sample_policy.length_policy.fit(sample_policy.samples[index])
     except DataError as error:
-        if not intake.leaves_out(error):
+        if not sample_policy.skips(error):
             raise
-        return _LEFT_OUT
-    return intake.fitter.encoder.measured(fitted.sample, fitted.plans, fitted.rendered)
+        return _SKIPPED
+    return sample_policy.length_policy.encoder.size_of(fitted.sample, fitted.plans, fitted.rendered)
 
 
-def _measured(intake: SamplePolicy, numbers: Sequence[int], workers: int, quiet: bool) -> np.ndarray:
+def _measured(sample_policy: SamplePolicy, numbers: Sequence[int], workers: int, quiet: bool) -> np.ndarray:
     loader = DataLoader(
-        _Measures(intake, numbers),
+        _Measures(sample_policy, numbers),
         batch_size=_CHUNK,
         num_workers=workers if len(numbers) >= _MANY else 0,
         collate_fn=np.array,
@@ -143,13 +143,20 @@ def _measured(intake: SamplePolicy, numbers: Sequence[int], workers: int, quiet:
     return np.concatenate(parts).astype(np.int32)
 
 
-def _file(intake: SamplePolicy) -> Path | None:
-    """Where the sizes are remembered; nowhere for samples that come from no file, or one that cannot be read."""
-    data = getattr(intake.samples, "files", [])
+def _file(sample_policy: SamplePolicy) -> Path | None:
+    """The cache file; None for samples without files, or with unreadable ones."""
+    data = sample_policy.samples.files
     if not data or not all(path.is_file() for path in data):
         return None
     state = [list(signature(path)) for path in data]
-    key = json.dumps([state, str(Path.cwd()), intake.on_bad_sample, fingerprint(intake.fitter, intake.samples)])
+    key = json.dumps(
+        [
+            state,
+            str(Path.cwd()),
+            sample_policy.on_bad_sample,
+            fingerprint(sample_policy.length_policy, sample_policy.samples),
+        ]
+    )
     return folder() / f"sizes-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
 
 
@@ -157,7 +164,7 @@ def _read(file: Path, count: int) -> np.ndarray | None:
     try:
         table = np.load(file, allow_pickle=False)
     except (OSError, ValueError):
-        return None  # absent, or cut short
+        return None  # missing or truncated
     return table if table.shape == (count, 4) else None
 
 
@@ -166,4 +173,4 @@ def _write(file: Path, table: np.ndarray) -> None:
         with atomic_write(file) as opened:
             np.save(opened, table)
     except OSError as error:
-        logger.warning("the sizes of the samples are not remembered: %s", error)
+        logger.warning("the lengths of the samples are not cached: %s", error)

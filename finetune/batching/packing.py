@@ -1,4 +1,4 @@
-"""Which samples share a row, and which rows ranks take at the same time: numbers in, numbers out."""
+"""Packing algorithms on sample numbers: best-fit packs, balanced packs, and packs of equal cost per micro-step."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import numpy as np
 
 Pack = list[int]
 Round = list[Pack]
-"""The packs that all ranks train at the same time, one each."""
+"""The packs of one micro-step, one per rank."""
 
-# Samples that are packed together: enough to fill rows, few enough for every epoch to mix other samples.
+# Samples per packing window: enough to fill rows, few enough that every epoch packs other samples together.
 _WINDOW = 16_384
-# Packs per rank among which those of similar cost are looked for.
+# Packs per rank that are sorted by cost to form rounds.
 _SIMILAR = 64
 
 
 def best_fit(
     lengths: np.ndarray, items: np.ndarray, order: np.ndarray, capacity: int, most_items: int | None = None
 ) -> list[Pack]:
-    """Samples in as few rows as the best-fit rule finds: the longest first, each where it leaves least room.
+    """Best-fit-decreasing packing: the longest sample first, each into the fullest row that has room.
 
     Args:
-        lengths: (n,) tokens per sample; one above the capacity gets a row of its own.
-        items: (n,) visual items per sample; one above ``most_items`` gets a row of its own.
-        order: sample numbers; neighbours come into the same rows, so that another order makes other rows.
-        capacity: most tokens of a row.
-        most_items: most visual items of a row; None for no limit.
+        lengths: (n,) tokens per sample; one above the capacity gets its own row.
+        items: (n,) visual items per sample; one above ``most_items`` gets its own row.
+        order: sample numbers, packed in windows of neighbours; another order gives other rows.
+        capacity: maximum number of tokens of a row.
+        most_items: maximum number of visual items of a row; None for no limit.
 
     Returns:
-        Every number of ``order`` once.
+        Packs that have every number of ``order`` once.
     """
     packs: list[Pack] = []
     for start in range(0, len(order), _WINDOW):
@@ -42,10 +42,10 @@ def best_fit(
 
 
 def _fit(numbers: list[int], lengths: list[int], items: list[int], capacity: int, most: int | None) -> list[Pack]:
-    """One window, the longest sample first."""
+    """Packs one window, whose samples are sorted by length, descending."""
     packs: list[Pack] = []
-    room: list[tuple[int, int]] = []  # tokens left and number of every pack that is not full, in this order
-    free: list[int] = []  # items left, by pack
+    room: list[tuple[int, int]] = []  # (tokens left, pack number) of all packs with room, sorted
+    free: list[int] = []  # visual items left, by pack
     for number, length, count in zip(numbers, lengths, items, strict=True):
         place = bisect_left(room, (length, -1))
         while most is not None and place < len(room) and free[room[place][1]] < count:
@@ -64,13 +64,13 @@ def _fit(numbers: list[int], lengths: list[int], items: list[int], capacity: int
 
 
 def rounds(packs: Sequence[Pack], cost: np.ndarray, world: int, seed: Sequence[int]) -> list[Round]:
-    """Packs in rounds of similar cost, so that no rank waits for another, in random order.
+    """Groups packs of similar cost into rounds, so that ranks wait little for each other; rounds in random order.
 
     Args:
         packs: a multiple of ``world``.
-        cost: (n,) work per sample.
-        world: ranks.
-        seed: of the order.
+        cost: (n,) cost per sample.
+        world: number of ranks.
+        seed: random seed of the order.
     """
     draw = np.random.default_rng(list(seed))
     work = np.array([cost[pack].sum() for pack in packs])
@@ -79,42 +79,42 @@ def rounds(packs: Sequence[Pack], cost: np.ndarray, world: int, seed: Sequence[i
     for start in range(0, len(order), world * _SIMILAR):
         window = order[start : start + world * _SIMILAR]
         groups += np.split(window[np.argsort(work[window], kind="stable")], len(window) // world)
-    # Within a round the ranks are drawn too, or one of them would always have a little more to do.
+    # Ranks are shuffled within a round, or the last one would always have the most work.
     return [[packs[pack] for pack in draw.permutation(groups[number])] for number in draw.permutation(len(groups))]
 
 
-def evened(packs: Sequence[Pack], cost: np.ndarray, count: int) -> list[Pack]:
-    """Exactly ``count`` packs: those with most work are divided, and where nothing is left to divide, empty ones."""
-    whole = [pack for pack in packs if len(pack) < 2]
+def split_to_count(packs: Sequence[Pack], cost: np.ndarray, count: int) -> list[Pack]:
+    """Exactly ``count`` packs: the most expensive ones are split in two, then empty packs are added."""
+    single = [pack for pack in packs if len(pack) < 2]
     heap = [(-float(cost[pack].sum()), number, pack) for number, pack in enumerate(packs) if len(pack) > 1]
     heapq.heapify(heap)
     number = len(packs)
-    while heap and len(whole) + len(heap) < count:
-        for half in deal(heapq.heappop(heap)[2], cost, 2):
+    while heap and len(single) + len(heap) < count:
+        for half in balanced_packs(heapq.heappop(heap)[2], cost, 2):
             number += 1
             if len(half) > 1:
                 heapq.heappush(heap, (-float(cost[half].sum()), number, half))
             else:
-                whole.append(half)
-    made = whole + [pack for _, _, pack in heap]
+                single.append(half)
+    made = single + [pack for _, _, pack in heap]
     return made + [[] for _ in range(count - len(made))]
 
 
-def deal(
+def balanced_packs(
     samples: Sequence[int],
     cost: np.ndarray,
     count: int,
     lengths: np.ndarray | None = None,
     capacity: int | None = None,
 ) -> list[Pack]:
-    """Samples in ``count`` packs of similar work, the most work first.
+    """Distributes samples over ``count`` packs of similar cost (longest processing time first), most expensive first.
 
     Args:
-        samples: their numbers.
-        cost: (n,) work per sample.
-        count: of packs; some are empty when there are fewer samples.
-        lengths: (n,) tokens per sample, with ``capacity``.
-        capacity: a pack takes no sample that brings it above so many tokens while another can take it.
+        samples: sample numbers.
+        cost: (n,) cost per sample.
+        count: number of packs; some are empty when there are fewer samples.
+        lengths: (n,) tokens per sample, needed with ``capacity``.
+        capacity: maximum number of tokens of a pack, exceeded only if no pack has room.
     """
     packs: list[Pack] = [[] for _ in range(count)]
     tokens = [0] * count
@@ -124,7 +124,7 @@ def deal(
         full = []
         while capacity is not None and heap and tokens[heap[0][1]] + length > capacity:
             full.append(heapq.heappop(heap))
-        if not heap:  # it fits nowhere: then where fewest tokens are
+        if not heap:  # no pack has room: use the one with the fewest tokens
             full.sort(key=lambda entry: tokens[entry[1]])
             heap.append(full.pop(0))
         work, number = heapq.heappop(heap)

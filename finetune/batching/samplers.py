@@ -1,4 +1,4 @@
-"""The order of an epoch: which samples, packed how, at which time, on which rank."""
+"""Samplers: shuffling, length grouping and packing per epoch and rank, all reproducible from seed and epoch."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from finetune.batching.lengths import SampleLengths
-from finetune.batching.packing import Pack, Round, best_fit, deal, evened, rounds
+from finetune.batching.packing import Pack, Round, balanced_packs, best_fit, rounds, split_to_count
 
 _CHUNK = 4096
 _INT32 = 2**31
 
 
 def shuffled(count: int, seed: int, epoch: int) -> torch.Tensor:
-    """The order in which accelerate takes ``count`` records in an epoch, (count,)."""
+    """The permutation that accelerate's ``SeedableRandomSampler`` uses in an epoch, (count,)."""
     generator = torch.Generator()
     generator.manual_seed(seed + epoch)
     order = torch.randperm(count, generator=generator)
     return order.int() if count < _INT32 else order
 
 
-class LeanSampler(SeedableRandomSampler):
-    """The records in the very order of another sampler: 4 bytes for each, where that one keeps 40.
+class CompactRandomSampler(SeedableRandomSampler):
+    """The order of accelerate's ``SeedableRandomSampler`` with 4 bytes per record instead of 40.
 
     Args:
-        other: accelerate's sampler of an epoch, which makes a list of Python integers.
+        other: the sampler that it replaces, which builds a list of Python integers.
     """
 
     def __init__(self, other: SeedableRandomSampler) -> None:
@@ -45,13 +45,13 @@ class LeanSampler(SeedableRandomSampler):
         self.set_epoch(self.epoch + 1)
 
 
-class SeededLengths(LengthGroupedSampler):
-    """Records of similar length next to each other, in an order that follows from seed and epoch.
+class SeededLengthGroupedSampler(LengthGroupedSampler):
+    """transformers' ``LengthGroupedSampler`` with an order that depends only on seed and epoch.
 
     Args:
-        batch_size: records that should be alike.
+        batch_size: number of neighbouring records of similar length.
         lengths: tokens of every record.
-        seed: of the order.
+        seed: random seed of the order.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
@@ -60,7 +60,7 @@ class SeededLengths(LengthGroupedSampler):
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch comes next."""
+        """Sets the epoch of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -69,26 +69,26 @@ class SeededLengths(LengthGroupedSampler):
 
 
 class PackPlan(Protocol):
-    """Packs of a whole training; the same on all ranks."""
+    """The packs of all epochs; the same on all ranks."""
 
     def __len__(self) -> int:
-        """Rounds of an epoch."""
+        """Number of rounds (micro-steps) of an epoch."""
         ...
 
     def epoch(self, number: int) -> Iterator[Round]:
-        """The rounds of an epoch: every sample once."""
+        """The rounds of an epoch; every sample occurs once."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackShape:
-    """What packs are made for.
+    """Limits of packs.
 
     Attributes:
-        capacity: most tokens of a row.
-        most_items: most visual items of a row, None for no limit.
-        world: ranks.
-        seed: of all orders.
+        capacity: maximum number of tokens of a row.
+        most_items: maximum number of visual items of a row, None for no limit.
+        world: number of ranks.
+        seed: random seed of all orders.
     """
 
     capacity: int
@@ -98,14 +98,14 @@ class PackShape:
 
 
 class BestFitPlan:
-    """Rows as full as they can be, packed anew for every epoch, in rounds of similar cost.
+    """``--packing best_fit``: rows filled by best-fit packing, repacked every epoch, in rounds of similar cost.
 
-    Every epoch has as many rounds as the one that needs most.
+    All epochs have the same number of rounds, that of the epoch that needs the most.
 
     Args:
-        sizes: of the samples.
-        shape: of the packs.
-        epochs: how many there will be.
+        sizes: sizes of the samples.
+        shape: limits of the packs.
+        epochs: number of epochs.
     """
 
     def __init__(self, sizes: SampleLengths, shape: PackShape, epochs: int) -> None:
@@ -122,20 +122,20 @@ class BestFitPlan:
         return best_fit(self.sizes.tokens, self.sizes.items, order, self.shape.capacity, self.shape.most_items)
 
     def epoch(self, number: int) -> Iterator[Round]:
-        """The rounds of an epoch: every sample once."""
-        packs = evened(self._packs(number), self._cost, self._length * self.shape.world)
+        """The rounds of an epoch; every sample occurs once."""
+        packs = split_to_count(self._packs(number), self._cost, self._length * self.shape.world)
         return iter(rounds(packs, self._cost, self.shape.world, (self.shape.seed, number)))
 
 
 class BatchPlan:
-    """The samples of every optimizer step as without packing, dealt to the ranks by their work and laid into rows.
+    """``--packing batch``: the samples of every optimizer step as without packing, balanced over ranks by cost.
 
     Args:
-        sizes: of the samples.
-        shape: of the packs.
+        sizes: sizes of the samples.
+        shape: limits of the packs.
         batch: samples per optimizer step, over all ranks.
         accumulation: micro-batches per optimizer step.
-        shuffle: in random order, or as they come.
+        shuffle: random order, or the order of the data.
     """
 
     def __init__(self, sizes: SampleLengths, shape: PackShape, *, batch: int, accumulation: int, shuffle: bool) -> None:
@@ -147,28 +147,28 @@ class BatchPlan:
         return -(-len(self.sizes) // self.batch) * self.accumulation
 
     def epoch(self, number: int) -> Iterator[Round]:
-        """The rounds of an epoch: every sample once."""
+        """The rounds of an epoch; every sample occurs once."""
         order = shuffled(len(self.sizes), self.shape.seed, number) if self.shuffle else torch.arange(len(self.sizes))
         for samples in order.split(self.batch):
             count = self.shape.world * self.accumulation
-            packs = deal(samples.tolist(), self._cost, count, self.sizes.tokens, self.shape.capacity)
+            packs = balanced_packs(samples.tolist(), self._cost, count, self.sizes.tokens, self.shape.capacity)
             for start in range(0, count, self.shape.world):
                 yield packs[start : start + self.shape.world]
 
 
-class RankPacks(Sampler[list[int]]):
-    """The packs of one rank, one per micro-batch.
+class RankPackSampler(Sampler[list[int]]):
+    """Batch sampler of one rank: one pack per micro-batch.
 
     Args:
-        plan: of all ranks.
-        rank: of this process.
+        plan: the packs of all ranks.
+        rank: rank of this process.
     """
 
     def __init__(self, plan: PackPlan, rank: int) -> None:
         self.plan, self.rank, self.epoch = plan, rank, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch comes next."""
+        """Sets the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -179,26 +179,26 @@ class RankPacks(Sampler[list[int]]):
             yield each[self.rank]
 
 
-class EpochOrder(TrainerCallback):
-    """Tells a sampler its epoch: that of a resumed epoch lies under wrappers that the Trainer does not look through."""
+class SamplerEpochCallback(TrainerCallback):
+    """Sets the sampler's epoch; the Trainer does not reach it through its dataloader wrappers when it resumes."""
 
     def __init__(self) -> None:
-        self.sampler: LeanSampler | SeededLengths | RankPacks | None = None
+        self.sampler: CompactRandomSampler | SeededLengthGroupedSampler | RankPackSampler | None = None
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Called before the loader is asked for the first batch of an epoch, resumed ones included."""
+        """Called before the first batch of an epoch, also of a resumed one."""
         if self.sampler is not None:
             self.sampler.set_epoch(int(state.epoch or 0))
 
 
 def fill(plan: PackPlan, sizes: SampleLengths, shape: PackShape) -> tuple[float, float]:
-    """What a plan makes of its first epoch.
+    """Statistics of the first epoch of a plan.
 
     Returns:
-        Share of the capacity of all packs that holds samples; sum over rounds of the largest work of a rank, divided
-        by that of the mean.
+        Fraction of the capacity of all packs that is filled; sum over rounds of the largest cost of a rank, divided by
+        the sum of the mean cost.
     """
     cost, tokens = sizes.cost, sizes.tokens
     first = list(plan.epoch(0))

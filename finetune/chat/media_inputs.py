@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.media.image_files import decode
-from finetune.sample import SOUND_SUFFIXES, DataError, Media, Source
+from finetune.sample import AUDIO_SUFFIXES, DataError, Media, Source
 from finetune.utils.file_types import is_file
 from finetune.utils.paths import expand
 from finetune.utils.quoting import shown
@@ -66,7 +66,7 @@ def as_media(picture: Picture, source: Source) -> Media:
 
 def is_sound(path: Path) -> bool:
     """Whether the name of a file says that it is sound."""
-    return path.suffix.lower() in SOUND_SUFFIXES
+    return path.suffix.lower() in AUDIO_SUFFIXES
 
 
 def as_sound(sound: Any, source: Source) -> Media:

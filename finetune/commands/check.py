@@ -44,25 +44,37 @@ def main(argv: list[str]) -> int:
 
     encoder = _encoder(given, data)
     try:
-        intakes = [SamplePolicy(samples, encoder, **data.policies) for samples in _opened(data, given.data_path, seed)]
+        sample_policies = [
+            SamplePolicy(samples, encoder, **data.policies) for samples in _opened(data, given.data_path, seed)
+        ]
         reports, parts = [], []
-        for intake in intakes:
+        for sample_policy in sample_policies:
             survey, rebuild = RecordSurvey(), data.overwrite_cache
-            reports.append(check(intake.samples, intake.fitter, data.check or "full", rebuild=rebuild, seen=survey.see))
+            reports.append(
+                check(
+                    sample_policy.samples,
+                    sample_policy.length_policy,
+                    data.check or "full",
+                    rebuild=rebuild,
+                    seen=survey.see,
+                )
+            )
             print(reports[-1])
-            if (lengths := measure_lengths(intake.samples, encoder)) is not None:
+            if (lengths := measure_lengths(sample_policy.samples, encoder)) is not None:
                 print(lengths)
-            for text in show(intake.samples, intake.fitter, given.show, colour=_in_colour()):
+            for text in show(sample_policy.samples, sample_policy.length_policy, given.show, colour=_in_colour()):
                 print(text)
-            parts.append(SurveyedRecord(intake.samples, intake.fitter, reports[-1], survey, lengths))
-        for line in overlap(intakes, reports):
+            parts.append(
+                SurveyedRecord(sample_policy.samples, sample_policy.length_policy, reports[-1], survey, lengths)
+            )
+        for line in overlap(sample_policies, reports):
             print(f"warning: {line}")
         if given.html is not None:
             from finetune.pages.data_preview import write_preview
 
             write_preview(Path(given.html), parts, most=given.samples, seed=seed)
             print(f"written {given.html}")
-        judge(intakes, reports)
+        judge(sample_policies, reports)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

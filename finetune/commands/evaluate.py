@@ -164,7 +164,7 @@ def _settings(given: argparse.Namespace, source: ModelSource, samples: Mixture) 
     mode = source.base.mode
     return {
         **{name: None if path is None else str(path) for name, path in folders.items()},
-        "data": str(Path(given.data).resolve()) if given.data else samples.meaning,
+        "data": str(Path(given.data).resolve()) if given.data else samples.fingerprint,
         "max_new_tokens": given.max_new_tokens,
         "max_slice_nums": given.max_slice_nums,
         "image_max_pixels": given.image_max_pixels,

@@ -77,7 +77,7 @@ def _question(samples: Mixture, index: int, encoder: Callable[[], Encoder]) -> t
 
     sample = samples[index]
     if sample.tools or any(message.calls for message in sample.messages):
-        sample = encoder().tools.written(sample)
+        sample = encoder().tools.expand(sample)
     prompt, answer = split_answer(sample)
     answers = samples.record(index).get("answers") if samples.form_of(index) == "official" else None
     if answers is None:

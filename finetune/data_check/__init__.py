@@ -1,1 +1,1 @@
-"""The check of a data set before training: errors, warnings and statistics of every record."""
+"""Data check before training: errors, warnings and statistics of every record."""

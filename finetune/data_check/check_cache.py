@@ -1,4 +1,4 @@
-"""Results of earlier checks, remembered by the state of the files they depend on."""
+"""``CheckCache``: check results cached on disk, keyed by the settings and the state of the files."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import NamedTuple
 
 import finetune
 from finetune.encoding.length_policy import LengthPolicy, Outcome
-from finetune.sample import Sample
+from finetune.sample import SampleSet
 from finetune.utils.cache import atomic_write, folder, signature
 
 logger = logging.getLogger(__name__)
 
 
 class CachedCheck(NamedTuple):
-    """A record that can be used.
+    """The check result of a usable record.
 
     Attributes:
-        outcome: what had to give for it.
-        tokens: its length then.
-        lost_images: images that go with dropped turns.
-        trained: tokens that carry loss.
-        items: thumbnails, slices and frames.
-        media: images, videos and sounds of the record, whatever goes with dropped turns.
-        notes: of the sample, and what is suspicious in it.
-        alike: equal for records that may be copies of each other, whatever their files are called; see ``likeness``.
-        answer: its last answer that is trained; a long one is shortened, and still differs from others.
+        outcome: result of ``LengthPolicy``.
+        tokens: number of tokens after it.
+        lost_images: number of images in dropped turns.
+        trained: number of tokens with a label.
+        items: number of visual items: thumbnails, slices and frames.
+        media: number of images, videos and audio clips of the record, including those in dropped turns.
+        notes: notes of the sample, and what is suspicious in it.
+        content_key: equal for possible duplicates; see ``sample_hash.content_key``.
+        answer: the last trained answer; a long one as its beginning and a digest.
     """
 
     outcome: Outcome
@@ -40,24 +40,24 @@ class CachedCheck(NamedTuple):
     items: int
     media: tuple[int, int, int]
     notes: tuple[str, ...]
-    alike: int
+    content_key: int
     answer: str
 
 
 class CheckCache:
-    """Good records of one data set under one setting.
+    """Cached results of the usable records of one data set under one setting.
 
-    Problems are not remembered: what mends them (an image put in its place) need not change the data file. Threads may
-    share an object; each record is looked at by one of them.
+    Errors are not cached, since fixing them (adding a missing image) need not change the data file. Threads may share
+    an object; each record is checked by one of them.
 
     Args:
-        data: the data files; no result is remembered where there is none, or one cannot be read.
+        data: the data files; without files, or with unreadable ones, nothing is cached.
         setting: everything else the results depend on; see ``fingerprint``.
-        rebuild: look at every record again.
+        rebuild: check every record again.
     """
 
     def __init__(self, data: Sequence[Path], setting: str, *, rebuild: bool = False) -> None:
-        # Relative image paths are also looked for in the current directory.
+        # Relative image paths are also resolved against the current directory.
         key = "\n".join([*(str(path.resolve()) for path in data), str(Path.cwd()), setting, *CachedCheck._fields])
         self._path = folder() / f"check-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         readable = data and all(path.is_file() for path in data)
@@ -67,11 +67,11 @@ class CheckCache:
         self.reused = 0
 
     def get(self, index: int) -> CachedCheck | None:
-        """The result of a record none of whose files has changed."""
+        """The cached result of a record, unless one of its files has changed."""
         entry = self._known.get(str(index))
         if entry is None:
             return None
-        looked, files = entry
+        result, files = entry
         try:
             if any(list(signature(Path(path))) != [path, *state] for path, *state in files):
                 return None
@@ -79,17 +79,17 @@ class CheckCache:
             return None
         self._fresh[str(index)] = entry
         self.reused += 1
-        return CachedCheck(*looked)
+        return CachedCheck(*result)
 
-    def put(self, index: int, looked: CachedCheck, files: Sequence[Path]) -> None:
-        """Remembers a result, which depends on these files; not where one of them has vanished."""
+    def put(self, index: int, result: CachedCheck, files: Sequence[Path]) -> None:
+        """Caches a result that depends on these files, unless one of them no longer exists."""
         try:
-            self._fresh[str(index)] = [looked, [signature(path) for path in files]]
+            self._fresh[str(index)] = [result, [signature(path) for path in files]]
         except OSError:
             self._known.pop(str(index), None)
 
     def write(self) -> None:
-        """Saves what was looked at; a folder that cannot be written is no reason to stop."""
+        """Writes the cache file; if that fails, a warning is logged."""
         if self._state is None:
             return
         text = json.dumps({"data": self._state, "records": self._known | self._fresh})
@@ -97,7 +97,7 @@ class CheckCache:
             with atomic_write(self._path) as file:
                 file.write(text.encode())
         except OSError as error:
-            logger.warning("the results of the check are not remembered: %s", error)
+            logger.warning("the results of the data check are not cached: %s", error)
 
     def _read(self) -> dict[str, list]:
         try:
@@ -105,14 +105,14 @@ class CheckCache:
             same = self._state is not None and stored["data"] == self._state
             return dict(stored["records"]) if same else {}
         except (OSError, ValueError, KeyError, TypeError):
-            return {}  # absent, cut short or of another version: then everything is looked at again
+            return {}  # missing, truncated or of another version: all records are checked again
 
 
-def fingerprint(fitter: LengthPolicy, samples: Sequence[Sample]) -> str:
-    """All settings that decide what becomes of a record; readers may have one of their own."""
-    encoder = fitter.encoder
+def fingerprint(length_policy: LengthPolicy, samples: SampleSet) -> str:
+    """All settings that the check result of a record depends on, as text."""
+    encoder = length_policy.encoder
     backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
-    assert backend is not None  # the encoder's vocabulary is made from it
+    assert backend is not None  # the encoder accepts fast tokenizers only
     values = {
         "version": finetune.__version__,
         "family": encoder.family.name,
@@ -121,12 +121,12 @@ def fingerprint(fitter: LengthPolicy, samples: Sequence[Sample]) -> str:
         "max_length": encoder.max_length,
         "max_pixels": encoder.max_pixels,
         "shrink_pixels": encoder.shrink_pixels,
-        "hearing": None if encoder.hearing is None else asdict(encoder.hearing),
+        "audio": None if encoder.audio_spec is None else asdict(encoder.audio_spec),
         "video": asdict(encoder.video),
-        "policy": fitter.policy,
-        "train_on": getattr(samples, "train_on", None),
-        "meaning": getattr(samples, "meaning", None),
-        # What it writes for tools.
+        "policy": length_policy.policy,
+        "train_on": samples.train_on,
+        "samples": samples.fingerprint,
+        # It renders tools.
         "chat_template": encoder.tokenizer.chat_template,
         "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
     }

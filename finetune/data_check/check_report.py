@@ -1,4 +1,4 @@
-"""What a check has found, as a user reads it."""
+"""``CheckReport``: the findings of a data check, and their text for the log."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ from finetune.encoding.length_policy import OUTCOMES
 from finetune.sample import MEDIA_KINDS, UNREAD, MediaKind
 from finetune.utils.quoting import shown
 
-_A: dict[MediaKind, str] = {"image": "an image", "video": "a video", "audio": "sound"}
+_A: dict[MediaKind, str] = {"image": "an image", "video": "a video", "audio": "audio"}
 _SHOWN = 5
-# One answer for more than half of so many records is worth a word.
+# Fewest usable records for the warning that more than half of them have the same answer.
 _ENOUGH = 20
 
 
 @dataclass(slots=True)
 class CheckReport:
-    """What a check found.
+    """The findings of a data check.
 
     Attributes:
         file: the data file, or the names of the data sets.
-        records: records in the data set.
-        looked_at: records that were checked.
-        seconds: time it took.
-        outcomes: how many samples are kept, shrunk, ... as training will do.
-        lost_images: images that go with dropped turns.
-        longest: most tokens of a sample that stays.
-        with_media: records that have an image, a video, a sound, by kind.
-        notes: how many records have each note.
-        alike: the likeness of records by their number.
-        repeated: records with the same text and media as an earlier one.
-        answers: how often each last answer that is trained occurs.
-        left_out: messages of samples that are too long and left out.
+        records: number of records in the data set.
+        checked: number of records that were checked.
+        seconds: duration of the check.
+        outcomes: number of usable samples per result of ``LengthPolicy``.
+        lost_images: number of images in dropped turns.
+        longest: largest number of tokens of a usable sample.
+        with_media: number of records with an image, a video, audio, by kind.
+        notes: number of records per note.
+        content_keys: ``content_key`` of records by their number.
+        repeated: number of records with the same text and media as an earlier one.
+        answers: number of records per last trained answer.
+        overlong: messages of samples that are too long and skipped.
         problems: messages of records that cannot be used.
-        duplicates: ids that occur more than once, with their number.
-        reused: records whose result was remembered from an earlier check.
+        duplicates: ids that occur more than once, with their count.
+        reused: number of records whose result came from the cache.
     """
 
     file: str
     records: int
-    looked_at: int
+    checked: int
     seconds: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
     lost_images: int = 0
     longest: int = 0
     with_media: Counter[MediaKind] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
-    alike: dict[int, int] = field(default_factory=dict)
+    content_keys: dict[int, int] = field(default_factory=dict)
     repeated: int = 0
     answers: Counter[str] = field(default_factory=Counter)
-    left_out: list[str] = field(default_factory=list)
+    overlong: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     duplicates: dict[str, int] = field(default_factory=dict)
     reused: int = 0
@@ -61,50 +61,50 @@ class CheckReport:
     def __str__(self) -> str:
         return "\n".join(lines(self))
 
-    def enter(self, index: int, looked: CachedCheck) -> None:
-        """Counts a record that can be used, by its number."""
-        self.outcomes[looked.outcome] += 1
-        self.lost_images += looked.lost_images
-        self.longest = max(self.longest, looked.tokens)
-        self.with_media.update(kind for kind, count in zip(MEDIA_KINDS, looked.media, strict=True) if count)
-        self.notes.update(set(looked.notes))
-        self.alike[index] = looked.alike
-        self.answers[looked.answer] += 1
+    def enter(self, index: int, result: CachedCheck) -> None:
+        """Adds the result of usable record ``index``."""
+        self.outcomes[result.outcome] += 1
+        self.lost_images += result.lost_images
+        self.longest = max(self.longest, result.tokens)
+        self.with_media.update(kind for kind, count in zip(MEDIA_KINDS, result.media, strict=True) if count)
+        self.notes.update(set(result.notes))
+        self.content_keys[index] = result.content_key
+        self.answers[result.answer] += 1
 
     @property
     def usable(self) -> int:
-        """Records that can be used."""
+        """Number of usable records."""
         return self.outcomes.total()
 
 
 def lines(report: CheckReport) -> Iterator[str]:
     """The report, line by line."""
-    part = "" if report.looked_at == report.records else f" of {report.records}, evenly spaced"
-    known = f", {report.reused} of them known from before" if report.reused else ""
-    yield f"check of {report.file}: {report.looked_at} records{part} in {report.seconds:.1f} s{known}"
+    part = "" if report.checked == report.records else f" of {report.records}, evenly spaced"
+    known = f", {report.reused} of them cached" if report.reused else ""
+    yield f"check of {report.file}: {report.checked} records{part} in {report.seconds:.1f} s{known}"
     found = [f"{report.outcomes[outcome]} {outcome}" for outcome in OUTCOMES if report.outcomes[outcome]]
-    found += [f"{len(report.left_out)} too long and left out"] if report.left_out else []
+    found += [f"{len(report.overlong)} skipped as too long"] if report.overlong else []
     found += [f"{len(report.problems)} that cannot be used"] if report.problems else []
     yield f"  {', '.join(found)}; longest {report.longest} tokens"
     used = report.usable
     if used:
         counts = [(report.with_media[kind], a) for kind, a in _A.items() if report.with_media[kind]]
         media = ", ".join(f"{count} of {used} records have {a}" for count, a in counts)
-        yield "  " + (media or f"none of {used} records has an image, a video or sound")
+        yield "  " + (media or f"none of {used} records has an image, a video or audio")
     yield from (f"  {'warning' if is_warning(line) else 'note'}: {line}" for line in _note_lines(report.notes, used))
     if report.repeated:
-        yield f"  warning: {report.repeated} records have the text and the media of an earlier one"
+        yield f"  warning: {report.repeated} records are duplicates: the same text and media as an earlier one"
     for answer, count in report.answers.most_common(1):
         if is_common(report, count):
             yield f"  warning: {count} of {used} records have the same last answer, {shown(answer, 60)}"
     if report.lost_images:
-        yield f"  warning: {report.lost_images} images go with turns that are dropped; later answers may refer to them"
+        yield f"  warning: {report.lost_images} images are in dropped turns; later answers may refer to them"
     if report.duplicates:
         first = ", ".join(
             f"{shown(identity, 60)} ({count})" for identity, count in list(report.duplicates.items())[:_SHOWN]
         )
         yield f"  warning: {len(report.duplicates)} ids occur more than once: {first}{_more(report.duplicates)}"
-    for kind, messages in group([*report.problems, *report.left_out]).items():
+    for kind, messages in group([*report.problems, *report.overlong]).items():
         yield f"  {len(messages)} x {kind}"
         yield from (f"      {message}" for message in messages[:_SHOWN])
         if len(messages) > _SHOWN:
@@ -112,12 +112,12 @@ def lines(report: CheckReport) -> Iterator[str]:
 
 
 def is_warning(note: str) -> bool:
-    """Whether a note is about more than keys that nobody has to read."""
+    """Whether a note is a warning; a key that no reader uses is only a note, unless its name looks misspelt."""
     return UNREAD not in note or "did you mean" in note
 
 
 def _note_lines(notes: Counter[str], used: int) -> Iterator[str]:
-    """Notes with their numbers; those that say the same of several things ("keys that nothing reads: 'a'") are one."""
+    """Notes with their counts; notes with the same text before the colon share a line."""
     said: dict[str, list[tuple[str, int]]] = {}
     for note, count in notes.most_common():
         head, _, thing = note.partition(": ")
@@ -131,7 +131,7 @@ def _note_lines(notes: Counter[str], used: int) -> Iterator[str]:
 
 
 def is_common(report: CheckReport, count: int) -> bool:
-    """Whether so many records are suspiciously many for one answer."""
+    """Whether one answer occurs in suspiciously many records."""
     return report.usable >= _ENOUGH and 2 * count > report.usable
 
 
@@ -140,22 +140,22 @@ def _more(found: Sequence[str] | dict[str, int]) -> str:
 
 
 def group(messages: Sequence[str]) -> dict[str, list[str]]:
-    """Messages by kind, the most frequent first: the same words about other files, records, numbers and quotations."""
+    """Messages by ``shape`` (equal except for files, records, numbers and quotations), the most frequent first."""
     kinds: dict[str, list[str]] = {}
     for message in messages:
         kinds.setdefault(shape(message), []).append(message)
     return dict(sorted(kinds.items(), key=lambda item: -len(item[1])))
 
 
-# Names with a number in them, and tags, are neither numbers nor paths.
+# Model names with a number, and tags, are kept.
 _KEPT = r"MiniCPM-\w+ \d+(?:\.\d+)?|</?[\w|]+/?>"
-# Keys of records are names; other quotations differ from record to record.
+# Quoted keys of records are kept; other quotations differ between records.
 _KEY = r"\b(?:the key|call it) '[\w .-]{1,40}'"
 _QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 
 
 def shape(message: str) -> str:
-    """A message without what differs from record to record.
+    """A message without the parts that differ between records.
 
     >>> shape("d/a.json, record 3 (id 'x'): image /i/7.png has 5 x 5 = 25 pixels, the limit is 9")
     'image PATH has N x N = N pixels, the limit is N'
@@ -164,7 +164,7 @@ def shape(message: str) -> str:
     """
     text = re.sub(rf"^.*?, record \d+(?: \(id (?:{_QUOTED})\))?: ", "", message, flags=re.S)
     text = re.sub(rf"({_KEY})|{_QUOTED}", lambda found: found[1] or "'...'", text)
-    # Lists of places differ in number; a path ends where our messages go on.
+    # A path ends where the text of our messages continues.
     text = re.sub(r"\(looked [^)]*\)", "(looked ...)", text)
     text = re.sub(r"(?<=\b(?:image|video|audio) )\S.*?(?= (?:cannot|is|has|does|begins|ends)\b)", "PATH", text)
     text = re.sub(rf"({_KEPT})|\S*/\S*", lambda found: found[1] or "PATH", text)

@@ -1,4 +1,4 @@
-"""How long samples are at other settings: what would be cut at each length, and what more or fewer slices take."""
+"""Token lengths of a data set for other values of model_max_length and max_slice_nums, as a table."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 from finetune.encoding.encoder import Encoder
 from finetune.sample import DataError, Sample
-from finetune.templates.rendering import Remembered
+from finetune.templates.rendering import CachedVocabulary
 
 MEASURED = 300
-"""Records that are measured, evenly spaced."""
+"""Number of records that are measured, evenly spaced."""
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Candidates for model_max_length, besides the one in use."""
 SLICES = (1, 2, 4, 6, 9)
@@ -21,12 +21,12 @@ SLICES = (1, 2, 4, 6, 9)
 
 @dataclass(frozen=True, slots=True)
 class LengthTable:
-    """Lengths of some samples, in tokens, as they are before anything is shrunk.
+    """Token lengths of some samples, before any ``LengthPolicy``.
 
     Attributes:
         limit: model_max_length in use; None for none.
         slices: max_slice_nums in use.
-        tokens: (n,) by max_slice_nums, in rising order.
+        tokens: (n,) lengths by max_slice_nums, in ascending order.
     """
 
     limit: int | None
@@ -38,11 +38,11 @@ class LengthTable:
 
 
 def measure_lengths(samples: Sequence[Sample], encoder: Encoder) -> LengthTable | None:
-    """Lengths of evenly spaced samples at every candidate for max_slice_nums; None where none can be used.
+    """Token lengths of evenly spaced samples for every candidate of max_slice_nums; None if no sample can be used.
 
     Args:
-        samples: the data set; what cannot be used is left out.
-        encoder: of the run.
+        samples: the data set; bad samples are skipped.
+        encoder: the encoder of the run.
     """
     own = encoder.slicing.max_slice_nums
     candidates = sorted({*SLICES, own}) if own else [0]
@@ -59,7 +59,7 @@ def measure_lengths(samples: Sequence[Sample], encoder: Encoder) -> LengthTable 
 
 
 def _row(sample: Sample, encoder: Encoder, candidates: Sequence[int]) -> list[int]:
-    sizes, vocabulary = encoder.sizes(sample), Remembered(encoder.vocabulary)
+    sizes, vocabulary = encoder.sizes(sample), CachedVocabulary(encoder.vocabulary)
     row, known = [], {}
     for slices in candidates:
         plans = encoder.plans(sizes, slices or None)
@@ -70,14 +70,14 @@ def _row(sample: Sample, encoder: Encoder, candidates: Sequence[int]) -> list[in
 
 
 def _table(lengths: LengthTable) -> Iterator[str]:
-    """Rows of slices, columns of lengths; a cell is the share of samples that would not fit as they are."""
+    """Rows by max_slice_nums, columns by model_max_length; a cell is the share of samples that are longer."""
     own = lengths.tokens[lengths.slices]
     longest = max(map(np.max, lengths.tokens.values()))
     shown = [length for length in LENGTHS if own.min() / 2 < length]
-    # Beyond the first that everything fits into, a larger one says nothing.
+    # Columns end at the first length that all samples fit into.
     enough = next((place for place, length in enumerate(shown) if length >= longest), len(shown) - 1)
     limits = sorted({*shown[: enough + 1], *([lengths.limit] if lengths.limit else [])})
-    yield f"  tokens of {len(own)} records; the last columns say which share is longer than a model_max_length"
+    yield f"  tokens of {len(own)} records; the last columns are the share longer than that model_max_length"
     yield "  max_slice_nums   median     95 %  longest" + "".join(f"{limit:>9}" for limit in limits)
     for slices, tokens in lengths.tokens.items():
         middle, high = np.percentile(tokens, (50, 95))

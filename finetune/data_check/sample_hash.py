@@ -1,4 +1,4 @@
-"""What tells records apart: their turns, their text and their media."""
+"""Duplicate detection: hashes of the turns, text and media of samples."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from PIL import Image
 from finetune.sample import DataError, Media, Sample, Text
 
 MOST_READ = 2_000
-"""Records whose media are read to tell whether they are the same."""
+"""Maximum number of records whose media files are read to compare them."""
 
 Place = tuple[int, int]
-"""A record, by the number of its data set and its own."""
+"""A record: number of its data set, and its own number."""
 
 
-def likeness(sample: Sample) -> int:
-    """A number that records have in common when their text is the same and their media have the same sizes.
+def content_key(sample: Sample) -> int:
+    """A hash of text, media kinds and media file sizes, without reading the media.
 
-    No medium is read. Records with the same number are the same only when ``identity`` says so too.
+    Samples with equal keys are candidates; they are duplicates if their ``content_digest`` is equal too.
     """
     return int.from_bytes(_digest(sample, _state)[:7], "little")
 
 
-def identity(sample: Sample, of_file: Callable[[Path], bytes]) -> bytes:
-    """What records have in common only when their text and their media are the same, byte for byte.
+def content_digest(sample: Sample, of_file: Callable[[Path], bytes]) -> bytes:
+    """A hash of text and media contents: equal for exact duplicates only.
 
     Args:
         sample: the record.
-        of_file: what tells the contents of a file.
+        of_file: gives the digest of a file.
 
     Raises:
         OSError: a file cannot be read.
@@ -42,26 +42,26 @@ def identity(sample: Sample, of_file: Callable[[Path], bytes]) -> bytes:
 
 
 def repeated(parts: Sequence[tuple[Sequence[Sample], Mapping[int, int]]]) -> list[list[Place]]:
-    """Groups of records with the same text and the same media, byte for byte, in the order of their first.
+    """Groups of exact duplicates, in the order of their first record.
 
-    Media are read only where the text and the sizes of files agree, and of no more than ``MOST_READ`` records.
+    Media files are read only for records with equal ``content_key``, and for at most ``MOST_READ`` records.
 
     Args:
-        parts: data sets, each with the likeness of its records by their number.
+        parts: data sets, each with the ``content_key`` of its records by their number.
     """
     likely: dict[int, list[Place]] = {}
     for part, (_, found) in enumerate(parts):
-        for index, alike in found.items():
-            likely.setdefault(alike, []).append((part, index))
+        for index, key in found.items():
+            likely.setdefault(key, []).append((part, index))
     of_file = cache(content_of_file)
     same: dict[bytes, list[Place]] = {}
     candidates = (place for group in likely.values() if len(group) > 1 for place in group)
     for part, index in islice(candidates, MOST_READ):
         try:
-            key = identity(parts[part][0][index], of_file)
+            digest = content_digest(parts[part][0][index], of_file)
         except (DataError, OSError):
-            continue  # it has changed since the check, which is the place to say so
-        same.setdefault(key, []).append((part, index))
+            continue  # changed since the check
+        same.setdefault(digest, []).append((part, index))
     return [group for group in same.values() if len(group) > 1]
 
 
@@ -73,13 +73,13 @@ def content_of_file(path: Path) -> bytes:
         return hashlib.file_digest(file, "blake2b").digest()
 
 
-def _digest(sample: Sample, tell: Callable[[Media], bytes]) -> bytes:
+def _digest(sample: Sample, digest_of: Callable[[Media], bytes]) -> bytes:
     made = hashlib.blake2b(digest_size=16)
     for message in sample.messages:
         made.update(f"\0{message.role}\0{message.train}\0".encode())
         for part in message.parts:
-            told = part.text.encode(errors="surrogatepass") if isinstance(part, Text) else tell(part)
-            made.update(len(told).to_bytes(8, "little") + told)
+            content = part.text.encode(errors="surrogatepass") if isinstance(part, Text) else digest_of(part)
+            made.update(len(content).to_bytes(8, "little") + content)
     return made.digest()
 
 
@@ -96,7 +96,7 @@ def _state(medium: Media) -> bytes:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except OSError:  # it has just gone; what reads it will say so
+    except OSError:  # just deleted: reading it raises later
         return -1
 
 

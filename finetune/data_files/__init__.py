@@ -1,1 +1,1 @@
-"""Data files as records: JSON, JSON Lines, Parquet, Arrow, CSV, WebDataset, streams and indexes."""
+"""Data files as sequences or streams of records: JSON, JSON Lines, Parquet, Arrow, CSV, WebDataset, hub data sets."""

@@ -1,4 +1,4 @@
-"""Data sets that the ``datasets`` library streams, of the Hugging Face hub, as a stream of records."""
+"""``HubStream``: streamed data sets of the Hugging Face hub, through the ``datasets`` library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
 from typing import Any
 
-from finetune.data_files.streaming import HEAD, Streamed, drawn
+from finetune.data_files.streaming import HEAD, Streamed, buffer_shuffled
 from finetune.data_files.tables import arrow_errors
 from finetune.sample import DataError
 
@@ -16,17 +16,17 @@ _ROWS = 16
 
 
 class HubStream:
-    """Rows of streamed data sets, dealt to readers as ``streaming.Stream`` deals the records of files.
+    """Rows of streamed data sets, sharded across readers (dataloader workers of all ranks).
 
-    In every pass the files of a data set are dealt to the readers, or where there are fewer files than readers, its
-    rows in turn, which all of them read then. The buffer is that of ``streaming.Stream``: what the library saves of
-    its state leaves out the rows that wait in its own.
+    In every pass the files of a data set are assigned to the readers; with fewer files than readers, every reader reads
+    all rows and keeps each n-th. The shuffle buffer is ours, since the state that the library saves does not contain
+    the rows in its own buffer.
 
     Args:
         rows: iterable data sets of the library.
-        names: of each, in messages.
-        seed: of all orders.
-        buffer_size: rows that a reader draws from, of each data set.
+        names: name of each, for messages.
+        seed: random seed of all orders.
+        buffer_size: size of the shuffle buffer, per reader and data set.
     """
 
     def __init__(self, rows: Sequence[Any], names: Sequence[str], *, seed: int = 0, buffer_size: int = 16384) -> None:
@@ -35,7 +35,7 @@ class HubStream:
 
     @property
     def state(self) -> str:
-        """All that decides which rows come when, as text that changes with it; but not the number of readers."""
+        """Text that changes whenever the order of rows changes, except by the number of readers."""
         return json.dumps([self.seed, self.buffer_size, self.names, [rows.num_shards for rows in self._rows]])
 
     def head(self, which: int = 0, limit: int = HEAD) -> list[Streamed]:
@@ -51,18 +51,18 @@ class HubStream:
         return found
 
     def endless(self, reader: int, readers: int) -> Iterator[Streamed]:
-        """What one of several readers reads in pass after pass."""
+        """The records of one reader, in endless passes."""
         for number in count():
             yield from self.one_pass(number, reader, readers)
 
     def one_pass(self, number: int, reader: int, readers: int) -> Iterator[Streamed]:
-        """What one of several readers reads in a pass: of several data sets a row of each at random, till all end."""
-        chance = random.Random(f"{self.seed} {number} {reader} {readers}")
+        """The records of one reader in a pass, interleaved at random from all data sets."""
+        rng = random.Random(f"{self.seed} {number} {reader} {readers}")
         order = random.Random(f"{self.seed} {number}")
         shares = [self._share(which, order, reader, readers) for which in range(len(self._rows))]
-        open_ones = [drawn(share, self.buffer_size, chance) for share in shares]
+        open_ones = [buffer_shuffled(share, self.buffer_size, rng) for share in shares]
         while open_ones:
-            chosen = chance.choice(open_ones)
+            chosen = rng.choice(open_ones)
             row = next(chosen, None)
             if row is None:
                 open_ones.remove(chosen)
@@ -70,7 +70,7 @@ class HubStream:
                 yield row
 
     def _share(self, which: int, order: random.Random, reader: int, readers: int) -> Iterator[Streamed]:
-        """The rows of a data set that are a reader's in a pass, all of whose readers have the same order of files."""
+        """The rows of a data set that a reader gets in a pass; the order of files is the same for all readers."""
         files = list(range(self._rows[which].num_shards))
         order.shuffle(files)
         many = len(files) >= readers
@@ -79,7 +79,7 @@ class HubStream:
         return found if many else islice(found, reader, None, readers)
 
     def _read(self, which: int, file: int) -> Iterator[Streamed]:
-        """The rows of a file. ``iter`` looks at no loader process: the library would deal them once more."""
+        """The rows of a file. ``iter`` avoids the library's own sharding by dataloader worker."""
         from datasets.exceptions import DatasetsError
 
         rows, name, at = self._rows[which], f"{self.names[which]}, file {file}", 0

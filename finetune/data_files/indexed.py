@@ -1,4 +1,4 @@
-"""Files whose records are found once, noted in an index, and read one by one when they are asked for."""
+"""``IndexedRecords``: random access to the records of a file through a cached index of byte offsets."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ logger = logging.getLogger(__name__)
 State = tuple[int, int, int, int]
 Scan = Callable[[Path, BinaryIO], "Iterator[array[int]]"]
 
-# What the index of a smaller file saves is not worth a file of its own.
+# Smaller files are indexed in memory only.
 _SMALL = 1 << 20
 _MAGIC = b"mcpvidx2"
-# Magic, state of the data file, number of records; behind it first byte and end of each record.
+# Magic, state of the data file, number of records; then (start, end) of each record.
 _HEADER = struct.Struct("=8sqqQqq")
 _SPAN = struct.Struct("=qq")
 
 
 class IndexedRecords(Sequence[Any]):
-    """Records that stand at known places of a file.
+    """The records of a file, read on access.
 
-    When a file is opened for the first time, each record is looked at once and its place is noted in an index in the
-    cache folder, which counts as long as path and state of the file (``cache.signature``) stay the same. Later only
-    the records asked for are read; should one not be where the index says, it is made anew. Both files are read at
-    offsets rather than mapped: no memory grows with them, and a data file that is cut short while it is open gives an
-    error instead of ending the process. Processes may share an object; a pickled one opens its file again.
+    When a file is opened for the first time it is scanned, and the offsets of its records are written to an index in
+    the cache folder, valid while path and state of the file (``cache.signature``) do not change. If a record is not
+    where the index says, the index is rebuilt. Files are read with pread, not memory-mapped: memory use is constant,
+    and truncating an open data file gives an error instead of SIGBUS. Processes may share an object; a pickled one
+    reopens its file.
 
     Args:
         path: the data file.
-        rebuild: make the index anew.
+        rebuild: rebuild the index.
 
     Raises:
         DataError: the file is missing or not of its kind (with the place and the cause), or holds no record.
@@ -69,14 +69,14 @@ class IndexedRecords(Sequence[Any]):
         """The record at ``index``, as plain Python values.
 
         Raises:
-            DataError: the file has changed since it was opened, or the record cannot be taken.
+            DataError: the file has changed since it was opened, or the record cannot be used.
         """
         number = range(len(self))[index]
         try:
             try:
                 return self._record(number)
             except MisplacedError:
-                # It was valid when the index was made.
+                # It was valid when the index was built.
                 self._renew(number)
                 return self._record(number)
         except OSError as error:
@@ -84,21 +84,21 @@ class IndexedRecords(Sequence[Any]):
 
     @staticmethod
     def _open(path: Path) -> BinaryIO:
-        """The file in which the records stand."""
+        """Opens the file with the records."""
         return path.open("rb")
 
     @staticmethod
     @abstractmethod
     def _scan(path: Path, file: BinaryIO) -> Iterator[array[int]]:
-        """First byte and end of every record, two numbers per record, as many at a time as is convenient."""
+        """Yields (start, end) offsets of every record, two numbers per record, in arrays of any length."""
 
     @abstractmethod
     def _value(self, data: bytes, number: int) -> Any:
-        """The record of some bytes.
+        """Parses the bytes of a record.
 
         Raises:
-            MisplacedError: there is none; the index may not fit.
-            DataError: it cannot be taken.
+            MisplacedError: not a record; the index may be outdated.
+            DataError: it cannot be used.
         """
 
     def _record(self, number: int) -> Any:
@@ -106,7 +106,7 @@ class IndexedRecords(Sequence[Any]):
         return self._value(os.pread(self._file.fileno(), end - start, start), number)
 
     def _renew(self, number: int) -> None:
-        """Makes an index anew that does not fit its file.
+        """Rebuilds an index that does not match its file.
 
         Raises:
             DataError: the file has changed since it was opened.
@@ -114,10 +114,10 @@ class IndexedRecords(Sequence[Any]):
         count = len(self)
         if _state(self._file) == self._opened_as:
             self._index = _open_index(self._path, self._file, self._scan, rebuild=True)
-            logger.warning("%s: the index did not fit the file and was made anew", self._path)
+            logger.warning("%s: the index did not match the file and was rebuilt", self._path)
             if len(self) == count:
                 return
-        raise DataError(f"{self._path}, record {number}: the file has changed during the run; start again")
+        raise DataError(f"{self._path}, record {number}: the file has changed during the run; restart it")
 
 
 class MisplacedError(Exception):
@@ -125,11 +125,11 @@ class MisplacedError(Exception):
 
 
 def _reopen(kind: type[IndexedRecords], resolved: Path, state: State, path: Path) -> IndexedRecords:
-    """A pickled object in another process, which must find the same records."""
+    """Reopens a pickled object in another process and checks that the file is unchanged."""
     records = kind(resolved)
     records._path = path
     if _state(records._file) != state:
-        raise DataError(f"{path}: the file has changed during the run; start again")
+        raise DataError(f"{path}: the file has changed during the run; restart it")
     return records
 
 
@@ -141,7 +141,7 @@ class _MemoryIndex:
         return len(self._spans) // 2
 
     def span(self, index: int) -> tuple[int, int]:
-        """First byte and end of a record."""
+        """(start, end) offsets of a record."""
         return self._spans[2 * index], self._spans[2 * index + 1]
 
 
@@ -154,14 +154,14 @@ class _FileIndex:
         return self._count
 
     def span(self, index: int) -> tuple[int, int]:
-        """First byte and end of a record."""
+        """(start, end) offsets of a record."""
         data = os.pread(self._file.fileno(), _SPAN.size, _HEADER.size + _SPAN.size * index)
         start, end = _SPAN.unpack(data)
         return start, end
 
 
 def _open_index(path: Path, file: BinaryIO, scan: Scan, *, rebuild: bool) -> _MemoryIndex | _FileIndex:
-    """The index of a data file: that of the cache, or a new one."""
+    """The index of a data file, from the cache or rebuilt."""
     state = _state(file)
     if state[1] >= _SMALL:
         place = cache.folder() / f"index-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.bin"
@@ -177,7 +177,7 @@ def _open_index(path: Path, file: BinaryIO, scan: Scan, *, rebuild: bool) -> _Me
 
 
 def _known(place: Path, state: State) -> _FileIndex | None:
-    """The index in the cache when it is of this state of the data file."""
+    """The cached index if it matches the state of the data file."""
     try:
         file = place.open("rb")
     except OSError:
@@ -193,9 +193,9 @@ def _known(place: Path, state: State) -> _FileIndex | None:
 
 
 def _write(place: Path, path: Path, file: BinaryIO, scan: Scan) -> bool:
-    """Puts a new index into the cache; False when the cache cannot be written, which is no reason to stop."""
+    """Writes a new index to the cache; False if the cache is not writable."""
     state = _state(file)
-    logger.info("%s: finding the records (%.1f GB); this is done once", path, state[1] / 1e9)
+    logger.info("%s: indexing the records (%.1f GB); done once per file", path, state[1] / 1e9)
     try:
         with cache.atomic_write(place) as target:
             target.write(bytes(_HEADER.size))
@@ -206,7 +206,7 @@ def _write(place: Path, path: Path, file: BinaryIO, scan: Scan) -> bool:
             target.seek(0)
             target.write(_HEADER.pack(_MAGIC, *state, count))
     except OSError as error:
-        logger.warning("the index of %s is not kept: %s", path, error)
+        logger.warning("the index of %s is not cached: %s", path, error)
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""An exact word on what is wrong with a JSON file: the line, and the habit behind the mistake."""
+"""Error messages for invalid JSON: the line number, and the likely cause (trailing comma, single quotes, ...)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from finetune.sample import DataError
 from finetune.utils.file_types import told
 from finetune.utils.quoting import reason
 
-# So many bytes around a mistake are looked at.
+# Bytes around an error that are inspected.
 _AROUND = 1 << 16
 _BLOCK = 1 << 22
 _HEAD = 512
 
 
 def explain(path: Path, file: BinaryIO, at: int, message: str, line: tuple[int, int] | None = None) -> DataError:
-    """The error for a mistake in a file, with its line and, where it can be told, its cause.
+    """The error for invalid JSON in a file, with its line and, if known, its cause.
 
     Args:
-        path: named in the message.
+        path: path for the message.
         file: the open file.
         at: byte at which the parser stopped.
-        message: the parser's complaint.
-        line: first byte and end of the line of JSON Lines that was parsed by itself; None in an array.
+        message: message of the parser.
+        line: (start, end) of the line in JSON Lines; None in an array.
     """
     first, end = line or (0, None)
     start = max(at - _AROUND, first)
@@ -36,13 +36,13 @@ def explain(path: Path, file: BinaryIO, at: int, message: str, line: tuple[int, 
         rest, here = before + ",", after[1:].lstrip()[:1]
     python = line is None  # whether Python would read the file as one list
     if rest.endswith(",") and here in ("]", "}"):
-        # The comma is the fault, and it may stand lines above the bracket at which the parser stops.
+        # The comma may be several lines above the bracket at which the parser stops.
         lines -= before.count("\n", len(rest))
         cause = f"trailing comma before {here!r}; remove the comma"
     elif here == "'":
         cause = f"JSON needs double quotes, not single ones: {_excerpt(after)}"
     elif after.startswith(("None", "True", "False")):
-        cause = f"{_excerpt(after)} is Python; JSON has null, true and false"
+        cause = f"{_excerpt(after)} is Python syntax; JSON has null, true and false"
     elif after.startswith(("//", "#")):
         python = python and after.startswith("#")
         cause = "JSON has no comments; remove it"
@@ -53,25 +53,25 @@ def explain(path: Path, file: BinaryIO, at: int, message: str, line: tuple[int, 
     else:
         python = False
         cause = f"{message.removesuffix(' at')} at {_excerpt(after)}"
-    convert = f"; python -m finetune check --data {path} --write_json OUT.json makes JSON of it" if python else ""
+    convert = f"; python -m finetune check --data {path} --write_json OUT.json converts it to JSON" if python else ""
     return DataError(f"{path}, line {lines}: not valid JSON: {cause}{convert}")
 
 
 def explain_line(path: Path, file: BinaryIO, start: int, end: int, *, alone: bool) -> DataError:
-    """The error for a line of JSON Lines that is no record.
+    """The error for a line of JSON Lines that is not a record.
 
     Args:
-        path: named in the message.
+        path: path for the message.
         file: the open file.
         start: first byte of the line.
-        end: byte behind it.
-        alone: whether no record came before it.
+        end: byte after the line.
+        alone: whether it is the first record.
     """
     text = _read(file, start, end)
     if alone and text.strip() == "{":
         return DataError(
             f"{path}, line {newlines(file, start) + 1}: one object over several lines is neither a JSON array nor "
-            "JSON Lines; put [ in front of the first record and ] behind the last, or one record on each line"
+            "JSON Lines; put [ before the first record and ] after the last, or write one record per line"
         )
     try:
         json.JSONDecoder(parse_int=str).decode(text)
@@ -81,33 +81,33 @@ def explain_line(path: Path, file: BinaryIO, start: int, end: int, *, alone: boo
 
 
 def beginning(file: BinaryIO) -> bytes:
-    """The first bytes of an open file, which tell what it is."""
+    """The first bytes of an open file, to detect its type."""
     file.seek(0)
     return file.read(_HEAD)
 
 
 def not_utf8(path: Path, at: int, file: BinaryIO) -> DataError:
-    """The error for a byte that UTF-8 does not have."""
+    """The error for invalid UTF-8."""
     if (kind := told(beginning(file))) is not None:
         return DataError(f"{path}: {kind}")
     return DataError(f"{path}: not UTF-8 at byte {at}; save the file as UTF-8")
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> DataError:
-    """The error for a file that is not there, or cannot be opened."""
+    """The error for a file that does not exist or cannot be opened."""
     if isinstance(error, FileNotFoundError):
-        return DataError(f"{path}: no such data file (looked from {Path.cwd()}); correct the path")
-    return DataError(f"{path}: cannot be read ({reason(error)}); give a data file that may be read")
+        return DataError(f"{path}: no such data file (current directory: {Path.cwd()}); correct the path")
+    return DataError(f"{path}: cannot be read ({reason(error)}); give a readable data file")
 
 
 def _read(file: BinaryIO, start: int, end: int) -> str:
     file.seek(start)
-    # The part may begin or end in the middle of a character.
+    # The range may start or end within a character.
     return file.read(end - start).decode(errors="ignore")
 
 
 def newlines(file: BinaryIO, end: int) -> int:
-    """Line ends before a byte."""
+    """Number of line feeds before a byte."""
     file.seek(0)
     count = 0
     while end > 0 and (block := file.read(min(end, _BLOCK))):

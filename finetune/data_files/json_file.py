@@ -1,4 +1,4 @@
-"""JSON files as people write them, arrays or lines, also compressed by gzip."""
+"""JSON arrays and JSON Lines files, optionally compressed with gzip, as ``JsonRecords``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from finetune.utils.quoting import reason
 
 COMPRESSED = ".gz"
 _BLOCK = 1 << 22
-# Of the disk with the cache: what unpacks to more than there is must not fill it.
+# Bytes that decompression leaves free on the disk of the cache.
 _KEPT_FREE = 1 << 30
 
 
 class JsonRecords(IndexedRecords):
-    """Records of a JSON array or of JSON Lines. A file that ends in .gz is unpacked once into the cache folder."""
+    """Records of a JSON array or of JSON Lines. A .gz file is decompressed once into the cache folder."""
 
     @staticmethod
     def _open(path: Path) -> BinaryIO:
@@ -46,7 +46,7 @@ class JsonRecords(IndexedRecords):
 
 
 def open_front_to_back(path: Path) -> BinaryIO:
-    """A JSON file to be read once, unpacked on the way where it is compressed.
+    """Opens a JSON file for sequential reading, decompressed on the fly.
 
     Raises:
         OSError: it cannot be read.
@@ -55,10 +55,10 @@ def open_front_to_back(path: Path) -> BinaryIO:
 
 
 def _unpacked(path: Path) -> BinaryIO:
-    """The content of a compressed file, unpacked where it is not yet.
+    """Opens the decompressed copy of a file in the cache, which is created if needed.
 
     Raises:
-        DataError: it is damaged, or there is no room.
+        DataError: it is damaged, or there is not enough disk space.
         OSError: it cannot be read.
     """
     resolved = path.resolve()
@@ -74,13 +74,13 @@ def _unpacked(path: Path) -> BinaryIO:
                 for block in _blocks(path, packed):
                     if shutil.disk_usage(place.parent).free < _KEPT_FREE + len(block):
                         raise DataError(
-                            f"{path}: unpacked it does not fit into {place.parent}, where less than 1 GiB is free; "
-                            "make room, set XDG_CACHE_HOME to a larger disk, or unpack it (gunzip)"
+                            f"{path}: decompressed it does not fit into {place.parent} (less than 1 GiB free); "
+                            "free disk space, set XDG_CACHE_HOME to a larger disk, or decompress it (gunzip)"
                         )
                     target.write(block)
         except OSError as error:
             raise DataError(
-                f"{path}: cannot be unpacked into {place.parent} ({reason(error)}); unpack it (gunzip)"
+                f"{path}: cannot be decompressed into {place.parent} ({reason(error)}); decompress it (gunzip)"
             ) from error
     for former in place.parent.glob(f"unpacked-{name[:32]}-*.json"):
         if former != place:
@@ -94,6 +94,6 @@ def _blocks(path: Path, packed: BinaryIO) -> Iterator[bytes]:
             while block := file.read(_BLOCK):
                 yield block
     except (EOFError, zlib.error) as error:
-        raise DataError(f"{path}: the compressed file is cut or damaged ({error}); copy it again") from error
+        raise DataError(f"{path}: the compressed file is truncated or damaged ({error}); copy it again") from error
     except OSError as error:  # gzip.BadGzipFile is one
-        raise DataError(f"{path}: cannot be unpacked ({error}); is it a .gz file, copied completely?") from error
+        raise DataError(f"{path}: cannot be decompressed ({error}); is it a .gz file, copied completely?") from error

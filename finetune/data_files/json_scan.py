@@ -1,4 +1,4 @@
-"""Where the records of a JSON file begin and end, found by parsing each of them once, in bounded memory."""
+"""Byte offsets of the records of a JSON file, found by parsing every record once with bounded memory."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ from finetune.utils.file_types import told
 _BLOCK = 1 << 22
 _BOM = "\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
-# Behind an element: a comma and the beginning of the next one, or the end of the array.
+# After an element: a comma and the start of the next one, or the end of the array.
 _NEXT = re.compile(r"[ \t\r\n]*(?:,[ \t\r\n]*(?=[^ \t\r\n])|(\]))")
-# No token but a string is longer: a parser that stops further from the end of a block would stop there anyway.
+# Maximum length of a token other than a string: an error further from the end of a block is not caused by its end.
 _TOKEN = 16
-# Only the place counts: no number is converted, of however many digits.
+# Only offsets are needed: numbers are not converted.
 _parse = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
 
 
 def scan(path: Path, file: BinaryIO) -> Iterator[array[int]]:
-    """First byte and end of every record of a JSON array or of JSON Lines (told apart by the first character).
+    """(start, end) offsets of every record of a JSON array or JSON Lines file (detected by the first character).
 
-    Every record is parsed, so that a broken file is never accepted; this needs memory for a block of 4 MiB, or for the
-    largest record.
+    Every record is parsed, so invalid files are refused. Memory: a block of 4 MiB, or the largest record.
 
     Args:
-        path: named in errors.
+        path: path for errors.
         file: the file, opened in binary mode.
 
     Yields:
-        Offsets, two per record, as many at a time as a block holds.
+        Offsets, two per record, one array per block.
 
     Raises:
         DataError: not UTF-8, not JSON (with line and cause), or no record.
@@ -63,15 +62,15 @@ def scan(path: Path, file: BinaryIO) -> Iterator[array[int]]:
 
 
 class _Window:
-    """The part of a file that is being parsed.
+    """A sliding window over a file that is being parsed.
 
-    Its text has a character per byte, so that positions in it are offsets in the file. A parser of JSON sees no
-    difference: what is not ASCII may stand in strings only, and any of it may. That it is UTF-8 is checked besides.
+    Its text is decoded as Latin-1, one character per byte, so that positions are byte offsets. This does not matter to
+    a JSON parser, since non-ASCII characters occur in strings only. UTF-8 validity is checked separately.
 
     Attributes:
-        text: the part.
+        text: the content of the window.
         base: offset of its first byte in the file.
-        ended: whether the file ends with it.
+        ended: whether it reaches the end of the file.
     """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
@@ -80,10 +79,10 @@ class _Window:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def read_on(self, keep: int) -> bool:
-        """Drops what is before ``keep`` and adds as much as is left, or a block; False at the end of the file."""
+        """Drops the text before ``keep`` and reads on, at least a block; False at the end of the file."""
         self.base += keep
         self.text = self.text[keep:]
-        # As much again as is there, so that a record of many blocks is not parsed once for each of them.
+        # Doubles the window, so that a record of many blocks is not parsed once per block.
         block = self.file.read(max(_BLOCK, len(self.text)))
         pending = len(self._decoder.getstate()[0])
         try:
@@ -95,13 +94,13 @@ class _Window:
         return not self.ended
 
     def skip_space(self, at: int) -> int:
-        """Where the next visible character is; the end of the text at the end of the file."""
+        """Position of the next non-space character; the end of the text at the end of the file."""
         while (at := _SPACE.match(self.text, at).end()) == len(self.text) and self.read_on(at):  # pyright: ignore[reportOptionalMemberAccess]
             at = 0
         return min(at, len(self.text))
 
     def fault(self, at: int, message: str) -> DataError:
-        """The error for a mistake at a position of the text."""
+        """The error for invalid JSON at a position of the text."""
         return explain(self.path, self.file, self.base + at, message)
 
 
@@ -126,7 +125,7 @@ def _array(window: _Window, at: int) -> Iterator[array[int]]:
 
 
 def _elements(text: str, base: int, at: int, spans: array[int]) -> tuple[int, json.JSONDecodeError | None]:
-    """Notes whole elements of an array from ``at`` on; where it stopped, and why unless the array ended."""
+    """Appends the spans of complete array elements from ``at`` on; returns the end and, unless the array ended, why."""
     add, following = spans.append, _NEXT.match
     try:
         while True:
@@ -160,11 +159,11 @@ def _lines(window: _Window, at: int) -> Iterator[array[int]]:
 
 
 def _whole_lines(window: _Window, at: int, spans: array[int]) -> tuple[int, bool]:
-    """Notes the records of the lines from ``at`` on that are whole; where it stopped, and whether at a bad line."""
+    """Appends the spans of complete lines from ``at`` on; returns the end, and whether it is an invalid line."""
     text, base, ended = window.text, window.base, window.ended
     add, find, space = spans.append, text.find, _SPACE.match
     while at < len(text):
-        # Only \n ends a line of JSON Lines: other line breaks that Python knows may stand inside a string.
+        # Only \n ends a line of JSON Lines: other line breaks of Python may occur inside strings.
         line_end = find("\n", at)
         if line_end < 0:
             if not ended:

@@ -1,4 +1,4 @@
-"""JSON text to plain Python values, with what Python's own parser takes for values and no record can mean refused."""
+"""Strict JSON parsing: duplicate keys, huge integers and deep nesting are refused."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 from finetune.utils.quoting import shown
 
 MOST_DIGITS = 4300
-"""Of an integer: what Python converts at most, by default."""
+"""Maximum number of digits of an integer: Python's default limit of conversion."""
 
 
 class ValueFault(ValueError):
-    """Valid JSON that cannot be taken; the message says why, to stand behind its place."""
+    """Valid JSON that cannot be used; the message is a reason without its subject, the caller adds file and record."""
 
 
 def parse(text: str | bytes) -> Any:
     """The value of JSON text. NaN and Infinity, which Python writes, are read as floats.
 
     Raises:
-        ValueFault: a key that an object has twice, an integer of more digits than MOST_DIGITS, or nested too deeply.
+        ValueFault: a duplicate key in an object, an integer of more than MOST_DIGITS digits, or too deep nesting.
         json.JSONDecodeError: not JSON.
         UnicodeDecodeError: bytes that are not UTF-8.
     """
@@ -30,7 +30,7 @@ def parse(text: str | bytes) -> Any:
 
 
 def written(value: Any, most: int = 60) -> str:
-    """A value of a file as messages show it: as JSON, cut where it is long."""
+    """A value as JSON for messages, truncated."""
     try:
         text = json.dumps(value)
     except (RecursionError, ValueError, TypeError):
@@ -39,7 +39,7 @@ def written(value: Any, most: int = 60) -> str:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object each of whose keys stands there once: of two values neither is the one that is meant."""
+    """An object whose keys must be unique: with duplicates it is unclear which value is meant."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

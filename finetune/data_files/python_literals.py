@@ -1,4 +1,4 @@
-"""Files that hold a Python value where JSON belongs: single quotes, trailing commas, None; made JSON on request."""
+"""Converts files with Python literals (single quotes, trailing commas, None) to JSON: ``check --write_json``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAMES = {"true": True, "false": False, "null": None}
 
 
 class _Names(ast.NodeTransformer):
-    """JSON's own words among Python's."""
+    """Accepts true, false and null among Python literals."""
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         return ast.copy_location(ast.Constant(_NAMES[node.id]), node) if node.id in _NAMES else node
@@ -27,29 +27,29 @@ class _Names(ast.NodeTransformer):
     def visit_Dict(self, node: ast.Dict) -> ast.AST:
         keys = Counter(key.value for key in node.keys if isinstance(key, ast.Constant))
         if twice := [key for key, count in keys.items() if count > 1]:
-            raise ValueError(f"line {node.lineno}: the key {shown(twice[0])} stands there twice")
+            raise ValueError(f"line {node.lineno}: duplicate key {shown(twice[0])}")
         return self.generic_visit(node)
 
 
 def write_json(source: Path, target: Path) -> int:
-    """Writes the records of a file of Python values, which may also be JSON, as JSON; nothing in it is run.
+    """Converts a file with Python literals (or JSON) to JSON; no code in it is executed.
 
     Args:
-        source: a list of records with single quotes, trailing commas, comments behind #, None, True and False.
+        source: a list of records, may have single quotes, trailing commas, # comments, None, True and False.
         target: a file that does not exist yet.
 
     Returns:
         The number of records.
 
     Raises:
-        DataError: it is no such file, or the target exists.
+        DataError: the source is neither, or the target exists.
     """
     records = _records(source)
     try:
         with target.open("x", encoding="utf-8") as file:
             file.write("[\n" + ",\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n]\n")
     except FileExistsError as error:
-        raise DataError(f"{target} exists; nothing is written over it, give another name") from error
+        raise DataError(f"{target} exists and is not overwritten; give another name") from error
     except OSError as error:
         raise DataError(f"{target} cannot be written ({reason(error)})") from error
     return len(records)
@@ -68,5 +68,5 @@ def _records(path: Path) -> list[Any]:
     except (ValueError, RecursionError, MemoryError) as error:
         raise DataError(f"{path}: neither JSON nor a Python list of records: {error}") from error
     if not isinstance(value, (list, tuple)):
-        raise DataError(f"{path}: holds {type(value).__name__}, and a list of records is wanted; put [ ] around it")
+        raise DataError(f"{path}: contains {type(value).__name__}, expected a list of records; put [ ] around it")
     return list(value)

@@ -1,4 +1,4 @@
-"""Records of data files of every kind, each parsed when it is asked for."""
+"""``open_records``: the records of a data file or folder of any supported type, parsed on access."""
 
 from __future__ import annotations
 
@@ -18,32 +18,31 @@ from finetune.sample import DataError
 from finetune.utils.file_types import is_folder, is_special
 
 _JSON = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-# Beside the Arrow files of Dataset.save_to_disk; no data.
+# Metadata files beside the Arrow files of Dataset.save_to_disk.
 _SAVED = "state.json"
 _NO_DATA = ("dataset_info.json", _SAVED)
-# Of DatasetDict.save_to_disk, whose splits are folders beside it.
+# Written by DatasetDict.save_to_disk, whose splits are subfolders.
 _SPLITS = "dataset_dict.json"
-# Shards: data-{000..012}.tar, or with names in place of the numbers.
+# Shard patterns: data-{000..012}.tar, or {a,b}.
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{},/]+(?:,[^{},/]+)+))\}")
 _MOST_SHARDS = 1_000_000
 _SPLIT = re.compile(r"train(?:\[(?:(-?\d+)(%?))?(:)(?:(-?\d+)(%?))?\])?")
 
 
 def open_records(path: Path, *, rebuild: bool = False) -> Sequence[Any]:
-    """Records of a data file, or of a folder of files of one kind in the order of their names.
+    """Records of a data file, or of a folder of files of one type in the order of their names.
 
-    A file is Parquet, Arrow, CSV or a tar shard of WebDataset by its ending; every other one is JSON, an array or JSON
-    Lines by its first character, unpacked where it ends in .gz. Records are plain Python values: of tables
-    dictionaries by column, without the keys that are None; cells of CSV are text or numbers. Images embedded in
-    Parquet, Arrow or shards come undecoded, as dictionaries with ``bytes``, ``path`` or both. The result may be shared
-    with, or pickled to, other processes.
+    The suffix gives the type: Parquet, Arrow, CSV, tar shards of WebDataset, else JSON (an array or JSON Lines by its
+    first character, decompressed if it ends in .gz). Records are plain Python values; rows of tables are
+    dictionaries without None values, and CSV cells are text or numbers. Images embedded in Parquet, Arrow or shards are
+    not decoded: dictionaries with ``bytes``, ``path`` or both. The result can be pickled and shared with processes.
 
     Args:
         path: the file or folder.
-        rebuild: make what is remembered about the files anew.
+        rebuild: rebuild indexes and caches of the files.
 
     Raises:
-        DataError: missing, malformed (with line and cause) or without records; or a folder of files of several kinds.
+        DataError: missing, malformed (with line and cause) or empty; or a folder with files of several types.
     """
     files = data_files(path)
     if kind_of(files[0]) in TABLES:
@@ -53,7 +52,7 @@ def open_records(path: Path, *, rebuild: bool = False) -> Sequence[Any]:
 
 
 def kind_of(file: Path) -> str:
-    """What a data file is by its name: an ending of TABLES, that of shards, or .json for everything else."""
+    """The type of a data file by its name: a suffix of TABLES, .tar for shards, or .json for everything else."""
     ending = file.suffix.lower()
     return ending if ending in (*TABLES, SHARD) else ".json"
 
@@ -62,10 +61,10 @@ def data_files(path: Path) -> list[Path]:
     """The file itself, the shards of a pattern, or the data files of a folder in the order of their names.
 
     Raises:
-        DataError: the folder has none, or several kinds or splits.
+        DataError: the folder has none, or several types or splits.
     """
     if is_special(path):
-        raise DataError(f"{path}: is a pipe, a socket or a device; write the records to a file and give that")
+        raise DataError(f"{path}: is a pipe, a socket or a device; write the records to a regular file")
     if is_pattern(path):
         return _shards(path)
     if not is_folder(path):
@@ -82,16 +81,16 @@ def data_files(path: Path) -> list[Path]:
     files = [file for file in found if file.is_file() and not file.name.startswith(".") and file.name not in _NO_DATA]
     kinds = {kind_of(file) for file in files}
     if not kinds:
-        raise DataError(f"{path}: the folder has no data file; these count: {', '.join((*_JSON, *TABLES, SHARD))}")
+        raise DataError(f"{path}: the folder has no data file; supported are {', '.join((*_JSON, *TABLES, SHARD))}")
     if len(kinds) > 1:
         raise DataError(
-            f"{path}: the folder has data files of several kinds ({', '.join(sorted(kinds))}); keep one, or name a file"
+            f"{path}: the folder has data files of several types ({', '.join(sorted(kinds))}); keep one, or name a file"
         )
     return files
 
 
 def is_pattern(path: Path) -> bool:
-    """Whether it names several shards, and no file or folder."""
+    """Whether it is a shard pattern, and not an existing file or folder."""
     return path.suffix.lower() == SHARD and _BRACES.search(path.name) is not None and not path.exists()
 
 
@@ -100,19 +99,19 @@ def _shards(path: Path) -> list[Path]:
         found = _BRACES.search(pattern)
         if found is None:
             return [pattern]
-        first, last, words = found.groups()
+        first, last, names_list = found.groups()
         rest = names(pattern[found.end() :])
-        count = len(words.split(",")) if words else int(last) - int(first) + 1
+        count = len(names_list.split(",")) if names_list else int(last) - int(first) + 1
         if not 0 < count * len(rest) <= _MOST_SHARDS:
             raise DataError(f"{path}: {found[0]} are {count} shards; write {{FIRST..LAST}}, as {{000..012}}")
-        each = words.split(",") if words else [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
+        each = names_list.split(",") if names_list else [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
         return [pattern[: found.start()] + one + more for one in each for more in rest]
 
     return [path.with_name(name) for name in names(path.name)]
 
 
 def splits_of(path: Path) -> list[str] | None:
-    """The splits of a folder that DatasetDict.save_to_disk made; None for any other path."""
+    """The splits of a folder of DatasetDict.save_to_disk; None for any other path."""
     if not (path / _SPLITS).is_file():
         return None
     try:
@@ -123,12 +122,12 @@ def splits_of(path: Path) -> list[str] | None:
 
 
 def choose_split(path: Path, split: str, where: str) -> tuple[Path, str]:
-    """The folder of a split of a DatasetDict and what part of it is meant; any other path as it is.
+    """The folder of a split of a DatasetDict, and the slice of it; other paths are returned unchanged.
 
     Args:
         path: a file or folder.
         split: such as ``test`` or ``train[:10%]``.
-        where: what errors name.
+        where: name for errors.
 
     Raises:
         DataError: there is no such split.
@@ -143,8 +142,9 @@ def choose_split(path: Path, split: str, where: str) -> tuple[Path, str]:
 
 
 def folders_of(path: Path) -> list[Path]:
-    """Where relative paths of media may start: the folder of a data file, or a folder of them; and what that is in
-    where save_to_disk made it, since nobody puts files into such a folder.
+    """Base folders of relative media paths: the folder of the data file, or the data folder itself.
+
+    For a folder of save_to_disk also its parent, since media files are not stored inside it.
     """
     if not is_folder(path):
         return [path.resolve().parent]
@@ -154,7 +154,7 @@ def folders_of(path: Path) -> list[Path]:
 
 
 def _which_split(path: Path, splits: list[str]) -> str:
-    """What to say of a folder of several data sets, or none."""
+    """The message for a DatasetDict folder with no or several splits."""
     if not splits:
         return f"{path}: a DatasetDict without a split; give the folder of a data set"
     last = path / ("train" if "train" in splits else splits[0])
@@ -162,7 +162,7 @@ def _which_split(path: Path, splits: list[str]) -> str:
 
 
 class Chain(Sequence[Any]):
-    """Several sequences as one."""
+    """Concatenation of several sequences."""
 
     def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
         self._parts = parts
@@ -172,14 +172,14 @@ class Chain(Sequence[Any]):
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The record at ``index`` of all."""
+        """The record at ``index`` of the concatenation."""
         index = range(len(self))[index]
         part = bisect_right(self._ends, index)
         return self._parts[part][index - (self._ends[part - 1] if part else 0)]
 
 
 class Part(Sequence[Any]):
-    """Some neighbouring records of a sequence."""
+    """A contiguous range of a sequence."""
 
     def __init__(self, records: Sequence[Any], chosen: range) -> None:
         self._records, self._chosen = records, chosen
@@ -188,26 +188,26 @@ class Part(Sequence[Any]):
         return len(self._chosen)
 
     def __getitem__(self, index: int) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The record at ``index`` of the part."""
+        """The record at ``index`` of the range."""
         return self._records[self._chosen[index]]
 
 
 def take_split(records: Sequence[Any], split: str, where: str) -> Sequence[Any]:
-    """The records that a split such as ``train[:10%]`` names, parsed when asked for.
+    """The records of a split such as ``train[:10%]``.
 
     Args:
-        records: all of them.
+        records: all records.
         split: ``train``, or ``train[a:b]`` with positions, or percentages rounded to the nearest record; negative ones
             count from the end. Local files have no split but ``train``.
-        where: what errors name, such as the entry of dataset_info.json.
+        where: name for errors, such as the entry of dataset_info.json.
 
     Raises:
-        DataError: another form, or a part that has no record or more than there are.
+        DataError: invalid syntax, or a range that is empty or out of bounds.
     """
     found = _SPLIT.fullmatch(re.sub(r"\s", "", split))
     if found is None:
         raise DataError(
-            f"{where}: split {split!r} is not understood; local files have 'train', and parts of it such as "
+            f"{where}: split {split!r} is not supported; local files have 'train', and slices of it such as "
             "'train[:1000]', 'train[10%:20%]', 'train[-5%:]'"
         )
     if found[3] is None:
@@ -216,7 +216,7 @@ def take_split(records: Sequence[Any], split: str, where: str) -> Sequence[Any]:
     start = _boundary(found[1], found[2], count, 0)
     stop = _boundary(found[4], found[5], count, count)
     if not 0 <= start < stop <= count:
-        raise DataError(f"{where}: split {split!r} is records {start} to {stop} of {count}; name a part that is there")
+        raise DataError(f"{where}: split {split!r} is records {start} to {stop} of {count}; give a non-empty range")
     return Part(records, range(start, stop))
 
 

@@ -1,4 +1,7 @@
-"""Records of files read from front to back, each by one of several readers, in a mixed order."""
+"""``Stream``: sequential reading of files for ``--streaming``, sharded across readers, with a shuffle buffer.
+
+A reader is one dataloader worker of one rank.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +24,26 @@ from finetune.data_files.webdataset import SHARD, of_row, read_shard, value_of
 from finetune.sample import DataError, Source
 
 HEAD = 1_000
-"""Records at the beginning that are looked at before training."""
+"""Number of records at the start that are checked before training."""
 
-# Larger pieces only make the order less mixed. A reader has several in every pass: then all have about as much to do.
-_PIECE = 1 << 26
-_PIECES_PER_READER = 16
+# Maximum bytes of a chunk: larger ones mix the order less. Several chunks per reader and pass balance the work.
+_CHUNK_BYTES = 1 << 26
+_CHUNKS_PER_READER = 16
 # Rows of Parquet that are decoded at once.
 _ROWS = 64
 _BOM = b"\xef\xbb\xbf"
 
 
-class ShardPiece(NamedTuple):
-    """Part of a file that one reader reads.
+class FileChunk(NamedTuple):
+    """A part of a file that one reader reads.
 
     Attributes:
         file: the file.
-        start: first byte of JSON Lines, where lines that begin in the piece belong to it; first row of Parquet.
-        stop: byte or row behind the last.
+        start: first byte in JSON Lines (lines that start in the chunk belong to it); first row in Parquet.
+        stop: end, byte or row.
         group: row group of Parquet; -1 in JSON Lines.
-        skip: rows of the group before the piece.
-        which: number of its path in the stream.
+        skip: rows of the row group before the chunk.
+        which: index of its path in the stream.
     """
 
     file: Path
@@ -53,13 +56,13 @@ class ShardPiece(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """A record that has been read and not yet parsed; many of them wait in a buffer.
+    """A record that has been read but not parsed.
 
     Attributes:
-        file: where it stands; a name where it is no file of this machine.
-        at: first byte of its line or files, number of its row in Parquet.
-        data: its line, its columns, or its files in a shard.
-        which: number of its path in the stream.
+        file: its file; a name for data sets of the hub.
+        at: offset of its line or shard members in bytes, row number in Parquet.
+        data: its line, its columns, or the bytes of its shard members.
+        which: index of its path in the stream.
     """
 
     file: Path | str
@@ -68,7 +71,7 @@ class Streamed:
     which: int = 0
 
     def source(self) -> Source:
-        """Where it stands, whether or not it can be parsed."""
+        """File and position of the record, also of an invalid one."""
         if isinstance(self.file, str):
             return Source(self.file, self.at, unit="row")
         return Source(str(self.file), self.at, unit="byte" if isinstance(self.data, bytes) else "record")
@@ -77,7 +80,7 @@ class Streamed:
         """The record as plain Python values.
 
         Raises:
-            DataError: its line is not JSON, or the files of a shard make no record.
+            DataError: its line is not JSON, or its shard members are not a record.
         """
         if isinstance(self.data, dict):
             return present(self.data) if isinstance(self.file, Path) else of_row(present(self.data), str(self.source()))
@@ -99,20 +102,20 @@ class Streamed:
 
 
 class Stream:
-    """Data files, or folders of files of one kind, read from front to back.
+    """Data files, or folders of files of one type, read sequentially.
 
-    Files are cut into pieces without reading them: JSON Lines by bytes, Parquet by row groups and rows; compressed
-    lines and shards are a piece each. In every pass
-    the pieces are dealt to the readers in an order that all of them know, so that together they read every record
-    exactly once; each draws its records at random from a buffer. The next pass has another order.
+    Files are divided into chunks without reading them: JSON Lines by bytes, Parquet by row groups and rows; compressed
+    files and shards are one chunk each. In every pass the chunks are shuffled with a common seed and assigned to the
+    readers, so that together they read every record once; each reader has a shuffle buffer. Every pass has another
+    order.
 
     Args:
         paths: the files or folders.
-        seed: of all orders.
-        buffer_size: records that a reader draws from.
+        seed: random seed of all orders.
+        buffer_size: size of the shuffle buffer of a reader.
 
     Raises:
-        DataError: a file is missing, of another kind, or a JSON array; or there is no record.
+        DataError: a file is missing, of an unsupported type, or a JSON array; or there is no record.
     """
 
     def __init__(self, paths: Sequence[Path], *, seed: int = 0, buffer_size: int = 16384) -> None:
@@ -121,7 +124,7 @@ class Stream:
 
     @property
     def state(self) -> str:
-        """All that decides which records come when, as text that changes with it; but not the number of readers."""
+        """Text that changes whenever the order of records changes, except by the number of readers."""
         sizes = [[part.file.name, *part.sizes] for part in self._parts]
         return json.dumps([self.seed, self.buffer_size, zlib.crc32(json.dumps(sizes).encode())])
 
@@ -131,52 +134,52 @@ class Stream:
         Raises:
             DataError: there is none.
         """
-        pieces = [piece for piece in self._pieces(1) if piece.which == which]
-        found = list(islice(chain.from_iterable(map(_read, pieces)), limit))
+        chunks = [chunk for chunk in self._chunks(1) if chunk.which == which]
+        found = list(islice(chain.from_iterable(map(_read, chunks)), limit))
         if not found:
             raise DataError(f"{self.paths[which]}: holds no record; training needs at least one")
         return found
 
     def endless(self, reader: int, readers: int) -> Iterator[Streamed]:
-        """What one of several readers reads in pass after pass."""
+        """The records of one reader, in endless passes."""
         for number in count():
             yield from self.one_pass(number, reader, readers)
 
     def one_pass(self, number: int, reader: int, readers: int) -> Iterator[Streamed]:
-        """What one of several readers reads in a pass."""
-        pieces = self._pieces(readers)
-        # Of fewer pieces than readers each reader gets one in some pass: none waits for ever.
-        dealt = list(range(max(len(pieces), readers)))
-        random.Random(f"{self.seed} {number}").shuffle(dealt)
-        mine = [pieces[place] for place in dealt[reader::readers] if place < len(pieces)]
-        chance = random.Random(f"{self.seed} {number} {reader} {readers}")
-        yield from drawn(chain.from_iterable(map(_read, mine)), self.buffer_size, chance)
+        """The records of one reader in a pass."""
+        chunks = self._chunks(readers)
+        # With fewer chunks than readers every reader gets one in some pass, so that none blocks forever.
+        order = list(range(max(len(chunks), readers)))
+        random.Random(f"{self.seed} {number}").shuffle(order)
+        mine = [chunks[place] for place in order[reader::readers] if place < len(chunks)]
+        rng = random.Random(f"{self.seed} {number} {reader} {readers}")
+        yield from buffer_shuffled(chain.from_iterable(map(_read, mine)), self.buffer_size, rng)
 
-    def _pieces(self, readers: int) -> list[ShardPiece]:
-        wanted = readers * _PIECES_PER_READER
+    def _chunks(self, readers: int) -> list[FileChunk]:
+        wanted = readers * _CHUNKS_PER_READER
         texts = sum(sum(part.sizes) for part in self._parts if not part.groups)
         groups = sum(len(part.sizes) for part in self._parts if part.groups)
-        size = max(min(texts // wanted, _PIECE), 1)
+        size = max(min(texts // wanted, _CHUNK_BYTES), 1)
         cuts = -(-wanted // max(groups, 1))
-        return [piece for part in self._parts for piece in (_rows(part, cuts) if part.groups else _ranges(part, size))]
+        return [chunk for part in self._parts for chunk in (_rows(part, cuts) if part.groups else _ranges(part, size))]
 
 
-def drawn(records: Iterable[Streamed], size: int, chance: random.Random) -> Iterator[Streamed]:
-    """All of the records, each drawn at random from so many that have been read."""
+def buffer_shuffled(records: Iterable[Streamed], size: int, rng: random.Random) -> Iterator[Streamed]:
+    """The records in random order, shuffled with a buffer of this size."""
     buffer: list[Streamed] = []
     for record in records:
         if len(buffer) < size:
             buffer.append(record)
         else:
-            place = chance.randrange(len(buffer))
+            place = rng.randrange(len(buffer))
             yield buffer[place]
             buffer[place] = record
-    chance.shuffle(buffer)
+    rng.shuffle(buffer)
     yield from buffer
 
 
 class _Part(NamedTuple):
-    """A file of a stream: its bytes, or the rows of its row groups."""
+    """A file of a stream: its size in bytes, or the number of rows of its row groups."""
 
     file: Path
     which: int
@@ -191,78 +194,78 @@ def _parts(path: Path, which: int) -> Iterator[_Part]:
         yield _Part(file, which, groups, _rows_of_groups(file) if groups else [file.stat().st_size])
 
 
-def _ranges(part: _Part, size: int) -> Iterator[ShardPiece]:
+def _ranges(part: _Part, size: int) -> Iterator[FileChunk]:
     end = part.sizes[0]
     if _is_whole(part.file):
-        yield ShardPiece(part.file, 0, sys.maxsize, which=part.which)
+        yield FileChunk(part.file, 0, sys.maxsize, which=part.which)
         return
     for at in range(0, end, size):
-        yield ShardPiece(part.file, at, min(at + size, end), which=part.which)
+        yield FileChunk(part.file, at, min(at + size, end), which=part.which)
 
 
-def _rows(part: _Part, cuts: int) -> Iterator[ShardPiece]:
-    """The row groups of a Parquet file, each cut into so many pieces."""
+def _rows(part: _Part, cuts: int) -> Iterator[FileChunk]:
+    """The row groups of a Parquet file, each divided into ``cuts`` chunks."""
     first = 0
     for group, rows in enumerate(part.sizes):
         size = max(-(-rows // cuts), 1)
         for at in range(0, rows, size):
-            yield ShardPiece(part.file, first + at, first + min(at + size, rows), group, at, part.which)
+            yield FileChunk(part.file, first + at, first + min(at + size, rows), group, at, part.which)
         first += rows
 
 
-def _read(piece: ShardPiece) -> Iterator[Streamed]:
-    if kind_of(piece.file) == SHARD:
-        return (Streamed(piece.file, at, data, piece.which) for at, data in read_shard(piece.file))
-    return _read_lines(piece) if piece.group < 0 else _read_rows(piece)
+def _read(chunk: FileChunk) -> Iterator[Streamed]:
+    if kind_of(chunk.file) == SHARD:
+        return (Streamed(chunk.file, at, data, chunk.which) for at, data in read_shard(chunk.file))
+    return _read_lines(chunk) if chunk.group < 0 else _read_rows(chunk)
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether it can only be read from its beginning."""
+    """Whether it can only be read from its start."""
     return kind_of(file) == SHARD or file.suffix.lower() == COMPRESSED
 
 
-def _read_lines(piece: ShardPiece) -> Iterator[Streamed]:
-    with open_front_to_back(piece.file) as file:
-        if piece.start:
-            # The line that begins before the piece belongs to the one before, unless it ends just there.
-            file.seek(piece.start - 1)
+def _read_lines(chunk: FileChunk) -> Iterator[Streamed]:
+    with open_front_to_back(chunk.file) as file:
+        if chunk.start:
+            # A line that starts before the chunk belongs to the previous chunk.
+            file.seek(chunk.start - 1)
             file.readline()
         elif file.read(len(_BOM)) != _BOM:
             file.seek(0)
         at = file.tell()
-        while at < piece.stop and (line := file.readline()):
+        while at < chunk.stop and (line := file.readline()):
             if line.strip():
-                yield Streamed(piece.file, at, line, piece.which)
+                yield Streamed(chunk.file, at, line, chunk.which)
             at += len(line)
 
 
-def _read_rows(piece: ShardPiece) -> Iterator[Streamed]:
+def _read_rows(chunk: FileChunk) -> Iterator[Streamed]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(piece.file) as file:
-            skip, number = piece.skip, piece.start
-            for batch in file.iter_batches(batch_size=_ROWS, row_groups=[piece.group]):
-                for row in batch.slice(skip, piece.stop - number).to_pylist():
-                    yield Streamed(piece.file, number, row, piece.which)
+        with ParquetFile(chunk.file) as file:
+            skip, number = chunk.skip, chunk.start
+            for batch in file.iter_batches(batch_size=_ROWS, row_groups=[chunk.group]):
+                for row in batch.slice(skip, chunk.stop - number).to_pylist():
+                    yield Streamed(chunk.file, number, row, chunk.which)
                     number += 1
-                if number == piece.stop:
+                if number == chunk.stop:
                     return
                 skip = max(skip - len(batch), 0)
     except ArrowException as error:
-        raise DataError(f"{piece.file}, row group {piece.group}: cannot be read as parquet: {error}") from error
+        raise DataError(f"{chunk.file}, row group {chunk.group}: cannot be read as parquet: {error}") from error
 
 
 def _check_kind(file: Path) -> None:
-    """Makes sure that a file can be read from front to back."""
+    """Checks that a file can be streamed."""
     kind = kind_of(file)
     if kind in (".parquet", SHARD):
         return
     if kind != ".json":
         raise DataError(
-            f"{file}: --streaming true reads JSON Lines, Parquet and shards (.tar); convert it, "
-            "or leave --streaming out"
+            f"{file}: --streaming true supports JSON Lines, Parquet and WebDataset shards (.tar); convert it, "
+            "or remove --streaming"
         )
     try:
         with open_front_to_back(file) as opened:
@@ -271,8 +274,8 @@ def _check_kind(file: Path) -> None:
         raise unreadable(file, error if isinstance(error, OSError) else OSError(str(error))) from error
     if start == b"[":
         raise DataError(
-            f"{file}: a JSON array cannot be read from the middle, as --streaming true does; make JSON Lines of it "
-            f"(jq -c '.[]' {file.name} > {file.stem}.jsonl), or leave --streaming out"
+            f"{file}: a JSON array cannot be streamed (--streaming true); convert it to JSON Lines "
+            f"(jq -c '.[]' {file.name} > {file.stem}.jsonl), or remove --streaming"
         )
 
 

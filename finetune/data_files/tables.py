@@ -1,4 +1,4 @@
-"""Parquet, Arrow and CSV files, through the ``datasets`` library, which keeps them memory-mapped."""
+"""Parquet, Arrow and CSV files as ``TableRecords``, memory-mapped by the ``datasets`` library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.utils.file_types import foreign
 logger = logging.getLogger(__name__)
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
-"""What the library calls files with these endings."""
+"""Suffix to the name of the library's loader."""
 
 
 class TableRecords(Sequence[Any]):
@@ -25,7 +25,7 @@ class TableRecords(Sequence[Any]):
 
     Args:
         rows: a ``datasets.Dataset``.
-        name: of the file, in errors.
+        name: name of the file for errors.
     """
 
     def __init__(self, rows: Any, name: str = "the table") -> None:
@@ -53,10 +53,10 @@ def open_table(files: Sequence[Path], *, rebuild: bool = False) -> TableRecords:
 
     Args:
         files: Parquet, Arrow or CSV files.
-        rebuild: convert them anew.
+        rebuild: convert them again.
 
     Raises:
-        DataError: a file is missing, is not of its kind, or there is no row.
+        DataError: a file is missing or malformed, or there are no rows.
     """
     import datasets
     from datasets.exceptions import DatasetsError
@@ -66,7 +66,7 @@ def open_table(files: Sequence[Path], *, rebuild: bool = False) -> TableRecords:
             kind = foreign(file)
         except (OSError, ValueError) as error:
             raise unreadable(file, error) from error
-        if kind is not None:  # the library would unpack archives
+        if kind is not None:  # the library would extract archives
             raise DataError(f"{file}: {kind}")
     name = str(files[0] if len(files) == 1 else files[0].parent)
     kind = TABLES[files[0].suffix.lower()]
@@ -88,7 +88,7 @@ def open_table(files: Sequence[Path], *, rebuild: bool = False) -> TableRecords:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars of the library, and no word to its makers about what is loaded."""
+    """Disables progress bars and download counts (telemetry) of the library."""
     from datasets import are_progress_bars_disabled, config, disable_progress_bars, enable_progress_bars
 
     bars, counts = are_progress_bars_disabled(), config.HF_UPDATE_DOWNLOAD_COUNTS
@@ -103,7 +103,7 @@ def quiet() -> Iterator[None]:
 
 
 def present(value: Any) -> Any:
-    """The value without the keys that are None: Arrow gives all objects of a column the keys of all of them."""
+    """The value without keys that are None: Arrow structs have the keys of all objects of a column."""
     if isinstance(value, dict):
         return {key: present(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -112,7 +112,7 @@ def present(value: Any) -> Any:
 
 
 def undecoded(rows: Any) -> Any:
-    """The rows with embedded media as they are stored: decoding, and its errors, are not the reader's."""
+    """The rows with embedded media not decoded: the encoder decodes them and reports errors."""
     import datasets
 
     media = (datasets.Image, datasets.Audio, datasets.Video)
@@ -125,14 +125,14 @@ def undecoded(rows: Any) -> Any:
 
 
 def arrow_errors() -> tuple[type[Exception], ...]:
-    """What Arrow raises; some of it is no ArrowException."""
+    """The exceptions of Arrow, not all of which are ArrowException."""
     from pyarrow import ArrowException, ArrowKeyError, ArrowNotImplementedError, ArrowTypeError
 
     return ArrowException, ArrowKeyError, ArrowNotImplementedError, ArrowTypeError
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of the complaint behind an error of the library."""
+    """The first line of the message of the root cause of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().split("\n")[0] or type(error).__name__

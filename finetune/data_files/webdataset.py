@@ -1,4 +1,4 @@
-"""Shards of WebDataset: tar files in which neighbouring files of one key are a record, read in place."""
+"""WebDataset shards: tar files in which consecutive members with one key are a record; not extracted to disk."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 SHARD = ".tar"
 MOST_BYTES = 1 << 30
-"""Of the files of one record: all of them are in memory together."""
+"""Maximum size of the members of one record, which are in memory together."""
 
-# Key and ending: what stands before and behind the first dot of the file's own name.
+# Key and extension: the parts before and after the first dot of the base name.
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]+)", re.DOTALL)
 _SPANS = 10_000
 _IMAGES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif", "ppm", "pgm", "qoi", "tga")
@@ -35,16 +35,16 @@ _KINDS: dict[str, MediaKind] = {
     **dict.fromkeys((suffix[1:] for suffix in VIDEO_SUFFIXES), "video"),
 }
 _TURNS = ("conversations", "messages", "instruction")
-# Where a record may name a file that is in the shard beside it.
+# Keys under which a record may refer to another member of the shard.
 _FILES = {*MEDIA_COLUMNS, *MEDIA_COLUMNS.values(), "image_url", "video_url", "audio_url", "url", "path"}
 
 
 class _Member(NamedTuple):
-    """A file of a shard.
+    """A member (file) of a shard.
 
     Attributes:
-        name: with its folders.
-        ending: behind the first dot.
+        name: full name with folders.
+        ending: extension, after the first dot.
         data: its content.
     """
 
@@ -54,15 +54,15 @@ class _Member(NamedTuple):
 
     @property
     def kind(self) -> MediaKind | None:
-        """Which medium it is, by its last ending; None for a file that is none."""
+        """The kind of media by its last extension; None for other files."""
         return _KINDS.get(self.ending.rpartition(".")[2].lower())
 
 
 class ShardRecords(IndexedRecords):
-    """Records of a tar file: ``KEY.json`` is one of any form, or ``KEY.txt`` the answer to the image alone.
+    """Records of a tar file: ``KEY.json`` is a record of any format, ``KEY.txt`` the answer to an image without prompt.
 
-    Media of the same key come in the place of the paths that name them, or where the record names none, under the key
-    of its form. Nothing is written to disk, links are refused, and names only name.
+    Media members of the same key replace the paths that refer to them; if the record refers to none, they are put under
+    the media key of its format. Nothing is extracted to disk, and links are refused.
     """
 
     @staticmethod
@@ -75,10 +75,10 @@ class ShardRecords(IndexedRecords):
 
 
 def read_shard(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The bytes of the files of each record of a shard from front to back, with the first of them.
+    """Offset and bytes of the members of each record of a shard, in order.
 
     Raises:
-        DataError: no tar file, cut, or files of a key do not stand together.
+        DataError: not a tar file, truncated, or members of a key that are not consecutive.
     """
     with path.open("rb") as file:
         for spans in _scan(path, file):
@@ -87,22 +87,22 @@ def read_shard(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def value_of(data: bytes, source: str) -> Any:
-    """The record of the bytes of its files.
+    """The record of the bytes of its members.
 
     Raises:
-        DataError: it cannot be taken.
+        DataError: it cannot be used.
     """
     try:
         return record(_members(data), source)
     except MisplacedError as error:
-        raise DataError(f"{source}: the file has changed during the run; start again") from error
+        raise DataError(f"{source}: the file has changed during the run; restart it") from error
 
 
 def of_row(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """The record of a row in which the ``datasets`` library has the files of a key; any other row as it is.
+    """The record of a WebDataset row of the ``datasets`` library (with ``__key__``); other rows are unchanged.
 
     Raises:
-        DataError: it cannot be taken.
+        DataError: it cannot be used.
     """
     key = row.get("__key__")
     if not isinstance(key, str):
@@ -118,7 +118,7 @@ def of_row(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _scan(path: Path, file: BinaryIO) -> Iterator[array[int]]:
-    """First byte and end of the files of every key, in the order of the shard."""
+    """(start, end) offsets of the members of every key, in the order of the shard."""
     spans: array[int] = array("q")
     keys: set[str] = set()
     last, start, skipped = None, 0, 0
@@ -131,26 +131,26 @@ def _scan(path: Path, file: BinaryIO) -> Iterator[array[int]]:
             last, start = found["key"], member.offset
             if last in keys:
                 raise DataError(
-                    f"{path}: the files of the key {shown(last)} do not stand together; put the files of a key side by "
-                    "side, as archives in the order of names have them"
+                    f"{path}: the members of the key {shown(last)} are not consecutive; write the members of a key "
+                    "one after another, sorted by name"
                 )
             keys.add(last)
             spans.extend((start, end))
         spans[-1] = end
         if end - start > MOST_BYTES:
-            raise DataError(f"{path}: the files of the key {shown(last)} have more than 1 GiB; leave them out")
-        if len(spans) > _SPANS:  # the last one may grow
+            raise DataError(f"{path}: the members of the key {shown(last)} have more than 1 GiB; remove them")
+        if len(spans) > _SPANS:  # the last span may still grow
             yield spans[:-2]
             spans = spans[-2:]
     if skipped:
-        logger.warning("%s: %d files without a key and an ending (KEY.json) are not read", path, skipped)
+        logger.warning("%s: %d members without key and extension (KEY.json) are skipped", path, skipped)
     if not spans:
-        raise DataError(f"{path}: the shard has no file KEY.json or KEY.txt; is it a WebDataset?")
+        raise DataError(f"{path}: the shard has no member KEY.json or KEY.txt; is it a WebDataset?")
     yield spans
 
 
 def _headers(path: Path, file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """The files of a tar file, each with the byte behind it."""
+    """The members of a tar file, each with its end offset."""
     file.seek(0)
     if (kind := told(file.read(512))) is not None and "tar archive" not in kind:
         raise DataError(f"{path}: {kind}")
@@ -159,11 +159,13 @@ def _headers(path: Path, file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]
     try:
         with tarfile.open(fileobj=file, mode="r:") as shard:
             while _has_header(file, end):
-                # Read one by one: an open tar file keeps all that it gives itself in memory.
+                # Read one by one: TarFile keeps all members it has returned in memory.
                 member = tarfile.TarInfo.fromtarfile(shard)
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if member.issparse() or not (member.isreg() or member.isdir()):
-                    raise DataError(f"{path}: {shown(member.name)} is a link or a device; a shard has files alone")
+                    raise DataError(
+                        f"{path}: {shown(member.name)} is a link or a device; a shard has regular files only"
+                    )
                 if member.offset_data + member.size > size:
                     raise DataError(f"{path}: the shard ends within {shown(member.name)}; was it copied completely?")
                 if member.isreg():
@@ -173,7 +175,7 @@ def _headers(path: Path, file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]
 
 
 def _has_header(file: BinaryIO, at: int) -> bool:
-    """Whether there is anything at a place but the end, blocks of zeros; the file is left there."""
+    """Whether there is a header (not zero blocks) at an offset; the file position is left there."""
     file.seek(at)
     there = file.read(tarfile.BLOCKSIZE).strip(b"\0")
     file.seek(at)
@@ -181,10 +183,10 @@ def _has_header(file: BinaryIO, at: int) -> bool:
 
 
 def _members(data: bytes) -> list[_Member]:
-    """The files of one record.
+    """The members of one record.
 
     Raises:
-        MisplacedError: no tar file.
+        MisplacedError: not a tar file.
     """
     found = []
     try:
@@ -201,18 +203,18 @@ def _members(data: bytes) -> list[_Member]:
 
 
 def record(members: list[_Member], source: str) -> dict[str, Any]:
-    """The record of the files of a key.
+    """The record of the members of a key.
 
     Args:
-        members: the files.
-        source: names the record in errors.
+        members: the members.
+        source: name of the record for errors.
 
     Raises:
-        DataError: no text belongs to the media, or it is no object of JSON.
+        DataError: no json or txt member, or not a JSON object.
     """
     given = {member.ending.lower(): member for member in members}
     if "json" not in given and "txt" not in given:
-        raise DataError(f"{source}: has {words_of(given)} and no json or txt; give it a record, or leave the key out")
+        raise DataError(f"{source}: has {words_of(given)} and no json or txt; add one, or remove the key")
     made = _object(given["json"], source) if "json" in given else {}
     _take_places(made, rest := [member for member in members if member.ending.lower() != "json"])
     if "txt" in given and not any(made.get(name) is not None for name in _TURNS):
@@ -225,7 +227,7 @@ def record(members: list[_Member], source: str) -> dict[str, Any]:
         if media and made.get(key) is None:
             made[key] = [_inside(member) for member in media]
             rest = [member for member in rest if member.kind != kind]
-    # What nobody asked for is a key like any other that nobody reads.
+    # Remaining members become keys, which are reported as unread.
     made.update({member.ending: member.data if member.kind else _text(member, source) for member in rest})
     key = members[0].name.removesuffix(f".{members[0].ending}")
     return {**made, "id": made["id"] if made.get("id") is not None else key}
@@ -255,7 +257,7 @@ def _inside(member: _Member) -> dict[str, Any]:
 
 
 def _has_columns(made: Mapping[str, Any]) -> bool:
-    """Whether the record has its media in columns of their own, as all forms but the official one have."""
+    """Whether the record uses media columns (``images``), as all formats but the official one."""
     if made.get("conversations") is None and made.get("messages") is None:
         return True
     turns = made.get("messages") or made.get("conversations")
@@ -264,7 +266,7 @@ def _has_columns(made: Mapping[str, Any]) -> bool:
 
 
 def _take_places(value: Any, rest: list[_Member], key: str = "") -> Any:
-    """Puts files of the shard into the places of a record that name them, by name or by ending; they leave the rest."""
+    """Replaces references in a record by the members with that name or extension, which are removed from ``rest``."""
     if isinstance(value, dict):
         for name, each in value.items():
             value[name] = _take_places(each, rest, name if name in _FILES or not isinstance(each, str) else "")

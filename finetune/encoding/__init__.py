@@ -1,1 +1,1 @@
-"""A Sample becomes tensors."""
+"""Encoding: from ``Sample`` to ``Example`` (tensors of one sample), and collation into batches."""

@@ -1,4 +1,4 @@
-"""Whether placeholders, visual items, patches and sound of an encoded sample agree."""
+"""Consistency checks of an encoded sample: placeholder runs against visual items, patches and mel frames."""
 
 from __future__ import annotations
 
@@ -8,56 +8,66 @@ from dataclasses import dataclass
 import torch
 
 from finetune.encoding.video_frames import FrameItems
-from finetune.media.audio_layout import Sound
+from finetune.media.audio_layout import AudioPlan
 from finetune.templates.rendering import IGNORE, Layout, Rendered
 
 
 class AlignmentError(RuntimeError):
-    """Placeholders, visual items and patches of a sample disagree: a fault of this program, not of the data."""
+    """Placeholders and media inputs of a sample disagree: a bug in this program, not in the data."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Where placeholders belong.
+    """Checks the placeholder runs of a rendered prompt.
 
     Attributes:
-        layout: how the prompt is written.
+        layout: prompt layout.
         patch: side of a patch in pixels.
-        placeholder: id that features of images and sound take the place of.
-        moving: the same of videos.
+        placeholder: token id that image and audio features replace.
+        video_placeholder: token id that features of video frames replace.
     """
 
     layout: Layout
     patch: int
     placeholder: int
-    moving: int
+    video_placeholder: int
 
-    def faults(self, rendered: Rendered, items: FrameItems, heard: Sequence[Sound]) -> Iterator[str]:
-        """Items and clips without their run of placeholders, and placeholders elsewhere."""
+    def faults(self, rendered: Rendered, items: FrameItems, audio_plans: Sequence[AudioPlan]) -> Iterator[str]:
+        """Visual items and clips without their placeholder run, and placeholders outside of any run."""
         ids = rendered.input_ids
         runs = [ids[first:last] for first, last in rendered.image_bounds]
         if len(runs) != len(items.groups):
-            yield f"{len(runs)} runs of placeholders for {len(items.groups)} visual items"
+            yield f"{len(runs)} placeholder runs for {len(items.groups)} visual items"
         first = [(*items.grids[place], items.video[place]) for place in items.firsts()]
-        wanted = [self.layout.item_tokens(columns * self.patch, rows * self.patch) for rows, columns, _ in first]
-        tokens = [self.moving if moving else self.placeholder for _, _, moving in first]
-        if runs != [[token] * count for token, count in zip(tokens, wanted, strict=True)]:
-            yield f"runs that are not of {wanted} placeholders"
-        spoken = [ids[first:last] for first, last in rendered.audio_bounds]
-        if spoken != [[self.placeholder] * count for each in heard for count in each.runs]:
-            yield f"runs of sound that are not of {[each.runs for each in heard]} placeholders"
-        total = sum(wanted) + sum(map(len, spoken))
-        if (found := sum(map(ids.count, {self.placeholder, self.moving}))) != total:
-            yield f"{found} placeholders, {total} of them in runs"
+        expected = [self.layout.item_tokens(columns * self.patch, rows * self.patch) for rows, columns, _ in first]
+        tokens = [self.video_placeholder if is_video else self.placeholder for _, _, is_video in first]
+        if runs != [[token] * count for token, count in zip(tokens, expected, strict=True)]:
+            yield f"placeholder runs whose lengths are not {expected}"
+        audio_runs = [ids[first:last] for first, last in rendered.audio_bounds]
+        if audio_runs != [[self.placeholder] * count for plan in audio_plans for count in plan.runs]:
+            yield f"audio placeholder runs whose lengths are not {[plan.runs for plan in audio_plans]}"
+        total = sum(expected) + sum(map(len, audio_runs))
+        if (found := sum(map(ids.count, {self.placeholder, self.video_placeholder}))) != total:
+            yield f"{found} placeholder tokens, {total} of them in runs"
         if len(rendered.labels) != len(ids) or rendered.labels[0] != IGNORE:
-            yield "labels that do not match the ids"
+            yield "labels that do not match input_ids"
 
 
 def media_faults(
-    items: FrameItems, cut: list[tuple[int, int]], heard: Sequence[Sound], clips: Sequence[torch.Tensor]
+    items: FrameItems,
+    grids: list[tuple[int, int]],
+    audio_plans: Sequence[AudioPlan],
+    log_mels: Sequence[torch.Tensor],
 ) -> Iterator[str]:
-    """Patches and mel frames that are not as many as the sizes of the media give."""
-    if (frames := [clip.shape[1] for clip in clips]) != [count for each in heard for count in each.frames]:
-        yield f"sound of {frames} mel frames where its length gives {[each.frames for each in heard]}"
-    if cut != items.grids:
-        yield f"items cut into {cut} patches where the image headers give {items.grids}"
+    """Differences between the decoded media and the sizes their headers gave.
+
+    Args:
+        items: visual items by the headers.
+        grids: (rows, columns) of patches of every item after slicing.
+        audio_plans: placeholders of every clip by its length.
+        log_mels: (bins, T) log-mel chunks.
+    """
+    if (frames := [chunk.shape[1] for chunk in log_mels]) != [count for plan in audio_plans for count in plan.frames]:
+        yield f"audio of {frames} mel frames, its length gives {[plan.frames for plan in audio_plans]}"
+    if grids != items.grids:
+        yield f"items of {grids} patches, the image headers give {items.grids}"

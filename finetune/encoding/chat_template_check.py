@@ -1,4 +1,4 @@
-"""Is the prompt we write the one that the checkpoint's own chat template writes?"""
+"""Compares our prompts with the checkpoint's own ``chat_template``, and reads prompt settings from it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Chinese and digits too: a tokenizer that has lost merges writes English as before.
+# Chinese and digits too: a tokenizer with missing merges may still encode English correctly.
 _TURNS = (
     ("user", "First question? 第一个问题：图片里有 12345 个苹果吗？"),
     ("assistant", "First answer. 图片中总共有 67 个苹果。"),
     ("user", "Second question? 在 2026 年呢？"),
 )
-# What stands before the first user turn of ChatML: nothing, or a system turn.
+# Prefix of the first user turn in ChatML: empty, or a system turn.
 HEAD = re.compile(r"(?:<\|im_start\|>system\n(?P<system>.*)<\|im_end\|>\n)?", re.DOTALL)
 FIRST_TURN = "<|im_start|>user\n"
 TEMPLATE_FAULTS = (jinja2.TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError)
-"""What a chat template may raise."""
+"""Exceptions that rendering a chat template may raise."""
 
 
 class TemplateMismatchError(UserError):
@@ -39,13 +39,13 @@ class TemplateMismatchError(UserError):
 
 
 def complete_layout(family: Family, layout: Layout, tokenizer: PreTrainedTokenizerBase) -> Layout:
-    """The layout with everything that only the checkpoint's own files can tell.
+    """The layout with the fields listed in ``assumed`` read from the checkpoint's own files.
 
-    Asked are the chat template (default system turn, bos, trimming, thinking) and the tokenizer (bos). What neither of
-    them tells stays as the family assumes it, remains named in ``assumed``, and is logged once.
+    The chat template gives the default system turn, bos, trimming and thinking; the tokenizer gives bos. A field that
+    neither gives keeps the family's value, stays listed in ``assumed``, and is logged once.
 
     Raises:
-        TemplateMismatchError: the chat template begins in a way that this family's prompt cannot.
+        TemplateMismatchError: the chat template writes a prefix that this family's prompt does not support.
     """
     unknown = set(layout.assumed)
     if not unknown:
@@ -63,7 +63,7 @@ def complete_layout(family: Family, layout: Layout, tokenizer: PreTrainedTokeniz
         if found is None:
             raise TemplateMismatchError(
                 f"the chat template of {tokenizer.name_or_path!r} begins with {head!r}, the prompt of {family.title} "
-                f"with a system turn or none; put the published chat_template of {family.hub_id} back"
+                f"with a system turn or none; restore the published chat_template of {family.hub_id}"
             )
         unknown.remove("default_system")
         layout = replace(layout, default_system=found["system"])
@@ -77,8 +77,8 @@ def complete_layout(family: Family, layout: Layout, tokenizer: PreTrainedTokeniz
     for name in sorted(unknown):
         warn_once(
             logger,
-            f"{tokenizer.name_or_path!r} has no chat template: {family.title} gets {name} {getattr(layout, name)!r}; "
-            "put the published chat_template beside its tokenizer if that is wrong",
+            f"{tokenizer.name_or_path!r} has no chat template: {family.title} uses {name} {getattr(layout, name)!r}; "
+            "add the published chat_template to its tokenizer files if that is wrong",
         )
     return replace(layout, assumed=tuple(sorted(unknown)))
 
@@ -89,23 +89,23 @@ def check_chat_template(
     layout: Layout | None = None,
     vocabulary: TokenizerView | None = None,
 ) -> bool:
-    """Renders a short conversation by the tokenizer's chat template and by ours, and compares the ids.
+    """Renders a short conversation with the tokenizer's chat template and with ours, and compares the token ids.
 
     Args:
-        family: the generation.
+        family: model family.
         tokenizer: the checkpoint's tokenizer.
-        layout: how prompts are written, as ``Encoder.layout`` has it; None for the family's own.
-        vocabulary: ``Encoder.vocabulary``, where there is one: a second copy of a real tokenizer takes a second.
+        layout: prompt layout, as in ``Encoder.layout``; None for the family's default.
+        vocabulary: ``Encoder.vocabulary`` if there is one; building it from a full-size tokenizer takes about a second.
 
     Returns:
-        Whether there was a template to compare with.
+        Whether the tokenizer has a chat template.
 
     Raises:
-        TemplateMismatchError: the ids differ; the message shows both prompts and where they part.
+        TemplateMismatchError: the ids differ; the message shows both prompts and the first difference.
     """
     if not tokenizer.chat_template:
         return False
-    # The conversation has no image, so what config.json says about images does not matter.
+    # The conversation has no image, so the image settings of config.json do not matter.
     layout = complete_layout(family, layout or family.layout({"query_num": 1}), tokenizer)
     theirs = _apply(family, tokenizer, _TURNS, layout)
     messages = tuple(Message(role, (Text(text),)) for role, text in _TURNS)
@@ -113,7 +113,7 @@ def check_chat_template(
         vocabulary = TokenizerView(tokenizer, family.control_tokens, family.required_tokens)
     probe = Sample(id="probe", source=Source("chat template probe", 0), messages=messages)
     our_ids = family.render(probe, (), vocabulary, layout, True).input_ids
-    # A bos token may also come from the tokenizer.
+    # The tokenizer may add the bos token instead of the template.
     text = theirs if theirs.startswith(layout.bos) else layout.bos + theirs
     if our_ids == tokenizer(text, add_special_tokens=False)["input_ids"]:
         return True
@@ -121,15 +121,15 @@ def check_chat_template(
     raise TemplateMismatchError(
         f"the chat template of {tokenizer.name_or_path!r} does not write the prompt of {family.title}: "
         f"{_difference(ours, text)}.\n  template: {theirs!r}\n  ours:     {ours!r}\n"
-        "A model trained on one and asked with the other answers badly. Put the published chat_template "
-        f"(tokenizer_config.json of {family.hub_id}) back; the official scripts replace it for training."
+        "A model trained with one prompt and used with the other gives bad answers. Restore the published "
+        f"chat_template (tokenizer_config.json of {family.hub_id}); the official scripts replace it for training."
     )
 
 
 def _apply(
     family: Family, tokenizer: PreTrainedTokenizerBase, turns: tuple[tuple[str, str], ...], layout: Layout
 ) -> str:
-    """The conversation as the tokenizer's chat template writes it, up to where the answer begins."""
+    """The conversation rendered by the tokenizer's chat template, with the generation prompt."""
     conversation = [{"role": role, "content": text} for role, text in turns]
     options: dict[str, Any] = {} if layout.enable_thinking is None else {"enable_thinking": layout.enable_thinking}
     try:
@@ -138,28 +138,28 @@ def _apply(
         roles = ", ".join(role for role, _ in turns)
         raise TemplateMismatchError(
             f"the chat template of {tokenizer.name_or_path!r} cannot render {roles} ({type(error).__name__}: {error}); "
-            f"put the published tokenizer_config.json of {family.hub_id} back"
+            f"restore the published tokenizer_config.json of {family.hub_id}"
         ) from error
 
 
 def _head(family: Family, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What the chat template writes before the first user turn; None without a template."""
+    """The text that the chat template writes before the first user turn; None without a template."""
     if not tokenizer.chat_template:
         return None
     written = _apply(family, tokenizer, _TURNS[:1], Layout())
     before, turn, _ = written.partition(FIRST_TURN + _TURNS[0][1])
-    # Without such a turn the prompts differ altogether; comparing them says how.
+    # Without such a turn the whole prompts differ; ``check_chat_template`` reports the difference.
     return before if turn else ""
 
 
 def _thinks(family: Family, tokenizer: PreTrainedTokenizerBase) -> bool | None:
-    """Whether the chat template asks for thinking where the caller says nothing of it; None if it leaves that open."""
+    """The template's default for ``enable_thinking``; None if its generation prompt has no think block."""
     opening = _apply(family, tokenizer, _TURNS[:1], Layout(enable_thinking=None)).rpartition("assistant\n")[2]
     return "</think>" not in opening if "<think>" in opening else None
 
 
 def _difference(ours: str, theirs: str) -> str:
-    """In words: around which turns the two prompts differ, and how."""
+    """A description of the differences between two prompts, by turn."""
     missing = [f"turn {turn} ({role})" for turn, (role, text) in enumerate(_TURNS) if text not in theirs]
     if missing:
         return f"{', '.join(missing)} does not appear in it"
@@ -173,4 +173,4 @@ def _difference(ours: str, theirs: str) -> str:
         place = f"after turn {turn} ({role})"
     if ours.strip(" ") != theirs.strip(" "):
         faults.append(f"{place}, where the answer begins, it has {theirs!r}, ours {ours!r}")
-    return "; ".join(faults) or "the same words give other ids"
+    return "; ".join(faults) or "the same text gives different token ids"

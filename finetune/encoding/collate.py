@@ -1,4 +1,4 @@
-"""Examples become the batch that the network takes: padded, or packed into one row."""
+"""Collation of examples into a model batch: padding (``pad``) or packing into one row (``pack``)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SMALL = 1 << 18
 
 
 class Batch(dict[str, Any]):
-    """What a collator returns, by name.
+    """A collated batch: model inputs by name.
 
-    Between processes only its large tensors go through shared memory: each of those takes a file descriptor and a
-    message of its own, which for a small one is far more work than its bytes.
+    When a dataloader worker sends it to the trainer, only large tensors go through shared memory: each shared tensor
+    costs a file descriptor and a message, which is more than copying a small one.
     """
 
     def __reduce__(self) -> tuple[Callable[[Mapping[str, Any]], Batch], tuple[dict[str, Any]]]:
@@ -39,28 +39,29 @@ def _received(sent: Mapping[str, Any]) -> Batch:
 
 
 def pad(examples: Sequence[Example], pad_id: int, side: Literal["right", "left"] = "right") -> dict[str, torch.Tensor]:
-    """One batch of B examples padded to their longest length T.
+    """One batch of B examples padded to the longest length T.
 
     Args:
-        examples: at least one example, none of them changed.
-        pad_id: id written into padding; it is masked, so any valid id serves.
-        side: "right" for training, "left" for generation.
+        examples: at least one example; they are not modified.
+        pad_id: padding token id; padding is masked, so any valid id works.
+        side: padding side, "right" for training, "left" for generation.
 
     Returns:
-        input_ids, attention_mask, labels: (B, T) int64, padding 0 in the mask, -100 in labels. input_ids comes first:
-        the HF Trainer reads the batch size off the first tensor. The rest by the ``inputs`` of the examples:
+        input_ids, attention_mask, labels: (B, T) int64, padding is 0 in the mask and -100 in labels. input_ids comes
+        first: the HF Trainer takes the batch size from the first tensor. The other keys depend on the ``inputs`` of the
+        examples:
 
         * "patches": position_ids: (B, T) int64, padding 0; patches: (N, 3*P*P) uint8, all items of the batch;
-          tgt_sizes: (n, 2) int64; image_bound: (n, 3) int64, batch row, start, end (half open, in padded positions);
-          temporal_ids: (n,) int64. With packed frames group_sizes: (g,) int64, items per row of image_bound, (g, 3)
-          then. With sound audio_features: (clips, bins, T) float32 log-mel, padding 0;
-          audio_lengths: (clips,) int64, mel frames; audio_bound: (m, 3) int64, as image_bound.
+          tgt_sizes: (n, 2) int64, rows and columns of patches; image_bound: (n, 3) int64, batch row, start, end (half
+          open, in padded positions); temporal_ids: (n,) int64. With packed frames group_sizes: (g,) int64, items per
+          row of image_bound, which is (g, 3) then. With audio audio_features: (chunks, bins, T) float32 log-mel,
+          padding 0; audio_lengths: (chunks,) int64, mel frames; audio_bound: (m, 3) int64, as image_bound.
         * "packed": with images pixel_values: (1, 3, P, N*P) float32, all patches of the batch side by side, and
-          target_sizes: (n, 2) int64; with videos pixel_values_videos and target_sizes_videos, the same of them.
-        * "canvas": as "packed", and mm_token_type_ids: (B, T) int64, 1 for placeholders of images, 2 of videos.
+          target_sizes: (n, 2) int64; with videos pixel_values_videos and target_sizes_videos.
+        * "canvas": as "packed", and mm_token_type_ids: (B, T) int64, 1 for image and 2 for video placeholders.
 
     Raises:
-        ValueError: no example, or one whose first label is not -100 (nothing predicts the first token).
+        ValueError: no example, or one whose first label is not -100 (no position predicts the first token).
     """
     if not examples:
         raise ValueError("cannot make a batch of no examples")
@@ -85,14 +86,14 @@ def pad(examples: Sequence[Example], pad_id: int, side: Literal["right", "left"]
 
 
 def pack(examples: Sequence[Example]) -> dict[str, Any]:
-    """The same examples as the segments of ONE row of T tokens, without padding.
+    """The examples packed into one row of T tokens, one segment each, without padding.
 
     Args:
-        examples: s examples, at least one; none of them sees another.
+        examples: s examples, at least one; attention does not cross segments.
 
     Returns:
-        As ``pad``, with B = 1 and without attention_mask: position_ids restart with every segment; cu_seq_lens_q and
-        cu_seq_lens_k: (s + 1,) int32, where segments begin and end; max_length_q and max_length_k: int, the longest.
+        As ``pad``, with B = 1 and without attention_mask: position_ids restart at 0 in every segment; cu_seq_lens_q and
+        cu_seq_lens_k: (s + 1,) int32, segment boundaries; max_length_q and max_length_k: int, the longest segment.
 
     Raises:
         ValueError: no example, or one whose first label is not -100.
@@ -114,11 +115,11 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
-    if "position_ids" not in batch:  # the networks that count for themselves would count through the row
+    if "position_ids" not in batch:  # models that compute position ids would not restart them
         batch["position_ids"] = torch.cat([example.position_ids for example in examples])[None]
     return batch
 
 
 def _check_first_label(example: Example) -> None:
     if example.labels[0] != IGNORE:
-        raise ValueError(f"{example.source}: the first token carries a label, but nothing predicts it")
+        raise ValueError(f"{example.source}: the first token has a label, but no position predicts it")

@@ -1,9 +1,9 @@
-"""A conversation becomes tensors: the one path of training, evaluation and chat."""
+"""``Encoder``: from ``Sample`` to ``Example``, the single encoding path of training, evaluation and chat."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypedDict, Unpack
 
@@ -14,31 +14,31 @@ from transformers import PreTrainedTokenizerBase
 from finetune.encoding.alignment import AlignmentError, Spans, media_faults
 from finetune.encoding.chat_template_check import complete_layout
 from finetune.encoding.chat_template_tools import ToolWriter
-from finetune.encoding.example import Example
+from finetune.encoding.example import Example, empty_example
 from finetune.encoding.example_size import ExampleSize
 from finetune.encoding.log_mel import log_mel
 from finetune.encoding.pixel_inputs import INPUTS, ImageBackend
 from finetune.encoding.text_inputs import text_tensors
 from finetune.encoding.video_frames import (
-    Spread,
+    ExpandedSample,
     VideoFrames,
     VideoPlan,
     decoded,
+    expand_videos,
     items_of,
-    look,
-    plan_footage,
-    spread,
+    plan_video,
+    probe_video,
     video_options,
 )
-from finetune.families import FAMILIES
+from finetune.families import FAMILIES, unsupported
 from finetune.families.family import Config, Family
 from finetune.families.settings import DOWNSAMPLE_MODE, disagreements
 from finetune.media import audio, image, transformers_processor
-from finetune.media.audio_layout import AudioSpec, Sound, sound
+from finetune.media.audio_layout import AudioPlan, AudioSpec, plan_audio
 from finetune.media.slicing import MERGES, SlicePlan, SliceSpec, plan
 from finetune.media.small_print import SmallPrint, check_installed
 from finetune.media.video_sampling import VideoOptions
-from finetune.sample import DataError, Media, MediaKind, Sample
+from finetune.sample import DataError, Media, Sample
 from finetune.templates.rendering import IGNORE, Layout, Rendered, Spoken, Thinking
 from finetune.templates.rendering import Vocabulary as Spelling
 from finetune.templates.tokenizer_view import TextError, TokenizerView
@@ -47,17 +47,17 @@ from finetune.utils.log_once import warn_once
 
 logger = logging.getLogger(__name__)
 
-Extent = tuple[int, int] | SmallPrint | int | VideoFrames
-"""Size of a medium: (width, height) in pixels of an image, samples of a clip, the chosen frames of a video.
+MediaSize = tuple[int, int] | SmallPrint | int | VideoFrames
+"""Size of a medium: (width, height) in pixels of an image, number of audio samples, sampled frames of a video.
 
-Images whose pixels decide how they are cut are there decoded.
+Images are decoded (``SmallPrint``) where their pixels decide the slicing.
 """
-Planned = SlicePlan | Sound | VideoPlan
-"""How a medium takes its place in the prompt."""
+MediaPlan = SlicePlan | AudioPlan | VideoPlan
+"""Placeholders of a medium: slices of an image, tokens of an audio clip, frames of a video and their slices."""
 
 
 class PromptOptions(TypedDict, total=False):
-    """How prompts are written, where the user has a say; see ``Layout``."""
+    """Prompt options that the user can set; see ``Layout``."""
 
     thinking: Thinking
     enable_thinking: bool | None
@@ -65,35 +65,43 @@ class PromptOptions(TypedDict, total=False):
     spoken: Spoken
 
 
-def _not_taken(family: Family, kind: MediaKind) -> str:
-    """That a family has no input for a kind of media, and which have."""
-    has: Callable[[Family], object] = (lambda each: each.video) if kind == "video" else (lambda each: each.audio_spec)
-    able = ", ".join(each.title for each in FAMILIES if has(each) is not None)
-    kinds = ["images", *(["videos"] if family.video else []), *(["sound"] if family.audio_spec else []), "text"]
-    taken = f"{', '.join(kinds[:-1])} and {kinds[-1]}"
-    return f"{family.title} takes {taken}, no {kind}; use a model that does ({able})"
-
-
 class Encoder:
-    """Samples to examples for one checkpoint.
+    """Encodes samples for one checkpoint; use ``from_config``, the constructor takes settings that are resolved.
+
+    Route of a sample: ``sizes`` reads the media headers, ``plans`` computes slices and placeholders, ``render`` gives
+    token ids and labels, ``assemble`` decodes the media and checks them against the placeholders. ``encode`` does all.
+
+    >>> from tempfile import mkdtemp
+    >>> from PIL import Image
+    >>> from finetune.checkpoints.base_checkpoint import resolve
+    >>> from finetune.models.tokenization import load_tokenizer
+    >>> from finetune.sample import Media, Message, Sample, Source, Text
+    >>> from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
+    >>> base = resolve(write_tiny_checkpoint("v2_6", mkdtemp()))
+    >>> encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings)
+    >>> question = Message("user", (Media("image", Image.new("RGB", (112, 112))), Text("What is it?")))
+    >>> turns = (question, Message("assistant", (Text("A dog."),), train=True))
+    >>> example = encoder.encode(Sample("0", Source("memory", 0), turns))
+    >>> labels = example.labels[example.labels >= 0]  # the answer and its end token
+    >>> encoder.tokenizer.decode(labels), example.tgt_sizes.tolist()
+    ('A dog.<|im_end|>', [[8, 8]])
 
     Args:
-        family: the generation.
-        tokenizer: the checkpoint's fast tokenizer; it is not changed.
-        layout: how prompts are written; what only the checkpoint's chat template can tell is taken from there.
-        slicing: how images are cut.
-        max_length: most tokens of a sample, or None for no limit; nothing is ever cut.
-        max_pixels: most pixels of an image.
-        shrink_pixels: images of more pixels are shrunk to about so many before they are cut; None for none.
-        hearing: how the checkpoint hears; None for one that cannot.
-        video: how videos are looked at, where the user has a say.
-        image_backend: how images are decoded and resized: "pillow", or "fast" with some bytes one level off.
+        family: model family.
+        tokenizer: the checkpoint's fast tokenizer; it is not modified.
+        layout: prompt layout; its ``assumed`` fields are read from the checkpoint's chat template.
+        slicing: image slicing.
+        max_length: maximum number of tokens of a sample, None for no limit; nothing is truncated.
+        max_pixels: maximum number of pixels of an image.
+        shrink_pixels: larger images are downscaled to at most this many pixels before slicing; None for never.
+        audio_spec: audio settings; None for a family without audio input.
+        video: video sampling options.
+        image_backend: image decoding and resizing: "pillow", or "fast" with a few pixel values off by one.
 
     Raises:
-        UserError: the family keeps the pixels of its published image processor, and another backend is asked for; or
-            that processor needs a package that is missing.
+        UserError: the family does not support the image backend, or its image processor needs a missing package.
         MissingTokenError: the tokenizer lacks a token that the family needs.
-        TemplateMismatchError: its chat template begins in a way that the family's prompt cannot.
+        TemplateMismatchError: the chat template writes a prefix that the family's prompt does not support.
     """
 
     def __init__(
@@ -106,14 +114,14 @@ class Encoder:
         max_length: int | None,
         max_pixels: int = image.MAX_PIXELS,
         shrink_pixels: int | None = None,
-        hearing: AudioSpec | None = None,
+        audio_spec: AudioSpec | None = None,
         video: VideoOptions = VideoOptions(),  # noqa: B008 - frozen
         image_backend: ImageBackend = "pillow",
     ) -> None:
         if image_backend not in INPUTS[family.inputs].backends:
             raise UserError(
-                f"--image_backend {image_backend}: {family.title} keeps the pixels of its published image processor, "
-                "which has its own way to resize; leave the option out"
+                f"--image_backend {image_backend}: not supported by {family.title}, which uses the image processor of "
+                "transformers; remove the option"
             )
         if slicing.enlarge == "adaptive":
             check_installed()
@@ -124,17 +132,17 @@ class Encoder:
         self.max_length = max_length
         self.max_pixels = max_pixels
         self.shrink_pixels = shrink_pixels
-        self.hearing = hearing
+        self.audio_spec = audio_spec
         self.video = video
         self.tools = ToolWriter(family, tokenizer, self.layout, FAMILIES)
         self.vocabulary = TokenizerView(tokenizer, family.control_tokens, family.required_tokens)
         self._inputs = INPUTS[family.inputs]
         self._backend = self._inputs.backends[image_backend]
         self._placeholder = self.vocabulary.control(layout.placeholder)
-        # A checkpoint without this token is told so by the first video.
-        seen_moving = self.vocabulary.has(layout.video_placeholder)
-        self._moving = self.vocabulary.control(layout.video_placeholder) if seen_moving else self._placeholder
-        # Padding is masked, so any id serves a tokenizer that names none.
+        # Without this token, the first video raises MissingTokenError.
+        has_video = self.vocabulary.has(layout.video_placeholder)
+        self._video_placeholder = self.vocabulary.control(layout.video_placeholder) if has_video else self._placeholder
+        # Padding is masked, so any id works for a tokenizer without a pad token.
         self.pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
         self.stop_ids = [self.vocabulary.control(token) for token in family.stop_tokens]
         if self.vocabulary.has(layout.speech_end):
@@ -158,13 +166,13 @@ class Encoder:
     ) -> Encoder:
         """The encoder of a checkpoint from its settings (``Checkpoint.settings``); None keeps the checkpoint's value.
 
-        Where files of the folder hold different values, the log says once which is used.
-        Further options replace fields of the layout of the same name; to leave one out keeps the family's value.
+        ``prompt`` options replace the layout fields of the same name. Where files of the checkpoint have different
+        values, the value in use is logged once.
 
         Raises:
-            CheckpointError: files of the folder that cannot both be right, or a value that is not supported.
+            CheckpointError: contradicting files, or a value that is not supported.
         """
-        slicing, hearing = family.slice_spec(config), family.audio_spec and family.audio_spec(config)
+        slicing, audio_spec = family.slice_spec(config), family.audio_spec and family.audio_spec(config)
         flags = {
             "max_slice_nums": max_slice_nums,
             "use_image_id": prompt.get("image_ids"),
@@ -175,96 +183,96 @@ class Encoder:
             warn_once(logger, f"{family.title}: {line}")
         if max_slice_nums is not None:
             slicing = replace(slicing, max_slice_nums=max_slice_nums)
-        if run_seconds is not None and hearing is not None:
-            hearing = replace(hearing, run_seconds=run_seconds)
+        if run_seconds is not None and audio_spec is not None:
+            audio_spec = replace(audio_spec, run_seconds=run_seconds)
         layout = replace(family.layout(config), **prompt)
         return cls(
             family,
             tokenizer,
-            # What the user has decided the checkpoint's chat template is not asked for.
+            # Options set by the user are not read from the checkpoint's chat template.
             layout=replace(layout, assumed=tuple(name for name in layout.assumed if name not in prompt)),
             slicing=slicing,
             max_length=max_length,
             max_pixels=image.MAX_PIXELS if max_pixels is None else max_pixels,
             shrink_pixels=shrink_pixels,
-            hearing=hearing,
+            audio_spec=audio_spec,
             video=video_options(family, config, video),
             image_backend=image_backend,
         )
 
     @property
     def downsample_mode(self) -> str | None:
-        """The mode in which the network has to work for prompts of this encoder; None where it has one way only."""
+        """The downsample_mode that the model must use for these prompts; None for families without the setting."""
         if DOWNSAMPLE_MODE not in self.family.settings:
             return None
         return next(mode for mode, merge in MERGES.items() if merge == self.slicing.merge)
 
-    def sizes(self, sample: Sample) -> tuple[Extent, ...]:
-        """The size of every medium, in reading order: of images as they are cut, from their headers; of sound decoded.
+    def sizes(self, sample: Sample) -> tuple[MediaSize, ...]:
+        """The size of every medium, in reading order: images by their headers, audio decoded, videos by their index.
 
-        Images are decoded too where their pixels decide how they are cut.
+        Images are decoded only where their pixels decide the slicing.
 
         Raises:
-            DataError: a medium that cannot be read, or that this family has no input for.
+            DataError: a medium that cannot be read, or that this family does not support.
         """
-        return tuple(self._extent(media, sample) for media in sample.media())
+        return tuple(self._media_size(media, sample) for media in sample.media())
 
-    def _extent(self, media: Media, sample: Sample) -> Extent:
+    def _media_size(self, media: Media, sample: Sample) -> MediaSize:
         if media.kind == "image" and self.slicing.enlarge == "adaptive":
-            return SmallPrint(self._picture(media, sample), self.slicing.scale_resolution)
+            return SmallPrint(self._image(media, sample), self.slicing.scale_resolution)
         if media.kind == "image":
             return image.shrunk(image.size(media, sample.source, self.max_pixels), self.shrink_pixels)
-        if media.kind == "audio" and self.hearing is not None:
+        if media.kind == "audio" and self.audio_spec is not None:
             samples = len(audio.load(media, sample.source))
-            if samples < self.hearing.shortest:
+            if samples < self.audio_spec.shortest:
                 raise DataError(
-                    f"{sample.source}: {media} lasts {1000 * samples / self.hearing.rate:.0f} ms, and "
-                    f"{1000 * self.hearing.shortest / self.hearing.rate:.0f} ms make a token; remove it"
+                    f"{sample.source}: {media} lasts {1000 * samples / self.audio_spec.rate:.0f} ms, and "
+                    f"{1000 * self.audio_spec.shortest / self.audio_spec.rate:.0f} ms make one token; remove it"
                 )
             return samples
         if media.kind == "video" and self.family.video is not None:
             transformers_processor.check_videos(self.slicing)
-            return look(media, sample.source, self.family.video, self.video, self.max_pixels)
-        raise DataError(f"{sample.source}: {media}: {_not_taken(self.family, media.kind)}, or remove the record")
+            return probe_video(media, sample.source, self.family.video, self.video, self.max_pixels)
+        raise DataError(f"{sample.source}: {media}: {unsupported(self.family, media.kind)}, or remove the record")
 
-    def plans(self, sizes: Sequence[Extent], max_slice_nums: int | None = None) -> tuple[Planned, ...]:
-        """How media of these sizes take their places; None for the encoder's own most slices of images."""
+    def plans(self, sizes: Sequence[MediaSize], max_slice_nums: int | None = None) -> tuple[MediaPlan, ...]:
+        """Placeholders of media of these sizes; ``max_slice_nums`` replaces the encoder's own for images."""
         most = self.slicing.max_slice_nums if max_slice_nums is None else max_slice_nums
         slicing = replace(self.slicing, max_slice_nums=most)
         return tuple(self._planned(size, slicing) for size in sizes)
 
-    def _planned(self, size: Extent, slicing: SliceSpec) -> Planned:
+    def _planned(self, size: MediaSize, slicing: SliceSpec) -> MediaPlan:
         if isinstance(size, VideoFrames):
-            return plan_footage(size, slicing, self.video)
+            return plan_video(size, slicing, self.video)
         if isinstance(size, int):
-            assert self.hearing is not None  # or there would be no such size
-            return sound(size, self.hearing)
+            assert self.audio_spec is not None  # ``sizes`` gives an int only with it
+            return plan_audio(size, self.audio_spec)
         if isinstance(size, SmallPrint):
             return plan(*size.size, slicing, size)
         return plan(*size, slicing)
 
-    def _spread(self, sample: Sample, plans: Sequence[Planned]) -> Spread:
-        return spread(sample, plans, "" if self.family.video is None else self.family.video.between)
+    def _expanded(self, sample: Sample, plans: Sequence[MediaPlan]) -> ExpandedSample:
+        return expand_videos(sample, plans, "" if self.family.video is None else self.family.video.separator)
 
     def measure(self, sample: Sample, generate: bool | None = None) -> ExampleSize:
-        """Size of the encoded sample from its text and its image headers; a sample above max_length is measured too.
+        """Size of the encoded sample from its text and its media headers, also of a sample above max_length.
 
         Args:
             sample: the conversation.
             generate: as in ``encode``; None for True unless the sample ends with an answer.
 
         Raises:
-            DataError: as ``encode``, except for length and for images whose header is right and whose body is not.
+            DataError: as ``encode``, except for the length and for images that fail only when decoded.
         """
         plans = self.plans(self.sizes(sample))
         if generate is None:
             generate = sample.messages[-1].role != "assistant"
-        return self.measured(sample, plans, self.render(sample, plans, generate))
+        return self.size_of(sample, plans, self.render(sample, plans, generate))
 
-    def measured(self, sample: Sample, plans: Sequence[Planned], rendered: Rendered) -> ExampleSize:
-        """Size of a sample that has been planned and rendered."""
-        sizes = items_of(self._spread(sample, plans), self.slicing.patch_size).grids
-        frames = sum(sum(heard.frames) for heard in plans if isinstance(heard, Sound))
+    def size_of(self, sample: Sample, plans: Sequence[MediaPlan], rendered: Rendered) -> ExampleSize:
+        """Size of a rendered sample."""
+        sizes = items_of(self._expanded(sample, plans), self.slicing.patch_size).grids
+        frames = sum(sum(clip.frames) for clip in plans if isinstance(clip, AudioPlan))
         return ExampleSize(len(rendered.input_ids), len(sizes), sum(rows * columns for rows, columns in sizes), frames)
 
     def encode(self, sample: Sample, generate: bool = False) -> Example:
@@ -272,12 +280,12 @@ class Encoder:
 
         Args:
             sample: the conversation.
-            generate: end where the model has to answer; a final answer in the sample is left out, all labels are -100.
+            generate: end with the generation prompt; a final answer in the sample is dropped, all labels are -100.
 
         Raises:
-            DataError: an image that cannot be read, text the tokenizer cannot represent, turns the template lacks,
-                a sample longer than max_length, or (to train) one without any labelled token.
-            AlignmentError: placeholders, items and patches disagree.
+            DataError: unreadable media, text the tokenizer cannot represent, turns the template does not support, a
+                sample longer than max_length, or (for training) one without labels.
+            AlignmentError: placeholders and media inputs disagree.
         """
         plans = self.plans(self.sizes(sample))
         rendered = self.render(sample, plans, generate)
@@ -289,110 +297,101 @@ class Encoder:
     def render(
         self,
         sample: Sample,
-        plans: Sequence[Planned],
+        plans: Sequence[MediaPlan],
         generate: bool = False,
         *,
         vocabulary: Spelling | None = None,
     ) -> Rendered:
-        """Ids and labels of a sample whose media take their places by ``plans``.
+        """Token ids and labels of a sample, with the placeholders of ``plans``.
 
         Args:
             sample: the conversation.
             plans: one per medium.
             generate: as in ``encode``.
-            vocabulary: this encoder's, in a ``Remembered`` where a sample is rendered several times.
+            vocabulary: this encoder's, as a ``CachedVocabulary`` where a sample is rendered several times.
 
         Raises:
-            DataError: text the tokenizer cannot represent, or turns the template lacks.
+            DataError: text the tokenizer cannot represent, or turns the template does not support.
         """
-        sample = self.tools.written(sample)
-        shown, layout = self._spread(sample, plans), self.layout
-        if shown.sample is not sample and not layout.ids_beside_video:
+        sample = self.tools.expand(sample)
+        expanded, layout = self._expanded(sample, plans), self.layout
+        if expanded.sample is not sample and not layout.ids_beside_video:
             layout = replace(layout, image_ids=False)
         try:
-            return self.family.render(*shown, vocabulary or self.vocabulary, layout, generate)
+            return self.family.render(*expanded, vocabulary or self.vocabulary, layout, generate)
         except TextError as error:
             raise DataError(f"{sample.source}: {error}") from error
 
-    def assemble(self, sample: Sample, plans: Sequence[Planned], rendered: Rendered) -> Example:
-        """The tensors of a sample that has been planned and rendered; here its images are decoded.
+    def assemble(self, sample: Sample, plans: Sequence[MediaPlan], rendered: Rendered) -> Example:
+        """The tensors of a rendered sample; its media are decoded here.
 
         Raises:
             DataError: a medium that cannot be decoded.
-            AlignmentError: placeholders, items and patches disagree.
+            AlignmentError: placeholders and media inputs disagree.
         """
-        shown = self._spread(sample, plans)
-        pictures = decoded(shown, lambda media: self._picture(media, sample), self.video.max_pixels)
-        patches, cut = self._backend.cut(pictures, self.slicing)
-        items = items_of(shown, self.slicing.patch_size)
-        clips = self._clips(sample)
-        heard = [found for found in plans if isinstance(found, Sound)]
-        spans = Spans(self.layout, self.slicing.patch_size, self._placeholder, self._moving)
-        if faults := [*spans.faults(rendered, items, heard), *media_faults(items, cut, heard, clips)]:
+        expanded = self._expanded(sample, plans)
+        images = decoded(expanded, lambda media: self._image(media, sample), self.video.max_pixels)
+        patches, grids = self._backend.cut(images, self.slicing)
+        items = items_of(expanded, self.slicing.patch_size)
+        log_mels = self._log_mels(sample)
+        audio_plans = [found for found in plans if isinstance(found, AudioPlan)]
+        spans = Spans(self.layout, self.slicing.patch_size, self._placeholder, self._video_placeholder)
+        if faults := [*spans.faults(rendered, items, audio_plans), *media_faults(items, grids, audio_plans, log_mels)]:
             raise AlignmentError(f"{sample.source}: {'; '.join(faults)}; please report this record")
-        told_apart = bool(self.layout.video_placeholder) and any(items.video)
+        separate_videos = bool(self.layout.video_placeholder) and any(items.video)
         return Example(
             **text_tensors(rendered),
             patches=patches,
             tgt_sizes=torch.tensor(items.grids, dtype=torch.int64).reshape(-1, 2),
             temporal_ids=torch.tensor(items.times, dtype=torch.int64),
             group_sizes=torch.tensor(items.groups) if any(size > 1 for size in items.groups) else None,
-            from_video=torch.tensor(items.video) if told_apart else None,
-            audio=clips,
+            from_video=torch.tensor(items.video) if separate_videos else None,
+            audio=log_mels,
             source=str(sample.source),
             inputs=self.family.inputs,
         )
 
-    def _clips(self, sample: Sample) -> tuple[torch.Tensor, ...]:
-        """Log-mel frames of all sound, in pieces that the network takes."""
-        if self.hearing is None:
+    def _log_mels(self, sample: Sample) -> tuple[torch.Tensor, ...]:
+        """Log-mel chunks of all audio clips."""
+        if self.audio_spec is None:
             return ()
         waves = (audio.load(media, sample.source) for media in sample.media("audio"))
-        return tuple(piece for wave in waves for piece in log_mel(wave, self.hearing))
+        return tuple(chunk for wave in waves for chunk in log_mel(wave, self.audio_spec))
 
-    def _picture(self, media: Media, sample: Sample) -> Image.Image:
-        """A decoded image in the size in which it is cut."""
-        picture = image.load(media, sample.source, self.max_pixels, self._backend.read)
-        return image.shrink(picture, self.shrink_pixels)
+    def _image(self, media: Media, sample: Sample) -> Image.Image:
+        """A decoded image, downscaled by ``shrink_pixels``."""
+        decoded_image = image.load(media, sample.source, self.max_pixels, self._backend.read)
+        return image.shrink(decoded_image, self.shrink_pixels)
 
     def empty(self, source: str) -> Example:
-        """An example of one padding token that teaches nothing and has no image."""
-        return Example(
-            input_ids=torch.tensor([self.pad_id]),
-            labels=torch.tensor([IGNORE]),
-            position_ids=torch.zeros(1, dtype=torch.int64),
-            patches=torch.zeros(0, 3 * self.slicing.patch_size**2, dtype=self._inputs.dtype),
-            tgt_sizes=torch.zeros(0, 2, dtype=torch.int64),
-            image_bound=torch.zeros(0, 2, dtype=torch.int64),
-            temporal_ids=torch.zeros(0, dtype=torch.int64),
-            source=source,
-            inputs=self.family.inputs,
-        )
+        """An example of one padding token without label or image, in place of a skipped sample."""
+        patches = torch.zeros(0, 3 * self.slicing.patch_size**2, dtype=self._inputs.dtype)
+        return empty_example(self.pad_id, patches, source, self.family.inputs)
 
     def fits(self, rendered: Rendered) -> bool:
-        """Whether the ids are within max_length."""
+        """Whether the number of tokens is within max_length."""
         return self.max_length is None or len(rendered.input_ids) <= self.max_length
 
     def check_labels(self, sample: Sample, rendered: Rendered) -> None:
-        """Refuses a sample that teaches nothing.
+        """Refuses a sample without labels.
 
         Raises:
-            DataError: no token carries loss.
+            DataError: no token has a label.
         """
         if rendered.labels.count(IGNORE) == len(rendered.labels):
-            raise DataError(f"{sample.source}: no token carries loss; train at least one answer or remove the record")
+            raise DataError(f"{sample.source}: no token has a label; train at least one answer or remove the record")
 
     def check_length(self, sample: Sample, rendered: Rendered) -> None:
         """Refuses a sample above max_length.
 
         Raises:
-            DataError: naming its length, what of it is images, and what to do.
+            DataError: with its length, the number of image tokens, and what to do.
         """
         tokens, items = len(rendered.input_ids), len(rendered.image_bounds)
         if not self.fits(rendered):
             visual = sum(last - first for first, last in rendered.image_bounds)
-            heard = sum(last - first for first, last in rendered.audio_bounds)
-            also = f", {heard} for sound" if heard else ""
+            audio_tokens = sum(last - first for first, last in rendered.audio_bounds)
+            also = f", {audio_tokens} for audio" if audio_tokens else ""
             lower = "max_slice_nums or video_max_frames" if any(sample.media("video")) else "max_slice_nums"
             raise DataError(
                 f"{sample.source}: {tokens} tokens ({visual} of them for {items} image slices{also}), the limit is "

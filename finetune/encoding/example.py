@@ -1,4 +1,4 @@
-"""The tensors of one sample: what the encoder gives and the collator takes."""
+"""``Example``: the tensors of one encoded sample, between encoder and collator."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One encoded sample of L tokens, n visual items with N patches in all, and a sound of m runs of placeholders.
+    """One encoded sample: L tokens, n visual items with N patches in total, and m audio placeholder runs.
 
-    Items next to each other may form a group, frames of a video that are packed; there are g of them, n without any.
+    Packed video frames form groups of neighbouring items that share placeholders; g is the number of groups, n without
+    packed frames.
 
     Attributes:
         input_ids: (L,) int64.
-        labels: (L,) int64, unshifted, -100 = no loss; the first one is always -100.
+        labels: (L,) int64, not shifted, -100 = no loss; the first one is always -100.
         position_ids: (L,) int64, from 0.
         patches: (N, 3*P*P), P = patch size; each row one patch in (channel, row, column) order, items one after
-            another, patches of an item row by row. uint8, which the network normalises: x / 255, mean 0.5, std 0.5; or
-            float32, normalised, where the family keeps the pixels of a published processor.
+            another, patches of an item row by row. uint8, normalised in the model (x / 255, mean 0.5, std 0.5); or
+            float32, normalised, where the family uses the image processor of transformers.
         tgt_sizes: (n, 2) int64, rows and columns of patches per item; their products add up to N.
         image_bound: (g, 2) int64, half-open token range of each group's placeholders.
         temporal_ids: (n,) int64, time index of a packed video frame, -1 for a still image.
-        group_sizes: (g,) int64, items per group; None when every item is a group.
-        from_video: (n,) bool, whether an item comes from a video, for networks that tell them apart; None for none.
-        audio: log-mel frames of every clip, (bins, T) float32; longer sound in pieces, one behind another.
-        audio_bound: (m, 2) int64, half-open token range of each run of placeholders of sound; the clips fill the runs
-            one after another.
-        source: where the sample came from, for messages.
-        inputs: how the images reach the network, a key of the table in ``finetune.encoding.pixel_inputs``.
+        group_sizes: (g,) int64, items per group; None when every item is its own group.
+        from_video: (n,) bool, whether an item comes from a video, for models with separate video inputs; else None.
+        audio: log-mel features, (bins, T) float32 per chunk; long clips have several chunks, in order.
+        audio_bound: (m, 2) int64, half-open token range of each audio placeholder run; the chunks fill the runs in
+            order.
+        source: file and record of the sample, for messages.
+        inputs: format of the pixel inputs, a key of ``finetune.encoding.pixel_inputs.INPUTS``.
     """
 
     input_ids: torch.Tensor
@@ -45,3 +46,25 @@ class Example:
     group_sizes: torch.Tensor | None = None
     from_video: torch.Tensor | None = None
     inputs: str = "patches"
+
+
+def empty_example(pad_id: int, patches: torch.Tensor, source: str, inputs: str) -> Example:
+    """An example of one padding token without label or media.
+
+    Args:
+        pad_id: its token id.
+        patches: (0, 3*P*P), in the dtype of the family.
+        source: as in ``Example``.
+        inputs: as in ``Example``.
+    """
+    return Example(
+        input_ids=torch.tensor([pad_id]),
+        labels=torch.tensor([-100]),
+        position_ids=torch.zeros(1, dtype=torch.int64),
+        patches=patches,
+        tgt_sizes=torch.zeros(0, 2, dtype=torch.int64),
+        image_bound=torch.zeros(0, 2, dtype=torch.int64),
+        temporal_ids=torch.zeros(0, dtype=torch.int64),
+        source=source,
+        inputs=inputs,
+    )

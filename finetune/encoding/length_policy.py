@@ -1,6 +1,6 @@
-"""Samples longer than the limit: fewer slices, fewer old turns, shorter prompts, or left out, by a stated policy.
+"""``LengthPolicy``: what happens to samples above max_length (``--overlong`` shrink, drop, truncate or error).
 
-Everything here works on the conversation and on image headers; no medium is cut and no image is decoded.
+Works on the conversation and on media headers; no image is decoded.
 """
 
 from __future__ import annotations
@@ -10,51 +10,50 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from finetune.encoding.encoder import Encoder, Extent, Planned
+from finetune.encoding.encoder import Encoder, MediaPlan, MediaSize
 from finetune.encoding.example import Example
 from finetune.sample import DataError, Media, Message, Part, Sample, Text
-from finetune.templates.rendering import IGNORE, Remembered, Rendered
+from finetune.templates.rendering import IGNORE, CachedVocabulary, Rendered
 
 POLICIES = ("shrink", "drop", "truncate", "error")
 Outcome = Literal["kept", "shrunk", "turns dropped", "truncated"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-Sizes = Sequence[Extent]
-# Texts of so many letters are tokenised though they cannot fit, so that their error has the number of tokens.
-_COUNTED = 1 << 16
-Draft = tuple[Sample, tuple[Planned, ...], Rendered]
+Sizes = Sequence[MediaSize]
+# Texts up to this many characters are tokenized even if they cannot fit, so that the error has the number of tokens.
+_TOKENIZED = 1 << 16
+Draft = tuple[Sample, tuple[MediaPlan, ...], Rendered]
 
 
 class OverlongError(DataError):
-    """A sample that is left out because its policy finds no way to make it fit."""
+    """A sample that is skipped because the policy cannot make it fit into max_length."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A sample that is within the limit.
+    """A sample within max_length.
 
     Attributes:
         sample: the conversation that remains.
-        plans: how every medium of it takes its place.
-        rendered: its ids and labels.
-        outcome: what had to give; "turns dropped" when turns did, whatever else was done.
-        lost_images: images, and other media, that went with dropped turns.
+        plans: placeholders of every medium.
+        rendered: token ids and labels.
+        outcome: what was done; "turns dropped" whenever turns were, whatever else was done.
+        lost_images: number of images and other media in dropped turns.
     """
 
     sample: Sample
-    plans: tuple[Planned, ...]
+    plans: tuple[MediaPlan, ...]
     rendered: Rendered
     outcome: Outcome
     lost_images: int = 0
 
 
 class LengthPolicy:
-    """Makes samples fit into ``encoder.max_length``; the last answer and every medium that stays are kept whole.
+    """Fits samples into ``encoder.max_length``; the last answer is never shortened.
 
-    ``shrink`` drops as few of the oldest turns as possible, often none, and then cuts the images into as many slices
-    as fit. ``truncate`` keeps the slices and takes characters off the system and user texts, oldest first and from
-    their beginning; it drops as few of the oldest turns as possible, and the last question is shortened only when it
-    is the only one left. A turn is dropped together with its answer and its media; a system turn stays. ``drop``
-    leaves the sample out. ``error`` stops.
+    ``shrink`` drops as few of the oldest turns as possible, often none, then uses the largest max_slice_nums that fits.
+    ``truncate`` keeps the slices and removes characters from the start of system and user texts, oldest first; it
+    drops as few of the oldest turns as possible, and the last question is shortened only when it is the only one left.
+    A turn is dropped with its answer and its media; a system turn stays. ``drop`` skips the sample. ``error`` raises.
 
     Args:
         encoder: the encoder of the run.
@@ -71,7 +70,7 @@ class LengthPolicy:
         self.policy = policy
 
     def encode(self, sample: Sample) -> tuple[Example, Outcome]:
-        """The tensors of a sample, and what had to give for it.
+        """The tensors of a sample, and what was done to make it fit.
 
         Raises:
             DataError: as ``fit``, and an image that cannot be decoded.
@@ -80,16 +79,16 @@ class LengthPolicy:
         return self.encoder.assemble(fitted.sample, fitted.plans, fitted.rendered), fitted.outcome
 
     def fit(self, sample: Sample) -> Fitted:
-        """The sample within the limit, as it is when it fits.
+        """The sample within max_length, unchanged if it fits.
 
         Raises:
-            OverlongError: it is left out; the message says why.
+            OverlongError: it is skipped; the message has the reason.
             DataError: a sample that cannot be used at any length, or with ``error`` one that is too long.
         """
         encoder, attempt = self.encoder, _Attempt(self.encoder)
         sizes = encoder.sizes(sample)
-        length = f"at least {fewest(encoder, sample)} tokens by the length of its text"
-        if _letters(sample) <= _COUNTED or not _surely_too_long(encoder, sample):
+        length = f"at least {min_tokens(encoder, sample)} tokens by the length of its text"
+        if _letters(sample) <= _TOKENIZED or not _surely_too_long(encoder, sample):
             drafted, plans, rendered = attempt.draft(sample, sizes)
             encoder.check_labels(sample, rendered)
             if encoder.fits(rendered):
@@ -105,24 +104,24 @@ class LengthPolicy:
         fitted = self._squeezed(sample, sizes, attempt)
         if fitted is None:
             raise OverlongError(
-                f"{sample.source}: left out: {length}, the limit is {encoder.max_length}"
+                f"{sample.source}: skipped: {length}, the limit is {encoder.max_length}"
                 f"{self._reason()}; raise model_max_length, or shorten or split the record"
             )
         if all(label == IGNORE for label in fitted.rendered.labels):
             raise OverlongError(
-                f"{sample.source}: left out: {length}, the limit is {encoder.max_length}, "
-                "and no answer that is trained fits into it; raise model_max_length, or shorten or split the record"
+                f"{sample.source}: skipped: {length}, the limit is {encoder.max_length}, "
+                "and no trained answer fits into it; raise model_max_length, or shorten or split the record"
             )
         return fitted
 
     def _reason(self) -> str:
         return {
             "shrink": ", and its last exchange alone is longer, even with one slice per image",
-            "truncate": ", and its last exchange needs more for its images, its answer and a word of its question",
+            "truncate": ", and the images, the answer and one word of the question of its last exchange need more",
         }.get(self.policy, " (--overlong drop)")
 
     def _squeezed(self, sample: Sample, sizes: Sizes, attempt: _Attempt) -> Fitted | None:
-        """The sample without as few of its oldest turns as let the rest fit; None when not even the last does."""
+        """The sample without its oldest turns, as few as needed; None if not even the last exchange fits."""
         if self.policy == "drop":
             return None
         turns = [index for index, message in enumerate(sample.messages) if message.role == "user"]
@@ -133,7 +132,7 @@ class LengthPolicy:
                 return attempt.fits(rest, left, 1)
             return attempt.fits(_shortened(rest, _removable(rest)), left)
 
-        # Every dropped turn makes the rest shorter, so the least number that does is found by halving.
+        # Every dropped turn makes the rest shorter, so the smallest number is found by bisection.
         dropped = bisect_left(range(len(turns)), True, key=rest_fits)
         if dropped == len(turns):
             return None
@@ -146,9 +145,9 @@ class LengthPolicy:
 
     @staticmethod
     def _without(sample: Sample, sizes: Sizes, first: int, last: int) -> tuple[Sample, Sizes]:
-        """The sample without its turns ``first`` to ``last`` (half open), and the sizes of the media that remain."""
+        """The sample without its turns ``first`` to ``last`` (half open), and the sizes of the remaining media."""
         rest = replace(sample, messages=sample.messages[:first] + sample.messages[last:])
-        # Of a system turn in front, which stays, and of what is behind the dropped turns.
+        # Media of a system turn, which stays, and of the turns after the dropped ones.
         kept = sum(isinstance(part, Media) for message in sample.messages[:first] for part in message.parts)
         return rest, (*sizes[:kept], *sizes[len(sizes) - sum(1 for _ in rest.media()) + kept :])
 
@@ -166,7 +165,7 @@ class LengthPolicy:
 
     def _shorter_texts(self, sample: Sample, sizes: Sizes, attempt: _Attempt) -> Fitted | None:
         most = _removable(sample)
-        # Tokens do not fall with every character, but what halving ends at has been seen to fit.
+        # Not strictly monotonic in the number of characters, but the result of the bisection has been checked to fit.
         least = bisect_left(
             range(most), True, key=lambda characters: attempt.fits(_shortened(sample, characters), sizes)
         )
@@ -178,37 +177,37 @@ class LengthPolicy:
 
 
 class _Attempt:
-    """Drafts of one sample: each of its texts is tokenised once, however many drafts have it."""
+    """Renders variants of one sample; each text is tokenized once and cached."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._vocabulary = Remembered(encoder.vocabulary)
+        self._vocabulary = CachedVocabulary(encoder.vocabulary)
 
     def draft(self, sample: Sample, sizes: Sizes, slices: int | None = None) -> Draft:
         plans = self._encoder.plans(sizes, slices)
         return sample, plans, self._encoder.render(sample, plans, vocabulary=self._vocabulary)
 
     def fits(self, sample: Sample, sizes: Sizes, slices: int | None = None) -> bool:
-        """Whether a draft fits; one whose length tells that it does not is not made."""
+        """Whether a variant fits; a text that is too long by its number of characters is not tokenized."""
         if _surely_too_long(self._encoder, sample):
             return False
         return self._encoder.fits(self.draft(sample, sizes, slices)[2])
 
 
-def fewest(encoder: Encoder, sample: Sample) -> int:
-    """A number of tokens that a sample has at least, from the length of its text; nothing is tokenised.
+def min_tokens(encoder: Encoder, sample: Sample) -> int:
+    """Lower bound of the number of tokens of a sample, from the length of its text, without tokenizing.
 
-    White space around turns and the thinking of answers are left out of it, as some templates leave them out.
+    White space around turns and the thinking of answers do not count, since some templates drop them.
     """
-    return encoder.vocabulary.fewest(map(_surely_written, sample.messages))
+    return encoder.vocabulary.min_tokens(map(_surely_written, sample.messages))
 
 
 def _surely_too_long(encoder: Encoder, sample: Sample) -> bool:
-    return encoder.max_length is not None and fewest(encoder, sample) > encoder.max_length
+    return encoder.max_length is not None and min_tokens(encoder, sample) > encoder.max_length
 
 
 def _surely_written(message: Message) -> str:
-    """The part of a turn's text that every template writes."""
+    """The part of a turn's text that every template keeps."""
     text = message.text
     return (text.rpartition("</think>")[2] if message.role == "assistant" else text).strip()
 
@@ -222,27 +221,27 @@ def _has_media(message: Message) -> bool:
 
 
 def _may_shrink(sample: Sample) -> list[bool]:
-    """Per message whether its text may be shortened: prompts, but the last question only when it is alone."""
+    """Per message, whether its text may be truncated: prompts, and the last question only if it is the only one."""
     users = [index for index, message in enumerate(sample.messages) if message.role == "user"]
     spared = users[-1] if len(users) > 1 else -1
     return [message.role in ("system", "user") and index != spared for index, message in enumerate(sample.messages)]
 
 
 def _removable(sample: Sample) -> int:
-    """Characters that truncation may take."""
+    """Number of characters that truncation may remove."""
     return sum(len(m.text) for m, may in zip(sample.messages, _may_shrink(sample), strict=True) if may)
 
 
 def _shortened(sample: Sample, characters: int) -> Sample:
-    """The sample with so many characters taken off its prompts, oldest first and from the beginning of each text."""
+    """The sample with this many characters removed from its prompts, oldest first, from the start of each text."""
     messages = []
     for message, may in zip(sample.messages, _may_shrink(sample), strict=True):
         parts: list[Part] = []
         for part in message.parts:
             if may and characters and isinstance(part, Text):
-                taken = min(characters, len(part.text))
-                characters -= taken
-                parts += [Text(part.text[taken:])] if taken < len(part.text) else []
+                removed = min(characters, len(part.text))
+                characters -= removed
+                parts += [Text(part.text[removed:])] if removed < len(part.text) else []
             else:
                 parts.append(part)
         messages.append(replace(message, parts=tuple(parts)))

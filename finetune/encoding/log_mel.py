@@ -1,4 +1,4 @@
-"""Waveforms to what the audio tower takes: log-mel frames, by the published feature extractor."""
+"""Log-mel features of waveforms, computed by transformers' Whisper feature extractor."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.media.audio_layout import AudioSpec, pieces
+from finetune.media.audio_layout import AudioSpec, audio_chunks
 
 
 def log_mel(samples: np.ndarray, spec: AudioSpec) -> list[torch.Tensor]:
-    """Log-mel frames of a waveform, piece by piece.
+    """Log-mel features of a waveform, one tensor per chunk.
 
     Args:
         samples: (n,) float32 at ``spec.rate``.
-        spec: settings of the checkpoint.
+        spec: audio settings of the checkpoint.
 
     Returns:
-        Per piece (bins, T) float32, T = ``spec.frames`` of its samples. As published, every piece is filled up with
-        silence before its spectrum is taken, and cut back afterwards.
+        Per chunk (bins, T) float32, T = ``spec.frames`` of its samples. As in the published code, every chunk is padded
+        with zeros to its full length before the spectrogram is computed, and the features are truncated afterwards.
     """
-    spans = pieces(len(samples), spec)
+    spans = audio_chunks(len(samples), spec)
     if not spans:
         return []
     given = _extractor(spec)(
         [samples[start:end] for start, end in spans], sampling_rate=spec.rate, padding="max_length", return_tensors="pt"
     )
-    # Copies, so that the silence behind them is not kept, nor sent from loader to trainer.
+    # Copies, so that the padding is neither kept in memory nor sent from the dataloader worker to the trainer.
     features = zip(given["input_features"], spans, strict=True)
-    return [piece[:, : spec.frames(end - start)].clone() for piece, (start, end) in features]
+    return [chunk[:, : spec.frames(end - start)].clone() for chunk, (start, end) in features]
 
 
 @lru_cache(maxsize=4)
@@ -41,6 +41,6 @@ def _extractor(spec: AudioSpec) -> Any:
         feature_size=spec.bins,
         sampling_rate=spec.rate,
         hop_length=spec.hop,
-        chunk_length=spec.piece_seconds,
+        chunk_length=spec.chunk_seconds,
         n_fft=spec.window,
     )

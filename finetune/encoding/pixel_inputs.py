@@ -1,4 +1,4 @@
-"""How images reach the network: pixels of a sample, and their place in a batch; one entry per kind of network."""
+"""Pixel inputs by model type (``INPUTS``): slicing to patches with an image backend, and batch collation."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ import torch
 from PIL.Image import Image
 
 from finetune.encoding.example import Example
-from finetune.encoding.video_frames import Shown
+from finetune.encoding.video_frames import DecodedGroup
 from finetune.media import fast_image, image, transformers_processor
 from finetune.media.patches import patchify
 from finetune.media.slicing import SlicePlan, SliceSpec
 
-Pictures = Iterable[Shown]
+DecodedImages = Iterable[DecodedGroup]
 Grids = list[tuple[int, int]]
 ImageBackend = Literal["pillow", "fast"]
-"""What decodes and resizes images; families with a published processor keep its resizing."""
+"""Image decoding and resizing; families with an image processor in transformers use its resizing."""
 Tensors = dict[str, torch.Tensor]
 Place = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """How image files become patches.
+    """Image decoding and slicing.
 
     Attributes:
-        cut: decoded pictures to patches (N, 3*P*P), and rows and columns of patches of every item.
-        read: decodes files.
+        cut: decoded images to patches (N, 3*P*P) and the (rows, columns) of patches of every item.
+        read: decodes image files.
     """
 
-    cut: Callable[[Pictures, SliceSpec], tuple[torch.Tensor, Grids]]
+    cut: Callable[[DecodedImages, SliceSpec], tuple[torch.Tensor, Grids]]
     read: image.Reader = image.left_to_pillow
 
 
 @dataclass(frozen=True, slots=True)
 class PixelInputs:
-    """One way for images into a network.
+    """The pixel inputs of one model type.
 
     Attributes:
-        dtype: of the patches.
-        backends: how image files become patches, by the name of --image_backend.
-        collect: what a batch has besides ids, mask and labels, from its examples, batch row and first position of
-            each, and the shape (B, T).
+        dtype: dtype of the patches.
+        backends: image backends by the value of --image_backend.
+        collect: the batch entries besides input_ids, attention_mask and labels, from the examples, the (batch row,
+            first position) of each, and the shape (B, T).
     """
 
     dtype: torch.dtype
@@ -54,32 +54,32 @@ class PixelInputs:
     collect: Callable[[Sequence[Example], Sequence[Place], tuple[int, int]], Tensors]
 
 
-def _by_pillow(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
-    return _patches(pictures, spec, image.cut)
+def _by_pillow(images: DecodedImages, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
+    return _patches(images, spec, image.cut)
 
 
-def _by_torch(pictures: Pictures, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
-    return _patches(pictures, spec, fast_image.cut)
+def _by_torch(images: DecodedImages, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
+    return _patches(images, spec, fast_image.cut)
 
 
 def _patches(
-    pictures: Pictures, spec: SliceSpec, cut_one: Callable[[Image, SlicePlan], list[np.ndarray]]
+    images: DecodedImages, spec: SliceSpec, cut_one: Callable[[Image, SlicePlan], list[np.ndarray]]
 ) -> tuple[torch.Tensor, Grids]:
     items = []
-    for shown in pictures:
-        cut = [cut_one(picture, shown.cuts) for picture in shown.pictures]
-        # All thumbnails of a group of frames, then all their first slices, and so on: each has its placeholders.
+    for group in images:
+        cut = [cut_one(frame, group.cuts) for frame in group.images]
+        # All thumbnails of a group of frames, then all first slices, and so on: frames of a group share placeholders.
         items += [item for alike in zip(*cut, strict=True) for item in alike]
     side = spec.patch_size
     grids = [(item.shape[0] // side, item.shape[1] // side) for item in items]
     return torch.from_numpy(patchify(items, side)), grids
 
 
-def _by_processor(pictures: Pictures, spec: SliceSpec, maker: str = "MiniCPMV4_6") -> tuple[torch.Tensor, Grids]:
+def _by_processor(images: DecodedImages, spec: SliceSpec, maker: str = "MiniCPMV4_6") -> tuple[torch.Tensor, Grids]:
     cut = [
-        transformers_processor.patch_rows(picture, shown.cuts, spec, maker=maker, video=shown.video)
-        for shown in pictures
-        for picture in shown.pictures
+        transformers_processor.patch_rows(frame, group.cuts, spec, maker=maker, video=group.video)
+        for group in images
+        for frame in group.images
     ]
     if not cut:
         return torch.zeros(0, 3 * spec.patch_size**2), []
@@ -87,31 +87,31 @@ def _by_processor(pictures: Pictures, spec: SliceSpec, maker: str = "MiniCPMV4_6
 
 
 def _bounded(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Tensors:
-    """Patches as they are, and where each item's placeholders stand."""
+    """Patches one after another, and the placeholder bounds of each item or group."""
     positions = torch.zeros(shape, dtype=torch.int64)
-    bounds, heard = [], []
+    image_bounds, audio_bounds = [], []
     for example, (row, start) in zip(examples, places, strict=True):
         positions[row, start : start + len(example.position_ids)] = example.position_ids
-        bounds.append(_of_row(row, example.image_bound + start))
-        heard.append(_of_row(row, example.audio_bound + start))
+        image_bounds.append(_of_row(row, example.image_bound + start))
+        audio_bounds.append(_of_row(row, example.audio_bound + start))
     return {
         "position_ids": positions,
         "patches": _joined([example.patches for example in examples]),
         "tgt_sizes": torch.cat([example.tgt_sizes for example in examples]),
-        "image_bound": torch.cat(bounds),
+        "image_bound": torch.cat(image_bounds),
         "temporal_ids": torch.cat([example.temporal_ids for example in examples]),
         **_groups(examples),
-        **_sound([clip for example in examples for clip in example.audio], torch.cat(heard)),
+        **_audio([chunk for example in examples for chunk in example.audio], torch.cat(audio_bounds)),
     }
 
 
 def _joined(patches: list[torch.Tensor]) -> torch.Tensor:
-    """All patches one after another; of a single example they are not copied."""
+    """All patches one after another; those of a single example are not copied."""
     return patches[0] if len(patches) == 1 else torch.cat(patches)
 
 
 def _groups(examples: Sequence[Example]) -> Tensors:
-    """Items per run of placeholders; nothing where every item has its own."""
+    """Items per placeholder run; nothing where every item has its own run."""
     if all(example.group_sizes is None for example in examples):
         return {}
     return {"group_sizes": torch.cat([_sizes(example) for example in examples])}
@@ -123,30 +123,30 @@ def _sizes(example: Example) -> torch.Tensor:
 
 
 def _of_row(row: int, bounds: torch.Tensor) -> torch.Tensor:
-    """Bounds (m, 2) with the number of their batch row in front, (m, 3)."""
+    """Bounds (m, 2) with the batch row as first column, (m, 3)."""
     return torch.cat([torch.full((len(bounds), 1), row, dtype=torch.int64), bounds], dim=1)
 
 
-def _sound(clips: Sequence[torch.Tensor], bounds: torch.Tensor) -> Tensors:
-    """The clips of the batch, padded with 0 to the longest; without sound nothing."""
-    if not clips:
+def _audio(chunks: Sequence[torch.Tensor], bounds: torch.Tensor) -> Tensors:
+    """The log-mel chunks of the batch, padded with 0 to the longest; nothing without audio."""
+    if not chunks:
         return {}
-    frames = [clip.shape[1] for clip in clips]
-    features = torch.zeros(len(clips), clips[0].shape[0], max(frames))
-    for clip, into in zip(clips, features, strict=True):
-        into[:, : clip.shape[1]] = clip
+    frames = [chunk.shape[1] for chunk in chunks]
+    features = torch.zeros(len(chunks), chunks[0].shape[0], max(frames))
+    for chunk, into in zip(chunks, features, strict=True):
+        into[:, : chunk.shape[1]] = chunk
     return {"audio_features": features, "audio_lengths": torch.tensor(frames), "audio_bound": bounds}
 
 
 def _packed(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Tensors:
-    """All patches of the images of the batch side by side, and those of its videos; as transformers has it."""
+    """All image patches of the batch side by side, and all video patches, in the layout of transformers."""
     sizes = torch.cat([example.tgt_sizes for example in examples])
     patches = _joined([example.patches for example in examples])
-    moving = torch.cat([_moving(example) for example in examples])
-    owners = moving.repeat_interleave(sizes.prod(1))
+    from_video = torch.cat([_from_video(example) for example in examples])
+    owners = from_video.repeat_interleave(sizes.prod(1))
     return {
-        **_side_by_side(patches[~owners], sizes[~moving], ""),
-        **_side_by_side(patches[owners], sizes[moving], "_videos"),
+        **_side_by_side(patches[~owners], sizes[~from_video], ""),
+        **_side_by_side(patches[owners], sizes[from_video], "_videos"),
     }
 
 
@@ -158,18 +158,18 @@ def _side_by_side(patches: torch.Tensor, sizes: torch.Tensor, suffix: str) -> Te
     return {f"pixel_values{suffix}": pixels, f"target_sizes{suffix}": sizes}
 
 
-def _moving(example: Example) -> torch.Tensor:
+def _from_video(example: Example) -> torch.Tensor:
     """(n,) whether an item comes from a video."""
     given = example.from_video
     return torch.zeros(len(example.tgt_sizes), dtype=torch.bool) if given is None else given
 
 
 def _typed(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Tensors:
-    """As packed, and which positions are an image's or a video's: the network computes position ids from them."""
+    """As packed, and mm_token_type_ids, from which the model computes position ids."""
     types = torch.zeros(shape, dtype=torch.int64)
     for example, (row, start) in zip(examples, places, strict=True):
-        for (first, last), moving in zip(example.image_bound.tolist(), _moving(example).tolist(), strict=True):
-            types[row, start + first : start + last] = 2 if moving else 1
+        for (first, last), is_video in zip(example.image_bound.tolist(), _from_video(example).tolist(), strict=True):
+            types[row, start + first : start + last] = 2 if is_video else 1
     return {"mm_token_type_ids": types, **_packed(examples, places, shape)}
 
 

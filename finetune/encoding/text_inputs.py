@@ -1,4 +1,4 @@
-"""The text side of an example: ids, labels, positions and bounds."""
+"""Text tensors of an example: input_ids, labels, position_ids and placeholder bounds."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ def text_tensors(rendered: Rendered) -> TextTensors:
 
 
 def _int64(values: Sequence[int] | Sequence[tuple[int, int]]) -> torch.Tensor:
-    # By way of numpy: torch takes several times as long to read a list.
+    # Via numpy: torch takes several times as long to convert a list.
     return torch.from_numpy(np.array(values, np.int64))

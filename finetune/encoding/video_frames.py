@@ -1,4 +1,4 @@
-"""Videos of a conversation: looked at, planned, and spread out into the frames that stand in the prompt."""
+"""Videos in prompts: frame sampling, slicing plans, and the expansion of a video into frame placeholders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from finetune.families.family import Config, Family, Video
 from finetune.media import image, video
-from finetune.media.audio_layout import Sound
+from finetune.media.audio_layout import AudioPlan
 from finetune.media.slicing import SlicePlan, SliceSpec, item_sizes, plan
 from finetune.media.video_sampling import Clip, Frames, Group, VideoOptions, frames_of
 from finetune.sample import Media, Message, Part, Sample, Source, Text
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class VideoFrames:
-    """The extent of a video: its chosen frames and their size.
+    """The sampled frames of a video and their size.
 
     Attributes:
         clip: the video.
-        groups: the frames that are looked at; a group shares its placeholders.
-        size: (width, height) in pixels of a frame as it is cut.
+        groups: the sampled frames; the frames of a group share placeholders.
+        size: (width, height) in pixels of a frame before slicing.
     """
 
     clip: Clip
@@ -38,42 +38,42 @@ class VideoFrames:
 
 @dataclass(frozen=True, slots=True)
 class VideoPlan:
-    """How a video takes its place: its frames, and how each of them is cut."""
+    """The sampled frames of a video, and the slice plan of each frame."""
 
-    footage: VideoFrames
+    frames: VideoFrames
     cuts: SlicePlan
 
 
 def video_options(family: Family, config: Config, given: VideoOptions | None) -> VideoOptions:
-    """The options of a run over those of the checkpoint; what means nothing to the family is said once.
+    """The user's video options, with defaults from the checkpoint; unsupported options are logged once.
 
     Args:
-        family: the generation.
+        family: model family.
         config: config.json of the checkpoint, as a dictionary.
-        given: by the user; None for nothing.
+        given: options set by the user; None for none.
     """
     given = given or VideoOptions()
-    heeded = () if family.video is None else family.video.heeds
-    if unheeded := [name for name in given.given if name not in heeded]:
-        why = "has no such rule" if heeded else "takes none"
-        warn_once(logger, f"videos: no effect of {', '.join(unheeded)}: {family.title} {why}")
+    supported = () if family.video is None else family.video.options
+    if ignored := [name for name in given.given if name not in supported]:
+        why = "does not support it" if supported else "has no video input"
+        warn_once(logger, f"videos: {', '.join(ignored)} has no effect: {family.title} {why}")
     if (config.get("video_processor") or {}).get("stack_frames", 1) > 1:
         warn_once(
             logger,
-            "videos: stack_frames of the checkpoint's video processor is not done: the model sees whole frames only",
+            "videos: stack_frames of the checkpoint's video processor is ignored: every frame is encoded on its own",
         )
     return given if family.video is None else given.over(family.video.defaults(config))
 
 
-def look(media: Media, source: Source, rule: Video, options: VideoOptions, max_pixels: int) -> VideoFrames:
-    """The frames of a video that are looked at; none is decoded.
+def probe_video(media: Media, source: Source, rule: Video, options: VideoOptions, max_pixels: int) -> VideoFrames:
+    """Samples the frames of a video by its header, without decoding them.
 
     Args:
         media: the video.
-        source: named in errors.
-        rule: how the family looks at videos.
-        options: the same of this run, over those of the checkpoint.
-        max_pixels: most pixels of a frame.
+        source: record of the video, for errors.
+        rule: video sampling of the family.
+        options: video options of the run.
+        max_pixels: maximum number of pixels of a frame.
 
     Raises:
         DataError: it cannot be read.
@@ -82,23 +82,23 @@ def look(media: Media, source: Source, rule: Video, options: VideoOptions, max_p
     return VideoFrames(clip, tuple(rule.sample(clip.length, options)), image.shrunk(clip.size, options.max_pixels))
 
 
-def plan_footage(footage: VideoFrames, slicing: SliceSpec, options: VideoOptions) -> VideoPlan:
-    """How the frames are cut: all alike, by the most slices of videos."""
+def plan_video(frames: VideoFrames, slicing: SliceSpec, options: VideoOptions) -> VideoPlan:
+    """The slice plan of the frames, the same for all, with the max_slice_nums of videos."""
     most = slicing.max_slice_nums if options.max_slice_nums is None else options.max_slice_nums
-    # Frames are always enlarged: the published video processors have no other way.
-    return VideoPlan(footage, plan(*footage.size, replace(slicing, max_slice_nums=most, enlarge="always")))
+    # Frames are always upscaled, as in the published video processors.
+    return VideoPlan(frames, plan(*frames.size, replace(slicing, max_slice_nums=most, enlarge="always")))
 
 
-class Spread(NamedTuple):
-    """A conversation as the prompt shows it.
+class ExpandedSample(NamedTuple):
+    """A conversation whose videos are replaced by frames.
 
     Attributes:
-        sample: groups of frames stand in the place of videos, with the text that joins them.
+        sample: the conversation, with frame groups and separator text in place of videos.
         plans: one per medium of it.
     """
 
     sample: Sample
-    plans: tuple[SlicePlan | Sound, ...]
+    plans: tuple[SlicePlan | AudioPlan, ...]
 
     def visual(self) -> Iterator[tuple[Media, SlicePlan]]:
         """Images and groups of frames, in reading order."""
@@ -107,16 +107,16 @@ class Spread(NamedTuple):
                 yield media, cuts
 
 
-def spread(sample: Sample, plans: Sequence[SlicePlan | Sound | VideoPlan], between: str) -> Spread:
-    """The conversation with frames in the place of videos.
+def expand_videos(sample: Sample, plans: Sequence[SlicePlan | AudioPlan | VideoPlan], separator: str) -> ExpandedSample:
+    """The conversation with videos replaced by their frame groups.
 
     Args:
         sample: the conversation.
         plans: one per medium, in reading order.
-        between: text that joins the groups of a video.
+        separator: text between two groups of a video.
     """
     if not any(isinstance(each, VideoPlan) for each in plans):
-        return Spread(sample, tuple(each for each in plans if not isinstance(each, VideoPlan)))
+        return ExpandedSample(sample, tuple(each for each in plans if not isinstance(each, VideoPlan)))
     left, flat, videos = iter(plans), [], 0
     messages: list[Message] = []
     for message in sample.messages:
@@ -127,25 +127,25 @@ def spread(sample: Sample, plans: Sequence[SlicePlan | Sound | VideoPlan], betwe
                 parts.append(part)
                 flat += [] if planned is None else [planned]
                 continue
-            frames = frames_of(planned.footage.clip, planned.footage.groups, videos)
+            frames = frames_of(planned.frames.clip, planned.frames.groups, videos)
             videos += 1
             for place, group in enumerate(frames):
-                parts += [Text(between)] if place and between else []
+                parts += [Text(separator)] if place and separator else []
                 parts.append(Media("video", group))
             flat += [planned.cuts] * len(frames)
         messages.append(replace(message, parts=tuple(parts)))
-    return Spread(replace(sample, messages=tuple(messages)), tuple(flat))
+    return ExpandedSample(replace(sample, messages=tuple(messages)), tuple(flat))
 
 
 @dataclass(slots=True)
 class FrameItems:
-    """The n visual items of a conversation in the order of their patches, and the g groups that they make.
+    """The n visual items of a conversation in the order of their patches, and their g groups.
 
     Attributes:
         grids: rows and columns of patches per item.
         times: time index per item, -1 for stills.
         video: per item whether it comes from a video.
-        groups: items per group; each group has a run of placeholders.
+        groups: items per group; each group has one placeholder run.
     """
 
     grids: list[tuple[int, int]] = field(default_factory=list)
@@ -162,10 +162,10 @@ class FrameItems:
         return starts
 
 
-def items_of(shown: Spread, patch: int) -> FrameItems:
-    """The visual items: of an image its thumbnail and slices, of a group the same of all its frames side by side."""
+def items_of(expanded: ExpandedSample, patch: int) -> FrameItems:
+    """The visual items: thumbnail and slices of every image, and of every frame of a group."""
     items = FrameItems()
-    for media, cuts in shown.visual():
+    for media, cuts in expanded.visual():
         times = media.data.times if isinstance(media.data, Frames) else (-1,)
         for width, height in item_sizes(cuts):
             items.grids += [(height // patch, width // patch)] * len(times)
@@ -175,39 +175,42 @@ def items_of(shown: Spread, patch: int) -> FrameItems:
     return items
 
 
-class Shown(NamedTuple):
-    """Decoded pictures that share their placeholders.
+class DecodedGroup(NamedTuple):
+    """Decoded images that share placeholders.
 
     Attributes:
-        pictures: an image, or the frames of a group, in RGB.
-        cuts: how each is cut.
-        video: whether they are frames.
+        images: an image, or the frames of a group, in RGB.
+        cuts: slice plan of each.
+        video: whether they are video frames.
     """
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     cuts: SlicePlan
     video: bool
 
 
-def decoded(shown: Spread, load: Callable[[Media], Image.Image], most_pixels: int | None) -> Iterator[Shown]:
-    """The pictures of a conversation; of every video one pass over its file.
+def decoded(
+    expanded: ExpandedSample, load: Callable[[Media], Image.Image], max_pixels: int | None
+) -> Iterator[DecodedGroup]:
+    """Decodes the images and frames of a conversation; every video file is read once, front to back.
 
     Args:
-        shown: the conversation.
+        expanded: the conversation.
         load: decodes an image.
-        most_pixels: larger frames are shrunk to about so many.
+        max_pixels: larger frames are downscaled to at most this many pixels; None for never.
 
     Raises:
-        DataError: one that cannot be decoded.
+        DataError: a medium that cannot be decoded.
     """
     with ExitStack() as opened:
         decoder: video.Decoder | None = None
-        for media, cuts in shown.visual():
+        for media, cuts in expanded.visual():
             frames = media.data
             if not isinstance(frames, Frames):
-                yield Shown([load(media)], cuts, False)
+                yield DecodedGroup([load(media)], cuts, False)
                 continue
             if decoder is None or frames.opens:
                 opened.close()
-                decoder = opened.enter_context(video.Decoder(frames.clip, shown.sample.source))
-            yield Shown([image.shrink(decoder.take(index), most_pixels) for index in frames.indices], cuts, True)
+                decoder = opened.enter_context(video.Decoder(frames.clip, expanded.sample.source))
+            images = [image.shrink(decoder.take(index), max_pixels) for index in frames.indices]
+            yield DecodedGroup(images, cuts, True)

@@ -75,7 +75,7 @@ class GeneratedMetric:
         for place in range(number):
             try:
                 # A call of a tool is compared as the text that the model writes for it.
-                pair = split_answer(self._encoder.tools.written(samples[place * len(samples) // number]))
+                pair = split_answer(self._encoder.tools.expand(samples[place * len(samples) // number]))
                 if skip_bad:
                     # Every rank must choose the same samples, so damaged images are found by all of them now.
                     self._encoder.encode(pair[0], generate=True)

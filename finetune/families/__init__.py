@@ -1,7 +1,8 @@
-"""The known generations and how a checkpoint folder is recognised."""
+"""The supported model families, and the detection of a checkpoint's family from its config.json."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
 
 from finetune.families.family import Config, Family
@@ -15,13 +16,14 @@ from finetune.families.v4_0 import V4_0
 from finetune.families.v4_5 import V4_5
 from finetune.families.v4_6 import V4_6
 from finetune.families.v4_7 import V4_7
+from finetune.sample import MediaKind
 from finetune.utils.errors import UserError
 
 FAMILIES: tuple[Family, ...] = (V2_0, LLAMA3_V2_5, V2_6, O2_6, V4_0, V4_5, O4_5, V4_6, V4_7, OCR1_0)
 
 
 class UnknownFamilyError(UserError):
-    """A checkpoint that is none of the supported generations, or of one that the installed packages do not know."""
+    """A checkpoint of no supported family, or of one that the installed transformers does not support."""
 
 
 def detect(config: Config) -> Family:
@@ -42,14 +44,14 @@ def detect(config: Config) -> Family:
 
 
 def check_transformers(family: Family, installed: str | None = None) -> None:
-    """Checks that transformers has the network of a family.
+    """Checks that transformers has the model classes of a family.
 
     Args:
-        family: the generation.
-        installed: version of transformers; None for the one that is installed.
+        family: model family.
+        installed: version of transformers; None for the installed one.
 
     Raises:
-        UnknownFamilyError: it is too old; the message names both versions.
+        UnknownFamilyError: it is too old; the message has both versions.
     """
     if family.transformers and _release(installed or version("transformers")) < _release(family.transformers):
         raise UnknownFamilyError(
@@ -59,7 +61,7 @@ def check_transformers(family: Family, installed: str | None = None) -> None:
 
 
 def usable(installed: str | None = None) -> tuple[Family, ...]:
-    """The families whose networks this version of transformers has; None for the one that is installed."""
+    """The families that a version of transformers supports; None for the installed version."""
     given = installed or version("transformers")
     return tuple(each for each in FAMILIES if not each.transformers or _release(given) >= _release(each.transformers))
 
@@ -80,3 +82,12 @@ def by_name(name: str) -> Family:
         if family.name == name:
             return family
     raise UnknownFamilyError(f"unknown family {name!r}; known: {', '.join(family.name for family in FAMILIES)}")
+
+
+def unsupported(family: Family, kind: MediaKind) -> str:
+    """The message that a family does not support a kind of media, with the families that do."""
+    has: Callable[[Family], object] = (lambda each: each.video) if kind == "video" else (lambda each: each.audio_spec)
+    able = ", ".join(each.title for each in FAMILIES if has(each) is not None)
+    kinds = ["images", *(["videos"] if family.video else []), *(["audio"] if family.audio_spec else []), "text"]
+    supported = f"{', '.join(kinds[:-1])} and {kinds[-1]}"
+    return f"{family.title} takes {supported}, no {kind}; use a model that does ({able})"

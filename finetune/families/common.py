@@ -1,4 +1,4 @@
-"""Values and rules that several generations share."""
+"""Values and settings readers that several model families share."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from finetune.families.family import Config, Video
 from finetune.families.settings import DOWNSAMPLE_MODE, NUMBERED, TRANSFORMERS, Table, value_of
 from finetune.media.audio_layout import AudioSpec
 from finetune.media.slicing import MERGES, SliceSpec
-from finetune.media.video_sampling import PACKED, PER_SECOND, VideoOptions, packed, per_second, whole_seconds
+from finetune.media.video_sampling import PACKED, PER_SECOND, VideoOptions, packed, per_second, processor_sampling
 from finetune.templates.rendering import Layout
 from finetune.utils.errors import CheckpointError
 
-# Part of the network -> the modules it consists of.
+# Part of the model -> its modules.
 OWN_PARTS = {"vision": ("vpm",), "resampler": ("resampler",), "llm": ("llm",)}
 OMNI_PARTS = {**OWN_PARTS, "audio": ("apm", "audio_projection_layer")}
 
-# Part of the network -> its layers that get adapters.
+# Part of the model -> regular expression of its LoRA target modules.
 NAVIT_LORA = {
     "llm": r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)",
     "vision": r"vpm\.encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
@@ -52,21 +52,21 @@ def _processed(config: Config) -> VideoOptions:
     )
 
 
-SINGLE_FRAMES = Video(sample=per_second, defaults=_single, between="\n", heeds=_FRAMES)
-"""2.6, 4.0 and the o models: frames as images, joined by line breaks."""
+SINGLE_FRAMES = Video(sample=per_second, defaults=_single, separator="\n", options=_FRAMES)
+"""2.6, 4.0 and MiniCPM-o: frames as images, separated by newlines."""
 PACKED_FRAMES = Video(
     sample=packed,
     defaults=_grouped,
-    between="\n",
-    heeds=(*_FRAMES, "packing", "max_packing", "high_fps", "high_fps_below", "time_scale"),
+    separator="\n",
+    options=(*_FRAMES, "packing", "max_packing", "high_fps", "high_fps_below", "time_scale"),
 )
-"""4.5: groups of frames, one run of placeholders each, joined by line breaks."""
-PROCESSED_FRAMES = Video(sample=whole_seconds, defaults=_processed, between="", heeds=_FRAMES[1:])
-"""4.6 and later: what the video processor of transformers does."""
+"""4.5: groups of packed frames with one placeholder run each, separated by newlines."""
+PROCESSED_FRAMES = Video(sample=processor_sampling, defaults=_processed, separator="", options=_FRAMES[1:])
+"""4.6 and later: sampling of transformers' video processor."""
 
 
 def slices(table: Table, config: Config) -> SliceSpec:
-    """How a checkpoint cuts images, by the table of its generation."""
+    """Slicing settings of a checkpoint, by the settings table of its family."""
     return SliceSpec(
         max_slice_nums=value_of(config, table["max_slice_nums"]) if value_of(config, table["slice_mode"]) else 1,
         scale_resolution=value_of(config, table["scale_resolution"]),
@@ -74,20 +74,20 @@ def slices(table: Table, config: Config) -> SliceSpec:
     )
 
 
-def hearing(table: Table, config: Config) -> AudioSpec:
-    """How a MiniCPM-o checkpoint hears, by the table of its generation."""
+def audio_spec(table: Table, config: Config) -> AudioSpec:
+    """Audio settings of a MiniCPM-o checkpoint, by the settings table of its family."""
     return AudioSpec(
         pool_step=value_of(config, table["audio_pool_step"]),
         run_seconds=value_of(config, table["run_seconds"]),
         bins=value_of(config, table["mel_bins"]),
         hop=value_of(config, table["hop_length"]),
         window=value_of(config, table["n_fft"]),
-        piece_seconds=value_of(config, table["piece_seconds"]),
+        chunk_seconds=value_of(config, table["chunk_seconds"]),
     )
 
 
 def numbered_layout(config: Config) -> Layout:
-    """2.6 and later: so many placeholders per item and numbered images."""
+    """2.6 and later: a fixed number of placeholders per item, and numbered images."""
     return Layout(
         query_num=value_of(config, NUMBERED["query_num"]), image_ids=value_of(config, NUMBERED["use_image_id"])
     )
@@ -98,17 +98,17 @@ def published_as(config: Config, model_type: str, version: str) -> bool:
     return config.get("model_type") == model_type and str(config.get("version")) == version
 
 
-# The generations that transformers brings (4.6 and later).
-WHOLE_PARTS = {
+# Families whose model classes are in transformers (4.6 and later).
+NATIVE_PARTS = {
     "vision": ("model.vision_tower",),
     "resampler": ("model.merger",),
     "llm": ("model.language_model", "lm_head"),
 }
-# Three layers of four have linear attention. Without these kernels it cannot be told where a sample ends: transformers
-# refuses to run it on segments.
+# Three of four layers use linear attention. Packed rows need these kernels: without them transformers refuses
+# segments.
 LINEAR_ATTENTION = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
-# Of linear attention only the projections, not the two small ones of its gates.
-WHOLE_LORA = {
+# Projections of linear attention, without the two small gate projections.
+NATIVE_LORA = {
     "llm": (
         r"model\.language_model\.layers\.\d+\."
         r"(self_attn\.(q_proj|k_proj|v_proj|o_proj)|linear_attn\.(in_proj_qkv|in_proj_z|out_proj))"
@@ -121,7 +121,7 @@ IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 
 
 def vocab_size(config: Config) -> int:
-    """Rows of the embedding table; 4.6 and later describe the language model in a part of its own.
+    """Rows of the embedding table; 4.6 and later have it in ``text_config``.
 
     Raises:
         CheckpointError: config.json does not say it.
@@ -132,12 +132,12 @@ def vocab_size(config: Config) -> int:
 
 
 def merged_slices(table: Table, config: Config) -> SliceSpec:
-    """How 4.6 and later cut images: every side is whole where 4 x 4 patches (2 x 2 in "4x") become a token."""
+    """Slicing settings of 4.6 and later: sides are multiples of 4 patches (2 with "4x"), merged into one token."""
     return replace(slices(table, config), merge=_merge(table, config))
 
 
 def merged_layout(table: Table, config: Config) -> Layout:
-    """4.6 and later: placeholders by the size of the item, numbered images, turns as Qwen3.5 writes them."""
+    """4.6 and later: placeholders by item size, numbered images, turns in the format of Qwen3.5."""
     side = value_of(config, table["patch_size"]) * _merge(table, config)
     return Layout(
         pixels_per_token=side * side,
@@ -147,7 +147,7 @@ def merged_layout(table: Table, config: Config) -> Layout:
         ids_beside_video=True,
         trim=True,
         thinks_between=True,
-        # Reported, not published where we could read it: the checkpoint's own chat template decides.
+        # Defaults from reports; the checkpoint's own chat template decides.
         assumed=("default_system", "enable_thinking", "trim"),
     )
 
@@ -157,10 +157,10 @@ def _merge(table: Table, config: Config) -> int:
 
 
 def merge_of(mode: Any) -> int:
-    """Patches along a side that become one token, by downsample_mode.
+    """Patches per side that are merged into one token, by downsample_mode.
 
     Raises:
-        CheckpointError: there is no such mode.
+        CheckpointError: unknown mode.
     """
     if not isinstance(mode, str) or mode not in MERGES:
         raise CheckpointError(f"{DOWNSAMPLE_MODE} {mode!r} is unknown; it is {' or '.join(MERGES)}")

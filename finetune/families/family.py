@@ -1,4 +1,4 @@
-"""What differs between generations: values and references to functions, never a switch for another module."""
+"""``Family``: everything that differs between model families, as values and functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.families.settings import Table
-from finetune.media.audio_layout import AudioSpec, Sound
+from finetune.media.audio_layout import AudioPlan, AudioSpec
 from finetune.media.slicing import SlicePlan, SliceSpec
 from finetune.media.video_sampling import Group, Length, VideoOptions
 from finetune.sample import Sample
@@ -18,16 +18,14 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """Names of the parts that ``finetune.models`` assembles; each is a key of a builder table there.
-
-    Where transformers has the whole network as one class, the names only say what is in it.
+    """The architecture of our own model classes; each value is a key of a builder table in ``finetune.models``.
 
     Attributes:
         vision: vision tower.
-        positions: rule for the vision position ids.
+        positions: rule of the vision position ids.
         resampler: resampler variant.
-        language: language backbone.
-        audio: audio tower, None for families that cannot hear.
+        language: language model.
+        audio: audio tower, None for families without audio input.
     """
 
     vision: str
@@ -39,54 +37,54 @@ class Network:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Video:
-    """How a family looks at videos.
+    """The video input of a family.
 
     Attributes:
-        sample: which frames of a video of this length.
-        defaults: reads the options of a checkpoint, as ``Family.slice_spec`` does.
-        between: text between two groups of frames.
-        heeds: names of the options that mean something to it.
+        sample: frame sampling by the length of the video.
+        defaults: reads the video options of a checkpoint, as ``Family.slice_spec``.
+        separator: text between two groups of frames.
+        options: names of the video options that the family supports.
     """
 
     sample: Callable[[Length, VideoOptions], list[Group]]
     defaults: Callable[[Config], VideoOptions]
-    between: str
-    heeds: tuple[str, ...]
+    separator: str
+    options: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One generation of the model.
+    """One model family (a generation such as MiniCPM-V 2.6).
 
     Attributes:
         name: short name, as in ``--family`` and the golden folders.
         title: the published name.
-        hub_id: the published checkpoint.
-        llm_type: the official LLM_TYPE value.
+        hub_id: hub id of the published checkpoint.
+        llm_type: LLM_TYPE value of the official scripts.
         matches: whether a config.json (as a dictionary) belongs to this family.
-        transformers: the oldest version of it that has the network; empty where every supported one does.
-        network: the parts of our own network; None where transformers has the network as one class.
-        settings: which file of a folder each value is read from that shapes prompts or pixels.
-        slice_spec: reads the slicing settings by that table, from config.json with what the folder says of processors.
-        audio_spec: reads how the checkpoint hears in the same way; None for families that cannot.
-        video: how it looks at videos; None for families that take none.
-        layout: reads how prompts are written, in the same way.
-        render: conversation and slice plans or placeholders of sound (one per medium, reading order) to ids and
-            labels, born together. With ``generate`` the ids end where the model has to answer.
-        roles: roles its template has.
-        control_tokens: tokens that steer the format; never produced by user text.
-        required_tokens: tokens that must resolve to one id in the tokenizer, or loading fails.
-        stop_tokens: generation stops on any of them.
-        inputs: how images reach the network; a key of the table in ``finetune.encoding.pixel_inputs``.
-        parts: part of the network ("vision", "resampler", "llm", "audio") to the modules it consists of.
-        lora_targets: part to the regular expression (full match on module names) of its LoRA layers.
-        auto_mapping: class and module by which peft finds the base of an adapter.
-        fixed_parameters: names of parameters that are tables; full finetuning leaves them as they are.
-        inference_template: the chat template of the published checkpoint, where the published training scripts leave
-            another one in their results; else empty.
-        packing_kernels: packages (module to distribution) without whose kernels the samples of one row leak into each
-            other in its network; empty where nothing is needed.
-        chat_gives_context: whether ``model.chat`` returns answer, context and history instead of the answer alone.
+        transformers: oldest version with its model classes; empty if every supported version works.
+        network: architecture of our own model classes; None if the model class is in transformers.
+        settings: from which files of a checkpoint each prompt or pixel setting is read.
+        slice_spec: reads the slicing settings by that table from ``Checkpoint.settings``.
+        audio_spec: reads the audio settings in the same way; None for families without audio input.
+        video: video input; None for families without it.
+        layout: reads the prompt layout in the same way.
+        render: from the conversation and one plan per medium (reading order) to token ids and labels. With ``generate``
+            the ids end with the generation prompt.
+        roles: roles of its template.
+        control_tokens: control tokens of the prompt format; never produced by user text.
+        required_tokens: tokens that the tokenizer must have, or loading fails.
+        stop_tokens: tokens that end generation.
+        inputs: format of the pixel inputs, a key of ``finetune.encoding.pixel_inputs.INPUTS``.
+        parts: part of the model ("vision", "resampler", "llm", "audio") to its modules.
+        lora_targets: part to the regular expression (full match on module names) of its LoRA target modules.
+        auto_mapping: class and module by which peft finds the base model of an adapter.
+        fixed_parameters: names of parameters that are constant tables and never trained.
+        inference_template: chat template of the published checkpoint, if the official training scripts replace it in
+            their results; else empty.
+        packing_kernels: packages (module to distribution) whose kernels packing needs, so that samples of a row do not
+            leak into each other; empty if none.
+        chat_gives_context: whether ``model.chat`` returns answer, context and history instead of the answer only.
     """
 
     name: str
@@ -99,7 +97,7 @@ class Family:
     settings: Table
     slice_spec: Callable[[Config], SliceSpec]
     layout: Callable[[Config], Layout]
-    render: Callable[[Sample, Sequence[SlicePlan | Sound], Vocabulary, Layout, bool], Rendered]
+    render: Callable[[Sample, Sequence[SlicePlan | AudioPlan], Vocabulary, Layout, bool], Rendered]
     roles: tuple[str, ...]
     control_tokens: tuple[str, ...]
     required_tokens: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""MiniCPM-o 2.6: the network of 2.6 and a Whisper encoder."""
+"""MiniCPM-o 2.6: the architecture of MiniCPM-V 2.6 plus a Whisper encoder."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from finetune.families.common import (
     SINGLE_FRAMES,
     SLICE_TOKENS,
     SPEECH_TOKENS,
-    hearing,
+    audio_spec,
     numbered_layout,
     published_as,
     slices,
 )
 from finetune.families.family import Config, Family, Network
-from finetune.families.settings import NUMBERED, O2_6_SOUND
+from finetune.families.settings import NUMBERED, O2_6_AUDIO
 from finetune.templates.chatml import ROLES, render
 from finetune.templates.rendering import Layout
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
-_SETTINGS = {**NUMBERED, **O2_6_SOUND}
+_SETTINGS = {**NUMBERED, **O2_6_AUDIO}
 
 
 def _matches(config: Config) -> bool:
@@ -33,16 +33,16 @@ def _matches(config: Config) -> bool:
 
 
 def _layout(config: Config) -> Layout:
-    # Reported, not published where we could read it: the checkpoint's own chat template decides.
+    # Default from reports; the checkpoint's own chat template decides.
     system = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     return replace(
         numbered_layout(config),
         default_system=system,
         tools=True,
-        # The published chat code answers sound in this form, whether or not it then speaks.
+        # The published chat code uses this form for every answer to audio, with or without speech output.
         speech=SPEECH_TOKENS[:4],
         speech_end=SPEECH_TOKENS[4],
-        spoken="with sound",
+        spoken="with audio",
         assumed=("default_system",),
     )
 
@@ -57,7 +57,7 @@ O2_6 = Family(
     video=SINGLE_FRAMES,
     settings=_SETTINGS,
     slice_spec=partial(slices, _SETTINGS),
-    audio_spec=partial(hearing, _SETTINGS),
+    audio_spec=partial(audio_spec, _SETTINGS),
     layout=_layout,
     render=render,
     roles=(*ROLES, "tool"),
@@ -66,6 +66,6 @@ O2_6 = Family(
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
     parts=OMNI_PARTS,
     lora_targets=OMNI_LORA,
-    # Whisper's sine-cosine positions, stored in the checkpoint; a constant in the official network.
+    # Whisper's sine-cosine positions, stored in the checkpoint; a constant in the official model.
     fixed_parameters=("apm.embed_positions.weight",),
 )

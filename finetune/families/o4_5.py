@@ -14,18 +14,18 @@ from finetune.families.common import (
     SINGLE_FRAMES,
     SLICE_TOKENS,
     SPEECH_TOKENS,
-    hearing,
+    audio_spec,
     numbered_layout,
     published_as,
     slices,
 )
 from finetune.families.family import Config, Family, Network
-from finetune.families.settings import NUMBERED, O4_5_SOUND
+from finetune.families.settings import NUMBERED, O4_5_AUDIO
 from finetune.templates.chatml_thinking import ROLES, render
 from finetune.templates.rendering import Layout
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
-_SETTINGS = {**NUMBERED, **O4_5_SOUND}
+_SETTINGS = {**NUMBERED, **O4_5_AUDIO}
 
 
 def _matches(config: Config) -> bool:
@@ -36,10 +36,10 @@ def _layout(config: Config) -> Layout:
     return replace(
         numbered_layout(config),
         thinking_prefill=False,
-        # The published chat code answers sound in this form, whether or not it then speaks.
+        # The published chat code uses this form for every answer to audio, with or without speech output.
         speech=SPEECH_TOKENS[3:4],
         speech_end=SPEECH_TOKENS[4],
-        spoken="with sound",
+        spoken="with audio",
     )
 
 
@@ -53,7 +53,7 @@ O4_5 = Family(
     video=SINGLE_FRAMES,
     settings=_SETTINGS,
     slice_spec=partial(slices, _SETTINGS),
-    audio_spec=partial(hearing, _SETTINGS),
+    audio_spec=partial(audio_spec, _SETTINGS),
     layout=_layout,
     render=render,
     roles=ROLES,
@@ -62,6 +62,6 @@ O4_5 = Family(
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
     parts=OMNI_PARTS,
     lora_targets=OMNI_LORA,
-    # Whisper's sine-cosine positions, stored in the checkpoint; a constant in the official network.
+    # Whisper's sine-cosine positions, stored in the checkpoint; a constant in the official model.
     fixed_parameters=("apm.embed_positions.weight",),
 )

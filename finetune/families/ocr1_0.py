@@ -1,4 +1,4 @@
-"""MiniCPM-OCR 1.0: the network of 4.6 with four times its tokens, and an image processor that looks for small print."""
+"""MiniCPM-OCR 1.0: the architecture of 4.6 with four times its tokens, and adaptive upscaling of small print."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from finetune.families.common import (
     IMAGE_PAD,
     LINEAR_ATTENTION,
     MARK_TOKENS,
+    NATIVE_LORA,
+    NATIVE_PARTS,
     PROCESSED_FRAMES,
     VIDEO_PAD,
-    WHOLE_LORA,
-    WHOLE_PARTS,
     merged_layout,
     merged_slices,
 )
@@ -61,8 +61,8 @@ OCR1_0 = Family(
     control_tokens=(*_TOKENS, VIDEO_PAD, "<|endoftext|>"),
     required_tokens=_TOKENS,
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
-    parts=WHOLE_PARTS,
-    lora_targets=WHOLE_LORA,
+    parts=NATIVE_PARTS,
+    lora_targets=NATIVE_LORA,
     packing_kernels=LINEAR_ATTENTION,
     inputs="packed_print",
     auto_mapping=("MiniCPMOcrForConditionalGeneration", "transformers.models.minicpm_ocr.modeling_minicpm_ocr"),

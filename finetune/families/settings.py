@@ -1,4 +1,4 @@
-"""Where published inference reads its settings: one table per generation, whose places are asked in their order."""
+"""Checkpoint settings for prompts and pixels: per family, from which files and keys each value is read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune.utils.errors import CheckpointError
 
 Processor = Literal["image_processor", "video_processor", "audio_processor"]
 File = Literal["config.json"] | Processor
-"""config.json itself, and what a folder says of how images, videos and sound become numbers."""
+"""config.json, and the settings of the image, video and audio processors of a checkpoint."""
 PROCESSORS: Mapping[Processor, tuple[tuple[str, str], ...]] = {
     "image_processor": (("processor_config.json", "image_processor"), ("preprocessor_config.json", "")),
     "video_processor": (
@@ -24,20 +24,20 @@ PROCESSORS: Mapping[Processor, tuple[tuple[str, str], ...]] = {
         ("preprocessor_config.json", ""),
     ),
 }
-"""Processor to the files (and the key inside) that transformers takes its settings from: the first that there is."""
+"""Processor to the files (and the key inside) of its settings in transformers; the first existing one is used."""
 FILES = "setting_files"
-"""Key under which ``Checkpoint.settings`` says which file each processor was read from."""
+"""Key of ``Checkpoint.settings`` with the file that each processor was read from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a value may stand.
+    """A file and key that may have a value.
 
     Attributes:
-        file: in which file.
+        file: the file or processor.
         key: its key, dots between the keys of nested dictionaries.
-        default: of the class that reads the file, where the file is there without the key; None for none, and the next
-            place is asked.
+        default: default of the class that reads the file, if the file exists without the key; None to try the next
+            place.
     """
 
     file: File
@@ -47,14 +47,14 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A value that shapes prompts or pixels.
+    """A setting of prompts or pixels.
 
     Attributes:
-        places: where it may stand, in the order in which published inference asks.
-        default: of the published code where no file decides.
-        agree: whether a folder whose files disagree is refused, because the network fits one of the values only.
-        only: the one value that this project can do, None for any; another one is refused.
-        source: how the published code decides it, for docs/settings.md.
+        places: files and keys, in the order in which published inference reads them.
+        default: default of the published code if no file has the value.
+        agree: whether contradicting files are refused, because the model works with one of the values only.
+        only: the only supported value; None for any.
+        source: how the published code reads it, for docs/settings.md.
     """
 
     places: tuple[Place, ...] = ()
@@ -66,14 +66,14 @@ class Setting:
 
 Table = Mapping[str, Setting]
 DOWNSAMPLE_MODE = "downsample_mode"
-"""Name of the setting that families have whose network merges patches in one of several ways."""
+"""Name of the setting of families whose model supports several patch merging factors."""
 
 
 class Found(NamedTuple):
-    """A value that a file holds.
+    """A value found in a file.
 
     Attributes:
-        value: what it is.
+        value: the value.
         where: file and key, for messages.
     """
 
@@ -82,11 +82,11 @@ class Found(NamedTuple):
 
 
 def value_of(config: Mapping[str, Any], setting: Setting) -> Any:
-    """What published inference takes.
+    """The value of a setting, read as in published inference.
 
     Args:
-        config: config.json, with ``image_processor`` and the like where the folder describes them.
-        setting: what is looked for.
+        config: config.json, with ``image_processor`` etc. if the checkpoint has their settings.
+        setting: the setting.
     """
     for place in setting.places:
         settings = _settings(config, place.file)
@@ -101,23 +101,23 @@ def value_of(config: Mapping[str, Any], setting: Setting) -> Any:
 
 
 def disagreements(config: Mapping[str, Any], table: Table, given: frozenset[str] = frozenset()) -> list[str]:
-    """In words: the settings of which the files of a folder hold different values, and which is used.
+    """Messages about settings that have different values in several files, with the value in use.
 
     Args:
         config: as for ``value_of``.
-        table: the settings of the generation.
-        given: names of settings that the user has decided.
+        table: the settings of the family.
+        given: names of settings that the user has set.
 
     Raises:
-        CheckpointError: values that have to agree do not, or one that this project cannot do.
+        CheckpointError: contradicting values that must agree, or an unsupported value.
     """
-    said = []
+    messages = []
     for name, setting in table.items():
         held = list(_held(config, setting))
         used = value_of(config, setting)
         if setting.only is not None and used != setting.only:
             where = next((found.where for found in held if found.value == used), "the published code")
-            raise CheckpointError(f"{name} is {used} by {where}; only {setting.only} is supported, as published")
+            raise CheckpointError(f"{name} is {used} in {where}; only {setting.only} is supported, as published")
         others = [found for found in held if found.value != used]
         if not others or name in given:
             continue
@@ -126,15 +126,15 @@ def disagreements(config: Mapping[str, Any], table: Table, given: frozenset[str]
         by = f"in {first}" if first else "the default of the published code"
         if setting.agree:
             raise CheckpointError(
-                f"{name} is {used} ({by}) and {values}: the network fits one of them only. The files belong to "
-                "different checkpoints; download the folder again"
+                f"{name} is {used} ({by}) and {values}: the model works with one of them only. The files belong to "
+                "different checkpoints; download the checkpoint again"
             )
-        said.append(f"{name} is {used} ({by}), which published inference reads; {values} is not used")
-    return said
+        messages.append(f"{name} is {used} ({by}), which published inference reads; {values} is not used")
+    return messages
 
 
 def _held(config: Mapping[str, Any], setting: Setting) -> Iterator[Found]:
-    """What the files hold, in their order."""
+    """The values in the files, in the order of ``places``."""
     names = config.get(FILES) or {}
     for place in setting.places:
         settings = _settings(config, place.file)
@@ -144,7 +144,7 @@ def _held(config: Mapping[str, Any], setting: Setting) -> Iterator[Found]:
 
 
 def _settings(config: Mapping[str, Any], file: File) -> Mapping[str, Any] | None:
-    """What a file says, None where the folder has no such file."""
+    """The content of a file, None if the checkpoint has no such file."""
     return config if file == "config.json" else config.get(file)
 
 
@@ -174,7 +174,7 @@ CONFIG_FIRST: Table = {
     "image_mean": Setting(default=_HALVES, only=_HALVES, source="constant of the published code"),
     "image_std": Setting(default=_HALVES, only=_HALVES, source="constant of the published code"),
 }
-"""2.0: the chat of the published model slices by config.json and uses no processor."""
+"""2.0: the published ``model.chat`` uses config.json and no processor."""
 
 PROCESSOR_FIRST: Table = {
     "max_slice_nums": Setting(
@@ -193,7 +193,7 @@ PROCESSOR_FIRST: Table = {
     "image_mean": Setting(places=(_processor("norm_mean", _HALVES),), default=_HALVES, only=_HALVES),
     "image_std": Setting(places=(_processor("norm_std", _HALVES),), default=_HALVES, only=_HALVES),
 }
-"""2.5: with a preprocessor_config.json, as its later revisions have it, by that; without one by config.json."""
+"""2.5: preprocessor_config.json if there is one (later revisions), else config.json."""
 
 NUMBERED: Table = {
     **PROCESSOR_FIRST,
@@ -202,7 +202,7 @@ NUMBERED: Table = {
         source="chat(use_image_id=None) takes that of the image processor",
     ),
 }
-"""2.6 to 4.5: images have numbers too."""
+"""2.6 to 4.5: also numbered images."""
 
 _MEL: Table = {
     "mel_bins": Setting(
@@ -210,15 +210,15 @@ _MEL: Table = {
     ),
     "hop_length": Setting(places=(Place("audio_processor", "hop_length", 160),), default=160),
     "n_fft": Setting(places=(Place("audio_processor", "n_fft", 400),), default=400),
-    "piece_seconds": Setting(places=(Place("audio_processor", "chunk_length", 30),), default=30),
+    "chunk_seconds": Setting(places=(Place("audio_processor", "chunk_length", 30),), default=30),
 }
 # Whisper's log-mel frames.
-O2_6_SOUND: Table = {
+O2_6_AUDIO: Table = {
     **_MEL,
     "audio_pool_step": Setting(places=(_config("audio_pool_step", 2), _processor("audio_pool_step")), agree=True),
     "run_seconds": Setting(default=1.0, source="chat(chunk_input=True) writes a run of placeholders per second"),
 }
-O4_5_SOUND: Table = {
+O4_5_AUDIO: Table = {
     **_MEL,
     "audio_pool_step": Setting(places=(_config("audio_pool_step", 5), _processor("audio_pool_step")), agree=True),
     "run_seconds": Setting(
@@ -228,7 +228,7 @@ O4_5_SOUND: Table = {
 
 
 def _both(key: str, default: Any, only: Any = None) -> Setting:
-    """A setting that the processors of images and of videos share here, as in every published folder."""
+    """A setting that must be equal in the image and video processors, as in every published checkpoint."""
     places = (_processor(key, default), Place("video_processor", key))
     return Setting(places=places, default=default, agree=True, only=only)
 
@@ -262,18 +262,18 @@ TRANSFORMERS: Table = {
             Place("video_processor", DOWNSAMPLE_MODE),
         ),
         default="16x",
-        source="the network merges by config.json, the processors count placeholders by their own files, and images "
-        "fail where these differ; here one value serves both",
+        source="the model merges by config.json, the processors count placeholders by their own files, and images "
+        "fail if these differ; here one value is used for both",
     ),
     "video_max_slice_nums": Setting(places=(Place("video_processor", "max_slice_nums", 9),), default=9),
     "video_slice_mode": Setting(places=(Place("video_processor", "slice_mode", True),), default=True),
     "video_max_frames": Setting(places=(Place("video_processor", "max_num_frames", 128),), default=128),
 }
-"""4.6 and later: the processors of transformers, which never ask config.json."""
+"""4.6 and later: the processors of transformers, which do not read config.json."""
 
 OCR: Table = {
     **TRANSFORMERS,
     DOWNSAMPLE_MODE: replace(TRANSFORMERS[DOWNSAMPLE_MODE], default="4x"),
     "small_image_upsize": Setting(places=(_processor("small_image_upsize", "always"),), default="always"),
 }
-"""MiniCPM-OCR: as 4.6, four times as many tokens by default, and a rule for small images."""
+"""MiniCPM-OCR: as 4.6, with four times as many tokens by default and a setting for small images."""

@@ -11,7 +11,7 @@ from finetune.templates.minicpm import ROLES, render
 from finetune.templates.rendering import Layout
 
 
-# Named functions, because families travel to worker processes.
+# Named functions, because families are pickled for worker processes.
 def _matches(config: Config) -> bool:
     if config.get("model_type") != "minicpmv" or "version" in config:
         return False
@@ -40,7 +40,7 @@ V2_0 = Family(
     stop_tokens=("</s>",),
     parts=OWN_PARTS,
     lora_targets=TIMM_LORA,
-    # Sin-cos positions of the queries, stored in the checkpoint; a constant in the official network.
+    # Sin-cos positions of the queries, stored in the checkpoint; a constant in the official model.
     fixed_parameters=("resampler.pos_embed",),
     chat_gives_context=True,
 )

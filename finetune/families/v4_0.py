@@ -29,7 +29,7 @@ def _matches(config: Config) -> bool:
 
 
 def _layout(config: Config) -> Layout:
-    # Reported, not published where we could read it: the checkpoint's own tokenizer and chat template decide.
+    # Defaults from reports; the checkpoint's own tokenizer and chat template decide.
     return replace(numbered_layout(config), bos="<s>", assumed=("bos", "default_system"))
 
 

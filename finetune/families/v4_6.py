@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.6: NaViT SigLIP that merges 4 x 4 patches to a token, Qwen3.5; the network of transformers."""
+"""MiniCPM-V 4.6: NaViT SigLIP that merges 4 x 4 patches into a token, Qwen3.5; model class in transformers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from finetune.families.common import (
     IMAGE_PAD,
     LINEAR_ATTENTION,
     MARK_TOKENS,
+    NATIVE_LORA,
+    NATIVE_PARTS,
     PROCESSED_FRAMES,
     VIDEO_PAD,
-    WHOLE_LORA,
-    WHOLE_PARTS,
     merged_layout,
     merged_slices,
 )
@@ -50,8 +50,8 @@ V4_6 = Family(
     control_tokens=(*_TOKENS, VIDEO_PAD, "<|endoftext|>"),
     required_tokens=_TOKENS,
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
-    parts=WHOLE_PARTS,
-    lora_targets=WHOLE_LORA,
+    parts=NATIVE_PARTS,
+    lora_targets=NATIVE_LORA,
     packing_kernels=LINEAR_ATTENTION,
     inputs="packed",
     auto_mapping=("MiniCPMV4_6ForConditionalGeneration", "transformers.models.minicpmv4_6.modeling_minicpmv4_6"),

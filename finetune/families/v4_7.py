@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.7: the network of 4.6, its positions laid out on the canvas of the image."""
+"""MiniCPM-V 4.7: the architecture of 4.6 with position ids on the two-dimensional canvas of the image."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from finetune.families.common import (
     IMAGE_PAD,
     LINEAR_ATTENTION,
     MARK_TOKENS,
+    NATIVE_LORA,
+    NATIVE_PARTS,
     PROCESSED_FRAMES,
     VIDEO_PAD,
-    WHOLE_LORA,
-    WHOLE_PARTS,
     merged_layout,
     merged_slices,
 )
@@ -43,8 +43,8 @@ V4_7 = Family(
     control_tokens=(*_TOKENS, VIDEO_PAD, "<|endoftext|>"),
     required_tokens=_TOKENS,
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
-    parts=WHOLE_PARTS,
-    lora_targets=WHOLE_LORA,
+    parts=NATIVE_PARTS,
+    lora_targets=NATIVE_LORA,
     packing_kernels=LINEAR_ATTENTION,
     inputs="canvas",
     auto_mapping=("MiniCPMV4_7ForConditionalGeneration", "transformers.models.minicpmv4_7.modeling_minicpmv4_7"),

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.media.image_files import UnreadableError, open_picture, reading
+from finetune.media.image_files import UnreadableError, open_image, reading
 from finetune.sample import DataError
 from finetune.utils.quoting import shown
 
@@ -62,7 +62,7 @@ def _write(name: str, data: Any, place: Path, original: bool, paths: dict[str, P
         return
     try:
         content = _bytes(data)
-        with open_picture(io.BytesIO(content)) as image, reading():
+        with open_image(io.BytesIO(content)) as image, reading():
             kind = (image.format or "PNG").lower().replace("jpeg", "jpg")
             decoded = image.convert("RGB")
     except (UnreadableError, OSError, ValueError) as error:

@@ -1,1 +1,1 @@
-"""Images, videos and audio: geometry, decoding, pixels."""
+"""Images, videos and audio: decoding, resizing, slicing and frame sampling."""

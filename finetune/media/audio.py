@@ -1,4 +1,4 @@
-"""Sound files to waveforms: one channel, 16 kHz, float32."""
+"""Decodes audio files (and audio tracks of videos) to mono float32 waveforms at 16 kHz, with PyAV."""
 
 from __future__ import annotations
 
@@ -19,41 +19,40 @@ from finetune.utils.file_types import told
 from finetune.utils.quoting import reason
 
 RATE = 16_000
-"""Samples per second of every waveform."""
+"""Sampling rate of every waveform, in Hz."""
 MAX_CHANNELS = 8
-"""Most channels of a clip (7.1). Files of very many are refused by their header: FFmpeg fails at them, or ends the
-process."""
+"""Maximum number of channels (7.1). Files with more are refused by their header: FFmpeg may crash on them."""
 MAX_SECONDS = 1800
-"""Longest clip that is decoded; at 10 to 25 tokens per second it is more than any context holds."""
+"""Longest clip that is decoded; at 10 to 25 tokens per second it exceeds any context length."""
 
-# Containers that are read. Playlists and patterns are none of them: they name further files or addresses.
+# Allowed containers. Playlists and patterns are excluded: they refer to other files or URLs.
 _OPTIONS = {
     "format_whitelist": "wav,w64,aiff,au,caf,flac,mp3,ogg,opus,aac,ac3,eac3,amr,amrnb,amrwb,ape,wv,tta,"
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf",
     "protocol_whitelist": "file",
 }
-# Clips kept decoded: a sample is measured first, then encoded.
+# Decoded clips in the cache: a sample is measured first, then encoded.
 _KEPT = 8
-# Containers whose header tells the length; in the others it is estimated or absent, and so in some of these.
-_TOLD = {"flac", "mov", "mp4", "m4a", "matroska", "webm"}
-# Those whose header tells it in bytes, and from where on it is the stand-in of a writer that could not know.
-_COUNTED, _UNKNOWN = {"wav", "aiff"}, 0x7FFF0000
-# Seconds that may be missing at the end: coders add and remove a little.
+# Containers with a reliable duration in their header; elsewhere it is estimated or missing.
+_HAS_DURATION = {"flac", "mov", "mp4", "m4a", "matroska", "webm"}
+# Containers with a size in bytes in their header, and the smallest placeholder value of writers to a pipe.
+_HAS_SIZE, _UNKNOWN = {"wav", "aiff"}, 0x7FFF0000
+# Tolerance in seconds at the end: codecs add or remove a few samples.
 _SLACK = 0.25
 
 
 class _UnusableError(Exception):
-    """What is wrong with a file, without its place."""
+    """Why a file cannot be used; the caller adds file and record."""
 
 
 def load(media: Media, source: Source) -> np.ndarray:
-    """The waveform of a clip, (samples,) float32 at 16 kHz, about -1 to 1; of a video file its first sound track.
+    """The waveform of a clip, (samples,) float32 at 16 kHz, about -1 to 1; of a video file its first audio track.
 
-    Other rates are resampled by FFmpeg's swresample with its default filter, several channels averaged into one. The
-    array is shared: do not write into it.
+    Other rates are resampled by FFmpeg's swresample with its default filter; channels are averaged. The array is
+    cached: do not modify it.
 
     Raises:
-        DataError: no such file, not sound, no sound in it, truncated or damaged, or longer than MAX_SECONDS.
+        DataError: no such file, not audio, no audio track, truncated or damaged, or longer than MAX_SECONDS.
         UserError: PyAV is not installed.
     """
     try:
@@ -75,11 +74,11 @@ def load(media: Media, source: Source) -> np.ndarray:
     except _UnusableError as error:
         known = told(media.data) if isinstance(media.data, (Path, bytes)) else None
         raise DataError(f"{source}: {media} {known or error}") from error
-    raise DataError(f"{source}: {media} is no sound; give the path of a sound file or samples at 16 kHz")
+    raise DataError(f"{source}: {media} is not audio; give the path of an audio file or a waveform at 16 kHz")
 
 
 def av() -> Any:
-    """PyAV.
+    """The PyAV module.
 
     Raises:
         UserError: it is not installed.
@@ -87,25 +86,25 @@ def av() -> Any:
     try:
         return importlib.import_module("av")  # an extra
     except ImportError as error:
-        raise UserError(f'sound is decoded by PyAV ({error}); install it: pip install "av>=14,<19"') from error
+        raise UserError(f'audio is decoded by PyAV ({error}); install it: pip install "av>=14,<19"') from error
 
 
 @lru_cache(maxsize=_KEPT)
 def _of_file(path: Path, size: int, *_: int) -> np.ndarray:
-    """The waveform of a file in this state."""
+    """The waveform of a file; the other arguments identify its state for the cache."""
     if path.is_dir():
-        raise _UnusableError("is a folder; give the path of a sound file")
+        raise _UnusableError("is a folder; give the path of an audio file")
     if not size:
         raise _UnusableError("is empty (0 bytes); replace it or remove the record")
     return _decode(path)
 
 
 def _given(samples: np.ndarray) -> np.ndarray:
-    """Samples that a caller has decoded."""
+    """Checks a waveform that the caller decoded."""
     if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
         raise _UnusableError(
-            f"has shape {samples.shape} and type {samples.dtype}; give one channel of floats at 16 kHz, as "
-            "librosa.load(path, sr=16000, mono=True) does"
+            f"has shape {samples.shape} and dtype {samples.dtype}; give a mono float waveform at 16 kHz, as from "
+            "librosa.load(path, sr=16000, mono=True)"
         )
     return _checked(samples.astype(np.float32, copy=False))
 
@@ -114,39 +113,39 @@ def _decode(file: Path | bytes) -> np.ndarray:
     """The waveform of a file, or of the bytes of one."""
     chunks, total, end, short = [], 0, 0.0, False
     with _opened(str(file) if isinstance(file, Path) else io.BytesIO(file)) as (container, stream):
-        # The channels are averaged below: swresample would add them up, louder than either. They come in one plane,
-        # because PyAV cannot count the planes of 8 channels and more.
+        # Channels are averaged below, since swresample would sum them. The format is interleaved, because PyAV fails
+        # on planar audio with 8 or more channels.
         resampler = av().AudioResampler(format="flt", rate=RATE)
         for packet in chain(container.demux(stream), [None]):
             short |= packet is not None and packet.is_corrupt
-            # Behind the last packet the resampler gives what it still holds.
+            # None after the last packet flushes the resampler.
             for frame in [None] if packet is None else packet.decode():
                 if frame is not None:
                     end = max(end, (frame.time or 0.0) + frame.samples / frame.sample_rate)
                     frame.pts = None  # gaps and jumps in time are not filled
-                for piece in resampler.resample(frame):
-                    planes = piece.to_ndarray().reshape(piece.samples, -1).T
+                for resampled in resampler.resample(frame):
+                    planes = resampled.to_ndarray().reshape(resampled.samples, -1).T
                     chunks.append(np.ascontiguousarray(planes).mean(axis=0))
                     total += len(chunks[-1])
             if total > MAX_SECONDS * RATE:
                 raise _UnusableError(_too_long())
-        told = _told_end(file, container, stream)
-    if (told is not None and end < told - _SLACK) or (short and _states_bytes(file, container)):
-        length = "" if told is None or end >= told else f" of {told:.2f}"
+        expected = _expected_end(file, container, stream)
+    if (expected is not None and end < expected - _SLACK) or (short and _has_size(file, container)):
+        length = "" if expected is None or end >= expected else f" of {expected:.2f}"
         raise _UnusableError(
-            f"is truncated: it ends after {end:.2f}{length} seconds, before its header says so; replace it or remove "
-            "the record"
+            f"is truncated: it ends after {end:.2f}{length} seconds, before the end given in its header; replace it or "
+            "remove the record"
         )
     return _checked(np.concatenate(chunks) if chunks else np.zeros(0, np.float32))
 
 
 def _checked(samples: np.ndarray) -> np.ndarray:
     if not len(samples):
-        raise _UnusableError("has no sound in it (0 samples); replace it or remove the record")
+        raise _UnusableError("has no audio in it (0 samples); replace it or remove the record")
     if len(samples) > MAX_SECONDS * RATE:
         raise _UnusableError(_too_long())
     if not np.isfinite(samples).all():
-        raise _UnusableError("has samples that are not finite; replace it or remove the record")
+        raise _UnusableError("has samples that are not finite (NaN or infinity); replace it or remove the record")
     return samples
 
 
@@ -156,48 +155,48 @@ def _too_long() -> str:
 
 @contextmanager
 def _opened(file: str | io.BytesIO) -> Iterator[tuple[Any, Any]]:
-    """The container and its first sound track; what goes wrong inside becomes _UnusableError."""
+    """The container and its first audio track; decoding errors inside become _UnusableError."""
     library = av()
     _check_channels(_channels(_head(file if isinstance(file, str) else file.getvalue())))
     try:
-        # Broken text in the tags of a file is no reason to refuse its sound.
+        # Invalid text in the metadata does not matter.
         with library.open(file, metadata_errors="ignore", options=_OPTIONS) as container:
             if not container.streams.audio:
-                raise _UnusableError("has no sound track; give a file with sound, or remove it from the record")
+                raise _UnusableError("has no audio track; give a file with audio, or remove it from the record")
             stream = container.streams.audio[0]
             if stream.codec_context is None:
-                raise _UnusableError("has sound in a coding that FFmpeg does not know; save it as WAV")
+                raise _UnusableError("has audio in a codec that FFmpeg does not support; save it as WAV")
             _check_channels(stream.codec_context.channels)
             yield container, stream
     except (library.FFmpegError, ValueError, EOFError, IndexError) as error:
         raise _UnusableError(
-            f"cannot be decoded as sound ({error}); the file is no sound, truncated or damaged: save it as WAV, "
+            f"cannot be decoded as audio ({error}); the file is not audio, truncated or damaged: save it as WAV, "
             "replace it or remove the record"
         ) from error
 
 
-def _told_end(file: Path | bytes, container: Any, stream: Any) -> float | None:
-    """The second at which the sound ends by the header, where it knows."""
+def _expected_end(file: Path | bytes, container: Any, stream: Any) -> float | None:
+    """The end of the audio track in seconds by the header; None where the header is not reliable."""
     names = set(container.format.name.split(","))
-    if not (_TOLD & names or ("mp3" in names and _mp3_told(_head(file)))):
+    if not (_HAS_DURATION & names or ("mp3" in names and _mp3_has_length(_head(file)))):
         return None
     start = float((stream.start_time or 0) * stream.time_base)
     if stream.duration is not None:
         return start + float(stream.duration * stream.time_base)
-    # Of a video it may be the length of the pictures.
+    # With a video track the container's duration may be that of the video.
     return None if container.streams.video or not container.duration else container.duration / 1_000_000
 
 
-def _mp3_told(head: bytes) -> bool:
-    """Whether the first frame says how many there are."""
+def _mp3_has_length(head: bytes) -> bool:
+    """Whether the first MP3 frame has the number of frames."""
     return any(mark in head for mark in (b"Xing", b"Info", b"VBRI"))
 
 
-def _states_bytes(file: Path | bytes, container: Any) -> bool:
-    """Whether the header says how many bytes there are; one written into a pipe does not."""
+def _has_size(file: Path | bytes, container: Any) -> bool:
+    """Whether the header has a valid size in bytes; a file written to a pipe has not."""
     size = _head(file)[4:8]
     order = "big" if container.format.name == "aiff" else "little"
-    return container.format.name in _COUNTED and 0 < int.from_bytes(size, order) < _UNKNOWN
+    return container.format.name in _HAS_SIZE and 0 < int.from_bytes(size, order) < _UNKNOWN
 
 
 def _check_channels(count: int | None) -> None:
@@ -206,7 +205,7 @@ def _check_channels(count: int | None) -> None:
 
 
 def _channels(head: bytes) -> int | None:
-    """Channels by the header of WAV, W64, AIFF, AU and CAF files, the formats that hold any number; None of others."""
+    """Number of channels by the header of WAV, W64, AIFF, AU and CAF files; None for other formats."""
     if head[:4] in (b"RIFF", b"RF64", b"RIFX", b"BW64"):
         return _number(head, b"fmt ", 10, 2, "big" if head[:4] == b"RIFX" else "little")
     if head[:4] == b"riff":
@@ -219,19 +218,19 @@ def _channels(head: bytes) -> int | None:
 
 
 def _number(head: bytes, chunk: bytes, at: int, size: int, order: Literal["little", "big"]) -> int | None:
-    """A number so many bytes behind the name of a chunk; None where that is not near the beginning."""
+    """The integer ``at`` bytes after the name of a chunk; None if the chunk is not near the start of the file."""
     start = head.find(chunk, 8 if chunk == b"desc" else 12)
     value = head[start + at : start + at + size]
     return int.from_bytes(value, order) if start >= 0 and len(value) == size else None
 
 
 def _head(file: Path | str | bytes) -> bytes:
-    """The first bytes, without the tags in front of an MP3."""
+    """The first bytes, after the ID3 tags of an MP3."""
     with io.BytesIO(file) if isinstance(file, bytes) else Path(file).open("rb") as opened:
         start = opened.read(10)
         if start[:3] != b"ID3":
             return start + opened.read(2048)
-        # Seven bits per byte.
+        # ID3 sizes have seven bits per byte.
         size = sum(byte << shift for byte, shift in zip(start[6:], (21, 14, 7, 0), strict=False))
         opened.seek(10 + size)
         return opened.read(2048)

@@ -1,4 +1,4 @@
-"""Where sound is cut and how many placeholders it takes: integers in, integers out (no samples, no torch)."""
+"""Audio chunking and placeholder counts, computed from the number of samples (no numpy, no torch)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AudioSpec:
-    """How a checkpoint hears.
+    """Audio settings of a checkpoint.
 
     Attributes:
-        pool_step: outputs of the encoder that become one token.
-        run_seconds: seconds of sound per run of placeholders; 0 gives every clip a single run.
-        bins: mel bins.
-        rate: samples per second.
-        hop: samples per mel frame.
-        window: samples that a mel frame looks at.
-        piece_seconds: most seconds that the encoder takes at once.
+        pool_step: outputs of the audio encoder that are pooled to one token.
+        run_seconds: seconds of audio per placeholder run; 0 for a single run per clip.
+        bins: number of mel bins.
+        rate: sampling rate in Hz.
+        hop: hop length of the STFT in samples.
+        window: window length of the STFT in samples.
+        chunk_seconds: maximum input of the audio encoder in seconds; longer clips are split.
     """
 
     pool_step: int
@@ -26,24 +26,24 @@ class AudioSpec:
     rate: int = 16_000
     hop: int = 160
     window: int = 400
-    piece_seconds: int = 30
+    chunk_seconds: int = 30
 
     @property
-    def piece(self) -> int:
-        """Most samples that the encoder takes at once."""
-        return self.piece_seconds * self.rate
+    def chunk_samples(self) -> int:
+        """Maximum number of samples of a chunk."""
+        return self.chunk_seconds * self.rate
 
     @property
     def shortest(self) -> int:
-        """Fewest samples that make a token."""
+        """Smallest number of samples that gives a token."""
         return (2 * self.pool_step - 2) * self.hop + 1
 
     def frames(self, samples: int) -> int:
-        """Mel frames of so many samples."""
+        """Number of mel frames of a number of samples."""
         return math.ceil(samples / self.hop)
 
     def tokens(self, frames: int) -> int:
-        """Tokens of so many mel frames, at most one piece: the second convolution halves them, pooling does the rest.
+        """Number of tokens of the mel frames of one chunk: convolution with stride 2, then pooling.
 
         >>> AudioSpec(pool_step=2).tokens(100), AudioSpec(pool_step=5).tokens(3000)
         (25, 300)
@@ -52,12 +52,12 @@ class AudioSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Sound:
+class AudioPlan:
     """The placeholders of one clip.
 
     Attributes:
-        runs: tokens of each run; one run, or several where the clip is chunked.
-        frames: mel frames of each piece that the encoder takes.
+        runs: number of tokens of each placeholder run.
+        frames: number of mel frames of each encoder chunk.
     """
 
     runs: tuple[int, ...]
@@ -65,43 +65,43 @@ class Sound:
 
     @property
     def tokens(self) -> int:
-        """Placeholders of the whole clip."""
+        """Number of placeholders of the clip."""
         return sum(self.runs)
 
 
 Span = tuple[int, int]
 
 
-def pieces(samples: int, spec: AudioSpec) -> list[Span]:
-    """Half-open ranges of samples that the encoder takes one by one; an end too short for a token is left out.
+def audio_chunks(samples: int, spec: AudioSpec) -> list[Span]:
+    """Half-open sample ranges of the encoder chunks; a last chunk too short for a token is dropped.
 
-    >>> pieces(480_000 + 160, AudioSpec(pool_step=2))
+    >>> audio_chunks(480_000 + 160, AudioSpec(pool_step=2))
     [(0, 480000)]
-    >>> pieces(500_000, AudioSpec(pool_step=2))
+    >>> audio_chunks(500_000, AudioSpec(pool_step=2))
     [(0, 480000), (480000, 500000)]
     """
-    spans = [(start, min(start + spec.piece, samples)) for start in range(0, samples, spec.piece)]
+    spans = [(start, min(start + spec.chunk_samples, samples)) for start in range(0, samples, spec.chunk_samples)]
     return [(start, end) for start, end in spans if spec.tokens(spec.frames(end - start))]
 
 
-def sound(samples: int, spec: AudioSpec) -> Sound:
-    """The placeholders of a clip.
+def plan_audio(samples: int, spec: AudioSpec) -> AudioPlan:
+    """The placeholders of a clip by its number of samples.
 
-    >>> sound(16_000 * 65, AudioSpec(pool_step=2)).runs
+    >>> plan_audio(16_000 * 65, AudioSpec(pool_step=2)).runs
     (1625,)
-    >>> sound(16_000 * 2 + 8_000, AudioSpec(pool_step=2, run_seconds=1.0)).runs
+    >>> plan_audio(16_000 * 2 + 8_000, AudioSpec(pool_step=2, run_seconds=1.0)).runs
     (25, 25, 12)
 
     Args:
-        samples: at the rate of the settings; at least ``spec.shortest``.
-        spec: settings of the checkpoint.
+        samples: number of samples at ``spec.rate``; at least ``spec.shortest``.
+        spec: audio settings of the checkpoint.
 
     Raises:
         ValueError: the clip is too short for a token.
     """
-    frames = tuple(spec.frames(end - start) for start, end in pieces(samples, spec))
+    frames = tuple(spec.frames(end - start) for start, end in audio_chunks(samples, spec))
     total = sum(spec.tokens(count) for count in frames)
     if not total:
-        raise ValueError(f"a clip of {samples} samples makes no token; {spec.shortest} are needed")
+        raise ValueError(f"a clip of {samples} samples is too short for a token; {spec.shortest} are needed")
     run = spec.tokens(int(spec.run_seconds * spec.rate / spec.hop)) or total
-    return Sound(tuple(min(run, total - start) for start in range(0, total, run)), frames)
+    return AudioPlan(tuple(min(run, total - start) for start in range(0, total, run)), frames)

@@ -1,4 +1,4 @@
-"""Pictures of more than 8 bits per value as 8 bit grey: by a stated rule, or refused."""
+"""Converts greyscale images of more than 8 bits per value to 8 bits."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from finetune.utils.log_once import warn_once
 
 logger = logging.getLogger(__name__)
 
-# Bits that cameras and scanners have, and keep in files of 16 bit values.
+# Bit depths of cameras and scanners, stored as 16-bit values.
 _DEPTHS = (8, 10, 12, 14, 16)
 _WHITE = 255
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether its values have more than 8 bits, of which Pillow's own conversion would keep the lowest."""
+    """Whether its values have more than 8 bits; Pillow's own conversion would clip them."""
     return image.mode in ("I", "F") or image.mode.startswith("I;")
 
 
 def to_grey(image: Image.Image) -> Image.Image:
-    """A deep picture in mode "L".
+    """An image of more than 8 bits in mode "L".
 
-    Integers are taken as 8, 10, 12, 14 or 16 bit values, whichever is the least that holds the highest value, and lose
-    their lowest bits; floats as grey from 0 (black) to 1 (white), or to 255 where a value is above 1.
+    Integers are taken as 8, 10, 12, 14 or 16-bit values, the smallest depth that holds the maximum, and lose their
+    lowest bits; floats range from 0 (black) to 1 (white), or to 255 if a value is above 1.
 
     Raises:
         UnreadableError: values outside of these ranges, or not finite; or damaged data.
@@ -39,12 +39,10 @@ def to_grey(image: Image.Image) -> Image.Image:
 def _of_integers(values: np.ndarray) -> np.ndarray:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >> _DEPTHS[-1]:
-        raise UnreadableError(
-            f"has values from {low} to {high}, and which of them is white is not known; scale it to 8 or 16 bits"
-        )
+        raise UnreadableError(f"has values from {low} to {high} of unknown range; scale it to 8 or 16 bits")
     bits = next(depth for depth in _DEPTHS if not high >> depth)
     if bits < _DEPTHS[-1]:
-        warn_once(logger, f"pictures of 16 bits with values below {1 << bits} are taken as pictures of {bits} bits")
+        warn_once(logger, f"16-bit images with values below {1 << bits} are read as {bits}-bit images")
     return (values >> (bits - 8)).astype(np.uint8)
 
 
@@ -54,7 +52,6 @@ def _of_floats(values: np.ndarray) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > _WHITE:
         raise UnreadableError(
-            f"has float values from {low:g} to {high:g}, and which of them is white is not known; scale it to 8 bits, "
-            "or to 0 to 1"
+            f"has float values from {low:g} to {high:g} of unknown range; scale it to 8 bits, or to 0 to 1"
         )
     return np.rint(values * (_WHITE if high <= 1 else 1)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Images decoded by simplejpeg and resized by torch's kernel for bytes: faster, with nearly all bytes the same."""
+"""``--image_backend fast``: simplejpeg decoding and torch uint8 resizing; a few pixel values differ by one."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ try:
 except ImportError:
     simplejpeg = None
 
-_JPEG = ("JPEG", "MPO")  # The second is what some cameras write: Pillow, too, takes its first picture.
+_JPEG = ("JPEG", "MPO")  # MPO: multi-picture JPEG of some cameras; the first image is used, as in Pillow.
 
 
 def read(path: Path, header: Image.Image) -> Image.Image | None:
-    """The pixels of a JPEG file in colour by simplejpeg, where it is installed; what it refuses is left to Pillow.
+    """The pixels of a colour JPEG file, decoded by simplejpeg; None to use Pillow instead.
 
-    Both decode by libjpeg-turbo, and agree to the bit when both have the same version of it.
+    Both use libjpeg-turbo and give identical pixels if they have the same version of it.
     """
     if simplejpeg is None or header.format not in _JPEG or header.mode != "RGB":
         return None
@@ -38,7 +38,7 @@ def read(path: Path, header: Image.Image) -> Image.Image | None:
 
 
 def cut(image: Image.Image, plan: SlicePlan) -> list[np.ndarray]:
-    """As ``finetune.media.image.cut``, with some bytes one level off: torch has the same filter in fewer bits."""
+    """As ``finetune.media.image.cut``; some pixel values differ by one: torch uses lower precision."""
     return exact.cut(image, plan, _resized)
 
 
@@ -54,14 +54,14 @@ def _in_order(parts: list[torch.Tensor], old: Size, new: Size) -> np.ndarray:
     elif len(parts) == 1:
         pixels = _interpolated(parts[0], new)
     else:
-        # Made narrow part by part, which spares a copy of the whole.
+        # Horizontal pass per band, which avoids a copy of the whole image.
         narrow = [_interpolated(part, (new[0], part.shape[2])) for part in parts]
         pixels = _interpolated(torch.cat(narrow, 2), new)
     return pixels[0].permute(1, 2, 0).numpy()
 
 
 def _tensor(band: pa.UInt8Array, width: int) -> torch.Tensor:
-    """(1, 4, rows, width) uint8, channels last; the fourth channel means nothing."""
+    """(1, 4, rows, width) uint8, channels last; the fourth channel is unused."""
     return torch.from_dlpack(band).view(1, -1, width, 4).permute(0, 3, 1, 2)
 
 

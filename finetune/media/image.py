@@ -1,4 +1,4 @@
-"""Image files and PIL images to visual items: orientation, limits, resizing, cutting."""
+"""Loads images (EXIF orientation, pixel limits), resizes them as Pillow does, and cuts them into slices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 from PIL import Image
 
 from finetune.media.bit_depth import is_deep, to_grey
-from finetune.media.image_files import UnreadableError, check_end, open_picture, orientation, reading, upright
+from finetune.media.image_files import UnreadableError, check_end, open_image, orientation, reading, upright
 from finetune.media.resample import PILLOW_13, Size, lowered, narrowed, vertical_first
 from finetune.media.slicing import SlicePlan, crop_boxes
 from finetune.sample import DataError, Media, Source
@@ -21,12 +21,12 @@ from finetune.utils.file_types import told
 from finetune.utils.quoting import reason
 
 MAX_PIXELS = 89_478_485
-"""Largest image that is decoded, in pixels: Pillow's own threshold (256 MiB of 24-bit pixels), here an error."""
+"""Maximum number of pixels of an image: Pillow's threshold for decompression bombs, here an error."""
 
 Reader = Callable[[Path, Image.Image], Image.Image | None]
-"""From a file and the image of its header to RGB, EXIF orientation not applied; None for a file that it leaves."""
+"""Decodes a file, given its opened header, to RGB without EXIF orientation; None to let Pillow decode it."""
 
-_ONE_PIECE = 15 << 20
+_BAND_BYTES = 15 << 20
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -39,7 +39,7 @@ _TURN = {
 
 
 def size(media: Media, source: Source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) in pixels with EXIF orientation applied; of a file, only the header is read.
+    """(width, height) in pixels with EXIF orientation applied; only the header of a file is read.
 
     Raises:
         DataError: no such file, not an image, or more than ``max_pixels``.
@@ -49,7 +49,7 @@ def size(media: Media, source: Source, max_pixels: int = MAX_PIXELS) -> tuple[in
 
 
 def shrunk(size: tuple[int, int], most: int | None) -> tuple[int, int]:
-    """(width, height) of an image of at most so many pixels in the same proportions, each side rounded down.
+    """(width, height) downscaled to at most ``most`` pixels with the same aspect ratio, sides rounded down.
 
     The rule of LLaMA-Factory's image_max_pixels.
     """
@@ -61,19 +61,19 @@ def shrunk(size: tuple[int, int], most: int | None) -> tuple[int, int]:
 
 
 def left_to_pillow(path: Path, header: Image.Image) -> None:
-    """The reader that leaves every file to Pillow."""
+    """The ``Reader`` that lets Pillow decode every file."""
 
 
 def load(media: Media, source: Source, max_pixels: int = MAX_PIXELS, read: Reader = left_to_pillow) -> Image.Image:
     """The decoded image as RGB with EXIF orientation applied; an alpha channel is dropped, not blended.
 
-    Grey values of more than 8 bits are made 8 bits by the rule of ``finetune.media.bit_depth``.
+    Greyscale of more than 8 bits is converted by ``finetune.media.bit_depth``.
 
     Args:
-        media: what to decode.
-        source: of the record.
-        max_pixels: most pixels.
-        read: decodes files; what it leaves is decoded by Pillow.
+        media: image to decode.
+        source: its record, for errors.
+        max_pixels: maximum number of pixels.
+        read: file decoder; Pillow decodes where it returns None.
 
     Raises:
         DataError: as ``size``, and data that is truncated or damaged.
@@ -89,7 +89,7 @@ def load(media: Media, source: Source, max_pixels: int = MAX_PIXELS, read: Reade
 
 
 def resized(image: Image.Image, sizes: Sequence[Size]) -> list[np.ndarray]:
-    """The pixels of an RGB image in other sizes (width, height), to the bit as Pillow's bicubic filter makes them."""
+    """The pixels of an RGB image in other sizes (width, height), bit-identical to Pillow's bicubic resize."""
     sideways = [size for size in sizes if size[0] != image.width and not vertical_first(image.size, size)]
     narrow = {size: np.empty((image.height, size[0], 4), np.uint8) for size in sideways}
     top = 0
@@ -113,14 +113,14 @@ def cut(
 
 
 def shrink(image: Image.Image, most: int | None) -> Image.Image:
-    """The image in the size that ``shrunk`` gives."""
+    """The image downscaled to the size of ``shrunk``."""
     size = shrunk(image.size, most)
     return image if size == image.size else from_pixels(resized(image, [size])[0])
 
 
 def from_pixels(found: np.ndarray) -> Image.Image:
-    """An RGB image of these pixels, (height, width, 4) uint8; ``pixels`` gives them back."""
-    if not PILLOW_13:  # 12.2 takes such memory too, and crashes when it is asked for it again
+    """An RGB image of these pixels, (height, width, 4) uint8; the inverse of ``pixels``."""
+    if not PILLOW_13:  # Pillow 12.2 has fromarrow too, but crashes when the image is exported again
         return Image.frombytes("RGB", (found.shape[1], found.shape[0]), found, "raw", "RGBX")
     cells = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), 4)
     return Image.fromarrow(cells, "RGB", (found.shape[1], found.shape[0]))
@@ -132,7 +132,7 @@ def slices(refined: np.ndarray, plan: SlicePlan) -> list[np.ndarray]:
 
 
 def pixels(image: Image.Image) -> np.ndarray:
-    """The bytes of an RGB image, (height, width, 4) uint8, perhaps read only; the fourth channel means nothing."""
+    """The bytes of an RGB image, (height, width, 4) uint8, possibly read-only; the fourth channel is unused."""
     found = [array(band, image.width) for band in bands(image)]
     return found[0] if len(found) == 1 else np.concatenate(found)
 
@@ -143,24 +143,24 @@ def array(band: pa.UInt8Array, width: int) -> np.ndarray:
 
 
 def bands(image: Image.Image) -> Iterator[pa.UInt8Array]:
-    """The bytes of an RGB image from top to bottom, four to a pixel, in as many parts as Pillow has pieces of memory.
+    """The bytes of an RGB image from top to bottom, four per pixel, in bands.
 
-    Above 16 MB these are copies, unless the environment variable PILLOW_BLOCK_SIZE allows larger pieces.
+    A single zero-copy band for images in one memory block of Pillow (16 MB, or PILLOW_BLOCK_SIZE); copies otherwise.
     """
     whole = _memory(image)
     if whole is not None:
         yield whole
         return
-    rows = max(_ONE_PIECE // (4 * image.width), 1)
+    rows = max(_BAND_BYTES // (4 * image.width), 1)
     for top in range(0, image.height, rows):
         band = image.crop((0, top, image.width, min(top + rows, image.height)))
         found = _memory(band)
-        # The variable may allow only smaller pieces.
+        # PILLOW_BLOCK_SIZE may be smaller than a band.
         yield pa.array(np.asarray(band.convert("RGBA")).reshape(-1)) if found is None else found
 
 
 def _memory(image: Image.Image) -> pa.UInt8Array | None:
-    """Pillow's own memory of an image; None where it is in several pieces."""
+    """Pillow's own memory of an image; None if it has several blocks."""
     try:
         return pa.array(image).flatten()
     except ValueError:
@@ -169,10 +169,10 @@ def _memory(image: Image.Image) -> pa.UInt8Array | None:
 
 @contextmanager
 def _opened(media: Media, source: Source, max_pixels: int) -> Iterator[Image.Image]:
-    """The image with its header read; errors of opening and of the body become DataError."""
+    """The image with its header read; errors of opening and decoding become DataError."""
     try:
         if isinstance(media.data, Path):
-            with open_picture(media.data) as image:
+            with open_image(media.data) as image:
                 _check_pixels(image, media, source, max_pixels)
                 check_end(image, media.data)
                 yield image
@@ -180,7 +180,7 @@ def _opened(media: Media, source: Source, max_pixels: int) -> Iterator[Image.Ima
             _check_pixels(media.data, media, source, max_pixels)
             yield media.data
         else:
-            raise DataError(f"{source}: {media} is no picture; give the path of an image or a PIL image")
+            raise DataError(f"{source}: {media} is not an image; give the path of an image or a PIL image")
     except UserError:
         raise
     except UnreadableError as error:
@@ -209,10 +209,10 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if is_deep(image):
-        # Pillow would take everything above 255 for white.
+        # Pillow would clip values above 255.
         return to_grey(image).convert("RGB")
     with reading():
         if image.mode == "P" and "transparency" in image.info:
-            # By way of RGBA, or Pillow warns about every such file.
+            # Via RGBA, or Pillow warns about every such file.
             image = image.convert("RGBA")
         return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""The one place where Pillow reads pictures: which formats, and what it raises for damaged ones."""
+"""Opens image files with Pillow: allowed formats, truncation checks, EXIF orientation, decoder errors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ FORMATS = (
     "DCX", "SGI", "SUN", "MSP", "XBM", "XPM", "DDS", "PSD", "TGA",
 )
 # fmt: on
-"""What is read, by Pillow's names. Left out: EPS and WMF, which other programs draw; formats without pixels of their
-own (BUFR, GRIB, HDF5, MPEG); and formats of games and instruments, whose decoders are little used. TGA, which has no
-signature, is tried last."""
+"""Supported formats by Pillow's names. Excluded: EPS and WMF (rendered by other programs), stubs without a decoder
+(BUFR, GRIB, HDF5, MPEG), and rare formats whose decoders are little used. TGA has no signature and is tried last."""
 
 DAMAGED = (
     OSError,
@@ -40,10 +39,10 @@ DAMAGED = (
     struct.error,
     zlib.error,
 )
-"""What Pillow's readers raise for damaged data: none of them wraps what goes wrong inside."""
+"""Exceptions that Pillow's decoders raise for damaged data."""
 
 BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-"""What Pillow raises at twice its own threshold of pixels."""
+"""What Pillow raises above its own pixel limit."""
 
 _ORIENTATION = 0x0112
 _SWAPS_SIDES = (5, 6, 7, 8)
@@ -51,48 +50,48 @@ _END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 class UnreadableError(Exception):
-    """A picture that cannot be read; the message says why, to stand behind its name."""
+    """An image that cannot be read; the message is a reason without its subject, the caller adds the file."""
 
 
-def open_picture(file: Path | BinaryIO) -> Image.Image:
-    """A picture of one of FORMATS with its header read.
+def open_image(file: Path | BinaryIO) -> Image.Image:
+    """An image of one of FORMATS with its header read.
 
     Raises:
-        UnreadableError: Pillow refuses it, or takes it for too large.
+        UnreadableError: Pillow refuses it, or it has too many pixels.
         OSError: the file cannot be opened.
     """
     with reading():
         return Image.open(file, formats=FORMATS)
 
 
-def check_end(picture: Image.Image, file: Path | BinaryIO) -> None:
-    """Checks that a file was copied to its end, where its format has one: Pillow does not miss that of PNG.
+def check_end(image: Image.Image, file: Path | BinaryIO) -> None:
+    """Checks that a PNG file has its end chunk, which Pillow does not require.
 
     Raises:
-        UnreadableError: it is cut.
+        UnreadableError: it is truncated.
     """
-    if picture.format == "PNG" and not _ends(file):
+    if image.format == "PNG" and not _ends(file):
         raise UnreadableError(
-            "cannot be decoded (a PNG file without its end, IEND); it is truncated: replace it or remove the record"
+            "cannot be decoded (a PNG file without IEND chunk); it is truncated: replace it or remove the record"
         )
 
 
 def decode(data: bytes, source: Source, what: str = "the image") -> Image.Image:
-    """A picture from the bytes of a file, with its header read.
+    """An image from the bytes of a file, with its header read.
 
     Args:
         data: the bytes.
-        source: named in errors.
-        what: it is, in errors.
+        source: record, for errors.
+        what: name of the image in errors.
 
     Raises:
-        DataError: they are not an image, or one with far too many pixels.
+        DataError: they are not an image, or it has too many pixels.
     """
     file = io.BytesIO(data)
     try:
-        picture = open_picture(file)
-        check_end(picture, file)
-        return picture
+        image = open_image(file)
+        check_end(image, file)
+        return image
     except UnreadableError as error:
         raise DataError(f"{source}: {what} ({len(data)} bytes) {told(data) or error}") from error
 
@@ -102,7 +101,7 @@ def orientation(image: Image.Image) -> int:
     if image.format == "TIFF":
         return 1
     try:
-        # The method of the base class: that of PNG files decodes the pixels to look for EXIF behind them.
+        # The method of the base class: that of PNG decodes all pixels to find EXIF data after them.
         value = Image.Image.getexif(image).get(_ORIENTATION, 1)
     except DAMAGED:
         return 1
@@ -110,7 +109,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image) -> tuple[tuple[int, int], bool]:
-    """(width, height) with the EXIF orientation applied, and whether there is one that changes anything."""
+    """(width, height) with the EXIF orientation applied, and whether the orientation changes the image."""
     turn = orientation(image)
     width, height = image.size
     return ((height, width) if turn in _SWAPS_SIDES else (width, height)), turn != 1
@@ -118,17 +117,17 @@ def upright(image: Image.Image) -> tuple[tuple[int, int], bool]:
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Around calls of Pillow's readers alone: what they raise becomes UnreadableError.
+    """Turns errors of Pillow's decoders into UnreadableError; use it around calls of Pillow only.
 
     Raises:
-        UnreadableError: data that is damaged, too large or in no format that is read.
-        OSError: what the system says of the file.
+        UnreadableError: data that is damaged, too large or not in a supported format.
+        OSError: errors of the file system.
     """
     try:
         yield
     except UnidentifiedImageError as error:
         raise UnreadableError(
-            "is not an image in a format that is read; save it as PNG or JPEG, or remove the record"
+            "is not an image in a supported format; save it as PNG or JPEG, or remove the record"
         ) from error
     except BOMB as error:
         raise UnreadableError(
@@ -144,7 +143,7 @@ def reading() -> Iterator[None]:
 
 
 def _ends(file: Path | BinaryIO) -> bool:
-    """Whether a PNG file has its last chunk; something may stand behind it. The place in an open file stays."""
+    """Whether a PNG file has its IEND chunk; data may follow it. The position of an open file is restored."""
     if isinstance(file, Path):
         with file.open("rb") as opened:
             return _ends(opened)

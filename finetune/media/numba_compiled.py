@@ -1,4 +1,4 @@
-"""Functions that numba compiles."""
+"""``compiled``: numba JIT compilation with an on-disk cache."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def compiled(function: _Function) -> _Function:
-    """The function as machine code, made when it is first called and kept on disk where a folder can be written.
+    """Compiles a function with ``numba.njit`` on its first call, cached on disk if a cache folder is writable.
 
-    That is ``__pycache__`` beside the source, NUMBA_CACHE_DIR, or the user's cache folder.
+    The cache is ``__pycache__`` beside the source, NUMBA_CACHE_DIR, or the user's cache folder.
     """
     try:
         made: Any = njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # no such folder
+    except RuntimeError:  # no writable cache folder
         made = njit(nogil=True)(function)
     return made

@@ -1,4 +1,4 @@
-"""Pixels of visual items to the patches that the network takes."""
+"""Cuts the pixels of visual items (thumbnails and slices) into vision patches."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def patchify(items: Sequence[np.ndarray], patch_size: int) -> np.ndarray:
 
 
 def _run(item: np.ndarray) -> tuple[np.ndarray, int]:
-    """The memory from the first pixel of an item to its last as (n,) uint32, and how many of them a row is apart."""
+    """The memory from the first to the last pixel of an item as (n,) uint32, and the row stride in pixels."""
     pitch = item.strides[0] // 4
     length = (item.shape[0] - 1) * pitch + item.shape[1]
-    # Never to be written, as Pillow's memory is: each kind of argument would be compiled for itself.
+    # Read-only like Pillow's memory, so that numba compiles one signature only.
     return as_strided(item.view("<u4"), (length,), (4,), writeable=False), pitch
 
 
 @cache
 def _cutter(side: int) -> Callable[[np.ndarray, int, int, np.ndarray], None]:
-    """For patches of one size: with loops of a known length it becomes vector code."""
+    """The compiled kernel for one patch size; constant loop lengths let it be vectorized."""
 
     @compiled
     def cut(pixels: np.ndarray, pitch: int, columns: int, patches: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Bicubic resizing of 8 bit pixels: Pillow's result to the bit, by code that numba compiles to vector instructions."""
+"""Bicubic resizing of 8-bit pixels, bit-identical to Pillow, in vectorized numba code."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from finetune.media.numba_compiled import compiled
 Size = tuple[int, int]
 
 PILLOW_13 = int(PIL.__version__.partition(".")[0]) >= 13
-"""Whether this is Pillow 13 or newer: it has another order of the passes, and Arrow in both directions."""
+"""Whether Pillow is 13 or newer: other order of the two passes, and Arrow import and export."""
 
-# Pillow's fixed point: a sum of 22 bit weights and bytes fits 32 bits.
+# Pillow's fixed-point precision: a sum of 22-bit weights times bytes fits 32 bits.
 _BITS = 22
 _HALF = 1 << (_BITS - 1)
-# Rows that are made narrow side by side, their bytes, and old places of each at a time; bytes of a row that are added
-# up at a time: all of it stays in the first cache.
+# Block sizes that keep the working set in the L1 cache. Horizontal pass: rows at a time, their bytes, source columns at
+# a time. Vertical pass: bytes of a row at a time.
 _ROWS, _LANES, _COLUMNS = 16, 64, 512
 _RUN = 512
 
 
 def vertical_first(old: Size, new: Size) -> bool:
-    """Which pass Pillow makes first, sizes (width, height): bytes are rounded in between, so that the order shows."""
+    """Whether Pillow makes the vertical pass first; sizes are (width, height). Rounding in between makes it matter."""
     if old[1] <= new[1]:
         return False
     return old[1] - new[1] > 2 * (old[0] - new[0]) if PILLOW_13 else old[1] > 100 * old[0]
 
 
 def narrowed(pixels: np.ndarray, width: int, into: np.ndarray | None = None) -> np.ndarray:
-    """Pixels (height, old width, 4) uint8 in another width, (height, width, 4), written to ``into`` where given."""
+    """Horizontal resize of (height, old width, 4) uint8 to (height, width, 4), written to ``into`` if given."""
     if width == pixels.shape[1] and into is None:
         return pixels
     found = np.empty((len(pixels), width, 4), np.uint8) if into is None else into
@@ -42,7 +42,7 @@ def narrowed(pixels: np.ndarray, width: int, into: np.ndarray | None = None) -> 
 
 
 def lowered(pixels: np.ndarray, height: int) -> np.ndarray:
-    """Pixels (old height, width, 4) uint8 in another height, (height, width, 4)."""
+    """Vertical resize of (old height, width, 4) uint8 to (height, width, 4)."""
     if height == len(pixels):
         return pixels
     width = pixels.shape[1]
@@ -53,7 +53,7 @@ def lowered(pixels: np.ndarray, height: int) -> np.ndarray:
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
-    """A view that cannot be written, as Pillow's memory is one: each kind of argument would be compiled for itself."""
+    """A read-only view, like Pillow's memory, so that numba compiles one signature only."""
     view = array.view()
     view.flags.writeable = False
     return view
@@ -61,9 +61,9 @@ def _frozen(array: np.ndarray) -> np.ndarray:
 
 @compiled
 def _weights(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each new place its weights (new, most) int32 in fixed point, the first old place they are for, and how many.
+    """For each output position: fixed-point weights (new, taps) int32, first input position, and number of taps.
 
-    The cubic with a = -1/2, as wide as the old places are dense; operation for operation as Pillow has it.
+    Bicubic filter with a = -1/2 and antialiasing, in the same order of operations as Pillow.
     """
     scale = old / new
     stretch = max(scale, 1.0)
@@ -93,7 +93,7 @@ def _weights(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @njit(inline="always")
 def _byte(total):  # noqa: ANN001, ANN202 - compiled per type
-    """The nearest byte of a sum in fixed point; without branches and in 32 bits, or it would not become vector code."""
+    """Rounds and clips a fixed-point sum to a byte; branch-free and in 32 bits, so that it can be vectorized."""
     value = int32(total >> _BITS)
     value = int32(value & ~int32(value >> 31))
     return uint8(int32(value | int32(int32(255 - value) >> 31)))
@@ -103,10 +103,10 @@ def _byte(total):  # noqa: ANN001, ANN202 - compiled per type
 def _horizontal(
     source: np.ndarray, found: np.ndarray, weights: np.ndarray, starts: np.ndarray, counts: np.ndarray
 ) -> None:
-    """Rows of pixels (h, w) uint32 to (h, new w): sixteen rows at a time stand side by side, and make one sum."""
+    """Horizontal pass, (h, w) uint32 to (h, new w): 16 rows at a time are transposed and summed together."""
     height, width = source.shape
     new = len(starts)
-    # As many new places at a time as take few old ones: those stay in the first cache, however wide the picture is.
+    # Output columns per block, so that their input columns stay in the L1 cache for any image width.
     step = max(_COLUMNS * new // width - 4, 1)
     beside = np.zeros((_widest(starts, counts, step), _ROWS), np.uint32)
     lanes = beside.view(np.uint8)
@@ -128,7 +128,7 @@ def _horizontal(
 
 @compiled
 def _widest(starts: np.ndarray, counts: np.ndarray, step: int) -> int:
-    """Most old places that ``step`` neighbouring new ones take."""
+    """Maximum number of input positions of ``step`` neighbouring output positions."""
     widest = 0
     for first in range(0, len(starts), step):
         last = min(first + step, len(starts)) - 1
@@ -175,7 +175,7 @@ def _add_columns(lanes: np.ndarray, start: int, weights: np.ndarray, sums: np.nd
 def _vertical(
     source: np.ndarray, found: np.ndarray, weights: np.ndarray, starts: np.ndarray, counts: np.ndarray
 ) -> None:
-    """Rows of bytes (h, n) uint8 to (new h, n): every new row is a sum of old ones."""
+    """Vertical pass, (h, n) uint8 to (new h, n): every output row is a weighted sum of input rows."""
     length = source.shape[1]
     sums = np.zeros(_RUN, np.int32)
     for place in range(len(starts)):

@@ -1,4 +1,4 @@
-"""Where an image is cut: integers in, integers out (no pixels, no torch)."""
+"""Image slicing plans: thumbnail size, slice grid and slice sizes by image size (no pixels, no torch)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from itertools import pairwise
 from typing import Literal
 
 Box = tuple[int, int, int, int]
-"""A part of an image: left, top, right, bottom in pixels."""
-Look = Callable[[Box], int | None]
-"""From a part of an image to the side in pixels of the square whose area it is enlarged to; None to leave it small."""
+"""Region of an image: left, top, right, bottom in pixels."""
+UpsizeRule = Callable[[Box], int | None]
+"""Gives for a region the side in pixels of the square whose area it is upscaled to; None for no upscaling."""
 Enlarging = Literal["always", "never", "adaptive"]
-"""Whether what is smaller than a square is enlarged to one; "adaptive" looks at the pixels."""
+"""Whether images smaller than ``scale_resolution`` squared are upscaled; "adaptive" decides by the pixels."""
 
 MERGES = {"16x": 4, "4x": 2}
-"""Patches along a side that become one token, by the downsample_mode of 4.6 and later."""
+"""Patches per side that are merged into one token, by downsample_mode (4.6 and later)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,11 @@ class SliceSpec:
     """Slicing settings of a checkpoint.
 
     Attributes:
-        max_slice_nums: most slices besides the thumbnail; 1 means the thumbnail alone.
+        max_slice_nums: maximum number of slices besides the thumbnail; 1 means the thumbnail alone.
         scale_resolution: side in pixels of the square whose area a slice should have.
         patch_size: side in pixels of a vision patch.
-        merge: patches that become one along a side; every side is a multiple of so many patches.
-        enlarge: what becomes of images smaller than a square of ``scale_resolution``, and with "adaptive" of slices.
+        merge: patches per side that are merged into one token; sides are multiples of ``merge * patch_size``.
+        enlarge: upscaling of images (with "adaptive" also slices) smaller than ``scale_resolution`` squared.
     """
 
     max_slice_nums: int
@@ -40,14 +40,14 @@ class SliceSpec:
 
 @dataclass(frozen=True, slots=True)
 class SlicePlan:
-    """How one image is cut. Sizes are (width, height) in pixels, the grid is (columns, rows).
+    """The slices of one image. Sizes are (width, height) in pixels, the grid is (columns, rows).
 
     Attributes:
-        thumbnail: size of the whole image, resized.
-        grid: columns and rows, or None when the image is not cut.
-        refined: size of the resized image that is cut, or None.
+        thumbnail: size of the resized whole image.
+        grid: columns and rows, None when the image is not sliced.
+        refined: size of the resized image that is cut into slices, or None.
         slice: size of each slice, or None.
-        own: size of every slice, row by row, where some are smaller than ``slice``; else None.
+        own: size of every slice, row by row, if some are smaller than ``slice``; else None.
     """
 
     thumbnail: tuple[int, int]
@@ -58,16 +58,16 @@ class SlicePlan:
 
     @property
     def items(self) -> int:
-        """Visual items: the thumbnail and, when cut, one per grid cell."""
+        """Number of visual items: the thumbnail and one per slice."""
         return 1 if self.grid is None else 1 + self.grid[0] * self.grid[1]
 
 
-def plan(width: int, height: int, spec: SliceSpec, look: Look | None = None) -> SlicePlan:
-    """How an image of the given size is cut.
+def plan(width: int, height: int, spec: SliceSpec, upsize: UpsizeRule | None = None) -> SlicePlan:
+    """The slice plan of an image of the given size.
 
-    An image that covers more than one square of ``scale_resolution`` is cut into about as many slices as squares fit
-    into its area, in the grid whose aspect is nearest its own; the whole image is always kept as a thumbnail.
-    The rule is the published one of MiniCPM-V, and so are the roundings; what is not enlarged, that of MiniCPM-OCR.
+    An image larger than ``scale_resolution`` squared is cut into about area / ``scale_resolution`` ** 2 slices, in the
+    grid with the nearest aspect ratio; the whole image is always kept as a thumbnail. Rule and rounding are those of
+    the published MiniCPM-V code; for images that are not upscaled, those of MiniCPM-OCR.
 
     >>> nine = SliceSpec(max_slice_nums=9, scale_resolution=448, patch_size=14)
     >>> plan(448, 448, nine)
@@ -78,26 +78,26 @@ def plan(width: int, height: int, spec: SliceSpec, look: Look | None = None) -> 
     9
 
     Args:
-        width: pixels, after EXIF orientation.
-        height: pixels, after EXIF orientation.
-        spec: settings of the checkpoint.
-        look: what the pixels say, for "adaptive" and no other.
+        width: in pixels, after EXIF orientation.
+        height: in pixels, after EXIF orientation.
+        spec: slicing settings of the checkpoint.
+        upsize: upscaling by the pixels; needed for "adaptive" only.
 
     Raises:
-        ValueError: a side below 1, or ``look`` where it is not needed or missing where it is.
+        ValueError: a side below 1, or ``upsize`` given without "adaptive" or missing with it.
     """
     if width < 1 or height < 1:
-        raise ValueError(f"an image of {width} x {height} pixels cannot be cut; both sides must be at least 1")
+        raise ValueError(f"an image of {width} x {height} pixels cannot be sliced; both sides must be at least 1")
     squares = min(math.ceil(width * height / (spec.scale_resolution * spec.scale_resolution)), spec.max_slice_nums)
-    if (spec.enlarge == "adaptive") != (look is not None):
-        raise ValueError(f"enlarge {spec.enlarge!r} {'takes no look' if look else 'needs look: the pixels decide'}")
+    if (spec.enlarge == "adaptive") != (upsize is not None):
+        raise ValueError(f"enlarge {spec.enlarge!r} {'does not use' if upsize else 'needs'} the argument upsize")
     if squares <= 1:
-        side = None if look is None else look((0, 0, width, height))
+        side = None if upsize is None else upsize((0, 0, width, height))
         return SlicePlan(_fit(width, height, spec) if spec.enlarge == "always" else _small(width, height, spec, side))
     grid = _best_grid(width, height, squares, spec.max_slice_nums)
     columns, rows = grid
     cell = _fit(_nearest(width, columns) / columns, _nearest(height, rows) / rows, spec)
-    own = () if look is None else tuple(_own(box, cell, spec, look) for box in _cells(width, height, grid))
+    own = () if upsize is None else tuple(_own(box, cell, spec, upsize) for box in _cells(width, height, grid))
     return SlicePlan(
         thumbnail=_fit(width, height, spec),
         grid=grid,
@@ -136,7 +136,7 @@ def crop_boxes(cuts: SlicePlan) -> list[tuple[int, int, int, int]]:
 
 
 def _cells(width: int, height: int, grid: tuple[int, int]) -> Iterator[Box]:
-    """The parts of the original image that its slices show, row by row."""
+    """The region of the original image that each slice shows, row by row."""
     columns, rows = grid
     across = [round(width * column / columns) for column in range(columns + 1)]
     down = [round(height * row / rows) for row in range(rows + 1)]
@@ -145,18 +145,18 @@ def _cells(width: int, height: int, grid: tuple[int, int]) -> Iterator[Box]:
             yield left, top, right, bottom
 
 
-def _own(box: Box, cell: tuple[int, int], spec: SliceSpec, look: Look) -> tuple[int, int]:
-    """Size of the slice that shows this part of the image: ``cell``, or one that has fewer pixels and is enough."""
+def _own(box: Box, cell: tuple[int, int], spec: SliceSpec, upsize: UpsizeRule) -> tuple[int, int]:
+    """Size of the slice of this region: ``cell``, or a smaller one if the region needs no upscaling."""
     width, height = box[2] - box[0], box[3] - box[1]
     if min(width, height) < 1 or width * height > spec.scale_resolution**2:
         return cell
-    side = look(box)
+    side = upsize(box)
     size = cell if side == spec.scale_resolution else _small(width, height, spec, side)
     return size if math.prod(size) < math.prod(cell) else cell
 
 
 def _small(width: int, height: int, spec: SliceSpec, side: int | None) -> tuple[int, int]:
-    """The size of what is enlarged to a square of this side, or else only made smaller where it is larger than one."""
+    """The size of a region upscaled to a square of this side; with None it is only downscaled, if too large."""
     if side is None and width * height <= spec.scale_resolution**2:
         step = spec.patch_size * spec.merge
         return _nearest(width, step), _nearest(height, step)
@@ -164,21 +164,21 @@ def _small(width: int, height: int, spec: SliceSpec, side: int | None) -> tuple[
 
 
 def _fit(width: float, height: float, spec: SliceSpec) -> tuple[int, int]:
-    """The size with about the same aspect and the area of one square, both sides multiples of merged patches."""
+    """The size with about the same aspect ratio and the area of one square; sides are multiples of merged patches."""
     aspect = width / height
-    # Truncated, height first, width from the truncated height: the published order, it decides the last pixel.
+    # Truncate the height first, then compute the width from it: the order of the published code affects rounding.
     fitted = int(spec.scale_resolution / math.sqrt(aspect))
     step = spec.patch_size * spec.merge
     return _nearest(int(fitted * aspect), step), _nearest(fitted, step)
 
 
 def _nearest(length: float, step: int) -> int:
-    """The multiple of ``step`` nearest ``length``, at least one; ties go to the even multiple, as Python rounds."""
+    """The multiple of ``step`` nearest ``length``, at least ``step``; ties go to the even multiple (``round``)."""
     return max(round(length / step) * step, step)
 
 
 def _best_grid(width: int, height: int, squares: int, most: int) -> tuple[int, int]:
-    """(columns, rows) nearest the aspect in log space; of equals the fewer slices, then the fewer columns."""
+    """(columns, rows) nearest the aspect ratio in log space; ties: fewer slices, then fewer columns."""
     aspect = math.log(width / height)
     best, best_error = (1, 1), math.inf
     for count in (squares - 1, squares, squares + 1):

@@ -1,4 +1,4 @@
-"""How far a picture or a part of it is enlarged, by the print that is in it: the rule of MiniCPM-OCR's processor."""
+"""Adaptive upscaling of images with small print: ``adaptive_upsize_resolution`` of MiniCPM-OCR's image processor."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ INSTALL = "pip install -e '.[ocr]'"
 
 
 def check_installed() -> None:
-    """Checks that there is what looks for print.
+    """Checks that OpenCV is installed, which the detection of small print needs.
 
     Raises:
-        UserError: OpenCV is missing; it names the remedy.
+        UserError: it is missing.
     """
     if find_spec("cv2") is None:
         raise UserError(
-            "this checkpoint enlarges small print (small_image_upsize 'adaptive' of its image processor), which needs "
+            "this checkpoint upscales small print (small_image_upsize 'adaptive' of its image processor), which needs "
             f"OpenCV: {INSTALL}"
         )
 
 
 class SmallPrint:
-    """A decoded picture that says how far its parts are to be enlarged (a ``Look``); each is looked at once.
+    """The ``UpsizeRule`` of a decoded image, cached by region.
 
     Args:
-        picture: RGB.
-        square: side in pixels of the square that small print is enlarged to.
+        image: RGB.
+        square: side in pixels of the square that small print is upscaled to.
     """
 
-    def __init__(self, picture: Image.Image, square: int) -> None:
-        self.size = picture.size
-        self._pixels = np.asarray(picture).transpose(2, 0, 1)
+    def __init__(self, image: Image.Image, square: int) -> None:
+        self.size = image.size
+        self._pixels = np.asarray(image).transpose(2, 0, 1)
         self._square = square
         self._known: dict[Box, int | None] = {}
 
     def __call__(self, box: Box) -> int | None:
-        """The side of the square that a part is enlarged to; None to leave it small."""
+        """The side in pixels of the square that a region is upscaled to; None for no upscaling."""
         from transformers.models.minicpm_ocr.image_processing_minicpm_ocr import adaptive_upsize_resolution
 
         if box not in self._known:

@@ -1,4 +1,4 @@
-"""Pixels by the image processors that transformers has for MiniCPM-V 4.6 and later, and for MiniCPM-OCR."""
+"""Patches from transformers' own image and video processors (MiniCPM-V 4.6 and later, MiniCPM-OCR)."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def _installed() -> str:
 
 
 def check_videos(spec: SliceSpec, installed: str | None = None) -> None:
-    """Checks that the video processor of transformers knows the mode: that of 5.20 cuts frames in "16x" whatever it is.
+    """Checks that transformers' video processor supports the downsample_mode; 5.20 always uses "16x".
 
     Args:
-        spec: settings of the checkpoint.
-        installed: version of transformers; None for the one that is installed.
+        spec: slicing settings of the checkpoint.
+        installed: version of transformers; None for the installed one.
 
     Raises:
-        UserError: it does not; the message names both versions.
+        UserError: it does not; the message has both versions.
     """
     if _MODES.get(spec.merge) != "4x":
         return
@@ -47,18 +47,18 @@ def check_videos(spec: SliceSpec, installed: str | None = None) -> None:
 def patch_rows(
     image: Image.Image, cuts: SlicePlan, spec: SliceSpec, *, maker: str = "MiniCPMV4_6", video: bool = False
 ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """Patches of an RGB image as the processor makes them.
+    """Patches of an RGB image, computed by the processor.
 
     Args:
         image: the decoded image.
-        cuts: how it is cut, by ``plan`` with these settings or fewer slices.
-        spec: settings of the checkpoint.
-        maker: first part of the names of the processors' classes.
-        video: whether it is a frame of a video, which has a processor of its own.
+        cuts: its slice plan, from ``plan`` with these settings or a smaller max_slice_nums.
+        spec: slicing settings of the checkpoint.
+        maker: prefix of the processor class names.
+        video: whether it is a video frame, for which the video processor is used.
 
     Returns:
-        (N, 3*P*P) float32, normalised, each patch in (channel, row, column) order; and the rows and columns of patches
-        of every item, as the processor has cut it.
+        (N, 3*P*P) float32, normalised, each patch in (channel, row, column) order; and the (rows, columns) of patches
+        of every item.
     """
     options: dict[str, Any] = {
         "max_slice_nums": _slices_of(cuts, *image.size, spec),
@@ -83,9 +83,9 @@ def patch_rows(
 
 
 def _slices_of(cuts: SlicePlan, width: int, height: int, spec: SliceSpec) -> int:
-    """A number of most slices that gives this grid: the processor takes a limit, not a plan."""
+    """A max_slice_nums that gives this grid: the processor takes a limit, not a plan."""
     limits = range(max(spec.max_slice_nums, cuts.items), 0, -1)
-    of = replace(spec, enlarge="always")  # whatever becomes of small images, the grid is the same
+    of = replace(spec, enlarge="always")  # upscaling of small images does not change the grid
     found = (most for most in limits if plan(width, height, replace(of, max_slice_nums=most)).grid == cuts.grid)
     return next(found, spec.max_slice_nums)
 

@@ -1,6 +1,6 @@
-"""Videos: what their headers say, and chosen frames of them as RGB pictures.
+"""Video headers (``probe``) and decoding of chosen frames (``Decoder``), with PyAV.
 
-A video is a file, a folder of pictures, or a list of picture files. Files are decoded by PyAV, an extra.
+A video is a video file, a folder of images, or a list of image files.
 """
 
 from __future__ import annotations
@@ -29,41 +29,41 @@ if TYPE_CHECKING:
 
 INSTALL = 'pip install "av>=14,<19"'
 
-# Containers that are read. Playlists and patterns are none of them: they name further files or addresses.
+# Allowed containers. Playlists and patterns are excluded: they refer to other files or URLs.
 _OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,asf,ogg,apng",
     "protocol_whitelist": "file",
 }
-# Containers whose header tells the length, and which are readable without their end.
+# Containers with a duration in the header that can still be read when truncated.
 _ENDS = {"matroska", "webm", "avi"}
-# Seconds that may be missing there: lengths are rounded, and the last frame may have none.
+# Tolerance in seconds: durations are rounded, and the last frame may have none.
 _SLACK = 0.5
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
-_MEND = "replace it or remove the record"
+_FIX = "replace it or remove the record"
 
 
 def probe(media: Media, source: Source, fps: float = 1.0, max_pixels: int = image.MAX_PIXELS) -> Clip:
-    """Length and size of a video; of a file at most the first frame is decoded.
+    """Length and frame size of a video; at most the first frame is decoded.
 
     Args:
         media: a video.
-        source: named in errors.
-        fps: frames per second of videos that are pictures.
-        max_pixels: most pixels of a frame.
+        source: its record, for errors.
+        fps: frames per second of videos that are image files.
+        max_pixels: maximum number of pixels of a frame.
 
     Raises:
-        DataError: no such file, none that is a video, no frames, or frames that are too large or of several sizes.
+        DataError: no such file, not a video, no frames, or frames that are too large or of different sizes.
     """
-    files = pictures_of(media, source)
+    files = frame_files(media, source)
     if files is not None:
         sizes = {image.size(Media("image", file), source, max_pixels) for file in files}
         if len(sizes) > 1:
             listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes)[:3])
-            raise DataError(f"{source}: {media} has frames of several sizes ({listed}); make them one size")
-        return Clip(files, Length(len(files), fps), sizes.pop(), pictures=True)
+            raise DataError(f"{source}: {media} has frames of different sizes ({listed}); resize them to one size")
+        return Clip(files, Length(len(files), fps), sizes.pop(), from_images=True)
     if not isinstance(media.data, Path):
-        raise DataError(f"{source}: {media} is no video; give the path of a file or of a folder of frames")
+        raise DataError(f"{source}: {media} is not a video; give the path of a video file or of a folder of frames")
     with _errors(media, source):
         state = media.data.stat()
         clip = _probed(media.data, state.st_mtime_ns, state.st_size, state.st_ino, state.st_ctime_ns)
@@ -77,92 +77,92 @@ def probe(media: Media, source: Source, fps: float = 1.0, max_pixels: int = imag
 
 
 def check(media: Media, source: Source) -> None:
-    """Reads a video to its last frame.
+    """Decodes a video to its last frame.
 
     Raises:
-        DataError: as ``probe``, and a frame that is not there.
+        DataError: as ``probe``, or a missing frame.
     """
     clip = probe(media, source)
     with Decoder(clip, source) as decoder:
         decoder.take(clip.length.frames - 1)
 
 
-def pictures_of(media: Media, source: Source) -> tuple[Path, ...] | None:
-    """The frames of a video that is a folder or a list of pictures; None for a file.
+def frame_files(media: Media, source: Source) -> tuple[Path, ...] | None:
+    """The frames of a video that is a folder or a list of images; None for a video file.
 
     Raises:
-        DataError: none in the list or the folder.
+        DataError: there are no frames.
     """
     if isinstance(media.data, tuple):
         found = media.data
     elif isinstance(media.data, Path) and is_folder(media.data):
-        found = tuple(sorted((file for file in media.data.iterdir() if _is_picture(file)), key=_natural))
+        found = tuple(sorted((file for file in media.data.iterdir() if _is_image(file)), key=_natural))
     else:
         return None
     if not found:
-        raise DataError(f"{source}: {media} has no pictures ({', '.join(_PICTURES)}) to be the frames of a video")
+        raise DataError(f"{source}: {media} has no images ({', '.join(_IMAGES)}) as video frames")
     return found
 
 
-def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in _PICTURES and not file.name.startswith(".") and file.is_file()
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in _IMAGES and not file.name.startswith(".") and file.is_file()
 
 
 def _natural(file: Path) -> list[tuple[int, str]]:
-    """Order in which frame 10 comes after frame 9."""
+    """Natural sort key: frame 10 comes after frame 9."""
     return [(int(word), "") if word.isdigit() else (0, word) for word in re.split(r"(\d+)", file.name)]
 
 
 class Decoder:
-    """Chosen frames of a video, in any order; rising indices are read in one pass.
+    """Decodes chosen frames of a video in any order; ascending indices need one pass.
 
     Args:
         clip: the video.
-        source: named in errors.
+        source: its record, for errors.
     """
 
     def __init__(self, clip: Clip, source: Source) -> None:
         self._clip = clip
         self._source = source
-        self._media = Media("video", clip.files if clip.pictures else clip.files[0])
-        self._walk: _Walk | None = None
+        self._media = Media("video", clip.files if clip.from_images else clip.files[0])
+        self._reader: _FrameReader | None = None
 
     def __enter__(self) -> Decoder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._walk is not None:
-            self._walk.close()
+        if self._reader is not None:
+            self._reader.close()
 
     def take(self, index: int) -> Image.Image:
-        """Frame ``index`` as RGB, turned as it is shown.
+        """Frame ``index`` as RGB, with rotation applied.
 
         Raises:
             DataError: it cannot be decoded.
         """
-        if self._clip.pictures:
+        if self._clip.from_images:
             return image.load(Media("image", self._clip.files[index]), self._source)
         with _errors(self._media, self._source):
-            if self._walk is None:
-                self._walk = _Walk(self._clip.files[0])
-            frame = self._walk.at(index)
+            if self._reader is None:
+                self._reader = _FrameReader(self._clip.files[0])
+            frame = self._reader.at(index)
             if frame is None:
                 raise DataError(
-                    f"{self._source}: {self._media}: its header tells of {self._clip.length.frames} frames, number "
-                    f"{index} is not there; the file is truncated or damaged: {_MEND}"
+                    f"{self._source}: {self._media}: its header has {self._clip.length.frames} frames, but frame "
+                    f"{index} is missing; the file is truncated or damaged: {_FIX}"
                 )
-            return _picture(frame)
+            return _to_image(frame)
 
 
-class _Walk:
-    """A way through the frames of a file: forward, or by way of the key frame before the one that is wanted."""
+class _FrameReader:
+    """Random access to the frames of a file: decodes forward, or seeks to the key frame before the wanted one."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._container, self._stream = _opened(file)
         self._index = _index(self._container, self._stream)
         _check_index(self._container, self._index)
-        self._headers_say = self._stream.frames
+        self._header_frames = self._stream.frames
         self._left: Iterator[VideoFrame] = iter(())
         self._current: VideoFrame | None = None
         self._now = -1
@@ -172,11 +172,11 @@ class _Walk:
         self._container.close()
 
     def at(self, number: int) -> VideoFrame | None:
-        """Frame ``number``, None where there is none."""
+        """Frame ``number``, None if there is no such frame."""
         index = self._index
         if number >= len(index.times):
-            # Headers also count frames that are never shown: those before a cut, or before the first key frame.
-            if not index.times or index.packets < self._headers_say:
+            # Headers also count frames that are never displayed: before an edit or before the first key frame.
+            if not index.times or index.packets < self._header_frames:
                 return None
             number = len(index.times) - 1
         wanted = index.times[number]
@@ -192,18 +192,20 @@ class _Walk:
         if self._current is not None:
             pts = self._current.pts
             self._now = self._now + 1 if self._index.counted or pts is None else pts
-            # Frames in front of the first key frame lack what they are made of, and are not shown.
+            # Frames before the first key frame lack their references and are not displayed.
             if self._current.is_corrupt and self._now >= self._index.times[0]:
-                raise _CutError(f"is damaged: its frame at {self._current.time or 0:.2f} seconds cannot be decoded")
+                raise _TruncatedError(
+                    f"is damaged: its frame at {self._current.time or 0:.2f} seconds cannot be decoded"
+                )
 
     def _go_to(self, key: int, wanted: int) -> None:
-        """Steps onto a frame that is not behind the wanted one."""
+        """Moves to a frame at or before the wanted one."""
         if self._index.counted or not self._sought(key):
             self._rewind()
             self._step()
             return
         self._step()
-        if self._current is None or self._now > wanted:  # some containers cannot tell where a key frame is
+        if self._current is None or self._now > wanted:  # seeking is inexact in some containers
             self._rewind()
             self._step()
 
@@ -218,7 +220,7 @@ class _Walk:
         return True
 
     def _rewind(self) -> None:
-        """From the beginning, by opening the file anew: not every container can seek there."""
+        """Restarts at the first frame by reopening the file: not every container can seek to its start."""
         self._container.close()
         self._container, self._stream = _opened(self._file)
         self._left = self._container.decode(self._stream)
@@ -227,16 +229,16 @@ class _Walk:
 
 @dataclass(frozen=True, slots=True)
 class _Index:
-    """The frames of a file that can be shown, from its packets.
+    """The displayable frames of a file, from its packets.
 
     Attributes:
-        times: time stamp of each, rising; their place where the file has no time stamps.
-        keys: the time stamps of key frames, rising.
-        counted: whether they are places.
+        times: time stamp of each, ascending; frame numbers if the file has no time stamps.
+        keys: time stamps of key frames, ascending.
+        counted: whether ``times`` are frame numbers.
         packets: number of all packets.
-        seconds: from the first frame to the end of the last, 0 where that is unknown.
-        end: the second at which the last packet of any stream ends; 0 where that is unknown.
-        cut: whether a packet is not there as a whole.
+        seconds: from the first frame to the end of the last, 0 if unknown.
+        end: end of the last packet of any stream in seconds, 0 if unknown.
+        cut: whether a packet is truncated.
     """
 
     times: list[int]
@@ -262,7 +264,7 @@ def _index(container: InputContainer, stream: VideoStream) -> _Index:
     stamps = [packet.pts for packet in usable if packet.pts is not None]
     if len(stamps) < len(usable) or len(set(stamps)) < len(stamps):
         return _Index(list(range(len(usable))), [0], True, len(packets), 0.0, end, cut)
-    # Pictures in front of the first key frame that come behind it in the file cannot be decoded.
+    # Frames displayed before the first key frame but stored after it cannot be decoded.
     shown = [packet for packet in usable if packet.pts >= stamps[0]]  # pyright: ignore[reportOptionalOperand]
     times = sorted(stamp for stamp in stamps if stamp >= stamps[0])
     keys = sorted(packet.pts for packet in shown if packet.is_keyframe and packet.pts is not None)
@@ -274,32 +276,32 @@ def _index(container: InputContainer, stream: VideoStream) -> _Index:
 
 
 def _check_bytes(stream: VideoStream, size: int) -> None:
-    """Checks that a file is as long as the table in its header says (MP4, MOV), without reading on.
+    """Checks that a file has the size that its sample table needs (MP4, MOV).
 
     Raises:
-        _CutError: it is shorter.
+        _TruncatedError: it is shorter.
     """
     ends = [entry.pos + entry.size for entry in getattr(stream, "index_entries", ()) or ()]  # PyAV 14 has none
     if ends and max(ends) > size:
-        raise _CutError(f"is {size} bytes long, and its header speaks of {max(ends)}")
+        raise _TruncatedError(f"has {size} bytes, its header needs {max(ends)}")
 
 
 def _check_index(container: InputContainer, index: _Index) -> None:
-    """Checks that the packets of a file go on to where its header says.
+    """Checks that the packets of a file reach the duration in its header.
 
     Raises:
-        _CutError: they end before, or one of them is damaged.
+        _TruncatedError: they end earlier, or one of them is damaged.
     """
     if index.cut:
-        raise _CutError("has packets that are not whole")
-    told = (container.duration or 0) / 1_000_000
-    if _ENDS & set(container.format.name.split(",")) and index.end and index.end < told - _SLACK:
-        raise _CutError(f"ends after {index.end:.2f} seconds, and its header speaks of {told:.2f}")
+        raise _TruncatedError("has truncated packets")
+    duration = (container.duration or 0) / 1_000_000
+    if _ENDS & set(container.format.name.split(",")) and index.end and index.end < duration - _SLACK:
+        raise _TruncatedError(f"ends after {index.end:.2f} seconds, the duration in its header is {duration:.2f}")
 
 
 @lru_cache(maxsize=4096)
 def _probed(file: Path, changed: int, size: int, *_: int) -> Clip:
-    """Length and size of a video file in this state."""
+    """Length and frame size of a video file; the other arguments identify its state for the cache."""
     container, stream = _opened(file)
     try:
         _check_bytes(stream, size)
@@ -309,14 +311,14 @@ def _probed(file: Path, changed: int, size: int, *_: int) -> Clip:
             _check_index(container, index)
             frames = frames if frames > 0 and fps > 0 else len(index.times)
             measured = frames / index.seconds if index.seconds > 0 else 0.0
-            # Of files that do not tell, the rate is guessed from their first packets.
+            # Where the header has no rate, FFmpeg guesses it from the first packets.
             if measured and abs(fps - measured) > 0.01 * measured:
                 fps = measured
     finally:
         container.close()
-    container, stream = _opened(file)  # a stream that has been read cannot always go back
+    container, stream = _opened(file)  # not every stream can seek back
     try:
-        # Only a frame tells how it is turned.
+        # The rotation is known from a decoded frame only.
         first = next(container.decode(stream), None)
     finally:
         container.close()
@@ -325,22 +327,22 @@ def _probed(file: Path, changed: int, size: int, *_: int) -> Clip:
     return Clip((file,), Length(frames, fps or 1.0), _shown_size(first))
 
 
-class _CutError(Exception):
-    """A file that is not whole; the message says what disagrees."""
+class _TruncatedError(Exception):
+    """A truncated or damaged file; the message has the reason."""
 
 
 class _NoFramesError(Exception):
-    """A file without a picture that can be shown."""
+    """A file without a displayable video frame."""
 
 
 def _opened(file: Path) -> tuple[InputContainer, VideoStream]:
-    """A container and its video; cover pictures of sound files are none."""
+    """A container and its video stream; cover images of audio files do not count."""
     import av
     from av.stream import Disposition
 
     container = av.open(str(file), options=_OPTIONS)
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-    # One in a coding that FFmpeg does not know has no decoder.
+    # Without a supported codec there is no decoder.
     streams = [stream for stream in streams if stream.codec_context is not None]
     if not streams:
         container.close()
@@ -352,16 +354,16 @@ def _shown_size(frame: VideoFrame) -> tuple[int, int]:
     return (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
 
 
-def _picture(frame: VideoFrame) -> Image.Image:
-    """A frame as RGB; its rotation is counted in degrees against the clock."""
+def _to_image(frame: VideoFrame) -> Image.Image:
+    """A frame as an RGB image; its rotation is in degrees counter-clockwise."""
     turn = _TURNS.get(frame.rotation % 360)
-    picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    return picture if turn is None else picture.transpose(turn)
+    rgb = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 @contextmanager
 def _errors(media: Media, source: Source) -> Iterator[None]:
-    """What goes wrong with a file becomes a DataError, a decoder that is not there an error of its own."""
+    """Turns decoding errors into DataError, and a missing PyAV into UserError."""
     try:
         from av.error import FFmpegError
     except ImportError as error:
@@ -372,16 +374,16 @@ def _errors(media: Media, source: Source) -> Iterator[None]:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{source}: {media} does not exist; correct the path or remove the record") from error
-    except _CutError as error:
-        raise DataError(f"{source}: {media} {error}; the file is truncated or damaged: {_MEND}") from error
+    except _TruncatedError as error:
+        raise DataError(f"{source}: {media} {error}; the file is truncated or damaged: {_FIX}") from error
     except _NoFramesError as error:
-        what = _told(media) or f"has no picture that can be shown; {_MEND}"
+        what = _told(media) or f"has no video frame that can be decoded; {_FIX}"
         raise DataError(f"{source}: {media} {what}") from error
     except (FFmpegError, OSError, ValueError, EOFError, IndexError) as error:
-        words = (isinstance(error, OSError) and error.strerror) or error
+        reason = (isinstance(error, OSError) and error.strerror) or error
         what = _told(media) or (
-            f"cannot be decoded ({words}); it is truncated, damaged or no video (mp4, mkv, webm, avi, mov, gif): "
-            f"{_MEND}"
+            f"cannot be decoded ({reason}); it is truncated, damaged or not a video (mp4, mkv, webm, avi, mov, gif): "
+            f"{_FIX}"
         )
         raise DataError(f"{source}: {media} {what}") from error
 

@@ -1,4 +1,4 @@
-"""Which frames of a video are looked at: numbers only (no pixels, no torch); the published rules."""
+"""Frame sampling rules of the published models: frame indices by number of frames and fps (no pixels, no torch)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from finetune.utils.errors import ArgumentError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoOptions:
-    """How videos are looked at; None keeps the value of the checkpoint's generation.
+    """Video options (``--video_*``); None keeps the value of the checkpoint or its family.
 
     Attributes:
-        fps: frames per second.
-        max_frames: most frames of a video; where frames are packed, most groups.
-        max_slice_nums: most slices per frame.
-        max_pixels: frames of more pixels are shrunk to about so many before they are cut.
-        packing: frames per group, whatever the rule says.
-        max_packing: most frames per group.
-        high_fps: whether short clips are sampled twice as densely, two frames per group.
-        high_fps_below: seconds below which a clip is short.
-        time_scale: seconds per time index.
+        fps: sampled frames per second.
+        max_frames: maximum number of frames of a video; with packed frames, of groups.
+        max_slice_nums: maximum number of slices per frame.
+        max_pixels: larger frames are downscaled to at most this many pixels before slicing.
+        packing: fixed number of frames per group, in place of the sampling rule.
+        max_packing: maximum number of frames per group.
+        high_fps: whether short clips are sampled at twice the rate, two frames per group.
+        high_fps_below: duration in seconds below which a clip is short.
+        time_scale: seconds per temporal index.
 
     Raises:
         ArgumentError: a value of 0 or less, or that is not finite.
@@ -57,11 +57,11 @@ class VideoOptions:
 
 
 class Length(NamedTuple):
-    """How long a video is.
+    """The length of a video.
 
     Attributes:
-        frames: their number, at least 1.
-        fps: how many there are per second on average.
+        frames: number of frames, at least 1.
+        fps: average frames per second.
     """
 
     frames: int
@@ -69,16 +69,16 @@ class Length(NamedTuple):
 
     @property
     def duration(self) -> float:
-        """Seconds, as the published code counts them."""
+        """Duration in seconds, computed as in the published code."""
         return self.frames / self.fps
 
 
 class Group(NamedTuple):
-    """Frames that share a run of placeholders.
+    """Frames that share a placeholder run.
 
     Attributes:
-        indices: which, counted from 0 in the order in which they are shown.
-        times: time index of each, -1 where the family has none.
+        indices: frame indices from 0, in presentation order.
+        times: temporal index of each, -1 where the family has none.
     """
 
     indices: tuple[int, ...]
@@ -90,28 +90,28 @@ class Clip:
     """A video before its frames are decoded.
 
     Attributes:
-        files: the video file, or the pictures that are its frames.
+        files: the video file, or the image files of its frames.
         length: number of frames and frames per second.
-        size: (width, height) in pixels, turned as it is shown.
-        pictures: whether the files are pictures.
+        size: (width, height) in pixels, with rotation applied.
+        from_images: whether the files are images.
     """
 
     files: tuple[Path, ...]
     length: Length
     size: tuple[int, int]
-    pictures: bool = False
+    from_images: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """Frames of a video that share a run of placeholders: a part of a conversation in place of its video.
+    """A group of video frames as a part of a conversation; the groups of a video replace it.
 
     Attributes:
         clip: the video.
-        indices: which frames.
-        times: time index of each, -1 where the family has none.
-        video: place of the video among those of the conversation.
-        opens: whether they are the first of their video.
+        indices: frame indices.
+        times: temporal index of each, -1 where the family has none.
+        video: number of the video in the conversation.
+        opens: whether it is the first group of its video.
     """
 
     clip: Clip
@@ -122,7 +122,7 @@ class Frames:
 
 
 def frames_of(clip: Clip, groups: Sequence[Group], video: int = 0) -> tuple[Frames, ...]:
-    """The parts that take the place of a video; ``video`` is its place among the videos of the conversation."""
+    """The parts that replace a video; ``video`` is its number in the conversation."""
     return tuple(Frames(clip, *group, video, place == 0) for place, group in enumerate(groups))
 
 
@@ -137,11 +137,11 @@ def middles(values: Sequence[int], count: int) -> list[int]:
 
 
 PER_SECOND = VideoOptions(fps=1.0, max_frames=64, max_slice_nums=1)
-"""What MiniCPM-V 2.6 and 4.0 and the o models are published with."""
+"""Published defaults of MiniCPM-V 2.6 and 4.0 and MiniCPM-o."""
 
 
 def per_second(length: Length, options: VideoOptions) -> list[Group]:
-    """Single frames, so many per second; of more than the limit those in the middles of equal segments.
+    """Single frames at ``fps``; above ``max_frames``, the middle frames of equal segments.
 
     >>> [group.indices[0] for group in per_second(Length(100, 25.0), PER_SECOND)]
     [0, 25, 50, 75]
@@ -163,14 +163,14 @@ PACKED = VideoOptions(
     high_fps_below=30.0,
     time_scale=0.1,
 )
-"""What MiniCPM-V 4.5 is published with."""
+"""Published defaults of MiniCPM-V 4.5."""
 
 _HIGH_FPS_UP_TO = 5
-"""Frames per second above which nothing is doubled."""
+"""Largest fps that ``high_fps`` doubles."""
 
 
 def packed(length: Length, options: VideoOptions) -> list[Group]:
-    """Frames in the middles of equal segments, several of them to a group when the clip is long.
+    """Middle frames of equal segments, packed into groups of several frames when the clip is long.
 
     >>> packed(Length(20, 10.0), PACKED)[:2]
     [Group(indices=(1,), times=(1,)), Group(indices=(5,), times=(5,))]
@@ -191,7 +191,7 @@ def packed(length: Length, options: VideoOptions) -> list[Group]:
 
 
 def _packed_count(length: Length, options: VideoOptions) -> tuple[int, int]:
-    """How many frames, and how many of them to a group."""
+    """Number of frames, and frames per group."""
     fps, most, most_packing = options.fps, options.max_frames, options.max_packing
     assert fps is not None
     assert most is not None
@@ -210,26 +210,26 @@ def _packed_count(length: Length, options: VideoOptions) -> tuple[int, int]:
 
 
 def _time(seconds: float, duration: float, scale: float) -> int:
-    """The time index nearest to a time stamp; only those inside the clip count, and of two equally near the earlier."""
+    """The temporal index inside the clip that is nearest to a time stamp; the earlier one of two."""
     last = max(math.ceil(duration / scale) - 1, 0)
     below = min(int(seconds / scale), last)
     near = [index for index in (below - 1, below, below + 1) if 0 <= index <= last]
     best = min(near, key=lambda index: abs(index * scale - seconds))
-    # Not the index itself: the published code goes by way of the time, and rounding decides.
+    # Not simply ``best``: the published code converts to seconds and back, with rounding.
     return int(best * scale / scale)
 
 
-WHOLE_SECONDS = VideoOptions(max_frames=128, max_slice_nums=9)
-"""What the video processor of transformers for MiniCPM-V 4.6 has where a checkpoint says nothing."""
+PROCESSOR_SAMPLING = VideoOptions(max_frames=128, max_slice_nums=9)
+"""Defaults of transformers' video processor for MiniCPM-V 4.6."""
 
 
-def whole_seconds(length: Length, options: VideoOptions) -> list[Group]:
-    """One frame per second; of a clip of more seconds than the limit so many frames, evenly spaced.
+def processor_sampling(length: Length, options: VideoOptions) -> list[Group]:
+    """Sampling of transformers' video processor: one frame per second; above ``max_frames``, evenly spaced frames.
 
-    >>> [group.indices[0] for group in whole_seconds(Length(75, 30.0), WHOLE_SECONDS)]
+    >>> [group.indices[0] for group in processor_sampling(Length(75, 30.0), PROCESSOR_SAMPLING)]
     [0, 30, 60]
     """
-    options = options.over(WHOLE_SECONDS)
+    options = options.over(PROCESSOR_SAMPLING)
     most = options.max_frames
     assert most is not None
     if length.duration > most:
@@ -243,6 +243,6 @@ def whole_seconds(length: Length, options: VideoOptions) -> list[Group]:
 
 
 def _spaced(length: int, count: int) -> list[int]:
-    """``count`` places from the first to the last of ``length``, evenly, rounded down."""
+    """``count`` evenly spaced indices from the first to the last of ``length``, rounded down."""
     step = (length - 1) / max(count - 1, 1)
     return [int(place * step) for place in range(count - 1)] + [length - 1 if count > 1 else 0]

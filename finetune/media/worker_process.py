@@ -1,6 +1,6 @@
-"""How a process that prepares samples shares a machine, ends with its rank, and tells what it is doing.
+"""Set-up of dataloader workers: malloc settings, niceness, exit with their rank, and hang diagnostics.
 
-It keeps freed memory, lets training go first, and notes the sample it is at where its rank can read that.
+A worker records the sample that it encodes where its rank can read it (``worker_report``).
 """
 
 from __future__ import annotations
@@ -20,43 +20,43 @@ from torch.utils.data import get_worker_info
 
 from finetune.runtime.processes import end_with_rank
 
-# Of glibc's malloc.h, and the values in bytes.
+# mallopt parameters of glibc's malloc.h, and their values in bytes.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _KEPT, _LARGEST = 128 << 20, 32 << 20
 _NICENESS = 10
 
-# Bytes for the name of the sample that a loader process is at, and seconds that it has to write its stacks.
+# Bytes for the name of a worker's current sample, and seconds to wait for its stack dump.
 _NAME = 512
 _WRITES = 1.0
-# Seconds that it has to end when its rank tells it to.
+# Seconds that a worker has to exit after SIGTERM from its rank.
 _ENDS = 2.0
-# Files in memory, made by a rank before its loader processes, which inherit them: names of samples by process, stacks.
-_notes: tuple[int, int] | None = None
+# memfd files created by the rank and inherited by its dataloader workers: sample names by process id, stack dumps.
+_report_files: tuple[int, int] | None = None
 
 
-def settle(sample: str = "") -> None:
-    """In a loader process, has it end with its rank, freed memory kept and training go first; elsewhere nothing.
+def configure_worker(sample: str = "") -> None:
+    """Sets up the dataloader worker that calls it (once) and records its current sample; no effect elsewhere.
 
-    By default glibc hands large blocks back to the kernel, which clears every page again when the next picture comes.
-    Up to 128 MiB stay with each process.
+    By default glibc returns large blocks to the kernel, which zeroes the pages again for the next image. With these
+    settings a process keeps up to 128 MiB.
 
     Args:
-        sample: what it is at now, for ``what_loaders_do``.
+        sample: name of the current sample, for ``worker_report``.
     """
     if (worker := get_worker_info()) is not None:
         end_with_rank()
         keep_freed_memory()
-        let_training_go_first(worker.num_workers)
-        _listen_to_its_rank_alone()
-        _show_stacks_when_asked()
-        if _notes is not None:
+        lower_worker_priority(worker.num_workers)
+        _ignore_foreign_sigterm()
+        _dump_stacks_on_signal()
+        if _report_files is not None:
             name = sample.encode(errors="replace")[:_NAME].ljust(_NAME, b"\0")
-            os.pwrite(_notes[0], name, os.getpid() * _NAME)
+            os.pwrite(_report_files[0], name, os.getpid() * _NAME)
 
 
 @cache
-def _listen_to_its_rank_alone() -> None:
-    """Passes over SIGTERM of others: launchers and schedulers send it to all processes of a rank that is to save."""
+def _ignore_foreign_sigterm() -> None:
+    """Ignores SIGTERM unless its rank sent it: launchers signal all processes of a rank that is about to save."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_wait_for_sigterm, daemon=True, name="sigterm").start()
 
@@ -64,42 +64,42 @@ def _listen_to_its_rank_alone() -> None:
 def _wait_for_sigterm() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
-    # Its main thread ends it as Ctrl-C would and removes temporary files, unless it waits for a full pipe for ever.
+    # SIGINT lets the main thread clean up temporary files; it may hang on a full pipe, hence the hard exit below.
     if (main := threading.main_thread().ident) is not None:
         signal.pthread_kill(main, signal.SIGINT)
     time.sleep(_ENDS)
     os._exit(0)
 
 
-def take_notes() -> None:
-    """Lets loader processes that are made from here on tell what they do; call it in their rank."""
-    global _notes
-    if _notes is None:
-        _notes = os.memfd_create("samples"), os.memfd_create("stacks")
+def enable_worker_reports() -> None:
+    """Enables ``worker_report`` for dataloader workers that this rank starts from now on."""
+    global _report_files
+    if _report_files is None:
+        _report_files = os.memfd_create("samples"), os.memfd_create("stacks")
 
 
-def what_loaders_do() -> str:
-    """The samples that the loader processes of this rank are at, and the stacks of their threads."""
-    if _notes is None:
+def worker_report() -> str:
+    """The current sample of every dataloader worker of this rank, and the stacks of their threads."""
+    if _report_files is None:
         return ""
-    names, stacks = _notes
-    asked = [child.pid for child in psutil.Process().children() if _answers(child.pid)]
+    names, stacks = _report_files
+    asked = [child.pid for child in psutil.Process().children() if _handles_sigusr2(child.pid)]
     for process in asked:
         os.kill(process, signal.SIGUSR2)
     time.sleep(_WRITES)
     at = [os.pread(names, _NAME, process * _NAME).rstrip(b"\0").decode(errors="replace") for process in asked]
-    lines = [f"loader process {process} is at {name}" for process, name in zip(asked, at, strict=True)]
+    lines = [f"dataloader worker {process} encodes {name}" for process, name in zip(asked, at, strict=True)]
     written = os.pread(stacks, os.fstat(stacks).st_size, 0)
     return "\n".join([*lines, "", written.decode(errors="replace")])
 
 
 @cache
-def _show_stacks_when_asked() -> None:
-    faulthandler.register(signal.SIGUSR2, file=sys.stderr if _notes is None else _notes[1])
+def _dump_stacks_on_signal() -> None:
+    faulthandler.register(signal.SIGUSR2, file=sys.stderr if _report_files is None else _report_files[1])
 
 
-def _answers(process: int) -> bool:
-    """Whether a process has a handler for SIGUSR2, which ends others."""
+def _handles_sigusr2(process: int) -> bool:
+    """Whether a process has a handler for SIGUSR2; the signal would kill it otherwise."""
     try:
         status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
     except OSError:
@@ -110,7 +110,7 @@ def _answers(process: int) -> bool:
 
 @cache
 def keep_freed_memory() -> bool:
-    """Whether this process now keeps what is freed: False where the C library is not glibc."""
+    """Makes malloc keep freed memory; False where the C library is not glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
@@ -118,14 +118,14 @@ def keep_freed_memory() -> bool:
 
 
 @cache
-def let_training_go_first(workers: int) -> bool:
-    """Whether this process now has a low priority: where a node has fewer cores than processes of training.
+def lower_worker_priority(workers: int) -> bool:
+    """Raises the niceness of this worker if the node has fewer cores than training processes; returns whether it did.
 
-    A rank that waits for its core keeps all others waiting; samples are prepared ahead, while ranks wait for each
-    other. Where everybody has a core, nothing is changed: other people's jobs would go first as well.
+    A rank that waits for a core delays all other ranks, while samples are prefetched. With enough cores nothing is
+    changed, since other jobs on the node would get priority too.
 
     Args:
-        workers: loader processes of each rank; the launcher says how many ranks the node has.
+        workers: dataloader workers per rank; the launcher sets the number of ranks (LOCAL_WORLD_SIZE).
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if len(os.sched_getaffinity(0)) >= ranks * (1 + workers):

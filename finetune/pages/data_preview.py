@@ -15,7 +15,6 @@ from finetune.data_check.check_report import CheckReport, group, is_common, is_w
 from finetune.data_check.suspicious import suspicions
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import OUTCOMES, Fitted
-from finetune.encoding.sample_policy import source_of
 from finetune.pages import charts, duplicates
 from finetune.pages.decoded_prompt import PromptPart, pieces
 from finetune.pages.html_page import PageError, count, render, write
@@ -72,8 +71,8 @@ def write_preview(path: Path, parts: Sequence[SurveyedRecord], *, most: int = SA
         samples = list(pool.map(lambda each: _sample(parts[each[0][0]], each[0][1], each[1], room), chosen.items()))
     page = render(
         "preview",
-        encoder=parts[0].fitter.encoder,
-        policy=parts[0].fitter.policy,
+        encoder=parts[0].length_policy.encoder,
+        policy=parts[0].length_policy.policy,
         is_warning=is_warning,
         sets=[_set(part) for part in parts],
         names=[PurePath(part.report.file).name for part in parts],
@@ -98,7 +97,7 @@ def write_preview(path: Path, parts: Sequence[SurveyedRecord], *, most: int = SA
 def _set(part: SurveyedRecord) -> dict[str, Any]:
     """What the check says about a data set, for the tables of the page."""
     report = part.report
-    shown = list(group([*report.problems, *report.left_out]).items())
+    shown = list(group([*report.problems, *report.overlong]).items())
     return {
         "report": report,
         "used": report.outcomes.total(),
@@ -112,22 +111,22 @@ def _set(part: SurveyedRecord) -> dict[str, Any]:
 
 def _row(report: CheckReport) -> dict[str, int]:
     """Counts of a data set by their names; a page shows those that are not 0 everywhere."""
-    part = report.looked_at != report.records
+    part = report.checked != report.records
     return {
         "Records": report.records,
-        "Looked at": report.looked_at * part,
+        "Looked at": report.checked * part,
         "With images": report.with_media["image"],
         "With videos": report.with_media["video"],
         "With sound": report.with_media["audio"],
         **{outcome.capitalize(): report.outcomes[outcome] for outcome in OUTCOMES},
-        "Left out": len(report.left_out),
+        "Left out": len(report.overlong),
         "Unusable": len(report.problems),
     }
 
 
 def _histograms(parts: Sequence[SurveyedRecord]) -> list[charts.Histogram]:
     surveys = [part.survey for part in parts]
-    limit = parts[0].fitter.encoder.max_length
+    limit = parts[0].length_policy.encoder.max_length
 
     def values(name: str) -> list[int]:
         return [value for survey in surveys for value in getattr(survey, name)]
@@ -154,13 +153,13 @@ def _family(reason: str) -> str:
 
 def _sample(part: SurveyedRecord, index: int, reasons: list[str], room: int) -> dict[str, Any]:
     """One sample for the template."""
-    encoder = part.fitter.encoder
-    source = source_of(part.records, index)
+    encoder = part.length_policy.encoder
+    source = part.records.source(index)
     shown: dict[str, Any] = {"reasons": reasons, "tags": [_family(each) for each in reasons], "fault": ""}
     shown |= {"id": source.id, "source": str(source), "form": part.form(index)}
     try:
         sample = part.records[index]
-        fitted = part.fitter.fit(sample)
+        fitted = part.length_policy.fit(sample)
         media = see(encoder, fitted)
     except DataError as error:
         # The check reads headers only, and files may have changed since.

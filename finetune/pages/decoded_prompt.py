@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from finetune.encoding.encoder import Encoder, Planned
+from finetune.encoding.encoder import Encoder, MediaPlan
 from finetune.encoding.length_policy import Fitted
-from finetune.encoding.video_frames import Spread, spread
+from finetune.encoding.video_frames import ExpandedSample, expand_videos
 from finetune.media import image
-from finetune.media.audio_layout import Sound
+from finetune.media.audio_layout import AudioPlan
 from finetune.media.slicing import SlicePlan
 from finetune.media.video_sampling import Frames
 from finetune.pages.html_page import count
@@ -55,9 +55,9 @@ class MediaPlace:
     words: str
 
 
-def spread_out(encoder: Encoder, sample: Sample, plans: Sequence[Planned]) -> Spread:
+def spread_out(encoder: Encoder, sample: Sample, plans: Sequence[MediaPlan]) -> ExpandedSample:
     """The conversation with the frames of its videos in their places."""
-    return spread(sample, plans, "" if encoder.family.video is None else encoder.family.video.between)
+    return expand_videos(sample, plans, "" if encoder.family.video is None else encoder.family.video.separator)
 
 
 def pieces(encoder: Encoder, fitted: Fitted) -> Iterator[PromptPart]:
@@ -75,10 +75,10 @@ def places(encoder: Encoder, fitted: Fitted) -> list[MediaPlace]:
     shown, rendered = spread_out(encoder, fitted.sample, fitted.plans), fitted.rendered
     whole = iter(fitted.sample.media())
     visual, heard = iter(rendered.image_bounds), iter(rendered.audio_bounds)
-    found: list[tuple[Media, list[SlicePlan | Sound], list[tuple[int, int]]]] = []
+    found: list[tuple[Media, list[SlicePlan | AudioPlan], list[tuple[int, int]]]] = []
     for part, plan in zip(shown.sample.media(), shown.plans, strict=True):
-        runs = len(plan.runs) if isinstance(plan, Sound) else plan.items
-        bounds = [next(heard if isinstance(plan, Sound) else visual) for _ in range(runs)]
+        runs = len(plan.runs) if isinstance(plan, AudioPlan) else plan.items
+        bounds = [next(heard if isinstance(plan, AudioPlan) else visual) for _ in range(runs)]
         if isinstance(part.data, Frames) and not part.data.opens:
             found[-1][1].append(plan)
             found[-1][2].extend(bounds)
@@ -89,7 +89,7 @@ def places(encoder: Encoder, fitted: Fitted) -> list[MediaPlace]:
     return [_place(encoder, fitted.sample, videos, *each) for each in found]
 
 
-def _frames(shown: Spread) -> dict[int, int]:
+def _frames(shown: ExpandedSample) -> dict[int, int]:
     """Frames that are looked at of every video, by its number."""
     counts: dict[int, int] = {}
     for part in shown.sample.media():
@@ -103,14 +103,14 @@ def _place(
     sample: Sample,
     videos: dict[int, int],
     part: Media,
-    plans: list[SlicePlan | Sound],
+    plans: list[SlicePlan | AudioPlan],
     bounds: list[tuple[int, int]],
 ) -> MediaPlace:
     tokens = count(sum(last - first for first, last in bounds), "token")
     plan = plans[0]
-    if isinstance(plan, Sound):
-        assert encoder.hearing is not None  # or there would be no such plan
-        words = f"sound {sum(plan.frames) * encoder.hearing.hop / encoder.hearing.rate:.1f} s: {tokens}"
+    if isinstance(plan, AudioPlan):
+        assert encoder.audio_spec is not None  # or there would be no such plan
+        words = f"sound {sum(plan.frames) * encoder.audio_spec.hop / encoder.audio_spec.rate:.1f} s: {tokens}"
     elif isinstance(part.data, Frames):
         clip = part.data.clip
         each = "" if plan.grid is None else f" of {_slices(plan)}"

@@ -28,7 +28,7 @@ class Repeated:
 
 def find(parts: Sequence[SurveyedRecord]) -> list[Repeated]:
     """Groups of records that are alike, those of several data sets first, then the largest."""
-    groups = repeated([(part.records, part.report.alike) for part in parts])
+    groups = repeated([(part.records, part.report.content_keys) for part in parts])
     return sorted((_repeated(parts, group) for group in groups), key=lambda each: (not each.across, -len(each.places)))
 
 

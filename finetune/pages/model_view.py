@@ -72,9 +72,9 @@ def see(encoder: Encoder, fitted: Fitted) -> list[ModelView]:
             seen.whole = image.load(medium, sample.source, encoder.max_pixels).copy()
             # No page shows more, and it may be shrunk several times until it fits.
             seen.whole.thumbnail((DETAILS[0].side, DETAILS[0].side), reducing_gap=2.0)
-        elif medium.kind == "audio" and encoder.hearing is not None:
+        elif medium.kind == "audio" and encoder.audio_spec is not None:
             wave = audio.load(medium, sample.source)
-            seen.wave, seen.seconds = charts.waveform(wave), len(wave) / encoder.hearing.rate
+            seen.wave, seen.seconds = charts.waveform(wave), len(wave) / encoder.audio_spec.rate
     pictures = _items(example, encoder.slicing.patch_size)
     current = iter(seen for seen in found if seen.kind != "audio")
     video: ModelView | None = None

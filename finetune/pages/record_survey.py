@@ -15,7 +15,7 @@ from finetune.data_check.check_report import CheckReport, is_warning
 from finetune.data_check.length_table import LengthTable
 from finetune.encoding.length_policy import OUTCOMES, LengthPolicy
 from finetune.media import image
-from finetune.sample import DataError, Sample
+from finetune.sample import DataError, Sample, SampleSet, as_sample_set
 
 _KEPT = 3
 """Records that are remembered of every kind that a page has to show."""
@@ -67,27 +67,26 @@ class SurveyedRecord:
 
     Attributes:
         samples: the data set.
-        fitter: the encoder of the run and its policy for long samples.
+        length_policy: the encoder of the run and its policy for long samples.
         report: what the check found.
         survey: what it saw on the way.
         lengths: of some samples at other settings.
     """
 
     samples: Sequence[Sample]
-    fitter: LengthPolicy
+    length_policy: LengthPolicy
     report: CheckReport
     survey: RecordSurvey
     lengths: LengthTable | None = None
 
     @cached_property
-    def records(self) -> Sequence[Sample]:
+    def records(self) -> SampleSet:
         """The records as the check numbers them."""
-        return getattr(self.samples, "once", self.samples)
+        return as_sample_set(self.samples).unique
 
     def form(self, index: int) -> str:
         """The name of the form that a record has; empty where the data have none."""
-        form_of = getattr(self.records, "form_of", None)
-        return form_of(index) if form_of is not None else ""
+        return self.records.form_of(index)
 
 
 Chosen = Mapping[tuple[int, int], list[str]]
@@ -155,7 +154,7 @@ def image_sides(parts: Sequence[SurveyedRecord]) -> list[int]:
     for found, index in islice(places, 0, None, step):
         try:
             sample = found.records[index]
-            most = found.fitter.encoder.max_pixels
+            most = found.length_policy.encoder.max_pixels
             sides += [max(image.size(each, sample.source, most)) for each in sample.media("image")]
         except DataError:
             continue  # it has changed since the check, which is the place to say so

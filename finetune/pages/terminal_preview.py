@@ -6,34 +6,33 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from finetune.encoding.length_policy import LengthPolicy
-from finetune.encoding.sample_policy import source_of
 from finetune.pages.decoded_prompt import PromptPart, pieces
-from finetune.sample import DataError, Sample
+from finetune.sample import DataError, Sample, as_sample_set
 from finetune.utils.quoting import plain
 
 _GREEN, _GREY, _CYAN, _PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[36m", "\x1b[0m"
 
 
-def show(samples: Sequence[Sample], fitter: LengthPolicy, most: int, *, colour: bool) -> Iterator[str]:
+def show(samples: Sequence[Sample], length_policy: LengthPolicy, most: int, *, colour: bool) -> Iterator[str]:
     """The first samples of a data set, each as a head and its text.
 
     Args:
         samples: the data set; records that cannot be used are told with their reason.
-        fitter: the encoder of the run and its policy for long samples.
+        length_policy: the encoder of the run and its policy for long samples.
         most: samples to show.
         colour: mark trained tokens by colour; else by double brackets.
     """
     marks = "trained tokens in green" if colour else "trained tokens in [[ ]]"
     for index in range(min(most, len(samples))):
         try:
-            fitted = fitter.fit(samples[index])
+            fitted = length_policy.fit(samples[index])
         except DataError as error:
             yield f"--- {error}"
             continue
         trained = sum(label >= 0 for label in fitted.rendered.labels)
         counts = f"{len(fitted.rendered.input_ids)} tokens, {trained} of them trained"
-        yield f"--- {source_of(samples, index)}: {counts}, {fitted.outcome}; {marks}"
-        yield "".join(_written(list(pieces(fitter.encoder, fitted)), colour))
+        yield f"--- {as_sample_set(samples).source(index)}: {counts}, {fitted.outcome}; {marks}"
+        yield "".join(_written(list(pieces(length_policy.encoder, fitted)), colour))
 
 
 def _written(found: Sequence[PromptPart], colour: bool) -> Iterator[str]:

@@ -33,15 +33,15 @@ _SOME: tuple[tuple[str, ...], ...] = ((), ("vision",), ("llm",))
 Parts = list[str] | None
 
 
-def measured_shape(fitter: LengthPolicy, samples: Any, shape: SampleShape) -> SampleShape | None:
+def measured_shape(length_policy: LengthPolicy, samples: Any, shape: SampleShape) -> SampleShape | None:
     """The shape with the maximum of tokens, labels and patches over some records; None if none can be used."""
     tokens = items = patches = labels = 0
     for index in range(0, len(samples), max(len(samples) // _MEASURED, 1)):
         try:
-            fitted = fitter.fit(samples[index])
+            fitted = length_policy.fit(samples[index])
         except DataError:
             continue
-        measure = fitter.encoder.measured(fitted.sample, fitted.plans, fitted.rendered)
+        measure = length_policy.encoder.size_of(fitted.sample, fitted.plans, fitted.rendered)
         tokens = max(tokens, measure.tokens)
         labels = max(labels, sum(label >= 0 for label in fitted.rendered.labels))
         if measure.patches > patches:
@@ -53,20 +53,20 @@ def measured_shape(fitter: LengthPolicy, samples: Any, shape: SampleShape) -> Sa
 
 
 def step_shape(
-    training: TrainingArguments, fitter: LengthPolicy, samples: Any, *, streaming: bool = False
+    training: TrainingArguments, length_policy: LengthPolicy, samples: Any, *, streaming: bool = False
 ) -> SampleShape:
     """The largest micro-batch of a run; if not all records are measured, model_max_length is assumed.
 
     Args:
         training: the run's flags.
-        fitter: length policy of its samples.
+        length_policy: length policy of its samples.
         samples: its records, or the first of a stream.
         streaming: whether there are more.
 
     Raises:
         ArgumentError: none of the records can be used.
     """
-    shape = measured_shape(fitter, samples, SampleShape(batch=training.per_device_train_batch_size))
+    shape = measured_shape(length_policy, samples, SampleShape(batch=training.per_device_train_batch_size))
     if shape is None:
         raise ArgumentError("none of the records can be used; python -m finetune check shows the reasons")
     if streaming or len(samples) > _MEASURED:

@@ -1,4 +1,4 @@
-"""Data files become samples."""
+"""Readers: from records of the official, ShareGPT, Alpaca and OpenAI formats to ``Sample``."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def read(
     strict_paths: bool = False,
     records: Sequence[Any] | None = None,
 ) -> SampleFile:
-    """The samples of a data file; each is built, and may fail, when it is asked for.
+    """The samples of a data file; each is built on access and may raise then.
 
     Args:
         path: a JSON array of records, JSON Lines, Parquet, Arrow, CSV, or a folder of such files.
-        image_root: where relative media paths are looked for when they are not beside the data file.
-        train_on: "all" to train every answer, "last" for the last of a conversation; ``"loss": 0`` in a turn leaves
-            that turn out in either case.
-        data_format: the form of the records, "auto" to tell it from the first ones.
-        rebuild: make the index of the file anew.
-        strict_paths: take no file outside of the folder of the data file and ``image_root``.
-        records: those of the file that are read already, instead of all of them.
+        image_root: second base folder of relative media paths, after the folder of the data file.
+        train_on: "all" to train every answer, "last" for the last one of a conversation; ``"loss": 0`` in a turn
+            excludes that turn in either case.
+        data_format: format of the records, "auto" to detect it from the first ones.
+        rebuild: rebuild the index of the file.
+        strict_paths: refuse media outside of the folder of the data file and ``image_root``.
+        records: records of the file that are already open.
 
     Raises:
-        DataError: the file is missing, not UTF-8, not JSON (with line and cause), or holds no record, or the first
-            records fit no form.
-        ValueError: no such ``train_on`` or ``data_format``.
+        DataError: the file is missing, not UTF-8, not JSON (with line and cause), or empty, or the format of its first
+            records is not supported.
+        ValueError: invalid ``train_on`` or ``data_format``.
     """
     file = Path(path)
     records = open_records(file, rebuild=rebuild) if records is None else records
     form, why = choose(some_records(records), str(path), data_format)
-    logger.info("%s: %d records in the %s form (%s)", path, len(records), form.name, why)
+    logger.info("%s: %d records in the %s format (%s)", path, len(records), form.name, why)
     beside = folders_of(file)[: 1 if strict_paths else None]
     return SampleFile(records, path, RecordReader(form, places(*beside, image_root, strict=strict_paths), train_on))

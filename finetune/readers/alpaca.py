@@ -1,4 +1,4 @@
-"""Records of the alpaca form: one exchange in columns, earlier exchanges as pairs."""
+"""Alpaca format: instruction, input and output columns, and the history as a list of pairs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
     """The sample of a record: history, then prompt and query in one turn, then the response; all answers are trained.
 
     Raises:
-        DataError: the record is not of the form, its tags and files differ in number, or a file is missing.
+        DataError: the record is not in this format, numbers of tags and files differ, or a file is missing.
     """
     columns = form.columns
     turns = list(_history(record, columns.history, source))

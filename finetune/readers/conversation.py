@@ -1,4 +1,4 @@
-"""Turns of a record and its files become a Sample; shared by all forms."""
+"""Builds a ``Sample`` from the turns and media files of a record; shared by all formats."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def assemble(
     source: Source,
     train_on: TrainOn,
 ) -> Sample:
-    """The sample of some turns, whose media stand among their parts: all answers are trained, or the last."""
+    """The sample of turns with their parts; all answers are trained, or the last one."""
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     trained = answers if train_on == "all" else answers[-1:]
     messages = tuple(
@@ -38,21 +38,21 @@ def assemble(
 def build(
     turns: Sequence[Turn], record: Mapping[str, Any], form: Form, source: Source, where: Places, train_on: TrainOn
 ) -> Sample:
-    """The sample of a record with tags: each tag in a user turn takes the next file of its column.
+    """The sample of a record with tags: each tag in a user turn is replaced by the next file of its column.
 
-    Files that a turn names itself take the tags of that turn, or stand in front of its text. Where a turn has media
-    among its parts, tags are plain text. In turns that are not the user's they always are.
+    Files in a turn itself replace the tags of that turn, or precede its text. If a turn has media parts, tags are plain
+    text; outside of user turns they always are.
 
     Args:
-        turns: in order, as they stand in the record.
-        record: has the files.
-        form: under which keys.
-        source: named in errors.
-        where: for relative paths.
+        turns: turns of the record, in order.
+        record: the record, with the media columns.
+        form: format of the record.
+        source: file and position of the record.
+        where: base folders of relative paths.
         train_on: one of TRAIN_ON.
 
     Raises:
-        DataError: a file is missing, or there are not as many tags as files.
+        DataError: a file is missing, or the numbers of tags and files differ.
     """
     files: dict[MediaKind, list[Media]] = {}
     for kind in MEDIA_COLUMNS:
@@ -60,8 +60,8 @@ def build(
         files[kind] = [] if column is None else listed(record.get(column), kind, column, source, where)
     turns = with_system(joined(turns), record, record_keys.system_keys(form), source)
     if turns and turns[0].role == "system" and not turns[0].content:
-        del turns[0]  # an empty prompt is none: the model's own holds
-    turns, files = foreign_placeholders.settle(turns, files, source, where, _TAG)
+        del turns[0]  # an empty system prompt counts as none: the model's default is used
+    turns, files = foreign_placeholders.to_tags(turns, files, source, where, _TAG)
     explicit = any(
         not isinstance(part, Text) for turn in turns if not isinstance(turn.content, str) for part in turn.content
     )
@@ -77,7 +77,7 @@ def build(
 
 
 def joined(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns with those that only call tools joined to the answer in front of them: together they are one."""
+    """The turns, with turns that only call tools merged into the preceding answer."""
     result: list[Turn] = []
     for turn in turns:
         before = result[-1] if result else None
@@ -91,16 +91,16 @@ def joined(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def own_placed(turn: Turn, number: int, source: Source, *, tags: bool = True) -> tuple[Part | Slot, ...]:
-    """The content of a turn with the files that it names itself at its tags, without any in front of it.
+    """The content of a turn with its own files at its tags, or before its text if it has no tags.
 
     Args:
-        turn: tags of kinds of which it names no file are left as they are.
-        number: of the turn, named in errors.
-        source: named in errors.
-        tags: whether tags are places at all.
+        turn: the turn; tags of kinds without own files are not changed.
+        number: number of the turn, for errors.
+        source: file and position of the record.
+        tags: whether tags are placeholders.
 
     Raises:
-        DataError: there are tags, but not as many as files.
+        DataError: the numbers of tags and files differ.
     """
     parts: tuple[Part | Slot, ...] = (Text(turn.content),) if isinstance(turn.content, str) else turn.content
     front: list[Part] = []
@@ -110,14 +110,14 @@ def own_placed(turn: Turn, number: int, source: Source, *, tags: bool = True) ->
         if count not in (0, len(files)):
             raise DataError(
                 f"{source}: turn {number} has {count} {tag} in its text and names {len(files)} files of that kind; "
-                "they must be as many (or no tag, then the files stand in front)"
+                "the numbers must be equal (or no tag, then the files come first)"
             )
         if not count:
             front += [part for file in files for part in (file, Text("\n"))]
             continue
         left = iter(files)
         parts = tuple(
-            piece for part in parts for piece in (_at_tags(part, tag, left) if isinstance(part, Text) else (part,))
+            each for part in parts for each in (_at_tags(part, tag, left) if isinstance(part, Text) else (part,))
         )
     return (*front, *parts)
 
@@ -135,17 +135,16 @@ def _at_tags(part: Text, tag: str, files: Iterator[Media]) -> Iterator[Part]:
 def _slots(role: str, parts: tuple[Part | Slot, ...], explicit: bool) -> tuple[Part | Slot, ...]:
     if role != "user" or explicit:
         return parts
-    return tuple(piece for part in parts for piece in (_split(part.text) if isinstance(part, Text) else [part]))
+    return tuple(each for part in parts for each in (_split(part.text) if isinstance(part, Text) else [part]))
 
 
 def _split(text: str) -> Iterator[Part | Slot]:
-    """Text with its tags replaced by slots; empty text is left out."""
-    pieces = _TAG.split(text)
-    for number, piece in enumerate(pieces):
+    """Text with its tags replaced by slots; empty text is dropped."""
+    for number, part in enumerate(_TAG.split(text)):
         if number % 2:
-            yield Slot(piece)  # pyright: ignore[reportArgumentType]
-        elif piece:
-            yield Text(piece)
+            yield Slot(part)  # pyright: ignore[reportArgumentType]
+        elif part:
+            yield Text(part)
 
 
 def _filled(parts: Sequence[Part | Slot], queues: Mapping[MediaKind, Iterator[Media]]) -> Iterator[Part]:
@@ -162,7 +161,7 @@ def _check_counts(
     source: Source,
     explicit: bool,
 ) -> None:
-    """There are as many places for a kind of files as files."""
+    """Checks that the numbers of placeholders and files of a kind are equal."""
     count = sum(isinstance(part, Slot) and part.kind == kind for parts in slotted for part in parts)
     if count == len(files):
         return
@@ -175,18 +174,18 @@ def _check_counts(
     note = f" ({elsewhere} more in other turns, where they are plain text)" if elsewhere and not explicit else ""
     fix = "give every file one place" if column else f"name the column of the files, {MEDIA_COLUMNS[kind]!r}"
     raise DataError(
-        f"{source}: {count} {tag} in the user turns of {text_column!r}{note}, {under}; they must be as many: {fix}"
+        f"{source}: {count} {tag} in the user turns of {text_column!r}{note}, {under}; the numbers must be equal: {fix}"
     )
 
 
 def with_system(turns: list[Turn], record: Mapping[str, Any], names: Sequence[str], source: Source) -> list[Turn]:
-    """The turns behind the system prompt that a record has beside them, if any.
+    """The turns after the system prompt of the record's own key, if any.
 
     Args:
-        turns: of the record.
-        record: may have the prompt.
-        names: under which keys.
-        source: named in errors.
+        turns: turns of the record.
+        record: the record.
+        names: keys of the system prompt.
+        source: file and position of the record.
 
     Raises:
         DataError: it is not a string, or the record has two different ones.

@@ -1,4 +1,4 @@
-"""Data sets by name: ``dataset_info.json`` as LLaMA-Factory has it."""
+"""Data sets by name (``--dataset``): ``dataset_info.json`` in the format of LLaMA-Factory."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ _KEYS = (*_PLACES, "formatting", "ranking", "subset", "split", "folder", "num_sa
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One data set of ``dataset_info.json``, checked.
+    """A validated entry of ``dataset_info.json``.
 
     Attributes:
         name: its key.
-        info: path of the file, named in errors.
-        file: its file or folder, None for one of the hub.
+        info: path of ``dataset_info.json``, for errors.
+        file: its data file or folder; None for a hub data set.
         hub: its id on the Hugging Face hub.
-        formatting: None where nothing says it.
-        columns: None where nothing is said of them.
-        tags: the same.
-        subset: of a hub data set.
-        folder: of a hub data set.
+        formatting: the format; None if not given.
+        columns: the columns; None if not given.
+        tags: the tags; None if not given.
+        subset: subset of a hub data set.
+        folder: folder of a hub data set.
         split: such as ``train`` or ``train[:10%]``.
-        num_samples: records drawn at random; more than there are repeats some.
+        num_samples: number of randomly sampled records; more than there are repeats some.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Entry:
 
     @property
     def where(self) -> str:
-        """The words for it in errors."""
+        """Its name for errors."""
         return f"{self.info}, data set {self.name!r}"
 
 
@@ -87,7 +87,7 @@ def load_info(dataset_dir: str | Path) -> tuple[Path, dict[str, Any]]:
     """The path of ``dataset_info.json`` and the entries in it.
 
     Raises:
-        DataError: it is missing or no JSON object.
+        DataError: it is missing or not a JSON object.
     """
     if str(dataset_dir) == "ONLINE" or str(dataset_dir).startswith("REMOTE:"):
         raise DataError(
@@ -114,10 +114,10 @@ def load_info(dataset_dir: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def find_entry(name: str, dataset_dir: str | Path) -> Entry:
-    """The description of a data set.
+    """The entry of a data set.
 
     Raises:
-        DataError: nothing of that name is described, or the description cannot be used.
+        DataError: no such entry, or an invalid one.
     """
     path, entries = load_info(dataset_dir)
     if name not in entries:
@@ -133,14 +133,14 @@ def _entry(name: str, info: Path, given: Any) -> Entry:
     if not isinstance(given, dict):
         raise DataError(f"{where}: is {json_type(given)}; it must be an object with 'file_name'")
     _check_keys(given, _KEYS, where, "key")
-    columns = _words(given, "columns", (*COLUMN_NAMES, *RANKING), where)
-    tags = _words(given, "tags", TAG_NAMES, where)
+    columns = _string_map(given, "columns", (*COLUMN_NAMES, *RANKING), where)
+    tags = _string_map(given, "tags", TAG_NAMES, where)
     ranked = [key for key in RANKING if columns and columns.get(key)]
     if given.get("ranking") or ranked:
         what = f"columns has {', '.join(ranked)}" if ranked else "'ranking' is true"
         raise DataError(
-            f"{where}: {what}: answers that are compared; only supervised finetuning is done here: name one column of "
-            "answers (response, or messages)"
+            f"{where}: {what}: preference data (ranking) is not supported, only supervised finetuning: name one column "
+            "of answers (response, or messages)"
         )
     formatting = given.get("formatting")
     if formatting not in (None, *FORMS):
@@ -167,7 +167,7 @@ def _entry(name: str, info: Path, given: Any) -> Entry:
 
 
 def _place(given: Mapping[str, Any], info: Path, where: str) -> tuple[Path | None, str | None]:
-    """The file, or the id on the hub: as in LLaMA-Factory an id comes before a file."""
+    """The file, or the hub id, which has priority as in LLaMA-Factory."""
     hub = _text(given, "hf_hub_url", where)
     if hub is not None:
         return None, hub
@@ -205,22 +205,22 @@ def _check_keys(given: Collection[str], known: Sequence[str], where: str, what: 
             raise DataError(f"{where}: unknown {what} {key!r}; {hint}Known are {', '.join(known)}")
 
 
-def _words(given: Mapping[str, Any], key: str, known: Sequence[str], where: str) -> dict[str, str | None] | None:
-    """Columns or tags: an object from known names to strings."""
-    words = given.get(key)
-    if words is None:
+def _string_map(given: Mapping[str, Any], key: str, known: Sequence[str], where: str) -> dict[str, str | None] | None:
+    """``columns`` or ``tags``: an object from known names to strings."""
+    values = given.get(key)
+    if values is None:
         return None
-    if not isinstance(words, dict):
-        raise DataError(f"{where}: {key!r} is {json_type(words)}; it must be an object from names to strings")
-    _check_keys(words, known, f"{where}, {key}", "name")
-    for name, word in words.items():
-        if word is not None and (not isinstance(word, str) or not word):
-            raise DataError(f"{where}, {key}: {name!r} is {written(word)}; it must be a string")
-    used = [word for name, word in words.items() if word is not None]
-    twice = sorted({word for word in used if used.count(word) > 1})
+    if not isinstance(values, dict):
+        raise DataError(f"{where}: {key!r} is {json_type(values)}; it must be an object from names to strings")
+    _check_keys(values, known, f"{where}, {key}", "name")
+    for name, value in values.items():
+        if value is not None and (not isinstance(value, str) or not value):
+            raise DataError(f"{where}, {key}: {name!r} is {written(value)}; it must be a string")
+    used = [value for value in values.values() if value is not None]
+    twice = sorted({value for value in used if used.count(value) > 1})
     if twice:
-        raise DataError(f"{where}, {key}: {twice[0]!r} stands for two things; name each once")
-    return words
+        raise DataError(f"{where}, {key}: {twice[0]!r} is used twice; use each name once")
+    return values
 
 
 def _text(given: Mapping[str, Any], key: str, where: str) -> str | None:
@@ -243,23 +243,23 @@ def open_entry(
     """The samples of a registered data set; ``num_samples`` is not applied yet.
 
     Args:
-        entry: its description.
-        media_dir: where media paths are looked for first; the folder of ``dataset_info.json`` by default.
-        image_root: another place for them.
+        entry: its entry.
+        media_dir: first base folder of media paths; the folder of ``dataset_info.json`` by default.
+        image_root: another base folder.
         train_on: one of TRAIN_ON.
-        rebuild: make the index of its file anew.
-        strict_paths: take no file outside of these folders and that of its file, which lies beside
-            ``dataset_info.json`` or below.
-        records: those of its file that are read already, instead of all of them.
+        rebuild: rebuild the index of its file.
+        strict_paths: refuse media outside of these folders and the folder of its data file, which must be in the folder
+            of ``dataset_info.json``.
+        records: records of its file that are already open.
 
     Raises:
-        DataError: its file cannot be read, or its records are not as described.
+        DataError: its file cannot be read, or its records do not match the entry.
     """
     if entry.file is not None:
         if strict_paths and not entry.file.resolve().is_relative_to(entry.info.parent.resolve()):
             raise DataError(
                 f"{entry.where}: its file is {cut(str(entry.file.resolve()))}, outside of "
-                f"{entry.info.parent.resolve()}, and --strict_paths allows no other place; move it there"
+                f"{entry.info.parent.resolve()}, which --strict_paths refuses; move it there"
             )
         if records is None:
             records = take_split(open_records(entry.file, rebuild=rebuild), entry.split, entry.where)
@@ -271,13 +271,13 @@ def open_entry(
         path, beside = entry.hub or "", []
     first = some_records(records)
     form, why = _form(entry, first)
-    logger.info("data set %s: %d records of %s in the %s form (%s)", entry.name, len(records), path, form.name, why)
+    logger.info("data set %s: %d records of %s in the %s format (%s)", entry.name, len(records), path, form.name, why)
     where = places(media_dir or entry.info.parent, *beside, image_root, flag="--media_dir", strict=strict_paths)
     return SampleFile(records, path, RecordReader(form, where, train_on), entry.name)
 
 
 def _form(entry: Entry, first: Sequence[Any]) -> tuple[Form, str]:
-    """The form as described; what is not described is told from the records."""
+    """The format of the entry; what it does not give is detected from the records."""
     formatting, why = entry.formatting, f"as {INFO} says"
     if formatting is None:
         form, why = choose(first, entry.where)
@@ -307,11 +307,11 @@ def _form(entry: Entry, first: Sequence[Any]) -> tuple[Form, str]:
 
 
 def load_hub(entry: Entry, *, streaming: bool = False) -> Any:
-    """The rows of a data set of the Hugging Face hub, media undecoded; it was named by the user, so it is fetched.
+    """The rows of a data set of the Hugging Face hub, with media not decoded; it is downloaded if needed.
 
     Args:
-        entry: its description.
-        streaming: fetch them while they are read.
+        entry: its entry.
+        streaming: stream the rows instead of downloading the data set.
 
     Raises:
         DataError: it cannot be loaded.

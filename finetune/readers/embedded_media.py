@@ -1,4 +1,4 @@
-"""Media inside of records: bytes as they are, or as base64 text with or without ``data:`` in front."""
+"""Media embedded in records: bytes, base64 text, or ``data:`` URLs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from PIL import Image
 from finetune.media import image_files
 from finetune.sample import DataError, MediaKind, Source
 
-# Text of base64 that is long enough to be the bytes of a file.
+# Base64 text that is long enough to be a file.
 _TEXT = re.compile(r"[A-Za-z0-9+/\s]{80,}={0,2}\s*")
-# So many letters are looked at, half of which may be line breaks; four of them are three bytes.
+# Characters that are inspected; half of them may be line breaks. Four characters are three bytes.
 _LETTERS = 64
 _HEAD = re.compile(r"[A-Za-z0-9+/]{32}")
-# What files begin with, behind so many bytes that differ.
+# File signatures: kind, offset, bytes.
 _SIGNS: tuple[tuple[MediaKind, int, bytes], ...] = (
     ("image", 0, b"\xff\xd8\xff"),
     ("image", 0, b"\x89PNG\r\n\x1a\n"),
@@ -39,26 +39,26 @@ _SIGNS: tuple[tuple[MediaKind, int, bytes], ...] = (
 
 
 def is_base64(text: str) -> bool:
-    """Whether it may be the bytes of a file as base64 text; a path of 80 letters may be too."""
+    """Whether it may be base64 text of a file; a path of 80 characters may match too."""
     return _TEXT.fullmatch(text) is not None
 
 
 def kind_of(data: bytes) -> MediaKind | None:
-    """What bytes are that begin as a file of a known format does."""
+    """The kind of media by the file signature; None if unknown."""
     return next((kind for kind, at, sign in _SIGNS if data.startswith(sign, at)), None)
 
 
 def kind_of_text(text: str) -> MediaKind | None:
-    """The same for base64 text, of which the beginning is looked at."""
+    """The kind of media by the start of base64 text."""
     head = _HEAD.match("".join(text[:_LETTERS].split()))
     return None if head is None else kind_of(base64.b64decode(head[0]))
 
 
 def of_text(text: str, kind: MediaKind, source: Source) -> bytes:
-    """The bytes of base64 text that begins as a file of its kind does.
+    """The bytes of base64 text that has the signature of its kind.
 
     Raises:
-        DataError: it begins as something else, or is no base64.
+        DataError: another signature, or not base64.
     """
     found = kind_of_text(text)
     if found != kind:
@@ -71,19 +71,19 @@ def of_text(text: str, kind: MediaKind, source: Source) -> bytes:
 
 
 def of_address(address: str, kind: MediaKind, source: Source) -> bytes:
-    """The bytes of a ``data:`` address.
+    """The bytes of a ``data:`` URL.
 
     Raises:
         DataError: it is not base64.
     """
     head, _, body = address.partition(",")
     if not head.endswith(";base64"):
-        raise DataError(f"{source}: {kind} {address[:40]!r}...: only base64 is read of data: addresses; give a path")
+        raise DataError(f"{source}: {kind} {address[:40]!r}...: data: URLs must be base64; give that or a path")
     return _bytes(body, address, kind, source)
 
 
 def of_value(value: bytes | str, kind: MediaKind, source: Source) -> bytes:
-    """What stands under ``bytes``: JSON has them as base64 text.
+    """The bytes of a ``bytes`` value, which is base64 text in JSON.
 
     Raises:
         DataError: text that is not base64.
@@ -106,15 +106,16 @@ A_FILE: dict[MediaKind, str] = {"image": "an image", "video": "a video", "audio"
 
 
 def decoded(data: bytes, kind: MediaKind, source: Source) -> Image.Image | bytes:
-    """A picture with its header read, or sound as it is; the encoder decodes the rest.
+    """An image with its header read, or the bytes of an audio file; the encoder decodes them.
 
     Raises:
-        DataError: a damaged picture, or a video.
+        DataError: a damaged image, or a video.
     """
     if kind == "audio":
         return data
     if kind != "image":
         raise DataError(
-            f"{source}: {A_FILE[kind]} of {len(data)} bytes inside the record; write it to a file, give its path"
+            f"{source}: {A_FILE[kind]} of {len(data)} bytes inside the record is not supported; write it to a file and "
+            "give its path"
         )
     return image_files.decode(data, source, "an image inside the record")

@@ -1,4 +1,4 @@
-"""Places of media as other tools write them: which become places here, and what is said of those that stay text."""
+"""Media placeholders of other tools (``<|image_pad|>``, ``![](path)``, ...): converted to our tags, or reported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.sample import MEDIA_KINDS, DataError, Media, MediaKind, Sample, So
 
 _NAMES: dict[MediaKind, str] = {"image": "image|img", "video": "video", "audio": "audio|sound|speech"}
 
-# What stands between two marks is repeated where a tool has filled in as many as an encoder gives.
+# Tokens between two marks are repeated if a tool has already expanded the placeholder.
 _WRAPPED: dict[MediaKind, str] = {
     "image": r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>"
     r"|<\|begin_of_image\|>(?:<\|image\|>)*<\|end_of_image\|>"
@@ -28,7 +28,7 @@ _MARKDOWN = r"!\[[^\[\]\n]*\]\((?P<markdown>(?:[^()\n]|\([^()\n]*\))+)\)"
 
 
 def _pattern(kind: MediaKind) -> re.Pattern[str]:
-    """All spellings of a kind; where several fit at one place, the first counts."""
+    """All placeholder spellings of a kind; the first alternative that matches counts."""
     names = _NAMES[kind]
     quoted = r"""\bsrc\s*=\s*(?:"(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<bare>[^\s"'<>]+))"""
     alternatives = [
@@ -43,12 +43,12 @@ def _pattern(kind: MediaKind) -> re.Pattern[str]:
         rf"<(?:{names})(?:[ _]?(?P<tagged>\d+)|{_SUFFIX})?\s*/?>",
         rf"\[(?:{names})(?:[ _]?(?P<bracketed>\d+))?\]",
     ]
-    # The look ahead leaves other elements of a page at their second character.
+    # The lookahead rejects other HTML elements at their second character.
     begins = rf"(?=\(?<\|?(?:{names}|vision_|begin_of|start_of|media_|im_start)|!?\[)"
     return re.compile(f"{begins}(?:{'|'.join(alternatives)})", re.IGNORECASE)
 
 
-# Most texts have none of these, and are not looked through.
+# Texts without any of these words are not searched.
 _WORDS: dict[MediaKind, tuple[str, ...]] = {
     "image": ("image", "img", "![", "media_pad"),
     "video": ("video",),
@@ -59,22 +59,22 @@ _PATTERNS = {kind: _pattern(kind) for kind in MEDIA_KINDS}
 _PATHS = ("between", "double", "single", "bare", "markdown", "bbcode")
 _NUMBERS = ("piped", "tagged", "bracketed")
 _TITLE = re.compile(r"""\s+(?:"[^"]*"|'[^']*')\s*$""")
-# Told in an answer these are what an answer may well consist of: HTML, or remarks of a transcript.
+# In an answer these are legitimate content: HTML, or remarks of a transcript.
 _PROSE = re.compile(r"</?img|\[", re.IGNORECASE)
 
 
 class _Mark(NamedTuple):
-    """A spelling of a place in a text.
+    """A media placeholder in a text.
 
     Attributes:
-        start: of its text.
-        end: behind it.
-        kind: of the file.
-        spelling: as messages name it, without what differs from record to record.
-        path: of the file, where the mark has one.
-        number: of the file, where the mark has one.
-        own: whether it is the tag of this project or means the same in any case.
-        file: that it names.
+        start: start position in the text.
+        end: end position.
+        kind: kind of media.
+        spelling: its text for messages, without parts that differ between records.
+        path: path of the file, if the placeholder has one.
+        number: number of the file, if the placeholder has one.
+        own: whether it is our own tag or an unambiguous equivalent.
+        file: the file at ``path``.
     """
 
     start: int
@@ -88,7 +88,7 @@ class _Mark(NamedTuple):
 
 
 def _marks(text: str, kind: MediaKind) -> Iterator[_Mark]:
-    """The marks of a kind in reading order."""
+    """The placeholders of a kind in reading order."""
     lowered = text.lower()
     if not any(word in lowered for word in _WORDS[kind]):
         return
@@ -109,7 +109,7 @@ def _marks(text: str, kind: MediaKind) -> Iterator[_Mark]:
 
 
 def _spelled(text: str, kind: MediaKind) -> Iterator[re.Match[str]]:
-    """Matches in reading order. Python passes over characters faster than over places where nothing matches."""
+    """Matches in reading order; searching for a first character is faster than ``finditer`` with the long pattern."""
     at = 0
     while (start := _STARTS.search(text, at)) is not None:
         found = _PATTERNS[kind].match(text, start.start())
@@ -150,45 +150,45 @@ class _Turn(Protocol):
 AnyTurn = TypeVar("AnyTurn", bound=_Turn)
 
 
-def settle(
+def to_tags(
     turns: Sequence[AnyTurn],
     files: Mapping[MediaKind, Any],
     source: Source,
     where: Places,
     tag: re.Pattern[str],
 ) -> tuple[list[AnyTurn], dict[MediaKind, Any]]:
-    """Turns in which the places that other tools write are tags, and the files of all tags in reading order.
+    """Turns with placeholders of other tools converted to our tags, and the files of all tags in reading order.
 
-    A mark with the path of a file that exists is the place of that file, whether the record lists it or not. Marks
-    without a path are places where there are as many of them as files without another place. What is neither stays
-    as it is. Records whose media are parts of their own, or have tags of their own, are left alone.
+    A placeholder with the path of an existing file becomes the tag of that file, whether the record lists it or not.
+    Placeholders without a path become tags if there are as many of them as remaining files. Others stay text. Records
+    with media parts or our own tags are not changed.
 
     Args:
-        turns: of the record.
-        files: those that the record lists, by kind: a list, or an object from tags.
-        source: named in errors.
-        where: for relative paths.
-        tag: what is a tag already.
+        turns: turns of the record.
+        files: files listed in the record, by kind: a list, or an object by tag.
+        source: file and position of the record.
+        where: base folders of relative paths.
+        tag: pattern of our own tags.
 
     Raises:
-        DataError: files of the record have no place beside those that the text names.
+        DataError: the text names some files, and other files of the record have no placeholder.
     """
-    result, settled = list(turns), dict(files)
+    result, converted = list(turns), dict(files)
     if any(not isinstance(part, Text) for turn in turns if not isinstance(turn.content, str) for part in turn.content):
-        return result, settled
+        return result, converted
     users = [number for number, turn in enumerate(turns) if turn.role == "user"]
     for kind, listed in files.items():
-        # A turn that names files of its own has places for these alone.
+        # Placeholders of a turn with own files belong to these files only.
         own = [number for number in users if result[number].files.get(kind)]
         for number in own:
-            found = _settled(result, [number], kind, turns[number].files[kind], source, where, tag)
+            found = _converted(result, [number], kind, turns[number].files[kind], source, where, tag)
             result[number] = result[number]._replace(files={**result[number].files, kind: found})
         others = [number for number in users if number not in own]
-        settled[kind] = _settled(result, others, kind, listed, source, where, tag)
-    return result, settled
+        converted[kind] = _converted(result, others, kind, listed, source, where, tag)
+    return result, converted
 
 
-def _settled(
+def _converted(
     turns: list[AnyTurn],
     asked: Sequence[int],
     kind: MediaKind,
@@ -197,7 +197,7 @@ def _settled(
     where: Places,
     tag: re.Pattern[str],
 ) -> Any:
-    """The files of a kind for some turns, whose texts are rewritten in place."""
+    """The files of a kind for some turns, whose texts are rewritten in ``turns``."""
     texts = [text for number in asked for text in _texts(turns[number].content)]
     located = [_located(text, kind, source, where, tag) for text in texts]
     if isinstance(listed, dict) or all(mark.spelling == f"<{kind}>" for each in located for mark in each):
@@ -218,16 +218,16 @@ def _rewritten(content: str | Sequence[Text], written: Iterator[str]) -> str | t
 
 
 def _written(text: str, marks: Sequence[_Mark], kind: MediaKind) -> str:
-    """The text with these marks as tags."""
-    pieces, end = [], 0
+    """The text with these placeholders replaced by tags."""
+    parts, end = [], 0
     for mark in marks:
-        pieces += [text[end : mark.start], f"<{kind}>"]
+        parts += [text[end : mark.start], f"<{kind}>"]
         end = mark.end
-    return "".join([*pieces, text[end:]])
+    return "".join([*parts, text[end:]])
 
 
 def _located(text: str, kind: MediaKind, source: Source, where: Places, tag: re.Pattern[str]) -> list[_Mark]:
-    """The marks of a text that are places or may be: those that name a file have it."""
+    """The placeholders of a text, with the file of those that have an existing path."""
     found: list[_Mark] = []
     own = f"<{kind}>"
     for mark in _marks(text, kind):
@@ -245,7 +245,7 @@ def _located(text: str, kind: MediaKind, source: Source, where: Places, tag: re.
 def _read(
     located: Sequence[Sequence[_Mark]], kind: MediaKind, listed: Sequence[Media], source: Source
 ) -> tuple[list[list[_Mark]], list[Media]]:
-    """The marks of each text that are places, and the files of a kind in reading order."""
+    """The placeholders of each text that become tags, and the files of a kind in reading order."""
     marks = [mark for each in located for mark in each]
     named = [mark.file for mark in marks if mark.file is not None]
     rest = _without(listed, named)
@@ -266,7 +266,7 @@ def _read(
 
 
 def _file(path: str, kind: MediaKind, source: Source, where: Places) -> Media | None:
-    """The file that a mark names, None where there is none."""
+    """The file at the path of a placeholder, None if it does not exist."""
     if path.startswith(f"data:{kind}/"):
         return one(path, kind, "the text", source, where)
     for name in dict.fromkeys((path, unquote(path))):
@@ -276,30 +276,30 @@ def _file(path: str, kind: MediaKind, source: Source, where: Places) -> Media | 
 
 
 def _without(listed: Sequence[Media], named: Sequence[Media]) -> list[Media]:
-    """The files that no mark names."""
-    taken = Counter(medium.files for medium in named if medium.files)
+    """The listed files that no placeholder names."""
+    used = Counter(medium.files for medium in named if medium.files)
     rest = []
     for medium in listed:
-        if taken[medium.files] > 0:
-            taken[medium.files] -= 1
+        if used[medium.files] > 0:
+            used[medium.files] -= 1
         else:
             rest.append(medium)
     return rest
 
 
 def _in_order(marks: Sequence[_Mark]) -> bool:
-    """Whether marks that are numbered are so in reading order, from 0 or 1 on."""
+    """Whether numbered placeholders are numbered in reading order, from 0 or 1."""
     numbers = [mark.number for mark in marks if mark.number is not None]
     return not numbers or numbers in ([*range(len(numbers))], [*range(1, len(numbers) + 1)])
 
 
 _TURNS = {"user": "a user turn", "assistant": "an answer", "system": "the system prompt", "tool": "a tool turn"}
-# What notes begin with; behind it stands the spelling.
-_HEAD = "places of media left as text in {}, since {}: {}"
+# Notes start with this text; the spelling of the placeholder follows.
+_HEAD = "media placeholders kept as text in {}, since {}: {}"
 
 
 def notes(sample: Sample) -> tuple[str, ...]:
-    """What is said of marks that stay text: in user turns of all, elsewhere of those that no markup consists of."""
+    """Notes about placeholders that stay text; outside of user turns, only those that are not ordinary markup."""
     found: dict[str, None] = {}
     for message in sample.messages:
         for part in message.parts:
@@ -313,18 +313,18 @@ def notes(sample: Sample) -> tuple[str, ...]:
 
 def _note(mark: _Mark, role: str) -> str:
     if role != "user":
-        why = "only user turns have files"
+        why = "only user turns have media"
     elif mark.own:
         why = "media are parts of the content"
     elif mark.path is not None:
         why = "no such file exists"
     else:
-        why = "they are not as many as files without another place"
+        why = "their number differs from the number of remaining files"
     return _HEAD.format(_TURNS[role], why, mark.spelling)
 
 
 def _is_markup(mark: _Mark, text: str) -> bool:
-    """Whether a mark outside of user turns is content: a file by its path, HTML, or an element that is closed."""
+    """Whether a placeholder outside of user turns is content: a path, HTML, or an element with a closing tag."""
     if mark.own and mark.spelling != f"<{mark.kind}>":
         return False
     closed = f"</{mark.spelling.strip('</> ')}>" in text[mark.end :]

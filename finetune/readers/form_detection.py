@@ -1,4 +1,4 @@
-"""Which form the records of a file have, told from some of them."""
+"""Detects the format of a data file (official, ShareGPT, Alpaca, OpenAI) from some of its records."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from finetune.utils.quoting import shown, words_of
 DataFormat = Literal["auto", "official", "sharegpt", "alpaca", "openai"]
 DATA_FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
 
-LOOKED_AT = 20
-"""Records from the start that decide, with as many evenly spaced ones of the rest."""
+INSPECTED = 20
+"""Number of inspected records at the start, and as many evenly spaced ones from the rest."""
 
 _CONVERSATION = ("messages", "conversations")
 
 
 def some_records(records: Sequence[Any]) -> list[Any]:
-    """The records that decide about the form; those that cannot be read are passed over, and met again one by one.
+    """The records for format detection; unreadable ones are skipped here and reported when they are accessed.
 
     Raises:
         DataError: none of them can be read.
     """
-    rest = max(len(records) - LOOKED_AT, 0)
-    later = {LOOKED_AT + number * rest // LOOKED_AT for number in range(LOOKED_AT if rest else 0)}
+    rest = max(len(records) - INSPECTED, 0)
+    later = {INSPECTED + number * rest // INSPECTED for number in range(INSPECTED if rest else 0)}
     found, fault = [], None
-    for index in [*range(min(LOOKED_AT, len(records))), *sorted(later)]:
+    for index in [*range(min(INSPECTED, len(records))), *sorted(later)]:
         try:
             found.append(records[index])
         except DataError as error:
@@ -42,16 +42,16 @@ def some_records(records: Sequence[Any]) -> list[Any]:
 
 
 def choose(records: Sequence[Any], where: str, asked: DataFormat = "auto") -> tuple[Form, str]:
-    """The form of records that nobody described, and why, in words.
+    """The format of records without an entry in dataset_info.json, and the reason for it.
 
     Args:
-        records: some, from ``some_records``.
-        where: the file, named in errors.
-        asked: a form, or "auto".
+        records: records from ``some_records``.
+        where: the file, for errors.
+        asked: a format, or "auto".
 
     Raises:
-        DataError: the records fit no form, or several that exclude each other.
-        ValueError: no such form.
+        DataError: the records match no format, or several ones that exclude each other.
+        ValueError: no such format.
     """
     if asked not in DATA_FORMATS:
         raise ValueError(f"no data_format {asked!r}; there are {', '.join(DATA_FORMATS)}")
@@ -65,7 +65,7 @@ def choose(records: Sequence[Any], where: str, asked: DataFormat = "auto") -> tu
     alone: MediaKind | None = next((kind for record in objects for kind in MEDIA_COLUMNS if record.get(kind)), None)
     if alone is not None:
         raise DataError(
-            f"{where}: records in the {name} form ({why}) have {alone!r}, which it does not know; name it "
+            f"{where}: records in the {name} format ({why}) have {alone!r}, which it does not support; name it "
             f"{MEDIA_COLUMNS[alone]!r} and put <{alone}> where the file belongs"
         )
     columns = replace(OWN_NAMES, messages=conversation_column(objects))
@@ -73,12 +73,12 @@ def choose(records: Sequence[Any], where: str, asked: DataFormat = "auto") -> tu
 
 
 def conversation_column(records: Sequence[Mapping[str, Any]]) -> str:
-    """The key under which the turns are."""
+    """The key of the list of turns."""
     return next((key for record in records for key in _CONVERSATION if record.get(key) is not None), "messages")
 
 
 def vocabulary(records: Sequence[Mapping[str, Any]], column: str | None) -> Tags:
-    """The tags that the turns of some records use: role and content, or from and value."""
+    """The tags of the turns: role and content, or from and value."""
     turns = [turn for record in records for turn in _turns(record, column)]
     has_role = any(turn.get("role") is not None for turn in turns)
     has_from = any(turn.get("from") is not None for turn in turns)
@@ -90,8 +90,8 @@ def _turns(record: Mapping[str, Any], column: str | None) -> list[Mapping[str, A
     return [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, (list, tuple)) else []
 
 
-def _by_signs(records: Sequence[Mapping[str, Any]], where: str, looked_at: int) -> tuple[FormName, str]:
-    """The form that the keys of the records speak for; plain turns are official."""
+def _by_signs(records: Sequence[Mapping[str, Any]], where: str, inspected: int) -> tuple[FormName, str]:
+    """The format by the keys of the records; plain turns are the official format."""
     for record in records:
         if compared := record_keys.compared(record):
             raise DataError(f"{where}: records have {compared}")
@@ -107,8 +107,8 @@ def _by_signs(records: Sequence[Mapping[str, Any]], where: str, looked_at: int) 
     if len(signs) > 1:
         found = ", ".join(f"{sign} ({name})" for name, sign in signs.items())
         raise DataError(
-            f"{where}: the {looked_at} records looked at have {found}, which do not go together; {WANTED}; split the "
-            "file, or say which form it has (--data_format, formatting in dataset_info.json)"
+            f"{where}: the {inspected} inspected records have {found}, which exclude each other; {WANTED}; split the "
+            "file, or set the format (--data_format, formatting in dataset_info.json)"
         )
     if signs:
         ((name, sign),) = signs.items()
@@ -116,11 +116,11 @@ def _by_signs(records: Sequence[Mapping[str, Any]], where: str, looked_at: int) 
     if plain:
         return "official", "plain turns"
     found = words_of(dict.fromkeys(key for record in records for key in record)) if records else "no object"
-    raise DataError(f"{where}: the {looked_at} records looked at fit no form (found {found}); {WANTED}")
+    raise DataError(f"{where}: the {inspected} inspected records match no format (found {found}); {WANTED}")
 
 
 def _first(signs: Iterable[tuple[FormName, str]]) -> dict[FormName, str]:
-    """The first sign of each form."""
+    """The first sign of each format."""
     found: dict[FormName, str] = {}
     for name, sign in signs:
         found.setdefault(name, sign)
@@ -128,7 +128,7 @@ def _first(signs: Iterable[tuple[FormName, str]]) -> dict[FormName, str]:
 
 
 def _signs(record: Mapping[str, Any]) -> Iterator[tuple[FormName, str]]:
-    """Keys of a record that only one form has."""
+    """Keys of a record that only one format has."""
     if all(record.get(key) is None for key in _CONVERSATION):
         for key in ("instruction", "output"):
             if record.get(key) is not None:
@@ -144,7 +144,7 @@ def _signs(record: Mapping[str, Any]) -> Iterator[tuple[FormName, str]]:
 
 
 def _weak_signs(record: Mapping[str, Any]) -> Iterator[tuple[FormName, str]]:
-    """Keys that decide where no other sign does: records with turns may have them in every form."""
+    """Keys that decide if there is no other sign: they may occur in every format with turns."""
     for turn in (turn for key in _CONVERSATION for turn in _turns(record, key)):
         if turn.get("tool_calls"):
             yield "openai", "'tool_calls'"
@@ -157,16 +157,16 @@ def _weak_signs(record: Mapping[str, Any]) -> Iterator[tuple[FormName, str]]:
 
 
 def check_columns(records: Sequence[Any], columns: Columns, form: FormName, where: str) -> list[str]:
-    """Warnings about described columns: those that no record has, and known ones that nobody named.
+    """Warnings about ``columns`` of dataset_info.json: columns that no record has, and known keys without a column.
 
     Args:
-        records: some, from ``some_records``.
-        columns: as described.
-        form: as described.
-        where: the data set, named in errors.
+        records: records from ``some_records``.
+        columns: columns of the entry.
+        form: format of the entry.
+        where: the data set, for errors.
 
     Raises:
-        DataError: a column that every record needs is in none, or another is in none and looks like a slip.
+        DataError: no record has a required column, or a column whose name looks misspelt.
     """
     had = list(dict.fromkeys(key for record in records if isinstance(record, dict) for key in record))
     used = ("prompt", "query", "response", "history") if form == "alpaca" else ("messages",)
@@ -176,12 +176,12 @@ def check_columns(records: Sequence[Any], columns: Columns, form: FormName, wher
         if column is None or column in had:
             continue
         close = difflib.get_close_matches(column, had, 1, cutoff=0.8)
-        text = f"{where}: none of the {len(records)} records looked at has {column!r}, the column of {name}"
+        text = f"{where}: none of the {len(records)} inspected records has {column!r}, the column of {name}"
         found = f"(found {words_of(had)})"
         if close or name in ("messages", "response") or (name == "prompt" and columns.query not in had):
             hint = f"did you mean {close[0]!r}? Name it" if close else "name the right one"
             raise DataError(f"{text} {found}; {hint} under columns")
-        # Other records may have it, or it is a column of a table without a value.
+        # Other records may have it, or it is a table column without values.
         warnings.append(f"{text} {found}")
     named = {getattr(columns, name) for name in (*used, "system", "tools", *MEDIA_COLUMNS.values())}
     ours = {

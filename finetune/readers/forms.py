@@ -1,4 +1,4 @@
-"""Forms of records: which columns hold what, and by which words roles are named."""
+"""Record formats: columns (keys of a record) and tags (keys and role names of a turn) of each format."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ FormName = Literal["official", "sharegpt", "alpaca", "openai"]
 FORMS: tuple[FormName, ...] = get_args(FormName)
 
 WANTED = (
-    "official wants 'conversations' (turns with role and content) and 'image', 'video', 'audio'; sharegpt wants "
-    "'messages' or 'conversations' and 'images', 'videos', 'audios'; alpaca wants 'instruction' and 'output'; openai "
-    "wants 'messages' whose content may be a list of parts"
+    "official needs 'conversations' (turns with role and content) and 'image', 'video', 'audio'; sharegpt needs "
+    "'messages' or 'conversations' and 'images', 'videos', 'audios'; alpaca needs 'instruction' and 'output'; openai "
+    "needs 'messages' whose content may be a list of parts"
 )
-"""Which keys each form wants, for errors."""
+"""The keys of each format, for errors."""
 
 RANKING = ("chosen", "rejected", "kto_tag")
-"""Columns that a description may name for answers that are compared."""
+"""Columns of preference data in dataset_info.json."""
 
 CALLING = {
     "observation": "tool",
@@ -29,9 +29,9 @@ CALLING = {
     "function_call": "function",
     "tool_call": "function",
 }
-"""Words for turns of tools; what they mean here is tool for a result, and function for an answer that is its calls."""
-# Words that any of the vocabularies uses.
-_WORDS = {
+"""Role names of tool turns: "tool" is a tool result, "function" an answer that consists of tool calls."""
+# Role names of all formats.
+_ROLE_NAMES = {
     "system": "system",
     "human": "user",
     "user": "user",
@@ -43,7 +43,7 @@ _WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The key of a record that holds each thing; None where the records have none. Defaults are LLaMA-Factory's."""
+    """The key of each column in a record; None for no such column. Defaults are those of LLaMA-Factory."""
 
     prompt: str | None = "instruction"
     query: str | None = "input"
@@ -57,23 +57,23 @@ class Columns:
     audios: str | None = None
 
     def media(self, kind: MediaKind) -> str | None:
-        """The key of the files of a kind."""
+        """The key of the media files of a kind."""
         return getattr(self, MEDIA_COLUMNS[kind])
 
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """The keys of a turn and the words for its roles; defaults are LLaMA-Factory's.
+    """The keys of a turn and its role names; defaults are those of LLaMA-Factory.
 
     Attributes:
         role_tag: key of the role.
         content_tag: key of the text.
-        user_tag: word for the user.
-        assistant_tag: word for the model.
-        observation_tag: word for the result of a tool.
-        function_tag: word for an answer that calls a tool.
-        system_tag: word for the system turn.
-        loose: also understand the words of the other vocabularies (nobody named any).
+        user_tag: role name of the user.
+        assistant_tag: role name of the assistant.
+        observation_tag: role name of a tool result.
+        function_tag: role name of an answer that calls a tool.
+        system_tag: role name of the system turn.
+        loose: also accept the role names of other formats (no tags were given).
     """
 
     role_tag: str = "from"
@@ -87,7 +87,7 @@ class Tags:
 
     @property
     def roles(self) -> dict[str, str]:
-        """Role by word: system, user, assistant, tool, or function for an answer that calls a tool."""
+        """Role by role name: system, user, assistant, tool, or function for an answer that calls a tool."""
         named = {
             self.system_tag: "system",
             self.user_tag: "user",
@@ -95,12 +95,12 @@ class Tags:
             self.observation_tag: "tool",
             self.function_tag: "function",
         }
-        words = {word: role for word, role in named.items() if word is not None}
-        return {**_WORDS, **words} if self.loose else words
+        names = {name: role for name, role in named.items() if name is not None}
+        return {**_ROLE_NAMES, **names} if self.loose else names
 
 
 OWN_NAMES = Columns("instruction", "input", "output", "history", None, "system", "tools", "images", "videos", "audios")
-"""Every column under its own name, as records are read that nobody described; messages depend on the records."""
+"""Default column names without dataset_info.json; the key of the turns depends on the records."""
 FROM_VALUE = Tags(loose=True)
 ROLE_CONTENT = Tags("role", "content", "user", "assistant", "tool", loose=True)
 
@@ -110,12 +110,12 @@ TAG_NAMES = tuple(entry.name for entry in fields(Tags) if entry.name != "loose")
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How records are read.
+    """The format of records.
 
     Attributes:
         name: one of FORMS.
-        columns: not used by the official form.
-        tags: of sharegpt and openai.
+        columns: columns; not used by the official format.
+        tags: tags of sharegpt and openai.
     """
 
     name: FormName
@@ -124,14 +124,14 @@ class Form:
 
 
 def named_columns(given: Mapping[str, str | None]) -> Columns:
-    """The columns somebody named; once any is named, the others do not exist, as in LLaMA-Factory."""
+    """The given columns; if any is given, the others do not exist, as in LLaMA-Factory."""
     return Columns(**{name: given.get(name) for name in COLUMN_NAMES})
 
 
 def named_tags(given: Mapping[str, str | None]) -> Tags:
-    """The tags somebody named; the others keep their default, unless its word is taken.
+    """The given tags; others keep their default, unless that name is used by a given tag.
 
-    LLaMA-Factory knows no such turns then and skips their records.
+    In that case LLaMA-Factory has no such role and skips the records.
     """
     named = {name: word for name, word in given.items() if word is not None}
     values: dict[str, Any] = dict(named)

@@ -1,4 +1,4 @@
-"""Names and boxes of objects as ms-swift keeps them, beside the text, become grounding marks in the text."""
+"""Grounding data in the format of ms-swift (``objects``): inserted as <ref>, <box> and <point> tags into the text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.readers.record_media import json_cell, json_type
 from finetune.sample import DataError, Message, Sample, Source, Text
 from finetune.utils.quoting import shown, words_of
 
-# With marks around it that the author wrote already; an element <bbox>...</bbox> is no place.
+# Optionally inside existing tags; an element <bbox>...</bbox> is not a placeholder.
 _NAME = r"(?P<ref><ref>)?<ref-object>(?(ref)</ref>)"
 _BOX = r"(?P<mark><(?P<tag>box|point)>)?<bbox>(?![^<]*</bbox>)(?(mark)</(?P=tag)>)"
 _PLACE = re.compile(rf"{_NAME}|{_BOX}")
@@ -34,10 +34,10 @@ class _Box:
     """A box, or a point.
 
     Attributes:
-        name: of the box in errors.
+        name: name of the box for errors.
         values: x and y of a point, or of two corners.
-        unit: one of the values of _TYPES; None where the record does not say it.
-        image: number of the image.
+        unit: one of the values of _TYPES; None if not given.
+        image: index of the image.
     """
 
     name: str
@@ -47,25 +47,25 @@ class _Box:
 
 
 class _Objects(NamedTuple):
-    """What takes the places: names, and the boxes of each place."""
+    """The names, and the boxes of each placeholder."""
 
     names: list[str]
     boxes: list[list[_Box]]
 
 
 def ground(record: Mapping[str, Any], sample: Sample) -> Sample:
-    """The sample with the names and boxes of its record at their places in the text.
+    """The sample with the names and boxes of its record inserted into the text.
 
-    ``<ref-object>`` and ``<bbox>`` take the next name and the next box of ``objects``, each of its own list, in
-    any turn: ``<ref>name</ref>``, ``<box>x1 y1 x2 y2</box>``, for two numbers ``<point>x y</point>``, in thousandths
-    of the upright image.
+    ``<ref-object>`` and ``<bbox>`` are replaced by the next name and the next box of ``objects``, in any turn:
+    ``<ref>name</ref>``, ``<box>x1 y1 x2 y2</box>``, for two numbers ``<point>x y</point>``, with coordinates from 0 to
+    1000 relative to the image with EXIF orientation applied.
 
     Args:
-        record: has the objects.
-        sample: what it became, with its images in place.
+        record: the record with the objects.
+        sample: its sample, with images.
 
     Raises:
-        DataError: places and objects differ in number, or a box is not in its image or in unknown units.
+        DataError: numbers of placeholders and objects differ, or a box is outside of its image or in unknown units.
     """
     given = json_cell(record.get(KEY))
     if not given and not any("<ref-object>" in text or "<bbox>" in text for text in _texts(sample)):
@@ -74,11 +74,11 @@ def ground(record: Mapping[str, Any], sample: Sample) -> Sample:
     if not places and not given:
         return sample
     if not places:
-        note = f"{KEY!r} has names or boxes, and the text no <ref-object> and no <bbox> where they belong"
+        note = f"{KEY!r} has names or boxes, but the text has no <ref-object> or <bbox> placeholder"
         return replace(sample, notes=(*sample.notes, note))
     if not given:
         kinds = " and ".join(kind for kind in ("<ref-object>", "<bbox>") if any(kind in place for place in places))
-        note = f"places of names and boxes left as text, since there is no {KEY!r}: {kinds}"
+        note = f"grounding placeholders kept as text, since there is no {KEY!r}: {kinds}"
         return replace(sample, notes=(*sample.notes, note))
     source = sample.source
     objects = _objects(given, source)
@@ -88,7 +88,7 @@ def ground(record: Mapping[str, Any], sample: Sample) -> Sample:
     names, queue = iter(objects.names), iter(boxes)
     messages = tuple(replace(message, parts=tuple(_filled(message, names, queue))) for message in sample.messages)
     turned = boxes and any(box.unit in (None, "real") and size(box.image)[1] for each in objects.boxes for box in each)
-    note = "boxes in pixels of images with an EXIF orientation are read as those of the upright image"
+    note = "boxes in pixels of images with an EXIF orientation are taken relative to the rotated image"
     return replace(sample, messages=messages, notes=(*sample.notes, note) if turned else sample.notes)
 
 
@@ -101,7 +101,7 @@ def _filled(message: Message, names: Iterator[str], boxes: Iterator[str]) -> Ite
         if "<bbox>" not in place[0]:
             return f"<ref>{next(names)}</ref>"
         found = next(boxes)
-        # Marks of the author stay as they are; of several boxes each has its own.
+        # Existing tags are kept; each of several boxes has its own tag.
         return found if place["tag"] is None else re.sub(r"(</?)(?:box|point)>", rf"\1{place['tag']}>", found)
 
     for part in message.parts:
@@ -109,7 +109,7 @@ def _filled(message: Message, names: Iterator[str], boxes: Iterator[str]) -> Ite
 
 
 def _check_counts(places: Sequence[str], objects: _Objects, paired: bool, source: Source) -> None:
-    """There are as many places as names and as boxes; of objects that have both, one may be left alone."""
+    """Checks the numbers of placeholders against names and boxes; of objects with both, one may be unused."""
     counts = []
     for place, have in (("<ref-object>", len(objects.names)), ("<bbox>", len(objects.boxes))):
         wanted = sum(place in each for each in places)
@@ -117,11 +117,11 @@ def _check_counts(places: Sequence[str], objects: _Objects, paired: bool, source
             what = "boxes" if place == "<bbox>" else "names"
             counts.append(f"{wanted} {place} in the text, {have} {what} in {KEY!r}")
     if counts:
-        raise DataError(f"{source}: {'; '.join(counts)}; they must be as many, each in the order of the text")
+        raise DataError(f"{source}: {'; '.join(counts)}; the numbers must be equal, in the order of the text")
 
 
 def _objects(given: Any, source: Source) -> _Objects:
-    """The objects of a record: columns of names and boxes, or a list of objects that have both."""
+    """The objects of a record: lists of names and boxes, or a list of objects with both."""
     if isinstance(given, Mapping):
         _check_keys(given, _COLUMNS, source)
         names, boxes, images = (_column(given, key, source) for key in ("ref", "bbox", "image_id"))
@@ -158,7 +158,7 @@ def _check_keys(given: Mapping[str, Any], known: Sequence[str], source: Source) 
 
 
 def _boxes(entry: Mapping[str, Any], number: int, source: Source) -> list[_Box]:
-    """The box of a place; older files have several there."""
+    """The boxes of a placeholder; older files may have several."""
     given, image, unit = entry.get("bbox"), entry.get("image_id") or 0, entry.get("bbox_type")
     if unit is not None and unit not in _TYPES:
         raise DataError(
@@ -182,7 +182,7 @@ def _box(given: Any, number: int, unit: str | None, image: int, source: Source) 
 
 
 def _in_thousandths(objects: _Objects, size: Any, source: Source) -> list[str]:
-    """What stands at each place of a box."""
+    """The text for each box placeholder."""
     every = [box for each in objects.boxes for box in each]
     inside = [box for box in every if all(0 <= value <= 1 for value in box.values)]
     unsaid = [box for box in inside if box.unit is None]
@@ -195,7 +195,7 @@ def _in_thousandths(objects: _Objects, size: Any, source: Source) -> list[str]:
 
 
 def _mark(box: _Box, size: Any, source: Source) -> str:
-    """The mark of one box."""
+    """The tag of one box."""
     width, height = {"norm1": (1, 1), "norm1000": (1000, 1000)}.get(box.unit or "") or size(box.image)[0]
     values = [round(value * 1000 / side) for value, side in zip(box.values, (width, height) * 2, strict=False)]
     if any(not 0 <= value <= 1000 for value in values):
@@ -215,7 +215,7 @@ def _mark(box: _Box, size: Any, source: Source) -> str:
 
 
 def _size(sample: Sample, number: int) -> tuple[tuple[int, int], bool]:
-    """The size of an image of a sample as it is looked at, and whether its EXIF orientation is another than stored."""
+    """(width, height) of an image with EXIF orientation applied, and whether the orientation changes the image."""
     images = list(sample.media("image"))
     if number >= len(images):
         raise DataError(
@@ -227,7 +227,7 @@ def _size(sample: Sample, number: int) -> tuple[tuple[int, int], bool]:
         return image_files.upright(data)
     assert isinstance(data, Path)
     try:
-        with image_files.open_picture(data) as image:
+        with image_files.open_image(data) as image:
             return image_files.upright(image)
     except (image_files.UnreadableError, OSError) as error:
         raise DataError(f"{sample.source}: image {shown(str(data))}: its size cannot be read ({error})") from error

@@ -1,4 +1,4 @@
-"""Several data sets as one: which records, how often, and which are kept for evaluation."""
+"""``Mixture``: several data sets as one, with weights, random subsets and the train/evaluation split."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from finetune.readers.conversation import TrainOn
 from finetune.readers.dataset_info import find_entry, open_entry
 from finetune.readers.form_detection import DataFormat
 from finetune.readers.record_reader import SampleFile
-from finetune.sample import DataError, Sample, Source
+from finetune.sample import DataError, Sample, SampleSet, Source
 
 logger = logging.getLogger(__name__)
 
 MOST_TIMES = 10_000
-"""How often a record may be taken in an epoch: more is a slip, and would fill the memory with its number."""
+"""Maximum number of repetitions of a record per epoch; larger values are refused as mistakes."""
 
 
-class Mixture(Sequence[Sample]):
-    """Records of some files in an order of their own.
+class Mixture(SampleSet):
+    """The records of several files, in a given order.
 
     Args:
-        files: whose records are numbered one file after another.
-        order: those numbers; None for all of them as they come.
+        files: the files; their records are numbered consecutively.
+        order: record numbers; None for all records in order.
     """
 
     def __init__(self, files: Sequence[SampleFile], order: np.ndarray | None = None) -> None:
@@ -51,7 +51,7 @@ class Mixture(Sequence[Sample]):
         """The sample at ``index``.
 
         Raises:
-            DataError: the record is not of its form, or a media file does not exist.
+            DataError: the record does not match its format, or a media file does not exist.
         """
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
@@ -59,17 +59,17 @@ class Mixture(Sequence[Sample]):
         return file[number]
 
     def record(self, index: int) -> Any:
-        """Record ``index`` as it stands in its file."""
+        """Record ``index`` as stored in its file."""
         file, number = self._locate(index)
         return file.record(number)
 
     def source(self, index: int) -> Source:
-        """Which record of which file stands at ``index``, whether or not it makes a sample."""
+        """File and position of record ``index``, also of a bad one."""
         file, number = self._locate(index)
         return file.source(number)
 
     def form_of(self, index: int) -> str:
-        """The name of the form of the record at ``index``."""
+        """Name of the format of record ``index``."""
         return self._locate(index)[0].reading.form.name
 
     @property
@@ -79,14 +79,14 @@ class Mixture(Sequence[Sample]):
 
     @property
     def files(self) -> list[Path]:
-        """The data files, on which remembered results depend."""
+        """The data files, on which cached results depend."""
         return list(dict.fromkeys(path for file in self._files for path in file.files))
 
     @property
-    def meaning(self) -> str:
-        """All that decides which records there are and what they mean, as text that changes with it."""
+    def fingerprint(self) -> str:
+        """Text that changes when the selection of records or the way they are read changes."""
         state = 0 if self._order is None else zlib.crc32(self._order.tobytes())
-        return json.dumps([[str(file.path), file.meaning] for file in self._files] + [[len(self), state]])
+        return json.dumps([[str(file.path), file.fingerprint] for file in self._files] + [[len(self), state]])
 
     @property
     def title(self) -> str:
@@ -101,28 +101,28 @@ class Mixture(Sequence[Sample]):
         return self._files[place], number - (self._ends[place - 1] if place else 0)
 
     @property
-    def once(self) -> Mixture:
-        """The same records, each only once."""
+    def unique(self) -> Mixture:
+        """The same records without repetitions."""
         if self._order is None:
             return self
         _, places = np.unique(self._order, return_index=True)
         return self if len(places) == len(self) else Mixture(self._files, self._order[np.sort(places)])
 
     def first(self, limit: int | None) -> Mixture:
-        """The first so many records."""
+        """The first ``limit`` records."""
         if limit is None or limit >= len(self):
             return self
         return Mixture(self._files, self._numbers()[:limit])
 
     def split(self, share: float, seed: int) -> tuple[Mixture, Mixture]:
-        """Training and evaluation records, drawn at random; no record of a file is in both, the order is kept.
+        """A random train/evaluation split without common records; the order is kept.
 
         Args:
-            share: a share below 1 of the records, or their number.
-            seed: of the draw.
+            share: fraction of the records (below 1) or number of records for evaluation.
+            seed: random seed.
 
         Raises:
-            DataError: nothing would be left on one side.
+            DataError: one part would be empty.
         """
         numbers = self._numbers()
         same = self._same_record(numbers)
@@ -130,8 +130,8 @@ class Mixture(Sequence[Sample]):
         count = round(share * len(records)) if share < 1 else int(share)
         if not 0 < count < len(records):
             raise DataError(
-                f"--val_size {share:g} of {len(records)} records keeps {count} for evaluation and "
-                f"{len(records) - count} for training; both sides need at least one"
+                f"--val_size {share:g} of {len(records)} records gives {count} for evaluation and "
+                f"{len(records) - count} for training; both need at least one"
             )
         held = np.random.default_rng([seed, 1]).choice(len(records), count, replace=False)
         kept = ~np.isin(same, records[held])
@@ -141,7 +141,7 @@ class Mixture(Sequence[Sample]):
         return np.arange(len(self)) if self._order is None else self._order
 
     def _same_record(self, numbers: np.ndarray) -> np.ndarray:
-        """The numbers with those of a file that stands here twice replaced by those of its first place."""
+        """The record numbers, where those of a repeated file are replaced by those of its first occurrence."""
         result = numbers.copy()
         first: dict[Path, int] = {}
         start = 0
@@ -169,10 +169,10 @@ def open_data(
     rebuild: bool = False,
     strict_paths: bool = False,
 ) -> Mixture:
-    """The samples of a data file, as ``readers.read``, or where there is none of data sets by name, as ``read_named``.
+    """The samples of a data file (``readers.read``), or of data sets by name (``read_named``) if ``path`` is None.
 
     Raises:
-        DataError: as they do.
+        DataError: as these functions.
     """
     if path is not None:
         file = read(
@@ -213,7 +213,7 @@ def parse_names(text: str) -> list[Named]:
     """
     found: list[Named] = []
     for part in text.split(","):
-        name, colon, weight = (piece.strip() for piece in part.partition(":"))
+        name, colon, weight = (text_part.strip() for text_part in part.partition(":"))
         if not name:
             raise DataError(f"data sets {text!r}: a name is missing; write names separated by commas, such as a,b:0.3")
         try:
@@ -246,16 +246,16 @@ def read_named(
     """The records of registered data sets, one set after another.
 
     Args:
-        names: such as ``a,b:0.3``: a weight below 1 takes a random share, at least one record; above 1 every record as
-            often as its whole part, and a random share for the rest.
+        names: such as ``a,b:0.3``: a weight below 1 samples that fraction of the records, at least one; above 1 repeats
+            every record by its integer part, and a random fraction once more.
         dataset_dir: folder of ``dataset_info.json``.
-        media_dir: where media paths are looked for first; ``dataset_dir`` by default.
-        image_root: another place for them.
+        media_dir: first base folder of media paths; ``dataset_dir`` by default.
+        image_root: another base folder.
         train_on: one of TRAIN_ON.
-        max_samples: only the first so many records of every set, before weights.
-        seed: of all draws; what is drawn of a set does not depend on the others.
-        rebuild: make the indices of the files anew.
-        strict_paths: take no file outside of these folders and those of the data files.
+        max_samples: maximum number of records per data set, before weights.
+        seed: random seed; the sampling of a data set does not depend on the others.
+        rebuild: rebuild the indexes of the files.
+        strict_paths: refuse media outside of these folders and those of the data files.
 
     Raises:
         DataError: a name is not registered, its description cannot be used, or its file cannot be read.
@@ -276,7 +276,7 @@ def read_named(
         files.append(file)
         if entry.num_samples is not None and entry.num_samples > MOST_TIMES * len(file):
             raise DataError(
-                f"{entry.where}: 'num_samples' is {entry.num_samples}, of {len(file)} records; each may be taken "
+                f"{entry.where}: 'num_samples' is {entry.num_samples}, of {len(file)} records; each may be repeated "
                 f"{MOST_TIMES} times at most"
             )
         chosen.append(_weighted(_drawn(len(file), entry.num_samples, random)[:max_samples], each.weight, random))
@@ -292,7 +292,7 @@ def read_named(
 
 
 def _drawn(records: int, number: int | None, random: np.random.Generator) -> Numbers:
-    """So many records at random: each once, then some again when there are not as many."""
+    """A random sample of ``number`` records without replacement; records repeat only if there are too few."""
     if number is None:
         return range(records)
     once = random.permutation(records)[:number]
@@ -300,7 +300,7 @@ def _drawn(records: int, number: int | None, random: np.random.Generator) -> Num
 
 
 def _weighted(numbers: Numbers, weight: float, random: np.random.Generator) -> Numbers:
-    """The records as often as their weight says, the rest of a weight as a random share, in order."""
+    """The records repeated by the integer part of the weight, plus a random fraction of them, in order."""
     whole, rest = divmod(weight, 1)
     if weight == 1:
         return numbers

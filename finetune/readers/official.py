@@ -1,4 +1,4 @@
-"""Records of the official finetuning scripts: ``id``, ``image`` (also ``video``, ``audio``) and ``conversations``."""
+"""Format of the official finetuning scripts: ``id``, ``image`` (also ``video``, ``audio``) and ``conversations``."""
 
 from __future__ import annotations
 
@@ -26,41 +26,40 @@ _Files = dict[str, Media] | list[Media]
 def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: TrainOn) -> Sample:
     """The sample of a record.
 
-    ``image`` is a path (its place is ``<image>``), a list of paths (``<image>`` once per path, in order), a dictionary
-    from ``<image_00>``, ``<image_01>``, ... to paths (each tag once, anywhere), or absent. Without any tag the images
-    stand in front of the first user turn, each followed by a newline; otherwise the text around a tag stays as it is.
-    ``video`` and ``audio`` are the same with tags of their own names; without tags images come first, then videos.
-    A user turn may also name files of its own, which take its tags or stand in front of its text. Tags count in user
-    turns only: in other turns they are plain text. Turns have ``role`` and ``content``, or ``from`` and ``value``
-    (human, gpt). Every assistant turn is trained, or with ``train_on`` "last" the last one of the conversation,
-    unless it has ``loss`` 0.
+    ``image`` is a path (tag ``<image>``), a list of paths (one ``<image>`` per path, in order), a dictionary from
+    ``<image_00>``, ``<image_01>``, ... to paths (each tag once, anywhere), or absent. Without tags the images precede
+    the first user turn, each followed by a newline. ``video`` and ``audio`` work in the same way with their own tags;
+    without tags images come first, then videos. A user turn may have its own files, which replace its tags or precede
+    its text. Tags count in user turns only and are plain text elsewhere. Turns have ``role`` and ``content``, or
+    ``from`` and ``value`` (human, gpt). Every assistant turn is trained, or with ``train_on`` "last" the last one of
+    the conversation, unless it has ``loss`` 0.
 
     Raises:
-        DataError: the record is not of the official form, or a media file does not exist.
+        DataError: the record is not in the official format, or a media file does not exist.
     """
     for key in MEDIA_COLUMNS.values():
         if record.get(key):
             raise DataError(
-                f"{source}: has {key!r}, which the official form does not know; paths belong under {key[:-1]!r} "
+                f"{source}: has {key!r}, which the official format does not support; paths belong under {key[:-1]!r} "
                 "(or the file is of another form: --data_format sharegpt)"
             )
     turns = with_system(joined(_turns(record, source, where)), record, record_keys.SYSTEM, source)
     files: dict[MediaKind, _Files] = {
         kind: _files(kind, json_cell(record.get(kind)), source, where) for kind in MEDIA_KINDS
     }
-    turns, files = foreign_placeholders.settle(turns, files, source, where, _TAG)
+    turns, files = foreign_placeholders.to_tags(turns, files, source, where, _TAG)
     placed = _place(turns, files, source)
     return assemble(turns, placed, tool_calls.described(record, record_keys.TOOLS, source), source, train_on)
 
 
 def _turns(record: Mapping[str, Any], source: Source, where: Places) -> list[Turn]:
-    """Every turn, its values checked."""
+    """The turns, with validated values."""
     key = "messages" if record.get("conversations") is None and record.get("messages") is not None else "conversations"
     if record.get("conversations") is not None and record.get("messages") is not None:
         raise DataError(f"{source}: has 'conversations' and 'messages', two lists of turns; keep one")
     result = []
     for number, turn in enumerate(turn_list(record, key, source)):
-        # Files of columns have every key in every turn, null where it is not used.
+        # Rows of tables have every key in every turn, null if unused.
         tagged = turn.get("from") is not None and turn.get("role") is None
         names = ("from", "value") if tagged else ("role", "content")
         if turn.get("from") is not None and not tagged:
@@ -74,7 +73,7 @@ def _turns(record: Mapping[str, Any], source: Source, where: Places) -> list[Tur
 
 
 def _files(kind: MediaKind, given: Any, source: Source, where: Places) -> _Files:
-    """The files of a kind by tag when the record names tags, else in order."""
+    """The files of a kind, by tag if the record has tags, else in order."""
     if given is None:
         return []
     if isinstance(given, dict) and not is_embedded(given):
@@ -103,8 +102,8 @@ def _kind(tag: str) -> str:
 
 
 def _place(turns: Sequence[Turn], files: Mapping[MediaKind, _Files], source: Source) -> list[tuple[Part, ...]]:
-    """The parts of every turn, with the files at their tags; those of a kind without any tag stand in front."""
-    # Turns of this form are text, so that there are no slots in them.
+    """The parts of every turn, with files in place of their tags; files of a kind without tags come first."""
+    # Turns of this format are text, so they have no slots.
     own = [cast("tuple[Part, ...]", own_placed(turn, number, source)) for number, turn in enumerate(turns)]
     asked = [parts if turn.role == "user" else () for turn, parts in zip(turns, own, strict=True)]
     found = [tag for parts in asked for part in parts if isinstance(part, Text) for tag in _TAG.findall(part.text)]
@@ -121,7 +120,7 @@ def _place(turns: Sequence[Turn], files: Mapping[MediaKind, _Files], source: Sou
 
 
 def _match(kind: MediaKind, found: list[str], files: _Files, source: Source) -> list[Media]:
-    """The file of every tag in reading order; tags and files must agree one to one."""
+    """The file of every tag in reading order; tags and files must match one to one."""
     a = A_FILE[kind]
     if isinstance(files, dict):
         known = list(files)
@@ -151,7 +150,7 @@ def _match(kind: MediaKind, found: list[str], files: _Files, source: Source) -> 
     if len(found) != len(files):
         raise DataError(
             f"{source}: {len(found)} <{kind}> in the user turns, {len(files)} {_MANY[kind]} under {kind!r}; "
-            f"they must be as many (or no <{kind}>, then the {_MANY[kind]} stand in front)"
+            f"the numbers must be equal (or no <{kind}>, then the {_MANY[kind]} come first)"
         )
     return files
 

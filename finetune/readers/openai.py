@@ -1,4 +1,4 @@
-"""Records of the openai form: chat messages whose content is text, or a list of text and media parts."""
+"""OpenAI format: chat messages whose content is text, or a list of text and media parts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from finetune.utils.quoting import shown
 
 
 def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: TrainOn, form: Form) -> Sample:
-    """The sample of a record; media stand among the parts, or at tags with their files in a column.
+    """The sample of a record; media are content parts, or tags with the files in a column.
 
     Raises:
-        DataError: the record is not of the form, places and files differ in number, or a file is missing.
+        DataError: the record is not in this format, numbers of placeholders and files differ, or a file is missing.
     """
     turns = [
         _turn(turn, number, form.tags, source, where)

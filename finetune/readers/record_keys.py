@@ -1,7 +1,6 @@
-"""The keys of records: what each form reads, under every name that is in use for it.
+"""Tables of the keys that each format reads, with their synonyms.
 
-These tables are the only place where a key is declared. A key that is in none of them is read by nothing, and
-``unread`` says so.
+A key that is in no table is not read, and ``unread_keys`` reports it.
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ IDENTITY = "id"
 ANSWERS = "answers"
 """Accepted answers of an official record, read by ``evaluate``."""
 SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "meta_instruction")
-"""Names of the system turn at the top of a record."""
+"""Keys of the system prompt at the top level of a record."""
 TOOLS = ("tools", "functions")
-"""Names of the descriptions of tools."""
+"""Keys of the tool descriptions."""
 LOSS = ("loss", "loss_mask", "weight", "train")
-"""Names, in a turn, of whether it is trained."""
+"""Keys of a turn for whether it is trained."""
 THOUGHT = ("reasoning_content", "thinking", "reasoning")
-"""Names, in an answer, of the thinking before it."""
+"""Keys of an answer for its thinking."""
 CALLS = ("tool_calls", "function_call")
-"""Names, in an answer, of the tools that it calls."""
+"""Keys of an answer for its tool calls."""
 RESULT_OF = "tool_call_id"
-"""In the result of a tool, the id of the call."""
+"""Key of a tool result for the id of its call."""
 IN_TURN: Mapping[MediaKind, tuple[str, ...]] = {kind: (kind, many) for kind, many in MEDIA_COLUMNS.items()}
-"""Names of the files that a user turn brings along."""
+"""Keys of a user turn for its own media files."""
 MEDIA_OF_TURNS = frozenset(name for names in IN_TURN.values() for name in names)
 OBJECTS = "objects"
-"""Names and boxes that take places in the text, read in every form."""
+"""Key of the grounding names and boxes, read in every format."""
 COMPARED = (
     "chosen",
     "rejected",
@@ -44,21 +43,21 @@ COMPARED = (
     "rejected_images",
     "non_preferred_output",
 )
-"""Keys of data that compare answers, which supervised finetuning has no use for."""
+"""Keys of preference data, which is not supported."""
 
 TURN_LISTS = ("conversations", "messages")
 _VOCABULARIES = (("role", "content"), ("from", "value"))
 
 
 def system_keys(form: Form) -> tuple[str, ...]:
-    """The names of the system turn at the top of a record; a description names the only one."""
+    """The keys of the system prompt; a column in dataset_info.json replaces them."""
     if form.name == "official" or form.columns.system == SYSTEM[0]:
         return SYSTEM
     return () if form.columns.system is None else (form.columns.system,)
 
 
 def tool_keys(form: Form) -> tuple[str, ...]:
-    """The names of the descriptions of tools; a description names the only one."""
+    """The keys of the tool descriptions; a column in dataset_info.json replaces them."""
     if form.name == "official" or form.columns.tools == TOOLS[0]:
         return TOOLS
     return () if form.columns.tools is None else (form.columns.tools,)
@@ -66,7 +65,7 @@ def tool_keys(form: Form) -> tuple[str, ...]:
 
 @cache
 def record_keys(form: Form) -> frozenset[str]:
-    """Every key that is read at the top of a record."""
+    """All keys that are read at the top level of a record."""
     columns = form.columns
     if form.name == "official":
         media = (*MEDIA_KINDS, *MEDIA_COLUMNS.values())
@@ -79,41 +78,41 @@ def record_keys(form: Form) -> frozenset[str]:
 
 @cache
 def turn_keys(form: Form) -> frozenset[str]:
-    """Every key that is read in a turn."""
+    """All keys that are read in a turn."""
     names = _VOCABULARIES if form.name == "official" else ((form.tags.role_tag, form.tags.content_tag),)
     return MEDIA_OF_TURNS.union((name for pair in names for name in pair), LOSS, THOUGHT, CALLS, (RESULT_OF,))
 
 
 @cache
 def part_keys(kind: str) -> frozenset[str]:
-    """Every key that is read in a part of this type of a content list."""
+    """All keys that are read in a content part of this type."""
     return frozenset(("type", "text")) if kind == "text" else frozenset(("type", *file_keys(kind)))
 
 
 def file_keys(kind: str) -> tuple[str, ...]:
-    """The names of the file in a part that is a medium."""
+    """The keys of the file in a media part."""
     return (kind, f"{kind}_url", "path", "url")
 
 
 def compared(record: Mapping[str, Any]) -> str:
-    """Which keys of a record hold answers that are compared and what to do, to stand behind "has"; empty for none."""
+    """The message, after "has", that a record has preference data; empty if it has none."""
     found = [key for key in COMPARED if record.get(key) or (key == "kto_tag" and record.get(key) is not None)]
     if found in ([], ["chosen"]):  # which alone may be the name of a column of answers
         return ""
     return (
-        f"{' and '.join(map(repr, found))}, answers that are compared; only supervised finetuning is done here: keep "
-        "the answer to be learnt (in 'output' or as the last turn), take the others out"
+        f"{' and '.join(map(repr, found))}: preference data is not supported, only supervised finetuning: keep "
+        "the preferred answer (in 'output' or as the last turn) and remove these keys"
     )
 
 
 def alone(given: Mapping[str, Any], names: Sequence[str], where: str, source: Source) -> tuple[str, Any] | None:
-    """The key among ``names`` that an object has, and its value; None where it has none of them.
+    """The key among synonyms that an object has, and its value; None if it has none of them.
 
     Args:
         given: a record or a turn.
-        names: of one thing.
-        where: in front of the message: "", or such as "turn 3: ".
-        source: named in errors.
+        names: synonyms.
+        where: prefix of the message: "", or such as "turn 3: ".
+        source: file and position of the record.
 
     Raises:
         DataError: two of them, with different values.
@@ -125,7 +124,7 @@ def alone(given: Mapping[str, Any], names: Sequence[str], where: str, source: So
     for other, another in found[1:]:
         if another != value:
             raise DataError(
-                f"{source}: {where}{first!r} is {written(value)} and {other!r} is {written(another)}, two names for "
-                "one thing; keep one"
+                f"{source}: {where}{first!r} is {written(value)} and {other!r} is {written(another)}, which are "
+                "synonyms; keep one"
             )
     return first, value

@@ -1,4 +1,4 @@
-"""Media of records: paths become files that exist, what is inside of the record becomes pictures and sound."""
+"""Media of records: resolves paths to existing files, and decodes embedded images and audio."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Folders in which relative paths are looked for.
+    """Base folders of relative media paths.
 
     Attributes:
-        folders: absolute, in the order of the search.
-        flag: what a user gives to name another one.
-        allowed: with --strict_paths the folders, links followed, in which every file must lie; None for anywhere.
+        folders: absolute paths, in search order.
+        flag: the flag that adds a folder, for errors.
+        allowed: with --strict_paths the folders (symlinks resolved) that every file must be in; None for no limit.
     """
 
     folders: tuple[Path, ...]
@@ -36,9 +36,9 @@ class Places:
 
 
 def places(*folders: str | Path | None, flag: str = "--image_root", strict: bool = False) -> Places:
-    """The folders that are given, in order, and the current one; a later change of directory moves nothing.
+    """The given folders, in order, and the current directory, as absolute paths.
 
-    With ``strict`` those given alone, and no file outside of them is taken.
+    With ``strict`` only the given ones, and files outside of them are refused.
     """
     found = [Path(folder).resolve() for folder in folders if folder is not None]
     if strict:
@@ -50,14 +50,13 @@ def find(path: str, kind: MediaKind, source: Source, where: Places) -> Path:
     """The file of a path.
 
     Raises:
-        DataError: it is nowhere, cannot be reached, is at a remote address, or outside of the places that are allowed.
+        DataError: it does not exist, cannot be accessed, is a URL, or is outside of the allowed folders.
     """
     if path.startswith("file://"):
         path = path.removeprefix("file://")
     if _REMOTE.match(path):
         raise DataError(
-            f"{source}: {kind} {shown(path)} is a remote address, and nothing is fetched from the network; download "
-            "the file and give its path"
+            f"{source}: {kind} {shown(path)} is a URL, and media are not downloaded; download it and give its path"
         )
     tried = [Path(path)] if Path(path).is_absolute() else [folder / path for folder in where.folders]
     fault: OSError | ValueError | None = None
@@ -66,7 +65,7 @@ def find(path: str, kind: MediaKind, source: Source, where: Places) -> Path:
             candidate.stat()
         except (FileNotFoundError, NotADirectoryError):
             continue
-        # A name that is too long, a folder that may not be entered, a null byte or half a surrogate pair in the name.
+        # Name too long, folder not accessible, null byte or lone surrogate in the name.
         except (OSError, ValueError) as error:
             fault = fault or error
         else:
@@ -85,7 +84,7 @@ def find(path: str, kind: MediaKind, source: Source, where: Places) -> Path:
 
 
 def is_there(path: str, where: Places) -> bool:
-    """Whether a file or a folder of that name is in one of the places."""
+    """Whether a file or folder of that path exists in one of the base folders."""
     if not path or _REMOTE.match(path):
         return False
     name = Path(path)
@@ -96,7 +95,7 @@ def is_there(path: str, where: Places) -> bool:
 
 
 def _check_place(found: Path, path: str, kind: MediaKind, source: Source, where: Places) -> None:
-    """With --strict_paths a file, and what is in a folder of frames, lies in the places that are allowed."""
+    """Checks with --strict_paths that a file, or the files of a frame folder, are in the allowed folders."""
     if where.allowed is None:
         return
     for each in [found, *(found.iterdir() if found.is_dir() else ())]:
@@ -104,29 +103,29 @@ def _check_place(found: Path, path: str, kind: MediaKind, source: Source, where:
         if not any(real.is_relative_to(folder) for folder in where.allowed):
             allowed = ", ".join(map(str, where.allowed))
             raise DataError(
-                f"{source}: {kind} {shown(path)} is {cut(str(real))}, outside of {allowed}, and --strict_paths allows "
-                f"no other place; move the file there or give {where.flag}"
+                f"{source}: {kind} {shown(path)} is {cut(str(real))}, outside of {allowed}, which --strict_paths "
+                f"refuses; move the file there or give {where.flag}"
             )
 
 
 def is_embedded(value: Any) -> bool:
-    """Whether it is a picture or the bytes of a file, as Parquet files hold them, and no path."""
+    """Whether it is an embedded image or file (as in Parquet), not a path."""
     return isinstance(value, (Image.Image, bytes)) or (
         isinstance(value, dict) and bool(value) and set(value) <= {"bytes", "path"}
     )
 
 
 def one(value: Any, kind: MediaKind, column: str, source: Source, where: Places) -> Media:
-    """A medium from a path, a picture, or the bytes of a file, also as base64 text; a video also from its frames.
+    """A medium from a path, an image, the bytes of a file or base64 text; a video also from a list of frames.
 
-    Text is taken for base64 when there is no file of that name and it begins as a file of its kind does.
+    Text is base64 if there is no file of that name and it starts with the signature of a file of its kind.
 
     Args:
-        value: what the record has.
-        kind: what it is.
-        column: where the record has it, named in errors.
-        source: named in errors.
-        where: for relative paths.
+        value: value in the record.
+        kind: kind of media.
+        column: key of the value, for errors.
+        source: file and position of the record.
+        where: base folders of relative paths.
 
     Raises:
         DataError: none of these, or a file that does not exist.
@@ -155,7 +154,7 @@ def one(value: Any, kind: MediaKind, column: str, source: Source, where: Places)
 def _frame(value: Any, column: str, source: Source, where: Places) -> Path:
     if not isinstance(value, str) or not value:
         what = "an empty string" if value == "" else json_type(value)
-        raise DataError(f"{source}: {column!r} has {what} among the frames of a video; give the paths of pictures")
+        raise DataError(f"{source}: {column!r} has {what} among the frames of a video; give the paths of images")
     return find(value, "image", source, where)
 
 
@@ -163,7 +162,7 @@ def listed(value: Any, kind: MediaKind, column: str, source: Source, where: Plac
     """The media of a column: a path, a list of paths, or nothing.
 
     Raises:
-        DataError: as ``one``; a list in a list where it is not the frames of a video.
+        DataError: as ``one``, or a nested list that is not the frames of a video.
     """
     value = json_cell(value)
     if value is None or value == "":
@@ -175,7 +174,7 @@ def listed(value: Any, kind: MediaKind, column: str, source: Source, where: Plac
 
 
 def json_cell(value: Any) -> Any:
-    """The list or object of a cell of CSV, which holds it as JSON text; every other value as it is."""
+    """The list or object of a CSV cell, which is JSON text; other values are unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return parse(value)
@@ -185,7 +184,7 @@ def json_cell(value: Any) -> Any:
 
 
 def json_type(value: Any) -> str:
-    """The JSON name of a value's type, with its article."""
+    """The JSON type name of a value, with article."""
     names: Sequence[tuple[type | tuple[type, ...], str]] = (
         (bool, "a boolean"),
         ((int, float), "a number"),

@@ -1,4 +1,4 @@
-"""The records of one data file as samples."""
+"""``SampleFile``: the records of one data file as samples; ``RecordReader``: one record to a sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.readers.conversation import TRAIN_ON, TrainOn
 from finetune.readers.forms import Form
 from finetune.readers.record_media import Places, json_type
 from finetune.readers.unread_keys import unread_notes
-from finetune.sample import DataError, Sample, Source, Text
+from finetune.sample import DataError, Sample, SampleSet, Source, Text
 from finetune.utils.quoting import shown
 
 _READERS = {"sharegpt": sharegpt.sample, "alpaca": alpaca.sample, "openai": openai.sample}
@@ -23,12 +23,12 @@ _TURNS = {"official": "'conversations'", "alpaca": "'instruction' and 'output'"}
 
 @dataclass(frozen=True, slots=True)
 class RecordReader:
-    """How records become samples.
+    """Builds samples from records.
 
     Attributes:
-        form: of the records.
-        where: places of media files.
-        train_on: "all" to train every answer, "last" for the last of a conversation.
+        form: format of the records.
+        where: base folders of media files.
+        train_on: "all" to train every answer, "last" for the last one of a conversation.
     """
 
     form: Form
@@ -39,7 +39,7 @@ class RecordReader:
         """The sample of a record.
 
         Raises:
-            DataError: the record is not of the form, or a media file does not exist.
+            DataError: the record does not match the format, or a media file does not exist.
         """
         name = self.form.name
         if not isinstance(record, dict):
@@ -57,24 +57,24 @@ class RecordReader:
         return replace(sample, notes=(*sample.notes, *notes)) if notes else sample
 
     @property
-    def meaning(self) -> str:
-        """All that decides what a record means, as text that changes with it."""
+    def fingerprint(self) -> str:
+        """Text that changes when the way records are read changes."""
         return json.dumps(
             [asdict(self.form), [str(folder) for folder in self.where.folders], self.where.allowed is not None]
         )
 
 
-class SampleFile(Sequence[Sample]):
-    """Samples are built, and may fail, when they are asked for; images are never opened here.
+class SampleFile(SampleSet):
+    """The samples of a data file, built on access; images are not opened.
 
     Args:
         records: parsed records, in order.
-        path: the file or folder they come from, or the address of a data set; named in errors.
-        reading: what they mean.
-        name: of the data set, "" for a file without one.
+        path: their file or folder, or the id of a hub data set; for errors.
+        reading: the reader of their format.
+        name: name of the data set, "" for a file without one.
 
     Raises:
-        ValueError: no such ``train_on``.
+        ValueError: invalid ``train_on``.
     """
 
     def __init__(self, records: Sequence[Any], path: str | Path, reading: RecordReader, name: str = "") -> None:
@@ -97,7 +97,7 @@ class SampleFile(Sequence[Sample]):
         """The sample at ``index``.
 
         Raises:
-            DataError: the record is not of the form, or a media file does not exist.
+            DataError: the record does not match the format, or a media file does not exist.
         """
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
@@ -106,20 +106,20 @@ class SampleFile(Sequence[Sample]):
         return self.reading.sample(record, self._source(record, number))
 
     def record(self, index: int) -> Any:
-        """Record ``index`` as it stands in the file."""
+        """Record ``index`` as stored in the file."""
         return self._records[index]
 
     def source(self, index: int) -> Source:
-        """Where record ``index`` is and what its id is, whether or not it makes a sample."""
+        """File, position and id of record ``index``, also of a bad one."""
         number = range(len(self))[index]
         try:
             return self._source(self._records[number], number)
-        except DataError:  # told when the sample is asked for
+        except DataError:  # raised again when the sample is accessed
             return Source(self._file, number)
 
     @property
     def files(self) -> list[Path]:
-        """The data files, on which remembered results depend."""
+        """The data files, on which cached results depend."""
         return data_files(self.path) if self.path.exists() or is_pattern(self.path) else []
 
     @property
@@ -128,16 +128,16 @@ class SampleFile(Sequence[Sample]):
         return self.reading.train_on
 
     @property
-    def meaning(self) -> str:
-        """All that decides what a record means, as text that changes with it."""
-        return self.reading.meaning
+    def fingerprint(self) -> str:
+        """Text that changes when the way records are read changes."""
+        return self.reading.fingerprint
 
     def _source(self, record: Any, number: int) -> Source:
         return Source(self._file, number, identity(record))
 
 
 def identity(record: Any) -> str:
-    """The own id of a record, empty where it has none. It is a label only, of any type."""
+    """The id of a record as text, empty if it has none; it may have any type."""
     given = record.get("id") if isinstance(record, dict) else None
     if given is None:
         return ""
@@ -145,10 +145,10 @@ def identity(record: Any) -> str:
 
 
 def check_texts(sample: Sample) -> None:
-    """Checks that all text of a sample can be written: half of a surrogate pair is no character.
+    """Checks that all text of a sample can be encoded: it must not contain lone surrogates.
 
     Raises:
-        DataError: naming where it stands.
+        DataError: with the turn of the lone surrogate.
     """
     check_text(sample.source.id, "'id'", sample.source)
     for turn, message in enumerate(sample.messages):
@@ -159,7 +159,7 @@ def check_texts(sample: Sample) -> None:
 
 
 def check_text(text: str, where: str, source: Source) -> None:
-    """Checks that a text can be written, as ``check_texts``; ``where`` it stands in the record is for the error."""
+    """Checks a text for lone surrogates; ``where`` is its position in the record, for the error."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

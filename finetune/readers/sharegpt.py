@@ -1,4 +1,4 @@
-"""Records of the sharegpt form: turns under one key, files under others, their places as tags in the text."""
+"""ShareGPT format: turns under one key, media files in columns, placeholders as tags in the text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
     """The sample of a record.
 
     Raises:
-        DataError: the record is not of the form, its tags and files differ in number, or a file is missing.
+        DataError: the record is not in this format, numbers of tags and files differ, or a file is missing.
     """
     turns = [
         _turn(turn, number, form.tags, source, where)
@@ -32,19 +32,19 @@ def _turn(turn: Mapping[str, Any], number: int, tags: Tags, source: Source, wher
 
 
 def role_of(turn: Mapping[str, Any], number: int, tags: Tags, source: Source) -> str:
-    """What the word for the role of a turn means: a role, or "function".
+    """The role of a turn by its role name: a role, or "function".
 
     Raises:
         DataError: it is missing or unknown.
     """
-    word = turn.get(tags.role_tag)
-    if not isinstance(word, str):
+    name = turn.get(tags.role_tag)
+    if not isinstance(name, str):
         raise DataError(f"{source}: turn {number}: {state(turn, tags.role_tag)}; it must be a string")
     roles = tags.roles
-    if word not in roles:
+    if name not in roles:
         known = ", ".join(roles)
         raise DataError(
-            f"{source}: turn {number}: {tags.role_tag!r} is {shown(word, 60)}, an unknown tag; known are {known} "
-            "(dataset_info.json names others under tags)"
+            f"{source}: turn {number}: {tags.role_tag!r} is {shown(name, 60)}, an unknown role; known are {known} "
+            "(others can be declared under tags in dataset_info.json)"
         )
-    return roles[word]
+    return roles[name]

@@ -1,4 +1,4 @@
-"""Samples of data that is read from front to back."""
+"""Samples of streamed data (``--streaming``)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 class StreamedSamples:
-    """A stream whose records become samples.
+    """Builds samples from the records of a stream.
 
     Args:
-        stream: of one or several paths.
-        heads: the first samples of each path, which say how its records are read.
+        stream: a stream of one or several paths.
+        heads: the first samples of each path; their reader is used for all records of the path.
 
     Attributes:
-        head: the first samples of all paths, for everything that wants samples by number.
+        head: the first samples of all paths, for checks that need samples by index.
     """
 
     def __init__(self, stream: Stream | HubStream, heads: Sequence[SampleFile]) -> None:
@@ -41,14 +41,14 @@ class StreamedSamples:
         """The sample of a record.
 
         Raises:
-            DataError: the record is not JSON or not of its form, or a media file does not exist.
+            DataError: the record is not JSON or does not match its format, or a media file does not exist.
         """
         value, source = record.parse(), record.source()
         return self._readings[record.which].sample(value, replace(source, id=identity(value)))
 
 
 class _Parsed(Sequence[Any]):
-    """Records of a stream, each parsed, and perhaps refused, when it is asked for."""
+    """Records of a stream, parsed on access."""
 
     def __init__(self, records: Sequence[Streamed]) -> None:
         self._records = records
@@ -74,27 +74,27 @@ def open_stream(
     buffer_size: int = 16384,
     strict_paths: bool = False,
 ) -> StreamedSamples:
-    """The samples of a data file, or where there is none of data sets by name, read from front to back.
+    """The streamed samples of a data file, or of data sets by name if ``path`` is None.
 
     Args:
-        path: JSON Lines, Parquet, or a folder of such files.
-        names: registered data sets, separated by commas; together they are one stream, in the share of their records.
+        path: JSON Lines, Parquet, WebDataset shards, or a folder of such files.
+        names: registered data sets, separated by commas; they are one stream, in proportion to their records.
         dataset_dir: folder of ``dataset_info.json``.
-        media_dir: where media paths of registered data sets are looked for first; ``dataset_dir`` by default.
-        image_root: another place for media.
+        media_dir: first base folder of media paths of registered data sets; ``dataset_dir`` by default.
+        image_root: another base folder.
         train_on: one of TRAIN_ON.
-        data_format: the form of the records of ``path``, "auto" to tell it from the first ones.
-        seed: of the order.
-        buffer_size: records that each reader draws from.
-        strict_paths: take no file outside of the folders above and those of the data files.
+        data_format: format of the records of ``path``, "auto" to detect it from the first ones.
+        seed: random seed of the order.
+        buffer_size: size of the shuffle buffer per reader.
+        strict_paths: refuse media outside of the folders above and those of the data files.
 
     Raises:
-        DataError: data of another kind, a malformed or missing file, or a wish that needs all records at once.
+        DataError: an unsupported file type, a malformed or missing file, or an option that needs all records.
     """
     if path is not None:
         stream = Stream([Path(path)], seed=seed, buffer_size=buffer_size)
         head = _Parsed(stream.head())
-        logger.info("%s: streaming, told from the first %d records:", path, len(head))
+        logger.info("%s: streaming, format detected from the first %d records:", path, len(head))
         options = {"image_root": image_root, "train_on": train_on, "strict_paths": strict_paths}
         return StreamedSamples(stream, [read(path, data_format=data_format, records=head, **options)])
     entries = [_entry(named, dataset_dir) for named in parse_names(names or "")]
@@ -103,7 +103,7 @@ def open_stream(
     heads = []
     for which, entry in enumerate(entries):
         head = _Parsed(stream.head(which))
-        logger.info("data set %s: streaming, told from the first %d records:", entry.name, len(head))
+        logger.info("data set %s: streaming, format detected from the first %d records:", entry.name, len(head))
         heads.append(open_entry(entry, records=head, **options))
     return StreamedSamples(stream, heads)
 
@@ -113,8 +113,8 @@ def _stream(entries: Sequence[Entry], seed: int, buffer_size: int) -> Stream | H
     far = [entry for entry in entries if entry.file is None]
     if far and len(far) < len(entries):
         raise DataError(
-            f"{far[0].where}: data sets of the hub and local files are not one stream, since the share of their "
-            "records is not known; download it and give its file under 'file_name', or leave --streaming out"
+            f"{far[0].where}: data sets of the hub and local files cannot be mixed with --streaming true, since their "
+            "number of records is unknown; download it and give its file under 'file_name', or remove --streaming"
         )
     if not far:
         return Stream([entry.file for entry in entries if entry.file], seed=seed, buffer_size=buffer_size)
@@ -124,7 +124,7 @@ def _stream(entries: Sequence[Entry], seed: int, buffer_size: int) -> Stream | H
 
 
 def _entry(named: Named, dataset_dir: str | Path) -> Entry:
-    """The description of a data set, which must not ask for anything that only a whole file can tell."""
+    """The entry of a data set, without options that need all records."""
     entry = find_entry(named.name, dataset_dir)
     wishes = {
         f"the weight {named.weight:g}": named.weight != 1,
@@ -134,7 +134,7 @@ def _entry(named: Named, dataset_dir: str | Path) -> Entry:
     wish = next((wish for wish, there in wishes.items() if there), None)
     if wish is not None:
         raise DataError(
-            f"{entry.where}: {wish} cannot be had with --streaming true, which reads whole data sets from front to "
-            "back; take it out, or leave --streaming out"
+            f"{entry.where}: {wish} is not supported with --streaming true, which reads whole data sets sequentially; "
+            "remove it, or remove --streaming"
         )
     return entry

@@ -1,4 +1,4 @@
-"""Tools in records: their descriptions, and the calls of answers, in every way in which the field writes them."""
+"""Tool descriptions and tool calls of records, in all common spellings."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _WRITTEN = "<tool_call>"
 
 
 def described(record: Mapping[str, Any], names: tuple[str, ...], source: Source) -> tuple[Tool, ...]:
-    """The tools that a record describes, as they stand there.
+    """The tool descriptions of a record, unmodified.
 
     Args:
-        record: has them as a list of objects, or as JSON text of one.
-        names: under which keys.
-        source: named in errors.
+        record: the record; tools are a list of objects, or JSON text of one.
+        names: keys of the tools.
+        source: file and position of the record.
 
     Raises:
-        DataError: they are no list of objects, or one has no name.
+        DataError: not a list of objects, or a tool without name.
     """
     found = record_keys.alone(record, names, "", source)
     if found is None:
@@ -51,10 +51,10 @@ def _tool(tool: Any, where: str, source: Source) -> Tool:
 
 
 def called(given: Mapping[str, Any], role: str, number: int, source: Source) -> tuple[Call, ...]:
-    """The calls that a turn has under a key of their own.
+    """The tool calls of a turn under their own key.
 
     Raises:
-        DataError: the turn is no answer, or a call has no name, or arguments that are no object.
+        DataError: the turn is not an answer, or a call has no name, or arguments that are not an object.
     """
     found = next(((name, given[name]) for name in record_keys.CALLS if given.get(name)), None)
     if found is None:
@@ -68,11 +68,11 @@ def called(given: Mapping[str, Any], role: str, number: int, source: Source) -> 
     return _calls(_json(value, where, source), where, source)
 
 
-def spoken(text: str, number: int, source: Source) -> tuple[str, tuple[Call, ...]]:
-    """The text of a turn that calls tools without its calls, and these; text that is no JSON is the model's own words.
+def split_calls(text: str, number: int, source: Source) -> tuple[str, tuple[Call, ...]]:
+    """The text of a "function" turn without its JSON tool calls, and the calls; other text is returned unchanged.
 
     Raises:
-        DataError: a call has no name, or arguments that are no object.
+        DataError: a call has no name, or arguments that are not an object.
     """
     before, closing, rest = text.rpartition(_CLOSING)
     if rest.lstrip()[:1] not in ("{", "["):
@@ -82,10 +82,10 @@ def spoken(text: str, number: int, source: Source) -> tuple[str, tuple[Call, ...
 
 
 def check_order(turns: Sequence[Mapping[str, Any]], source: Source) -> None:
-    """Results of tools follow their calls in the same order: prompts have no ids by which to tell them apart.
+    """Checks that tool results are in the order of their calls, since prompts have no call ids.
 
     Raises:
-        DataError: a result names another call than the next one.
+        DataError: the id of a result is not that of the next call.
     """
     waiting: list[Any] = []
     for number, turn in enumerate(turns):
@@ -97,24 +97,24 @@ def check_order(turns: Sequence[Mapping[str, Any]], source: Source) -> None:
         elif result is not None and all(waiting):
             if result not in waiting:
                 raise DataError(
-                    f"{source}: turn {number}: {record_keys.RESULT_OF!r} is {written(result)}, and no call before it "
-                    "that is without a result has this id; correct it"
+                    f"{source}: turn {number}: {record_keys.RESULT_OF!r} is {written(result)}, but no preceding call "
+                    "without a result has this id; correct it"
                 )
             if waiting.pop(0) != result:
                 raise DataError(
-                    f"{source}: turn {number}: the results of tools are not in the order of their calls, and prompts "
-                    "have no ids to tell them apart by; put them in order"
+                    f"{source}: turn {number}: the tool results are not in the order of their calls, and prompts have "
+                    "no call ids; put them in order"
                 )
 
 
 def check_once(text: str, number: int, source: Source) -> None:
-    """Refuses a call that an answer has in its text and under a key.
+    """Refuses an answer with tool calls both in its text and under a key.
 
     Raises:
         DataError: the text of the answer has one.
     """
     if _WRITTEN in text:
-        raise DataError(f"{source}: turn {number} has {_WRITTEN} in its text and calls beside it; keep one")
+        raise DataError(f"{source}: turn {number} has {_WRITTEN} in its text and tool calls under a key; keep one")
 
 
 def _calls(given: Any, where: str, source: Source) -> tuple[Call, ...]:
@@ -141,7 +141,7 @@ def _call(given: Any, where: str, source: Source) -> Call:
 
 
 def _json(given: Any, where: str, source: Source) -> Any:
-    """A value, or the one that JSON text says."""
+    """A value, parsed if it is JSON text."""
     if not isinstance(given, str):
         return given
     try:

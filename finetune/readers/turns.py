@@ -1,4 +1,4 @@
-"""What a turn of a record says beside its text, in every form: loss, thinking, calls of tools, files of its own."""
+"""``Turn``: a turn of a record with text, loss, thinking, tool calls and own media; shared by all formats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NO_FILES: Mapping[MediaKind, tuple[Media, ...]] = {}
 
 
 class Slot(NamedTuple):
-    """The place of the next file of a kind."""
+    """Placeholder of the next file of a kind."""
 
     kind: MediaKind
 
@@ -24,12 +24,12 @@ class Turn(NamedTuple):
     """One turn of a record.
 
     Attributes:
-        role: system, user, assistant, tool, or function for an answer whose text is its calls.
-        content: text whose tags say where files go, or parts.
+        role: system, user, assistant, tool, or function for an answer that consists of tool calls.
+        content: text with media tags, or parts.
         loss: whether an answer may be trained.
-        thought: the thinking of an answer, where the record has it apart from the text.
-        files: those that the turn itself names, by kind.
-        calls: of tools.
+        thought: thinking of an answer under its own key.
+        files: media files of the turn itself, by kind.
+        calls: tool calls.
     """
 
     role: str
@@ -44,7 +44,7 @@ def turn_list(record: Mapping[str, Any], column: str | None, source: Source) -> 
     """The turns of a record as objects.
 
     Raises:
-        DataError: the column is missing, or is not a list of objects; or results of tools are in disorder.
+        DataError: the column is missing or not a list of objects, or tool results are not in order.
     """
     if column is None:
         raise DataError(f"{source}: no column is named for the turns; name it under columns: messages")
@@ -63,10 +63,10 @@ def turn_list(record: Mapping[str, Any], column: str | None, source: Source) -> 
 
 
 def text_of(turn: Mapping[str, Any], key: str, number: int, source: Source, wanted: str = "a string") -> str:
-    """The text of a turn, which only one that calls tools may lack.
+    """The text of a turn; only a turn with tool calls may have none.
 
     Raises:
-        DataError: it is missing, or no string.
+        DataError: it is missing, or not a string.
     """
     content = turn.get(key)
     if content is None and any(turn.get(name) for name in record_keys.CALLS):
@@ -77,7 +77,7 @@ def text_of(turn: Mapping[str, Any], key: str, number: int, source: Source, want
 
 
 def state(turn: Mapping[str, Any], key: str) -> str:
-    """What a turn has instead of a string."""
+    """A description of the value that is not a string, for errors."""
     if turn.get(key) is not None:
         return f"{key!r} is {json_type(turn[key])}"
     return f"{key!r} is null" if key in turn else f"{key!r} is missing (found {words_of(turn)})"
@@ -91,19 +91,19 @@ def complete(
     source: Source,
     where: Places,
 ) -> Turn:
-    """The turn whose role and content have been read, with all that its other keys say.
+    """The turn with role, content and the values of its other keys.
 
     Raises:
-        DataError: a key has a value that it cannot have, or cannot have in a turn of this role.
+        DataError: an invalid value, or one that is not allowed for this role.
     """
     if len(given) == 2 and content and role != "function":
-        return Turn(role, content)  # these are all it has, as in most records
+        return Turn(role, content)  # no other keys, as in most records
     answers = "assistant" if role == "function" else role
     calls = tool_calls.called(given, role, number, source)
     if calls and isinstance(content, str):
         tool_calls.check_once(content, number, source)
     elif role == "function" and isinstance(content, str):
-        content, calls = tool_calls.spoken(content, number, source)
+        content, calls = tool_calls.split_calls(content, number, source)
     return Turn(
         role,
         content,
@@ -115,7 +115,7 @@ def complete(
 
 
 def _loss(given: Mapping[str, Any], role: str, number: int, source: Source) -> bool:
-    """Whether the turn may be trained: what it says of that, 1 where it says nothing."""
+    """Whether the turn may be trained; the default is 1."""
     found = record_keys.alone(given, record_keys.LOSS, f"turn {number}: ", source)
     if found is None:
         return True
@@ -134,7 +134,7 @@ def _loss(given: Mapping[str, Any], role: str, number: int, source: Source) -> b
 
 
 def _thought(given: Mapping[str, Any], role: str, number: int, source: Source) -> str:
-    """The thinking that a turn has under a key of its own, empty where it has none."""
+    """The thinking of a turn under its own key, empty if it has none."""
     found = record_keys.alone(given, record_keys.THOUGHT, f"turn {number}: ", source)
     if found is None:
         return ""
@@ -143,7 +143,7 @@ def _thought(given: Mapping[str, Any], role: str, number: int, source: Source) -
         raise DataError(f"{source}: turn {number}: {name!r} is {json_type(value)}; thinking must be a string")
     if value.strip() and role != "assistant":
         raise DataError(
-            f"{source}: turn {number}: {name!r} in a {role} turn; only answers think, remove it or move it there"
+            f"{source}: turn {number}: {name!r} in a {role} turn; only answers have thinking; remove or move it"
         )
     return value
 
@@ -151,7 +151,7 @@ def _thought(given: Mapping[str, Any], role: str, number: int, source: Source) -
 def _files(
     given: Mapping[str, Any], role: str, number: int, source: Source, where: Places
 ) -> Mapping[MediaKind, tuple[Media, ...]]:
-    """The files that a turn names itself, by kind."""
+    """The media files of the turn itself, by kind."""
     if record_keys.MEDIA_OF_TURNS.isdisjoint(given):
         return _NO_FILES
     files: dict[MediaKind, tuple[Media, ...]] = {}

@@ -1,4 +1,4 @@
-"""Keys of records that nothing reads: counted, with the name that may be meant, and refused where they hold media."""
+"""Reports keys of records that are not read, with similar known keys, and refuses unread keys that contain media."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from finetune.readers.embedded_media import A_FILE, kind_of, kind_of_text
 from finetune.readers.forms import Form
 from finetune.readers.record_media import Places, json_cell
 from finetune.sample import (
+    AUDIO_SUFFIXES,
+    IMAGE_SUFFIXES,
     MEDIA_COLUMNS,
-    PICTURE_SUFFIXES,
-    SOUND_SUFFIXES,
     UNREAD,
     VIDEO_SUFFIXES,
     DataError,
@@ -28,33 +28,33 @@ from finetune.sample import (
 from finetune.utils.quoting import shown
 
 _SUFFIXES: dict[str, MediaKind] = {
-    **dict.fromkeys(SOUND_SUFFIXES, "audio"),
+    **dict.fromkeys(AUDIO_SUFFIXES, "audio"),
     **dict.fromkeys(VIDEO_SUFFIXES, "video"),
-    **dict.fromkeys(PICTURE_SUFFIXES, "image"),
+    **dict.fromkeys(IMAGE_SUFFIXES, "image"),
 }
-# Words in the names under which people keep media.
+# Words in key names that suggest media.
 _MEDIA_NAMES = re.compile(r"image|img|pic|photo|video|clip|frame|audio|sound|speech", re.IGNORECASE)
 _DATA_ADDRESS = re.compile(r"data:(image|video|audio)/")
 _REMOTE = re.compile(r"https?://", re.IGNORECASE)
 _LONG = 200
-"""Letters from which on text can be a file in base64, and no name of a file in a record."""
+"""Length from which text may be a base64 file and not a file name."""
 _LONGEST_PATH = 4096
 _DEEPEST, _MOST = 4, 64
-"""How deep a value is looked through, and how many entries of each list."""
+"""Maximum depth, and maximum entries per list, that are searched for media."""
 _NEAR = 0.8
 HEAD, HEAD_OF_TURNS, HEAD_OF_PARTS = (f"keys{of} {UNREAD}" for of in ("", " of turns", " of parts of content lists"))
-"""What notes begin with; behind it and a colon stands the key."""
+"""Start of the notes; a colon and the key follow."""
 
 
 class _Found(NamedTuple):
-    """A key that nothing reads.
+    """A key that is not read.
 
     Attributes:
-        head: of its note.
-        key: itself.
-        value: what it has.
-        place: the turn, in front of a message; "" at the top of a record.
-        known: the keys that are read in its place.
+        head: start of its note.
+        key: the key.
+        value: its value.
+        place: the turn, as prefix of a message; "" at the top level of a record.
+        known: the keys that are read at this level.
     """
 
     head: str
@@ -65,17 +65,17 @@ class _Found(NamedTuple):
 
 
 def unread_notes(record: Mapping[str, Any], sample: Sample, form: Form, where: Places) -> tuple[str, ...]:
-    """One sentence per key of a record that nothing reads; keys without content have nothing to read.
+    """One note per key of a record that is not read; empty values do not count.
 
     Args:
-        record: as it stands in the file.
-        sample: what it means.
-        form: of the records.
-        where: places of media files.
+        record: the record as stored in the file.
+        sample: its sample.
+        form: format of the record.
+        where: base folders of media files.
 
     Raises:
-        DataError: a key has a medium: the path of a file that exists or, by the name of the key, was to exist, a data
-            address, or the bytes of a file.
+        DataError: an unread key contains media: the path of an existing file (or, under a key named like media, of a
+            missing one), a ``data:`` URL, or the bytes of a file.
     """
     notes: dict[str, None] = {}
     for found in _found(record, form):
@@ -86,15 +86,15 @@ def unread_notes(record: Mapping[str, Any], sample: Sample, form: Form, where: P
                 short = isinstance(leaf, str) and len(leaf) < _LONG
                 has = shown(leaf, 60) if short else f"{A_FILE[kind]} inside it"
                 raise DataError(
-                    f"{sample.source}: {found.place}nothing reads the key {shown(found.key, 60)}, which has {has}; "
-                    f"{_remedy(kind, found, form)}, or take it out if the model is not to have it"
+                    f"{sample.source}: {found.place}the key {shown(found.key, 60)} is not read, but contains {has}; "
+                    f"{_remedy(kind, found, form)}, or remove it if the model should not see it"
                 )
         notes[_note(found.head, found.key, found.known)] = None
     return tuple(sorted(notes))
 
 
 def _found(record: Mapping[str, Any], form: Form) -> Iterator[_Found]:
-    """The keys of a record, of its turns and of the parts of their contents that no table names."""
+    """The unread keys of a record, of its turns and of their content parts."""
     known = record_keys.record_keys(form)
     for key in record.keys() - known:
         yield _Found(HEAD, key, record[key], "", known)
@@ -119,7 +119,7 @@ def _turns(record: Mapping[str, Any], form: Form) -> Sequence[Mapping[str, Any]]
 
 
 def _medium(leaf: Any, key: str, sample: Sample, where: Places) -> MediaKind | None:
-    """The kind of the medium that a value is; None where it is none, or the sample has it already."""
+    """The kind of media that a value is; None if it is not media, or the sample has it already."""
     if isinstance(leaf, Image.Image):
         return "image"
     if isinstance(leaf, bytes):
@@ -132,7 +132,7 @@ def _medium(leaf: Any, key: str, sample: Sample, where: Places) -> MediaKind | N
 
 
 def _file(path: str, key: str, sample: Sample, where: Places) -> MediaKind | None:
-    """The kind of file that a text names by its ending or, where the key has the name of a medium, by being one."""
+    """The kind of media file that a text names, by its suffix or, under a key named like media, by its existence."""
     kind = _SUFFIXES.get(os.path.splitext(path)[1].lower())
     of_medium = _MEDIA_NAMES.search(key)
     if kind is None and not of_medium:
@@ -141,7 +141,7 @@ def _file(path: str, key: str, sample: Sample, where: Places) -> MediaKind | Non
         name = os.path.basename(path)
         known = any(file.name == name for media in sample.media() for file in media.files)
         return None if known else kind or _kind_of(key)
-    # A name that is no file here: of what the model was to see, unless it has something to see.
+    # A missing file: reported under a key named like media if the sample has no media of this kind.
     return kind if kind and of_medium and not any(sample.media(kind)) else None
 
 
@@ -164,14 +164,14 @@ def _remedy(kind: MediaKind, found: _Found, form: Form) -> str:
 
 
 def _kind_of(key: str) -> MediaKind:
-    """The kind of medium in the name of a key."""
+    """The kind of media by the name of a key."""
     found = _MEDIA_NAMES.search(key)
     word = found[0].lower() if found else ""
     return "audio" if word in ("audio", "sound", "speech") else "video" if word in ("video", "clip") else "image"
 
 
 def _leaves(value: Any, depth: int) -> Iterator[Any]:
-    """Texts, bytes and pictures in a value."""
+    """Texts, bytes and images in a value."""
     if isinstance(value, (str, bytes, Image.Image)):
         yield value
     elif depth and isinstance(value, (dict, list, tuple)):

@@ -1,1 +1,1 @@
-"""Conversation templates: a Sample becomes ids and labels."""
+"""Prompt templates: from a ``Sample`` to token ids and labels."""

@@ -1,11 +1,11 @@
-"""Prompt of the ChatML generations that do not think: MiniCPM-V 2.6 and 4.0, MiniCPM-o 2.6."""
+"""ChatML prompt template without thinking: MiniCPM-V 2.6 and 4.0, MiniCPM-o 2.6."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
-from finetune.media.audio_layout import Sound
+from finetune.media.audio_layout import AudioPlan
 from finetune.media.slicing import SlicePlan
 from finetune.media.video_sampling import Frames
 from finetune.sample import Media, Message, Sample, Text
@@ -17,21 +17,21 @@ ROLES = ("system", "user", "assistant")
 
 
 def render(
-    sample: Sample, plans: Sequence[SlicePlan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
+    sample: Sample, plans: Sequence[SlicePlan | AudioPlan], vocabulary: Vocabulary, layout: Layout, generate: bool
 ) -> Rendered:
-    """Role, content as it is and end mark per turn; in front the bos token and the default system turn, if any.
+    """Role, unmodified content and <|im_end|> per turn, after the bos token and the default system turn, if any.
 
-    Every trained answer and its end mark are labels, nothing else: the line break behind the mark has no loss.
+    Labels are every trained answer and its <|im_end|>; the newline after <|im_end|> has no label.
 
     Args:
         sample: the conversation.
-        plans: slice plan of every image, placeholders of every clip, in reading order.
+        plans: slice plan of every image, placeholders of every audio clip, in reading order.
         vocabulary: the tokenizer.
-        layout: how the prompt is written.
-        generate: end after the header of the answer instead of after the answer.
+        layout: prompt layout.
+        generate: end with the generation prompt instead of the answer.
 
     Raises:
-        DataError: turns that the template cannot express.
+        DataError: turns that the template does not support.
     """
     rendered = Rendered()
     media = numbered(sample, plans)
@@ -52,8 +52,8 @@ def render(
     return rendered
 
 
-def numbered(sample: Sample, plans: Sequence[SlicePlan | Sound]) -> Iterator[tuple[int, SlicePlan | Sound]]:
-    """The media with their numbers; only images count."""
+def numbered(sample: Sample, plans: Sequence[SlicePlan | AudioPlan]) -> Iterator[tuple[int, SlicePlan | AudioPlan]]:
+    """The plans of the media with the number of their image; videos and audio are not numbered here."""
     images = 0
     for media, plan in zip(sample.media(), plans, strict=True):
         yield images, plan
@@ -61,13 +61,13 @@ def numbered(sample: Sample, plans: Sequence[SlicePlan | Sound]) -> Iterator[tup
 
 
 def speech_of(messages: Sequence[Message], layout: Layout) -> tuple[str, ...]:
-    """What stands behind the header of the last answer when the conversation is spoken, else nothing."""
-    heard = any(isinstance(part, Media) and part.kind == "audio" for message in messages for part in message.parts)
-    return layout.speech if layout.spoken == "always" or (heard and layout.spoken == "with sound") else ()
+    """The speech tokens after the header of the last answer; none unless the answer is spoken."""
+    has_audio = any(isinstance(part, Media) and part.kind == "audio" for message in messages for part in message.parts)
+    return layout.speech if layout.spoken == "always" or (has_audio and layout.spoken == "with audio") else ()
 
 
 def begin(rendered: Rendered, messages: Sequence[Message], vocabulary: Vocabulary, layout: Layout) -> None:
-    """What stands in front of the first turn: the bos token, and the default system turn where none is given."""
+    """Adds the bos token, and the default system turn if the conversation has none."""
     if layout.bos:
         rendered.add([vocabulary.control(layout.bos)])
     if layout.default_system is not None and messages[0].role != "system" and not speech_of(messages, layout):
@@ -77,13 +77,13 @@ def begin(rendered: Rendered, messages: Sequence[Message], vocabulary: Vocabular
 def add_prompt(
     rendered: Rendered,
     message: Message,
-    media: Iterator[tuple[int, SlicePlan | Sound]],
+    media: Iterator[tuple[int, SlicePlan | AudioPlan]],
     vocabulary: Vocabulary,
     layout: Layout,
 ) -> None:
-    """A system or user turn; ``media`` gives number and plan of the media that are left."""
+    """Adds a system or user turn; ``media`` yields number and plan of the remaining media."""
     rendered.add([vocabulary.control("<|im_start|>")])
-    # The role and the text behind it are one piece: their line breaks may be one token.
+    # Role and text are tokenized together: their newlines may merge into one token.
     text = f"{message.role}\n"
     for part in merged(message.parts):
         if isinstance(part, str):
@@ -91,8 +91,8 @@ def add_prompt(
             continue
         rendered.add(vocabulary.text(text))
         number, plan = next(media)
-        if isinstance(plan, Sound):
-            rendered.add_sound(plan, vocabulary)
+        if isinstance(plan, AudioPlan):
+            rendered.add_audio(plan, vocabulary)
         elif isinstance(part.data, Frames):
             rendered.add_items(*frame_schema(plan, part.data, layout, vocabulary))
         else:
@@ -103,7 +103,7 @@ def add_prompt(
 
 
 def add_results(rendered: Rendered, messages: Sequence[Message], turn: int, vocabulary: Vocabulary) -> None:
-    """The tool turns from ``turn`` on as one user turn; nothing where they are in the middle of such a row."""
+    """Adds consecutive tool turns from ``turn`` on as one user turn; nothing if ``turn`` is not the first of them."""
     if messages[turn - 1].role == "tool":
         return
     text = "user"
@@ -114,12 +114,12 @@ def add_results(rendered: Rendered, messages: Sequence[Message], turn: int, voca
 
 
 def open_answer(rendered: Rendered, vocabulary: Vocabulary, speech: Sequence[str] = ()) -> None:
-    """The header of an answer; encoded on its own, because the answer is generated behind it."""
+    """Adds the header of an answer; tokenized on its own, as in a generation prompt."""
     rendered.add([vocabulary.control("<|im_start|>"), *vocabulary.fixed("assistant\n")])
     rendered.add([vocabulary.control(token) for token in speech])
 
 
 def close_turn(rendered: Rendered, vocabulary: Vocabulary, *, train: bool = False) -> None:
-    """The end mark, a label when ``train``, and the line break, never one."""
+    """Adds <|im_end|>, a label when ``train``, and a newline, never a label."""
     rendered.add([vocabulary.control("<|im_end|>")], train=train)
     rendered.add(vocabulary.fixed("\n"))

@@ -1,11 +1,11 @@
-"""Prompt of the ChatML generations that think before they answer: MiniCPM-V 4.5 and later, MiniCPM-o 4.5."""
+"""ChatML prompt template with thinking: MiniCPM-V 4.5 and later, MiniCPM-o 4.5, MiniCPM-OCR."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-from finetune.media.audio_layout import Sound
+from finetune.media.audio_layout import AudioPlan
 from finetune.media.slicing import SlicePlan
 from finetune.sample import DataError, Message, Sample, Text
 from finetune.templates.chatml import add_prompt, add_results, begin, close_turn, numbered, open_answer, speech_of
@@ -14,29 +14,29 @@ from finetune.templates.turn_order import turns
 
 ROLES = ("system", "user", "assistant", "tool")
 _OPEN, _NO_THOUGHT = "<think>\n", "<think>\n\n</think>\n\n"
-# At the start of the answer; the opening mark may be missing, because the prompt that asked for thinking wrote it.
+# At the start of the answer; <think> may be missing, since a generation prompt may end with it.
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>|((?:(?!<think>).)*?)</think>", re.DOTALL)
 
 
 def render(
-    sample: Sample, plans: Sequence[SlicePlan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
+    sample: Sample, plans: Sequence[SlicePlan | AudioPlan], vocabulary: Vocabulary, layout: Layout, generate: bool
 ) -> Rendered:
-    """Role, content and end mark per turn; the last answer has a think block, empty where it has no thought.
+    """Role, content and <|im_end|> per turn; the last answer has a think block, empty if it has no thinking.
 
-    Of answers to earlier questions the thinking is left out. Answers between the last question and the last answer,
-    which call tools, have a block where they have a thought, or by the layout always. Trained are answer and end mark,
-    and a thought when the layout keeps it, with its marks; an empty block is a prompt; its end is trained where prompts
-    ask for thinking.
+    The thinking of answers before the last user question is dropped. Answers after it that call tools have a think
+    block if they have thinking, or always (``thinks_between``). Labels are the answer and <|im_end|>, and with
+    ``thinking`` "keep" the think block. An empty think block has no label, except </think> after a prompt that ends
+    with <think>.
 
     Args:
         sample: the conversation.
-        plans: slice plan of every image, placeholders of every clip, in reading order.
+        plans: slice plan of every image, placeholders of every audio clip, in reading order.
         vocabulary: the tokenizer.
-        layout: how the prompt is written.
-        generate: end where the answer begins instead of after the answer.
+        layout: prompt layout.
+        generate: end with the generation prompt instead of the answer.
 
     Raises:
-        DataError: turns that the template cannot express, or a trained answer that is nothing but thinking.
+        DataError: turns that the template does not support, or a trained answer that is only thinking.
     """
     rendered = Rendered()
     media = numbered(sample, plans)
@@ -69,7 +69,7 @@ def render(
 
 
 def _open_last(rendered: Rendered, vocabulary: Vocabulary, layout: Layout) -> None:
-    """Where the answer begins that the model is to give."""
+    """Adds the generation prompt."""
     open_answer(rendered, vocabulary)
     if layout.enable_thinking is False:
         rendered.add(vocabulary.fixed(_NO_THOUGHT))
@@ -78,7 +78,7 @@ def _open_last(rendered: Rendered, vocabulary: Vocabulary, layout: Layout) -> No
 
 
 def _is_question(message: Message) -> bool:
-    """Whether it is a user turn that is more than the result of a tool."""
+    """Whether it is a user turn other than a tool response."""
     if message.role != "user" or not message.parts:
         return message.role == "user"
     first, last = message.parts[0], message.parts[-1]
@@ -87,33 +87,33 @@ def _is_question(message: Message) -> bool:
 
 
 def _split(sample: Sample, turn: int, message: Message) -> tuple[str, str]:
-    """The thought of an answer, empty where it has none, and the answer itself."""
+    """The thinking of an answer, empty if it has none, and the answer itself."""
     found = _THOUGHT.match(message.text)
     if message.thought.strip():
         if found is not None:
             raise DataError(
-                f"{sample.source}: turn {turn} has thinking beside its text and in it, before </think>; keep one"
+                f"{sample.source}: turn {turn} has thinking under a key and in its text, before </think>; keep one"
             )
         return message.thought.strip("\n"), message.text
     if found is None:
         if message.train and message.text.lstrip().startswith("<think>"):
-            raise DataError(f"{sample.source}: turn {turn}: <think> is never closed; put </think> behind the thinking")
+            raise DataError(f"{sample.source}: turn {turn}: <think> is not closed; add </think> after the thinking")
         return "", message.text
     thought = found.group(1) if found.group(1) is not None else found.group(2)
     answer = message.text[found.end() :].lstrip("\n")
     if message.train and not answer.strip():
-        raise DataError(f"{sample.source}: turn {turn}: no answer behind </think>; fill it in or remove the record")
+        raise DataError(f"{sample.source}: turn {turn}: no answer after </think>; add it or remove the record")
     return thought.strip("\n"), answer
 
 
 def _think(rendered: Rendered, thought: str, vocabulary: Vocabulary, *, train: bool) -> None:
-    # The opening is encoded on its own: a prompt may end with it.
+    # <think> is tokenized on its own: a generation prompt may end with it.
     rendered.add(vocabulary.fixed(_OPEN), train=train)
     rendered.add(vocabulary.continuation(f"{thought}\n</think>\n\n"), train=train)
 
 
 def _think_nothing(rendered: Rendered, vocabulary: Vocabulary, layout: Layout, *, train: bool) -> None:
-    """An empty think block: a prompt; where the prompt asks for thinking, the model is to close it at once."""
+    """Adds an empty think block without labels; after a prompt that ends with <think>, its rest is a label."""
     if layout.enable_thinking and layout.thinking_prefill:
         rendered.add(vocabulary.fixed(_OPEN))
         rendered.add(vocabulary.continuation(_NO_THOUGHT.removeprefix(_OPEN)), train=train)

@@ -1,10 +1,10 @@
-"""Prompt of MiniCPM-Llama3-V 2.5."""
+"""Llama 3 prompt template: MiniCPM-Llama3-V 2.5."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune.media.audio_layout import Sound
+from finetune.media.audio_layout import AudioPlan
 from finetune.media.slicing import SlicePlan
 from finetune.sample import Sample
 from finetune.templates.placeholders import old_schema
@@ -15,21 +15,21 @@ ROLES = ("system", "user", "assistant")
 
 
 def render(
-    sample: Sample, plans: Sequence[SlicePlan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
+    sample: Sample, plans: Sequence[SlicePlan | AudioPlan], vocabulary: Vocabulary, layout: Layout, generate: bool
 ) -> Rendered:
-    """Header, trimmed content and end mark per turn, as the published inference template writes them.
+    """Header, trimmed content and <|eot_id|> per turn, as in the published inference template.
 
-    Every trained answer and its end mark are labels, nothing else.
+    Labels are every trained answer and its <|eot_id|>.
 
     Args:
         sample: the conversation.
-        plans: slice plan of every image, in reading order; there is no sound.
+        plans: slice plan of every image, in reading order; this family has no audio.
         vocabulary: the tokenizer.
-        layout: how the prompt is written.
-        generate: end after the header of the answer instead of after the answer.
+        layout: prompt layout.
+        generate: end with the generation prompt instead of the answer.
 
     Raises:
-        DataError: turns that the template cannot express.
+        DataError: turns that the template does not support.
     """
     rendered = Rendered()
     left = (plan for plan in plans if isinstance(plan, SlicePlan))

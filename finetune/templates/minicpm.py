@@ -1,11 +1,11 @@
-"""Prompt of MiniCPM-V 2.0."""
+"""Prompt template of MiniCPM-V 2.0: <用户> and <AI> as plain text."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from finetune.media.audio_layout import Sound
+from finetune.media.audio_layout import AudioPlan
 from finetune.media.slicing import SlicePlan
 from finetune.sample import Sample
 from finetune.templates.placeholders import old_schema
@@ -17,22 +17,22 @@ _MARK = {"user": "<用户>", "assistant": "<AI>"}
 
 
 def render(
-    sample: Sample, plans: Sequence[SlicePlan | Sound], vocabulary: Vocabulary, layout: Layout, generate: bool
+    sample: Sample, plans: Sequence[SlicePlan | AudioPlan], vocabulary: Vocabulary, layout: Layout, generate: bool
 ) -> Rendered:
-    """One text of turn marks and contents, cut only by images, as the published inference code encodes it.
+    """Turn markers and contents as one text, split only at images and tokenized as in the published inference code.
 
-    The turn marks are plain text, and the end token stands after the last answer alone: after an earlier answer the
-    model sees the next user mark, while the label there is the end token, so that it learns to stop.
+    The turn markers are plain text, and </s> follows only the last answer. After an earlier answer the input is the
+    next user marker and the label is </s>, so that the model learns to stop.
 
     Args:
         sample: the conversation.
-        plans: slice plan of every image, in reading order; there is no sound.
+        plans: slice plan of every image, in reading order; this family has no audio.
         vocabulary: the tokenizer.
-        layout: how the prompt is written.
-        generate: end after the mark of the answer instead of after the answer.
+        layout: prompt layout.
+        generate: end with the generation prompt instead of the answer.
 
     Raises:
-        DataError: turns that the template cannot express.
+        DataError: turns that the template does not support.
     """
     rendered = Rendered()
     left = (plan for plan in plans if isinstance(plan, SlicePlan))
@@ -53,7 +53,7 @@ def render(
             run.add(message.text, train=message.train)
         else:
             run.flush()
-            # What the model writes after the prompt: it can see neither a word-start piece nor another <s> there.
+            # Tokenized as a continuation of the prompt: without the word-start token of sentencepiece and without <s>.
             rendered.add([*vocabulary.continuation(message.text), end], train=message.train)
     if generate:
         run.add(_MARK["assistant"])
@@ -62,7 +62,7 @@ def render(
 
 
 class _Run:
-    """Text between two images, encoded as one piece; the answers inside it keep their character ranges."""
+    """Text between two images, tokenized at once; the labels of answers follow from their character ranges."""
 
     def __init__(self, rendered: Rendered, vocabulary: Vocabulary, end: int) -> None:
         self._rendered = rendered
@@ -87,10 +87,10 @@ class _Run:
         self._text, self._answers = "", []
 
     def _label(self, answer: tuple[int, int], ids: list[int], ranges: list[tuple[int, int]], start: int) -> None:
-        """Labels an earlier answer and the token behind it.
+        """Sets the labels of an earlier answer and of the token after it.
 
-        A token that spans the border of the answer has no loss: half of it is the prompt's. When it spans the end,
-        no position is left where the model should stop, and the end token is not taught for this answer.
+        A token across a boundary of the answer has no label, since part of it belongs to the prompt. If it crosses the
+        end, no position is left for the end token, and this answer has none.
         """
         first, last = answer
         for index in range(bisect_left(ranges, first, key=lambda each: each[0]), len(ranges)):

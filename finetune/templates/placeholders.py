@@ -1,4 +1,4 @@
-"""What stands in the prompt for an image: runs of placeholders that the vision features overwrite."""
+"""Image placeholders in prompts: token runs whose embeddings the vision features replace."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from finetune.templates.rendering import Layout, Vocabulary
 
 
 class PlaceholderBlock(NamedTuple):
-    """The ids of one image.
+    """The placeholder tokens of one image.
 
     Attributes:
         ids: token ids.
-        bounds: half-open range of the placeholders of each visual item, counted from the first id.
+        bounds: half-open range of the placeholders of each visual item, relative to the first id.
     """
 
     ids: list[int]
@@ -23,9 +23,9 @@ class PlaceholderBlock(NamedTuple):
 
 
 def old_schema(plan: SlicePlan, layout: Layout, vocabulary: Vocabulary) -> PlaceholderBlock:
-    """The form of MiniCPM-V 2.0 and 2.5: every item between image tokens, the grid between slice tokens.
+    """MiniCPM-V 2.0 and 2.5: <image>...</image> per item, the grid inside <slice>...</slice>.
 
-    Rows of the grid are separated by a newline, items of a row by nothing.
+    Rows of the grid are separated by a newline.
     """
     image, image_end, unknown = (vocabulary.control(token) for token in ("<image>", "</image>", "<unk>"))
     query_num = layout.query_num
@@ -48,9 +48,9 @@ def old_schema(plan: SlicePlan, layout: Layout, vocabulary: Vocabulary) -> Place
 
 
 def new_schema(plan: SlicePlan, number: int, layout: Layout, vocabulary: Vocabulary) -> PlaceholderBlock:
-    """The form of MiniCPM-V 2.6 and later: number, thumbnail, slices; rows of the grid are separated by a newline.
+    """MiniCPM-V 2.6 and later: <image_id>, <image> for the thumbnail, <slice> per slice; newlines between grid rows.
 
-    Every image has its number where the layout has numbers, sliced or not, as in the published inference code.
+    With ``image_ids`` every image has a number, sliced or not, as in the published inference code.
     """
     block = PlaceholderBlock([], [])
     placeholder = vocabulary.control(layout.placeholder)
@@ -75,9 +75,9 @@ def new_schema(plan: SlicePlan, number: int, layout: Layout, vocabulary: Vocabul
 
 
 def frame_schema(plan: SlicePlan, frames: Frames, layout: Layout, vocabulary: Vocabulary) -> PlaceholderBlock:
-    """As ``new_schema`` for frames of a video, which are one visual item where they are packed.
+    """As ``new_schema`` for a group of video frames, which share placeholders.
 
-    Where videos have numbers, theirs stands in front of the first frame.
+    With ``video_ids`` the number of the video precedes its first frame.
     """
     numbered = layout.video_ids and frames.opens
     own = replace(layout, placeholder=layout.video_placeholder or layout.placeholder, image_ids=numbered)

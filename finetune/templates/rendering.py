@@ -1,4 +1,4 @@
-"""What a template returns, and the tokenizer as a template sees it."""
+"""Types of the templates: ``Layout`` (prompt options), ``Vocabulary`` (tokenizer), ``Rendered`` (ids and labels)."""
 
 from __future__ import annotations
 
@@ -7,39 +7,38 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal, Protocol
 
-from finetune.media.audio_layout import Sound
+from finetune.media.audio_layout import AudioPlan
 
 IGNORE = -100
 
 Thinking = Literal["keep", "mask", "strip"]
-Spoken = Literal["never", "with sound", "always"]
+Spoken = Literal["never", "with audio", "always"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a checkpoint's prompt is written, beyond the conversation itself.
+    """Prompt options of a checkpoint.
 
     Attributes:
-        query_num: placeholders per visual item, where every item has as many; else 0.
-        pixels_per_token: pixels of an item per placeholder, where the number depends on the item's size; else 0.
-        placeholder: token of which visual features take the place.
-        video_placeholder: the same for the frames of videos, empty where it is the same token.
+        query_num: placeholders per visual item if all items have the same number; else 0.
+        pixels_per_token: pixels of an item per placeholder if the number depends on the item's size; else 0.
+        placeholder: token whose embeddings the image and audio features replace.
+        video_placeholder: the same for video frames; empty if it is the same token.
         image_ids: whether every image is preceded by its number in the conversation.
         video_ids: whether every video is preceded by its number.
         ids_beside_video: whether images keep their numbers in a conversation with videos.
-        thinking: what happens to the thinking of trained answers: kept with loss, kept without loss, or taken out.
-        enable_thinking: what the model is asked for when it answers; None writes neither form.
-        thinking_prefill: whether a prompt that asks for thinking ends with the opening mark.
-        bos: token in front of everything, empty for none.
-        trim: whether turns lose the white space around them.
-        tools: whether there are turns for the results of tools.
-        thinks_between: whether every answer behind the last question has a think block, not the last one alone.
-        default_system: text of the system turn of a conversation without one, None for no such turn.
-        speech: control tokens behind the header of the last answer of a spoken conversation, which then has no default
-            system turn.
-        speech_end: control token behind the text of a spoken answer, where the model writes one.
-        spoken: which conversations are spoken: none, those with sound, or all.
-        assumed: names of fields that only the checkpoint's own files can tell; see ``probe.complete_layout``.
+        thinking: thinking of trained answers: "keep" (with labels), "mask" (without labels) or "strip" (removed).
+        enable_thinking: as in chat templates, for generation prompts; None adds no think block.
+        thinking_prefill: whether a generation prompt with enable_thinking ends with <think>.
+        bos: token before everything, empty for none.
+        trim: whether white space around the content of turns is stripped.
+        tools: whether tool turns are supported.
+        thinks_between: whether every answer after the last user question has a think block, not only the last one.
+        default_system: text of the system turn of a conversation without one; None for no such turn.
+        speech: control tokens after the header of a spoken last answer; such a conversation has no default system turn.
+        speech_end: control token that ends the text of a spoken answer; empty for none.
+        spoken: which conversations have a spoken answer: "never", "with audio" (input), or "always".
+        assumed: fields to be read from the checkpoint's own files; see ``chat_template_check.complete_layout``.
     """
 
     query_num: int = 0
@@ -63,27 +62,27 @@ class Layout:
     assumed: tuple[str, ...] = ()
 
     def item_tokens(self, width: int, height: int) -> int:
-        """Placeholders of a visual item of so many pixels."""
+        """Number of placeholders of a visual item of this size in pixels."""
         return self.query_num or width * height // self.pixels_per_token
 
 
 class Vocabulary(Protocol):
-    """Text to ids with the rule of the house: control tokens inside text are text, grounding marks are marks."""
+    """The tokenizer interface of the templates: in text, grounding tags are tokens and control tokens are not."""
 
     def control(self, token: str) -> int:
         """The id of a control token."""
         ...
 
     def text(self, text: str) -> list[int]:
-        """Ids of a piece of text that starts the prompt or follows a control token (no bos, no eos)."""
+        """Ids of text at the start of the prompt or after a control token (no bos, no eos)."""
         ...
 
     def fixed(self, text: str) -> list[int]:
-        """As ``text``, remembered: for the words of the template itself."""
+        """As ``text``, cached: for the constant strings of a template."""
         ...
 
     def continuation(self, text: str) -> list[int]:
-        """Ids of text that goes on where other text stopped: without the word-start piece of sentencepiece."""
+        """Ids of text that continues other text: without the word-start token of sentencepiece."""
         ...
 
     def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -91,11 +90,11 @@ class Vocabulary(Protocol):
         ...
 
 
-class Remembered:
-    """A vocabulary that spells each text once; what it gives must not be written into.
+class CachedVocabulary:
+    """A vocabulary that caches the ids of every text; do not modify the returned lists.
 
     Args:
-        vocabulary: does the spelling.
+        vocabulary: the vocabulary to cache.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -106,13 +105,13 @@ class Remembered:
 
 @dataclass(slots=True)
 class Rendered:
-    """Ids and labels of one conversation, born together.
+    """Token ids and labels of one conversation, appended together.
 
     Attributes:
         input_ids: token ids.
-        labels: same length, unshifted, IGNORE where there is no loss.
+        labels: same length, not shifted, IGNORE where there is no loss.
         image_bounds: half-open token range of the placeholders of each visual item, in item order.
-        audio_bounds: half-open token range of each run of placeholders of sound, in reading order.
+        audio_bounds: half-open token range of each audio placeholder run, in reading order.
     """
 
     input_ids: list[int] = field(default_factory=list)
@@ -121,22 +120,22 @@ class Rendered:
     audio_bounds: list[tuple[int, int]] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], *, train: bool = False) -> None:
-        """Appends ids that are their own labels when ``train``, and carry no loss otherwise."""
+        """Appends ids, with themselves as labels when ``train``, else with IGNORE."""
         self.input_ids.extend(ids)
         self.labels.extend(ids if train else [IGNORE] * len(ids))
 
     def add_items(self, ids: Sequence[int], bounds: Sequence[tuple[int, int]]) -> None:
-        """Appends the placeholders of an image; ``bounds`` count from the first of ``ids``."""
+        """Appends the placeholders of an image; ``bounds`` are relative to the first of ``ids``."""
         start = len(self.input_ids)
         self.add(ids)
         self.image_bounds.extend((start + first, start + last) for first, last in bounds)
 
-    def add_sound(self, sound: Sound, vocabulary: Vocabulary) -> None:
-        """Appends the placeholders of a clip, every run between its marks."""
+    def add_audio(self, plan: AudioPlan, vocabulary: Vocabulary) -> None:
+        """Appends the placeholders of an audio clip, every run between <|audio_start|> and <|audio_end|>."""
         opening, unknown, closing = (
             vocabulary.control(token) for token in ("<|audio_start|>", "<unk>", "<|audio_end|>")
         )
-        for count in sound.runs:
+        for count in plan.runs:
             start = len(self.input_ids) + 1
             self.add([opening, *[unknown] * count, closing])
             self.audio_bounds.append((start, start + count))

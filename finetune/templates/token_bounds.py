@@ -1,16 +1,16 @@
-"""The least number of tokens that text can have, from its length alone: what cannot fit need not be tokenised.
+"""Lower bound of the number of tokens of a text by its length, to skip tokenizing texts that cannot fit.
 
-Every token stands for a piece of the text, so there are at least as many as the length of the text over the length of
-the longest piece. That is sound only where no step of the tokenizer leaves text out or lets one token stand for more
-than its own letters; every step is looked at, and one that is not known here makes the bound 0.
+The bound is the length of the text divided by the length of the longest token. It holds only if no step of the
+tokenizer drops text or lets a token cover more text than its own characters; every step is checked, and an unknown one
+makes the bound 0.
 
-- Byte-level BPE: a token is written with one letter per byte of the text, so lengths are counted in bytes.
-- Sentencepiece's BPE as tokenizer.json has it: a token is written with the letters of the text, a space as one mark,
-  and a letter that is in no token becomes its bytes, one token each: lengths are counted in letters. Without these
-  bytes unknown letters are joined into one token, and there is no bound.
-- Normalisation to NFC makes UTF-8 shorter, at most to a third of its bytes (three jamo of three bytes become a syllable
-  of three), and at most four letters one: by Unicode's own tables of the largest growth of the inverse (NFD).
-- An added token that takes the white space beside it stands for any amount of it: there is no bound.
+- Byte-level BPE: one character of a token per byte of text, so lengths are in bytes.
+- Sentencepiece BPE in tokenizer.json: one character of a token per character of text, and one byte token per byte of an
+  unknown character: lengths are in characters. Without byte fallback unknown characters are fused into one token, and
+  there is no bound.
+- NFC normalization shortens text at most to a third of its UTF-8 bytes (three jamo of three bytes become one syllable
+  of three bytes) and at most four characters to one, by Unicode's tables for the expansion of NFD.
+- An added token that strips white space beside it covers any amount of it: there is no bound.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# How many times shorter NFC makes text at most.
+# Largest factor by which NFC shortens text.
 _NFC_BYTES, _NFC_LETTERS = 3, 4
 
 
 @dataclass(frozen=True, slots=True)
 class Longest:
-    """The most text that a token stands for.
+    """The maximum length of the text of a token.
 
     Attributes:
-        length: in bytes or letters, 0 where there is no bound.
-        in_bytes: which of them.
+        length: in bytes or characters, 0 if there is no bound.
+        in_bytes: whether it is in bytes.
     """
 
     length: int
     in_bytes: bool
 
-    def fewest(self, texts: Iterable[str]) -> int:
-        """A number of tokens that texts have at least together, however they are joined."""
+    def min_tokens(self, texts: Iterable[str]) -> int:
+        """Lower bound of the number of tokens of all texts, however they are joined."""
         if not self.length:
             return 0
         total = sum(len(text.encode(errors="surrogatepass")) if self.in_bytes else len(text) for text in texts)
@@ -44,7 +44,7 @@ class Longest:
 
 
 def longest_token(spec: Mapping[str, Any]) -> Longest:
-    """The most text that a token of a serialised tokenizer stands for."""
+    """The maximum text length of a token of a serialized tokenizer (tokenizer.json)."""
     model, added = spec["model"], spec["added_tokens"]
     steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
     in_bytes = any(step["type"] == "ByteLevel" for step in steps)
@@ -70,7 +70,7 @@ def _steps(given: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]
 
 
 def _shortening(steps: list[Mapping[str, Any]], in_bytes: bool) -> int:
-    """How many times shorter the normaliser makes text at most; 0 where that is not known."""
+    """Largest factor by which the normalizer shortens text; 0 if unknown."""
     shorter = 1
     for step in steps:
         if step["type"] == "NFC":
@@ -86,7 +86,7 @@ def _shortening(steps: list[Mapping[str, Any]], in_bytes: bool) -> int:
 
 
 def _keeps(step: Mapping[str, Any]) -> bool:
-    """Whether a pre-tokenizer keeps all of the text."""
+    """Whether a pre-tokenizer keeps all text."""
     if step["type"] in ("Split", "Punctuation"):
         return step.get("behavior") != "Removed"
     return step["type"] in ("ByteLevel", "Metaspace", "Digits")

@@ -1,4 +1,4 @@
-"""The tokenizer as templates see it: control tokens come from the template alone, never from text."""
+"""``TokenizerView``: the tokenizer of the templates, in which text cannot produce control tokens."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 GROUNDING = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<point>", "</point>")
 THINKING = ("<think>", "</think>")
 MARKS = (*GROUNDING, *THINKING)
-"""Tokens that users write on purpose: they become their ids where the tokenizer has them."""
+"""Special tokens that text may contain: they are encoded as tokens if the tokenizer has them."""
 
 _HIDDEN = "\U0010ffff{}\U0010ffff"
-"""Name of a control token in our copy. U+10FFFF is no character; should a text hold one all the same, it is refused."""
+"""Name of a control token in our copy. U+10FFFF is a noncharacter; text that contains it is refused."""
 
 _PARALLELISM, _OFF = "TOKENIZERS_PARALLELISM", ("", "off", "false", "f", "no", "n", "0")
-"""The variable by which tokenizers is told to start no threads, and the values that it takes for no."""
+"""The variable that disables threads in tokenizers, and the values that mean no."""
 
 
 class TextError(DataError):
-    """Text that this tokenizer cannot represent; whoever knows the record adds where it is."""
+    """Text that this tokenizer cannot represent; the caller adds file and record."""
 
 
 class MissingTokenError(UserError):
@@ -39,17 +39,16 @@ class MissingTokenError(UserError):
 
 
 class TokenizerView:
-    """Text to ids by a copy of the user's tokenizer in which the control tokens cannot be spelled.
+    """Encodes text with a copy of the tokenizer whose control tokens have been renamed.
 
-    The copy differs from the original in its names for control tokens only, so every other text gets the original's
-    ids. Control tokens are those named here and every other token flagged special that is not one of ``marks``.
-    The object holds no state that encoding changes, can be shared between threads and can be pickled.
+    All other text gets the same ids as with the original. Control tokens are ``control_tokens`` and every other special
+    token that is not in ``marks``. Encoding does not change the object; it is thread-safe and can be pickled.
 
     Args:
-        tokenizer: a fast tokenizer of transformers; it is read once and left as it is.
-        control_tokens: tokens that steer the format.
+        tokenizer: a fast tokenizer of transformers; it is not modified.
+        control_tokens: control tokens of the prompt format.
         required_tokens: tokens that must have an id.
-        marks: tokens that text may contain.
+        marks: special tokens that text may contain.
 
     Raises:
         MissingTokenError: a required token has no id of its own, or the tokenizer is not a fast one.
@@ -91,16 +90,16 @@ class TokenizerView:
         self._fixed: dict[str, list[int]] = {}
         self._longest = longest_token(spec)
 
-    def fewest(self, texts: Iterable[str]) -> int:
-        """A number of tokens that texts have at least, from their length; see ``finetune.templates.token_bounds``."""
-        return self._longest.fewest(texts)
+    def min_tokens(self, texts: Iterable[str]) -> int:
+        """Lower bound of the number of tokens of the texts; see ``finetune.templates.token_bounds``."""
+        return self._longest.min_tokens(texts)
 
     def has(self, token: str) -> bool:
         """Whether there is such a control token."""
         return token in self._ids
 
     def spelled(self, text: str) -> list[str]:
-        """The names of control tokens that stand in a text, each once; they become plain letters."""
+        """The distinct control token names in a text; they are encoded as plain text."""
         return list(dict.fromkeys(self._spelled.findall(text)))
 
     def control(self, token: str) -> int:
@@ -114,7 +113,7 @@ class TokenizerView:
         return self._ids[token]
 
     def text(self, text: str) -> list[int]:
-        """Ids of a piece of text that starts the prompt or follows a control token.
+        """Ids of text at the start of the prompt or after a control token.
 
         Raises:
             TextError: a character that the tokenizer does not know.
@@ -122,13 +121,13 @@ class TokenizerView:
         return self._text_ids(self._tokenizer, text)
 
     def fixed(self, text: str) -> list[int]:
-        """As ``text``, remembered: for the words of the template itself."""
+        """As ``text``, cached: for the constant strings of a template."""
         if text not in self._fixed:
             self._fixed[text] = self.text(text)
         return self._fixed[text]
 
     def continuation(self, text: str) -> list[int]:
-        """Ids of text that goes on where other text stopped: without the word-start piece of sentencepiece.
+        """Ids of text that continues other text: without the word-start token of sentencepiece.
 
         Raises:
             TextError: a character that the tokenizer does not know.
@@ -143,7 +142,7 @@ class TokenizerView:
     def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """As ``text``, with the half-open character range of every id.
 
-        A word-start piece that stands for no character has the range of the character after it.
+        A word-start token without a character of its own has the range of the next character.
 
         Raises:
             TextError: a character that the tokenizer does not know.
@@ -152,9 +151,9 @@ class TokenizerView:
         return encoding.ids, encoding.offsets
 
     def _text_ids(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """The ids alone, for which the tokenizer need not keep track of characters: a quarter of its time."""
+        """The ids without character offsets, which saves about a quarter of the time."""
         if os.environ.get(_PARALLELISM, "on").lower() not in _OFF:
-            # Only batches can do without, and by default they start threads, which a process must not have to fork.
+            # Only batch encoding can skip offsets, and by default it starts threads, which are unsafe before a fork.
             return self._encode(tokenizer, text).ids
         try:
             ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
@@ -179,21 +178,23 @@ class TokenizerView:
 
 
 def _no_text(text: str) -> TextError:
-    """The error for what the tokenizer takes for no text: it has half of a surrogate pair in it."""
+    """The error for text that the tokenizer rejects: it contains a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         around = text[max(error.start - 20, 0) : error.start + 20]
-        return TextError(f"half of a surrogate pair in {around!r}: write the whole character or remove it")
-    return TextError(f"{shown(text)} is no text to the tokenizer")
+        return TextError(
+            f"lone surrogate (half of a surrogate pair) in {around!r}: write the full character or remove it"
+        )
+    return TextError(f"{shown(text)} is rejected by the tokenizer")
 
 
 def _hide(spec: dict[str, Any], banned: set[str]) -> None:
-    """Renames the banned tokens of a serialised tokenizer, in place, and takes away the merges that spell them."""
+    """Renames the banned tokens of a serialized tokenizer in place, and removes the merges that produce them."""
     model, added = spec["model"], spec["added_tokens"]
     vocab = model["vocab"]
     hidden = {token["content"]: _HIDDEN.format(token["id"]) for token in added if token["content"] in banned}
-    # Post-processing adds bos and trims offsets; padding and truncation are ours to do.
+    # Post-processing would add bos and trim offsets; padding and truncation are done elsewhere.
     spec.update(post_processor=None, padding=None, truncation=None)
     for token in added:
         token["content"] = hidden.get(token["content"], token["content"])
@@ -208,10 +209,10 @@ def _hide(spec: dict[str, Any], banned: set[str]) -> None:
 
 
 def _prefix_every_chunk(spec: dict[str, Any]) -> None:
-    """Gives Llama tokenizers the word-start piece in front of every chunk, as sentencepiece has it.
+    """Makes Llama tokenizers add the word-start token to every text, as sentencepiece does.
 
-    The Llama class of transformers 5 leaves the piece out where a chunk starts with a space; the published models were
-    trained by sentencepiece, and their tokenizer.json agrees with it.
+    The Llama class of transformers 5 omits it if a text starts with a space; the published models were trained with
+    sentencepiece, and their tokenizer.json agrees with it.
     """
     before = spec["pre_tokenizer"]
     if before and before["type"] == "Metaspace" and before["prepend_scheme"] == "always" and not before["split"]:
@@ -223,7 +224,7 @@ def _prefix_every_chunk(spec: dict[str, Any]) -> None:
 
 
 def _without_prefix(spec: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer that does not put a word-start piece in front, or None when this one never does."""
+    """The tokenizer without the word-start token, or None if this one never adds it."""
     normalizer = spec["normalizer"]
     if not normalizer or normalizer["type"] != "Sequence":
         return None

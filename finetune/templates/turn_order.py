@@ -1,4 +1,4 @@
-"""Which turns a template accepts; the same rules for every generation."""
+"""Validates the turns of a conversation against the roles of a template; shared by all templates."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from finetune.utils.quoting import shown
 def turns(
     sample: Sample, roles: Sequence[str], generate: bool, *, trim: bool = False, thinks: bool = False
 ) -> tuple[Message, ...]:
-    """The turns to render: all for training; to generate, all untrained and without a final answer, the reference.
+    """The turns to render: all for training; for generation without labels and without the final answer.
 
     Args:
         sample: the conversation.
-        roles: those of the template.
-        generate: to generate.
-        trim: whether they lose the white space around them.
-        thinks: whether the template has a place for the thinking of answers.
+        roles: roles of the template.
+        generate: for generation.
+        trim: whether white space around turns is stripped.
+        thinks: whether the template supports thinking.
 
     Raises:
-        DataError: a role that the template lacks, thinking that it has no place for, a first turn that is not the
-            user's, media outside a user turn, no answer to train on, or an empty one.
+        DataError: an unsupported role, unsupported thinking, a first turn that is not a user turn, media outside of
+            user turns, no answer to train, or an empty one.
     """
     messages = sample.messages
     if not thinks and (turn := next((at for at, message in enumerate(messages) if message.thought.strip()), None)):
         raise DataError(
-            f"{sample.source}: turn {turn} has thinking beside its text, and the prompt of this model has no place for "
-            "it; use a model that thinks (MiniCPM-V 4.5 and later, MiniCPM-o 4.5, MiniCPM-OCR), or take the key out"
+            f"{sample.source}: turn {turn} has thinking under a key, which this model does not support; use a "
+            "model with thinking (MiniCPM-V 4.5 and later, MiniCPM-o 4.5, MiniCPM-OCR), or remove the key"
         )
     for turn, message in enumerate(messages):
         _check_turn(sample, turn, message, roles)
@@ -39,7 +39,7 @@ def turns(
     if first == len(messages) or messages[first].role != "user":
         role = messages[first].role if first < len(messages) else "missing"
         raise DataError(
-            f"{sample.source}: turn {first} is {role}, it must be user: a conversation starts with a question"
+            f"{sample.source}: turn {first} is {role}, it must be user: a conversation starts with a user turn"
         )
     answered = messages[-1].role == "assistant"
     if generate:
@@ -61,17 +61,17 @@ def _check_turn(sample: Sample, turn: int, message: Message, roles: Sequence[str
         )
     if message.role != "user":
         for part in message.parts:
-            # In a system turn sound is the voice that MiniCPM-o is to have.
+            # Audio in a system turn is the voice prompt of MiniCPM-o.
             if isinstance(part, Media) and (message.role, part.kind) != ("system", "audio"):
                 raise DataError(
                     f"{sample.source}: turn {turn} ({message.role}) contains {part}; media belong into user turns"
                 )
     if message.train and not message.text.strip():
-        raise DataError(f"{sample.source}: turn {turn}: the answer is empty; fill it in or remove the record")
+        raise DataError(f"{sample.source}: turn {turn}: the answer is empty; add it or remove the record")
 
 
 def trimmed(message: Message) -> Message:
-    """The turn without the white space at its beginning and end; a medium there is left as it is."""
+    """The turn without white space at its start and end; media there are kept."""
     parts = list(message.parts)
     if parts and isinstance(parts[0], Text):
         parts[0] = Text(parts[0].text.lstrip())

@@ -213,7 +213,7 @@ class HangWatch(TrainerCallback):
             file.write("samples of the step so far: " + ("; ".join(self._samples()) or "none") + "\n\n")
             file.flush()
             faulthandler.dump_traceback(file)
-            file.write("\n" + worker_process.what_loaders_do())
+            file.write("\n" + worker_process.worker_report())
         time.sleep(_GATHER)
         message = (
             f"step {self._step}: nothing was finished for {silent:.0f} seconds (--hang_timeout {self._seconds:g}). "

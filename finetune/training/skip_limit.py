@@ -55,7 +55,7 @@ class BadShareCallback(TrainerCallback):
     def _check(self, args: TrainingArguments, *, ended: bool) -> None:
         if self._policy.on_bad_sample != "skip":
             return
-        total = reduce(torch.tensor(self._policy.taken(), device=args.device), reduction="sum")
+        total = reduce(torch.tensor(self._policy.totals(), device=args.device), reduction="sum")
         assert isinstance(total, torch.Tensor)
         taken, bad = map(int, total.tolist())
         if share_is_bad(bad, taken, self._policy.max_bad_share, few=ended):

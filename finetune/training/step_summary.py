@@ -12,7 +12,7 @@ from finetune.sample import DataError, Sample
 _MEASURED = 32
 
 
-def describe_steps(training: TrainingArguments, samples: Sequence[Sample], fitter: LengthPolicy) -> str:
+def describe_steps(training: TrainingArguments, samples: Sequence[Sample], length_policy: LengthPolicy) -> str:
     """Global batch, mean length and tokens per optimizer step, as one line; records with errors are skipped."""
     accumulation = training.gradient_accumulation_steps
     batch = training.per_device_train_batch_size * training.world_size * accumulation
@@ -20,7 +20,7 @@ def describe_steps(training: TrainingArguments, samples: Sequence[Sample], fitte
     lengths = []
     for index in range(0, len(samples), stride):
         try:
-            lengths.append(len(fitter.fit(samples[index]).rendered.input_ids))
+            lengths.append(len(length_policy.fit(samples[index]).rendered.input_ids))
         except DataError:
             continue
     mean = sum(lengths) / max(len(lengths), 1)

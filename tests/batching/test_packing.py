@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.batching.lengths import measure
-from finetune.batching.packing import best_fit, deal, evened, rounds
+from finetune.batching.packing import balanced_packs, best_fit, rounds, split_to_count
 from finetune.encoding.collate import pack
 from finetune.encoding.sample_policy import SamplePolicy
 from finetune.readers.mixture import open_data
@@ -43,7 +43,7 @@ def test_rounds_have_a_pack_for_every_rank_and_every_sample_once(sizes, world):
     cost = lengths + 10.0 * items
     packs = best_fit(lengths, items, np.arange(len(sizes)), 150)
     count = -(-len(packs) // world) * world
-    made = rounds(evened(packs, cost, count), cost, world, (0, 1))
+    made = rounds(split_to_count(packs, cost, count), cost, world, (0, 1))
     assert len(made) * world == count
     assert all(len(each) == world for each in made)
     assert sorted(sample for each in made for one in each for sample in one) == list(range(len(sizes)))
@@ -58,7 +58,7 @@ def test_rounds_are_of_similar_work():
     items = draw.integers(0, 10, 4000).astype(np.int32)
     cost = lengths + 100.0 * items
     packs = best_fit(lengths, items, draw.permutation(4000), 4096)
-    made = rounds(evened(packs, cost, -(-len(packs) // 8) * 8), cost, 8, (0, 0))
+    made = rounds(split_to_count(packs, cost, -(-len(packs) // 8) * 8), cost, 8, (0, 0))
     work = np.array([[cost[one].sum() for one in each] for each in made])
     assert work.max(1).sum() / work.mean(1).sum() < 1.02
     assert lengths.sum() / (len(packs) * 4096) > 0.98
@@ -66,12 +66,12 @@ def test_rounds_are_of_similar_work():
 
 def test_dealing_balances_and_heeds_the_capacity():
     cost = np.array([9.0, 8, 7, 6, 5, 4])
-    assert [cost[one].sum() for one in deal(range(6), cost, 3)] == [13, 13, 13]
+    assert [cost[one].sum() for one in balanced_packs(range(6), cost, 3)] == [13, 13, 13]
     lengths = np.array([90, 90, 10, 10], np.int32)
-    packs = deal(range(4), np.array([1.0, 1, 5, 4]), 2, lengths, 100)
+    packs = balanced_packs(range(4), np.array([1.0, 1, 5, 4]), 2, lengths, 100)
     assert all(lengths[one].sum() <= 100 for one in packs)
     # More than fits anywhere still goes somewhere.
-    assert sum(map(len, deal(range(4), cost, 2, lengths, 50))) == 4
+    assert sum(map(len, balanced_packs(range(4), cost, 2, lengths, 50))) == 4
 
 
 def records(folder, count=6):
@@ -86,32 +86,32 @@ def records(folder, count=6):
 
 def test_sizes_are_those_of_the_examples_and_remembered(tmp_path, monkeypatch, make_encoder):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    intake = SamplePolicy(open_data(records(tmp_path), None), make_encoder())
-    sizes = measure(intake)
-    examples = [intake.take(index) for index in range(6)]
+    sample_policy = SamplePolicy(open_data(records(tmp_path), None), make_encoder())
+    sizes = measure(sample_policy)
+    examples = [sample_policy.example(index) for index in range(6)]
     assert sizes.tokens.tolist() == [len(example.input_ids) for example in examples]
     assert sizes.cost.tolist() == sizes.tokens.tolist()
 
     def fail(*args, **kwargs):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(intake.fitter, "fit", fail)
-    assert measure(intake).table.tolist() == sizes.table.tolist()
-    intake.remeasure = True
+    monkeypatch.setattr(sample_policy.length_policy, "fit", fail)
+    assert measure(sample_policy).table.tolist() == sizes.table.tolist()
+    sample_policy.remeasure = True
     with pytest.raises(AssertionError, match="measured again"):
-        measure(intake)
+        measure(sample_policy)
 
 
 def test_ranks_divide_the_measuring(tmp_path, monkeypatch, make_encoder):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    intake = SamplePolicy(open_data(records(tmp_path, 7), None), make_encoder())
-    whole = measure(intake).table
-    intake.remeasure = True
+    sample_policy = SamplePolicy(open_data(records(tmp_path, 7), None), make_encoder())
+    whole = measure(sample_policy).table
+    sample_policy.remeasure = True
 
     def gather(part):
         return [part] if part.ndim == 1 else [part, whole[1::2]]
 
-    assert measure(intake, rank=0, world=2, gather=gather).table.tolist() == whole.tolist()
+    assert measure(sample_policy, rank=0, world=2, gather=gather).table.tolist() == whole.tolist()
 
 
 def test_what_is_left_out_takes_one_token_and_what_is_not_stops(tmp_path, monkeypatch, make_encoder):
@@ -124,6 +124,6 @@ def test_what_is_left_out_takes_one_token_and_what_is_not_stops(tmp_path, monkey
         measure(SamplePolicy(open_data(file, None), make_encoder()))
     kept = SamplePolicy(open_data(file, None), make_encoder(), on_bad_sample="skip")
     assert measure(kept).table[2].tolist() == [1, 0, 0, 0]
-    row = pack([kept.take(index) for index in (1, 2, 3)])
+    row = pack([kept.example(index) for index in (1, 2, 3)])
     assert row["cu_seq_lens_q"].diff().tolist() == [measure(kept).tokens[1], 1, measure(kept).tokens[3]]
     assert (row["labels"][0, row["cu_seq_lens_q"][:-1].long()] == -100).all()

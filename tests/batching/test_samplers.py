@@ -8,7 +8,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from test_trainer import make_trainer
 
-from finetune.batching.samplers import LeanSampler
+from finetune.batching.samplers import CompactRandomSampler
 
 
 @pytest.mark.parametrize("count", [1, 5, 10_000])
@@ -16,7 +16,7 @@ def test_order_is_the_same(count: int) -> None:
     torch.manual_seed(7)
     other = SeedableRandomSampler(range(count))
     other.set_epoch(1)
-    lean = LeanSampler(other)
+    lean = CompactRandomSampler(other)
     assert len(lean) == count
     for _ in range(2):
         assert list(lean) == list(other)
@@ -25,7 +25,7 @@ def test_order_is_the_same(count: int) -> None:
 
 def test_the_loader_uses_it(tiny: Callable[[str], Path], demo_data: Path, tmp_path: Path) -> None:
     loader = make_trainer(tiny("llama3_v2_5"), demo_data, tmp_path).get_train_dataloader()
-    assert isinstance(loader.get_sampler(), LeanSampler)  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(loader.get_sampler(), CompactRandomSampler)  # pyright: ignore[reportAttributeAccessIssue]
     first, second = ([batch["sources"] for batch in loader] for _ in range(2))
     assert first != second
     assert sorted(sum(first, [])) == sorted(sum(second, []))

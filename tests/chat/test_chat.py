@@ -108,7 +108,7 @@ def test_the_guide(tiny, tmp_path, family):
     ("image", "message"),
     [
         ("not base64!", "not base64"),
-        ("aGVsbG8gd29ybGQ=", "is not an image in a format that is read"),
+        ("aGVsbG8gd29ybGQ=", "is not an image in a supported format"),
         ("half", "cannot be decoded"),
     ],
 )

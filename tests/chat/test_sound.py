@@ -94,8 +94,8 @@ def test_sound_that_is_none(ready, tmp_path: Path) -> None:
         ({"type": "audio", "audio": "not base64!"}, "no file here and no base64"),
         ({"type": "audio", "audio": 7}, "a sound is a int"),
         (tmp_path / "gone.mp3", "does not exist"),
-        (np.zeros((2, 16_000), np.float32), "one channel of floats"),
-        (np.zeros(100, np.float32), "lasts 6 ms, and 80 ms make a token"),
+        (np.zeros((2, 16_000), np.float32), "a mono float waveform"),
+        (np.zeros(100, np.float32), "lasts 6 ms, and 80 ms make one token"),
     ):
         with pytest.raises(DataError, match=message):
             model.chat(msgs=[user(wrong, "What?")], tokenizer=tokenizer, **GREEDY)

@@ -185,7 +185,7 @@ CASES = {
     "OUT holds the adapter": lambda base, out: (base, ("--lora_weight_path", out), "is .*which is read"),
     "OUT holds the model": lambda base, out: (out / "checkpoint-5", None, "holds .*which is read"),
     "no data": lambda base, out: (base, ("--data_path", "none.json"), "none.json"),
-    "bad data": lambda base, out: (base, ("--data_path", "bad.json"), "fit no form"),
+    "bad data": lambda base, out: (base, ("--data_path", "bad.json"), "match no format"),
     "no model": lambda base, out: ("no/model", None, "no/model"),
     "cut weights": lambda base, out: ("cut", None, "truncated"),
     "no adapter": lambda base, out: (base, ("--lora_weight_path", "nothing"), "nothing"),

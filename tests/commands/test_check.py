@@ -155,7 +155,7 @@ def test_the_form_that_guides_print_becomes_json(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[{'a': 1, 'a': 2}]", "the key 'a' stands there twice"),
+        ("[{'a': 1, 'a': 2}]", "duplicate key 'a'"),
         ("[open('x')]", "neither JSON nor a Python list"),
         ("[{'a': 1}", "line 1: neither JSON nor a Python list"),
         ("{'a': 1}", "put \\[ \\] around it"),

@@ -57,7 +57,7 @@ def test_all_problems_at_once(write_records: Write, make_encoder: Make) -> None:
         {"id": "d", "conversations": turns[:1]},
     )
     report = look(path, make_encoder())
-    assert (report.records, report.looked_at) == (16, 16)
+    assert (report.records, report.checked) == (16, 16)
     # The body of the truncated file is not read: training will find it.
     assert report.outcomes == {"kept": 7}
     for fault in (
@@ -97,12 +97,12 @@ def test_lengths_are_reported_as_training_will_treat_them(write_records: Write, 
     path = write_records("whole.jpg", "good.png", image)
     report = look(path, make_encoder(40))
     assert report.outcomes == {"shrunk": 1, "kept": 1}
-    assert len(report.left_out) == 1
+    assert len(report.overlong) == 1
     assert report.longest <= 40
-    assert "1 too long and left out" in str(report)
-    assert "1 x left out: N tokens, the limit is N, and its last exchange alone is longer" in str(report)
+    assert "1 skipped as too long" in str(report)
+    assert "1 x skipped: N tokens, the limit is N, and its last exchange alone is longer" in str(report)
     assert len(look(path, make_encoder(40), "error").problems) == 2
-    assert len(look(path, make_encoder(40), "drop").left_out) == 2
+    assert len(look(path, make_encoder(40), "drop").overlong) == 2
     assert look(path, make_encoder(40), "truncate").outcomes == {"kept": 1, "truncated": 1}
 
 
@@ -113,7 +113,7 @@ def test_dropped_images_are_named(write_records: Write, make_encoder: Make, zoo:
     path = write_records({"image": str(zoo / "good.png"), "conversations": turns})
     report = look(path, make_encoder(45))
     assert (report.outcomes, report.lost_images) == ({"turns dropped": 1}, 1)
-    assert "warning: 1 images go with turns that are dropped" in str(report)
+    assert "warning: 1 images are in dropped turns" in str(report)
 
 
 def test_duplicate_ids_are_a_warning(write_records: Write, make_encoder: Make) -> None:
@@ -141,7 +141,7 @@ def test_second_check_is_remembered_until_a_file_changes(
     second = look(path, make_encoder(100))
     assert (second.reused, len(second.problems)) == (2, 1)
     assert (second.outcomes, second.longest) == (first.outcomes, first.longest)
-    assert "2 of them known from before" in str(second)
+    assert "2 of them cached" in str(second)
     assert look(path, make_encoder(99)).reused == 0
     assert look(path, make_encoder(100), "drop").reused == 0
     assert look(path, make_encoder(100), rebuild=True).reused == 0
@@ -161,25 +161,25 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     assert look(write_records("good.png"), make_encoder()).outcomes == {"kept": 1}
-    assert "not remembered" in caplog.text
+    assert "are not cached" in caplog.text
 
 
 def test_levels(write_records: Write, make_encoder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_records(*[None] * 50)
     monkeypatch.setattr(checking, "SAMPLED", 10)
-    assert look(path, make_encoder(), level="full").looked_at == 50
-    assert look(path, make_encoder()).looked_at == 50
-    assert look(path, make_encoder(), level="sample").looked_at == 10
+    assert look(path, make_encoder(), level="full").checked == 50
+    assert look(path, make_encoder()).checked == 50
+    assert look(path, make_encoder(), level="sample").checked == 10
     assert checking._chosen(50, "sample") == list(range(0, 50, 5))
     monkeypatch.setattr(checking, "FULL_UP_TO", 49)
     report = look(path, make_encoder())
-    assert report.looked_at == 10
+    assert report.checked == 10
     assert "10 records of 50, evenly spaced" in str(report)
     with pytest.raises(ValueError, match="no level 'half'"):
         look(path, make_encoder(), level="half")
 
 
-def intake(path: Path, encoder: Encoder, policy: str = "error", overlong: str = "shrink") -> SamplePolicy:
+def sample_policy(path: Path, encoder: Encoder, policy: str = "error", overlong: str = "shrink") -> SamplePolicy:
     return SamplePolicy(read(path), encoder, overlong=overlong, on_bad_sample=policy)
 
 
@@ -190,12 +190,12 @@ def test_problems_stop_the_run_unless_they_are_skipped(
     train = write_records("good.png", "page.jpg", "gone.png")
     evaluation = write_records("good.png", "empty.png", name="eval.json")
     with pytest.raises(CheckError, match=r"^3 records cannot be used, the first: .*data.json, record 1 .*page.jpg"):
-        check_before_training([intake(train, make_encoder()), intake(evaluation, make_encoder())], None)
+        check_before_training([sample_policy(train, make_encoder()), sample_policy(evaluation, make_encoder())], None)
     for name in ("page.jpg", "gone.png", "empty.png"):
         assert name in caplog.text
-    check_before_training([intake(train, make_encoder(), "skip")], None)
-    assert "data.json: 2 records will be left out" in caplog.text
-    check_before_training([intake(train, make_encoder())], "off")
+    check_before_training([sample_policy(train, make_encoder(), "skip")], None)
+    assert "data.json: 2 records will be skipped" in caplog.text
+    check_before_training([sample_policy(train, make_encoder())], "off")
 
 
 @pytest.mark.parametrize("level", ["full", "off"])
@@ -203,15 +203,15 @@ def test_a_data_set_without_a_usable_record(write_records: Write, make_encoder: 
     for image, overlong, limit in (("page.jpg", "shrink", None), (None, "drop", 3)):
         path = write_records(*[image] * 60)
         with pytest.raises(DataError, match=r"none of (the first 50|60) records can be used; the first.*record 0"):
-            check_before_training([intake(path, make_encoder(limit), "skip", overlong)], level)
+            check_before_training([sample_policy(path, make_encoder(limit), "skip", overlong)], level)
 
 
 def test_damage_behind_the_header_is_found_at_the_start_when_it_is_everywhere(
     write_records: Write, make_encoder: Make
 ) -> None:
     with pytest.raises(DataError, match="none of the first 2 records can be used.*truncated.jpg cannot be decoded"):
-        check_before_training([intake(write_records(*["truncated.jpg"] * 2), make_encoder(), "skip")], None)
-    check_before_training([intake(write_records("truncated.jpg", None), make_encoder(), "skip")], None)
+        check_before_training([sample_policy(write_records(*["truncated.jpg"] * 2), make_encoder(), "skip")], None)
+    check_before_training([sample_policy(write_records("truncated.jpg", None), make_encoder(), "skip")], None)
 
 
 def test_an_interrupt_passes(write_records: Write, make_encoder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,8 +244,8 @@ def test_shape(one: str, other: str) -> None:
 def test_shape_keeps_names_and_tags() -> None:
     assert shape("a, record 3: MiniCPM-V 4.6 takes 2 of 3") == "MiniCPM-V 4.6 takes N of N"
     assert shape("a, record 3: no answer behind </think> in d/x.png") == "no answer behind </think> in PATH"
-    unread = "a, record 3: nothing reads the key '{}', which has 'd/x.png'; call it 'image'"
-    assert shape(unread.format("img_2")) == "nothing reads the key 'img_N', which has '...'; call it 'image'"
+    unread = "a, record 3: the key '{}' is not read, but contains 'd/x.png'; call it 'image'"
+    assert shape(unread.format("img_2")) == "the key 'img_N' is not read, but contains '...'; call it 'image'"
     assert shape(unread.format("picture")) != shape(unread.format("photo"))
     assert shape("a, record 3: <|im_end|> and <image/> stay") == "<|im_end|> and <image/> stay"
 
@@ -262,10 +262,10 @@ def answered(text: str, **record: Any) -> dict[str, Any]:
         ("<box>10 20 30</box>", "is not four numbers"),
         ("<box>10 20 30 1001</box>", "outside of 0 to 1000"),
         ("<box>-1 20 30 40</box>", "outside of 0 to 1000"),
-        ("<box>0.1 0.2 0.3 0.4</box>", "is not whole"),
-        ("A dog.<|eot_id|>", "'<|eot_id|>', which is a control token"),
+        ("<box>0.1 0.2 0.3 0.4</box>", "is not an integer"),
+        ("A dog.<|eot_id|>", "'<|eot_id|>', a control token"),
         ("<b>A dog</b>", None),
-        ("<think>A dog?</think>\n", "empty behind its thinking"),
+        ("<think>A dog?</think>\n", "is empty after </think>"),
     ],
 )
 def test_what_is_seldom_meant_is_told(write_records: Write, make_encoder: Make, text: str, note: str | None) -> None:
@@ -293,11 +293,11 @@ def test_repeated_records_are_told_by_what_they_hold(
     evaluation = write_records("cmyk.jpg", answered("A cat."), name="eval.json")
     reports = [look(path, make_encoder()) for path in (train, evaluation)]
     assert [report.repeated for report in reports] == [1, 0]
-    assert "warning: 1 records have the text and the media of an earlier one" in str(reports[0])
-    intakes = [intake(path, make_encoder()) for path in (train, evaluation)]
-    (line,) = overlap(intakes, reports)
+    assert "warning: 1 records are duplicates" in str(reports[0])
+    sample_policies = [sample_policy(path, make_encoder()) for path in (train, evaluation)]
+    (line,) = overlap(sample_policies, reports)
     assert line == f"1 records have the same text and media in {train} and in {evaluation}"
-    assert list(overlap(intakes[:1], reports[:1])) == []
+    assert list(overlap(sample_policies[:1], reports[:1])) == []
 
 
 def test_media_are_counted_by_record(write_records: Write, make_encoder: Make, zoo: Path) -> None:
@@ -328,10 +328,10 @@ def test_keys_that_nothing_reads_are_one_line_with_their_numbers(write_records: 
     extra: list[dict[str, Any]] = [{"source": "x", "width": 3}, {"source": "y", "widht": 3}, {}]
     path = write_records(*({"conversations": turns, **more} for more in extra))
     report = str(look(path, make_encoder()))
-    (line,) = (line for line in report.splitlines() if "keys that nothing reads" in line)
-    assert line.startswith("  note: keys that nothing reads: 'source' (2 of 3 records), ")
+    (line,) = (line for line in report.splitlines() if "keys that are not read" in line)
+    assert line.startswith("  note: keys that are not read: 'source' (2 of 3 records), ")
     assert sorted(line.partition("'source' (2 of 3 records), ")[2].split(", ")) == [
         "'widht' (1 of 3 records)",
         "'width' (1 of 3 records)",
     ]
-    assert "note: 3 of 3 records: keys of turns that nothing reads: 'score'" in report
+    assert "note: 3 of 3 records: keys of turns that are not read: 'score'" in report

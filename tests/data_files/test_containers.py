@@ -57,8 +57,8 @@ def test_a_compressed_file_is_unpacked_once_until_it_changes(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(json.dumps(LINES).encode())[:-9], "the compressed file is cut or damaged"),
-        (b"[]", "cannot be unpacked .*is it a .gz file"),
+        (gzip.compress(json.dumps(LINES).encode())[:-9], "the compressed file is truncated or damaged"),
+        (b"[]", "cannot be decompressed .*is it a .gz file"),
         (gzip.compress(b'[{"a": 1,}]'), "line 1: not valid JSON: trailing comma"),
         (gzip.compress(b"\xff[]"), "not UTF-8 at byte 0; save the file as UTF-8"),
         (gzip.compress(b"<html>"), "is a web page"),
@@ -207,9 +207,9 @@ def test_bad_shards(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="'0.json' is a link or a device"):
         open_records(link(tmp_path / "c.tar"))
     apart = shard(tmp_path / "d.tar", {"0.json": {}, "1.json": {}, "0.png": PNG})
-    with pytest.raises(DataError, match="files of the key '0' do not stand together; put the files"):
+    with pytest.raises(DataError, match="members of the key '0' are not consecutive; write the members"):
         open_records(apart)
-    with pytest.raises(DataError, match="no file KEY.json or KEY.txt"):
+    with pytest.raises(DataError, match="no member KEY.json or KEY.txt"):
         open_records(shard(tmp_path / "e.tar", {"README": "x"}))
     with pytest.raises(DataError, match=r"\{5\.\.2\} are -2 shards"):
         open_records(tmp_path / "s-{5..2}.tar")
@@ -219,7 +219,7 @@ def test_bad_shards(tmp_path: Path) -> None:
 
 def test_a_record_of_a_shard_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.data_files.webdataset.MOST_BYTES", 2000)
-    with pytest.raises(DataError, match="the files of the key '0' have more than 1 GiB"):
+    with pytest.raises(DataError, match="the members of the key '0' have more than 1 GiB"):
         open_records(shard(tmp_path / "a.tar", {"0.json": {}, "0.png": bytes(4000)}))
 
 

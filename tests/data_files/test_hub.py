@@ -128,11 +128,11 @@ def test_shards_through_the_library(tmp_path: Path) -> None:
 
 def test_what_a_stream_of_the_hub_cannot_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows_of(tmp_path / "a", 1)
-    with pytest.raises(DataError, match=r"'split' 'train\[:5\]' cannot be had with --streaming true"):
+    with pytest.raises(DataError, match=r"'split' 'train\[:5\]' is not supported with --streaming true"):
         opened(tmp_path, "a", split="train[:5]")
     entries = {"a": {"hf_hub_url": str(tmp_path / "a")}, "b": {"file_name": "a"}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
-    with pytest.raises(DataError, match="data set 'a': data sets of the hub and local files are not one stream"):
+    with pytest.raises(DataError, match="data set 'a': data sets of the hub and local files cannot be mixed"):
         open_stream(None, "b,a", dataset_dir=tmp_path)
     with pytest.raises(DataError, match="data set 'c': .* of the Hugging Face hub cannot be loaded"):
         opened(tmp_path, "c")

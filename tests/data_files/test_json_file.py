@@ -54,7 +54,7 @@ BAD: list[tuple[str | bytes, str]] = [
     ('[{"a": "x', ', line 1: not valid JSON: Unterminated string starting at "x'),
     ('[{"a": "x"},\n{"b": "\\q"}]', ", line 2: not valid JSON: Invalid \\\\escape"),
     ("[" * 100_000, "a record is nested too deeply"),
-    ('[{"a": None}]', "None.* is Python; JSON has null"),
+    ('[{"a": None}]', "None.* is Python syntax; JSON has null"),
     ('[\n// first\n{"a": 1}]', ", line 2: not valid JSON: JSON has no comments"),
     ('[{"a": 1}', ", line 1: .*the file ends in the middle of a record"),
     ('[{"a": 1} {"a": 2}]', """line 1: not valid JSON: Expecting ',' delimiter at {"a": 2}"""),
@@ -76,7 +76,7 @@ def test_bad_files(file: Path, content: str | bytes, message: str, block: int, m
 
 
 def test_no_file(file: Path) -> None:
-    with pytest.raises(DataError, match=r"data.json: no such data file \(looked from .*\); correct the path"):
+    with pytest.raises(DataError, match=r"data.json: no such data file \(current directory: .*\); correct the path"):
         open_records(file)
-    with pytest.raises(DataError, match="the folder has no data file; these count: .json, .jsonl, .json.gz"):
+    with pytest.raises(DataError, match="the folder has no data file; supported are .json, .jsonl, .json.gz"):
         open_records(file.parent)

@@ -118,7 +118,7 @@ def test_index_is_remembered_until_the_file_changes(tmp_path: Path, name: str, m
 def test_cache_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     assert list(open_records(write(tmp_path / "a.json"))) == RECORDS
-    assert "is not kept" in caplog.text
+    assert "is not cached" in caplog.text
 
 
 def test_small_files_need_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_a_file_that_changes_while_it_is_open(tmp_path: Path) -> None:
         pickle.loads(pickle.dumps(records))
     cut = open_records(path)
     path.write_text("[]")
-    with pytest.raises(DataError, match=r"a.json, record 0: the file has changed during the run; start again"):
+    with pytest.raises(DataError, match=r"a.json, record 0: the file has changed during the run; restart it"):
         cut[0]
 
 
@@ -171,7 +171,7 @@ def test_folder_of_files_of_one_kind(tmp_path: Path) -> None:
     (folder / "readme.txt").write_text("not data")
     assert list(open_records(folder)) == RECORDS
     write(folder / "c.parquet")
-    with pytest.raises(DataError, match=r"many: the folder has data files of several kinds \(.json, .parquet\)"):
+    with pytest.raises(DataError, match=r"many: the folder has data files of several types \(.json, .parquet\)"):
         open_records(folder)
     tables = tmp_path / "tables [1]*"
     write(tables / "a.parquet", RECORDS[:2])
@@ -209,16 +209,16 @@ def test_tables_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | 
         ("train[:]", range(60)),
         (" train[ 5 : 5% ] ", None),
         ("train[:70]", None),
-        ("train[5]", "not understood"),
-        ("test", "not understood"),
-        ("train[a:b]", "not understood"),
+        ("train[5]", "not supported"),
+        ("test", "not supported"),
+        ("train[a:b]", "not supported"),
     ],
 )
 def test_splits(split: str, chosen: range | str | None) -> None:
     if isinstance(chosen, range):
         assert list(take_split(range(60), split, "here")) == list(chosen)
     else:
-        with pytest.raises(DataError, match=f"here: split .*{chosen or 'of 60; name a part that is there'}"):
+        with pytest.raises(DataError, match=f"here: split .*{chosen or 'of 60; give a non-empty range'}"):
             take_split(range(60), split, "here")
 
 

@@ -103,8 +103,12 @@ def test_a_bad_line_is_told_when_it_is_parsed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", " [{}]", r"a JSON array cannot be read .* make JSON Lines .*jq -c '.\[\]' a.json > a.jsonl"),
-        ("a.csv", "a\n1", "reads JSON Lines, Parquet and shards .*; convert it"),
+        (
+            "a.json",
+            " [{}]",
+            r"a JSON array cannot be streamed .* convert it to JSON Lines .*jq -c '.\[\]' a.json > a.jsonl",
+        ),
+        ("a.csv", "a\n1", "supports JSON Lines, Parquet and WebDataset shards .*; convert it"),
         ("a.parquet", "no", "cannot be read as parquet"),
         ("a.jsonl", "\n\n", "holds no record"),
         ("b.jsonl", None, "no such data file"),

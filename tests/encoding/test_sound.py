@@ -22,7 +22,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import LengthPolicy
 from finetune.encoding.log_mel import log_mel
 from finetune.families import by_name, usable
-from finetune.media.audio_layout import AudioSpec, sound
+from finetune.media.audio_layout import AudioSpec, plan_audio
 from finetune.models import MiniCPMO, load_model, load_tokenizer
 from finetune.readers import read
 from finetune.sample import DataError, Media, Message, Part, Sample, Source, Text
@@ -78,11 +78,11 @@ def published_tokens(samples: int, step: int) -> int:
 def test_as_many_placeholders_as_published(family: str) -> None:
     spec = HEARING[family]
     for samples in (*range(spec.shortest, 40_000, 37), *range(470_000, 1_040_001, 4_001)):
-        found = sound(samples, spec)
+        found = plan_audio(samples, spec)
         assert found.tokens == published_tokens(samples, spec.pool_step)
         assert all(run == 25 for run in found.runs[:-1]) if family == "o2_6" else len(found.runs) == 1
-    with pytest.raises(ValueError, match="makes no token"):
-        sound(spec.shortest - 1, spec)
+    with pytest.raises(ValueError, match="is too short for a token"):
+        plan_audio(spec.shortest - 1, spec)
 
 
 @pytest.mark.parametrize("family", OMNI)
@@ -124,7 +124,7 @@ def rows() -> list[Sample]:
 def test_rows_of_a_batch_are_what_they_are_alone(ready, family: str, side: Any) -> None:
     model, encoder = ready(family)
     encoder = copy.copy(encoder)
-    encoder.hearing = replace(HEARING[family], piece_seconds=2)
+    encoder.audio_spec = replace(HEARING[family], chunk_seconds=2)
     examples = [encoder.encode(sample) for sample in rows()]
     assert [len(example.audio) for example in examples] == [3, 0, 3, 1]
     batch = pad(examples, encoder.pad_id, side=side)
@@ -211,13 +211,13 @@ def test_too_long_samples_lose_turns_with_their_sound(ready) -> None:
         encoder.tokenizer,
         layout=encoder.layout,
         slicing=encoder.slicing,
-        hearing=encoder.hearing,
+        audio_spec=encoder.audio_spec,
         max_length=full - 10,
     )
     example, outcome = LengthPolicy(limited, "shrink").encode(sample)
     assert outcome == "turns dropped"
     assert [clip.shape[1] for clip in example.audio] == [30, 100]
-    with pytest.raises(DataError, match="63 for sound"):
+    with pytest.raises(DataError, match="63 for audio"):
         LengthPolicy(limited, "error").encode(sample)
 
 

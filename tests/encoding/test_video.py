@@ -254,7 +254,7 @@ def test_options_without_effect_are_said_once(tiny, caplog: pytest.LogCaptureFix
         encoder(tiny("v2_6"), VideoOptions(packing=2, fps=2.0))
     encoder(tiny("v4_5"), VideoOptions(packing=2))
     said = [record.getMessage() for record in caplog.records if "no effect" in record.getMessage()]
-    assert said == ["videos: no effect of packing: MiniCPM-V 2.6 has no such rule"]
+    assert said == ["videos: packing has no effect: MiniCPM-V 2.6 does not support it"]
 
 
 def test_a_clip_that_is_cut_short_while_training(tiny, folder: Path, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_every_depth_from_black_to_white(values: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (np.full((4, 4), -1, np.int32), "values from -1 to -1, and which of them is white is not known"),
+        (np.full((4, 4), -1, np.int32), "values from -1 to -1 of unknown range"),
         (np.full((4, 4), 65536, np.int32), "values from 65536 to 65536"),
         (np.full((4, 4), np.nan, np.float32), "not finite"),
         (np.full((4, 4), np.inf, np.float32), "not finite"),
@@ -166,9 +166,9 @@ def test_a_png_that_lacks_its_end(tmp_path: Path) -> None:
     whole = picture("PNG", (200, 200))
     for missing in (1, 4, 12, 20, 100):
         (tmp_path / "a.png").write_bytes(whole[:-missing])
-        with pytest.raises(DataError, match="without its end, IEND"):
+        with pytest.raises(DataError, match="without IEND chunk"):
             image.size(Media("image", tmp_path / "a.png"), SOURCE)
-        with pytest.raises(DataError, match="without its end, IEND"):
+        with pytest.raises(DataError, match="without IEND chunk"):
             see(whole[:-missing])
     (tmp_path / "a.png").write_bytes(whole + b"something behind it")
     see(tmp_path / "a.png")
@@ -247,7 +247,9 @@ def test_videos_cut_at_the_end_are_told_without_decoding(suffix: str, tmp_path: 
     path = faststart(path, tmp_path / "front.mp4") if suffix == "mp4" else path
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 3 // 4])
-    with pytest.raises(DataError, match=r"(its header speaks of|not whole).*truncated or damaged"):
+    with pytest.raises(
+        DataError, match=r"(its header needs|the duration in its header|truncated packets).*truncated or damaged"
+    ):
         video.probe(Media("video", path), SOURCE)
 
 

@@ -63,13 +63,13 @@ def written(folder: Path, *given: Any) -> Path:
 
 def take_all(samples: SampleFile, encoder: Encoder, policy: str = "skip") -> SamplePolicy:
     """Every record met as training, with its checks, meets it."""
-    intake = SamplePolicy(samples, encoder, overlong="shrink", on_bad_sample=policy)
-    report = check(samples, intake.fitter)
+    sample_policy = SamplePolicy(samples, encoder, overlong="shrink", on_bad_sample=policy)
+    report = check(samples, sample_policy.length_policy)
     assert "\x1b" not in str(report)
     str(report).encode()
     for index in range(len(samples)):
-        intake.take(index)
-    return intake
+        sample_policy.example(index)
+    return sample_policy
 
 
 @pytest.mark.parametrize("name", json_texts())
@@ -77,7 +77,7 @@ def test_json_files(name: str, tmp_path: Path, encoder: Encoder) -> None:
     path = tmp_path / "data.json"
     path.write_bytes(json_texts()[name])
     if name in ACCEPTED:
-        assert take_all(read(path), encoder, "error").taken() == (1, 0)
+        assert take_all(read(path), encoder, "error").totals() == (1, 0)
         return
     with pytest.raises(UserError, match="data.json") as caught:
         take_all(read(path), encoder, "error")
@@ -95,8 +95,8 @@ def test_every_value_replaced_by_every_other(form: str, tmp_path: Path, encoder:
         for index, each in enumerate(made)
     ]
     assert [each for each in escapes if each] == []
-    intake = take_all(SampleFile(made[::7], tmp_path / "data.json", samples.reading), encoder)
-    taken, bad = intake.taken()
+    sample_policy = take_all(SampleFile(made[::7], tmp_path / "data.json", samples.reading), encoder)
+    taken, bad = sample_policy.totals()
     assert taken == len(made[::7])
     assert 0 < bad < taken
 
@@ -138,8 +138,8 @@ def test_a_bad_record_is_named_and_left_out_alone(tmp_path: Path, encoder: Encod
     path = written(tmp_path, *made)
     path.write_text(path.read_text().replace("[{", '[{"id": ' + "7" * 5000 + "}, {", 1))
     samples = read(path)
-    intake = take_all(samples, encoder)
-    assert intake.taken() == (12, 10)
+    sample_policy = take_all(samples, encoder)
+    assert sample_policy.totals() == (12, 10)
     for index in [0, *range(2, 11)]:
         with pytest.raises(DataError, match=rf"data.json, record {index}\b") as caught:
             samples[index]
@@ -183,10 +183,10 @@ def test_strict_paths(tmp_path: Path, encoder: Encoder) -> None:
     path = written(
         inside, good, *(good | {"image": name} for name in ("../elsewhere/a.png", str(outside / "a.png"), "link.png"))
     )
-    assert take_all(read(path), encoder).taken() == (4, 0)
-    assert take_all(read(path, strict_paths=True), encoder).taken() == (4, 3)
-    assert take_all(read(path, strict_paths=True, image_root=outside), encoder).taken() == (4, 0)
-    with pytest.raises(DataError, match=r"a.png, outside of .*data, and --strict_paths allows no other place"):
+    assert take_all(read(path), encoder).totals() == (4, 0)
+    assert take_all(read(path, strict_paths=True), encoder).totals() == (4, 3)
+    assert take_all(read(path, strict_paths=True, image_root=outside), encoder).totals() == (4, 0)
+    with pytest.raises(DataError, match=r"a.png, outside of .*data, which --strict_paths refuses"):
         read(path, strict_paths=True)[3]
     film = {
         "video": "frames",
@@ -218,6 +218,6 @@ def test_text_that_cannot_fit_is_not_tokenised(
     assert len(fitted.rendered.input_ids) <= 400
     assert sum(spelled) <= sum(len(turn["content"]) for turn in turns * 300)
     spelled.clear()
-    with pytest.raises(DataError, match="left out: at least [0-9]+ tokens by the length of its text, the limit is 400"):
+    with pytest.raises(DataError, match="skipped: at least [0-9]+ tokens by the length of its text, the limit is 400"):
         LengthPolicy(encoder, "shrink").fit(samples[1])
     assert sum(spelled) == 0

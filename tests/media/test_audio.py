@@ -55,7 +55,7 @@ def test_the_sound_track_of_a_video(tmp_path: Path) -> None:
     from clips import write_clip
 
     assert len(load(write_clip(tmp_path / "a.mp4", sound=True))) == pytest.approx(16_000, abs=1500)
-    assert "has no sound track" in refusal(write_clip(tmp_path / "b.mp4"))
+    assert "has no audio track" in refusal(write_clip(tmp_path / "b.mp4"))
 
 
 def test_bytes_and_samples(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_bytes_and_samples(tmp_path: Path) -> None:
     assert np.array_equal(load(path.read_bytes()), load(path))
     assert np.array_equal(load(tone(0.5).astype(np.float64)), tone(0.5))
     for wrong in (np.zeros((2, 900), np.float32), np.zeros(900, np.int16)):
-        assert "one channel of floats at 16 kHz" in refusal(wrong)
+        assert "a mono float waveform at 16 kHz" in refusal(wrong)
     assert "not finite" in refusal(np.array([0.0, np.nan]))
     assert "0 samples" in refusal(np.zeros(0))
 
@@ -91,9 +91,9 @@ def test_files_that_are_no_sound(tmp_path: Path) -> None:
     (tmp_path / "empty.wav").touch()
     assert "0 bytes" in refusal(tmp_path / "empty.wav")
     (tmp_path / "text.mp3").write_text("no sound " * 99)
-    assert "cannot be decoded as sound" in refusal(tmp_path / "text.mp3")
+    assert "cannot be decoded as audio" in refusal(tmp_path / "text.mp3")
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    assert "cannot be decoded as sound" in refusal(tmp_path / "a.png")
+    assert "cannot be decoded as audio" in refusal(tmp_path / "a.png")
     assert "is a folder" in refusal(tmp_path)
     assert "does not exist" in refusal(tmp_path / "gone.wav")
 
@@ -101,7 +101,7 @@ def test_files_that_are_no_sound(tmp_path: Path) -> None:
 def test_a_list_of_other_files_is_no_sound(tmp_path: Path) -> None:
     write_wav(tmp_path / "a.wav", 0.5)
     (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\na.wav\n")
-    assert "cannot be decoded as sound" in refusal(tmp_path / "list.m3u8")
+    assert "cannot be decoded as audio" in refusal(tmp_path / "list.m3u8")
 
 
 def test_sound_of_any_length_up_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

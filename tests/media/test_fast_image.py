@@ -87,7 +87,7 @@ def test_large_pictures_come_in_pieces(thumbnail: tuple[int, int]) -> None:
 
 def test_memory_in_other_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """As an environment variable of Pillow can have it."""
-    monkeypatch.setattr(image, "_ONE_PIECE", 1 << 30)
+    monkeypatch.setattr(image, "_BAND_BYTES", 1 << 30)
     picture = photo(2100, 2300)
     assert (image.pixels(picture)[..., :3] == np.asarray(picture)).all()
 

@@ -123,7 +123,7 @@ def test_no_video(tmp_path: Path, name: str, content: bytes) -> None:
     write_clip(tmp_path / "whole.mp4")
     write_clip(tmp_path / "whole.ts")
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=rf"record 7 \(id 'x'\): video \S*{name} .*no video.*replace it or remove"):
+    with pytest.raises(DataError, match=rf"record 7 \(id 'x'\): video \S*{name} .*not a video.*replace it or remove"):
         probe(Media("video", tmp_path / name), SOURCE)
 
 
@@ -152,10 +152,10 @@ def test_folder_and_list_of_pictures(tmp_path: Path) -> None:
     assert (folder.length, folder.size) == (Length(12, 2.0), (30, 20))
     assert numbers(folder, [2, 10, 11]) == [2, 10, 11]
     assert numbers(probe(Media("video", files[:3]), SOURCE), [0, 2]) == [0, 2]
-    with pytest.raises(DataError, match="has no pictures"):
+    with pytest.raises(DataError, match="has no images"):
         probe(Media("video", ()), SOURCE)
     picture(0, (31, 20)).save(tmp_path / "frame 12.png")
-    with pytest.raises(DataError, match="frames of several sizes"):
+    with pytest.raises(DataError, match="frames of different sizes"):
         probe(Media("video", tmp_path), SOURCE)
 
 

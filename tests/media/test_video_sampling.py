@@ -16,7 +16,7 @@ from finetune.media.video_sampling import (
     VideoOptions,
     packed,
     per_second,
-    whole_seconds,
+    processor_sampling,
 )
 from finetune.utils.errors import ArgumentError
 
@@ -98,7 +98,7 @@ def test_the_processor_of_transformers_chooses_the_same() -> None:
         most = draw.choice([1, 2, 16, 128])
         metadata = VideoMetadata(total_num_frames=frames, fps=fps, duration=length.duration)
         wanted = [min(index, frames - 1) for index in theirs.sample_frames(metadata, max_num_frames=most)]
-        assert indices(whole_seconds(length, VideoOptions(max_frames=most))) == wanted
+        assert indices(processor_sampling(length, VideoOptions(max_frames=most))) == wanted
 
 
 def test_values_that_mean_nothing() -> None:

@@ -18,7 +18,7 @@ class Settled(Dataset[tuple[bool, int]]):
         return 2
 
     def __getitem__(self, index: int) -> tuple[bool, int]:
-        worker_process.settle()
+        worker_process.configure_worker()
         kept = worker_process.keep_freed_memory
         return kept.cache_info().currsize == 1 and kept(), os.getpriority(os.PRIO_PROCESS, 0)
 
@@ -27,7 +27,7 @@ class Settled(Dataset[tuple[bool, int]]):
 def unsettled() -> None:
     """Loader processes start as copies of this one."""
     worker_process.keep_freed_memory.cache_clear()
-    worker_process.let_training_go_first.cache_clear()
+    worker_process.lower_worker_priority.cache_clear()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

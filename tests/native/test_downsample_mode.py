@@ -198,7 +198,7 @@ def test_only_the_mode_changes_in_a_file(folder: Path) -> None:
 
 
 def test_what_is_remembered_depends_on_it(folder: Path) -> None:
-    prints = {fingerprint(LengthPolicy(encoder(resolve(str(folder), mode))), []) for mode in ("16x", "4x")}
+    prints = {fingerprint(LengthPolicy(encoder(resolve(str(folder), mode))), as_sample_set([])) for mode in ("16x", "4x")}
     assert len(prints) == 2
 
 

@@ -54,8 +54,8 @@ def record(id: str, *turns: str, **more: Any) -> dict[str, Any]:
 
 def surveyed(path: Path, records: list[dict[str, Any]], encoder: Encoder, policy: str = "shrink") -> SurveyedRecord:
     path.write_text(json.dumps(records))
-    samples, fitter, survey = open_data(path, None), LengthPolicy(encoder, policy), RecordSurvey()
-    return SurveyedRecord(samples, fitter, check(samples, fitter, "full", seen=survey.see), survey)
+    samples, length_policy, survey = open_data(path, None), LengthPolicy(encoder, policy), RecordSurvey()
+    return SurveyedRecord(samples, length_policy, check(samples, length_policy, "full", seen=survey.see), survey)
 
 
 def page_of(tmp_path: Path, *parts: SurveyedRecord, most: int = 50) -> tuple[str, Page]:
@@ -72,7 +72,7 @@ def test_the_conversation_is_that_of_the_ids(family, encoder_of, tmp_path):
     given = record("a", question, "Ja. ", "Und  jetzt?", answer, image=str(tmp_path / "a.png"))
     encoder = encoder_of(family)
     part = surveyed(tmp_path / "data.json", [given], encoder)
-    fitted = part.fitter.fit(part.records[0])
+    fitted = part.length_policy.fit(part.records[0])
     shown, ids, labels = list(pieces(encoder, fitted)), fitted.rendered.input_ids, fitted.rendered.labels
     (medium,) = [place for place, piece in enumerate(shown) if piece.medium is not None]
     before = [number for piece in shown[:medium] for number in piece.ids]
@@ -97,7 +97,7 @@ def test_pictures_are_those_of_the_tensors(family, encoder_of, tmp_path):
     gradient(900, 500).save(tmp_path / "a.png")
     encoder = encoder_of(family)
     part = surveyed(tmp_path / "data.json", [record("a", "<image>?", "A", image=str(tmp_path / "a.png"))], encoder)
-    fitted = part.fitter.fit(part.records[0])
+    fitted = part.length_policy.fit(part.records[0])
     (seen,) = see(encoder, fitted)
     plan: Any = fitted.plans[0]
     assert seen.grid == plan.grid
@@ -115,7 +115,7 @@ def test_frames_have_their_times_and_sound_its_wave(encoder_of, tmp_path):
     encoder = encoder_of("o2_6")
     given = {**turns, "videos": [str(tmp_path / "a.mp4")], "audios": [str(tmp_path / "a.wav")]}
     part = surveyed(tmp_path / "data.json", [given], encoder)
-    video, sound = see(encoder, part.fitter.fit(part.records[0]))
+    video, sound = see(encoder, part.length_policy.fit(part.records[0]))
     assert [(frame.second, number(frame.picture)) for frame in video.frames] == [(0, 0), (1, 4), (2, 8)]
     assert (sound.seconds, sound.words[:13]) == (1.5, "[sound 1.5 s:")
     heights = [float(point.split(",")[1]) for point in sound.wave.split()]

@@ -35,7 +35,7 @@ def arguments(folder: Path, **flags: Any) -> TrainingArguments:
 
 @pytest.fixture
 def data(tiny: Callable[[str], Path], tmp_path: Path) -> Data:
-    """config.json, the fitter and three records: a long text, a picture, and one that cannot be used."""
+    """config.json, the length_policy and three records: a long text, a picture, and one that cannot be used."""
     Image.new("RGB", (300, 200)).save(tmp_path / "a.png")
     turns = [("What?", " ".join(["word"] * 80), None), ("<image>\nWhat?", "a car", "a.png"), ("<image>", "x", "no.png")]
     records = []
@@ -68,28 +68,32 @@ def test_the_fewest_layers_that_fit(method: Any, tmp_path: Path) -> None:
 
 
 def test_the_micro_batch_is_the_largest_of_the_data(data: Data, tmp_path: Path) -> None:
-    _, fitter, samples = data
-    long, seen = (fitter.encoder.measure(samples[index]) for index in (0, 1))
-    found = recompute_choice.step_shape(arguments(tmp_path, per_device_train_batch_size=3), fitter, samples)
+    _, length_policy, samples = data
+    long, seen = (length_policy.encoder.measure(samples[index]) for index in (0, 1))
+    found = recompute_choice.step_shape(arguments(tmp_path, per_device_train_batch_size=3), length_policy, samples)
     assert (found.batch, found.tokens, found.items) == (3, max(long.tokens, seen.tokens), seen.items)
     assert found.items * found.patches >= seen.patches
-    packed = recompute_choice.step_shape(arguments(tmp_path, packing="best_fit", packing_tokens=4096), fitter, samples)
+    packed = recompute_choice.step_shape(
+        arguments(tmp_path, packing="best_fit", packing_tokens=4096), length_policy, samples
+    )
     assert (packed.batch, packed.tokens) == (1, 4096)
     assert packed.items >= seen.items * 4096 // found.tokens
     capped = recompute_choice.step_shape(
-        arguments(tmp_path, packing="best_fit", packing_tokens=4096, packing_items=seen.items), fitter, samples
+        arguments(tmp_path, packing="best_fit", packing_tokens=4096, packing_items=seen.items), length_policy, samples
     )
     assert capped.items == seen.items
-    streamed = recompute_choice.step_shape(arguments(tmp_path, model_max_length=3000), fitter, samples, streaming=True)
+    streamed = recompute_choice.step_shape(
+        arguments(tmp_path, model_max_length=3000), length_policy, samples, streaming=True
+    )
     assert (streamed.tokens, streamed.items) == (3000, seen.items), "a longer one may come"
     with pytest.raises(ArgumentError, match="none of the records"):
-        recompute_choice.step_shape(arguments(tmp_path), fitter, [])
+        recompute_choice.step_shape(arguments(tmp_path), length_policy, [])
 
 
 def test_what_a_run_is_told(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config, fitter, samples = data
+    config, length_policy, samples = data
     caplog.set_level(logging.INFO, "finetune.planning.recompute_choice")
 
     def settled(memory: int | None) -> tuple[bool | None, list[str] | None, str]:
@@ -97,7 +101,7 @@ def test_what_a_run_is_told(
         monkeypatch.setattr(recompute_choice, "_gpu_memory", lambda _: memory)
         training = arguments(tmp_path, checkpoint_parts=["fit"])
         recompute_choice.choose_parts(
-            config, training, LoraArguments(), lambda: recompute_choice.step_shape(training, fitter, samples)
+            config, training, LoraArguments(), lambda: recompute_choice.step_shape(training, length_policy, samples)
         )
         names = ("gradient_checkpointing", "activation_checkpointing")  # the Trainer looks at the newer where it is
         (on,) = {getattr(training, name) for name in names if hasattr(training, name)}

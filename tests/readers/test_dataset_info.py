@@ -282,14 +282,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"formatting": "share"}, "'formatting' is \"share\"; there are official, sharegpt, alpaca, openai"),
     ({"columns": {"image": "images"}}, "columns: unknown name 'image'; did you mean 'images'?"),
     ({"tags": {"user": "u"}}, "tags: unknown name 'user'; did you mean 'user_tag'?"),
-    ({"tags": {"user_tag": "x", "assistant_tag": "x"}}, "tags: 'x' stands for two things"),
+    ({"tags": {"user_tag": "x", "assistant_tag": "x"}}, "tags: 'x' is used twice"),
     ({"columns": ["images"]}, "'columns' is a list; it must be an object"),
     ({"columns": {"images": 3}}, "columns: 'images' is 3; it must be a string"),
     ({"columns": COLUMNS}, "columns has 'messages', and without 'formatting' .* add \"formatting\": \"sharegpt\""),
     ({"formatting": "sharegpt", "columns": {"images": "images"}}, 'columns does not name the turns .* add "messages"'),
     (
         {"formatting": "sharegpt", "columns": {"messages": "conversation"}},
-        "none of the 1 records looked at has 'conversation', the column of messages .*did you mean 'conversations'?",
+        "none of the 1 inspected records has 'conversation', the column of messages .*did you mean 'conversations'?",
     ),
     (
         {"formatting": "sharegpt", "columns": {**COLUMNS, "images": "image"}},
@@ -299,11 +299,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"formatting": "alpaca"},
         r"has 'instruction', the column of prompt \(found 'conversations', 'images'\); name the",
     ),
-    ({"ranking": True}, "'ranking' is true: answers that are compared; only supervised finetuning"),
-    ({"columns": {"chosen": "a", "rejected": "b"}}, "columns has chosen, rejected: answers that are compared"),
-    ({"columns": {"kto_tag": "a"}}, "columns has kto_tag: answers"),
+    ({"ranking": True}, "'ranking' is true: preference data .ranking. is not supported, only supervised finetuning"),
+    ({"columns": {"chosen": "a", "rejected": "b"}}, "columns has chosen, rejected: preference data"),
+    ({"columns": {"kto_tag": "a"}}, "columns has kto_tag: preference data"),
     ({"num_samples": 0}, "'num_samples' is 0; it must be a number of records, at least 1"),
-    ({"split": "test"}, "split 'test' is not understood; local files have 'train'"),
+    ({"split": "test"}, "split 'test' is not supported; local files have 'train'"),
     ({"split": 3}, "'split' is 3; it must be a string"),
     (
         {"file_name": None, "ms_hub_url": "a/b"},
@@ -327,7 +327,7 @@ def test_an_unknown_tag_names_the_record(work: Path) -> None:
     turns = [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}]
     register(work, [{"conversations": turns}], formatting="sharegpt", tags=tags)
     with pytest.raises(
-        DataError, match=r"data/mine.json, record 0: turn 0: 'role' is 'human', an unknown tag; known are system, user"
+        DataError, match=r"data/mine.json, record 0: turn 0: 'role' is 'human', an unknown role; known are system, user"
     ):
         read_named("mine")[0]
 
@@ -397,7 +397,7 @@ def test_the_reading_is_said(work: Path, caplog: pytest.LogCaptureFixture) -> No
     caplog.set_level(logging.INFO)
     assert isinstance(read_named("cpmv_img"), Mixture)
     assert (
-        "data set cpmv_img: 2 records of data/image_caption.json in the sharegpt form (as dataset_info.json s"
+        "data set cpmv_img: 2 records of data/image_caption.json in the sharegpt format (as dataset_info.json s"
         in caplog.text
     )
     assert "data set cpmv_img: 2 samples, 100.0 % of 2" in caplog.text

@@ -12,7 +12,7 @@ from PIL import Image
 from finetune.readers import read
 from finetune.sample import DataError, Sample, Text
 
-FEW = "they are not as many as files without another place"
+FEW = "their number differs from the number of remaining files"
 FORMS = ("official", "sharegpt", "openai", "alpaca")
 MANY = {"image": "images", "video": "videos", "audio": "audios"}
 PNG = (
@@ -165,7 +165,7 @@ def test_videos_and_sound_named_in_the_text(folder: Path) -> None:
 def test_what_is_not_sure_stays_text(folder: Path, form: str, question: str, note: str) -> None:
     sample = one(folder, record(form, question), form)
     assert shown(sample) == question
-    assert sample.notes == (f"places of media left as text in a user turn, since {note}",)
+    assert sample.notes == (f"media placeholders kept as text in a user turn, since {note}",)
 
 
 def test_as_many_but_in_another_order(folder: Path) -> None:
@@ -197,7 +197,9 @@ def test_marks_in_answers(folder: Path, form: str, mark: str) -> None:
     sample = one(folder, record(form, "What?", f"See {mark}"), form)
     assert shown(sample, 1) == f"See {mark}"
     spelling = mark.replace("_1", "_N")
-    assert sample.notes == (f"places of media left as text in an answer, since only user turns have files: {spelling}",)
+    assert sample.notes == (
+        f"media placeholders kept as text in an answer, since only user turns have media: {spelling}",
+    )
 
 
 @pytest.mark.parametrize(

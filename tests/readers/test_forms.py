@@ -177,7 +177,7 @@ def test_the_form_is_told_from_the_records_and_said(
     others = [{key: plain}] if key and "from" not in name else []
     samples = read(write(folder, *others, record))
     assert samples.reading.form.name == form
-    assert f"data.json: {len(samples)} records in the {form} form (the records have {why})" in caplog.text
+    assert f"data.json: {len(samples)} records in the {form} format (the records have {why})" in caplog.text
     assert shown(samples[-1])[0] == ("user", "[a.png]Who?")
 
 
@@ -213,26 +213,26 @@ def test_a_system_column_alone_makes_it_sharegpt(folder: Path) -> None:
     [
         (
             [{"text": "Hi"}, {"url": "x"}],
-            r"the 2 records looked at fit no form \(found 'text', 'url'\); official wants",
+            r"the 2 inspected records match no format \(found 'text', 'url'\); official needs",
         ),
         (
             ["Hi"],
-            r"fit no form \(found no object\); .* alpaca wants 'instruction' and 'output'; openai wants 'messages'",
+            r"match no format \(found no object\); .* alpaca needs 'instruction' and 'output'; openai needs 'messages'",
         ),
         (
             [{"image": "a.png", "conversations": CHAT}, {"images": ["a.png"], "messages": CHAT}],
-            r"have 'image' \(official\), 'images' \(sharegpt\), which do not go together; .*--data_format",
+            r"have 'image' \(official\), 'images' \(sharegpt\), which exclude each other; .*--data_format",
         ),
         (
             [{"instruction": "a", "output": "b"}, {"messages": CHAT}],
             r"'instruction' \(alpaca\), 'messages' \(official\)",
         ),
-        ([{"instruction": "a", "chosen": "b", "rejected": "c"}], "'chosen' and 'rejected', answers that are compared"),
+        ([{"instruction": "a", "chosen": "b", "rejected": "c"}], "'chosen' and 'rejected': preference data"),
         (
             [{"instruction": "a", "output": "b", "image": "a.png"}],
-            "alpaca form .* have 'image', .* name it 'images' and put",
+            "alpaca format .* have 'image', .* name it 'images' and put",
         ),
-        ([{"messages": CHAT, "kto_tag": True}], "'kto_tag', answers that are compared; only supervised"),
+        ([{"messages": CHAT, "kto_tag": True}], "'kto_tag': preference data is not supported, only supervised"),
     ],
 )
 def test_records_of_no_form_or_two(folder: Path, records: list, message: str) -> None:
@@ -371,7 +371,7 @@ BAD: list[tuple[str, Any, str]] = [
         asked("<image>", images=["gone.png"]),
         "image 'gone.png' does not exist .*correct the path or give --image_ro",
     ),
-    ("sharegpt", asked("<image>", images=["https://x.org/a.png"]), "is a remote address, and nothing is fetched"),
+    ("sharegpt", asked("<image>", images=["https://x.org/a.png"]), "is a URL, and media are not downloaded"),
     ("sharegpt", asked("<image>", images=[3]), "'images' has a number where the path of an image belongs"),
     (
         "sharegpt",
@@ -379,7 +379,7 @@ BAD: list[tuple[str, Any, str]] = [
         "'images' has a list in a list; only videos may be lists",
     ),
     ("sharegpt", asked("<video>", videos=[["a.png", 3]]), "'videos' has a number among the frames of a video"),
-    ("sharegpt", {"messages": [{"role": "bot", "content": "a"}]}, "'role' is 'bot', an unknown tag; known are .*user"),
+    ("sharegpt", {"messages": [{"role": "bot", "content": "a"}]}, "'role' is 'bot', an unknown role; known are .*user"),
     ("sharegpt", {"messages": [{"role": "user"}]}, r"turn 0: 'content' is missing \(found 'role'\)"),
     ("sharegpt", {"messages": [CHAT[0], CHAT[0]]}, "turns 0 and 1 are both user; roles must alternate"),
     ("sharegpt", {"conversation": CHAT}, r"has no 'messages' \(found 'id', 'conversation'\); add the list of turns"),
@@ -390,12 +390,12 @@ BAD: list[tuple[str, Any, str]] = [
     ("openai", parts({"type": "audio_file"}), "a part of type 'audio_file'; known are text, image_url, image, video"),
     ("openai", parts("Hi"), "turn 0 has a string among its parts; parts are objects with 'type'"),
     ("openai", parts({"type": "text"}), "a part of type 'text' without 'text'"),
-    ("openai", parts({"type": "image_url", "image_url": {"url": "http://x/a.png"}}), "is a remote address"),
+    ("openai", parts({"type": "image_url", "image_url": {"url": "http://x/a.png"}}), "is a URL"),
     ("openai", parts({"type": "image", "image": "data:image/png;base64,!"}), "not base64"),
     (
         "openai",
         parts({"type": "image", "image": "data:image/png;base64,AAAA"}),
-        "an image inside the record .3 bytes. is not an image in a format",
+        "an image inside the record .3 bytes. is not an image in a supported format",
     ),
     (
         "openai",

@@ -130,7 +130,7 @@ def test_a_file_under_two_names_is_split_as_one(work: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.01, 3, 10])
 def test_a_part_that_leaves_nothing(work: Path, share: float) -> None:
-    with pytest.raises(DataError, match=r"--val_size .* of 3 records keeps . for evaluation|keeps 10"):
+    with pytest.raises(DataError, match=r"--val_size .* of 3 records gives . for evaluation|gives 10"):
         read_named("c").split(share, 1)
 
 
@@ -163,15 +163,15 @@ def test_the_check_names_the_file_of_each_record(
     (work / "data" / "x.png").write_bytes(b"")
     made = make_supervised_data_module(DataArguments(dataset="a,c:2,b"), encoder)
     with pytest.raises(CheckError, match=r"^3 records cannot be used, the first: data/c.json, record 0 \(id 'c0'\)"):
-        check_before_training([made["train_dataset"].intake], None)
+        check_before_training([made["train_dataset"].sample_policy], None)
     assert "check of a, c, b: 33 records" in caplog.text
 
 
 def test_the_check_remembers_a_mixture_until_a_file_or_its_meaning_changes(work: Path, encoder: Encoder) -> None:
-    fitter = LengthPolicy(encoder, "shrink")
+    length_policy = LengthPolicy(encoder, "shrink")
 
     def reused(names: str, **options: Any) -> int:
-        return check(read_named(names, **options), fitter).reused
+        return check(read_named(names, **options), length_policy).reused
 
     assert [reused("a,c"), reused("a,c"), reused("c,a"), reused("a:0.5,c"), reused("a:0.5,c")] == [0, 13, 0, 0, 8]
     assert reused("a:0.5,c", seed=1) == 0

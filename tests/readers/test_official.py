@@ -212,7 +212,7 @@ BAD: list[tuple[Any, str]] = [
     ({"conversations": with_loss(1, None, None, None)}, "turn 0: 'loss' is 1 in a user turn; only answers are trained"),
     (
         {"images": ["a.png"], "conversations": TURNS},
-        "has 'images', which the official form does not know; .* under 'image'",
+        "has 'images', which the official format does not support; .* under 'image'",
     ),
 ]
 

@@ -70,7 +70,7 @@ def test_places(folder: Path, question: str, files: dict[str, Any], wanted: str)
         ("<audio_00>", {"audio": {"<audio_01>": "a.wav"}}, "tags and audio files disagree: <audio_00> in the text"),
         ("What?", {"audio": 3}, "an audio path is a number"),
         ("What?", {"audio": "gone.wav"}, "audio 'gone.wav' does not exist"),
-        ("What?", {"audio": "https://a.org/a.wav"}, "nothing is fetched"),
+        ("What?", {"audio": "https://a.org/a.wav"}, "media are not downloaded"),
     ],
 )
 def test_bad_records(folder: Path, question: str, files: dict[str, Any], message: str) -> None:

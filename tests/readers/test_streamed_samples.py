@@ -70,9 +70,9 @@ def test_data_sets_are_one_stream(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("lines:0.5", "data set 'lines': the weight 0.5 cannot be had with --streaming true"),
+        ("lines:0.5", "data set 'lines': the weight 0.5 is not supported with --streaming true"),
         ("part", "'split' 'train"),
-        ("some", "'num_samples' cannot"),
+        ("some", "'num_samples' is not supported"),
         ("rows,hub", "data sets of the hub and local files"),
         ("line", "did you mean 'lines'"),
     ],

@@ -67,7 +67,7 @@ def test_weights_between_and_two_that_differ(folder: Path, form: str, name: str)
         one(folder, talk({}, {name: 0.5}), form)
     other = next(each for each in record_keys.LOSS if each != name)
     assert trained(one(folder, talk({}, {name: 0, other: False}), form)) == [3]
-    with pytest.raises(DataError, match=r"turn 1: .* two names for one thing; keep one"):
+    with pytest.raises(DataError, match=r"turn 1: .* which are synonyms; keep one"):
         one(folder, talk({}, {name: 0, other: 1}), form)
 
 
@@ -82,7 +82,7 @@ def test_words_for_the_system_turn(folder: Path, form: str, name: str) -> None:
     assert one(folder, again, form).messages == sample.messages
     with pytest.raises(DataError, match=rf"'{name}' is \"Be long.\" and the system turn is \"Be brief.\"; keep one"):
         one(folder, {**again, name: "Be long."}, form)
-    with pytest.raises(DataError, match="two names for one thing"):
+    with pytest.raises(DataError, match="which are synonyms"):
         one(folder, talk(**{name: "a", next(each for each in record_keys.SYSTEM if each != name): "b"}), form)
     with pytest.raises(DataError, match=rf"'{name}' is a number; the system prompt must be a string"):
         one(folder, talk(**{name: 3}), form)
@@ -101,7 +101,7 @@ def test_thinking(folder: Path, form: str, name: str) -> None:
     sample = one(folder, talk({}, {name: "Hm."}, {}, {name: ""}), form)
     assert [message.thought for message in sample.messages] == ["", "Hm.", "", ""]
     assert shown(sample) == list("abcd")
-    with pytest.raises(DataError, match=rf"turn 0: '{name}' in a user turn; only answers think"):
+    with pytest.raises(DataError, match=rf"turn 0: '{name}' in a user turn; only answers have thinking"):
         one(folder, talk({name: "Hm."}), form)
     with pytest.raises(DataError, match=rf"turn 1: '{name}' is a list; thinking must be a string"):
         one(folder, talk({}, {name: ["Hm."]}), form)
@@ -135,11 +135,11 @@ def test_files_of_turns_beside_those_of_the_record(folder: Path) -> None:
 @pytest.mark.parametrize("form", ["auto", *FORMS])
 def test_answers_that_are_compared(folder: Path, form: str, name: str) -> None:
     value = True if name == "kto_tag" else "worse"
-    with pytest.raises(DataError, match=rf"'{name}', answers that are compared; only supervised finetuning"):
+    with pytest.raises(DataError, match=rf"'{name}': preference data is not supported, only supervised finetuning"):
         one(folder, talk(**{name: value}), form)
     late = [talk()] * 61 + [talk(**{name: value})] + [talk()] * 60
     (folder / "late.json").write_text(json.dumps(late))
-    with pytest.raises(DataError, match=rf"record 61: has '{name}', answers that are compared"):
+    with pytest.raises(DataError, match=rf"record 61: has '{name}': preference data"):
         read(folder / "late.json")[61]
 
 
@@ -203,7 +203,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         r"turn 1: 'tool_calls' has \[1\] for the arguments of 'a'; they must be an obj",
     ),
     (called(tool_calls=[CALL], function_call=CALL), "turn 1 has 'tool_calls' and 'function_call'; keep one"),
-    (called(tool_calls=[CALL], content="<tool_call>"), "turn 1 has <tool_call> in its text and calls beside it"),
+    (called(tool_calls=[CALL], content="<tool_call>"), "turn 1 has <tool_call> in its text and tool calls under a key"),
     (talk({"tool_calls": [CALL]}), "turn 0: 'tool_calls' in a user turn; only answers call tools"),
     (called(role="function_call", content="{'name': 1}"), "turn 1, which calls a tool, is not JSON"),
 ]
@@ -226,7 +226,7 @@ def test_results_in_disorder(folder: Path, form: str) -> None:
         return {"messages": [ask, calls, *results, last]}
 
     assert shown(one(folder, record("1", "2"), form))[2:4] == ["1", "2"]
-    with pytest.raises(DataError, match="turn 2: the results of tools are not in the order of their calls"):
+    with pytest.raises(DataError, match="turn 2: the tool results are not in the order of their calls"):
         one(folder, record("2", "1"), form)
-    with pytest.raises(DataError, match="turn 3: 'tool_call_id' is \"3\", and no call before it"):
+    with pytest.raises(DataError, match="turn 3: 'tool_call_id' is \"3\", but no preceding call"):
         one(folder, record("1", "3"), form)

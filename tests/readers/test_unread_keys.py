@@ -1,4 +1,4 @@
-"""Keys that nothing reads: told with their number, refused where they hold media; the tables of keys are the truth."""
+"""Keys that are not read: told with their number, refused where they hold media; the tables of keys are the truth."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def test_a_key_that_nothing_reads_is_a_note(folder: Path, form: str) -> None:
     sample = one(folder, {**FORMS[form], "id": 1, **extra}, form)
     known = "audio" if form == "official" else "audios"
     assert sample.notes == (
-        f"keys that nothing reads: 'audo' (did you mean '{known}'?)",
-        "keys that nothing reads: 'notes'",
-        "keys that nothing reads: 'width'",
+        f"keys that are not read: 'audo' (did you mean '{known}'?)",
+        "keys that are not read: 'notes'",
+        "keys that are not read: 'width'",
     )
     assert one(folder, FORMS[form], form).notes == ()
 
@@ -65,11 +65,11 @@ def test_keys_of_turns_and_of_parts(folder: Path, form: str) -> None:
     if form == "openai":
         question = {"role": "user", "content": [{**question["content"][0], "cache_control": 1}]}
     sample = one(folder, {key: [question, {**answer, "los": 0, "score": 0.5}]}, form)
-    of_parts = ("keys of parts of content lists that nothing reads: 'cache_control'",) if form == "openai" else ()
+    of_parts = ("keys of parts of content lists that are not read: 'cache_control'",) if form == "openai" else ()
     assert sample.notes == (
         *of_parts,
-        "keys of turns that nothing reads: 'los' (did you mean 'loss'?)",
-        "keys of turns that nothing reads: 'score'",
+        "keys of turns that are not read: 'los' (did you mean 'loss'?)",
+        "keys of turns that are not read: 'score'",
     )
 
 
@@ -101,25 +101,25 @@ def test_media_under_a_key_that_nothing_reads(folder: Path, form: str, key: str,
         data_of(folder, value) if key == "encoded" else json.loads(json.dumps(value).replace("{folder}", str(folder)))
     )
     name = kind if form == "official" else f"{kind}s"
-    with pytest.raises(DataError, match=rf"record 0: nothing reads the key '{key}', which has .*; call it '{name}'"):
+    with pytest.raises(DataError, match=rf"record 0: the key '{key}' is not read, but contains .*; call it '{name}'"):
         one(folder, {**FORMS[form], key: value}, form)
 
 
 @pytest.mark.parametrize("form", ["official", "sharegpt", "openai"])
 def test_media_under_an_unread_key_of_a_turn(folder: Path, form: str) -> None:
     key = "conversations" if form == "official" else "messages"
-    with pytest.raises(DataError, match=r"turn 0: nothing reads the key 'img', which has 'a.png'; give the file in th"):
+    with pytest.raises(
+        DataError, match=r"turn 0: the key 'img' is not read, but contains 'a.png'; give the file in th"
+    ):
         one(folder, {key: [{**CHAT[0], "img": "a.png"}, CHAT[1]]}, form)
 
 
 def test_media_beside_the_text_of_a_part(folder: Path) -> None:
     part = {"type": "text", "text": "Hi", "image": "a.png"}
-    with pytest.raises(DataError, match=r"turn 0: nothing reads the key 'image', which has 'a.png'"):
+    with pytest.raises(DataError, match=r"turn 0: the key 'image' is not read, but contains 'a.png'"):
         one(folder, {"messages": [{"role": "user", "content": [part]}, CHAT[1]]}, "openai")
     part = {"type": "image", "image": "a.png", "image_url": {"url": "b.png"}}
-    with pytest.raises(
-        DataError, match=r"'image' is \"a.png\" and 'image_url' is .*, two names for one thing; keep one"
-    ):
+    with pytest.raises(DataError, match=r"'image' is \"a.png\" and 'image_url' is .*, which are synonyms; keep one"):
         one(folder, {"messages": [{"role": "user", "content": [part]}, CHAT[1]]}, "openai")
 
 
@@ -128,7 +128,7 @@ def test_bytes_and_pictures_of_tables(folder: Path) -> None:
     data = (folder / "a.png").read_bytes()
     for value in (data, {"bytes": data, "path": None}, [data], Image.new("RGB", (2, 2))):
         with pytest.raises(
-            DataError, match="nothing reads the key 'shot', which has an image inside it; call it 'image'"
+            DataError, match="the key 'shot' is not read, but contains an image inside it; call it 'image'"
         ):
             reading.sample({"conversations": CHAT, "shot": value}, Source("t", 0))
     assert reading.sample({"conversations": CHAT, "hash": b"abc"}, Source("t", 0)).notes
@@ -147,13 +147,15 @@ def test_bytes_and_pictures_of_tables(folder: Path) -> None:
 )
 def test_what_is_no_medium_that_was_forgotten(folder: Path, extra: dict[str, Any]) -> None:
     sample = one(folder, {"image": "a.png", "conversations": CHAT, **extra}, "official")
-    assert sample.notes == (f"keys that nothing reads: '{next(iter(extra))}'",)
+    assert sample.notes == (f"keys that are not read: '{next(iter(extra))}'",)
 
 
 def test_a_described_column_may_be_left_out(folder: Path) -> None:
     """Where columns are named, the others do not exist: the remedy is to name one."""
     form = Form("sharegpt", named_columns({"messages": "messages"}), ROLE_CONTENT)
-    with pytest.raises(DataError, match=r"'pictures', which has 'a.png'; name it under columns, 'images': 'pictures'"):
+    with pytest.raises(
+        DataError, match=r"'pictures' is not read, but contains 'a.png'; name it under columns, 'images': 'pictures'"
+    ):
         RecordReader(form, places(folder), "all").sample({"messages": CHAT, "pictures": ["a.png"]}, Source("t", 0))
 
 

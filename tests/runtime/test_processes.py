@@ -40,7 +40,7 @@ from finetune.media import worker_process
 class Large(Dataset):
     def __len__(self): return 1000
     def __getitem__(self, index):
-        worker_process.settle()
+        worker_process.configure_worker()
         return bytes(10_000_000)
 loader = iter(DataLoader(Large(), batch_size=None, num_workers=2, collate_fn=lambda sample: sample))
 next(loader)

@@ -188,17 +188,17 @@ def test_long_samples_and_other_processes(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", WITHOUT)
-@pytest.mark.parametrize(("name", "what"), [("described", "tools"), ("call", "tools and calls of tools")])
+@pytest.mark.parametrize(("name", "what"), [("described", "tools"), ("call", "tools and tool calls")])
 def test_families_whose_template_has_no_tools(family: str, name: str, what: str, tmp_path: Path) -> None:
     able = ", ".join(each.title for each in FAMILIES if each.name in WITH_TOOLS)
     title = by_name(family).title
     message = (
-        f"record 0: has {what}, and the chat template of {title} has no place for them; use a model whose template"
+        f"record 0: has {what}, and the chat template of {title} does not support them; use a model whose template"
     )
     with pytest.raises(DataError, match=message) as caught:
         encoder(family).render(sample(tmp_path, {"messages": TALKS[name], "tools": [CLOCK]}), ())
     assert f"({able})" in str(caught.value)
-    with pytest.raises(DataError, match="turn 1 has thinking beside its text, and the prompt of this model has no"):
+    with pytest.raises(DataError, match="turn 1 has thinking under a key, which this model does not support"):
         encoder(family).render(sample(tmp_path, {"messages": [ASK, {**END, "thinking": "Hm."}]}), ())
 
 
@@ -215,14 +215,14 @@ def test_the_template_of_the_checkpoint_decides(tmp_path: Path) -> None:
     named = changed("v4_5", "# Functions", "# Other words")
     assert "# Other words" in str(named.tokenizer.decode(named.render(conversation, ()).input_ids))
     for old, new in (("message.tool_calls or", ""), ("if tools", "if false")):
-        with pytest.raises(DataError, match="has tools and calls of tools, and the chat template of MiniCPM-V 4.5 has"):
+        with pytest.raises(DataError, match="has tools and tool calls, and the chat template of MiniCPM-V 4.5 does"):
             changed("v4_5", old, new).render(conversation, ())
-    with pytest.raises(TemplateMismatchError, match="writes descriptions of tools outside of the system turn"):
+    with pytest.raises(TemplateMismatchError, match="writes tool descriptions outside of the system turn"):
         changed("v4_5", "{{ '<|im_start|>system\n' }}", "{{ '<|im_start|>tools\n' }}").render(conversation, ())
 
 
 @pytest.mark.parametrize("family", WITH_TOOLS[1:])
 def test_thinking_twice(family: str, tmp_path: Path) -> None:
     twice = turn("assistant", "<think>\na\n</think>\n\nb", reasoning_content="c")
-    with pytest.raises(DataError, match="record 0: turn 1 has thinking beside its text and in it"):
+    with pytest.raises(DataError, match="record 0: turn 1 has thinking under a key and in its text"):
         encoder(family).render(sample(tmp_path, {"messages": [ASK, twice]}), ())

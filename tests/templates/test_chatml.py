@@ -272,9 +272,9 @@ def test_the_chat_template_agrees_on_tools_and_history(family: str) -> None:
 
 REFUSED: list[tuple[str, Sample, str]] = [
     ("v2_6", tools(turn("tool", "x")), "turn 2 has role 'tool', this model's prompt has system, user, assistant"),
-    ("v4_5", talk("a", "<think>\nand then"), "turn 1: <think> is never closed; put </think> behind the thinking"),
-    ("v4_5", talk("a", THOUGHT), "turn 1: no answer behind </think>; fill it in"),
-    ("o4_5", talk("a", THOUGHT, "b", "c"), "turn 1: no answer behind </think>"),
+    ("v4_5", talk("a", "<think>\nand then"), "turn 1: <think> is not closed; add </think> after the thinking"),
+    ("v4_5", talk("a", THOUGHT), "turn 1: no answer after </think>; add it"),
+    ("o4_5", talk("a", THOUGHT, "b", "c"), "turn 1: no answer after </think>"),
     ("v4_0", talk("a", "b", "c"), r"no answer: the last turn \(2\) is user"),
 ]
 

@@ -38,13 +38,13 @@ MADE: dict[str, TokenizerView] = {}
 def test_a_lower_bound(name: str, texts: list[str]) -> None:
     spelling = MADE.setdefault(name, made(name))
     texts = [text.encode(errors="ignore").decode() for text in texts]
-    assert spelling.fewest(texts) <= sum(len(spelling.text(text)) for text in texts)
-    assert spelling.fewest(texts) <= len(spelling.text("".join(texts)))
+    assert spelling.min_tokens(texts) <= sum(len(spelling.text(text)) for text in texts)
+    assert spelling.min_tokens(texts) <= len(spelling.text("".join(texts)))
 
 
 @pytest.mark.parametrize("name", names())
 def test_there_is_a_bound(name: str) -> None:
-    assert MADE.setdefault(name, made(name)).fewest(["word " * 100_000]) > 1000
+    assert MADE.setdefault(name, made(name)).min_tokens(["word " * 100_000]) > 1000
 
 
 def test_nfc_shortens_no_more_than_is_said() -> None:
@@ -71,16 +71,16 @@ def test_nfc_shortens_no_more_than_is_said() -> None:
 )
 def test_steps_that_leave_text_out_or_are_unknown_give_no_bound(change: dict[str, object]) -> None:
     spec = {"model": {"type": "BPE", "vocab": {"aa": 0}}, "added_tokens": [], "normalizer": None, "pre_tokenizer": None}
-    assert longest_token(spec).fewest(["a" * 9]) == 5
-    assert longest_token(spec | change).fewest(["a" * 9]) == 0
+    assert longest_token(spec).min_tokens(["a" * 9]) == 5
+    assert longest_token(spec | change).min_tokens(["a" * 9]) == 0
 
 
 def test_thinking_and_white_space_do_not_count() -> None:
-    from finetune.encoding.length_policy import fewest
+    from finetune.encoding.length_policy import min_tokens
 
     class Encoder:
         vocabulary = MADE.setdefault("qwen", made("qwen"))
 
     turns = (("user", "Q" + " " * 5000), ("assistant", "<think>" + "x" * 5000 + "</think>\n\nA"))
     sample = Sample("", Source("a", 0), tuple(Message(role, (Text(text),)) for role, text in turns))
-    assert fewest(Encoder(), sample) == 1  # pyright: ignore[reportArgumentType]
+    assert min_tokens(Encoder(), sample) == 1  # pyright: ignore[reportArgumentType]

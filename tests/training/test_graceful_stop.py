@@ -27,11 +27,11 @@ graceful_stop._POLL_SECONDS, graceful_stop._GATHER = 0.1, 0.5
 class Stuck(Dataset):
     def __len__(self): return 4
     def __getitem__(self, index):
-        worker_process.settle(f"data.json, record {index}")
+        worker_process.configure_worker(f"data.json, record {index}")
         while index == 2: time.sleep(1)
         return index
 args, state, control = TrainingArguments(sys.argv[1]), TrainerState(), TrainerControl()
-worker_process.take_notes()
+worker_process.enable_worker_reports()
 watch = graceful_stop.HangWatch(2.0, lambda: ["data.json, record 0"])
 watch.on_train_begin(args, state, control)
 for step, _ in enumerate(DataLoader(Stuck(), batch_size=None, num_workers=1)):

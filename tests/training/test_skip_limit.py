@@ -36,43 +36,43 @@ def make(folder: Path, encoder: Encoder, good: int, bad: int, long: int = 0, **o
     path = folder / "data.json"
     path.write_text(json.dumps([{"id": str(place), "conversations": each} for place, each in enumerate(turns)]))
     options = {"on_bad_sample": "skip", "overlong": "drop", "max_bad_share": 0.1, **options}
-    intake = SamplePolicy(read(path), encoder, report=folder / BAD_SAMPLES, **options)
+    sample_policy = SamplePolicy(read(path), encoder, report=folder / BAD_SAMPLES, **options)
     for index in range(len(turns)):
-        intake.take(index)
-    return intake
+        sample_policy.example(index)
+    return sample_policy
 
 
-def judge(intake: SamplePolicy, folder: Path, event: str = "on_step_end", step: int = 10) -> None:
+def judge(sample_policy: SamplePolicy, folder: Path, event: str = "on_step_end", step: int = 10) -> None:
     args: Any = SimpleNamespace(output_dir=str(folder), device=torch.device("cpu"))
     state: Any = SimpleNamespace(global_step=step)
-    getattr(BadShareCallback(intake), event)(args, state, None)
+    getattr(BadShareCallback(sample_policy), event)(args, state, None)
 
 
 def test_more_than_the_share_stops(tmp_path: Path, encoder: Encoder) -> None:
     judge(make(tmp_path, encoder, 45, 5), tmp_path)
-    intake = make(tmp_path, encoder, 44, 6)
-    judge(intake, tmp_path, step=9)
+    sample_policy = make(tmp_path, encoder, 44, 6)
+    judge(sample_policy, tmp_path, step=9)
     with pytest.raises(
         UnusableResultError, match=r"6 of 50 samples .* --max_bad_share 0.1 .*record 49 \(id '49'\)"
     ) as caught:
-        judge(intake, tmp_path)
+        judge(sample_policy, tmp_path)
     assert caught.value.exit_code == UNUSABLE_RESULT
     judge(make(tmp_path, encoder, 44, 6, max_bad_share=1.0), tmp_path)
 
 
 def test_few_samples_are_judged_at_the_end(tmp_path: Path, encoder: Encoder) -> None:
-    intake = make(tmp_path, encoder, 3, 18)
-    judge(intake, tmp_path)
+    sample_policy = make(tmp_path, encoder, 3, 18)
+    judge(sample_policy, tmp_path)
     with pytest.raises(UnusableResultError, match="18 of 21 samples"):
-        judge(intake, tmp_path, "on_train_end")
+        judge(sample_policy, tmp_path, "on_train_end")
 
 
 def test_what_is_only_too_long_does_not_count(tmp_path: Path, encoder: Encoder) -> None:
-    intake = make(tmp_path, encoder, 20, 2, 40)
-    assert intake.taken() == (62, 2)
-    assert intake.counts()[-1] == 42
-    judge(intake, tmp_path)
-    judge(intake, tmp_path, "on_train_end")
+    sample_policy = make(tmp_path, encoder, 20, 2, 40)
+    assert sample_policy.totals() == (62, 2)
+    assert sample_policy.counts()[-1] == 42
+    judge(sample_policy, tmp_path)
+    judge(sample_policy, tmp_path, "on_train_end")
 
 
 def test_what_the_check_finds_stops_before_the_first_step(tmp_path: Path, encoder: Encoder) -> None:
