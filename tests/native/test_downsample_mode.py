@@ -37,6 +37,7 @@ from finetune.models import add_adapter, load_model, load_tokenizer
 from finetune.models.downsample_mode import VARIABLE, decide, saved_with, write_mode
 from finetune.planning.memory_estimate import MemoryEstimator
 from finetune.planning.training_setup import SampleShape, TrainingSetup
+from finetune.sample import as_sample_set
 from finetune.training.freezing import adapt
 from finetune.utils.errors import ArgumentError, CheckpointError, UserError
 from finetune.utils.log_once import warn_once
@@ -198,7 +199,9 @@ def test_only_the_mode_changes_in_a_file(folder: Path) -> None:
 
 
 def test_what_is_remembered_depends_on_it(folder: Path) -> None:
-    prints = {fingerprint(LengthPolicy(encoder(resolve(str(folder), mode))), as_sample_set([])) for mode in ("16x", "4x")}
+    prints = {
+        fingerprint(LengthPolicy(encoder(resolve(str(folder), mode))), as_sample_set([])) for mode in ("16x", "4x")
+    }
     assert len(prints) == 2
 
 

@@ -49,7 +49,7 @@ def test_a_run_that_stands_still_ends_with_its_stacks_and_samples(tmp_path):
     assert message.startswith("step 2: nothing was finished for 2 seconds (--hang_timeout 2)")
     said = (tmp_path / "hang" / "step-2" / "rank-0.txt").read_text()
     assert "samples of the step so far: data.json, record 0" in said
-    assert " is at data.json, record 2" in said
+    assert " encodes data.json, record 2" in said
     assert said.count("in __getitem__") == 1, "the stack of the dataloader worker"
     assert "in <module>" in said, "the stack of the rank"
 
