@@ -147,8 +147,8 @@ def kill_during_a_save(process: subprocess.Popen[str], output: Path) -> int:
 
 
 def test_killed_during_a_save_and_stopped_by_a_signal(uninterrupted, tiny, demo_data, tmp_path):
-    """kill -9 of the launcher during a save ends everything; the run resumes from the checkpoint before, gets a signal
-    to stop, saves, and resumes once more."""
+    """kill -9 of the launcher during a save ends everything; the run resumes from the checkpoint before, gets a signal,
+    saves, and resumes once more."""
     output = tmp_path / "out"
     base = tiny("llama3_v2_5")
     often = ("--save_steps", "1", "--dataloader_num_workers", "1")

@@ -124,7 +124,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(tiny: Tiny, lines: Path, tmp_pat
         (["--val_size", "0.1"], DataError, "a stream cannot be split"),
         (["--max_samples", "5"], DataError, "limit training with --max_steps"),
         (["--buffer_size", "0"], ArgumentError, "must be at least 1"),
-        (["--max_steps", "-1"], ArgumentError, "say with --max_steps"),
+        (["--max_steps", "-1"], ArgumentError, "--streaming true needs --max_steps"),
     ],
 )
 def test_wishes_that_a_stream_cannot_fulfil(

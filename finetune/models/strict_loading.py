@@ -47,7 +47,7 @@ def check_folder(folder: Path) -> None:
         return
     if shards := sorted(path.name for path in folder.glob("*.safetensors")):
         raise CheckpointError(
-            f"{folder} has {shards[0]}, but neither {WEIGHTS} nor the index of its shards, {INDEX}: an interrupted "
+            f"{folder} has {shards[0]}, but neither {WEIGHTS} nor {INDEX}, the index of the shards: an interrupted "
             "download? Run it again"
         )
     if pickled := sorted(path.name for path in folder.glob("*.bin")):

@@ -68,7 +68,7 @@ def test_weights_that_are_spoilt_evict_no_good_ones(make, caplog, value):
     """Finite ones that give no finite step are known by that."""
     trainer = make("--save_total_limit", "1", "--max_steps", "8")
     after_step(trainer, 2, lambda: spoil(trainer, value))
-    with pytest.raises(NonFiniteError, match=r"3 to 5.*but the update of step 2 may have done the damage") as stop:
+    with pytest.raises(NonFiniteError, match=r"3 to 5.*but the update of step 2 may be the cause") as stop:
         trainer.train()
     assert stop.value.exit_code == outcome.UNUSABLE_RESULT
     assert left(trainer) == ([1] if value != value else [1, 2])  # noqa: PLR0124 - NaN

@@ -79,4 +79,4 @@ def test_a_part_of_one_rank_that_is_not_finite_is_not_saved(ends):
     end = ends["zero3-spoilt_part"]
     assert end["saved"] == [1]
     assert end["error"].startswith("NonFiniteError: the loss was not finite in 3 steps in a row (3 to 5).")
-    assert "but the update of step 2 may have done the damage" in end["error"]
+    assert "but the update of step 2 may be the cause" in end["error"]

@@ -126,7 +126,7 @@ def test_adapters_of_the_first_scripts(tiny, tmp_path):
     ("options", "message"),
     [
         ({"layer_replication": [[0, 2], [1, 2]]}, "repeats layers"),
-        ({"init_lora_weights": "pissa"}, "changes the base's weights too"),
+        ({"init_lora_weights": "pissa"}, "changes the weights of the base"),
         ({"peft_type": "VERA"}, "the one kind of adapter"),
     ],
 )

@@ -227,7 +227,7 @@ def test_deepspeed(content: object, said: str, tmp_path: Path, monkeypatch: pyte
         ("learning_rate: .inf\n", "finite and above 0"),
         ("lora_rr: 4\n", "unknown: lora_rr (did you mean"),
         ("output_dir: ''\n", "--output_dir has an empty value"),
-        ("a: &a [*a]\n", "a has a value that is no text"),
+        ("a: &a [*a]\n", "a has a value that is not a text"),
         ("a: !!python/object/apply:os.getcwd []\n", "not a YAML file of flags"),
         ("\t\n", "not a YAML file of flags"),
     ],

@@ -390,9 +390,9 @@ ADAPTERS: dict[str, tuple[Edit, str]] = {
     "dora number": (configured(use_dora=1), "use_dora is 1"),
     "fan_in text": (configured(fan_in_fan_out="x"), 'fan_in_fan_out is "x"'),
     "start number": (configured(init_lora_weights=5), "init_lora_weights is 5"),
-    "start pissa": (configured(init_lora_weights="pissa"), "changes the base's weights too"),
-    "start pissa_niter": (configured(init_lora_weights="pissa_niter_16"), "changes the base's weights too"),
-    "start olora": (configured(init_lora_weights="olora"), "changes the base's weights too"),
+    "start pissa": (configured(init_lora_weights="pissa"), "changes the weights of the base"),
+    "start pissa_niter": (configured(init_lora_weights="pissa_niter_16"), "changes the weights of the base"),
+    "start olora": (configured(init_lora_weights="olora"), "changes the weights of the base"),
     "weights missing": (
         lambda folder: (folder / "adapter_model.safetensors").unlink(),
         "not adapter_model.safetensors",

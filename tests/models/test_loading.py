@@ -138,7 +138,7 @@ def test_what_load_model_says_about_wrong_paths(tmp_path: Path, copy_of: Callabl
 
 
 def test_hub_ids_only_from_the_cache_when_offline() -> None:
-    with pytest.raises(CheckpointError, match="no folder here"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         load_model("nobody/nothing-of-this-name")
 
 

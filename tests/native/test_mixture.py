@@ -146,7 +146,7 @@ def test_names_that_match_nothing_are_refused(tiny, tmp_path, name, lora, messag
     ("flags", "message"),
     [
         ("", "--lora_target_parameters x puts adapters on parameters: it needs --use_lora true"),
-        ("--use_lora true", "--lora_dropout 0.05: .*--lora_dropout 0 does it"),
+        ("--use_lora true", "--lora_dropout 0.05: .*use --lora_dropout 0"),
         ("--use_lora true --lora_dropout 0 --use_dora true", "peft has no DoRA for parameters"),
         ("--use_lora true --lora_dropout 0 --lora_layer_replication [[0,1]]", "repeated layers"),
     ],

@@ -212,7 +212,7 @@ def test_command_with_a_family(capsys: pytest.CaptureFixture[str]) -> None:
     assert "MiniCPM-V 4.5, 8,695,895,280 parameters" in text
     assert "--use_lora true" in text
     assert "--model_max_length 512" in text
-    assert "GPU peaks\nwere not measured" in text
+    assert "GPU peaks were not\nmeasured" in text
 
 
 def test_command_with_a_folder_of_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,7 +115,7 @@ def test_what_a_run_is_told(
     tight = settled(1 << 20)
     assert tight[:2] == (True, None)
     assert "all layers are recomputed" in tight[2]
-    assert "python -m finetune plan tells what would fit" in tight[2]
+    assert "python -m finetune plan lists setups that fit" in tight[2]
 
 
 def test_what_is_not_asked_for_stays(tmp_path: Path) -> None:
