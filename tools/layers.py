@@ -9,7 +9,7 @@ TABLE: dict[str, set[str]] = {
     "utils": set(),
     "sample": {"utils"},
     "runtime": {"utils"},
-    "launch": {"runtime"},
+    "launch": {"runtime", "utils"},
     "media.slicing": set(),
     "media.audio_layout": set(),
     "media.video_sampling": {"utils"},

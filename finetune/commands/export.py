@@ -16,6 +16,7 @@ from finetune.commands.parser import CommandParser
 from finetune.commands.shared_flags import add_mode_flag
 from finetune.runtime.outcome import NOT_VERIFIED, OK
 from finetune.utils.errors import UserError
+from finetune.utils.number_format import significant
 from finetune.utils.paths import expand
 
 if TYPE_CHECKING:
@@ -227,10 +228,10 @@ def _verify(given: argparse.Namespace, sources: Sources, model: Path, left: list
 
 
 def _in_words(agreement: Agreement) -> str:
-    effect = "" if agreement.effect is None else f" base_difference={agreement.effect:.3e}"
+    effect = "" if agreement.effect is None else f" base_difference={significant(agreement.effect)}"
     return (
-        f" verified={str(agreement.ok).lower()} logit_difference={agreement.difference:.3e} "
-        f"relative={agreement.relative:.1e} tolerance={agreement.tolerance:.1e}{effect}"
+        f" verified={str(agreement.ok).lower()} logit_difference={significant(agreement.difference)} "
+        f"relative={significant(agreement.relative)} tolerance={significant(agreement.tolerance)}{effect}"
     )
 
 

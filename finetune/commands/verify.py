@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.commands.parser import CommandParser
+from finetune.utils.number_format import significant
 
 
 def main(argv: list[str]) -> int:
@@ -42,19 +43,19 @@ def main(argv: list[str]) -> int:
         model = loader(str(args.folder), dtype=origin.dtype, device_map={"": device}, **options).eval()
     with tokenizer_errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(str(args.folder))
-    print(f"loaded {args.folder} on {device}: {type(model).__name__}, {type(tokenizer).__name__}")
+    loaded = f"loaded {args.folder} on {device}: {type(model).__name__}, {type(tokenizer).__name__}"
     if base.mode is not None:
         model.config.downsample_mode = base.mode.name  # peft loads the base as it is
-        print(base.mode)
+        loaded += f", {base.mode}"
     if args.reference is None:
+        print(loaded)
         return 0
     result = compare(model, args.reference)
-    base = "" if result.base_difference is None else f" base_difference={result.base_difference:.3e}"
-    print(
-        f"verified={str(result.ok).lower()} logit_difference={result.difference:.3e} "
-        f"relative={result.relative:.1e} tolerance={result.tolerance:.1e}{base}"
-    )
-    print(result.reasons())
+    figures = {"logit_difference": result.difference, "relative": result.relative, "tolerance": result.tolerance}
+    if result.base_difference is not None:
+        figures["base_difference"] = result.base_difference
+    shown = " ".join(f"{name}={significant(value)}" for name, value in figures.items())
+    print(f"verified={str(result.ok).lower()} {shown} ({loaded}; {result.reasons()})")
     if not result.ok:
         wrong = f"; {len(result.wrong)} trained tensors have other values: {some(result.wrong)}" if result.wrong else ""
         print(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.evaluation.generated_metric import Answered
@@ -17,6 +18,7 @@ from finetune.evaluation.training_report import RunFacts, build_run
 from finetune.pages.html_page import write
 from finetune.runtime.outcome import plain_numbers
 from finetune.utils.errors import UserError
+from finetune.utils.number_format import significant
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +119,22 @@ class ProgressCallback(TrainerCallback):
             if not self._warned:
                 logger.warning("%s cannot be written, training goes on: %s", path, error)
             self._warned = True
+
+
+class ProgressBar(transformers.ProgressCallback):
+    """transformers' progress bar and log lines, with numbers that have no exponent."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Prints one line per log event."""
+        shown = {name: significant(v) if isinstance(v, float) else v for name, v in (logs or {}).items()}
+        super().on_log(args, state, control, logs=shown, **kwargs)
 
 
 class Forgiving(TrainerCallback):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 
-from finetune.utils.errors import ignore_what_nobody_can_mend
+from finetune.utils.errors import silence_unactionable_warnings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -41,7 +41,7 @@ def setup_logging() -> None:
     """Messages of rank 0 on stderr; the other ranks only report errors."""
     level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    ignore_what_nobody_can_mend()
+    silence_unactionable_warnings()
     for name in ("finetune", "trainer", "dataset", "__main__"):
         logging.getLogger(name).setLevel(level)
 
