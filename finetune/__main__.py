@@ -1,4 +1,4 @@
-"""``python -m finetune <command> [options]``: everything that is not training."""
+"""Command line interface ``python -m finetune <command> [options]``: data checks, evaluation, chat, export, ..."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from finetune.utils.errors import UserError, silence_unactionable_warnings
 COMMANDS = {
     "tiny": "write a complete tiny checkpoint folder in the official layout",
     "demo-data": "write a small image dataset with known answers",
-    "demo": "train, save, verify and question a tiny model: proof that the installation works",
-    "check": "look at the records of a data file as training will, and report every problem",
-    "plan": "what fits on the card: memory by method, ZeRO stage and batch, before anything is trained",
-    "selfcheck": "load a checkpoint and try it out: prompt, caption, loss; the first thing to do with real weights",
-    "evaluate": "ask a model the questions of a data file and score its answers",
-    "guicourse": "convert the GUICourse data sets, and score predictions as they are scored",
-    "chat": "talk to a model in the terminal, with and without its adapters",
-    "restore-template": "give a 2.5 checkpoint of the old scripts its inference chat template back",
-    "consolidate": "make a model or an adapter of the parts that an interrupted run with ZeRO left",
-    "export": "merge adapters into their base: a complete model folder, checked, in shards",
-    "verify": "load a saved adapter or model in this process and compare it with its training",
+    "demo": "train, save, verify and evaluate a tiny model: a test of the installation",
+    "check": "validate the records of a data file as training will, and report every problem",
+    "plan": "estimate GPU memory by method, ZeRO stage and batch size, before training",
+    "selfcheck": "load a checkpoint and test it: prompt, caption, loss; run it first with real weights",
+    "evaluate": "generate answers to the questions of a data file and score them",
+    "guicourse": "convert the GUICourse data sets, and compute their published scores of predictions",
+    "chat": "chat with a model in the terminal or browser, with and without its adapters",
+    "restore-template": "restore the inference chat template of a 2.5 checkpoint trained by the old scripts",
+    "consolidate": "consolidate the ZeRO shards of a checkpoint into a model or an adapter",
+    "export": "merge adapters into their base: a complete, verified, sharded model folder",
+    "verify": "load a saved adapter or model and compare its logits with those of the trained model",
 }
 
 

@@ -1,4 +1,4 @@
-"""Records of a data file as questions with their accepted answers."""
+"""Prompts of a data file with their reference answers."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ if TYPE_CHECKING:
     from finetune.encoding.encoder import Encoder
     from finetune.readers.mixture import Mixture
 
-# By position in the data file: the conversation up to the question, and the accepted answers.
+# Position in the data file -> the conversation up to the question, and the accepted answers.
 Questions = dict[int, tuple[Sample, list[str]]]
 
 
 def read_questions(
     samples: Mixture, limit: int | None, judge: Encoder | None = None, max_bad_share: float = 1.0
 ) -> tuple[Questions, list[str]]:
-    """Samples as questions and accepted answers: the last answer, or "answers" of a record in the official form.
+    """Prompts and accepted answers: the last answer, or "answers" of a record in the official format.
 
     Args:
         samples: the data.
-        limit: only the first so many records.
-        judge: leave out records that cannot be used, and those of which this makes no prompt; None leaves none out.
-        max_bad_share: the largest share of records that may be left out.
+        limit: use only the first ``limit`` records.
+        judge: encodes a prompt; records that are invalid or that it refuses are skipped. None: nothing is skipped.
+        max_bad_share: maximum fraction of records that may be skipped.
 
     Returns:
-        The questions, and what is wrong with each record left out.
+        The prompts, and an error message per skipped record.
 
     Raises:
-        DataError: a record that cannot be used, or none that can.
-        WorthlessError: more of them are left out than that share allows.
+        DataError: an invalid record, or no valid one.
+        WorthlessError: more records are skipped than ``max_bad_share`` allows.
     """
     from finetune.encoding.sample_policy import share_is_bad
     from finetune.media import video
@@ -59,7 +59,7 @@ def read_questions(
     if share_is_bad(len(skipped), len(questions) + len(skipped), max_bad_share):
         raise WorthlessError(
             f"{samples.title}: {len(skipped)} of {len(questions) + len(skipped)} records cannot be used, more than "
-            f"--max_bad_share {max_bad_share:g} allows; mend the data, or raise it. The first: {skipped[0]}"
+            f"--max_bad_share {max_bad_share:g} allows; fix the data, or raise the limit. The first: {skipped[0]}"
         )
     return questions, skipped
 

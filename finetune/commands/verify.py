@@ -1,4 +1,4 @@
-"""``python -m finetune verify FOLDER``: loads a result as a user would and compares it with the trained model."""
+"""``python -m finetune verify FOLDER``: loads a saved result and compares its logits with the trained model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     origin = origin_of(args.reference) if args.reference else Origin("auto")
     options: dict[str, Any] = {"quantization_config": quantisation(origin.dtype)} if origin.quantised else {}
     device = _device(args.folder, adapter) if args.device == "auto" else args.device
-    # As it was saved, whatever the environment says: the placeholders of the reference were counted that way.
+    # The downsample_mode it was saved with, not that of the environment: the reference has that many placeholders.
     base = resolve(str(base_of(args.folder) if adapter else args.folder), trained=args.folder, environment={})
     loader = AutoPeftModel.from_pretrained if adapter else load_model
     with peft_errors(folder):
@@ -59,14 +59,14 @@ def main(argv: list[str]) -> int:
     if not result.ok:
         wrong = f"; {len(result.wrong)} trained tensors have other values: {some(result.wrong)}" if result.wrong else ""
         print(
-            f"error: {args.folder} does not give the trained model{wrong}. The files were kept; "
+            f"error: {args.folder} does not match the trained model{wrong}. The files were kept; "
             "training itself is not affected, but do not use this folder before the difference is understood"
         )
     return 0 if result.ok else 3
 
 
 def _device(folder: Path, adapter: bool) -> str:
-    """The GPU when the weights and some room fit into its free memory, else the CPU."""
+    """The GPU when its free memory holds the weights with some margin, else the CPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -75,8 +75,8 @@ def test_every_way_to_give_a_sound(ready, tmp_path: Path) -> None:
         {"type": "audio", "audio": str(path)},
         {"type": "audio", "audio": base64.b64encode(path.read_bytes()).decode()},
     ]
-    talker = ChatPipeline(model, tokenizer)
-    encoder = talker.encoder(read_options({})[0])
+    pipeline = ChatPipeline(model, tokenizer)
+    encoder = pipeline.encoder(read_options({})[0])
     examples = [encoder.encode(read_messages([user(way, "What?")]), generate=True) for way in ways]
     for example in examples:
         assert example.input_ids.tolist() == examples[0].input_ids.tolist()
