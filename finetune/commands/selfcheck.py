@@ -1,7 +1,7 @@
 """``python -m finetune selfcheck MODEL``: smoke test of a checkpoint: loading, prompt, caption and loss.
 
-Loads it strictly, compares its prompt with its own chat template, captions a built-in image and compares the loss of the
-correct caption with that of its shuffled words. With random weights only that every step runs has meaning.
+Loads it strictly, compares its prompt with its own chat template, captions a built-in image and compares the loss of
+the correct caption with that of its shuffled words. With random weights only that every step runs has meaning.
 """
 
 from __future__ import annotations
