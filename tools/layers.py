@@ -1,9 +1,9 @@
-"""Which package may import which: the table behind docs/design.md, held by tests/test_layers.py."""
+"""Import rules between packages: the table of docs/design.md, enforced by tests/test_layers.py."""
 
 from __future__ import annotations
 
-# Package -> packages it may import, besides itself; the floors of docs/design.md, lowest first. The first entry that
-# fits a module counts.
+# Package -> packages it may import, besides itself; the layers of docs/design.md, lowest first. The first entry that
+# matches a module applies.
 TABLE: dict[str, set[str]] = {
     "__init__": set(),
     "utils": set(),
@@ -26,7 +26,7 @@ TABLE: dict[str, set[str]] = {
     "data_check": {"utils", "sample", "templates", "encoding"},
     "batching": {"utils", "sample", "arguments", "families", "encoding", "data_check"},
     "training": {"utils", "sample", "runtime", "media", "arguments", "families", "encoding", "models"},
-    # how pages look, whatever they show
+    # rendering, independent of the content
     "pages.html_page": {"utils"},
     "pages.thumbnails": set(),
     "pages.charts": set(),
@@ -59,12 +59,12 @@ TABLE: dict[str, set[str]] = {
         *("tiny", "data_check", "training", "pages", "evaluation", "guicourse", "checkpoints", "chat", "export"),
         *("models", "planning"),
     },
-    "__main__": {"utils", "runtime"},  # and the command that is asked for, by its name
+    "__main__": {"utils", "runtime"},  # and the requested command, by name
 }
 
-# What stands against the table, inside a function, with its reason.
+# Imports inside functions that violate the table, with the reason.
 EXCEPTIONS = {
-    # ``model.chat`` is a method of the networks, and what writes prompts stands above them.
+    # ``model.chat`` is a method of the models, and prompts are written in a higher layer.
     ("models.chat_mixin", "finetune.chat.model_chat.chat"),
 }
 

@@ -1,4 +1,4 @@
-"""The page about memory of all families: ``python -m tools.memory_doc`` (some minutes) writes docs/memory.md."""
+"""Generates docs/memory.md, the memory estimates of all families: ``python -m tools.memory_doc`` (some minutes)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from finetune.media import image as images
 from finetune.media import video
 from finetune.media.video_sampling import middles
 from finetune.pages.html_page import count, render
-from finetune.pages.thumbnails import Detail, Picture, jpeg, weight, within
+from finetune.pages.thumbnails import Detail, EmbeddedImage, jpeg, weight, within
 from finetune.sample import Media, Sample, Source
 
 _MOST_IMAGES = 4
@@ -142,7 +142,7 @@ def _card(metric: Metric, row: ScoreRow, max_pixels: int, room: int) -> dict[str
     }
 
 
-def _shown(pictures: Sequence[Image.Image], detail: Detail) -> list[Picture]:
+def _shown(pictures: Sequence[Image.Image], detail: Detail) -> list[EmbeddedImage]:
     return [jpeg(picture, detail.side, detail.quality) for picture in pictures]
 
 

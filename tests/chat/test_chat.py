@@ -215,7 +215,7 @@ def test_thinking(ready, family):
         ({"msgs": [user(gradient(), 3)]}, DataError, "contains a int"),
         ({"msgs": [user({"type": "scent", "scent": "x"})]}, DataError, "type 'scent'"),
         ({"image": "/none.png"}, DataError, "does not exist"),
-        ({"image": 5}, DataError, "an image is a int"),
+        ({"image": 5}, DataError, "image of type int"),
     ],
 )
 def test_refused(ready, options, error, message):

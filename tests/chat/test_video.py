@@ -66,7 +66,7 @@ def test_every_way_to_give_a_video(tiny, clip: Path, tmp_path: Path) -> None:
         assert len(examples[0].tgt_sizes) == 4
     for wrong, message in (
         ({"type": "video", "video": "gone.mp4"}, "video 'gone.mp4' does not exist"),
-        ({"type": "video", "video": 7}, "a video is a int"),
+        ({"type": "video", "video": 7}, "video of type int"),
         (tmp_path / "gone.mkv", "does not exist"),
     ):
         with pytest.raises(DataError, match=message):

@@ -106,7 +106,7 @@ def test_mistakes_are_said_and_the_talk_goes_on(tiny, tmp_path, monkeypatch, cap
     assert out == says(load_model(tiny(FAMILY)), "Hello") + "\n"
     for message in ("/none.png: no such file", "did you mean /adapter?", "no adapter 'x'", "usage: /save FILE"):
         assert message in err
-    assert "nothing has been said yet" in err
+    assert "the conversation is empty" in err
     assert "is not an image" in err
 
 
