@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.runtime import outcome
+from finetune.utils.errors import UserError, silence_unactionable_warnings
 
 if __name__ == "__main__":
     outcome.install()  # before torch, whose import takes seconds in which the launcher may end
+    silence_unactionable_warnings()  # before the libraries that warn while they are imported
 
 from finetune.arguments.parse import Arguments, parse_arguments
 from finetune.runtime import distributed
-from finetune.utils.errors import UserError
 
 if TYPE_CHECKING:
     from dataset import DataModule
@@ -146,7 +147,7 @@ def make_model(args: Arguments, base: Checkpoint) -> tuple[Any, list[PartRow]]:
     )
     model = adapt(model, base.family, args.training, args.lora)
     rows = part_rows(model, base.family.parts, args.training.part_learning_rates)
-    logger.info("%s\n%s", base.family.title, format_table(rows))
+    logger.info("%s", format_table(rows))
     if args.model.print_param_status:
         logger.info("%s", describe_parameters(model))
     return model, rows

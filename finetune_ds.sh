@@ -47,15 +47,21 @@ case $DS_CONFIG in
 esac
 [ -e "$DS_CONFIG" ] || problem "no DeepSpeed configuration '$DS_CONFIG' here or in '$here'; set DS_CONFIG"
 
+# What the user gave: the variables above, then the flags. The launcher's own defaults go in front of these;
+# finetune.py prints the user's (the last FINETUNE_USER_ARGS arguments) and writes both to run.yaml.
+[ -n "$EVAL_DATA" ] || echo "$0: EVAL_DATA is not set: no evaluation" >&2
+[ -z "$LLM_TYPE" ] || set -- --llm_type "$LLM_TYPE" "$@"
+[ -z "$EVAL_DATA" ] || set -- --eval_data_path "$EVAL_DATA" "$@"
+[ "$MODEL_MAX_Length" = 2048 ] || set -- --model_max_length "$MODEL_MAX_Length" "$@"
+set -- --model_name_or_path "$MODEL" --data_path "$DATA" --output_dir "$OUTPUT_DIR" "$@"
+export FINETUNE_USER_ARGS=$#
+
 # The method: what differs between finetune_ds.sh and finetune_lora.sh.
 set -- --tune_vision true --tune_llm true --learning_rate 1e-5 "$@"
 
-# Steps below 1 are a share of all steps: evaluated and saved ten times, whatever the size of the data.
-[ -n "$EVAL_DATA" ] || echo "$0: EVAL_DATA is not set: no evaluation" >&2
-[ -z "$EVAL_DATA" ] || set -- --eval_data_path "$EVAL_DATA" --do_eval true --eval_strategy steps --eval_steps 0.1 "$@"
-[ -z "$LLM_TYPE" ] || set -- --llm_type "$LLM_TYPE" "$@"
-set -- --model_name_or_path "$MODEL" --data_path "$DATA" --output_dir "$OUTPUT_DIR" --deepspeed "$DS_CONFIG" \
-  --do_train true --model_max_length "$MODEL_MAX_Length" --max_slice_nums 9 \
+# Steps below 1 are a fraction of all steps: evaluated and saved ten times, whatever the size of the data.
+[ -z "$EVAL_DATA" ] || set -- --do_eval true --eval_strategy steps --eval_steps 0.1 "$@"
+set -- --deepspeed "$DS_CONFIG" --do_train true --model_max_length 2048 --max_slice_nums 9 \
   --num_train_epochs 3 --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --gradient_accumulation_steps 8 \
   --weight_decay 0.1 --adam_beta2 0.95 --warmup_steps 0.01 --lr_scheduler_type cosine --gradient_checkpointing true \
   --save_strategy steps --save_steps 0.1 --save_total_limit 2 --logging_steps 1 --report_to tensorboard \

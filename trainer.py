@@ -16,7 +16,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from dataset import PackingCollator, StreamedDataset
@@ -30,7 +30,7 @@ from finetune.checkpoints.output_folder import OutputFolder
 from finetune.checkpoints.resume import NoStepsLeftCallback, NoStepsLeftError
 from finetune.checkpoints.saving import finish_adapter, finish_full
 from finetune.evaluation.generated_metric import GeneratedMetric
-from finetune.evaluation.progress_files import forgive
+from finetune.evaluation.progress_files import ProgressBar, tolerate_write_errors
 from finetune.training.base_loss import check_base_loss
 from finetune.training.flops import flops_of
 from finetune.training.freezing import full_parts, part_of
@@ -85,6 +85,8 @@ class CPMTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if self.pop_callback(ProgressCallback) is not None:  # absent with --disable_tqdm, and in notebooks
+            self.add_callback(ProgressBar())
         self._output = output
         self.add_callback(NoStepsLeftCallback())
         self._order = SamplerEpochCallback()
@@ -106,7 +108,7 @@ class CPMTrainer(Trainer):
         limit = self.args.max_nonfinite_steps  # pyright: ignore[reportAttributeAccessIssue]
         self.watchdog = Watchdog(inner, parts, self.accelerator, declared, limit)
         self.add_callback(self.watchdog)
-        forgive(self.callback_handler.callbacks)
+        tolerate_write_errors(self.callback_handler.callbacks)
         self.checkpoint_manager = checkpoint_manager or CheckpointManager()
         self.add_callback(self.checkpoint_manager)
         timeout = self.args.hang_timeout  # pyright: ignore[reportAttributeAccessIssue]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from finetune.runtime import outcome
 from finetune.runtime.processes import end_with_launcher
-from finetune.utils.errors import UserError, ignore_library_warnings
+from finetune.utils.errors import UserError, silence_unactionable_warnings
 
 # One line per command; its module is imported only when it runs, so that the list appears at once.
 COMMANDS = {
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"Did you mean {near[0]!r}?" if near else f"Commands: {', '.join(COMMANDS)}."
         print(f"python -m finetune: unknown command {name!r}. {hint}", file=sys.stderr)
         return 2
-    ignore_library_warnings()
+    silence_unactionable_warnings()
     end_with_launcher()
     command = importlib.import_module(f"finetune.commands.{name.replace('-', '_')}")
     try:

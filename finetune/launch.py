@@ -30,6 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from finetune.runtime import outcome
 from finetune.runtime.processes import ABOVE, PROCESSES, RUN_FOLDER
+from finetune.utils.errors import silence_unactionable_warnings
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 # Ranks end by themselves after --save_on_signal_timeout; torchrun kills those that do not after this many seconds.
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = run.parse_args(sys.argv[1:] if argv is None else list(argv))
     options.signals_to_handle = _SIGNALS
     options.shutdown_timeout = _SHUTDOWN_TIMEOUT
+    silence_unactionable_warnings()
     # torchrun's table of failures and its traceback add nothing to our result line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with run_folder() as folder:

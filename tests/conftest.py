@@ -26,7 +26,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Files that take long; begun last, one process would wait for the other.
 _LONG = ("test_matrix", "test_modes", "test_published_launchers", "test_learning", "test_resume.", "test_streaming_run")
 _LONG += ("test_llamafactory", "test_end_to_end", "test_zero3", "test_readme", "test_length_policy")
-_LONG += ("test_downsample_mode",)
+_LONG += ("test_downsample_mode", "test_terminal")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -261,6 +261,18 @@ def test_arguments_come_last_and_unchanged(launcher: Launcher) -> None:
     assert call.flags["--learning_rate"] == "3e-4"
 
 
+def test_the_users_arguments_are_counted(launcher: Launcher) -> None:
+    """FINETUNE_USER_ARGS: how many at the end come from the variables at the top and the command line."""
+    call = launcher.run("--run_name", "mine", DATA="train.json")
+    own = call.arguments[-int(call.environment["FINETUNE_USER_ARGS"]) :]
+    assert own[::2] == ["--model_name_or_path", "--data_path", "--output_dir", "--run_name"]
+    edited = {"EVAL_DATA": "eval.json", "LLM_TYPE": "minicpm", "MODEL_MAX_Length": "4096"}
+    call = launcher.run(DATA="train.json", **edited)
+    own = call.arguments[-int(call.environment["FINETUNE_USER_ARGS"]) :]
+    assert {"--eval_data_path", "--llm_type", "--model_max_length"} < set(own)
+    assert not {"--eval_strategy", "--deepspeed", "--learning_rate"} & set(own)
+
+
 def test_paths_with_spaces_and_quotes(launcher: Launcher) -> None:
     odd = 'it\'s a "folder" with $HOME'
     (launcher.caller / odd).mkdir()

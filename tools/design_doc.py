@@ -1,4 +1,4 @@
-"""The picture of packages in docs/design.md: ``python -m tools.design_doc`` writes it from the table of layers."""
+"""Generates the package diagram of docs/design.md from the table of layers: ``python -m tools.design_doc``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def picture() -> str:
 
 
 def written(page: str) -> str:
-    """A page with the picture between its marks."""
+    """The page with the diagram between its markers."""
     before, _, rest = page.partition(START)
     _, _, after = rest.partition(END)
     return f"{before}{START}\n{picture()}\n{END}{after}"

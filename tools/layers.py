@@ -1,15 +1,15 @@
-"""Which package may import which: the table behind docs/design.md, held by tests/test_layers.py."""
+"""Import rules between packages: the table of docs/design.md, enforced by tests/test_layers.py."""
 
 from __future__ import annotations
 
-# Package -> packages it may import, besides itself; the floors of docs/design.md, lowest first. The first entry that
-# fits a module counts.
+# Package -> packages it may import, besides itself; the layers of docs/design.md, lowest first. The first entry that
+# matches a module applies.
 TABLE: dict[str, set[str]] = {
     "__init__": set(),
     "utils": set(),
     "sample": {"utils"},
     "runtime": {"utils"},
-    "launch": {"runtime"},
+    "launch": {"runtime", "utils"},
     "media.slicing": set(),
     "media.audio_layout": set(),
     "media.video_sampling": {"utils"},
@@ -72,12 +72,12 @@ TABLE: dict[str, set[str]] = {
         *("tiny", "data_check", "training", "pages", "evaluation", "guicourse", "checkpoints", "chat", "export"),
         *("launch", "model_folders", "models", "planning"),
     },
-    "__main__": {"utils", "runtime"},  # and the command that is asked for, by its name
+    "__main__": {"utils", "runtime"},  # and the requested command, by name
 }
 
-# What stands against the table, inside a function, with its reason.
+# Imports inside functions that violate the table, with the reason.
 EXCEPTIONS = {
-    # ``model.chat`` is a method of the networks, and what writes prompts stands above them.
+    # ``model.chat`` is a method of the models, and prompts are written in a higher layer.
     ("models.chat_mixin", "finetune.chat.model_chat.chat"),
 }
 

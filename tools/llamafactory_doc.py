@@ -1,6 +1,6 @@
-"""The table of LLaMA-Factory's keys as it stands in docs/llamafactory.md.
+"""Generates the table of LLaMA-Factory's keys in docs/llamafactory.md.
 
-``python -m tools.llamafactory_doc FILE`` writes it into the file, between the marks that it has there.
+``python -m tools.llamafactory_doc FILE`` writes it into the file, between its markers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _fate(row: KeyRow) -> str:
 
 
 def insert(text: str) -> str:
-    """A page with the table between its marks."""
+    """The page with the table between its markers."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"

@@ -1,4 +1,4 @@
-"""The highest point of a real training step on the CPU, to hold a plan against: every allocation counted by torch."""
+"""Measured peak memory of a CPU training step, to validate the memory estimate."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from finetune.training.freezing import adapt
 def measured(
     config: dict[str, Any], recipe: TrainingSetup, shape: SampleShape, lora: LoraArguments | None = None
 ) -> tuple[int, int]:
-    """Bytes at the highest point of the second training step of a network of random weights, in fp32.
+    """Peak memory in bytes of the second training step of a randomly initialised model, in fp32.
 
     Args:
-        config: config.json of a small network.
+        config: config.json of a small model.
         recipe: stage 0 and one process.
         shape: of the micro-batch.
         lora: how adapters are made; None for those of the recipe's rank.
 
     Returns:
-        All bytes, and those of them that come and go with the step (gradients, activations, logits).
+        All bytes, and the transient part of them (gradients, activations, logits).
     """
     set_seed(0)
     network = MODEL_CLASSES[config["model_type"]]
@@ -91,7 +91,7 @@ def micro_batch(config: dict[str, Any], shape: SampleShape) -> dict[str, torch.T
 
 
 def _seen(config: dict[str, Any], shape: SampleShape, sizes: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The images of a network of ours."""
+    """Image inputs of the models of this package."""
     queries, first = config.get("query_num", 64), shape.tokens // 8 + 1
     bounds = [
         [row, first + item * queries, first + (item + 1) * queries]
@@ -105,7 +105,7 @@ def _seen(config: dict[str, Any], shape: SampleShape, sizes: torch.Tensor) -> di
 def _seen_whole(
     config: dict[str, Any], shape: SampleShape, ids: torch.Tensor, sizes: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Those of a network of transformers, whose places are marked in ``ids``."""
+    """Image inputs of transformers' own classes; their placeholders are written into ``ids``."""
     count, first = int(sizes.prod(1).sum()), shape.tokens // 8 + 1
     places = count // (4 if config["downsample_mode"] == "4x" else 16) // shape.batch
     ids[:] = ids.where(ids != config["image_token_id"], 3)

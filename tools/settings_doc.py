@@ -1,4 +1,4 @@
-"""The tables of docs/settings.md, from the tables in the code: ``python tools/settings_doc.py`` writes them anew."""
+"""Generates the tables of docs/settings.md from the code: ``python tools/settings_doc.py``."""
 
 from __future__ import annotations
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import Field, fields
 from enum import Enum
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
+from finetune.arguments.argv import parse_flags
 from finetune.arguments.data import DataArguments
 from finetune.arguments.model import LoraArguments, ModelArguments, check_lora
 from finetune.arguments.ranges import check_not_empty, check_objects, check_ranges
@@ -20,10 +22,16 @@ from finetune.arguments.requirements import check_data, check_q_lora, check_targ
 from finetune.arguments.resolve import Resolved, refuse_unknown, resolve
 from finetune.arguments.training import TrainingArguments, check_streamed_batches
 from finetune.utils.errors import ArgumentError, UserError
+from finetune.utils.number_format import significant
 
 logger = logging.getLogger(__name__)
 
-# PyYAML's document end marker after a single value.
+# Origins of flags: typed, or among the defaults of finetune_lora.sh and finetune_ds.sh, or computed from others.
+COMMAND_LINE, LAUNCHER, DERIVED = "command line", "launcher default", "derived"
+# How many arguments at the end of the command line the user gave; those before them are the launcher's.
+_USER_ARGS = "FINETUNE_USER_ARGS"
+
+# What PyYAML puts behind a single value.
 _DOCUMENT_END = "\n...\n"
 
 # Secrets, and objects that transformers derives from other flags.
@@ -48,25 +56,34 @@ class Arguments(NamedTuple):
     """Where each flag was given; other flags have their default or are derived."""
 
     def non_defaults(self) -> dict[str, Any]:
-        """Every flag whose resolved value differs from its default, by name, as YAML types."""
-        values: dict[str, Any] = {}
-        for group in (self.model, self.data, self.training, self.lora):
-            for entry in fields(group):
-                value = getattr(group, entry.name)
-                if value != entry.default and value not in (None, [], "") and entry.name not in _NOT_RECORDED:
-                    values[entry.name] = _plain(value)
-        return values
+        """Every flag whose resolved value differs from its default, by name, in plain YAML types."""
+        return {entry.name: _plain(value) for entry, value in self._recordable() if value != entry.default}
+
+    def _recordable(self) -> Iterator[tuple[Field[Any], Any]]:
+        """Every flag that has a value and may be recorded."""
+        for arguments in (self.model, self.data, self.training, self.lora):
+            for entry in fields(arguments):
+                value = getattr(arguments, entry.name)
+                if value not in (None, [], "") and entry.name not in _NOT_RECORDED:
+                    yield entry, value
 
     def origin(self, name: str) -> str:
         """Where the value of a flag comes from."""
-        return self.origins.get(name, "derived")
+        return self.origins.get(name, DERIVED)
 
     def describe(self) -> str:
-        """The flags that differ from their defaults, one per line, with their origins."""
-        values = self.non_defaults()
+        """The flags that the user gave, one a line, with their origins unless typed; run.yaml has the others too."""
+        values = {entry.name: _plain(value) for entry, value in self._recordable() if self._is_given(entry.name)}
         width = max(map(len, values), default=0)
-        lines = [f"  {name:<{width}}  {_short(value)}  ({self.origin(name)})" for name, value in values.items()]
-        return "\n".join(["flags that are not at their defaults:", *lines])
+        lines = []
+        for name, value in values.items():
+            origin = "" if self.origin(name) == COMMAND_LINE else f"  ({self.origin(name)})"
+            lines.append(f"  {name:<{width}}  {_short(value)}{origin}")
+        return "\n".join(lines)
+
+    def _is_given(self, name: str) -> bool:
+        origin = self.origin(name)
+        return origin not in (DERIVED, LAUNCHER) and not origin.startswith("LLaMA-Factory's default")
 
     def to_yaml(self) -> str:
         """The same as YAML that finetune.py accepts; values derived from other flags or the machine are comments."""
@@ -79,7 +96,11 @@ class Arguments(NamedTuple):
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    if isinstance(value, dict) and "zero_optimization" in value:
+        return f"ZeRO stage {value['zero_optimization'].get('stage', 0)}"
+    if isinstance(value, list):
+        return " ".join(map(_short, value))
+    text = significant(value, 6) if isinstance(value, float) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -119,7 +140,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     check_data(data, training)
     if data.streaming:
         check_streamed_batches(training)
-    return Arguments(model, data, training, lora, resolved.origins)
+    origins = resolved.origins if argv is not None else _mark_launcher_defaults(resolved.origins, sys.argv[1:])
+    return Arguments(model, data, training, lora, origins)
+
+
+def _mark_launcher_defaults(origins: Mapping[str, str], argv: Sequence[str]) -> dict[str, str]:
+    """The origins, with LAUNCHER for every flag that only the launcher gave."""
+    count = os.environ.get(_USER_ARGS, "")
+    start = max(len(argv) - int(count), 0) if count.isdecimal() else 0
+    (defaults, _), (own, _) = parse_flags(argv[:start]), parse_flags(argv[start:])
+    only = {name for name in defaults if name not in own}
+    return {name: LAUNCHER if name in only and origin == COMMAND_LINE else origin for name, origin in origins.items()}
 
 
 class _Parser(HfArgumentParser):

@@ -1,4 +1,4 @@
-"""A conversation in the making: what has been said, and the files of the next question."""
+"""A chat history: the turns so far, and the media files attached to the next question."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ File = tuple[MediaKind, Path]
 
 
 CHAT = Source("chat", 0)
-# What opens a file of a kind: one that cannot be used is told when it is named.
+# Opens a file of each kind, so that an unusable file is reported as soon as it is attached.
 _OPENED: dict[MediaKind, Callable[[Media, Source], object]] = {
     "image": image.size,
     "video": video.probe,
@@ -27,10 +27,10 @@ _OPENED: dict[MediaKind, Callable[[Media, Source], object]] = {
 
 
 def _found(path: str, kind: MediaKind) -> Path | None:
-    """The file of a path; of one in quotes or with backslashes where there is none of that very name."""
+    """The file at a path; a path in quotes or with backslashes is unquoted when no file has that exact name."""
     try:
         words = shlex.split(path)
-    except ValueError:  # a quote without its other half
+    except ValueError:  # an unclosed quote
         words = []
     for each in (path, *(words if len(words) == 1 else ())):
         file = expand(each)
@@ -40,14 +40,14 @@ def _found(path: str, kind: MediaKind) -> Path | None:
 
 
 class ConversationState:
-    """Questions with their pictures, videos and sounds, and answers.
+    """The turns of a chat with their images, videos and audio.
 
     Args:
         system_prompt: text of a system turn, None for none.
 
     Attributes:
         turns: role, text and files of every turn so far.
-        files: kind and path of what stands in front of the next question.
+        files: kind and path of the media attached to the next question.
     """
 
     def __init__(self, system_prompt: str | None = None) -> None:
@@ -57,19 +57,19 @@ class ConversationState:
         self._saved: set[Path] = set()
 
     def reset(self) -> None:
-        """Forgets everything but the system turn."""
+        """Clears all turns but the system turn."""
         self.turns, self.files = [], []
 
     def show(self, path: str, kind: MediaKind = "image") -> None:
-        """Puts a picture, or a file of another kind, in front of the next question.
+        """Attaches an image, or a file of another kind, in front of the next question.
 
         Args:
-            path: as it is, or quoted as terminals write the path of a file that is dragged into them.
-            kind: what it is.
+            path: plain, or quoted as terminals insert the path of a dragged file.
+            kind: "image", "video" or "audio".
 
         Raises:
             ArgumentError: there is no such file.
-            DataError: it is not of that kind, or cannot be read.
+            DataError: the file is not of that kind, or cannot be read.
         """
         file = _found(path, kind)
         if file is None:
@@ -78,10 +78,10 @@ class ConversationState:
         self.files.append((kind, file.resolve()))
 
     def ask(self, question: str) -> Sample:
-        """The conversation up to a new question; ``take_back`` forgets it again, ``answered`` completes it.
+        """The conversation up to a new question; ``take_back`` removes it, ``answered`` completes it.
 
         Raises:
-            DataError: a file that is gone.
+            DataError: a file no longer exists.
         """
         self.turns.append(("user", question, self.files))
         self.files = []
@@ -92,15 +92,15 @@ class ConversationState:
         return read_messages(msgs, system_prompt=self.system_prompt)
 
     def answered(self, answer: str) -> None:
-        """The answer to the last question."""
+        """Adds the answer to the last question."""
         self.turns.append(("assistant", answer, []))
 
     def take_back(self) -> None:
-        """Forgets the last question and its files."""
+        """Removes the last question and its files."""
         self.turns.pop()
 
     def record(self) -> dict[str, Any]:
-        """The conversation as a record that training reads."""
+        """The conversation as a training record."""
         media: dict[str, dict[str, str]] = {}
         turns = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         for role, text, files in self.turns:
@@ -114,14 +114,14 @@ class ConversationState:
         return {"id": "chat", **media, "conversations": turns}
 
     def save(self, path: str) -> Path:
-        """Writes a data file of this one conversation.
+        """Writes the conversation as a data file with one record.
 
         Raises:
             ArgumentError: nothing to save, the file exists already, or it cannot be written.
         """
         file = expand(path).resolve()
         if not self.turns:
-            raise ArgumentError("nothing has been said yet")
+            raise ArgumentError("the conversation is empty: ask a question first")
         if file.exists() and file not in self._saved:
             raise ArgumentError(f"{file} exists; choose another name")
         try:

@@ -1,4 +1,4 @@
-"""Tokens as they arrive become text, in pieces that together are the whole answer."""
+"""Incremental detokenizer for streaming: text chunks whose concatenation is the full answer."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.evaluation.batched_generation import answer_text
 
-# A byte of a character that the vocabulary lacks (sentencepiece); its neighbours decide what it means.
+# Byte fallback of sentencepiece: a byte of a character outside the vocabulary, decodable only with its neighbours.
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _UNFINISHED = "\ufffd"
 
 
 class IncrementalDetokenizer:
-    """The text of an answer that is still being written.
+    """Decodes generated tokens one at a time.
 
-    A piece is given out only when no later token can change it: white space at the end may be the answer's last, and
-    half a character waits for its other half.
+    Text is emitted only when no later token can change it: trailing white space is held back because it is stripped at
+    the end of an answer, and an incomplete UTF-8 sequence until it is complete.
 
     Args:
         tokenizer: the checkpoint's.
@@ -31,18 +31,18 @@ class IncrementalDetokenizer:
         self._given = ""
 
     def add(self, token: int) -> str:
-        """What can be given out now that ``token`` has come; often nothing."""
+        """The text that ``token`` completes; often empty."""
         self._ids.append(token)
         if token not in self._stops and _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))):
             return ""
         return self._give(answer_text(self._tokenizer, self._ids, self._stops).rstrip(_UNFINISHED).rstrip())
 
     def rest(self) -> str:
-        """What is left when no token comes any more."""
+        """The remaining text, once generation has ended."""
         return self._give(answer_text(self._tokenizer, self._ids, self._stops))
 
     def _give(self, text: str) -> str:
         if not text.startswith(self._given):
             return ""
-        piece, self._given = text[len(self._given) :], text
-        return piece
+        chunk, self._given = text[len(self._given) :], text
+        return chunk

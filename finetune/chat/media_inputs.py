@@ -16,7 +16,7 @@ from finetune.utils.file_types import is_file
 from finetune.utils.paths import expand
 from finetune.utils.quoting import shown
 
-Picture = Image.Image | Path | str | bytes
+ImageInput = Image.Image | Path | str | bytes
 """A PIL image, the path of a file (Path or str), or the bytes of a file."""
 
 
@@ -33,10 +33,10 @@ def img2base64(file: str | Path) -> str:
 
 
 def from_base64(text: str | bytes, source: Source) -> Image.Image:
-    """The picture that base64 (with or without a ``data:`` head) stands for.
+    """The image encoded as base64, with or without a ``data:`` URI prefix.
 
     Raises:
-        DataError: it is not base64, or not a picture.
+        DataError: it is not base64, or not an image.
     """
     try:
         given = text.encode("ascii") if isinstance(text, str) else text
@@ -46,52 +46,52 @@ def from_base64(text: str | bytes, source: Source) -> Image.Image:
     return decode(data, source)
 
 
-def as_media(picture: Picture, source: Source) -> Media:
-    """A picture as a part of a conversation.
+def as_media(image: ImageInput, source: Source) -> Media:
+    """An image as a part of a message.
 
     Raises:
-        DataError: there is no such file, or the bytes are not a picture.
+        DataError: there is no such file, or the bytes are not an image.
     """
-    if isinstance(picture, Image.Image):
-        return Media("image", picture)
-    if isinstance(picture, bytes):
-        return Media("image", decode(picture, source))
-    if isinstance(picture, (str, Path)):
-        path = expand(picture)
+    if isinstance(image, Image.Image):
+        return Media("image", image)
+    if isinstance(image, bytes):
+        return Media("image", decode(image, source))
+    if isinstance(image, (str, Path)):
+        path = expand(image)
         if not is_file(path):
-            raise DataError(f"{source}: image {shown(str(picture))} does not exist (looked in {Path.cwd()})")
+            raise DataError(f"{source}: image {shown(str(image))} does not exist (looked in {Path.cwd()})")
         return Media("image", path)
-    raise DataError(f"{source}: an image is a {type(picture).__name__}; give a PIL image or the path of a file")
+    raise DataError(f"{source}: image of type {type(image).__name__}; give a PIL image or the path of a file")
 
 
-def is_sound(path: Path) -> bool:
-    """Whether the name of a file says that it is sound."""
+def is_audio(path: Path) -> bool:
+    """Whether the file name has the suffix of an audio file."""
     return path.suffix.lower() in AUDIO_SUFFIXES
 
 
-def as_sound(sound: Any, source: Source) -> Media:
-    """A sound as a part of a conversation.
+def as_audio(audio: Any, source: Source) -> Media:
+    """Audio as a part of a message.
 
     Args:
-        sound: samples of one channel at 16 kHz (a float array), the path of a file, the bytes of one, or their base64,
-            with or without a ``data:`` head.
+        audio: mono samples at 16 kHz (a float array), the path of a file, the bytes of one, or their base64, with or
+            without a ``data:`` URI prefix.
         source: named in errors.
 
     Raises:
         DataError: there is no such file, or it is none of these.
     """
-    if isinstance(sound, (np.ndarray, bytes)):
-        return Media("audio", sound)
-    if isinstance(sound, Path) or (isinstance(sound, str) and len(sound) < 4096 and not sound.startswith("data:")):
-        path = expand(sound)
+    if isinstance(audio, (np.ndarray, bytes)):
+        return Media("audio", audio)
+    if isinstance(audio, Path) or (isinstance(audio, str) and len(audio) < 4096 and not audio.startswith("data:")):
+        path = expand(audio)
         if is_file(path):
             return Media("audio", path)
-        if isinstance(sound, Path) or is_sound(path):
-            raise DataError(f"{source}: audio {shown(str(sound))} does not exist (looked in {Path.cwd()})")
-    if isinstance(sound, str):
-        return Media("audio", _from_base64(sound, source))
+        if isinstance(audio, Path) or is_audio(path):
+            raise DataError(f"{source}: audio {shown(str(audio))} does not exist (looked in {Path.cwd()})")
+    if isinstance(audio, str):
+        return Media("audio", _from_base64(audio, source))
     raise DataError(
-        f"{source}: a sound is a {type(sound).__name__}; give samples at 16 kHz as a numpy array, or the path of a file"
+        f"{source}: audio of type {type(audio).__name__}; give 16 kHz samples as a numpy array, or the path of a file"
     )
 
 
@@ -99,11 +99,11 @@ def _from_base64(text: str, source: Source) -> bytes:
     try:
         return base64.b64decode(text.rpartition(",")[2] if text.startswith("data:") else text, validate=True)
     except (ValueError, binascii.Error) as error:
-        raise DataError(f"{source}: audio {text[:80]!r} is no file here and no base64 ({error})") from error
+        raise DataError(f"{source}: audio {text[:80]!r} is neither a file nor base64 ({error})") from error
 
 
 def as_video(video: Any, source: Source) -> Media:
-    """A video as a part of a conversation.
+    """A video as a part of a message.
 
     Args:
         video: the path of a file or of a folder of frames, or a list of the paths of frames.
@@ -116,7 +116,7 @@ def as_video(video: Any, source: Source) -> Media:
         return Media("video", tuple(_found(frame, source) for frame in video))
     if isinstance(video, (str, Path)):
         return Media("video", _found(video, source))
-    raise DataError(f"{source}: a video is a {type(video).__name__}; give the path of a file, or those of its frames")
+    raise DataError(f"{source}: video of type {type(video).__name__}; give the path of a file, or those of its frames")
 
 
 def _found(given: str | Path, source: Source) -> Path:

@@ -1,4 +1,4 @@
-"""Messages as the published ``chat`` takes them become a Sample."""
+"""Converts the ``msgs`` argument of the published ``model.chat`` into a Sample."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finetune.chat.media_inputs import Picture, as_media, as_sound, as_video, from_base64, is_sound
+from finetune.chat.media_inputs import ImageInput, as_audio, as_media, as_video, from_base64, is_audio
 from finetune.sample import VIDEO_SUFFIXES, DataError, Media, Message, Part, Sample, Source, Text
 
-# Names under which the published examples give the text or the medium of a part.
+# Keys under which the published examples give the text or the media of a part.
 _TEXT_KEYS = ("text", "pairs", "content")
 _IMAGE_KEYS = ("image", "pairs", "content")
 _AUDIO_KEYS = ("audio", "pairs", "content")
@@ -23,28 +23,28 @@ _VIDEO_KEYS = ("video", "pairs", "content")
 
 def read_messages(
     msgs: Any,
-    image: Picture | Sequence[Picture] | None = None,
+    image: ImageInput | Sequence[ImageInput] | None = None,
     *,
     context: Sequence[Mapping[str, Any]] | None = None,
     system_prompt: str | None = None,
     index: int = 0,
     joint: str = "\n",
 ) -> Sample:
-    """A conversation that the model is to go on with.
+    """A conversation for the model to continue.
 
     Args:
-        msgs: turns with ``role`` and ``content``, or their JSON. A content is a string, or a list of strings, pictures
-            (PIL images, Paths, ``{"type": "image", "image": ...}`` also with base64) and sound (numpy arrays of samples
+        msgs: turns with ``role`` and ``content``, or their JSON. A content is a string, or a list of strings, images
+            (PIL images, Paths, ``{"type": "image", "image": ...}`` also with base64) and audio (numpy arrays of samples
             at 16 kHz, Paths, ``{"type": "audio", "audio": ...}`` also with base64) and videos (Paths of files or of
             folders of frames, ``{"type": "video", "video": ...}`` also with a list of frames) in reading order.
-        image: picture, or pictures, in front of the first user turn.
+        image: image, or list of images, in front of the first user turn.
         context: turns before ``msgs``; ignored when ``msgs`` begin with them.
         system_prompt: text of a system turn in front.
-        index: number of the conversation in its batch, for messages.
-        joint: what stands between the items of a content.
+        index: position of the conversation in its batch, for error messages.
+        joint: separator between the items of a content.
 
     Raises:
-        DataError: anything that does not fit this, or a conversation that leaves nothing to answer.
+        DataError: malformed messages, or a conversation that does not end with a user turn.
     """
     source = Source("chat", index)
     turns = _turns(msgs, source)
@@ -78,61 +78,61 @@ def _message(turn: Any, number: int, source: Source, joint: str) -> Message:
     if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str) or turn.get("content") is None:
         raise DataError(f"{source}: turn {number} must be an object with 'role' and 'content'")
     content = turn["content"]
-    pieces = list(content) if isinstance(content, (list, tuple)) else [content]
+    items = list(content) if isinstance(content, (list, tuple)) else [content]
     parts: list[Part] = []
-    for place, piece in enumerate(pieces):
+    for place, item in enumerate(items):
         if place and joint:
             parts.append(Text(joint))
-        parts.append(_part(piece, f"turn {number}", source))
+        parts.append(_part(item, f"turn {number}", source))
     return Message(turn["role"], tuple(parts))
 
 
-def _part(piece: Any, where: str, source: Source) -> Part:
-    if isinstance(piece, str):
-        return Text(piece)
-    if isinstance(piece, np.ndarray) or (isinstance(piece, Path) and is_sound(piece)):
-        return as_sound(piece, source)
-    if isinstance(piece, Path) and (piece.suffix.lower() in VIDEO_SUFFIXES or piece.is_dir()):
-        return as_video(piece, source)
-    if isinstance(piece, (Image.Image, Path)):
-        return as_media(piece, source)
-    if isinstance(piece, Mapping):
-        kind = piece.get("type")
-        if kind == "text" and isinstance(text := _first(piece, _TEXT_KEYS), str):
+def _part(item: Any, where: str, source: Source) -> Part:
+    if isinstance(item, str):
+        return Text(item)
+    if isinstance(item, np.ndarray) or (isinstance(item, Path) and is_audio(item)):
+        return as_audio(item, source)
+    if isinstance(item, Path) and (item.suffix.lower() in VIDEO_SUFFIXES or item.is_dir()):
+        return as_video(item, source)
+    if isinstance(item, (Image.Image, Path)):
+        return as_media(item, source)
+    if isinstance(item, Mapping):
+        kind = item.get("type")
+        if kind == "text" and isinstance(text := _first(item, _TEXT_KEYS), str):
             return Text(text)
-        if kind == "image" and (picture := _first(piece, _IMAGE_KEYS)) is not None:
-            return _picture(picture, source)
-        if kind == "audio" and (sound := _first(piece, _AUDIO_KEYS)) is not None:
-            return as_sound(sound, source)
-        if kind == "video" and (video := _first(piece, _VIDEO_KEYS)) is not None:
+        if kind == "image" and (image := _first(item, _IMAGE_KEYS)) is not None:
+            return _image(image, source)
+        if kind == "audio" and (audio := _first(item, _AUDIO_KEYS)) is not None:
+            return as_audio(audio, source)
+        if kind == "video" and (video := _first(item, _VIDEO_KEYS)) is not None:
             return as_video(video, source)
-        raise DataError(f"{source}: {where} has a part of type {kind!r} with {', '.join(map(str, piece))}; {_WANTED}")
-    raise DataError(f"{source}: {where} contains a {type(piece).__name__}; {_WANTED}")
+        raise DataError(f"{source}: {where} has a part of type {kind!r} with {', '.join(map(str, item))}; {_WANTED}")
+    raise DataError(f"{source}: {where} contains a {type(item).__name__}; {_WANTED}")
 
 
 _WANTED = (
-    "parts are strings, PIL images, arrays of sound, Paths, {'type': 'text', 'text': ...}, "
+    "parts are strings, PIL images, audio arrays, Paths, {'type': 'text', 'text': ...}, "
     "{'type': 'image', 'image': ...}, {'type': 'audio', 'audio': ...} and {'type': 'video', 'video': ...}"
 )
 
 
-def _picture(picture: Any, source: Source) -> Media:
-    """A picture inside a dictionary, where a string is base64."""
-    if isinstance(picture, (str, bytes)):
-        return Media("image", from_base64(picture, source))
-    return as_media(picture, source)
+def _image(image: Any, source: Source) -> Media:
+    """The image of a ``{"type": "image"}`` part, where a string is base64."""
+    if isinstance(image, (str, bytes)):
+        return Media("image", from_base64(image, source))
+    return as_media(image, source)
 
 
-def _first(piece: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    return next((piece[key] for key in keys if key in piece), None)
+def _first(item: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    return next((item[key] for key in keys if key in item), None)
 
 
-def _put_in_front(messages: list[Message], image: Picture | Sequence[Picture], source: Source) -> None:
-    pictures: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
+def _put_in_front(messages: list[Message], image: ImageInput | Sequence[ImageInput], source: Source) -> None:
+    images: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
     first = next((number for number, message in enumerate(messages) if message.role == "user"), None)
     if first is None:
         raise DataError(f"{source}: an image is given, but no user turn to put it into")
     front: list[Part] = []
-    for picture in pictures:
-        front += [as_media(picture, source), Text("\n")]
+    for each in images:
+        front += [as_media(each, source), Text("\n")]
     messages[first] = replace(messages[first], parts=(*front, *messages[first].parts))

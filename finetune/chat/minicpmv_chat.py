@@ -1,4 +1,4 @@
-"""The class of the published guides: a path becomes something that answers."""
+"""``MiniCPMVChat``, the class of the published guides: loads a checkpoint or adapter and answers messages."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["MiniCPMVChat", "best_device", "img2base64"]
 
 
 class MiniCPMVChat:
-    """A full checkpoint or an adapter that answers.
+    """Chat with a full checkpoint or an adapter.
 
     Args:
         path: folder of either, or a hub id.
-        device: "cuda", "cuda:1", "mps", "cpu"; None for the best there is.
+        device: "cuda", "cuda:1", "mps", "cpu"; None for the best available one.
         dtype: of the weights; "auto" is the file's.
-        **options: handed on to ``load_model`` (base, attn_implementation, revision, ...).
+        **options: passed to ``load_model`` (base, attn_implementation, revision, ...).
 
     Raises:
         CheckpointError: the folder cannot be loaded.
@@ -45,19 +45,19 @@ class MiniCPMVChat:
         """The answer to a conversation.
 
         Args:
-            inputs: ``question``, the turns (``role`` and ``content``) as JSON, and ``image``, a picture in base64 for
-                the first user turn; without it, or with None or "", the conversation is of text alone.
+            inputs: ``question``, the turns (``role`` and ``content``) as JSON, and ``image``, a base64 image for
+                the first user turn; absent, None or "": text only.
             **options: fields of ``ChatPromptOptions`` and ``SamplingOptions``, e.g. sampling=False,
                 max_new_tokens=64; and system_prompt.
 
         Raises:
-            DataError: messages that are no conversation, or an image that cannot be decoded.
+            DataError: malformed messages, or an image that cannot be decoded.
             ArgumentError: an option that does not exist.
         """
         if "question" not in inputs:
             raise ArgumentError(f"inputs have no 'question' (found {', '.join(map(repr, inputs)) or 'nothing'})")
-        picture = inputs.get("image")
-        image = from_base64(picture, Source("chat", 0)) if picture else None
+        encoded = inputs.get("image")
+        image = from_base64(encoded, Source("chat", 0)) if encoded else None
         sample = read_messages(inputs["question"], image, system_prompt=options.pop("system_prompt", None))
         prompting, decoding = read_options(options)
         return self._talker.answer([sample], prompting, decoding)[0]

@@ -1,4 +1,4 @@
-"""What ``model.chat(...)`` does; the method itself is in ``finetune.models.chat_mixin``."""
+"""Implementation of ``model.chat(...)``; the method itself is in ``finetune.models.chat_mixin``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def chat(
     stream: bool,
     **options: Any,
 ) -> Any:
-    """An answer, or the pieces of one, or the answers of a batch; see ``Chatting.chat``.
+    """An answer, a stream of its chunks, or the answers of a batch; see ``Chatting.chat``.
 
     Raises:
         ArgumentError: an option that does not exist, or does not fit.
@@ -46,19 +46,19 @@ def chat(
             raise ArgumentError(f"{'stream' if stream else 'context'} goes with one conversation, not with a batch")
         images = _spread(image, len(msgs))
         samples = [
-            read_messages(turns, picture, system_prompt=system_prompt, index=index, joint=joint)
-            for index, (turns, picture) in enumerate(zip(msgs, images, strict=True))
+            read_messages(turns, first_image, system_prompt=system_prompt, index=index, joint=joint)
+            for index, (turns, first_image) in enumerate(zip(msgs, images, strict=True))
         ]
         answers = talker.answer(samples, prompting, decoding)
     if not talker.family.chat_gives_context:
         return answers if batched else answers[0]
-    contexts = [_spoken(sample, answer) for sample, answer in zip(samples, answers, strict=True)]
+    contexts = [_with_answer(sample, answer) for sample, answer in zip(samples, answers, strict=True)]
     histories = [list(turns) for turns in contexts]
     return (answers, contexts, histories) if batched else (answers[0], contexts[0], histories[0])
 
 
 def _spread(image: Any, count: int) -> Sequence[Any]:
-    """The picture of every conversation of a batch."""
+    """The image of every conversation of a batch."""
     if image is None:
         return [None] * count
     if not isinstance(image, (list, tuple)) or len(image) != count:
@@ -67,14 +67,14 @@ def _spread(image: Any, count: int) -> Sequence[Any]:
     return image
 
 
-def _spoken(sample: Sample, answer: str) -> list[dict[str, Any]]:
-    """The conversation with its answer, in the form that ``msgs`` and ``context`` have."""
+def _with_answer(sample: Sample, answer: str) -> list[dict[str, Any]]:
+    """The conversation with its answer, in the format of ``msgs`` and ``context``."""
     messages = (*sample.messages, Message("assistant", (Text(answer),)))
     return [{"role": message.role, "content": _content(message)} for message in messages]
 
 
 def _content(message: Message) -> Any:
-    """A string, or where there are pictures a list; newlines that joined its items are left out again."""
+    """A string, or a list when the message has media; newlines that joined its items are removed again."""
     if all(isinstance(part, Text) for part in message.parts):
         return message.text
     return [

@@ -1,4 +1,4 @@
-"""Answers of a network to conversations: all at once, or piece by piece while they are made."""
+"""Chat pipeline: batched generation and token streaming with a loaded model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -37,24 +37,23 @@ from finetune.models.downsample_mode import decide, with_mode, working_in
 from finetune.sample import Message, Sample, Source, Text
 from finetune.utils.errors import ArgumentError
 
-# A prompt that asks for thinking may end with this; it is then part of the answer.
+# With thinking enabled the prompt may end with this tag; it is then part of the answer.
 _OPEN_THOUGHT = "<think>\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatPromptOptions:
-    """How prompts are written; None keeps the checkpoint's value.
+    """Prompt options; None keeps the checkpoint's value.
 
     Attributes:
-        max_slice_nums: most slices per image.
+        max_slice_nums: maximum number of slices per image.
         use_image_id: whether images are numbered.
         enable_thinking: whether the model is asked to think before it answers.
         max_inp_length: longest prompt in tokens; a longer one is refused.
-        use_tts_template: MiniCPM-o: whether the prompt is one for an answer that is spoken; where there is sound,
-            it always is.
-        chunk_input: MiniCPM-o: whether every second of sound has placeholders of its own.
-        downsample_mode: of 4.6 and later, "16x" or "4x"; None for the network's.
-        video: how videos are looked at.
+        use_tts_template: MiniCPM-o: whether to use the prompt for spoken answers; always used with audio.
+        chunk_input: MiniCPM-o: whether every second of audio has its own placeholders.
+        downsample_mode: of 4.6 and later, "16x" or "4x"; None for the model's.
+        video: how video frames are sampled.
     """
 
     max_slice_nums: int | None = None
@@ -69,18 +68,18 @@ class ChatPromptOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are chosen.
+    """Sampling options of generation.
 
     Attributes:
-        sampling: draw them; False takes the most likely one each time.
-        temperature: above 0; only with sampling, as the next two.
-        top_p: share of the probability that is drawn from.
-        top_k: most tokens that are drawn from.
-        repetition_penalty: above 1 makes tokens that the answer already has less likely; None for 1.05 with sampling
-            and none without.
-        num_beams: beams searched.
-        max_new_tokens: longest answer.
-        min_new_tokens: shortest answer.
+        sampling: whether to sample; False is greedy decoding or beam search.
+        temperature: above 0; used only with sampling, as are top_p and top_k.
+        top_p: cumulative probability of the tokens sampled from.
+        top_k: number of tokens sampled from.
+        repetition_penalty: above 1 penalises tokens that the answer already has; None for 1.05 with sampling, else no
+            penalty.
+        num_beams: beams of beam search.
+        max_new_tokens: maximum length of an answer in tokens.
+        min_new_tokens: minimum length of an answer in tokens.
     """
 
     sampling: bool = True
@@ -93,7 +92,7 @@ class SamplingOptions:
     min_new_tokens: int = 0
 
     def options(self, prompt_length: int) -> dict[str, Any]:
-        """The same for ``generate``; nothing is left to the checkpoint's generation_config.json."""
+        """Keyword arguments for ``generate``; they override all of the checkpoint's generation_config.json."""
         chosen: dict[str, Any] = {"do_sample": self.sampling, "num_beams": self.num_beams, "repetition_penalty": 1.0}
         if self.sampling:
             chosen |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -101,22 +100,22 @@ class SamplingOptions:
             chosen["min_new_tokens"] = self.min_new_tokens
         penalty = self.repetition_penalty or (1.05 if self.sampling else 1.0)
         if penalty != 1.0:
-            # Of ``generate`` itself it would also count the words of the prompt.
+            # The penalty of ``generate`` itself would also count the tokens of the prompt.
             processor = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=prompt_length)
             chosen["logits_processor"] = LogitsProcessorList([processor])
         return {**chosen, "max_new_tokens": self.max_new_tokens}
 
 
-# Arguments of published calls that have no meaning here; None is what callers without a use for them give.
+# Arguments of published calls that have no effect here; callers that do not use them pass None.
 _WITHOUT_USE = ("processor", "vision_hidden_states", "streamer")
-# Those that ask for speech; it is not part of the network here.
+# Arguments that request speech output, which the model here does not include.
 _SPEECH = ("generate_audio", "output_audio_path", "return_spk_embed", "return_dict")
 _PROMPTING = {field.name for field in fields(ChatPromptOptions)}
 _DECODING = {field.name for field in fields(SamplingOptions)}
 
 
 def read_options(options: Mapping[str, Any]) -> tuple[ChatPromptOptions, SamplingOptions]:
-    """Keyword arguments sorted into the two; those that are None keep their default.
+    """Splits keyword arguments into the two; those that are None keep their default.
 
     Raises:
         ArgumentError: there is no such option.
@@ -126,11 +125,11 @@ def read_options(options: Mapping[str, Any]) -> tuple[ChatPromptOptions, Samplin
         options.setdefault("sampling", drawn)
     for name in _SPEECH:
         if options.pop(name, None):
-            raise ArgumentError(f"{name}: answers are text, speech is left to the published code; leave {name} out")
+            raise ArgumentError(f"{name}: answers are text, speech output needs the published code; remove {name}")
     if options.pop("temporal_ids", None):
         raise ArgumentError(
             "temporal_ids: give the video itself in place of its frames, Path(...) or {'type': 'video', 'video': ...}; "
-            "they are chosen and grouped as the checkpoint wants"
+            "frames are then sampled and grouped as the checkpoint requires"
         )
     for name, value in options.items():
         if name not in _PROMPTING | _DECODING and (name not in _WITHOUT_USE or value is not None):
@@ -142,15 +141,15 @@ def read_options(options: Mapping[str, Any]) -> tuple[ChatPromptOptions, Samplin
 
 
 class ChatPipeline:
-    """A network with its tokenizer, ready to answer.
+    """A model and its tokenizer for generation.
 
     Args:
-        model: the network, or an adapter on it.
-        tokenizer: the checkpoint's; None for the one in the folder that the network came from.
+        model: the model, or a PeftModel around it.
+        tokenizer: the checkpoint's; None for the one in the folder that the model was loaded from.
 
     Raises:
         CheckpointError: there is no tokenizer.
-        UnknownFamilyError: the network is none of the supported generations.
+        UnknownFamilyError: the model is not of a supported family.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -158,23 +157,23 @@ class ChatPipeline:
         config, folder = _origin(model)
         self.family = detect(config)
         self.tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
-        # What the processors are told lies beside config.json.
+        # Processor settings are in files beside config.json.
         whole = (Path(folder) / "config.json").is_file()
         self._settings = read_settings(Path(folder), config) if whole else config
 
     def encoder(self, prompting: ChatPromptOptions) -> Encoder:
-        """The encoder that writes prompts in this way.
+        """The encoder for these prompt options.
 
         Raises:
-            ArgumentError: thinking or a downsample_mode is asked for that the family does not know.
+            ArgumentError: the family does not have the thinking mode or downsample_mode that is requested.
         """
         network: Any = self.model.config
         wish = prompting.downsample_mode or getattr(network, DOWNSAMPLE_MODE, None)
         mode = decide(self.family, self._settings, None, wish, environment={})
         config = json.dumps(with_mode(self._settings, mode), sort_keys=True, default=str)
         encoder = _encoder(self.family.name, self.tokenizer, config, prompting)
-        if prompting.enable_thinking and not _thinks(self.family.name, self.tokenizer, config):
-            raise ArgumentError(f"enable_thinking: {self.family.title} has no thinking mode; leave it out")
+        if prompting.enable_thinking and not _has_thinking_mode(self.family.name, self.tokenizer, config):
+            raise ArgumentError(f"enable_thinking: {self.family.title} has no thinking mode; remove it")
         return encoder
 
     def answer(self, samples: Sequence[Sample], prompting: ChatPromptOptions, decoding: SamplingOptions) -> list[str]:
@@ -191,14 +190,14 @@ class ChatPipeline:
         return [opening + answer_text(self.tokenizer, row, encoder.stop_ids) for row in rows]
 
     def stream(self, sample: Sample, prompting: ChatPromptOptions, decoding: SamplingOptions) -> Iterator[str]:
-        """The answer in pieces; together they are the answer. Closing the iterator ends the generation.
+        """The answer as a stream of text chunks. Closing the iterator stops the generation.
 
         Raises:
-            DataError: a conversation or an image that cannot be used; at once, not with the first piece.
+            DataError: a conversation or an image that cannot be used; raised by the call, not with the first chunk.
             ArgumentError: settings that do not fit.
         """
         if decoding.num_beams > 1:
-            raise ArgumentError(f"stream=True gives tokens as they are made; num_beams={decoding.num_beams} cannot")
+            raise ArgumentError(f"stream=True: beam search (num_beams={decoding.num_beams}) cannot be streamed")
         encoder = self.encoder(prompting)
         batch, opening = self._batch(encoder, [sample])
         return self._stream(encoder, batch, opening, decoding)
@@ -208,8 +207,8 @@ class ChatPipeline:
     ) -> Iterator[str]:
         tokens: SimpleQueue[int | None] = SimpleQueue()
         stop = Event()
-        more = {"streamer": _Tap(tokens), "stopping_criteria": StoppingCriteriaList([_Asked(stop)])}
-        pieces = IncrementalDetokenizer(self.tokenizer, encoder.stop_ids)
+        more = {"streamer": _TokenStreamer(tokens), "stopping_criteria": StoppingCriteriaList([_StopRequested(stop)])}
+        detokenizer = IncrementalDetokenizer(self.tokenizer, encoder.stop_ids)
         with evaluating(self.model), ThreadPoolExecutor(1) as pool:
             future = pool.submit(self._generate, encoder, batch, decoding, **more)
             future.add_done_callback(lambda _: tokens.put(None))
@@ -217,11 +216,11 @@ class ChatPipeline:
                 if opening:
                     yield opening
                 while (token := tokens.get()) is not None:
-                    if piece := pieces.add(token):
-                        yield piece
+                    if chunk := detokenizer.add(token):
+                        yield chunk
                 future.result()
-                if piece := pieces.rest():
-                    yield piece
+                if chunk := detokenizer.rest():
+                    yield chunk
             finally:
                 stop.set()
 
@@ -246,7 +245,7 @@ class ChatPipeline:
 
 
 def _origin(model: nn.Module) -> tuple[dict[str, Any], str]:
-    """config.json of a network as a dictionary, and the folder it came from."""
+    """config.json of a model as a dictionary, and the folder it was loaded from."""
     config: Any = model.config
     return config.to_dict(), str(getattr(model, "name_or_path", "") or "")
 
@@ -275,8 +274,8 @@ def _encoder(name: str, tokenizer: PreTrainedTokenizerBase, config: str, prompti
 
 
 @lru_cache(maxsize=16)
-def _thinks(name: str, tokenizer: PreTrainedTokenizerBase, config: str) -> bool:
-    """Whether prompts that ask for thinking differ from those that ask for none."""
+def _has_thinking_mode(name: str, tokenizer: PreTrainedTokenizerBase, config: str) -> bool:
+    """Whether the prompt changes with enable_thinking."""
     question = Sample(id="", source=Source("chat", 0), messages=(Message("user", (Text("?"),)),))
     asked, not_asked = (
         _encoder(name, tokenizer, config, ChatPromptOptions(enable_thinking=wanted))
@@ -289,7 +288,7 @@ def _thinks(name: str, tokenizer: PreTrainedTokenizerBase, config: str) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the former mode afterwards."""
+    """Context with the model in evaluation mode; restores the previous mode."""
     before = model.training
     model.eval()
     try:
@@ -299,12 +298,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Where inputs go; parameters that are offloaded have no device."""
+    """The device of the inputs; offloaded parameters are on the meta device."""
     return next(parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
 
 
-class _Tap(BaseStreamer):
-    """Puts new tokens into a queue; the first call of ``generate`` brings the prompt."""
+class _TokenStreamer(BaseStreamer):
+    """Streamer that puts new tokens into a queue; the first call passes the prompt, which is skipped."""
 
     def __init__(self, tokens: SimpleQueue[int | None]) -> None:
         self._tokens = tokens
@@ -318,11 +317,11 @@ class _Tap(BaseStreamer):
             self._tokens.put(token)
 
     def end(self) -> None:
-        """The thread itself says when it is done."""
+        """Nothing: the generating thread marks the end itself."""
 
 
-class _Asked(StoppingCriteria):
-    """Stops when the reader has gone away."""
+class _StopRequested(StoppingCriteria):
+    """Stops generation when the consumer has closed the stream."""
 
     def __init__(self, stop: Event) -> None:
         self._stop = stop

@@ -1,4 +1,4 @@
-"""A base with its adapters, of which one or none speaks at a time."""
+"""A base model with named LoRA adapters, at most one of which is active."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ OFF = "off"
 
 
 class ChatSession:
-    """A loaded base, and adapters that are switched by name.
+    """A loaded base model, and adapters that are switched by name.
 
     Args:
         model: folder or hub id of a full checkpoint, or of an adapter, which then is the first; None for the base of
             the first adapter.
-        adapters: folders, or NAME=FOLDER; without a name the folder's name counts.
-        device: "cuda", "mps", "cpu"; None for the best there is.
+        adapters: FOLDER or NAME=FOLDER; the name defaults to that of the folder.
+        device: "cuda", "mps", "cpu"; None for the best available one.
         dtype: of the weights; "auto" is the file's.
-        downsample_mode: how all of them look at images; None for what each was trained with.
+        downsample_mode: for the base and all adapters; None for the mode that each was trained with.
 
     Attributes:
         adapters: folder by name.
-        active: name of the adapter that speaks, or OFF.
-        modes: by adapter, and of the base (OFF), how many patches become a token; None where there is one way only.
+        active: name of the active adapter, or OFF.
+        modes: downsample_mode by adapter, and of the base (OFF); None for families without it.
 
     Raises:
         ArgumentError: neither model nor adapter is given, or two adapters have one name.
-        CheckpointError: a folder cannot be loaded, or an adapter belongs to another network.
+        CheckpointError: a folder cannot be loaded, or an adapter belongs to another model.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ChatSession:
             model, adapters = None, (model, *adapters)
         self.adapters = _named(adapters)
         if model is None and not adapters:
-            raise ArgumentError("nothing to talk to: give --model, or --adapter, which knows its base")
+            raise ArgumentError("no model: give --model, or --adapter, whose adapter_config.json names its base")
         options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device or best_device()}}
         folders = {name: local_folder(folder) for name, folder in self.adapters.items()}
         base = str(model or base_of(next(iter(folders.values()))))
@@ -73,11 +73,11 @@ class ChatSession:
         self.model: PreTrainedModel | PeftModel = loaded
         self.model.eval()
         self.active = next(iter(self.adapters), OFF)
-        self.talker = ChatPipeline(self.model)
+        self.pipeline = ChatPipeline(self.model)
         self._lock = Lock()
 
     def choose(self, name: str) -> None:
-        """Makes an adapter the one that speaks, or none of them (OFF).
+        """Activates an adapter, or none (OFF).
 
         Raises:
             ArgumentError: there is no such adapter.
@@ -89,7 +89,7 @@ class ChatSession:
     def stream(
         self, sample: Sample, prompting: ChatPromptOptions, decoding: SamplingOptions, name: str | None = None
     ) -> Iterator[str]:
-        """The answer in pieces, of the active adapter or the one called ``name``.
+        """The answer as a stream of text chunks, of the active adapter or the one called ``name``.
 
         Raises:
             DataError: a conversation or an image that cannot be used.
@@ -99,12 +99,12 @@ class ChatSession:
         mode = self.modes[name]
         if prompting.downsample_mode is None and mode is not None:
             prompting = replace(prompting, downsample_mode=mode.name)
-        with self._speaking(name):
-            yield from self.talker.stream(sample, prompting, decoding)
+        with self._activated(name):
+            yield from self.pipeline.stream(sample, prompting, decoding)
 
     @contextmanager
-    def _speaking(self, name: str) -> Iterator[None]:
-        # The network has one state: nobody may switch while an answer is being made.
+    def _activated(self, name: str) -> Iterator[None]:
+        # The model has one active adapter: it must not change while an answer is generated.
         with self._lock:
             if not isinstance(self.model, PeftModel):
                 yield
@@ -122,7 +122,7 @@ def _named(adapters: Sequence[str]) -> dict[str, str]:
     for given in adapters:
         name, equals, folder = given.partition("=")
         if not equals or Path(given).exists():
-            # peft's names have no dots.
+            # peft allows no dots in adapter names.
             name, folder = expand(given).resolve().name.replace(".", "_"), given
         if name in found or name == OFF:
             raise ArgumentError(f"--adapter {given}: the name {name!r} is taken; give NAME={folder}")

@@ -1,4 +1,4 @@
-"""A page in the browser: one question, answered by every adapter and by the base side by side."""
+"""Gradio page that compares the answers of all adapters and the base model side by side."""
 
 from __future__ import annotations
 
@@ -18,87 +18,89 @@ Turns = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What the page does, without the page.
+    """The logic of the page, independent of gradio.
 
     Attributes:
-        room: the base and its adapters.
-        prompting: how prompts are written.
-        decoding: how tokens are chosen.
+        session: the base and its adapters.
+        prompting: prompt options.
+        decoding: sampling options.
         system_prompt: text of a system turn.
     """
 
-    room: ChatSession
+    session: ChatSession
     prompting: ChatPromptOptions
     decoding: SamplingOptions
     system_prompt: str | None = None
 
     @property
-    def voices(self) -> tuple[str, ...]:
-        """Who answers: the adapters, then the base."""
-        return (*self.room.adapters, OFF)
+    def models(self) -> tuple[str, ...]:
+        """Names of the models that answer: the adapters, then the base."""
+        return (*self.session.adapters, OFF)
 
     def start(self) -> list[ConversationState]:
-        """A conversation per voice, each with its own answers."""
-        return [ConversationState(self.system_prompt) for _ in self.voices]
+        """An empty conversation per model."""
+        return [ConversationState(self.system_prompt) for _ in self.models]
 
-    def ask(self, question: str, picture: str | None, dialogues: Sequence[ConversationState]) -> Iterator[list[Turns]]:
-        """Answers a question by one voice after another.
+    def ask(
+        self, question: str, image: str | None, conversations: Sequence[ConversationState]
+    ) -> Iterator[list[Turns]]:
+        """Answers a question with one model after another.
 
         Args:
             question: text of the user.
-            picture: file shown with it, or None.
-            dialogues: the conversation of every voice, which are continued.
+            image: file attached to it, or None.
+            conversations: that of each model; they are continued.
 
         Yields:
-            What is to be seen per voice, again for every piece.
+            The chat history to show per model, updated for every text chunk.
 
         Raises:
-            UserError: the question or the picture cannot be used; voices that have not answered forget it.
+            UserError: the question or the image cannot be used; it is removed from conversations without an answer.
         """
         if not question.strip():
             raise ArgumentError("write a question first")
-        waiting = list(dialogues)
+        waiting = list(conversations)
         try:
             samples = []
-            for dialogue in dialogues:
-                if picture:
-                    dialogue.show(picture)
-                samples.append(dialogue.ask(question.strip()))
-            for voice, sample, dialogue in zip(self.voices, samples, dialogues, strict=True):
+            for conversation in conversations:
+                if image:
+                    conversation.show(image)
+                samples.append(conversation.ask(question.strip()))
+            for name, sample, conversation in zip(self.models, samples, conversations, strict=True):
                 said = ""
-                for piece in self.room.stream(sample, self.prompting, self.decoding, voice):
-                    said += piece
+                for chunk in self.session.stream(sample, self.prompting, self.decoding, name):
+                    said += chunk
                     yield [
-                        [*shown(other), *([_bubble("assistant", said)] if other is dialogue else [])]
-                        for other in dialogues
+                        [*shown(other), *([_bubble("assistant", said)] if other is conversation else [])]
+                        for other in conversations
                     ]
-                dialogue.answered(said)
-                waiting.remove(dialogue)
-                yield [shown(other) for other in dialogues]
+                conversation.answered(said)
+                waiting.remove(conversation)
+                yield [shown(other) for other in conversations]
         finally:
-            # Also when the reader has gone away in the middle.
-            for dialogue in waiting:
-                dialogue.files = []
-                if dialogue.turns and dialogue.turns[-1][0] == "user":
-                    dialogue.take_back()
+            # Also when the client disconnects in the middle.
+            for conversation in waiting:
+                conversation.files = []
+                if conversation.turns and conversation.turns[-1][0] == "user":
+                    conversation.take_back()
 
 
-def shown(dialogue: ConversationState) -> Turns:
-    """A conversation in the form of gradio's Chatbot."""
+def shown(conversation: ConversationState) -> Turns:
+    """A conversation in the format of gradio's Chatbot."""
     turns: Turns = []
-    for role, text, files in dialogue.turns:
+    for role, text, files in conversation.turns:
         turns += [{"role": role, "content": {"path": str(path)}} for _, path in files]
         turns.append(_bubble(role, text))
     return turns
 
 
 def _bubble(role: str, text: str) -> dict[str, Any]:
-    # Words of the user and of the model are text, also where they look like HTML.
+    # Text of the user and of the model is escaped, also where it looks like HTML.
     return {"role": role, "content": html.escape(text, quote=False)}
 
 
 def gradio() -> Any:
-    """The library.
+    """The gradio module.
 
     Raises:
         ArgumentError: it is not installed.
@@ -117,39 +119,39 @@ def build(page: Page) -> Any:
     """
     gr = gradio()
 
-    def ask(question: str, picture: str | None, dialogues: list[ConversationState]) -> Iterator[list[Any]]:
+    def ask(question: str, image: str | None, conversations: list[ConversationState]) -> Iterator[list[Any]]:
         try:
-            for columns in page.ask(question, picture, dialogues):
-                yield [*columns, "", None, dialogues]
+            for columns in page.ask(question, image, conversations):
+                yield [*columns, "", None, conversations]
         except UserError as error:
             raise gr.Error(str(error)) from error
 
     def reset() -> list[Any]:
-        return [*([] for _ in page.voices), "", None, page.start()]
+        return [*([] for _ in page.models), "", None, page.start()]
 
-    title = page.room.talker.family.title
+    title = page.session.pipeline.family.title
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
         gr.Markdown(f"## {title}")
-        dialogues = gr.State(page.start())
+        conversations = gr.State(page.start())
         with gr.Row():
-            # Marks such as <box> are part of an answer, not of the page.
+            # Tags such as <box> are part of an answer, not HTML.
             columns = [
                 gr.Chatbot(
-                    label="base" if voice == OFF else voice,
+                    label="base" if name == OFF else name,
                     render_markdown=False,
                     buttons=["copy"],
                     height=420,
                     elem_id=f"v{place}",
                 )
-                for place, voice in enumerate(page.voices)
+                for place, name in enumerate(page.models)
             ]
         with gr.Row():
-            picture = gr.Image(type="filepath", label="picture", height=180, sources=["upload", "clipboard"])
+            image = gr.Image(type="filepath", label="image", height=180, sources=["upload", "clipboard"])
             with gr.Column(scale=3):
                 question = gr.Textbox(label="question", lines=3, submit_btn=True, elem_id="question")
-                forget = gr.Button("forget the conversation")
-        seen = [*columns, question, picture, dialogues]
-        question.submit(ask, [question, picture, dialogues], seen)
+                forget = gr.Button("clear the conversation")
+        seen = [*columns, question, image, conversations]
+        question.submit(ask, [question, image, conversations], seen)
         forget.click(reset, None, seen)
         for column in columns:
             column.clear(reset, None, seen)
@@ -157,7 +159,7 @@ def build(page: Page) -> Any:
 
 
 def serve(page: Page, port: int) -> None:
-    """Shows the page on this machine until interrupted.
+    """Serves the page on localhost until interrupted.
 
     Raises:
         ArgumentError: gradio is not installed, or the port is taken.

@@ -10,12 +10,14 @@ from pathlib import Path
 from finetune.arguments.legacy import LLM_TYPES, template_fits
 from finetune.arguments.parse import Arguments
 from finetune.checkpoints.base_checkpoint import Checkpoint, resolve, side_files
+from finetune.checkpoints.manifest import zero_stage
 from finetune.checkpoints.output_folder import Input, OutputFolder
 from finetune.checkpoints.resume import choose_checkpoint
 from finetune.checkpoints.run_identity import RunIdentity, identify
 from finetune.checkpoints.universal_checkpoint import convert_for_world_size, set_load_universal
 from finetune.families.family import Family
 from finetune.runtime import distributed
+from finetune.training.freezing import full_parts
 from finetune.utils.errors import ArgumentError
 from finetune.utils.paths import expand
 
@@ -27,8 +29,6 @@ def find_base(args: Arguments) -> Checkpoint:
     adapter = args.lora.lora_weight_path if args.training.use_lora else None
     trained = None if adapter is None else Path(adapter)
     base = resolve(args.model.model_name_or_path, args.model.downsample_mode, trained=trained)
-    if base.mode is not None:
-        logger.info("%s", base.mode)
     _check_names(args, base.family)
     return base
 
@@ -75,8 +75,25 @@ def _prepare_output(
         overwrite=training.overwrite_output_dir,
     )
     output.lock()
-    logger.info("%s", args.describe())
+    logger.info("%s\n%s", describe_training(args, base), args.describe())
     return convert_for_world_size(resume, output.folder), identity
+
+
+def describe_training(args: Arguments, base: Checkpoint) -> str:
+    """What is trained of which model, by the flags, as one line."""
+    training, lora = args.training, args.lora
+    rank = f"LoRA r={lora.lora_r}" if lora.lora_weight_path is None else f"LoRA from {lora.lora_weight_path}"
+    layers = training.tune_llm_layers
+    modes = dict.fromkeys(base.family.parts, "frozen") | dict.fromkeys(full_parts(training), "full")
+    if training.use_lora:
+        modes |= dict.fromkeys(training.lora_parts or (), f"Q{rank}" if lora.q_lora else rank)
+    elif layers is not None:
+        modes["llm"] = f"{'last' if layers > 0 else 'first'} {abs(layers)} layers"
+    stage = zero_stage(training.deepspeed)
+    details = [f"{part} {mode}" for part, mode in modes.items()]
+    details += [f"DeepSpeed ZeRO-{stage}"] if training.deepspeed else []
+    details += [str(base.mode)] if base.mode is not None else []
+    return f"training {base.family.title}: {', '.join(details)}"
 
 
 def _inputs_of(args: Arguments, base: Checkpoint) -> list[Input]:

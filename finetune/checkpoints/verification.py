@@ -26,6 +26,7 @@ from finetune.checkpoints.weight_hashes import fingerprints, trained_names
 from finetune.encoding.collate import pad
 from finetune.encoding.example import Example
 from finetune.runtime.processes import ABOVE
+from finetune.utils.number_format import significant
 
 logger = logging.getLogger(__name__)
 
@@ -155,11 +156,11 @@ class LogitComparison:
         origin, same = self.origin, len(self.origin.trained) - len(self.wrong)
         equal = f"{same} of {len(origin.trained)} trained tensors and scales are equal"
         if origin.dtype == "float32":
-            return f"tolerance: {FLOAT32:.0e} of the largest logit, for other kernels in float32; {equal}"
-        rounding, noise = origin.rounding / self.largest, origin.noise / self.largest
+            return f"tolerance: {significant(FLOAT32)} of the largest logit, for other kernels in float32; {equal}"
+        rounding, noise = (significant(each / self.largest, 2) for each in (origin.rounding, origin.noise))
         return (
-            f"tolerance: casting the trained model to {origin.dtype} changes these logits by {rounding:.1e} of the "
-            f"largest, one more rounding in every layer by {noise:.1e}, here and in the new process; {equal}"
+            f"tolerance: rounding the trained model to {origin.dtype} moves these logits by {rounding} of the "
+            f"largest, one more rounding in every layer by {noise}, here and in the new process; {equal}"
         )
 
 

@@ -1,7 +1,7 @@
-"""``python -m finetune chat``: talk to a checkpoint, with and without its adapters.
+"""``python -m finetune chat``: chat with a checkpoint, with and without its adapters.
 
-Every line is a question; lines that begin with / are commands (/help lists them). With input from a pipe only the
-answers go to standard output.
+Every line is a question; lines that begin with / are commands (/help lists them). With piped input only the
+answers are written to standard output.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from finetune.sample import MediaKind
 
 HELP = """/image PATH        put a picture in front of the next question; may be given several times
-/video PATH        put a video there, a file or a folder of frames; only for models that take videos
-/audio PATH        put a sound file there; only for models that hear
+/video PATH        attach a video, a file or a folder of frames; only for models with video input
+/audio PATH        attach an audio file; only for models with audio input
 /adapter           list the adapters
-/adapter off|NAME  let the base, or this adapter, speak from now on
-/save FILE         write the conversation as a record that training reads
-/reset             forget the conversation
+/adapter off|NAME  switch to the base, or to this adapter
+/save FILE         write the conversation as a training record
+/reset             clear the conversation
 /help              this list
-/quit              leave (so does the end of the input)"""
+/quit              quit (also at the end of the input)"""
 
 
 def main(argv: list[str]) -> int:
-    """Talks until the input ends; returns 2 when something in piped input could not be used, else 0."""
+    """Chats until the input ends; returns 2 when a line of piped input could not be used, else 0."""
     args = _parser().parse_args(argv)
 
     import torch
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     from finetune.chat.web_page import Page, gradio, serve
 
     if args.web:
-        gradio()  # missing, it is missed before a model is loaded
+        gradio()  # raises before a model is loaded where it is not installed
     if args.seed is not None:
         torch.manual_seed(args.seed)
     names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "max_slice_nums")
@@ -56,23 +56,25 @@ def main(argv: list[str]) -> int:
         "video": data_arguments(args).video_options,
     }
     prompting, decoding = read_options(options)
-    dialogue = ConversationState(args.system)
+    conversation = ConversationState(args.system)
     for path in args.image:
-        dialogue.show(path)
+        conversation.show(path)
     for path in args.video:
-        dialogue.show(path, "video")
+        conversation.show(path, "video")
     for path in args.audio:
-        dialogue.show(path, "audio")
+        conversation.show(path, "audio")
     device = None if args.device == "auto" else args.device
-    room = ChatSession(args.model, args.adapter, device=device, dtype=args.dtype, downsample_mode=args.downsample_mode)
-    for name, mode in room.modes.items():
+    session = ChatSession(
+        args.model, args.adapter, device=device, dtype=args.dtype, downsample_mode=args.downsample_mode
+    )
+    for name, mode in session.modes.items():
         if mode is not None:
-            print(f"{'base' if name not in room.adapters else name}: {mode}", file=sys.stderr, flush=True)
-    room.talker.encoder(prompting)  # settings that do not fit are refused now
+            print(f"{'base' if name not in session.adapters else name}: {mode}", file=sys.stderr, flush=True)
+    session.pipeline.encoder(prompting)  # refuses invalid settings now
     if args.web:
-        serve(Page(room, prompting, decoding, args.system), args.port)
+        serve(Page(session, prompting, decoding, args.system), args.port)
         return 0
-    return Terminal(room, dialogue, prompting, decoding).run()
+    return Terminal(session, conversation, prompting, decoding).run()
 
 
 def _parser() -> CommandParser:
@@ -82,42 +84,46 @@ def _parser() -> CommandParser:
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", help="folder of a checkpoint or hub id; left out, the base that the adapter names")
+    parser.add_argument("--model", help="folder of a checkpoint or hub id (default: the base that the adapter names)")
     parser.add_argument(
-        "--adapter", action="append", default=[], metavar="[NAME=]PATH", help="adapter folder; the first one speaks"
+        "--adapter", action="append", default=[], metavar="[NAME=]PATH", help="adapter folder; the first one is active"
     )
-    parser.add_argument("--image", action="append", default=[], metavar="PATH", help="picture of the first question")
+    parser.add_argument("--image", action="append", default=[], metavar="PATH", help="image of the first question")
     parser.add_argument("--video", action="append", default=[], metavar="PATH", help="video of the first question")
-    parser.add_argument("--audio", action="append", default=[], metavar="PATH", help="sound of the first question")
+    parser.add_argument("--audio", action="append", default=[], metavar="PATH", help="audio of the first question")
     parser.add_argument("--system", help="text of a system turn")
-    parser.add_argument("--greedy", action="store_true", help="the most likely token each time, nothing is drawn")
+    parser.add_argument("--greedy", action="store_true", help="greedy decoding instead of sampling")
     parser.add_argument("--temperature", type=float, help="default 0.7")
     parser.add_argument("--top_p", type=float, help="default 0.8")
     parser.add_argument("--top_k", type=int, help="default 100")
     parser.add_argument("--repetition_penalty", type=float, help="default 1.05; none with --greedy")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer (%(default)s)")
-    parser.add_argument("--max_slice_nums", type=int, help="most slices per picture; default: the checkpoint's")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help="maximum tokens of an answer (%(default)s)")
+    parser.add_argument("--max_slice_nums", type=int, help="maximum slices per image (default: the checkpoint's)")
     parser.add_argument(
-        "--thinking", action=argparse.BooleanOptionalAction, help="let the model think first, where it can"
+        "--thinking", action=argparse.BooleanOptionalAction, help="thinking mode, for models that have it"
     )
     add_mode_flag(parser)
     add_video_flags(parser)
-    parser.add_argument("--web", action="store_true", help="a page in the browser, adapters and base side by side")
-    parser.add_argument("--port", type=int, default=7860, help="of the page, on this machine only (%(default)s)")
-    parser.add_argument("--seed", type=int, help="of the drawing")
-    parser.add_argument("--device", default="auto", help="auto (the best there is), cpu, cuda, mps, ...")
+    parser.add_argument("--web", action="store_true", help="a page in the browser that compares adapters and base")
+    parser.add_argument("--port", type=int, default=7860, help="port of the page, on localhost only (%(default)s)")
+    parser.add_argument("--seed", type=int, help="seed of sampling")
+    parser.add_argument("--device", default="auto", help="auto (the best available), cpu, cuda, mps, ...")
     parser.add_argument("--dtype", default="auto", help="auto (the file's), bfloat16, float16, float32")
     return parser
 
 
 class Terminal:
-    """Reads lines, prints answers as they are made."""
+    """Reads lines and streams the answers."""
 
     def __init__(
-        self, room: ChatSession, dialogue: ConversationState, prompting: ChatPromptOptions, decoding: SamplingOptions
+        self,
+        session: ChatSession,
+        conversation: ConversationState,
+        prompting: ChatPromptOptions,
+        decoding: SamplingOptions,
     ) -> None:
-        self.room = room
-        self.dialogue = dialogue
+        self.session = session
+        self.conversation = conversation
         self.prompting = prompting
         self.decoding = decoding
         self.interactive = sys.stdin.isatty()
@@ -127,7 +133,7 @@ class Terminal:
             "/video": self._show("video"),
             "/audio": self._show("audio"),
             "/adapter": self._adapter,
-            "/save": lambda path: self._note(f"saved {self.dialogue.save(_needed(path, '/save FILE'))}"),
+            "/save": lambda path: self._note(f"saved {self.conversation.save(_needed(path, '/save FILE'))}"),
             "/reset": self._reset,
             "/help": lambda _: self._note(HELP),
         }
@@ -136,8 +142,10 @@ class Terminal:
         """Answers until the input ends."""
         if self.interactive:
             _edit_lines()
-        adapters = f", adapters {', '.join(self.room.adapters)}" if self.room.adapters else ""
-        self._note(f"{self.room.talker.family.title} on {self.room.model.device}{adapters}; /help lists the commands")
+        adapters = f", adapters {', '.join(self.session.adapters)}" if self.session.adapters else ""
+        self._note(
+            f"{self.session.pipeline.family.title} on {self.session.model.device}{adapters}; /help lists the commands"
+        )
         while (line := self._read()) is not None:
             words = line.strip()
             if words in ("/quit", "/exit"):
@@ -153,7 +161,7 @@ class Terminal:
         if not self.interactive:
             return sys.stdin.readline() or None
         try:
-            return input(f"[{self.room.active}] > " if self.room.adapters else "> ")
+            return input(f"[{self.session.active}] > " if self.session.adapters else "> ")
         except EOFError:
             print()
             return None
@@ -172,39 +180,41 @@ class Terminal:
     def _answer(self, question: str) -> None:
         said: list[str] = []
         try:
-            sample = self.dialogue.ask(question)
-            for piece in self.room.stream(sample, self.prompting, self.decoding):
-                said.append(piece)
-                print(piece, end="", flush=True)
+            sample = self.conversation.ask(question)
+            for chunk in self.session.stream(sample, self.prompting, self.decoding):
+                said.append(chunk)
+                print(chunk, end="", flush=True)
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
             print(" [stopped]", end="")
         except UserError:
-            self.dialogue.take_back()
+            self.conversation.take_back()
             raise
         print(flush=True)
-        self.dialogue.answered("".join(said))
+        self.conversation.answered("".join(said))
 
     def _show(self, kind: MediaKind) -> Callable[[str], None]:
         def show(path: str) -> None:
-            self.dialogue.show(_needed(path, f"/{kind} PATH"), kind)
-            self._note(f"{len(self.dialogue.files)} in front of the next question")
+            self.conversation.show(_needed(path, f"/{kind} PATH"), kind)
+            self._note(f"{len(self.conversation.files)} attached to the next question")
 
         return show
 
     def _adapter(self, name: str) -> None:
         if name:
-            self.room.choose(name)
-        listed = [f"{'*' if known == self.room.active else ' '} {known}" for known in (*self.room.adapters, "off")]
+            self.session.choose(name)
+        listed = [
+            f"{'*' if known == self.session.active else ' '} {known}" for known in (*self.session.adapters, "off")
+        ]
         self._note("\n".join(listed))
 
     def _reset(self, _: str) -> None:
-        self.dialogue.reset()
+        self.conversation.reset()
         self._note("forgotten")
 
     def _note(self, text: str) -> None:
-        """What is no answer: beside the answers only for people."""
+        """Prints a message that is not an answer; to standard error when input is piped."""
         print(text, file=sys.stdout if self.interactive else sys.stderr, flush=True)
 
 
@@ -215,7 +225,7 @@ def _needed(value: str, usage: str) -> str:
 
 
 def _edit_lines() -> None:
-    """Earlier lines with the arrow keys, where Python has readline."""
+    """Line editing and history with the arrow keys, where Python has readline."""
     try:
         import readline  # noqa: F401  importing it is what does it
     except ImportError:

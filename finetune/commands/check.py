@@ -1,8 +1,8 @@
-"""Looks at every record of data files as training will: structure, image headers, lengths; no image is decoded.
+"""``python -m finetune check``: validates every record as training will (structure, image headers, token lengths).
 
-Takes the flags of training, also in a YAML file in front: those about data count, others are named and left alone.
-Prints the counts, the warnings, and all problems by kind. The exit status is what training would end with: 0 when it
-would begin, 2 when it would refuse the data, 4 when too many records would be left out.
+No image is decoded. Takes the flags of training, also in a YAML file in front: flags about data are used, others are
+listed and ignored. Prints the counts, the warnings, and all problems by kind. The exit status is that of training: 0
+when it would start, 2 when it would refuse the data, 4 when too many records would be skipped.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from finetune.readers.mixture import Mixture
 
 _SHORT = {"model": "model_name_or_path", "data": "data_path"}
-"""Names that other commands have for flags of training."""
+"""Short names of training flags, as in other commands."""
 
 
 def main(argv: list[str]) -> int:
-    """Run ``python -m finetune check``; the status that training with these data would end with."""
+    """Run ``python -m finetune check``; returns the status that training on this data would end with."""
     given = _parsed(argv)
     if given.write_json is not None:
         return _converted(given)
@@ -86,7 +86,7 @@ def _in_colour() -> bool:
 
 
 def _encoder(given: argparse.Namespace, data: DataArguments) -> Encoder:
-    """The encoder that training would have."""
+    """The encoder that training would use."""
     from finetune.checkpoints.base_checkpoint import resolve
     from finetune.encoding.chat_template_check import check_chat_template
     from finetune.encoding.encoder import Encoder
@@ -104,7 +104,7 @@ def _encoder(given: argparse.Namespace, data: DataArguments) -> Encoder:
 
 
 def _opened(data: DataArguments, files: Sequence[str], seed: int) -> Iterator[Mixture]:
-    """The data sets: those to train on, the part of them kept for evaluation, and those to evaluate."""
+    """The data sets: for training, the split of them held out for evaluation, and those for evaluation."""
     from finetune.readers.mixture import open_data
 
     for path in files or [None]:
@@ -115,10 +115,10 @@ def _opened(data: DataArguments, files: Sequence[str], seed: int) -> Iterator[Mi
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; what is not about data is looked up among the flags of training, and a YAML file read.
+    """The command line; a YAML file in front is read, and flags that are not about data must be flags of training.
 
     Raises:
-        ArgumentError: a flag that training does not have either, or no model, or no data.
+        ArgumentError: an unknown flag, or no model, or no data.
     """
     parser = _parser()
     words = [_long(word) for word in argv]
@@ -133,11 +133,11 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _converted(given: argparse.Namespace) -> int:
-    """Writes the data file as JSON instead of looking at its records."""
+    """Writes the data file as JSON instead of checking its records."""
     from finetune.data_files.python_literals import write_json
 
     if len(given.data_path) != 1:
-        raise ArgumentError("--write_json takes the file of --data, one of them")
+        raise ArgumentError("--write_json takes exactly one file of --data")
     source, target = Path(given.data_path[0]), Path(given.write_json)
     print(f"{target}: {write_json(source, target)} records of {source} as JSON")
     return 0
@@ -162,7 +162,7 @@ def _with_training(parser: CommandParser, words: Sequence[str]) -> argparse.Name
         refuse_unknown(unknown, [f"--{name}" for name in known])
     typed = {word.partition("=")[0] for word in words}
     if mine := [flag for flag in others if flag in typed]:
-        print(f"not about data, and of no effect here: {' '.join(mine)}", file=sys.stderr)
+        print(f"ignored, not about data: {' '.join(mine)}", file=sys.stderr)
     return given
 
 
@@ -176,18 +176,24 @@ def _parser() -> CommandParser:
     model = parser.add_argument_group("model")
     add_flags(model, ModelArguments, ["model_name_or_path", MODE_FLAG])
     data = parser.add_argument_group("data (--model and --data are short for the names that training has)")
-    data.add_argument("--data_path", nargs="+", default=[], metavar="FILE", help="data files, each looked at by itself")
+    data.add_argument("--data_path", nargs="+", default=[], metavar="FILE", help="data files, each checked by itself")
     names = {entry.name for entry in fields(DataArguments)} - {"data_path"}
     add_flags(data, DataArguments, names)
-    data.add_argument("--model_max_length", type=int, default=2048, help="longest sample in tokens (default: 2048)")
-    data.add_argument("--seed", type=int, default=42, help="of what is drawn from data sets (default: 42)")
-    data.add_argument("--data_seed", type=int, help="the same; default: --seed")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print so many samples as the model gets them")
-    parser.add_argument("--html", metavar="FILE", help="also write a page that shows samples as the model gets them")
+    data.add_argument("--model_max_length", type=int, default=2048, help="maximum tokens per sample (default: 2048)")
+    data.add_argument("--seed", type=int, default=42, help="seed for sampling from data sets (default: 42)")
+    data.add_argument("--data_seed", type=int, help="overrides --seed, as in training")
+    parser.add_argument(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print N samples as the model gets them",
+    )
+    parser.add_argument("--html", metavar="FILE", help="also write an HTML page of samples as the model gets them")
     parser.add_argument("--samples", type=int, default=50, help="samples on that page (default: 50)")
     parser.add_argument(
         "--write_json",
         metavar="OUT",
-        help="only write the file of --data as JSON: for one with single quotes, as guides print it",
+        help="only convert the file of --data to JSON: for Python literals with single quotes, as in some guides",
     )
     return parser

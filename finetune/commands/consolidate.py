@@ -1,7 +1,7 @@
-"""``python -m finetune consolidate CHECKPOINT OUT``: the parts that ZeRO's processes wrote become a model or adapter.
+"""``python -m finetune consolidate CHECKPOINT OUT``: ZeRO checkpoint shards to a model or adapter.
 
-For a run that ended before its weights were gathered, or with stage3_gather_16bit_weights_on_model_save off. The parts
-are pickles: one that would import anything but what DeepSpeed and torch write is refused before it is read.
+For a run that ended before its weights were gathered, or with stage3_gather_16bit_weights_on_model_save off. The shards
+are pickles: one that imports anything other than what DeepSpeed and torch write is refused before it is loaded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
 def main(argv: list[str]) -> int:
-    """Consolidates; 0 when the folder is complete and loads."""
+    """Consolidates; returns 0 when the result is complete and loads."""
     given = _parser().parse_args(argv)
     checkpoint, out = expand(given.checkpoint), expand(given.out).absolute()
     if not checkpoint.is_dir():
@@ -40,8 +40,8 @@ def main(argv: list[str]) -> int:
     checkpoint = checkpoint.resolve()
     name = given.model_name_or_path or base_named_by(checkpoint)
     if name is None:
-        raise UserError(f"{checkpoint} does not say which base it was trained on: give --model_name_or_path")
-    # The run's mode is that of its files, whatever the environment says now.
+        raise UserError(f"{checkpoint} does not name its base: give --model_name_or_path")
+    # The downsample_mode of the run, not that of the current environment.
     base = resolve(name, trained=checkpoint, environment={})
     lora = has_adapter(checkpoint)
     sources = [base.folder, checkpoint]
@@ -81,11 +81,11 @@ def _parser() -> CommandParser:
     parser.add_argument("checkpoint", type=Path, help="checkpoint-N folder of a run with ZeRO-2 or ZeRO-3")
     parser.add_argument("out", type=Path, help="folder of the result: an adapter of a LoRA run, else a model")
     parser.add_argument("--model_name_or_path", help="base of the run (default: what its run.yaml or adapter names)")
-    parser.add_argument("--export_size", type=float, default=5, help="most GB per weight file (default: 5)")
+    parser.add_argument("--export_size", type=float, default=5, help="maximum GB per weight file (default: 5)")
     parser.add_argument(
-        "--infer_dtype", choices=_DTYPES, default="auto", help="type of a full model (default: the base's)"
+        "--infer_dtype", choices=_DTYPES, default="auto", help="dtype of a full model (default: the base's)"
     )
-    parser.add_argument("--verify", choices=["auto", "off"], default="auto", help="load the result, tensor for tensor")
+    parser.add_argument("--verify", choices=["auto", "off"], default="auto", help="load the result and compare tensors")
     parser.add_argument(
         "--overwrite_output_dir",
         choices=["true", "false"],

@@ -1,6 +1,6 @@
-"""``python -m finetune demo``: trains a tiny model on a made-up image task and proves that the adapter works.
+"""``python -m finetune demo``: trains a tiny model on a synthetic image task and verifies the adapter.
 
-Runs what a user runs (sh finetune_lora.sh), then asks the held-out questions before and after, with and without images.
+Runs sh finetune_lora.sh as a user would, then evaluates base and adapter on held-out questions and blanked images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import finetune
 from finetune.commands.parser import CommandParser
 
 ROOT = Path(finetune.__file__).resolve().parent.parent
-# What makes the tiny model learn in a minute; a real checkpoint keeps the launcher's defaults.
+# Hyperparameters with which the tiny model learns within a minute; for real checkpoints use the launcher's defaults.
 FLAGS = (
     "--learning_rate 3e-3 --lora_r 16 --lora_alpha 32 --lora_dropout 0 --weight_decay 0 --warmup_steps 0.1 "
     "--per_device_train_batch_size 8 --gradient_accumulation_steps 1 --per_device_eval_batch_size 8 "
@@ -25,11 +25,11 @@ FLAGS = (
 
 
 def main(argv: list[str]) -> int:
-    """Makes model and data, trains, evaluates; the last line of the output says what came out."""
+    """Creates model and data, trains, evaluates; the last line of the output is the result."""
     parser = CommandParser(prog="python -m finetune demo", description=__doc__)
     parser.add_argument("--family", default="llama3_v2_5", help="family of the tiny checkpoint")
-    parser.add_argument("--out", type=Path, default=Path("output/demo"), help="where everything goes")
-    parser.add_argument("--epochs", type=float, default=3, help="passes over the training records")
+    parser.add_argument("--out", type=Path, default=Path("output/demo"), help="output folder")
+    parser.add_argument("--epochs", type=float, default=3, help="training epochs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 def train(model: Path, data: Path, adapter: Path, epochs: float) -> int:
     """Runs the LoRA launcher as a user would; its exit status includes the verification of the adapter."""
     environment = dict(os.environ)
-    # torchrun lies beside the interpreter, also where no environment is active.
+    # torchrun is in the folder of the interpreter, also where no environment is active.
     environment["PATH"] = f"{environment.get('PATH', os.defpath)}{os.pathsep}{Path(sys.executable).parent}"
     environment.update(
         MODEL=str(model), DATA=str(data / "train.json"), EVAL_DATA=str(data / "eval.json"), OUTPUT_DIR=str(adapter)
@@ -66,7 +66,7 @@ def train(model: Path, data: Path, adapter: Path, epochs: float) -> int:
 
 
 def report(adapter: Path, data: Path) -> tuple[float, float]:
-    """Prints base and adapter side by side; returns the adapter's exact match, with and without the images."""
+    """Prints base and adapter side by side; returns the adapter's exact match, with images and blanked."""
     from peft import PeftModel
 
     from finetune.checkpoints.base_checkpoint import resolve
@@ -99,7 +99,7 @@ def report(adapter: Path, data: Path) -> tuple[float, float]:
     for index in range(4):
         print(f"  {pairs[index][0].messages[-1].text.strip()}")
         print(f"    answer {references[index]!r}   base {given['base'][index]!r}   adapter {given['adapter'][index]!r}")
-    print(f"  exact match on {len(references)} held-out questions (thumbnail: slices left out; blanked: grey images)")
+    print(f"  exact match on {len(references)} held-out questions (thumbnail: without slices; blanked: grey images)")
     columns = ("base", "adapter", "thumbnail", "blanked")
     print(f"    {'':<12} {' '.join(f'{name:>9}' for name in columns)}")
     for task in [*dict.fromkeys(tasks), "all"]:
@@ -110,5 +110,5 @@ def report(adapter: Path, data: Path) -> tuple[float, float]:
 
 
 def match(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Share of answers equal to their reference."""
+    """Fraction of answers equal to their reference."""
     return sum(a == b for a, b in zip(answers, references, strict=True)) / len(references)

@@ -1,8 +1,9 @@
-"""Make the demo data set: small images, questions about their colours, answers known by construction.
+"""``python -m finetune demo-data``: writes a synthetic image dataset with known answers.
 
-Four kinds of record, named in the extra key ``task``: ``single`` (a square on noise), ``sliced`` (fine dots that the
-thumbnail averages away, so that only the slices show their colour), ``multi_image`` (one question about two images,
-answered in their order) and ``multi_turn`` (two turns with an image each).
+Small images with questions about their colours. Four kinds of record, named in the extra key ``task``: ``single`` (a
+square on noise), ``sliced`` (fine dots that the thumbnail averages away, so that only the slices show their colour),
+``multi_image`` (one question about two images, answered in their order) and ``multi_turn`` (two turns with an image
+each).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--train", type=int, default=TRAIN, help="training records")
     parser.add_argument("--eval", type=int, default=EVAL, help="held-out records")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    parser.add_argument("--overwrite", action="store_true", help="replace a previous result")
     given = parser.parse_args(argv)
     try:
         out = write_demo_dataset(given.out, given.train, given.eval, given.seed, overwrite=given.overwrite)

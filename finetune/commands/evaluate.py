@@ -1,7 +1,8 @@
-"""Asks a model the questions of a data file and scores its answers: predictions.jsonl, metrics.json, report.html.
+"""``python -m finetune evaluate``: generates answers to a data file and scores them.
 
-The last answer of every record is what is asked for; the turns before it are given. A record may list several accepted
-answers under "answers". Started again, it goes on where it was; under torchrun the processes share the work.
+The last answer of every record is the reference; the turns before it are the prompt. A record may list several accepted
+answers under "answers". Writes predictions.jsonl, metrics.json and report.html. An interrupted evaluation resumes;
+under torchrun the prompts are sharded over the ranks.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ class _Thinking(TypedDict, total=False):
 
 
 def main(argv: list[str]) -> int:
-    """Run ``python -m finetune evaluate``; 0 when every question was asked, UserError says what stands against it."""
+    """Run ``python -m finetune evaluate``; returns 0 when every question was answered.
+
+    Raises:
+        UserError: invalid arguments, model or data.
+    """
     given = _parser().parse_args(argv)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if given.batch_size < 1 or given.max_new_tokens < 1:
@@ -67,12 +72,12 @@ def main(argv: list[str]) -> int:
             for line in source.modes:
                 print(f"mode       {line}")
             for message in skipped:
-                print(f"left out   {message}")
+                print(f"skipped    {message}")
         _wait(world)
         store = Predictions(out, rank)
         _wait(world)
         start = time.monotonic()
-        Asking(given, questions, store, rank, world).everything(source)
+        AnswerGenerator(given, questions, store, rank, world).everything(source)
         _wait(world)
         if rank == 0:
             facts = {"why": why, "model": str(source.base.folder), "adapter": str(source.adapter or ""), "data": title}
@@ -84,12 +89,12 @@ def main(argv: list[str]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where the model comes from, and what it is compared with.
+    """The model to evaluate, and the one to compare it with.
 
     Attributes:
-        base: the checkpoint, as the model itself looks at images.
-        adapter: folder of the adapter on it.
-        other: the checkpoint it is compared with: the base without adapter, or another one.
+        base: the checkpoint, with the downsample_mode of the model.
+        adapter: folder of its adapter.
+        other: the checkpoint to compare with: the base without adapter, or another one.
     """
 
     base: Checkpoint
@@ -98,18 +103,18 @@ class ModelSource:
 
     @property
     def modes(self) -> list[str]:
-        """How many patches become a token, where there is a choice: of the model, and of the other where it differs."""
+        """The downsample_mode of the model and, where it differs, of the other one; empty for families without it."""
         mode, other = self.base.mode, self.other and self.other.mode
         said = [] if mode is None else [str(mode)]
         differs = other is not None and (mode is None or other.name != mode.name)
-        return [*said, f"{other}, of what it is compared with"] if differs else said
+        return [*said, f"{other}, of the model to compare with"] if differs else said
 
 
 def _source(given: argparse.Namespace) -> ModelSource:
     """The checkpoints, from a model and an adapter or from an adapter alone, which names its base.
 
     Raises:
-        UserError: a folder is missing, or there is nothing that "base" could mean.
+        UserError: a folder is missing, or --compare base without an adapter.
     """
     from finetune.checkpoints.base_checkpoint import resolve
     from finetune.model_folders.checkpoint_folder import has_adapter, is_adapter, local_folder
@@ -133,12 +138,12 @@ def _source(given: argparse.Namespace) -> ModelSource:
 
 
 def _encoder(given: argparse.Namespace, checkpoint: Checkpoint) -> Encoder:
-    """What makes prompts of samples, as the command line has it."""
+    """The encoder of the prompts, by the command line."""
     from finetune.encoding.encoder import Encoder
     from finetune.models import load_tokenizer
 
     asked = given.enable_thinking
-    # None would be an answer too: left out, the generation's own default holds.
+    # None is a valid value too: when absent, the default of the family is used.
     thinking: _Thinking = {} if asked is None else {"enable_thinking": asked == "true"}
     return Encoder.from_config(
         checkpoint.family,
@@ -156,7 +161,7 @@ def _samples(given: argparse.Namespace) -> Mixture:
 
 
 def _settings(given: argparse.Namespace, source: ModelSource, samples: Mixture) -> dict[str, Any]:
-    """What the answers depend on; an evaluation that goes on must have the same."""
+    """Settings that the answers depend on; a resumed evaluation must have the same."""
     from finetune.evaluation.predictions import fingerprint
 
     other = None if source.other is None or given.compare == "base" else source.other.folder
@@ -169,7 +174,7 @@ def _settings(given: argparse.Namespace, source: ModelSource, samples: Mixture) 
         "max_slice_nums": given.max_slice_nums,
         "image_max_pixels": given.image_max_pixels,
         "video": data_arguments(given).video_options.given,
-        # By the files it is part of their state.
+        # A mode read from files is part of their fingerprint.
         "downsample_mode": mode.name if mode is not None and mode.chosen else None,
         "enable_thinking": given.enable_thinking,
         "dtype": given.dtype,
@@ -178,13 +183,13 @@ def _settings(given: argparse.Namespace, source: ModelSource, samples: Mixture) 
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
-    """One process's share of the questions.
+class AnswerGenerator:
+    """Generates answers on one rank.
 
     Attributes:
-        given: the command line.
-        questions: all of them.
-        store: where answers go.
+        given: parsed command line.
+        questions: those of all ranks.
+        store: the answers on disk.
         rank: of this process.
         world: number of processes.
     """
@@ -196,7 +201,7 @@ class Asking:
     world: int
 
     def everything(self, source: ModelSource) -> None:
-        """Asks what has no answer yet, of the model and of what it is compared with."""
+        """Generates the missing answers, of the model and of the one to compare with."""
         from finetune.evaluation.predictions import MAIN
         from finetune.evaluation.scoring import BASE
 
@@ -230,7 +235,7 @@ class Asking:
         from finetune.evaluation.batched_generation import answer_batch, batches_by_length
 
         prompts = [self.questions[index][0] for index in wanted]
-        # Dealt out like cards: every rank gets as many long batches as short ones.
+        # Strided over the ranks: batches are sorted by length, so every rank gets as many long ones as short ones.
         batches = batches_by_length(encoder, prompts, self.given.batch_size)[self.rank :: self.world]
         longest = self.given.max_new_tokens
         with tqdm(total=sum(map(len, batches)), desc=what, unit="sample", disable=self.rank > 0) as bar:
@@ -244,7 +249,7 @@ class Asking:
 def _finish(
     given: argparse.Namespace, metric: Any, questions: Questions, store: Predictions, facts: dict[str, str]
 ) -> None:
-    """Scores, writes the three files and prints the figures."""
+    """Scores, writes the three files and prints the metrics."""
     from finetune.evaluation.evaluation_report import build, headline
     from finetune.evaluation.scoring import BASE, make_rows, summarise
     from finetune.media.image import MAX_PIXELS
@@ -285,7 +290,7 @@ def _device(asked: str) -> str:
 
 
 def _processes(world: int) -> AbstractContextManager[None]:
-    """Connects the processes of torchrun; they only wait for each other, so the CPU backend does."""
+    """Process group of torchrun; only barriers are needed, so gloo is enough."""
     if world == 1:
         return nullcontext()
     from contextlib import contextmanager
@@ -295,7 +300,7 @@ def _processes(world: int) -> AbstractContextManager[None]:
 
     @contextmanager
     def connected() -> Any:
-        # A rank may have the long answers.
+        # A rank may take much longer than the others.
         dist.init_process_group("gloo", timeout=timedelta(days=2))
         try:
             yield
@@ -319,23 +324,25 @@ def _parser() -> CommandParser:
     parser.add_argument("--model", required=True, help="checkpoint folder, hub id, or adapter (it names its base)")
     parser.add_argument("--adapter", help="adapter on the model")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--data", help="data file in a form of the training data")
+    which.add_argument("--data", help="data file in any format of the training data")
     add_flags(which, DataArguments, ["dataset"])
     add_flags(parser, DataArguments, [*PLACE_FLAGS, "max_slice_nums", "image_max_pixels", "max_image_pixels"])
     add_flags(parser, DataArguments, ["on_bad_sample", "max_bad_share"])
     parser.add_argument("--metric", default="auto", help="auto, a name, package.module:function or file.py:function")
     parser.add_argument("--compare", help="base (the adapter off), or the folder of another checkpoint")
     parser.add_argument("--out", help="folder of the results (default: output/evaluate-<data>)")
-    parser.add_argument("--overwrite", action="store_true", help="ask everything again")
-    parser.add_argument("--limit", type=int, help="only the first so many records")
+    parser.add_argument("--overwrite", action="store_true", help="discard existing answers")
+    parser.add_argument("--limit", type=int, help="evaluate only the first N records")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="maximum length of an answer in tokens")
     parser.add_argument(
-        "--enable_thinking", choices=["true", "false"], help="for models that think (default: the generation's)"
+        "--enable_thinking",
+        choices=["true", "false"],
+        help="thinking mode, for models that have it (default: the family's)",
     )
     add_mode_flag(parser)
     add_video_flags(parser)
-    parser.add_argument("--report_rows", type=int, default=300, help="samples shown in report.html, the worst")
+    parser.add_argument("--report_rows", type=int, default=300, help="number of samples in report.html, worst first")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, ...")
     parser.add_argument("--dtype", default="auto", help="auto (the file's), bfloat16, float16, float32")
     return parser

@@ -1,7 +1,7 @@
-"""``python -m finetune export``: a base and its adapters become one model folder, or what a server wants of them.
+"""``python -m finetune export``: merges adapters into their base, or lays them out for vLLM.
 
-The merge goes through the weights one layer at a time and needs little memory; the result is complete, loads offline
-and is compared with the adapted model, one after the other in memory. Flags have LLaMA-Factory's names.
+The merge reads the weights one layer at a time and needs little memory; the result is complete, loads offline, and its
+logits are compared with those of the adapted model. Flags have LLaMA-Factory's names.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from finetune.commands.parser import CommandParser
 from finetune.commands.shared_flags import add_mode_flag
 from finetune.runtime.outcome import NOT_VERIFIED, OK
 from finetune.utils.errors import UserError
+from finetune.utils.number_format import significant
 from finetune.utils.paths import expand
 
 if TYPE_CHECKING:
@@ -27,10 +28,10 @@ _DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
 def main(argv: list[str]) -> int:
-    """Exports; 0 when the result is in its place, 3 when its logits are not those of the adapted model."""
-    given = _parser().parse_args(command_words(argv))
+    """Exports; returns 0 on success, 3 when the logits differ from those of the adapted model."""
+    given = _parser().parse_args(expand_yaml(argv))
     if given.export_legacy_format == "true":
-        raise UserError("--export_legacy_format true: weights are written as safetensors only; leave the flag out")
+        raise UserError("--export_legacy_format true: weights are written as safetensors only; remove the flag")
     if given.push_to_hub == "true" and given.export_hub_model_id is None:
         raise UserError("--push_to_hub true needs --export_hub_model_id OWNER/NAME")
 
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     for line in sources.notes:
         print(line)
     if given.template is not None and not template_fits(given.template, sources.base.family.name):
-        print(f"note: template {given.template} does not fit {sources.base.family.title}; nothing depends on it")
+        print(f"note: template {given.template} does not fit {sources.base.family.title}; it is ignored")
     agreement = _export(given, sources, out)
     if agreement is not None and not agreement.ok:
         print(
@@ -54,8 +55,8 @@ def main(argv: list[str]) -> int:
     return OK
 
 
-def command_words(argv: list[str]) -> list[str]:
-    """The flags of the command line, behind those of a YAML file where it begins with one."""
+def expand_yaml(argv: list[str]) -> list[str]:
+    """The command line as argv, preceded by the flags of the YAML file that it may begin with."""
     from finetune.arguments.resolve import resolve
 
     known = vars(_parser().parse_args(["--export_dir", "OUT"]))
@@ -64,7 +65,7 @@ def command_words(argv: list[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What an export reads: the base, the adapters in their order, and what there is to say about them."""
+    """Inputs of an export: the base, the adapters in merge order, and notes to print about them."""
 
     base: Checkpoint
     adapters: list[Path]
@@ -77,7 +78,7 @@ class Sources:
 
 
 def resolve_sources(model: str | None, adapters: str | None, downsample_mode: str | None = None) -> Sources:
-    """The base and the adapters; a model that is left out, or is an adapter itself, is the one that the adapter names.
+    """The base and the adapters; without a model, or with an adapter as model, the base that the adapter names.
 
     Raises:
         UserError: neither is given, or a folder is missing; or adapters were trained with different modes.
@@ -105,7 +106,7 @@ def resolve_sources(model: str | None, adapters: str | None, downsample_mode: st
             if own.downsample_mode != base.downsample_mode:
                 raise UserError(
                     f"{folders[-1]} was trained with downsample_mode {base.downsample_mode}, {folder} with "
-                    f"{own.downsample_mode}: one model works with one of them; choose it with --downsample_mode"
+                    f"{own.downsample_mode}: a model has one mode; choose it with --downsample_mode"
                 )
     for folder in folders:
         notes += [f"adapter    {folder}", *_notes(folder, base)]
@@ -113,7 +114,7 @@ def resolve_sources(model: str | None, adapters: str | None, downsample_mode: st
 
 
 def _notes(adapter: Path, base: Checkpoint) -> list[str]:
-    """What a user should know about an adapter on this base."""
+    """Notes for the user about an adapter on this base."""
     from finetune.model_folders.checkpoint_folder import read_adapter_config
 
     notes = []
@@ -126,7 +127,7 @@ def _notes(adapter: Path, base: Checkpoint) -> list[str]:
 
 
 def _flags_of(adapter: Path) -> dict[str, Any]:
-    """The flags that an adapter was trained with, as far as its run.yaml tells."""
+    """The flags that an adapter was trained with, from its run.yaml; empty without one."""
     import yaml
 
     run = adapter / "run.yaml"
@@ -139,7 +140,7 @@ def _flags_of(adapter: Path) -> dict[str, Any]:
 
 
 def _export(given: argparse.Namespace, sources: Sources, out: Path) -> Agreement | None:
-    """Writes the folder in a place of its own, puts it where it belongs and checks it."""
+    """Writes into a temporary folder, moves it to --export_dir and verifies it."""
     import torch
 
     from finetune.export.result_folder import model_card, unfinished, write_model, write_record
@@ -158,16 +159,16 @@ def _export(given: argparse.Namespace, sources: Sources, out: Path) -> Agreement
         if served:
             _write_served(weights, base, folder / "adapter", out)
         write_record(folder, adapters, _record(given, sources))
-    # Only now: should the check run out of memory, a complete folder is in its place.
+    # After the move: should the check run out of memory, the complete folder is there.
     agreement = None
     if given.verify == "auto":
         agreement = _verify(given, sources, *((out / "base", [out / "adapter"]) if served else (out, [])))
-    print(f"merged={out}{'' if agreement is None else _in_words(agreement)}")
+    print(f"merged={out}{'' if agreement is None else _describe(agreement)}")
     return agreement
 
 
 def _weights(given: argparse.Namespace, sources: Sources) -> Base | Merged:
-    """The tensors of the result, computed when they are read."""
+    """The tensors of the result, computed lazily."""
     from finetune.export.lora_merge import Base, Merged, empty_model
     from finetune.export.vllm_layout import check_servable, stays
 
@@ -219,16 +220,16 @@ def _verify(given: argparse.Namespace, sources: Sources, model: Path, left: list
     device = _device(given.export_device)
     base = sources.base
     adapted = logits_of(base, sources.adapters, prompts, dtype=given.infer_dtype, device=device)
-    # By the mode of its own files, as everybody will load it.
+    # With the downsample_mode of its own files, as users will load it.
     result = resolve(str(model), trained=left[0] if left else None, environment={})
     return compare(adapted, logits_of(result, left, prompts, dtype="auto", device=device))
 
 
-def _in_words(agreement: Agreement) -> str:
-    effect = "" if agreement.effect is None else f" base_difference={agreement.effect:.3e}"
+def _describe(agreement: Agreement) -> str:
+    effect = "" if agreement.effect is None else f" base_difference={significant(agreement.effect)}"
     return (
-        f" verified={str(agreement.ok).lower()} logit_difference={agreement.difference:.3e} "
-        f"relative={agreement.relative:.1e} tolerance={agreement.tolerance:.1e}{effect}"
+        f" verified={str(agreement.ok).lower()} logit_difference={significant(agreement.difference)} "
+        f"relative={significant(agreement.relative)} tolerance={significant(agreement.tolerance)}{effect}"
     )
 
 
@@ -243,11 +244,11 @@ def _device(asked: str) -> str:
 
 
 def _upload(given: argparse.Namespace, folder: Path) -> None:
-    """Sends the folder to the hub when that was asked for; nothing else does."""
+    """Uploads the folder to the hub with --push_to_hub true."""
     name = given.export_hub_model_id
     if given.push_to_hub != "true":
         if name is not None:
-            print(f"note: nothing was uploaded; --push_to_hub true sends {folder} to {name}")
+            print(f"note: nothing was uploaded; --push_to_hub true uploads {folder} to {name}")
         return
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -257,7 +258,7 @@ def _upload(given: argparse.Namespace, folder: Path) -> None:
         api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"{folder} is complete but could not be sent to {name}: {error}") from error
+        raise UserError(f"{folder} is complete but could not be uploaded to {name}: {error}") from error
     print(f"uploaded   {name}")
 
 
@@ -268,10 +269,10 @@ def _parser() -> CommandParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     yes = {"choices": ["true", "false"], "nargs": "?", "const": "true", "default": "false"}
-    parser.add_argument("--model_name_or_path", help="base: folder or hub id; left out, the one that the adapter names")
-    parser.add_argument("--adapter_name_or_path", help="adapter, or several with commas, merged one after another")
+    parser.add_argument("--model_name_or_path", help="base: folder or hub id (default: the one that the adapter names)")
+    parser.add_argument("--adapter_name_or_path", help="adapter, or several separated by commas, merged in this order")
     add_mode_flag(parser)
-    parser.add_argument("--template", help="only checked: LLaMA-Factory's name for a prompt format")
+    parser.add_argument("--template", help="only validated: LLaMA-Factory's name of a chat template")
     parser.add_argument("--export_dir", required=True, help="folder of the result")
     parser.add_argument(
         "--format",
@@ -279,12 +280,10 @@ def _parser() -> CommandParser:
         default="hf",
         help="hf: one model folder; vllm: base/ and adapter/, with LoRA of the language model alone (docs/export.md)",
     )
-    parser.add_argument("--export_size", type=float, default=5, help="most GB per weight file (default: 5)")
+    parser.add_argument("--export_size", type=float, default=5, help="maximum GB per weight file (default: 5)")
+    parser.add_argument("--export_device", choices=["cpu", "auto", "cuda"], default="cpu", help="device of the merge")
     parser.add_argument(
-        "--export_device", choices=["cpu", "auto", "cuda"], default="cpu", help="where layers are computed"
-    )
-    parser.add_argument(
-        "--infer_dtype", choices=_DTYPES, default="auto", help="type of the result (default: the base's)"
+        "--infer_dtype", choices=_DTYPES, default="auto", help="dtype of the result (default: the base's)"
     )
     parser.add_argument(
         "--verify", choices=["auto", "off"], default="auto", help="compare logits with the adapted model"
@@ -292,5 +291,5 @@ def _parser() -> CommandParser:
     parser.add_argument("--overwrite_output_dir", **yes, help="replace the model that --export_dir holds")
     parser.add_argument("--export_legacy_format", **yes, help="refused: weights are written as safetensors only")
     parser.add_argument("--export_hub_model_id", help="OWNER/NAME on the hub, private when it is new")
-    parser.add_argument("--push_to_hub", **yes, help="upload the result; nothing is ever sent without it")
+    parser.add_argument("--push_to_hub", **yes, help="upload the result; nothing is uploaded without it")
     return parser

@@ -1,8 +1,8 @@
-r"""GUICourse: its published files become training data, predictions for its test files get its scores.
+r"""``python -m finetune guicourse``: converts the GUICourse data sets and computes their published scores.
 
 convert: X_data.json with X_images.parquet of GUIEnv, GUIAct (web-single, web-multi, smartphone) and GUIChat become
 X.json (records as training takes them), images/ and X_bad.jsonl (records that cannot be used, with the reason).
-Started again, it writes only the images that are not there yet.
+Run again, it writes only the missing images.
 
 score: predictions are a JSON array or JSON Lines with uid and pred ("<box> 296 301 327 320</box>",
 "actions:\ntap, <point> 500 970</point>"), or the predictions.jsonl of evaluate.
@@ -40,7 +40,9 @@ def convert(given: argparse.Namespace) -> int:
     """
     files = [file for path in given.data for file in _data_files(path)]
     if given.images and len(files) > 1:
-        raise UserError("--images belongs to one data file; give one, or leave it out and keep the published names")
+        raise UserError(
+            "--images belongs to one data file; give one file, or remove --images and keep the published names"
+        )
     done: list[dict[str, Any]] = []
     for file in files:
         parquets = given.images or [file.with_name(file.name.removesuffix(_DATA) + _IMAGES)]
@@ -82,21 +84,21 @@ def convert_file(file: Path, parquets: Sequence[Path], out: Path, *, form: str, 
     _write(out, stem, converted, bad)
     print(f"{file.name}: {len(converted)} records, {len(paths)} images in {out / folder}")
     for row in bad[:_MORE]:
-        print(f"  left out: record {row['record']} ({row['uid']}): {row['message']}")
+        print(f"  skipped: record {row['record']} ({row['uid']}): {row['message']}")
     if bad:
-        print(f"  {len(bad)} left out; all of them in {out / f'{stem}_bad.jsonl'}")
+        print(f"  {len(bad)} skipped; all are listed in {out / f'{stem}_bad.jsonl'}")
     return converted
 
 
 def _look(file: Path, records: Sequence[Any]) -> tuple[list[tuple[int, dict[str, Any], str]], list[dict[str, Any]]]:
-    """(position, record, data set) of the records that say what they are, and what is wrong with the others."""
+    """(position, record, data set) of the recognised records, and the errors of the others."""
     from finetune.guicourse.record_conversion import RecordError, image_ids, kind
 
     usable, bad = [], []
     for index, record in enumerate(records):
         try:
             if not isinstance(record, dict):
-                raise RecordError("is no object")
+                raise RecordError("is not an object")
             image_ids(record)
             usable.append((index, record, kind(record)))
         except RecordError as error:
@@ -126,7 +128,7 @@ def score(given: argparse.Namespace) -> int:
     beside = given.data.with_name(given.data.name.removesuffix(_DATA) + _IMAGES)
     if not parquets and beside.is_file():
         parquets = [beside]
-    # Taps and texts need no page, and the files are large.
+    # Taps and texts need no page elements, and the files are large.
     on_elements = {record["image_id"] for record in labels if "'element'" in str(record.get("actions_label"))}
     pages = elements(parquets, on_elements) if parquets and on_elements else None
     try:
@@ -137,14 +139,14 @@ def score(given: argparse.Namespace) -> int:
         raise DataError(f"{given.data}: a label {error}") from error
     print(table(scores))
     if unknown := len(predictions.keys() - {record["uid"] for record in labels}):
-        print(f"{unknown} predictions are of other samples and count for nothing")
+        print(f"{unknown} predictions match no sample and are ignored")
     if given.out:
         given.out.write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
 
 
 def read_predictions(path: Path) -> dict[str, dict[str, Any]]:
-    """Predictions by uid; of two for one sample the last counts.
+    """Predictions by uid; the last one wins when a uid repeats.
 
     Raises:
         DataError: one without uid (or id) and pred (or prediction).
@@ -179,7 +181,7 @@ def _data_files(path: Path) -> list[Path]:
         return [path]
     found = sorted(file for file in path.rglob(f"*{_DATA}"))
     if not found:
-        raise UserError(f"{path}: no file is called *{_DATA} there; give the files of the published data sets")
+        raise UserError(f"{path}: no file there is named *{_DATA}; give the files of the published data sets")
     return found
 
 
@@ -224,11 +226,11 @@ def _parser() -> CommandParser:
     scoring = commands.add_parser("score", help="the published scores of a prediction file")
     scoring.add_argument("--data", required=True, type=Path, help="published test file, *_data.json")
     scoring.add_argument("--pred", required=True, type=Path, help="predictions")
-    scoring.add_argument("--images", nargs="+", type=Path, help="its Parquet file, for the page elements of web data")
+    scoring.add_argument("--images", nargs="+", type=Path, help="its Parquet file, with the page elements of web data")
     scoring.add_argument(
         "--position",
         choices=["absolute", "related", "related_version1", "related_version2"],
-        help="unit of predictions that do not say theirs (default: thousandths, or shares where all are within 0 to 1)",
+        help="unit of predictions that name none (default: thousandths, or fractions where all are within 0 to 1)",
     )
     scoring.add_argument("--out", type=Path, help="JSON file for all scores")
     return parser

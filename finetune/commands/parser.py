@@ -1,4 +1,4 @@
-"""The parser of every command: what is wrong with its options is one line, as it is in training."""
+"""Argument parser of all commands: errors are one line, as in training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune.utils.errors import ArgumentError
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Takes no abbreviated options, no empty values, and numbers in their ranges only.
+    """Refuses abbreviated options, empty values and numbers out of range.
 
     Args:
         **options: as of ``argparse.ArgumentParser``.
@@ -25,20 +25,18 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
-        """Instead of the usage and the end of the process."""
+        """Raises instead of printing the usage and exiting."""
         raise ArgumentError(f"{message}; {self.prog} --help lists the options")
 
     def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As there; the values are looked at."""
+        """Also validates the values."""
         words = list(sys.argv[1:] if args is None else args)
         for before, word in zip(["", *words], words, strict=False):
             name, equals, value = word.partition("=")
             if not word or (name.startswith("--") and equals and not value):
-                raise ArgumentError(
-                    f"{(name or before) or 'an argument'} has an empty value: give one, or leave it out"
-                )
+                raise ArgumentError(f"{(name or before) or 'an argument'} has an empty value: give one, or remove it")
         values, rest = super().parse_known_args(args, namespace or argparse.Namespace())
         check_ranges(vars(values))
         return values, rest

@@ -1,7 +1,7 @@
-"""What fits on the card: memory of a training step by method, ZeRO stage and batch, before anything is trained.
+"""``python -m finetune plan``: estimates the GPU memory of a training step by method, ZeRO stage and batch size.
 
 MODEL is a checkpoint folder (config.json is enough), a hub id, or the name of a family (v4_5, ...), whose published
-sizes are known. With DATA the lengths and images of its records count, without it --length and --slices.
+sizes are known. With DATA the longest record is measured, without it --length and --slices set the shape.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from finetune.models.downsample_mode import Mode
     from finetune.planning.training_setup import SampleShape, TrainingSetup
 
-# Tokens of the longest sample where nothing says how long it is: more where its images need them and some text.
+# Default length of a sample in tokens; raised when its images with some text need more.
 _LENGTH, _TEXT, _STEP = 2048, 512, 1024
 
 
@@ -70,7 +70,7 @@ def _plan(given: argparse.Namespace) -> int:
 
 
 def _model(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], str, Mode | None]:
-    """config.json and all settings of a folder, a hub id or a family, its name on the command line, and its mode."""
+    """config.json and settings of a folder, a hub id or a family, its name for the command line, and its mode."""
     from finetune.checkpoints.base_checkpoint import resolve
     from finetune.families import by_name
     from finetune.models.downsample_mode import decide, with_mode
@@ -96,7 +96,7 @@ def _shape(given: argparse.Namespace, settings: dict[str, Any]) -> SampleShape:
     items = 0 if not slices else (slices + 1 if slices > 1 else 1) * given.images
     each = spec.scale_resolution**2 // layout.pixels_per_token if layout.pixels_per_token else layout.query_num
     tokens = given.length or max(_LENGTH, -(-(items * each + _TEXT) // _STEP) * _STEP)
-    # Of images that are longer than that, training takes fewer slices.
+    # Training reduces the slices of images that are longer than that.
     items = min(items, max(tokens // each, given.images))
     shape = SampleShape(batch=given.batch, tokens=tokens, items=items, patches=patches, labelled=given.labelled)
     if given.data is None and given.dataset is None:
@@ -104,7 +104,7 @@ def _shape(given: argparse.Namespace, settings: dict[str, Any]) -> SampleShape:
             raise ArgumentError("flags about data have no effect without DATA or --dataset")
         return shape
     if given.model in _families():
-        raise ArgumentError("to measure DATA a tokenizer is needed: give the folder of the checkpoint, not a family")
+        raise ArgumentError("measuring DATA needs a tokenizer: give the folder of a checkpoint, not a family")
     return _measured(given, shape)
 
 
@@ -115,7 +115,7 @@ def _families() -> tuple[str, ...]:
 
 
 def _measured(given: argparse.Namespace, shape: SampleShape) -> SampleShape:
-    """The longest of the records, and the one with the most patches."""
+    """The shape of the longest record and of the one with the most patches."""
     from finetune.checkpoints.base_checkpoint import resolve
     from finetune.encoding.encoder import Encoder
     from finetune.encoding.length_policy import LengthPolicy
@@ -156,7 +156,7 @@ def _recipe(given: argparse.Namespace) -> TrainingSetup:
 
 
 def _chosen(recipe: TrainingSetup, given: argparse.Namespace) -> bool:
-    """Whether a row is one of those asked for."""
+    """Whether a row passes the filters of the command line."""
     return (
         given.zero in (None, recipe.stage)
         and given.offload in (None, recipe.offload)
@@ -165,7 +165,7 @@ def _chosen(recipe: TrainingSetup, given: argparse.Namespace) -> bool:
 
 
 def _memory_here() -> float | None:
-    """Memory of the first GPU here, in GB."""
+    """Memory of the first local GPU in GB; None without one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -173,19 +173,19 @@ def _memory_here() -> float | None:
     return torch.cuda.get_device_properties(0).total_memory / 2**30
 
 
-def _positive(word: str) -> int:
-    if not word.isdecimal() or not int(word):
-        raise argparse.ArgumentTypeError(f"{word!r}: a number of at least 1 is wanted")
-    return int(word)
+def _positive(value: str) -> int:
+    if not value.isdecimal() or not int(value):
+        raise argparse.ArgumentTypeError(f"{value!r}: must be an integer of at least 1")
+    return int(value)
 
 
-def _share(word: str) -> float:
+def _fraction(text: str) -> float:
     try:
-        value = float(word)
+        value = float(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{word!r} is no number") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{word!r}: a share above 0 and up to 1 is wanted")
+        raise argparse.ArgumentTypeError(f"{text!r}: must be above 0 and at most 1")
     return value
 
 
@@ -194,27 +194,37 @@ def _parser() -> CommandParser:
         prog="python -m finetune plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint folder, hub id, or name of a family")
-    parser.add_argument("data", nargs="?", metavar="DATA", help="data file whose records are measured")
+    parser.add_argument("data", nargs="?", metavar="DATA", help="data file whose longest record is measured")
     parser.add_argument("--method", choices=["all", "full", "full-llm", "lora", "qlora"], default="all")
     parser.add_argument("--gpus", type=_positive, default=1, help="number of GPUs (default: 1)")
-    parser.add_argument("--gpu_memory", type=float, metavar="GB", help="of one (default: that of the GPU here, or 24)")
     parser.add_argument(
-        "--length", type=_positive, help="longest sample in tokens (default: 2048, more where its images take more)"
+        "--gpu_memory", type=float, metavar="GB", help="memory of one GPU (default: that of the local GPU, or 24)"
     )
-    parser.add_argument("--slices", type=int, help="most slices per image, 0 for text only (default: the checkpoint's)")
+    parser.add_argument(
+        "--length", type=_positive, help="sample length in tokens (default: 2048, more where its images need more)"
+    )
+    parser.add_argument(
+        "--slices", type=int, help="maximum number of slices per image, 0 for text only (default: the checkpoint's)"
+    )
     parser.add_argument("--images", type=_positive, default=1, help="images per sample (default: 1)")
     parser.add_argument("--batch", type=_positive, default=1, help="samples per GPU and micro-batch (default: 1)")
-    parser.add_argument("--labelled", type=_share, default=0.25, help="share of tokens that carry loss (default: 0.25)")
+    parser.add_argument(
+        "--labelled", type=_fraction, default=0.25, help="fraction of tokens that are trained on (default: 0.25)"
+    )
     parser.add_argument("--gradient_accumulation_steps", type=_positive, default=1)
-    parser.add_argument("--vision_batch", type=_positive, help="most visual items encoded at once (default: all)")
+    parser.add_argument(
+        "--vision_batch",
+        type=_positive,
+        help="maximum number of visual items per forward pass of the vision tower (default: all)",
+    )
     parser.add_argument("--lora_r", type=_positive, default=64)
     parser.add_argument("--tune_vision", type=truth, metavar="true|false")
     parser.add_argument("--tune_resampler", type=truth, metavar="true|false")
     add_mode_flag(parser)
-    data = parser.add_argument_group("records that are measured, with DATA or --dataset, as in training")
+    data = parser.add_argument_group("how DATA or --dataset is read, as in training")
     add_flags(data, DataArguments, ["dataset", *PLACE_FLAGS, *VIDEO_FLAGS])
     add_flags(data, DataArguments, ["max_samples", "train_on", "thinking", "image_max_pixels", "overlong"])
-    chosen = parser.add_argument_group("only the rows with")
+    chosen = parser.add_argument_group("show only the rows with")
     chosen.add_argument("--zero", type=int, choices=[0, 2, 3], help="this stage of ZeRO")
     chosen.add_argument("--offload", type=truth, metavar="true|false")
     chosen.add_argument("--gradient_checkpointing", type=truth, metavar="true|false")

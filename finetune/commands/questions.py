@@ -1,4 +1,4 @@
-"""Records of a data file as questions with their accepted answers."""
+"""Prompts of a data file with their reference answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from finetune.encoding.encoder import Encoder
     from finetune.readers.mixture import Mixture
 
-# By position in the data file: the conversation up to the question, and the accepted answers.
+# Position in the data file -> the conversation up to the question, and the accepted answers.
 Questions = dict[int, tuple[Sample, list[str]]]
 
 
@@ -24,7 +24,7 @@ def read_questions(
     skip_bad: bool = False,
     max_bad_share: float = 1.0,
 ) -> tuple[Questions, list[str]]:
-    """Samples as questions and accepted answers: the last answer, or "answers" of a record in the official form.
+    """Prompts and accepted answers: the last answer, or "answers" of a record in the official format.
 
     Args:
         samples: the data.
@@ -66,7 +66,7 @@ def read_questions(
     if share_is_bad(len(skipped), len(questions) + len(skipped), max_bad_share):
         raise UnusableResultError(
             f"{samples.title}: {len(skipped)} of {len(questions) + len(skipped)} records cannot be used, more than "
-            f"--max_bad_share {max_bad_share:g} allows; mend the data, or raise it. The first: {skipped[0]}"
+            f"--max_bad_share {max_bad_share:g} allows; fix the data, or raise the limit. The first: {skipped[0]}"
         )
     return questions, skipped
 

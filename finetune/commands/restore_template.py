@@ -1,7 +1,7 @@
-"""``python -m finetune restore-template DIR``: the published chat template back into a result of the old scripts.
+"""``python -m finetune restore-template DIR``: restores the published chat template of 2.5.
 
-Those of MiniCPM-Llama3-V 2.5 replace the template for training and leave it replaced, so that their checkpoints are
-asked with another prompt than the published one. What this project trains never needs it.
+The old finetuning scripts of MiniCPM-Llama3-V 2.5 saved their training template in place of the published one, so that
+their checkpoints are prompted differently at inference. Checkpoints trained by this project never need it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from finetune.utils.json_objects import read_object
 from finetune.utils.paths import expand
 
 _SETTINGS = "tokenizer_config.json"
-# Newer libraries write the template here, and look here first.
+# Newer versions of transformers write the template here, and read it from here first.
 _BESIDE = "chat_template.jinja"
 
 
 def main(argv: list[str]) -> int:
-    """Restores the template and checks the prompt; the files as they were stay beside, with .bak at the end."""
+    """Restores the template and checks the prompt; the previous files are kept with the suffix .bak."""
     parser = CommandParser(prog="python -m finetune restore-template", description=__doc__)
     parser.add_argument("folder", type=Path, help="full checkpoint or adapter, trained by the old scripts")
     folder = expand(parser.parse_args(argv).folder)
@@ -34,20 +34,20 @@ def main(argv: list[str]) -> int:
     family = _family(folder)
     if not family.inference_template:
         raise ArgumentError(
-            f"{folder} is {family.title}: only the scripts of MiniCPM-Llama3-V 2.5 left another template behind, "
+            f"{folder} is {family.title}: only the scripts of MiniCPM-Llama3-V 2.5 saved another template, "
             "there is nothing to restore"
         )
     backups = restore(folder, family.inference_template)
     check_chat_template(family, load_tokenizer(folder))
     if backups:
-        print(f"restored the chat template of {folder}; as it was: {', '.join(path.name for path in backups)}")
+        print(f"restored the chat template of {folder}; backups: {', '.join(path.name for path in backups)}")
     else:
         print(f"{folder} has the published chat template already; nothing changed")
     return 0
 
 
 def restore(folder: Path, template: str) -> list[Path]:
-    """Writes the template into tokenizer_config.json, and puts another one beside it away.
+    """Writes the template into tokenizer_config.json, and moves another template file beside it to a backup.
 
     Returns:
         The backups made, empty when nothing had to change.
@@ -64,7 +64,7 @@ def restore(folder: Path, template: str) -> list[Path]:
         backups.append(_free(file))
         backups[-1].write_bytes(file.read_bytes())
         settings["chat_template"] = template
-        # Replaced in one step: an interruption leaves the old file or the new one.
+        # Atomic replacement: an interruption leaves the old file or the new one.
         new = file.with_name(f"{file.name}.new")
         new.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(new, file)
@@ -88,7 +88,7 @@ def _family(folder: Path) -> Family:
 
 
 def _free(file: Path) -> Path:
-    """A name for a backup that no earlier one has."""
+    """An unused name for a backup."""
     first = file.with_name(f"{file.name}.bak")
     later = (file.with_name(f"{file.name}.bak{number}") for number in range(2, 1000))
     return first if not first.exists() else next(path for path in later if not path.exists())

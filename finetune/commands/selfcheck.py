@@ -1,8 +1,7 @@
-"""``python -m finetune selfcheck MODEL``: is this checkpoint whole, and does it see and speak?
+"""``python -m finetune selfcheck MODEL``: smoke test of a checkpoint: loading, prompt, caption and loss.
 
-Loads it strictly, compares its prompt with its own chat template, describes a built-in picture and compares the loss of
-a right caption with that of its shuffled words. Numbers of a checkpoint that was never trained mean nothing; that every
-step runs does.
+Loads it strictly, compares its prompt with its own chat template, captions a built-in image and compares the loss of
+the correct caption with that of its shuffled words. With random weights only that every step runs has meaning.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _SHOWN_IDS = 24
 
 
 def main(argv: list[str]) -> int:
-    """Runs every check; returns 0 when all ran, UserError says what is wrong with the checkpoint."""
+    """Runs every check; returns 0 when all ran, raises UserError for an invalid checkpoint."""
     parser = CommandParser(prog="python -m finetune selfcheck", description=__doc__)
     parser.add_argument("model", help="folder of a checkpoint, or a hub id")
     parser.add_argument("--adapter", help="folder of an adapter trained on it")
@@ -73,7 +72,7 @@ def main(argv: list[str]) -> int:
 
     picture = draw()
     prompt = _sample(picture)
-    print(f"picture    a red circle on white, STOP below it; {encoder.measure(prompt).items} visual items")
+    print(f"image      a red circle on white, STOP below it; {encoder.measure(prompt).items} visual items")
     answers = generate_answers(model, tokenizer, encoder, [prompt], max_new_tokens=args.max_new_tokens)
     print(f"caption    {answers[0]!r}")
     _compare_captions(model, encoder, picture, math.log(base.vocab_size))
@@ -82,17 +81,15 @@ def main(argv: list[str]) -> int:
 
 def _compare_captions(model: torch.nn.Module, encoder: Encoder, picture: Image.Image, chance: float) -> None:
     right, shuffled = (caption_loss(model, encoder, picture, text) for text in (CAPTION, _shuffle(CAPTION)))
-    print(
-        f"loss       {right:.3f} right caption, {shuffled:.3f} its words shuffled, {chance:.2f} chance (ln vocabulary)"
-    )
+    print(f"loss       {right:.3f} correct caption, {shuffled:.3f} words shuffled, {chance:.2f} chance (ln vocabulary)")
     if right < shuffled and right < chance / 2:
-        print("verdict    it prefers the right caption, as a trained checkpoint does")
+        print("verdict    it prefers the correct caption, as a trained checkpoint does")
     else:
-        print("verdict    it does NOT behave like a trained checkpoint; only of random weights is this to be expected")
+        print("verdict    it does NOT behave like a trained checkpoint; expected only with random weights")
 
 
 def draw() -> Image.Image:
-    """The built-in picture: a red circle on white above the word STOP."""
+    """The built-in image: a red circle on white above the word STOP."""
     from PIL import Image, ImageDraw, ImageFont
 
     image = Image.new("RGB", (_SIDE, _SIDE), "white")
@@ -103,7 +100,7 @@ def draw() -> Image.Image:
 
 
 def caption_loss(model: torch.nn.Module, encoder: Encoder, picture: Image.Image, caption: str) -> float:
-    """Mean loss over the tokens of a caption of the picture."""
+    """Mean loss over the tokens of a caption of the image."""
     import torch
 
     from finetune.encoding.collate import pad

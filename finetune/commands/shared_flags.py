@@ -1,4 +1,4 @@
-"""Flags that commands share with training: name, type, choices, default and help come from its dataclasses."""
+"""Flags that commands share with training, built from its argument dataclasses."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from finetune.arguments.data import VIDEO_FLAGS, DataArguments
 from finetune.arguments.model import ModelArguments
 
 MODE_FLAG = "downsample_mode"
-"""How many patches become a token, of ModelArguments."""
+"""The flag of ModelArguments for the visual token compression of 4.6 and later."""
 
 PLACE_FLAGS = ("dataset_dir", "media_dir", "image_root", "data_format", "strict_paths")
-"""Where data are and what form they have."""
+"""Flags that locate the data and name its format."""
 
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
 def add_flags(parser: argparse._ActionsContainer, dataclass: type, names: Iterable[str]) -> None:
-    """Adds flags of one of the dataclasses of training, in the order they have there.
+    """Adds flags of an argument dataclass, in its order.
 
     Args:
         parser: a parser, or a group of one.
         dataclass: ModelArguments or DataArguments.
-        names: which of its flags.
+        names: the flags to add.
     """
     wanted, types = set(names), get_type_hints(dataclass)
     for entry in fields(dataclass):
@@ -39,27 +39,27 @@ def add_flags(parser: argparse._ActionsContainer, dataclass: type, names: Iterab
 
 
 def add_mode_flag(parser: argparse.ArgumentParser) -> None:
-    """Adds --downsample_mode; unknown modes are refused where the mode is decided, ``models.downsample_mode``."""
+    """Adds --downsample_mode; values are validated in ``models.downsample_mode``."""
     add_flags(parser, ModelArguments, [MODE_FLAG])
 
 
 def add_video_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds those about videos; they must be those of the training for results to be those of the training."""
+    """Adds the flags of video sampling; use the values of training to reproduce its inputs."""
     add_flags(parser.add_argument_group("videos, as in training"), DataArguments, VIDEO_FLAGS)
 
 
 def data_arguments(given: argparse.Namespace) -> DataArguments:
-    """The flags about data as training has them; those that a command does not take keep their defaults.
+    """DataArguments of a command; flags that it does not have keep their defaults.
 
     Raises:
-        ArgumentError: a value outside of its range.
+        ArgumentError: a value out of range.
     """
     names = [entry.name for entry in fields(DataArguments) if hasattr(given, entry.name)]
     return DataArguments(**{name: getattr(given, name) for name in names})
 
 
 def _options(entry: Field[Any], annotation: Any) -> dict[str, Any]:
-    """How argparse takes a value of a field."""
+    """Argparse options for a dataclass field."""
     kinds = [kind for kind in (get_args(annotation) if isinstance(annotation, UnionType) else (annotation,))]
     kind = next(kind for kind in kinds if kind is not type(None))
     options: dict[str, Any] = {"help": entry.metadata["help"].replace("%", "%%")}
@@ -72,12 +72,12 @@ def _options(entry: Field[Any], annotation: Any) -> dict[str, Any]:
     return options if kind is str else {**options, "type": kind}
 
 
-def truth(word: str) -> bool:
-    """A word for true or false.
+def truth(value: str) -> bool:
+    """Parses a boolean flag value.
 
     Raises:
         argparse.ArgumentTypeError: it is neither.
     """
-    if word.lower() not in (*_TRUE, *_FALSE):
-        raise argparse.ArgumentTypeError(f"{word!r}: true or false is wanted")
-    return word.lower() in _TRUE
+    if value.lower() not in (*_TRUE, *_FALSE):
+        raise argparse.ArgumentTypeError(f"{value!r}: must be true or false")
+    return value.lower() in _TRUE

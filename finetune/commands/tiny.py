@@ -1,6 +1,6 @@
-"""Write a complete tiny checkpoint with random weights: the official folder layout in seconds, without a download.
+"""``python -m finetune tiny``: writes a tiny checkpoint with random weights in the official folder layout.
 
-It is what the demo trains and what the tests load. It knows nothing: answers before training are noise.
+The demo trains it and the tests load it. It takes seconds and no download; before training its answers are noise.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--family", required=True, choices=FAMILIES)
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the stored weights")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the stored weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace a previous result")
     parser.add_argument(
         "--experts", type=int, default=0, help="routed experts of the language model, for v4_7 (default: none, dense)"
     )

@@ -1,4 +1,4 @@
-"""``python -m finetune verify FOLDER``: loads a result as a user would and compares it with the trained model."""
+"""``python -m finetune verify FOLDER``: loads a saved result and compares its logits with the trained model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.commands.parser import CommandParser
+from finetune.utils.number_format import significant
 
 
 def main(argv: list[str]) -> int:
@@ -35,37 +36,37 @@ def main(argv: list[str]) -> int:
     origin = origin_of(args.reference) if args.reference else Origin("auto")
     options: dict[str, Any] = {"quantization_config": quantisation(origin.dtype)} if origin.quantised else {}
     device = _device(args.folder, adapter) if args.device == "auto" else args.device
-    # As it was saved, whatever the environment says: the placeholders of the reference were counted that way.
+    # The downsample_mode it was saved with, not that of the environment: the reference has that many placeholders.
     base = resolve(str(base_of(args.folder) if adapter else args.folder), trained=args.folder, environment={})
     loader = AutoPeftModel.from_pretrained if adapter else load_model
     with peft_errors(folder):
         model = loader(str(args.folder), dtype=origin.dtype, device_map={"": device}, **options).eval()
     with tokenizer_errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(str(args.folder))
-    print(f"loaded {args.folder} on {device}: {type(model).__name__}, {type(tokenizer).__name__}")
+    loaded = f"loaded {args.folder} on {device}: {type(model).__name__}, {type(tokenizer).__name__}"
     if base.mode is not None:
         model.config.downsample_mode = base.mode.name  # peft loads the base as it is
-        print(base.mode)
+        loaded += f", {base.mode}"
     if args.reference is None:
+        print(loaded)
         return 0
     result = compare(model, args.reference)
-    base = "" if result.base_difference is None else f" base_difference={result.base_difference:.3e}"
-    print(
-        f"verified={str(result.ok).lower()} logit_difference={result.difference:.3e} "
-        f"relative={result.relative:.1e} tolerance={result.tolerance:.1e}{base}"
-    )
-    print(result.reasons())
+    figures = {"logit_difference": result.difference, "relative": result.relative, "tolerance": result.tolerance}
+    if result.base_difference is not None:
+        figures["base_difference"] = result.base_difference
+    shown = " ".join(f"{name}={significant(value)}" for name, value in figures.items())
+    print(f"verified={str(result.ok).lower()} {shown} ({loaded}; {result.reasons()})")
     if not result.ok:
         wrong = f"; {len(result.wrong)} trained tensors have other values: {some(result.wrong)}" if result.wrong else ""
         print(
-            f"error: {args.folder} does not give the trained model{wrong}. The files were kept; "
+            f"error: {args.folder} does not match the trained model{wrong}. The files were kept; "
             "training itself is not affected, but do not use this folder before the difference is understood"
         )
     return 0 if result.ok else 3
 
 
 def _device(folder: Path, adapter: bool) -> str:
-    """The GPU when the weights and some room fit into its free memory, else the CPU."""
+    """The GPU when its free memory holds the weights with some margin, else the CPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -85,12 +85,12 @@ def lines(report: CheckReport) -> Iterator[str]:
     found = [f"{report.outcomes[outcome]} {outcome}" for outcome in OUTCOMES if report.outcomes[outcome]]
     found += [f"{len(report.overlong)} skipped as too long"] if report.overlong else []
     found += [f"{len(report.problems)} that cannot be used"] if report.problems else []
-    yield f"  {', '.join(found)}; longest {report.longest} tokens"
-    used = report.usable
+    used, media = report.usable, ""
     if used:
         counts = [(report.with_media[kind], a) for kind, a in _A.items() if report.with_media[kind]]
         media = ", ".join(f"{count} of {used} records have {a}" for count, a in counts)
-        yield "  " + (media or f"none of {used} records has an image, a video or audio")
+        media = "; " + (media or f"none of {used} records has an image, a video or sound")
+    yield f"  {', '.join(found)}; longest {report.longest} tokens{media}"
     yield from (f"  {'warning' if is_warning(line) else 'note'}: {line}" for line in _note_lines(report.notes, used))
     if report.repeated:
         yield f"  warning: {report.repeated} records are duplicates: the same text and media as an earlier one"

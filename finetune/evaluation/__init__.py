@@ -1,1 +1,1 @@
-"""Generation and metrics."""
+"""Evaluation: batched generation, metrics, reports and training curves."""

@@ -1,4 +1,4 @@
-"""Answers of a model to the prompts of samples, encoded exactly as in training."""
+"""Greedy generation in left-padded batches, with prompts encoded exactly as in training."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ def split_answer(sample: Sample) -> tuple[Sample, str]:
     """A sample without its last turn, and the text of that turn.
 
     Raises:
-        DataError: the last turn is not the assistant's, it calls tools, or nothing is left before it.
+        DataError: the last turn is not the assistant's, it calls tools, or it is the only turn.
     """
     *before, last = sample.messages
     if last.role != "assistant" or not before:
-        raise DataError(f"{sample.source}: the last turn is a {last.role} turn; an answer to compare with is needed")
+        raise DataError(
+            f"{sample.source}: the last turn is a {last.role} turn; the last turn must be the reference answer"
+        )
     if last.calls:
         raise DataError(
-            f"{sample.source}: the last turn calls tools, and a call is no text to compare answers with; end the "
-            "record with the answer in words, or leave it out"
+            f"{sample.source}: the last turn calls tools, which is no text to compare answers with; end the "
+            "record with a text answer, or remove it"
         )
     return replace(sample, messages=tuple(before)), last.text
 
 
 def batches_by_length(encoder: Encoder, prompts: Sequence[Sample], batch_size: int) -> list[list[int]]:
-    """Positions of the prompts in batches, the longest first, so that little is padded and memory runs out at once."""
+    """Prompt indices in batches, longest first: little padding, and out-of-memory errors come at the start."""
     order = sorted(range(len(prompts)), key=lambda index: -encoder.measure(prompts[index], generate=True).tokens)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -51,12 +53,12 @@ def answer_batch(
     """Greedy answers to conversations that end with a user turn, from one left-padded batch.
 
     Args:
-        model: the network, or a PeftModel around it; it is left in the mode it was in.
-        tokenizer: of the checkpoint.
-        encoder: of the checkpoint.
+        model: the model, or a PeftModel around it; its training mode is restored.
+        tokenizer: that of the checkpoint.
+        encoder: that of the checkpoint.
         prompts: at least one.
-        max_new_tokens: most tokens of an answer.
-        synced: go on until every rank has finished, as ZeRO-3 needs; every rank must then call this.
+        max_new_tokens: maximum number of tokens per answer.
+        synced: continue until every rank has finished, as ZeRO-3 requires; every rank must then call this.
     """
     stops, pad_id = encoder.stop_ids, encoder.pad_id
     device = next(model.parameters()).device
@@ -69,7 +71,7 @@ def answer_batch(
             **batch,
             do_sample=False,
             num_beams=1,
-            repetition_penalty=1.0,  # some checkpoints bring another, which also counts the prompt
+            repetition_penalty=1.0,  # some checkpoints set another, which also applies to the prompt
             max_new_tokens=max_new_tokens,
             eos_token_id=stops,
             pad_token_id=pad_id,
@@ -91,7 +93,7 @@ def generate_answers(
 ) -> list[str]:
     """Greedy answers to conversations that end with a user turn, in their order.
 
-    Batches are left-padded and sorted by length, so that little is padded; the order of the answers is the prompts'.
+    Batches are left-padded and sorted by length to reduce padding; answers are returned in the order of the prompts.
     """
     answers = [""] * len(prompts)
     for chosen in tqdm(batches_by_length(encoder, prompts, batch_size), desc=description, leave=False):
@@ -103,7 +105,7 @@ def generate_answers(
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> str:
-    """The text of generated ids up to the first stop token, without the white space around it."""
+    """The text of generated ids up to the first stop token, with surrounding white space stripped."""
     end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
-    # Grounding marks are special tokens of the tokenizer but part of the answer, so nothing is skipped.
+    # Grounding tags are special tokens but part of the answer, so special tokens are not skipped.
     return str(tokenizer.decode(ids[:end], skip_special_tokens=False)).strip()

@@ -1,4 +1,4 @@
-"""report.html of ``evaluate``: the answers to look at, worst first, in one file that needs no other."""
+"""report.html of ``evaluate``: samples sorted by score, worst first, as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from finetune.media import image as images
 from finetune.media import video
 from finetune.media.video_sampling import middles
 from finetune.pages.html_page import count, render
-from finetune.pages.thumbnails import Detail, Picture, jpeg, weight, within
+from finetune.pages.thumbnails import Detail, EmbeddedImage, jpeg, weight, within
 from finetune.sample import Media, Sample, Source
 
 _MOST_IMAGES = 4
 _ROOM = 9_000_000
-"""Bytes for all pictures of a page, as far as the coarsest detail allows."""
+"""Byte budget for all images of a page; exceeded only at the coarsest detail."""
 _FRAME = 320
 _SCALE = 1000
 """Coordinates of boxes and points go from 0 to this, whatever the size of the image."""
@@ -27,7 +27,7 @@ _WORDS = {
     "exact": "Exact match",
     "normalised": "Match but for case, articles and punctuation",
     "vqa": "VQA accuracy",
-    "anls": "ANLS (similarity of the letters)",
+    "anls": "ANLS (edit-distance similarity)",
     "relaxed": "Relaxed accuracy (numbers within 5 %)",
     "token_f1": "F1 of the words",
     "cer": "Character error rate",
@@ -43,11 +43,11 @@ _FACTS = {
     "adapter": "Adapter",
     "compared_with": "Compared with",
     "data": "Data",
-    "left_out": "Records left out",
+    "left_out": "Records skipped",
     "seconds": "Seconds",
 }
 _SAID = ("metric", "why", "higher_is_better", "samples", "better", "worse", "other_answer")
-"""What stands in sentences and tiles, not among the facts."""
+"""Keys of the summary that are shown elsewhere than in the table of facts."""
 
 
 def build(
@@ -62,12 +62,12 @@ def build(
     """The page as HTML; every text of the data and of the model is escaped.
 
     Args:
-        metric: what the scores are.
+        metric: the metric of the scores.
         rows: all rows; the worst are shown first.
-        summary: ``scoring.summarise`` and whatever else is to stand at the top.
+        summary: that of ``scoring.summarise``, with further entries to show at the top.
         title: headline.
-        most: rows shown.
-        max_pixels: largest image that is decoded.
+        most: maximum number of rows shown.
+        max_pixels: maximum pixels of an image to decode.
     """
     shown = sorted(rows, key=lambda row: (-metric.badness(row.scores), change(metric, row), row.index))[:most]
     room = _ROOM // max(len(shown), 1)
@@ -89,7 +89,7 @@ def build(
 
 
 def words_of(figure: str) -> str:
-    """A figure of a metric as people call it.
+    """Display name of a metric.
 
     >>> words_of("cer"), words_of("acc@0.5"), words_of("mine")
     ('Character error rate', 'Boxes that overlap by more than 0.5', 'mine')
@@ -109,7 +109,7 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _judged(metric: Metric, summary: Mapping[str, Any]) -> str:
-    """How answers are judged, in a sentence."""
+    """One sentence on the metric."""
     better = "higher is better" if metric.higher else "lower is better"
     why = str(summary.get("why", ""))
     chosen = f"; chosen automatically: {why.removeprefix('auto: ')}" if why.startswith("auto: ") else ""
@@ -142,19 +142,19 @@ def _card(metric: Metric, row: ScoreRow, max_pixels: int, room: int) -> dict[str
     }
 
 
-def _shown(pictures: Sequence[Image.Image], detail: Detail) -> list[Picture]:
+def _shown(pictures: Sequence[Image.Image], detail: Detail) -> list[EmbeddedImage]:
     return [jpeg(picture, detail.side, detail.quality) for picture in pictures]
 
 
 def _drawing(row: ScoreRow) -> list[tuple[str, list[Box], list[Point]]]:
-    """Boxes and points of references and answers on a scale of 0 to 1000; nothing when they have another one."""
+    """Boxes and points of references and answers in thousandths; empty when they use another unit."""
     texts = [("reference", "\n".join(row.references)), ("answer", row.prediction)]
     texts += [("base", row.base)] if row.base is not None else []
     drawn = [(kind, boxes(text), points(text) if "<point>" in text else []) for kind, text in texts]
     numbers = [value for _, found, dots in drawn for each in (*found, *dots) for value in each]
     if not any(value > _SCALE or value < 0 for value in numbers):
         return drawn if numbers else []
-    # An answer may be anything; references tell the scale.
+    # The references determine the unit; an answer may be anything.
     known = [value for each in (*drawn[0][1], *drawn[0][2]) for value in each]
     return drawn if known and all(0 <= value <= _SCALE for value in known) else []
 
@@ -186,7 +186,7 @@ def _picture(medium: Media, source: Source, max_pixels: int) -> Image.Image:
 
 
 def headline(data: str, questions: int) -> str:
-    """What an evaluation is called.
+    """Title of an evaluation.
 
     >>> headline("eval.json", 128)
     'Answers to 128 questions of eval.json'

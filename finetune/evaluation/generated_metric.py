@@ -1,4 +1,4 @@
-"""A metric on answers that the model generates while it is trained, at every evaluation."""
+"""Generation metric during training: answers to evaluation samples, scored at every evaluation (--eval_generate)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 class Answered(NamedTuple):
-    """A question and what the model says to it.
+    """A question with its reference and the generated answers.
 
     Attributes:
         prompt: the conversation up to the question.
         reference: the answer of the data.
-        answers: of the first evaluation and of the newest, by optimizer step.
+        answers: those of the first and the latest evaluation, by optimizer step.
     """
 
     prompt: Sample
@@ -34,20 +34,20 @@ class Answered(NamedTuple):
 
 
 class GeneratedMetric:
-    """Asks the questions of some evaluation samples and scores the answers.
+    """Generates answers to some evaluation samples and scores them.
 
     Args:
-        samples: the evaluation set; ``count`` of them, evenly spaced, are asked.
-        encoder: of the run; its limit on the length does not count here, because nothing is trained.
-        count: samples to ask.
+        samples: the evaluation set; ``count`` of them, evenly spaced, are used.
+        encoder: that of the run; its maximum length is not applied, because nothing is trained.
+        count: number of samples.
         metric: as in ``resolve_metric``.
-        max_new_tokens: most tokens of an answer.
+        max_new_tokens: maximum number of tokens per answer.
         batch_size: per process.
-        skip_bad: leave out samples that cannot be used, instead of raising.
+        skip_bad: skip invalid samples instead of raising.
 
     Raises:
         MetricError: no such metric.
-        DataError: a sample that cannot be used, or none that can.
+        DataError: an invalid sample, or no valid one.
     """
 
     def __init__(
@@ -74,15 +74,15 @@ class GeneratedMetric:
         number = min(count, len(samples))
         for place in range(number):
             try:
-                # A call of a tool is compared as the text that the model writes for it.
+                # A tool call is compared as the text that the model writes for it.
                 pair = split_answer(self._encoder.tools.expand(samples[place * len(samples) // number]))
                 if skip_bad:
-                    # Every rank must choose the same samples, so damaged images are found by all of them now.
+                    # Every rank must choose the same samples, so all of them detect damaged images now.
                     self._encoder.encode(pair[0], generate=True)
             except DataError as error:
                 if not skip_bad:
                     raise
-                logger.warning("left out of eval_generate: %s", error)
+                logger.warning("skipped in eval_generate: %s", error)
             else:
                 pairs.append(pair)
         if not pairs:
@@ -92,19 +92,19 @@ class GeneratedMetric:
     def __call__(
         self, model: nn.Module, *, rank: int = 0, world: int = 1, synced: bool = False, step: int = 0
     ) -> dict[str, float]:
-        """The figures over all samples; every rank must call this, and gets the same.
+        """Metrics over all samples; every rank must call this, and gets the same.
 
         Args:
-            model: the network, not its distributed wrapper.
+            model: the unwrapped model.
             rank: of this process.
-            world: number of processes, which share the samples.
-            synced: every step waits for all ranks, as ZeRO-3 needs.
+            world: number of ranks that the samples are sharded over.
+            synced: every decoding step waits for all ranks, as ZeRO-3 requires.
             step: optimizer step, for ``answered``.
         """
         mine = self._pairs[rank::world] or self._pairs[:1]
         prompts = [prompt for prompt, _ in mine]
         batches = batches_by_length(self._encoder, prompts, self._size)
-        # Under ZeRO-3 every rank must generate as often as the others; what is asked twice does not count.
+        # Under ZeRO-3 every rank must generate as often as the others; answers to repeated samples are dropped.
         rounds = math.ceil(math.ceil(len(self._pairs) / world) / self._size)
         given: list[tuple[int, str]] = []
         for number in range(rounds):
@@ -122,7 +122,7 @@ class GeneratedMetric:
         return self._scored(sorted(gather_object(given)) if world > 1 else given, step)
 
     def _scored(self, given: Sequence[tuple[int, str]], step: int) -> dict[str, float]:
-        """The figures of answers to questions by number, which are kept until newer ones come."""
+        """Metrics of answers by question number; the answers are kept until the next evaluation."""
         for place, text in given:
             known = self.answered[place].answers
             for former in list(known)[1:]:

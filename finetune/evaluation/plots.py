@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Training curves as PNG (loss.png) with matplotlib."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from finetune.utils.quoting import cut, plain
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Colours that stay apart for colour-blind readers and in grey.
+# Colours that are distinguishable for colour-blind readers and in greyscale.
 _TRAIN, _EVAL, _RATE, _NORM = "#4477aa", "#cc3311", "#228833", "#aa7744"
-# Up to so many points each gets a mark: a run of one step shows something too.
+# Curves with at most this many points get markers, so that a run of one step is visible.
 _FEW = 30
-# A logarithmic axis of less than so large a ratio gets marks between its powers of ten.
+# A logarithmic axis whose range is below this ratio gets ticks between powers of ten.
 _FEW_POWERS = 500.0
-# Letters of a folder's name in a title.
+# Maximum characters of a folder name in a title.
 _NAME = 32
 
 
-# What an evaluation logs beside its loss and the metric of --eval_generate.
+# Keys that an evaluation logs besides its loss and the metric of --eval_generate.
 _COUNTS = ("eval_loss", "eval_tokens", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 _COUNTS += ("eval_model_preparation_time",)
 
 
 def metric_names(entry: Mapping[str, Any]) -> list[str]:
-    """The keys of a log entry that --eval_generate gave."""
+    """The keys of a log entry that come from --eval_generate."""
     return [key for key in entry if key.startswith("eval_") and key not in _COUNTS]
 
 
@@ -42,12 +42,12 @@ def points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, fl
 def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Losses above, learning rate and gradient norm below, over optimizer steps; a PNG that is readable when small.
 
-    Between them, where there are any, the first two figures of --eval_generate. Curves of many points are drawn
-    smoothed over the pale points themselves; axes whose values are far apart are logarithmic.
+    Between them, if logged, the first two metrics of --eval_generate. Curves of many points are smoothed and drawn over
+    the raw values in a pale colour; axes with a large range are logarithmic.
 
     Args:
         history: ``trainer.state.log_history``.
-        path: the PNG to write, replaced in one go; nothing is written when no loss was logged.
+        path: the PNG to write, replaced atomically; nothing is written when no loss was logged.
 
     Raises:
         OSError: it cannot be written.
@@ -86,7 +86,7 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _title(history: Sequence[Mapping[str, Any]], path: Path) -> str:
-    """Whose losses these are, and the newest of them."""
+    """Run name and latest losses."""
     steps = max(entry["step"] for entry in history if "step" in entry)
     known = (("loss", "training"), ("eval_loss", "evaluation"))
     last = [f"{word} {found[-1][1]:.4g}" for key, word in known if (found := points(history, key))]
@@ -115,7 +115,7 @@ def _rates(axes: Axes, history: Sequence[Mapping[str, Any]]) -> Axes:
     _curve(norms, history, "grad_norm", "gradient norm", _NORM)
     _scale(norms, [value for _, value in points(history, "grad_norm")])
     norms.set_ylabel("gradient norm", fontsize=15, color=_NORM)
-    # The smooth curve in front of the jagged one.
+    # The smoothed curve in front of the raw one.
     axes.set_zorder(norms.get_zorder() + 1)
     axes.patch.set_visible(False)
     axes.set_xlabel("optimizer step", fontsize=15)
@@ -127,14 +127,14 @@ def _rates(axes: Axes, history: Sequence[Mapping[str, Any]]) -> Axes:
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis where the range asks for one, with numbers that people read; else one from 0."""
+    """A logarithmic axis with plain tick labels for a large range; else a linear one from 0."""
     if not wants_log(values):
         axes.set_ylim(bottom=min([0.0, *values]))
         return
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
-    # Over few powers of ten these alone would be one mark or two.
+    # Over few powers of ten these alone would be one or two ticks.
     between = (1, 2, 5) if max(values) / min(values) < _FEW_POWERS else (1,)
     axes.yaxis.set_major_locator(LogLocator(10, subs=between, numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,4 +1,4 @@
-"""Answers on disk while they are made, so that an evaluation that was stopped goes on where it was."""
+"""predictions.jsonl: answers written as they are generated, so that an interrupted evaluation resumes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from finetune.utils.errors import UserError
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "evaluation.json"
 MAIN = "prediction"
-"""Key of the model's answers; those of what it is compared with have their own."""
+"""Key of the model's answers; those of the model it is compared with have another."""
 
 
 class Predictions:
-    """The answers in a folder: rank 0 adds lines to predictions.jsonl, other ranks to files beside it.
+    """The answers in a folder: rank 0 appends to predictions.jsonl, other ranks to files beside it.
 
     Construct it on every rank, then wait for all ranks, then add.
 
     Args:
-        folder: where the evaluation goes.
-        rank: of this process.
+        folder: output folder of the evaluation.
+        rank: rank of this process.
     """
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
@@ -42,24 +42,24 @@ class Predictions:
         return sorted(self.folder.glob("predictions.rank*.jsonl"))
 
     def missing(self, indices: Iterable[int], key: str = MAIN) -> list[int]:
-        """Those of the samples that have no answer yet."""
+        """The samples without an answer."""
         return [index for index in indices if (index, key) not in self._known]
 
     def add(self, indices: Sequence[int], texts: Sequence[str], key: str = MAIN) -> None:
-        """Writes answers down at once."""
+        """Appends answers and flushes them to disk."""
         lines = ({"index": index, key: text} for index, text in zip(indices, texts, strict=True))
         with self._own.open("a", encoding="utf-8") as file:
-            # What a killed run left unfinished must not swallow the next line.
+            # An incomplete line of a killed run must not be joined with the next one.
             start = "\n" if file.tell() and not _ends_well(self._own) else ""
             file.write(start + "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def collect(self, indices: Sequence[int], key: str = MAIN) -> list[str]:
-        """The answers of all ranks to these samples, read anew."""
+        """The answers of all ranks to these samples, read from disk."""
         everything = Predictions(self.folder)._known
         return [everything[index, key] for index in indices]
 
     def replace(self, rows: Iterable[dict[str, Any]]) -> None:
-        """The finished predictions.jsonl in place of all unfinished ones."""
+        """Replaces the partial files of all ranks by the final predictions.jsonl."""
         unfinished = self.folder / f".{PREDICTIONS}"
         with unfinished.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -69,15 +69,15 @@ class Predictions:
 
 
 def start_folder(folder: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
-    """Makes the folder of an evaluation, or sees that what is in it belongs to the same one.
+    """Creates the folder of an evaluation, or checks that its contents have the same settings.
 
     Args:
-        folder: where the evaluation goes.
-        settings: everything that the answers depend on, in JSON types.
-        overwrite: remove the answers that are there.
+        folder: output folder of the evaluation.
+        settings: all settings that the answers depend on, in JSON types.
+        overwrite: remove existing answers.
 
     Raises:
-        UserError: the folder holds answers under other settings.
+        UserError: the folder holds answers generated with other settings.
     """
     path = folder / SETTINGS
     held = sorted(folder.glob("predictions*.jsonl"))
@@ -101,7 +101,7 @@ def start_folder(folder: Path, settings: dict[str, Any], *, overwrite: bool = Fa
 
 
 def fingerprint(path: Path) -> str:
-    """What tells one state of a file, or of a model folder, from another: contents of a file, names and times there."""
+    """Fingerprint of a file (by contents) or of a model folder (by file names, sizes and modification times)."""
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     files = sorted(file for pattern in ("*.safetensors", "*.json", "*.bin") for file in path.glob(pattern))
@@ -116,7 +116,7 @@ def _ends_well(path: Path) -> bool:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file but for those that a killed run left unfinished."""
+    """The complete lines of a file; incomplete ones of a killed run are dropped."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:

@@ -1,4 +1,4 @@
-"""Files that show how a run is going while it is going: trainer_log.jsonl, loss.png and report.html."""
+"""Progress files of a training run: trainer_log.jsonl, loss.png and report.html."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.evaluation.generated_metric import Answered
@@ -17,6 +18,7 @@ from finetune.evaluation.training_report import RunFacts, build_run
 from finetune.pages.html_page import write
 from finetune.runtime.outcome import plain_numbers
 from finetune.utils.errors import UserError
+from finetune.utils.number_format import significant
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +42,14 @@ _FIGURES = {
 
 
 class ProgressCallback(TrainerCallback):
-    """Writes these files into the output folder, on the main process.
+    """Writes the progress files into the output folder, on the main process.
 
     A line of trainer_log.jsonl has step, total_steps, epoch, elapsed and eta (seconds), those of ``_FIGURES`` that
-    were measured, and the metric of --eval_generate as ``eval_<metric>``; numbers that are not finite are null. A
-    resumed run keeps the lines up to its checkpoint. What cannot be written is said once and ends nothing.
+    were logged, and the metric of --eval_generate as ``eval_<metric>``; numbers that are not finite are null. A
+    resumed run keeps the lines up to its checkpoint. A write error is logged once and does not stop training.
 
     Args:
-        facts: what the run is; without them there is no report.html.
+        facts: description of the run; without it there is no report.html.
         answered: the questions of --eval_generate with their answers so far.
     """
 
@@ -62,7 +64,7 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Starts the log, or cuts it off at the step the run goes on from."""
+        """Starts the log, or truncates it at the step from which the run resumes."""
         self._clock, self._first_step = time.monotonic(), state.global_step
         if not state.is_world_process_zero:
             return
@@ -100,7 +102,7 @@ class ProgressCallback(TrainerCallback):
         self._try(path, lambda: _append(path, json.dumps(plain_numbers(line), allow_nan=False)))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Draws the losses so far, and tells what else is known."""
+        """Writes loss.png and report.html."""
         if not state.is_world_process_zero:
             return
         path = _folder(args) / PLOT_NAME
@@ -115,46 +117,62 @@ class ProgressCallback(TrainerCallback):
             write()
         except (OSError, UserError) as error:
             if not self._warned:
-                logger.warning("%s cannot be written, training goes on: %s", path, error)
+                logger.warning("%s cannot be written, training continues: %s", path, error)
             self._warned = True
 
 
-class Forgiving(TrainerCallback):
-    """A callback of somebody else that only reports: one that cannot write is turned off, and ends nothing.
+class ProgressBar(transformers.ProgressCallback):
+    """transformers' progress bar and log lines, with numbers that have no exponent."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Prints one line per log event."""
+        shown = {name: significant(v) if isinstance(v, float) else v for name, v in (logs or {}).items()}
+        super().on_log(args, state, control, logs=shown, **kwargs)
+
+
+class ErrorTolerantCallback(TrainerCallback):
+    """Wraps a reporting callback: when it cannot write, it is disabled and training continues.
 
     Args:
-        inner: the callback, of transformers' integrations.
+        inner: a callback of transformers' integrations.
     """
 
     def __init__(self, inner: TrainerCallback) -> None:
         self.inner: TrainerCallback | None = inner
 
     def tell(self, event: str, *args: Any, **kwargs: Any) -> Any:
-        """Hands an event on."""
+        """Forwards an event."""
         try:
             return None if self.inner is None else getattr(self.inner, event)(*args, **kwargs)
         except OSError as error:
-            logger.warning("%s cannot write and is turned off: %s", type(self.inner).__name__, error)
+            logger.warning("%s cannot write and is disabled: %s", type(self.inner).__name__, error)
             self.inner = None
             return None
 
 
 def _hand_on(event: str) -> Callable[..., Any]:
-    def tell(self: Forgiving, *args: Any, **kwargs: Any) -> Any:
+    def tell(self: ErrorTolerantCallback, *args: Any, **kwargs: Any) -> Any:
         return self.tell(event, *args, **kwargs)
 
     return tell
 
 
 for _event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
-    setattr(Forgiving, _event, _hand_on(_event))
+    setattr(ErrorTolerantCallback, _event, _hand_on(_event))
 
 
-def forgive(callbacks: list[TrainerCallback]) -> None:
-    """Puts those that only tell some service or file how the run is going into ``Forgiving``, in their places."""
+def tolerate_write_errors(callbacks: list[TrainerCallback]) -> None:
+    """Wraps, in place, the callbacks that only report to a service or file."""
     for place, callback in enumerate(callbacks):
         if type(callback).__module__.startswith("transformers.integrations"):
-            callbacks[place] = Forgiving(callback)
+            callbacks[place] = ErrorTolerantCallback(callback)
 
 
 def _append(path: Path, line: str) -> None:
@@ -167,7 +185,7 @@ def _folder(args: TrainingArguments) -> Path:
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
-    """The lines of a log up to a step; a line that a killed run left unfinished ends it."""
+    """The lines of a log up to a step; it ends at an incomplete line of a killed run."""
     kept: list[str] = []
     if not path.is_file():
         return kept

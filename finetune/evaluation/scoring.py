@@ -1,4 +1,4 @@
-"""Answers and references become rows with scores, and a summary."""
+"""Scores of predictions: a row per sample, and a summary over all of them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class ScoreRow:
         prompt: the conversation up to the question.
         references: accepted answers.
         prediction: the model's answer.
-        scores: figures of the metric; the first is the score.
-        base: answer of what the model is compared with, None without a comparison.
-        base_scores: its figures.
+        scores: values of the metric; the first is the score.
+        base: answer of the model it is compared with, None without a comparison.
+        base_scores: its scores.
     """
 
     index: int
@@ -82,5 +82,5 @@ def summarise(metric: Metric, rows: Sequence[ScoreRow]) -> dict[str, Any]:
 
 
 def change(metric: Metric, row: ScoreRow) -> float:
-    """How much better than the base's the answer is; negative when worse, 0 without a comparison."""
+    """Improvement over the base; negative when worse, 0 without a comparison."""
     return metric.badness(row.base_scores) - metric.badness(row.scores) if row.base is not None else 0.0

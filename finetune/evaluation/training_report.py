@@ -1,4 +1,4 @@
-"""report.html of a training: how it went, what came of it, and what can be done with the result."""
+"""report.html of a training run: setup, curves, generated answers, and commands for the result."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from finetune.pages.html_page import count, render
 from finetune.pages.thumbnails import jpeg, weight, within
 
 _ROOM = 3_000_000
-"""Bytes for the pictures of all answers."""
+"""Byte budget for the images of all answers."""
 _ANSWERS = 40
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
 
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What a run is, as its page tells.
+    """Description of a run for its report.
 
     Attributes:
-        base: the checkpoint it started from.
-        family: the published name of its generation.
-        adapter: whether an adapter comes of it, or a full model.
+        base: name of the base checkpoint.
+        family: published name of the model family.
+        adapter: whether the result is an adapter or a full model.
         parts: name, mode, parameters, trained parameters and learning rate of each part.
         flags: name, value and origin of each flag that is not at its default.
-        max_pixels: largest image that is decoded.
+        max_pixels: maximum pixels of an image to decode.
     """
 
     base: str
@@ -53,14 +53,14 @@ def build_run(
     """The page as HTML.
 
     Args:
-        facts: what the run is.
-        args: of the run.
-        state: how far it is, with its log.
+        facts: description of the run.
+        args: training arguments.
+        state: trainer state with its log history.
         answered: the questions of --eval_generate.
-        seconds: that the training took.
+        seconds: training time.
 
     Raises:
-        DataError: an image of a question cannot be read any more.
+        DataError: an image of a question can no longer be read.
     """
     folder, history = Path(args.output_dir or "output").absolute(), state.log_history
     result = [(word, found[-1][1]) for key, word in _LOSSES if (found := points(history, key))]
@@ -88,7 +88,7 @@ _LOSSES = (("loss", "training loss"), ("eval_loss", "evaluation loss"))
 
 
 def _charts(history: Sequence[Mapping[str, Any]]) -> list[Curves]:
-    """Everything that was logged, as far as it was."""
+    """Charts of all logged values."""
     metrics = list(dict.fromkeys(name for entry in history for name in metric_names(entry)))
     norms = list(dict.fromkeys(key for entry in history for key in entry if key.startswith("grad_norm")))
     noisy: list[tuple[str, Mapping[str, str]]] = [
@@ -99,10 +99,10 @@ def _charts(history: Sequence[Mapping[str, Any]]) -> list[Curves]:
         ("Answers to evaluation questions", {name: words_of(name.removeprefix("eval_")) for name in metrics}),
         ("Learning rate", {"learning_rate": "learning rate"}),
         ("Tokens per second", {"tokens_per_second": "tokens"}),
-        ("Share of the GPUs’ peak", {"mfu": "share"}),
-        ("Operations per second in 10¹²", {"tflops_per_second": "operations"}),
-        ("Share of the time spent waiting for data", {"data_wait": "share"}),
-        ("Peak memory of the fullest GPU in GiB", {"peak_memory_gb": "GiB"}),
+        ("Model FLOPs utilisation (MFU)", {"mfu": "MFU"}),
+        ("TFLOP/s", {"tflops_per_second": "TFLOP/s"}),
+        ("Fraction of time waiting for data", {"data_wait": "fraction"}),
+        ("Peak memory per GPU in GiB (maximum)", {"peak_memory_gb": "GiB"}),
     ]
     made = [
         curves(title, [(name, points(history, key)) for key, name in keys.items()], noisy=kind is noisy)
@@ -143,7 +143,7 @@ def _environment(args: TrainingArguments) -> list[tuple[str, str]]:
 
 
 def _time(seconds: float) -> str:
-    """A duration as people say it.
+    """A duration as text.
 
     >>> _time(45), _time(3700)
     ('45 s', '1 h 2 min')
@@ -155,12 +155,12 @@ def _time(seconds: float) -> str:
 
 
 def _commands(folder: Path, adapter: bool) -> list[tuple[str, str]]:
-    """What can be done with the result, as commands and code to paste."""
+    """Commands and code to use the result."""
     path, merged = shlex.quote(str(folder)), shlex.quote(f"{folder}-merged")
     run = "python -m finetune"
     kind, auto = ("peft", "AutoPeftModel") if adapter else ("transformers", "AutoModel")
     load = [
-        "import finetune.models  # registers the network; no remote code is run",
+        "import finetune.models  # registers the model class; no remote code is run",
         f"from {kind} import {auto}",
         "",
         f'model = {auto}.from_pretrained({str(folder)!r}, device_map="auto").eval()',
@@ -169,7 +169,7 @@ def _commands(folder: Path, adapter: bool) -> list[tuple[str, str]]:
     served = merged if adapter else path
     return [
         ("Load it in Python", "\n".join(load)),
-        ("Ask it", f"{run} chat {'--adapter' if adapter else '--model'} {path}"),
+        ("Chat with it", f"{run} chat {'--adapter' if adapter else '--model'} {path}"),
         ("Evaluate it", f"{run} evaluate --model {path} --data DATA.json" + (" --compare base" if adapter else "")),
         *([("Merge it into its base", export)] if adapter else []),
         ("Serve it with vLLM", f"vllm serve {served} --trust-remote-code"),

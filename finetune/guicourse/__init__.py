@@ -1,1 +1,1 @@
-"""GUICourse (Chen et al., 2024, arXiv 2406.11317): its published files to training data, its scores of predictions."""
+"""GUICourse (Chen et al., 2024, arXiv 2406.11317): conversion to training data, and scoring of predictions."""

@@ -1,4 +1,4 @@
-"""Actions of GUIAct: the published labels, and the lines in which a model is taught to write them."""
+"""Actions of GUIAct: parsing of labels and predictions, and the text format for training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WORDS = re.compile(r"</?(?:box|point)>|\b(?:down|right)\b|[,()]")
 _MARKED = re.compile(r"<(box|point)>(.*?)</\1>", re.DOTALL)
 _FORMS = ("absolute", "related")
 
-# Name -> what an action of that name has besides it.
+# Action name -> its arguments.
 FIELDS: dict[str, tuple[str, ...]] = {
     "click": ("element",),
     "hover": ("element",),
@@ -32,12 +32,12 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "task_impossible": (),
 }
 _SYNONYMS = {"copy_text": "copy"}
-# A line that begins with one of these is that action, whatever follows, as in the published scorer.
+# A line that begins with one of these is parsed as that action, whatever follows, as in the published scorer.
 _BARE = ("enter", "copy")
 
 
 class ActionError(ValueError):
-    """Text or label that is no action; the message says what is wrong with it."""
+    """Text or label that is not a valid action."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,10 @@ class Action:
 
     Attributes:
         name: a key of FIELDS.
-        place: its coordinates in one unit: four of a box, two of a point, four of a way (from, to), (down, right) of a
-            scroll, none where it has no place.
+        place: its coordinates in one unit: four of a box, two of a point, four of a drag (from, to), (down, right) of a
+            scroll, empty for actions without coordinates.
         text: what is typed, chosen or answered.
-        element: id of the page element that the label means, None where it means none.
+        element: id of the page element in the label, None without one.
     """
 
     name: str
@@ -59,10 +59,10 @@ class Action:
 
 
 def numbers(text: str, count: int) -> tuple[float, ...]:
-    """The numbers of a text, separated by blanks, commas, parentheses, words and marks such as <point>.
+    """The numbers of a text, separated by blanks, commas, parentheses, words and tags such as <point>.
 
     Raises:
-        ActionError: not ``count`` of them, or something else beside them.
+        ActionError: not ``count`` of them, or additional text.
     """
     found = tuple(float(value) for value in _NUMBER.findall(text))
     if len(found) != count:
@@ -80,7 +80,7 @@ def from_label(label: Mapping[str, Any], form: str) -> Action:
         form: "absolute" (pixels) or "related" (share of width and height).
 
     Raises:
-        ActionError: an unknown name, or a part that is missing.
+        ActionError: an unknown name, or a missing argument.
     """
     assert form in _FORMS
     name = str(label.get("name", "")).lower()
@@ -112,9 +112,9 @@ def _place(part: str, value: Any) -> tuple[float, ...]:
 
 
 def write(actions: Sequence[Action], form: str = "parentheses") -> str:
-    """The lines of actions whose places are thousandths: ``click, <box>(49,292),(415,328)</box>``, one each.
+    """Text of actions with coordinates in thousandths: ``click, <box>(49,292),(415,328)</box>``, one each.
 
-    Line breaks inside a text become blanks: a line is an action.
+    Line breaks inside a text become spaces, because each line is one action.
     """
     lines = []
     for action in actions:
@@ -149,9 +149,9 @@ def point(place: Sequence[float], form: str = "parentheses") -> str:
 
 
 def read(text: str, form: str = "CSV_String") -> list[Action]:
-    """The actions that a model wrote, places in its own unit; none at all when any part cannot be read.
+    """Parses predicted actions, coordinates in their own unit; empty when any part cannot be parsed.
 
-    What stands after the last ``actions:`` counts. A line that begins with no known action is an answer, as in the
+    Only text after the last ``actions:`` is parsed. A line without a known action name is an answer, as in the
     published scorer.
 
     Args:
@@ -187,7 +187,7 @@ def _line(line: str) -> Action:
     marked = _MARKED.findall(rest)
     wanted = ["point", "point"] if kinds == ("dual_point",) else ["box" if "element" in kinds else "point"]
     if [mark for mark, _ in marked] != wanted:
-        raise ActionError(f"{line!r} has not {' and '.join(wanted)}")
+        raise ActionError(f"{line!r} lacks {' and '.join(wanted)}")
     place = tuple(value for mark, inner in marked for value in numbers(inner, 4 if mark == "box" else 2))
     text = rest.rpartition("</box>")[2].lstrip(" ,").strip() if "text" in kinds else ""
     return Action(name, place, text)
@@ -197,7 +197,7 @@ def _from_json(text: str) -> list[Action]:
     loaded = json.loads(text.rpartition("```json")[2].partition("```")[0].strip())
     actions = loaded if isinstance(loaded, list) else [loaded]
     if not all(isinstance(action, dict) for action in actions):
-        raise ActionError(f"{text!r} is no list of actions")
+        raise ActionError(f"{text!r} is not a list of actions")
     # The form of the labels without their forms: {"element": "<box>...</box>"}.
     return [
         from_label({key: value if key in ("name", "text") else {"related": value} for key, value in action.items()},

@@ -1,7 +1,7 @@
-"""The scores of GUICourse: text and boxes of GUIEnv, actions of GUIAct.
+"""GUICourse metrics: text and boxes of GUIEnv, actions of GUIAct.
 
 Source: the paper (arXiv 2406.11317) and the scorer published with it (github.com/yiye3/GUICourse, evaluation/). Where
-that scorer has no rule (go_back, go_home, task_impossible) an action counts like enter: by its name.
+that scorer has no rule (go_back, go_home, task_impossible) an action is compared like enter: by its name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from finetune.evaluation.metrics.boxes import THRESHOLDS, Box, boxes, iou
 from finetune.evaluation.metrics.text import token_f1
 from finetune.guicourse.actions import FIELDS, Action, from_label, read
 
-# A tap counts within this distance, in shares of width and height.
+# A tap counts within this distance, in fractions of width and height.
 TAP_DISTANCE = 0.14
 # Text counts above this F1, a selected region above this IoU.
 _ENOUGH = 0.5
@@ -38,7 +38,7 @@ class StepScore:
 
     Attributes:
         types: whether the names are those of the label, all and in order.
-        success: whether every action of the label is fulfilled; further predicted ones do no harm.
+        success: whether every action of the label is fulfilled; further predicted ones are ignored.
         score: mean score of the label's actions, 0 to 1.
         actions: (name, named, fulfilled, score) of every action of the label.
     """
@@ -60,19 +60,19 @@ def to_pixels(place: Sequence[float], size: Size, form: str | None) -> tuple[flo
     Args:
         place: as predicted.
         size: (width, height) of the image.
-        form: "absolute" (pixels), "related" and "related_version2" (shares), "related_version1" (thousandths), or
-            None: shares when all are within 0 to 1 and one is a fraction, else thousandths.
+        form: "absolute" (pixels), "related" and "related_version2" (fractions), "related_version1" (thousandths), or
+            None: fractions when all are within 0 to 1 and one is a fraction, else thousandths.
 
     Raises:
         ValueError: another form.
     """
     if form == "absolute":
         return tuple(float(int(value)) for value in place)
-    return tuple(float(int(share * size[axis % 2])) for axis, share in enumerate(to_shares(place, size, form)))
+    return tuple(float(int(share * size[axis % 2])) for axis, share in enumerate(to_fractions(place, size, form)))
 
 
-def to_shares(place: Sequence[float], size: Size, form: str | None) -> tuple[float, ...]:
-    """The same as shares of width and height."""
+def to_fractions(place: Sequence[float], size: Size, form: str | None) -> tuple[float, ...]:
+    """The same as fractions of width and height."""
     if form == "absolute":
         return tuple(value / size[axis % 2] for axis, value in enumerate(place))
     if form is None:
@@ -82,7 +82,7 @@ def to_shares(place: Sequence[float], size: Size, form: str | None) -> tuple[flo
         return tuple(place)
     if form == "related_version1":
         return tuple(round(value / _THOUSAND, 3) for value in place)
-    raise ValueError(f"position_format {form!r} is none of absolute, related, related_version1, related_version2")
+    raise ValueError(f"position_format {form!r} must be absolute, related, related_version1 or related_version2")
 
 
 def region_scores(prediction: str, label: Sequence[Box], size: Size, form: str | None = None) -> dict[str, float]:
@@ -118,8 +118,8 @@ def step_score(
         form: see ``to_pixels``.
 
     Raises:
-        ElementsMissingError: a label means an element and the page is None.
-        ActionError: a label that is no action.
+        ElementsMissingError: a label refers to an element and the page is None.
+        ActionError: an invalid label.
     """
     wanted = [labels] if isinstance(labels, Mapping) else list(labels)
     results = []
@@ -141,7 +141,7 @@ def step_score(
 
 
 def _compare(given: Action, label: Action, size: Size, page: Elements | None, form: str | None) -> tuple[bool, float]:
-    """Whether an action of the right name is fulfilled, and its score."""
+    """Whether an action with the correct name is fulfilled, and its score."""
     part = FIELDS[label.name][:1]
     if part == ("element",):
         box = _box(to_pixels(given.place, size, form))
@@ -155,7 +155,7 @@ def _compare(given: Action, label: Action, size: Size, page: Elements | None, fo
         words = token_f1(given.text, label.text)
         return words > _ENOUGH, words
     if part == ("point",):
-        distance = math.dist(to_shares(given.place, size, form), label.place)
+        distance = math.dist(to_fractions(given.place, size, form), label.place)
         return (True, 1 - distance / TAP_DISTANCE) if distance <= TAP_DISTANCE else (False, 0.0)
     if label.name == "select_text":
         overlap = iou(_region(to_pixels(given.place, size, form)), _region(label.place))
@@ -171,7 +171,7 @@ def _compare(given: Action, label: Action, size: Size, page: Elements | None, fo
 
 
 def _element(box: Box, page: Elements | None) -> int:
-    """Id of the element that a box means: the one it covers best, or the nearest to its centre; -1 on an empty page."""
+    """Id of the element of a box: the one it covers best, or the nearest to its centre; -1 on an empty page."""
     if page is None:
         raise ElementsMissingError("actions on page elements (click, hover, select) need the elements of the page")
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
@@ -194,7 +194,7 @@ def _box(place: Sequence[float]) -> Box:
 
 
 def _region(place: Sequence[float]) -> Box:
-    """From the left point to the right one; a way that goes up is no region."""
+    """From the left point to the right one; empty for an upward selection."""
     x1, y1, x2, y2 = place
     return (x2, y2, x1, y1) if x1 > x2 else (x1, y1, x2, y2)
 
@@ -222,7 +222,7 @@ def score_file(
         predictions: by uid, with ``pred`` and perhaps ``position_format`` and ``string_format``; a sample without one
             counts as wrong.
         pages: elements by image id, None where there are none.
-        form: for predictions that do not say theirs.
+        form: default unit for predictions that do not name theirs.
 
     Returns:
         samples, missing, and the means: text_em, text_f1, iou@...; or type_em, step_success, action_score, ``actions``

@@ -1,4 +1,4 @@
-"""The published Parquet files: images out of them, and the page elements beside the images."""
+"""Reads the published Parquet files: extracts images and page elements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF")
 def extract(
     parquets: Sequence[Path], wanted: Collection[str], folder: Path, *, original: bool = False
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """Writes the wanted images that are not there yet; each file appears complete or not at all.
+    """Writes the missing images among ``wanted``; each file is written atomically.
 
     Screenshots of steps go to ``record_<id>/step_<n>``, others to ``chunk_<n>/<id>``, a thousand rows each.
 
@@ -35,7 +35,7 @@ def extract(
         original: keep the bytes of the file (mostly JPEG); False writes PNG, as the published preparation does.
 
     Returns:
-        Path by image id, and what is wrong by the id of each image that cannot be used.
+        Path by image id, and error message by id of each invalid image.
 
     Raises:
         DataError: a file is missing or has no image column.
@@ -58,7 +58,7 @@ def extract(
 
 def _write(name: str, data: Any, place: Path, original: bool, paths: dict[str, Path], bad: dict[str, str]) -> None:
     if _UNSAFE.search(name) or name.startswith("."):
-        bad[name] = f"image id {name!r} is no file name"
+        bad[name] = f"image id {name!r} is not a file name"
         return
     try:
         content = _bytes(data)
@@ -128,7 +128,7 @@ def _index_column(file: Any, parquet: Path) -> str:
 
 
 def _place(folder: Path, name: str, row: int) -> Path:
-    """Path without the ending."""
+    """Path without the suffix."""
     if step := _STEP.fullmatch(name):
         return folder / f"record_{step[1]}" / f"step_{step[2]}"
     return folder / f"chunk_{row // _IMAGES_PER_CHUNK}" / name

@@ -1,4 +1,4 @@
-"""Published records of GUIEnv, GUIAct and GUIChat to records of training data."""
+"""Converts published records of GUIEnv, GUIAct and GUIChat to training records."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.guicourse.actions import Action, ActionError, box, from_label, numbers, point, write
 
-# What the published data preparation asks, word for word: predictions are comparable only under the same prompt.
+# Prompts of the published data preparation, verbatim: predictions are comparable only with the same prompt.
 _REGION = (
     "## Your Task\nIf the input is a string, please give me the element regions including this string. Else if the "
     "input is a region, please give me the string (text) in this region.## Input\n{}\n## Output\n"
@@ -23,7 +23,7 @@ _THOUSAND = 1000
 
 
 class RecordError(ValueError):
-    """A published record that cannot be used; the message says what is wrong with it."""
+    """An invalid published record."""
 
 
 def kind(record: Mapping[str, Any]) -> str:
@@ -65,7 +65,7 @@ def to_training(record: Mapping[str, Any], paths: Mapping[str, str], form: str =
         form: of boxes and points, "parentheses" ``(x1,y1),(x2,y2)`` or "plain" ``x1 y1 x2 y2``.
 
     Raises:
-        RecordError: something is missing, lies outside the image, or would be taken for an image tag.
+        RecordError: something is missing, lies outside the image, or would be parsed as an image tag.
     """
     if not isinstance(record.get("uid"), str):
         raise RecordError("has no 'uid'")
@@ -120,7 +120,7 @@ def _act(record: Mapping[str, Any], form: str) -> list[dict[str, str]]:
 
 
 def _chat(record: Mapping[str, Any], form: str) -> list[dict[str, str]]:
-    """GUIChat: a conversation about a page, its places in thousandths already, or in shares."""
+    """GUIChat: a conversation about a page, its coordinates in thousandths already, or in fractions."""
     turns = []
     for number, turn in enumerate(record["text"]):
         role = _ROLES.get(str(turn.get("from")))
@@ -132,7 +132,7 @@ def _chat(record: Mapping[str, Any], form: str) -> list[dict[str, str]]:
         turns[0]["content"] = f"<image>\n{turns[0]['content']}"
     expected = ["user", "assistant"] * (len(turns) // 2)
     if not turns or [turn["role"] for turn in turns] != expected:
-        raise RecordError("its turns are not question and answer in turn")
+        raise RecordError("its turns do not alternate between question and answer")
     return turns
 
 
@@ -148,7 +148,7 @@ def _exchange(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def _thousandths(text: Any) -> tuple[float, ...]:
-    # The published shares have three decimals; rounding gives exactly those.
+    # The published fractions have three decimals; rounding is exact.
     return tuple(float(round(value * _THOUSAND)) for value in numbers(str(text), 4))
 
 

@@ -1,1 +1,1 @@
-"""Pages of HTML that need no other file and no network: the data, a run, its answers."""
+"""Self-contained HTML pages without network access: data preview, training and evaluation reports."""

@@ -1,4 +1,4 @@
-"""Charts as numbers: places on a canvas, which the templates draw as SVG."""
+"""Chart geometry: histograms, curves and waveforms as canvas coordinates, drawn as SVG by the templates."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from dataclasses import dataclass
 import numpy as np
 
 WIDTH, HEIGHT = 400, 200
-"""Of a canvas, in its own units; pages show it at about this many pixels."""
+"""Size of a canvas in its own units; pages show it at about this many pixels."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 18, 10, 24
 _MOST_BARS = 40
-# From so large a ratio between the largest and the smallest value on, equal steps hide the smaller ones.
+# Above this ratio of the largest to the smallest value, a linear axis hides the small ones.
 _LOG_FROM = 10.0
-# A logarithmic axis of less than so large a ratio gets marks between its powers of ten.
+# A logarithmic axis whose range is below this ratio gets ticks between powers of ten.
 _FEW_POWERS = 200.0
-# Up to so many values are drawn one by one.
+# Curves with at most this many values get a dot per value.
 _FEW = 30
-# Points of a line that no canvas shows more finely.
+# Maximum points of a polyline; the canvas resolves no more.
 _COLUMNS = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A mark on an axis: its place and its words."""
+    """A tick of an axis: position and label."""
 
     at: float
     text: str
@@ -32,7 +32,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A bar of a histogram, and what it says."""
+    """A bar of a histogram and its label."""
 
     x: float
     y: float
@@ -43,15 +43,15 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """How often values occur.
+    """A histogram.
 
     Attributes:
         title: what is counted.
-        summary: the values in a sentence.
-        bars: from the left to the right.
-        across: marks of the values.
-        up: marks of the numbers of samples.
-        limit: place of a limit and its words, None where it lies outside.
+        summary: one sentence on the values.
+        bars: from left to right.
+        across: ticks of the values.
+        up: ticks of the counts.
+        limit: position and label of a limit, None when it is out of range.
     """
 
     title: str
@@ -69,7 +69,7 @@ def histogram(title: str, values: Sequence[int], noun: str, *, limit: int | None
         title: what is counted.
         values: one per sample.
         noun: the unit of the values, in the plural.
-        limit: drawn where it is among the values.
+        limit: drawn when it is within the range.
     """
     if not len(values):
         return None
@@ -99,7 +99,7 @@ def histogram(title: str, values: Sequence[int], noun: str, *, limit: int | None
 
 
 def waveform(samples: np.ndarray, columns: int = 240) -> str:
-    """The outline of sound as the points of an SVG polygon on a canvas of ``columns`` x 100."""
+    """The waveform of audio as the points of an SVG polygon on a canvas of ``columns`` x 100."""
     edges = np.linspace(0, len(samples), min(columns, len(samples)) + 1).astype(int)
     parts = [samples[first:last] for first, last in zip(edges[:-1], edges[1:], strict=True) if last > first]
     loudest = max(float(np.abs(samples).max()), 1e-6)
@@ -121,14 +121,14 @@ def nice_step(span: float, steps: int) -> float:
 
 
 def wants_log(values: Sequence[float]) -> bool:
-    """Whether the range of values asks for a logarithmic axis: all are positive and far apart."""
+    """Whether to use a logarithmic axis: all values are positive and their range is large."""
     return bool(values) and min(values) > 0 and max(values) / min(values) >= _LOG_FROM
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Every value averaged with its neighbours, nearer ones counting more; as many values as were given.
+    """Weighted moving average; the result has the length of the input.
 
-    The mean is centred, so that a curve neither lags nor loses its ends.
+    The window is centred, so that the curve does not lag and keeps its ends.
     """
     reach = max(len(values) // 20, 1)
     kernel = 1 + reach - np.abs(np.arange(-reach, reach + 1))
@@ -139,7 +139,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 class _Scale:
-    """Values to places on the canvas."""
+    """Maps values to canvas coordinates."""
 
     def __init__(self, least: float, most: float, start: float, end: float, *, log: bool = False) -> None:
         self._log = log
@@ -157,7 +157,7 @@ def _whole_ticks(least: float, most: float, count: int = 5) -> list[int]:
 
 
 def _short(value: float) -> str:
-    """A number in few letters.
+    """A short number with the suffix k, M, ...
 
     >>> [_short(value) for value in (0, 950, 12_000, 1_500_000)]
     ['0', '950', '12k', '1.5M']
@@ -173,10 +173,10 @@ class Series:
     """A curve of a chart.
 
     Attributes:
-        name: what it shows, with its last value.
+        name: label with the last value.
         line: the points of an SVG polyline.
-        pale: those of the values themselves, where ``line`` is smoothed; else empty.
-        dots: places of single values, where there are few.
+        pale: points of the raw values when ``line`` is smoothed; else empty.
+        dots: positions of the values, when there are few.
     """
 
     name: str
@@ -190,11 +190,11 @@ class Curves:
     """Curves over the steps of a run.
 
     Attributes:
-        title: what they show.
-        summary: the curves in a sentence.
+        title: title of the chart.
+        summary: one sentence on the curves.
         series: one per curve.
-        across: marks of the steps.
-        up: marks of the values.
+        across: ticks of the steps.
+        up: ticks of the values.
         log: whether the axis of the values is logarithmic.
     """
 
@@ -213,10 +213,10 @@ def curves(title: str, given: Sequence[tuple[str, Points]], *, noisy: bool = Tru
     """A chart of named curves, each of steps and finite values; None without any value.
 
     Args:
-        title: what they show.
+        title: title of the chart.
         given: the curves.
-        noisy: whether curves of many values are smoothed, drawn over the values themselves, and an axis of values that
-            are far apart is logarithmic.
+        noisy: whether curves of many values are smoothed and drawn over the raw values, and an axis with a large range
+            is logarithmic.
     """
     named = [(name, found) for name, found in given if found]
     if not named:
@@ -252,7 +252,7 @@ def _series(name: str, found: Points, x: _Scale, y: _Scale, noisy: bool) -> Seri
 
 
 def _ends(found: Points) -> list[tuple[int, float]]:
-    """The smallest and the largest of some values in their order, so that thinning loses no peak."""
+    """Minimum and maximum in order, so that downsampling keeps peaks."""
     return sorted({min(found, key=lambda point: point[1]), max(found, key=lambda point: point[1])})
 
 
@@ -266,7 +266,7 @@ def _ticks(least: float, most: float, count: int = 5) -> list[float]:
 
 
 def _log_ticks(least: float, most: float) -> list[float]:
-    """Powers of ten; over few of them also their doubles and fives."""
+    """Powers of ten; for a small range also 2 and 5 times them."""
     factors = (1, 2, 5) if most / least < _FEW_POWERS else (1,)
     powers = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
     powers = powers[:: max(len(powers) // 6, 1)]

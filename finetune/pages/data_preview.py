@@ -1,4 +1,4 @@
-"""preview.html: samples as the model gets them, and what is worth knowing about all of them."""
+"""preview.html: samples as token sequences with loss mask and media, and statistics of the dataset."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from finetune.data_check.suspicious import suspicions
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import OUTCOMES, Fitted
 from finetune.pages import charts, duplicates
-from finetune.pages.decoded_prompt import PromptPart, pieces
+from finetune.pages.decoded_prompt import PromptPart, prompt_parts
 from finetune.pages.html_page import PageError, count, render, write
 from finetune.pages.model_view import ModelView, see
 from finetune.pages.record_survey import SurveyedRecord, choose, image_sides
-from finetune.pages.thumbnails import Detail, Picture, jpeg, weight, within
+from finetune.pages.thumbnails import Detail, EmbeddedImage, jpeg, weight, within
 from finetune.sample import DataError, Sample, Text
 from finetune.templates.rendering import IGNORE
 from finetune.utils.quoting import reason
 
 SAMPLES = 50
-"""Samples of a page by default."""
+"""Default number of samples on a page."""
 _ROOM = 4_600_000
-"""Bytes for all samples of a page, however many they are."""
+"""Byte budget for all samples of a page."""
 _TOKEN = 27
-"""Bytes that a token has in a page besides its text."""
+"""Bytes of markup per token."""
 _LISTED = 20
 
 
 @dataclass(frozen=True, slots=True)
 class MediumView:
-    """A medium as the page shows it; see ``ModelView``."""
+    """A media item as the page shows it; see ``ModelView``."""
 
     seen: ModelView
-    whole: Picture | None
-    overview: Picture | None
-    rows: list[list[Picture]]
-    frames: list[tuple[str, Picture]]
+    whole: EmbeddedImage | None
+    overview: EmbeddedImage | None
+    rows: list[list[EmbeddedImage]]
+    frames: list[tuple[str, EmbeddedImage]]
     left_out: int
 
     @property
-    def pictures(self) -> list[Picture]:
-        """All that are in the page."""
+    def pictures(self) -> list[EmbeddedImage]:
+        """All images of it on the page."""
         first = [each for each in (self.whole, self.overview) if each is not None]
         return [*first, *(each for row in self.rows for each in row), *(picture for _, picture in self.frames)]
 
@@ -56,17 +56,17 @@ def write_preview(path: Path, parts: Sequence[SurveyedRecord], *, most: int = SA
     """Writes the page.
 
     Args:
-        path: of the page, replaced where there is one.
-        parts: the data sets, each looked at with the same encoder.
-        most: samples to show.
-        seed: of those that are chosen at random.
+        path: file of the page; an existing one is replaced.
+        parts: the checked datasets, all with the same encoder.
+        most: maximum number of samples shown.
+        seed: seed of the random choice of samples.
 
     Raises:
         PageError: it cannot be written.
     """
     chosen = choose(parts, most, seed)
     room = _ROOM // max(len(chosen), 1)
-    # Threads: decoding and compressing run outside of Python's lock.
+    # Threads: decoding and compression release the GIL.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         samples = list(pool.map(lambda each: _sample(parts[each[0][0]], each[0][1], each[1], room), chosen.items()))
     page = render(
@@ -90,12 +90,12 @@ def write_preview(path: Path, parts: Sequence[SurveyedRecord], *, most: int = SA
         write(path, page)
     except OSError as error:
         raise PageError(
-            f"--html {path} cannot be written ({reason(error)}); give a file in a folder that can"
+            f"--html {path} cannot be written ({reason(error)}); give a file in a writable folder"
         ) from error
 
 
 def _set(part: SurveyedRecord) -> dict[str, Any]:
-    """What the check says about a data set, for the tables of the page."""
+    """Check results of a dataset for the tables of the page."""
     report = part.report
     shown = list(group([*report.problems, *report.overlong]).items())
     return {
@@ -110,7 +110,7 @@ def _set(part: SurveyedRecord) -> dict[str, Any]:
 
 
 def _row(report: CheckReport) -> dict[str, int]:
-    """Counts of a data set by their names; a page shows those that are not 0 everywhere."""
+    """Counts of a dataset by name; a page shows those that are not 0 for every dataset."""
     part = report.checked != report.records
     return {
         "Records": report.records,
@@ -142,7 +142,7 @@ def _histograms(parts: Sequence[SurveyedRecord]) -> list[charts.Histogram]:
 
 
 def _reasons(samples: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
-    """Why samples are shown, with how many: what the page can be narrowed down to."""
+    """Reasons why samples are shown, with their counts: the filters of the page."""
     words = [_family(reason) for sample in samples for reason in sample["reasons"]]
     return [(word, words.count(word)) for word in dict.fromkeys(words)]
 
@@ -162,10 +162,10 @@ def _sample(part: SurveyedRecord, index: int, reasons: list[str], room: int) -> 
         fitted = part.length_policy.fit(sample)
         media = see(encoder, fitted)
     except DataError as error:
-        # The check reads headers only, and files may have changed since.
+        # The check reads headers only, and files may have changed since then.
         return {**shown, "fault": str(error)}
     rendered = fitted.rendered
-    conversation = list(pieces(encoder, fitted))
+    conversation = list(prompt_parts(encoder, fitted))
     runs, text_room = _runs(conversation, room // 2)
     spare = max(room - text_room, room // 4)
     trained = sum(label != IGNORE for label in rendered.labels)
@@ -182,7 +182,7 @@ def _sample(part: SurveyedRecord, index: int, reasons: list[str], room: int) -> 
 
 
 def _runs(conversation: Sequence[PromptPart], room: int) -> tuple[list[tuple[str, list[PromptPart]]], int]:
-    """The pieces in runs of one kind, and their bytes; in too long a conversation ids are shown of its beginning only.
+    """The prompt parts in runs of one kind, and their bytes; long conversations show ids only at the beginning.
 
     A run is "medium", "trained", "context", or, without ids, "trained plain" and "context plain".
     """
@@ -196,7 +196,7 @@ def _runs(conversation: Sequence[PromptPart], room: int) -> tuple[list[tuple[str
 
 
 def _media(media: Sequence[ModelView], detail: Detail) -> list[MediumView]:
-    """The media in some detail; when there are too many pictures whole ones go before slices, and early before late."""
+    """The media at a level of detail; of too many images, full ones are kept before slices, and early before late."""
     wholes = min(sum(seen.whole is not None for seen in media), detail.tiles)
     left, views = detail.tiles - wholes, []
     for seen in media:
@@ -224,7 +224,7 @@ def _weight(views: Sequence[MediumView]) -> int:
 
 
 def _lost(encoder: Encoder, sample: Sample, fitted: Fitted) -> list[tuple[str, str]]:
-    """What had to give for the length: sentences, each with the text that is gone."""
+    """What was removed to fit the maximum length: sentences, each with the removed text."""
     if fitted.outcome == OUTCOMES[0]:
         return []
     dropped = len(sample.messages) - len(fitted.sample.messages)
@@ -234,12 +234,14 @@ def _lost(encoder: Encoder, sample: Sample, fitted: Fitted) -> list[tuple[str, s
         gone = sample.messages[start : start + dropped]
         media = f" with {count(fitted.lost_images, 'medium', 'media')}" if fitted.lost_images else ""
         text = "\n\n".join(f"{message.role}: {message.text}" for message in gone)
-        found.append((f"{count(dropped, 'turn')}{media} left out from the beginning", text))
+        found.append((f"{count(dropped, 'turn')}{media} dropped from the beginning", text))
     kept = sample.messages[:start] + sample.messages[start + dropped :]
     for before, after in zip(kept, fitted.sample.messages, strict=True):
         taken = len(before.text) - len(after.text)
         if taken:
-            found.append((f"{count(taken, 'character')} taken off a {before.role} turn", _taken(before.parts, taken)))
+            found.append(
+                (f"{count(taken, 'character')} truncated from a {before.role} turn", _taken(before.parts, taken))
+            )
     wanted = encoder.plans(encoder.sizes(fitted.sample))
     items = [sum(getattr(plan, "items", 0) for plan in plans) for plans in (wanted, fitted.plans)]
     if items[0] != items[1]:
@@ -248,5 +250,5 @@ def _lost(encoder: Encoder, sample: Sample, fitted: Fitted) -> list[tuple[str, s
 
 
 def _taken(parts: Sequence[Any], characters: int) -> str:
-    """The first so many characters of the texts of a turn."""
+    """The first ``characters`` characters of the texts of a turn."""
     return "".join(part.text for part in parts if isinstance(part, Text))[:characters]

@@ -1,4 +1,4 @@
-"""The conversation as the model gets it: its tokens as text, what is trained, and media in words."""
+"""The rendered prompt of a sample, token by token: decoded text, loss mask, and descriptions of its media."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _UNFINISHED = "\ufffd"
 
 @dataclass(frozen=True, slots=True)
 class PromptPart:
-    """Tokens that are shown together: one, or those that make a character or a medium.
+    """Tokens that are shown together: one, or those of one character or media item.
 
     Attributes:
-        text: what they stand for.
-        ids: the tokens; of a medium none.
+        text: their decoded text.
+        ids: the token ids; empty for a media item.
         trained: whether they carry loss.
-        control: whether it is a token that steers the format.
-        medium: number of the medium in the conversation, None for text.
-        labels: what is to be predicted there, where that is not the tokens themselves.
+        control: whether it is a control token of the chat template.
+        medium: index of the media item in the conversation, None for text.
+        labels: the labels, where they differ from the token ids.
     """
 
     text: str
@@ -42,12 +42,12 @@ class PromptPart:
 
 @dataclass(frozen=True, slots=True)
 class MediaPlace:
-    """Where a medium stands among the tokens.
+    """Position of a media item in the token sequence.
 
     Attributes:
-        first: position of its first token, the mark in front of its placeholders.
-        last: position behind its last.
-        words: what it is and what becomes of it.
+        first: index of its first token, the start tag before its placeholders.
+        last: index after its last token.
+        words: description of the item and its preprocessing.
     """
 
     first: int
@@ -56,12 +56,12 @@ class MediaPlace:
 
 
 def spread_out(encoder: Encoder, sample: Sample, plans: Sequence[MediaPlan]) -> ExpandedSample:
-    """The conversation with the frames of its videos in their places."""
+    """The conversation with its videos expanded to frames."""
     return expand_videos(sample, plans, "" if encoder.family.video is None else encoder.family.video.separator)
 
 
-def pieces(encoder: Encoder, fitted: Fitted) -> Iterator[PromptPart]:
-    """The conversation of a sample from its first token to its last."""
+def prompt_parts(encoder: Encoder, fitted: Fitted) -> Iterator[PromptPart]:
+    """The prompt parts of a sample from its first token to its last."""
     rendered, position = fitted.rendered, 0
     for number, place in enumerate(places(encoder, fitted)):
         yield from _texts(encoder, rendered, position, place.first)
@@ -71,7 +71,7 @@ def pieces(encoder: Encoder, fitted: Fitted) -> Iterator[PromptPart]:
 
 
 def places(encoder: Encoder, fitted: Fitted) -> list[MediaPlace]:
-    """The media of a sample among its tokens, in reading order; a video is one, with all its frames."""
+    """Positions of the media of a sample, in reading order; a video with all its frames is one item."""
     shown, rendered = spread_out(encoder, fitted.sample, fitted.plans), fitted.rendered
     whole = iter(fitted.sample.media())
     visual, heard = iter(rendered.image_bounds), iter(rendered.audio_bounds)
@@ -90,7 +90,7 @@ def places(encoder: Encoder, fitted: Fitted) -> list[MediaPlace]:
 
 
 def _frames(shown: ExpandedSample) -> dict[int, int]:
-    """Frames that are looked at of every video, by its number."""
+    """Number of sampled frames of every video, by its index."""
     counts: dict[int, int] = {}
     for part in shown.sample.media():
         if isinstance(part.data, Frames):
@@ -109,7 +109,7 @@ def _place(
     tokens = count(sum(last - first for first, last in bounds), "token")
     plan = plans[0]
     if isinstance(plan, AudioPlan):
-        assert encoder.audio_spec is not None  # or there would be no such plan
+        assert encoder.audio_spec is not None  # an audio plan exists only with an audio tower
         words = f"sound {sum(plan.frames) * encoder.audio_spec.hop / encoder.audio_spec.rate:.1f} s: {tokens}"
     elif isinstance(part.data, Frames):
         clip = part.data.clip
@@ -129,21 +129,21 @@ def _slices(plan: SlicePlan) -> str:
 
 
 def _texts(encoder: Encoder, rendered: Rendered, first: int, last: int) -> Iterator[PromptPart]:
-    """The tokens of a range that holds no medium."""
+    """The tokens of a range without media."""
     start = first
     for position in range(first, last):
         token = str(encoder.tokenizer.convert_ids_to_tokens(rendered.input_ids[position]))
         if encoder.vocabulary.has(token):
             yield from _run(encoder, rendered, start, position)
-            yield replace(_piece(token, rendered, position, position + 1), control=True)
+            yield replace(_prompt_part(token, rendered, position, position + 1), control=True)
             start = position + 1
     yield from _run(encoder, rendered, start, last)
 
 
 def _run(encoder: Encoder, rendered: Rendered, first: int, last: int) -> Iterator[PromptPart]:
-    """Tokens of plain text; those that are only together a character, together.
+    """Tokens of plain text; tokens that form one character are joined.
 
-    Each is read behind those in front of it, as some tokenizers write a word otherwise where a text begins.
+    Each is decoded after its predecessors, as some tokenizers decode the first token of a text differently.
     """
     backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
     assert backend is not None  # the encoder's vocabulary is made from it
@@ -154,11 +154,11 @@ def _run(encoder: Encoder, rendered: Rendered, first: int, last: int) -> Iterato
         text = decode(ids[before : position + 1], skip_special_tokens=False)
         whole = len(text) > len(known) and not text.endswith(_UNFINISHED)
         if whole or position == last - 1:
-            yield _piece(text[len(known) :], rendered, start, position + 1)
+            yield _prompt_part(text[len(known) :], rendered, start, position + 1)
             before, start = start, position + 1
 
 
-def _piece(text: str, rendered: Rendered, first: int, last: int) -> PromptPart:
+def _prompt_part(text: str, rendered: Rendered, first: int, last: int) -> PromptPart:
     ids, labels = tuple(rendered.input_ids[first:last]), tuple(rendered.labels[first:last])
     trained = any(label != IGNORE for label in labels)
     return PromptPart(text, ids, trained, labels=labels if trained and labels != ids else ())

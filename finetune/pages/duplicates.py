@@ -1,4 +1,4 @@
-"""Records with the same text and the same media, of one data set or of several."""
+"""Duplicate records: same text and media, within a dataset or across datasets."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _LETTERS = 200
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """Records that are alike.
+    """A group of duplicate records.
 
     Attributes:
-        places: where they are, in words.
-        across: whether they are of several data sets.
-        text: how the first of their questions begins.
+        places: dataset and record number of each.
+        across: whether they are in several datasets.
+        text: beginning of their first question.
     """
 
     places: tuple[str, ...]

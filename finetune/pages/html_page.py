@@ -1,4 +1,4 @@
-"""Templates become pages: everything from data and models is escaped, control characters are visible, nothing loads."""
+"""HTML rendering with jinja2: text is escaped, control characters are made visible, no external resources."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from finetune.utils.quoting import plain
 
 
 class PageError(UserError):
-    """A page that cannot be written."""
+    """A page cannot be rendered or written."""
 
 
 def render(template: str, **values: Any) -> str:
-    """A page.
+    """Renders a page.
 
     Args:
-        template: name of a file in ``templates``, without its ending.
-        **values: what the template shows; strings are text, never HTML.
+        template: name of a file in ``templates``, without its suffix.
+        **values: variables of the template; strings are escaped.
 
     Raises:
-        PageError: the template cannot show them.
+        PageError: the template cannot be rendered.
     """
     try:
         return _environment().get_template(f"{template}.html").render(**values)
     except jinja2.TemplateError as error:
-        raise PageError(f"the page {template!r} cannot be made ({error}); please report this") from error
+        raise PageError(f"the page {template!r} cannot be rendered ({error}); please report this") from error
 
 
 def write(path: Path, page: str) -> None:
-    """Writes a page in one go: a reader never sees half of it.
+    """Writes a page atomically.
 
     Raises:
         OSError: it cannot be written.
@@ -74,7 +74,7 @@ def _environment() -> jinja2.Environment:
     for name in ("style.css", "script.js"):
         source, _, _ = jinja2.PackageLoader("finetune.pages").get_source(made, name)
         digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-        # The policy of the page allows these very bytes, so nothing else in it can run.
+        # The content security policy of the page allows exactly these bytes to run.
         made.globals[name.partition(".")[0]] = {"source": Markup(source), "hash": f"sha256-{digest}"}  # noqa: S704
     return made
 

@@ -1,4 +1,4 @@
-"""What the model sees and hears of a sample, taken from the very tensors that it gets."""
+"""The media of a sample as the model gets them, reconstructed from its input tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from finetune.sample import Media
 
 @dataclass(slots=True)
 class Frame:
-    """A frame of a video: its second, and its whole picture as the model gets it."""
+    """A frame of a video: its time in seconds, and the full image as the model gets it."""
 
     second: float
     picture: Image.Image
@@ -30,18 +30,18 @@ class Frame:
 
 @dataclass(slots=True)
 class ModelView:
-    """A medium and what the model gets of it.
+    """A media item and the model inputs made of it.
 
     Attributes:
         kind: "image", "video" or "audio".
-        words: as in the conversation.
-        name: of its file, or that it has none.
-        whole: the image as it is, but not larger than a page shows it; of other media None.
-        grid: columns and rows into which it is cut.
-        items: of an image, its overview and then its slices row by row.
+        words: its description in the prompt.
+        name: its file name, or a note that it has none.
+        whole: the original image, downscaled to the size of the page; None for other media.
+        grid: columns and rows of its slices.
+        items: of an image, its thumbnail, then its slices row by row.
         frames: of a video.
-        wave: outline of sound, as the points of an SVG polygon.
-        seconds: length of sound.
+        wave: waveform of audio, as the points of an SVG polygon.
+        seconds: duration of audio.
     """
 
     kind: str
@@ -59,7 +59,7 @@ def see(encoder: Encoder, fitted: Fitted) -> list[ModelView]:
     """The media of a sample in reading order.
 
     Raises:
-        DataError: one that cannot be decoded.
+        DataError: a media item cannot be decoded.
     """
     sample = fitted.sample
     example = encoder.assemble(sample, fitted.plans, fitted.rendered)
@@ -70,7 +70,7 @@ def see(encoder: Encoder, fitted: Fitted) -> list[ModelView]:
     for medium, seen in zip(sample.media(), found, strict=True):
         if medium.kind == "image":
             seen.whole = image.load(medium, sample.source, encoder.max_pixels).copy()
-            # No page shows more, and it may be shrunk several times until it fits.
+            # No page shows more pixels, and it may be downscaled repeatedly until it fits.
             seen.whole.thumbnail((DETAILS[0].side, DETAILS[0].side), reducing_gap=2.0)
         elif medium.kind == "audio" and encoder.audio_spec is not None:
             wave = audio.load(medium, sample.source)
@@ -93,7 +93,7 @@ def _take_items(seen: ModelView, part: Media, cuts: SlicePlan, pictures: Iterato
 
 
 def _take_frames(seen: ModelView, frames: Frames, cuts: SlicePlan, pictures: Iterator[Image.Image]) -> None:
-    """The whole pictures of a group of frames; behind them stand their slices."""
+    """The full images of a group of frames; each is followed by its slices."""
     seen.grid = cuts.grid
     shown = [next(pictures) for _ in frames.indices]
     for index, picture in zip(frames.indices, shown, strict=True):
@@ -103,7 +103,7 @@ def _take_frames(seen: ModelView, frames: Frames, cuts: SlicePlan, pictures: Ite
 
 
 def _items(example: Example, side: int) -> Iterator[Image.Image]:
-    """The visual items of an example, its patches put together again."""
+    """The visual items of an example, reassembled from its patches."""
     patches = example.patches.numpy()
     if patches.dtype != np.uint8:
         patches = ((patches * 0.5 + 0.5) * 255).round().clip(0, 255).astype(np.uint8)

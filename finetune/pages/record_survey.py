@@ -1,4 +1,4 @@
-"""What a check has seen of every record, kept small, and which records are worth a look."""
+"""Compact per-record statistics of a data check, and the choice of records for the preview page."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from finetune.media import image
 from finetune.sample import DataError, Sample, SampleSet, as_sample_set
 
 _KEPT = 3
-"""Records that are remembered of every kind that a page has to show."""
+"""Maximum number of records kept per kind."""
 _EXTREMES = 3
 _MEASURED = 1_000
-"""Records of which the sizes of the images are shown."""
+"""Number of records whose image sizes are shown."""
 
 
 @dataclass(slots=True)
 class RecordSurvey:
-    """The records of one data set as ``check`` passes them by; hand ``see`` to it.
+    """Statistics of the records of one dataset; pass ``see`` to ``check`` as its callback.
 
     Attributes:
-        indices: of the records that can be used.
-        tokens: length of each.
-        trained: tokens of each that carry loss.
-        items: thumbnails, slices and frames of each.
+        indices: indices of the valid records.
+        tokens: length of each in tokens.
+        trained: number of tokens with loss of each.
+        items: number of thumbnails, slices and frames of each.
         noted: the first few records with each warning, and with each outcome but "kept".
-        kinds: the first record with each combination of media, in words.
+        kinds: the first record with each combination of media, as text.
     """
 
     indices: array[int] = field(default_factory=lambda: array("L"))
@@ -45,7 +45,7 @@ class RecordSurvey:
     kinds: dict[str, int] = field(default_factory=dict)
 
     def see(self, index: int, result: CachedCheck | DataError) -> None:
-        """Takes note of what has become of a record."""
+        """Records the result of a record."""
         if isinstance(result, DataError):
             return
         for column, value in zip(
@@ -63,7 +63,7 @@ class RecordSurvey:
 
 @dataclass(frozen=True)
 class SurveyedRecord:
-    """A data set that has been looked at.
+    """A checked dataset.
 
     Attributes:
         samples: the data set.
@@ -90,11 +90,11 @@ class SurveyedRecord:
 
 
 Chosen = Mapping[tuple[int, int], list[str]]
-"""Why each record is shown, by the number of its data set and its own."""
+"""Reasons why each record is shown, by dataset index and record index."""
 
 
 def choose(parts: Sequence[SurveyedRecord], most: int, seed: int) -> Chosen:
-    """At most so many records: firsts, those with warnings, extremes, and as many at random as there is room for."""
+    """At most ``most`` records: first of each kind, those with warnings, extremes, and random ones for the rest."""
     chosen: dict[tuple[int, int], list[str]] = {}
     for part, index, reason in _wanted(parts):
         if (part, index) in chosen or len(chosen) < most:
@@ -111,7 +111,7 @@ def choose(parts: Sequence[SurveyedRecord], most: int, seed: int) -> Chosen:
 
 
 def _wanted(parts: Sequence[SurveyedRecord]) -> Iterator[tuple[int, int, str]]:
-    """Records that a page should show, the more important first; what is rarer comes before more of the same."""
+    """Records to show, most important first; rare kinds come before further ones of a frequent kind."""
     for part, found in enumerate(parts):
         yield from ((part, index, reason) for index, reason in _firsts(found))
     for rank in range(_KEPT):
@@ -136,7 +136,7 @@ def _firsts(found: SurveyedRecord) -> Iterator[tuple[int, str]]:
 
 
 def _extremes(survey: RecordSurvey) -> Iterator[tuple[list[int], str]]:
-    """The records that have most of something, in order."""
+    """The records with the largest values, in order."""
     for values, reason in (
         (survey.tokens, "longest"),
         (survey.items, "most slices"),
@@ -157,12 +157,12 @@ def image_sides(parts: Sequence[SurveyedRecord]) -> list[int]:
             most = found.length_policy.encoder.max_pixels
             sides += [max(image.size(each, sample.source, most)) for each in sample.media("image")]
         except DataError:
-            continue  # it has changed since the check, which is the place to say so
+            continue  # changed since the check, which reports such records
     return sides
 
 
 def _media_words(media: tuple[int, int, int]) -> str:
-    """Which media a record has: "text only", "an image", "images and sound"."""
+    """Which media a record has: "text only", "an image", "images and audio"."""
     names = (("an image", "images"), ("a video", "videos"), ("sound", "sound"))
     words = [pair[number > 1] for number, pair in zip(media, names, strict=True) if number]
     return " and ".join(words) or "text only"

@@ -1,4 +1,4 @@
-"""Pictures inside a page: small JPEGs, as large as the room that a page has for them."""
+"""Thumbnails embedded in a page: JPEG data URIs that fit a byte budget."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import Image
 _View = TypeVar("_View")
 
 
-class Picture(NamedTuple):
-    """A picture as it stands in a page.
+class EmbeddedImage(NamedTuple):
+    """An image embedded in a page.
 
     Attributes:
         uri: its JPEG as a data URI.
@@ -29,13 +29,13 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Detail:
-    """How finely pictures are shown.
+    """Level of detail of the images of a page.
 
     Attributes:
-        side: most pixels along a side of a whole picture.
-        tile: the same of a part of one, or of one of many.
-        quality: of the JPEGs.
-        tiles: most pictures of a sample, whole ones and tiles.
+        side: maximum pixels along the longer side of a full image.
+        tile: the same for a slice, or for one of many images.
+        quality: JPEG quality.
+        tiles: maximum number of images per sample, full ones and slices.
     """
 
     side: int
@@ -52,29 +52,29 @@ DETAILS = (
     Detail(240, 72, 45, 12),
     Detail(192, 64, 35, 6),
 )
-"""From the finest to the coarsest."""
+"""Levels from the finest to the coarsest."""
 
 
-def jpeg(picture: Image.Image, side: int, quality: int) -> Picture:
-    """The picture, shrunk to so many pixels along its longer side; a smaller one keeps its size."""
-    shown = picture if picture.mode == "RGB" else picture.convert("RGB")
-    shown = shown.copy() if shown is picture else shown
+def jpeg(image: Image.Image, side: int, quality: int) -> EmbeddedImage:
+    """The image, downscaled to at most ``side`` pixels along its longer side."""
+    shown = image if image.mode == "RGB" else image.convert("RGB")
+    shown = shown.copy() if shown is image else shown
     shown.thumbnail((side, side), Image.Resampling.BILINEAR, reducing_gap=2.0)
     written = io.BytesIO()
     shown.save(written, "JPEG", quality=quality)
-    return Picture(f"data:image/jpeg;base64,{base64.b64encode(written.getvalue()).decode()}", *shown.size)
+    return EmbeddedImage(f"data:image/jpeg;base64,{base64.b64encode(written.getvalue()).decode()}", *shown.size)
 
 
-def within(room: int, make: Callable[[Detail], _View], weigh: Callable[[_View], int]) -> _View:
-    """What is made in the finest detail that fits into so many bytes, else in the coarsest."""
+def within(budget: int, make: Callable[[Detail], _View], weigh: Callable[[_View], int]) -> _View:
+    """The result at the finest level of detail that fits into ``budget`` bytes, else at the coarsest."""
     made = make(DETAILS[0])
     for detail in DETAILS[1:]:
-        if weigh(made) <= room:
+        if weigh(made) <= budget:
             break
         made = make(detail)
     return made
 
 
-def weight(pictures: Sequence[Picture]) -> int:
-    """Bytes of pictures in a page."""
-    return sum(len(picture.uri) for picture in pictures)
+def weight(images: Sequence[EmbeddedImage]) -> int:
+    """Bytes of embedded images."""
+    return sum(len(image.uri) for image in images)

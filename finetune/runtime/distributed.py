@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 
-from finetune.utils.errors import ignore_library_warnings
+from finetune.utils.errors import silence_unactionable_warnings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -41,7 +41,7 @@ def setup_logging() -> None:
     """Logs messages of rank 0 on stderr; the other ranks log errors only."""
     level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    ignore_library_warnings()
+    silence_unactionable_warnings()
     for name in ("finetune", "trainer", "dataset", "__main__"):
         logging.getLogger(name).setLevel(level)
 

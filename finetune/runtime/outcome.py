@@ -74,9 +74,10 @@ def distinct_lines(path: Path) -> int:
 
 
 def report(status: str, **fields: Any) -> None:
-    """Prints the last line of a run, ``result={...}``, on rank 0; other ranks print nothing."""
+    """Prints the last line of a run, ``result={...}``, with 6 significant digits; on rank 0 alone."""
     if _is_main_process():
-        result = json.dumps(plain_numbers({"status": status, **fields}), ensure_ascii=False, allow_nan=False)
+        rounded = {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in fields.items()}
+        result = json.dumps(plain_numbers({"status": status, **rounded}), ensure_ascii=False, allow_nan=False)
         if (folder := os.environ.get(RUN_FOLDER)) is not None:
             (Path(folder) / RESULT).write_text(result, encoding="utf-8")
         # In one write: a launcher's other processes share this stream.

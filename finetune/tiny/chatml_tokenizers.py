@@ -15,7 +15,7 @@ from finetune.tiny.trained_tokenizers import BASE_SIZE, TOKEN_FLAGS, added_token
 _MARKS = tuple(f"<{slash}{name}>" for name in ("image", "ref", "box", "quad", "point", "slice") for slash in ("", "/"))
 IMAGE_MARKS = (*_MARKS, "<image_id>", "</image_id>")
 TURN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# Text that is in the vocabulary and yet no control token, as in the published files.
+# Added tokens that are not special, as in the published files.
 THINKING = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 AUDIO_MARKS = ("<|audio_start|>", "<|audio|>", "<|audio_end|>", "<|spk_bos|>", "<|spk|>", "<|spk_eos|>", "<|tts_bos|>")
 _QWEN_SPLIT = (
@@ -36,14 +36,14 @@ def template_with_system(text: str) -> str:
     return "{%- if messages[0].role != 'system' %}{{ " + system + " }}{%- endif %}" + _TURNS
 
 
-# Descriptions of tools in the system turn, behind its own text; the text of a turn without one is to be filled in.
+# Tool descriptions in the system turn, after its own text; OTHERWISE is replaced by the default text.
 _TOOLS = (
     "{%- if tools %}{{ '<|im_start|>system\n' }}"
     "{{ messages[0].content + '\n\n' if messages[0].role == 'system' else 'OTHERWISE' }}{{ '# Functions' }}"
     "{%- for tool in tools %}{{ '\n' }}{{ tool | tojson }}{%- endfor %}"
     "{{ '\nCall them so: <tool_call>{name, arguments}</tool_call><|im_end|>\n' }}{%- endif %}"
 )
-# Behind an answer, whose own text is ``spoken``.
+# Tool calls after an answer, whose own text is ``spoken``.
 _CALLS = (
     "{%- for call in message.tool_calls or [] %}{%- if spoken or not loop.first %}{{ '\n' }}{%- endif %}"
     "{%- set call = call.function or call %}"
@@ -55,7 +55,7 @@ _RESULTS = (
     "{{ '\n<tool_response>\n' + text + '\n</tool_response>' }}"
     "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{%- endif %}"
 )
-# After the last question the answer has its thinking, earlier answers have lost theirs.
+# Answers after the last question keep their thinking, earlier ones lose it.
 THINKING_TEMPLATE = (
     _TOOLS.replace("OTHERWISE", "")
     + "{%- set last = namespace(user=0) %}{%- for message in messages %}{%- if message.role == 'user' %}"
@@ -79,7 +79,7 @@ THINKING_TEMPLATE = (
 
 
 def template_with_tools(text: str) -> str:
-    """As ``template_with_system``, with places for tools."""
+    """As ``template_with_system``, with tool support."""
     default = f"<|im_start|>system\n{text}<|im_end|>\n"
     return (
         _TOOLS.replace("OTHERWISE", text + "\n\n")
@@ -98,13 +98,13 @@ def template_with_tools(text: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatML:
-    """What the tokenizer folder of a generation looks like.
+    """Contents of the tokenizer folder of a ChatML family.
 
     Attributes:
         template: its chat template.
         special: added tokens flagged special, in order of their ids.
         plain: added tokens that are not, before them.
-        base: special tokens inside the base vocabulary, behind the pieces.
+        base: special tokens at the end of the base vocabulary.
         tokenizer_class: as tokenizer_config.json names it.
         names: bos_token and the like.
         split_files: vocab.json, merges.txt and added_tokens.json in place of tokenizer.json.
@@ -139,7 +139,7 @@ CHATML = {
         tokenizer_class=_OMNI,
         names=_QWEN_NAMES,
     ),
-    # The marks stand inside the base vocabulary, the turn marks behind it.
+    # The image tags are inside the base vocabulary, the turn tokens after it.
     "v4_0": ChatML(
         template=BARE_TEMPLATE,
         special=("<|im_end|>", "<|im_start|>"),
@@ -154,7 +154,7 @@ CHATML = {
         split_files=True,
     ),
     "o4_5": ChatML(
-        # Asked to think, it gets no opening mark.
+        # With thinking enabled there is no opening tag.
         template=THINKING_TEMPLATE.replace(
             "{%- elif enable_thinking is defined and enable_thinking is true %}{{ '<think>\n' }}", ""
         ),
@@ -168,7 +168,7 @@ CHATML = {
 
 
 def bpe(base: tuple[str, ...], split: str = _QWEN_SPLIT) -> Tokenizer:
-    """Byte-level BPE on the demo's text whose vocabulary ends with some tokens that no merge makes."""
+    """Byte-level BPE on the demo's text whose vocabulary ends with the tokens of ``base``, which no merge produces."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,4 +1,4 @@
-"""Tiny checkpoints with random weights in the official folder layout: what the demo trains and the tests load."""
+"""Tiny checkpoints with random weights in the official folder layout, for the demo and the tests."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def write_tiny_checkpoint(
         family: name of the family, one of FAMILIES.
         out: folder to write; created when absent.
         seed: seed of the random weights; the tokenizer does not depend on it.
-        dtype: type of the stored weights and ``torch_dtype`` of config.json.
+        dtype: dtype of the stored weights and ``torch_dtype`` of config.json.
         overwrite: replace an earlier result of this command instead of refusing the folder.
-        experts: routed experts of the language model, of which two see each token; 0 for a dense one.
+        experts: routed experts of the language model, two of them active per token; 0 for a dense model.
 
     Raises:
-        ValueError: there is no tiny checkpoint of this family, none with so many experts, or no such dtype.
+        ValueError: there is no tiny checkpoint of this family, an invalid number of experts, or no such dtype.
         FileExistsError: the folder holds something (that this command did not write), or the path is a file.
-        UnknownFamilyError: the installed transformers does not have its network.
+        UnknownFamilyError: the installed transformers does not have its model class.
     """
     if family not in FAMILIES:
         raise ValueError(f"no tiny checkpoint for family {family!r}; there is one for {', '.join(FAMILIES)}")
@@ -45,7 +45,7 @@ def write_tiny_checkpoint(
     if experts and family not in native_folders.MIXTURES:
         raise ValueError(f"--experts {experts}: {family} is dense; a mixture is {', '.join(native_folders.MIXTURES)}")
     if experts < 0 or experts == 1:
-        raise ValueError(f"--experts {experts}: a mixture has at least 2 experts, 0 stands for a dense network")
+        raise ValueError(f"--experts {experts}: a mixture has at least 2 experts, 0 means a dense model")
     check_transformers(by_name(family))
     folder = start_folder(Path(out), _readme(family, seed, dtype, experts), overwrite=overwrite)
     if family in native_folders.NATIVE:
@@ -72,9 +72,9 @@ def write_tiny_checkpoint(
 
 
 def start_folder(folder: Path, readme: str, *, overwrite: bool) -> Path:
-    """Give the folder, holding nothing but README.md.
+    """Create the folder with nothing but README.md in it.
 
-    With ``overwrite`` an earlier result goes, and only that: its README.md starts with the same heading. A mistyped
+    With ``overwrite`` a previous result is removed, and only that: its README.md starts with the same heading. A wrong
     path to a real checkpoint or to a home directory is refused.
 
     Raises:
@@ -114,7 +114,7 @@ def _readme(family: str, seed: int, dtype: str, experts: int) -> str:
 
 
 def _write_weights(folder: Path, seed: int, dtype: str, factors: dict[str, float]) -> None:
-    """Build the network from the config.json in ``folder``, draw its weights from ``seed``, store model.safetensors.
+    """Build the model from the config.json in ``folder``, draw its weights from ``seed``, store model.safetensors.
 
     ``factors`` scales the tensors that it names.
     """
@@ -123,13 +123,13 @@ def _write_weights(folder: Path, seed: int, dtype: str, factors: dict[str, float
     from safetensors.torch import save
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
-    import finetune.models  # noqa: F401  registers the network
+    import finetune.models  # noqa: F401  registers the model class
 
     config = AutoConfig.from_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Drawn in float32 whatever is stored, so that the types differ by rounding alone.
-        # AutoModel gives a network without output layer for 4.6, 4.7 and OCR.
+        # AutoModel gives a model without lm_head for 4.6, 4.7 and OCR.
         maker = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModel
         model = maker.from_config(config, dtype=torch.float32)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -140,6 +140,6 @@ def _write_weights(folder: Path, seed: int, dtype: str, factors: dict[str, float
     }
     assert set(factors) <= set(state), factors
     if hasattr(config, "audio_config"):
-        # A speech part that nobody here reads; it must come through a finetuning unchanged.
+        # Tensors of the speech output, which are not loaded here; finetuning must pass them through unchanged.
         state["tts.projector.weight"] = torch.arange(64, dtype=torch.bfloat16).reshape(8, 8)
     (folder / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))

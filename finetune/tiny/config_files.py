@@ -1,4 +1,4 @@
-"""The values of the tiny checkpoints: config.json, generation_config.json and preprocessor_config.json."""
+"""Configuration files of the tiny checkpoints: config.json, generation_config.json and preprocessor_config.json."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ VOCABULARY = {
     "o4_5": 640,
 }
 SCALE_RESOLUTION = 112
-# Factors on random weights, for the demo: text embeddings as loud as the image features they stand among, and logits
-# wide enough for a frozen output layer to be sure. In 2.0 scale_emb and hidden_size / dim_model_base do the same.
+# Scale factors of random weights, for the demo: text embeddings of the magnitude of image features, and logits
+# large enough for a confident prediction with a frozen lm_head. scale_emb and hidden_size /
+# dim_model_base do the same in 2.0.
 _LOUDER = {"llm.model.embed_tokens.weight": 10.0, "llm.lm_head.weight": 2.0}
 LOUDER = {family: {} if family == "v2_0" else _LOUDER for family in VOCABULARY}
 # Sizes on which the demo learns within a minute. A frozen random LLM needs the wide initialisation: with the usual

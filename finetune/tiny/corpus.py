@@ -1,4 +1,4 @@
-"""Text on which the tiny tokenizers are trained: own sentences, and every phrase of the demo."""
+"""Training corpus of the tiny tokenizers: some sentences, and every phrase of the demo."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ ROLES = ("system", "user", "assistant")
 
 
 def lines(before_question: str, before_answer: str) -> Iterator[str]:
-    """The corpus, line by line; what a demo prompt or answer contains comes often enough to become whole tokens.
+    """The corpus, line by line; what a demo prompt or answer contains occurs often enough to become single tokens.
 
     Args:
-        before_question: what the template of the family writes in front of a question.
-        before_answer: what it writes in front of an answer.
+        before_question: text that the chat template puts before a question.
+        before_answer: text that it puts before an answer.
     """
     yield from ENGLISH
     yield from CHINESE

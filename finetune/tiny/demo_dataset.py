@@ -1,4 +1,4 @@
-"""The demo data set: small images, questions about their colours, answers known by construction.
+"""Writes the demo dataset: synthetic images, questions about their colours, known answers.
 
 Four kinds of record, named in the extra key ``task``: ``single`` (a square on noise), ``sliced`` (fine dots that the
 thumbnail averages away, so that only the slices show their colour), ``multi_image`` (one question about two images,
@@ -48,7 +48,7 @@ def write_demo_dataset(
         train: number of training records.
         eval: number of held-out records; they share no image with training.
         seed: seed of everything random.
-        overwrite: replace an earlier result of this command instead of refusing the folder.
+        overwrite: replace a previous result of this command instead of refusing the folder.
 
     Raises:
         FileExistsError: the folder holds something (that this command did not write), or the path is a file.
@@ -68,9 +68,9 @@ def write_demo_dataset(
 
 
 def write_blanked(data: Path | str) -> Path:
-    """Write ``<name>_blanked.json``, a twin whose images are uniform grey of the same size, and return its path.
+    """Write ``<name>_blanked.json``, a copy whose images are uniform grey of the same size, and return its path.
 
-    A model that still answers right on it does not look at the images.
+    A model that still answers correctly on it does not use the images.
 
     Args:
         data: JSON file of ``write_demo_dataset``; the grey images go to ``images_blanked`` beside it.

@@ -1,4 +1,4 @@
-"""The words of the demo: its answers and its questions."""
+"""Questions and answers of the demo dataset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLOURS: dict[str, tuple[bool, bool, bool]] = {
 SQUARE = "What colour is the square?"
 DOTS = "What colour are the fine dots?"
 SQUARES = "What colours are the squares?"
-# The tiny network learns to walk through the images in order within 100 steps. Asked for one image by its number it
+# The tiny model learns to answer for the images in order within 100 steps. Asked for one image by its number it
 # needs from 200 to more than 500, depending on the seed.
 SQUARES_ARE = "first {}, second {}"
 QUESTIONS = (SQUARE, DOTS, SQUARES)

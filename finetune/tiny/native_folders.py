@@ -1,7 +1,7 @@
-"""Folders of the tiny checkpoints of 4.6, 4.7 and OCR: everything but the weights, in the published layout.
+"""Writes all files but the weights of the tiny 4.6, 4.7 and OCR checkpoints, in the published layout.
 
 The weights are drawn from the config.json written here, by ``AutoModelForImageTextToText.from_config`` (AutoModel gives
-a network without output layer for these types).
+a model without lm_head for these types).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from finetune.tiny.chatml_tokenizers import THINKING, TURN_MARKS, bpe
 from finetune.tiny.trained_tokenizers import write_json
 
-# What the names of their classes begin with, and the model_type of config.json.
+# Prefix of their class names, and the model_type of config.json.
 NATIVE = {
     "v4_6": ("MiniCPMV4_6", "minicpmv4_6"),
     "v4_7": ("MiniCPMV4_7", "minicpmv4_7"),
@@ -26,7 +26,7 @@ _MODES = {"ocr1_0": "4x"}
 MIXTURES = ("v4_7",)
 VOCABULARY = 640
 SCALE_RESOLUTION = 112
-# The tokens that the processor looks up by these names.
+# Tokens that the processor looks up by these attribute names.
 MEDIA_TOKENS = {
     "image_token": "<|image_pad|>",
     "video_token": "<|video_pad|>",
@@ -174,7 +174,7 @@ def _text_config(eos: int) -> dict[str, Any]:
         "num_hidden_layers": 2,
         "num_key_value_heads": 2,
         "rms_norm_eps": 1e-06,
-        # A quarter of the head turns: four frequencies, shared out to time, height and width.
+        # Rotary embedding on a quarter of the head: four frequencies, divided among time, height and width.
         "rope_parameters": {
             "mrope_interleaved": True,
             "mrope_section": [2, 1, 1],
@@ -246,7 +246,7 @@ def _write_tokenizer(folder: Path, processor: str) -> dict[str, int]:
 
 
 def _processor_config(family: str) -> dict[str, Any]:
-    # 4.7 has the processors of 4.6; that of OCR enlarges small images as all of them do until it is told otherwise.
+    # 4.7 has the processors of 4.6; that of OCR upscales small images, which is the default.
     kind = "MiniCPMOcr" if family == "ocr1_0" else "MiniCPMV4_6"
     shared = {
         "do_convert_rgb": True,

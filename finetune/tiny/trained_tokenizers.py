@@ -1,4 +1,4 @@
-"""Tokenizers of the tiny checkpoints, trained on the spot: byte-level BPE (2.5) and sentencepiece (2.0)."""
+"""Trains the tokenizers of the tiny 2.x checkpoints: byte-level BPE (2.5) and sentencepiece (2.0)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def llama3_tokenizer() -> Tokenizer:
 
 
 def minicpm_model() -> bytes:
-    """A sentencepiece model, serialised: Llama style (byte fallback, dummy prefix), image marks from id 101."""
+    """A sentencepiece model, serialised: Llama style (byte fallback, dummy prefix), image tags from id 101."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
         sentence_iterator=corpus.lines("<用户>", "<AI>"),
@@ -81,7 +81,7 @@ def minicpm_model() -> bytes:
     )
     proto: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     proto.ParseFromString(written.getvalue())
-    # The trainer puts the marks at 3..14; the published ids are 101..112.
+    # The trainer puts the tags at 3..14; the published ids are 101..112.
     pieces = list(proto.pieces)
     marks = [piece for piece in pieces if piece.piece in MARKS]
     others = [piece for piece in pieces if piece.piece not in MARKS]

@@ -21,6 +21,7 @@ from finetune.families.family import Family
 from finetune.models.experts import routed_shares
 from finetune.training.lora import add_lora
 from finetune.utils.errors import ArgumentError
+from finetune.utils.number_format import significant
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +231,7 @@ def format_table(rows: list[PartRow]) -> str:
 
     lines = [line("part", "mode", ("parameters", "active", "trainable"), "lr")]
     for row in rows:
-        rate = "-" if row.learning_rate is None else f"{row.learning_rate:.2e}"
+        rate = "-" if row.learning_rate is None else significant(row.learning_rate)
         lines.append(line(row.part, row.mode, (f"{row.total:,}", f"{row.active:,}", f"{row.trainable:,}"), rate))
     share = f"{100 * trainable / max(total, 1):.2f} % trained"
     lines.append(line("all", share, (f"{total:,}", f"{active:,}", f"{trainable:,}"), ""))

@@ -1,5 +1,8 @@
-"""User errors: one message without a traceback, and an exit code; filters for warnings of libraries."""
+"""User errors, shown as one message without a traceback; and filters for warnings that a user cannot act on."""
 
+import logging
+import os
+import sys
 import warnings
 
 from finetune.utils.quoting import plain
@@ -8,7 +11,7 @@ from finetune.utils.quoting import plain
 class UserError(ValueError):
     """Invalid input of the user. The message says what disagrees and what to do.
 
-    Control characters in it are escaped: text of files and records cannot send escape sequences to a terminal.
+    Control characters from files and records are escaped in the message, so that it cannot control the terminal.
 
     Attributes:
         exit_code: exit status of the process, one of ``finetune.runtime.outcome``.
@@ -29,22 +32,66 @@ class ArgumentError(UserError):
 
 
 class UnusableResultError(UserError):
-    """The result of a run is unusable: nothing was trained, weights are not finite, too many samples were skipped."""
+    """A run without a usable result: nothing was trained, weights are not finite, or too much data was skipped."""
 
     exit_code = 4
 
 
 class NotSavedError(UserError):
-    """A checkpoint, result or file of the run could not be written."""
+    """An output of the run could not be written."""
 
     exit_code = 5  # NOT_SAVED
 
 
-def ignore_library_warnings() -> None:
-    """Filters warnings of libraries that a user cannot act on."""
-    # Deprecated names that libraries use among themselves.
-    for message in ("`is_gradient_checkpointing` is deprecated", "`torch.distributed.all_gather_into_tensor` is dep"):
+# Warnings by the beginning of their message.
+_WARNINGS = (
+    # names that libraries use among themselves
+    "`is_gradient_checkpointing` is deprecated",
+    "`torch.distributed.all_gather_into_tensor` is dep",
+    # pydantic, on the models of other packages
+    r"Field .* has conflict with protected namespace",
+    r"Field name .* shadows an attribute in parent",
+    r"The '\w+' attribute with value .* was provided to the `Field\(\)` function",
+    # pandas, on optional packages
+    r"Pandas requires version .* of '(numexpr|bottleneck)'",
+    # torch.distributed: DeepSpeed and accelerate choose the device before they create the process group
+    r"No device id is provided via `init_process_group`",
+    r"barrier\(\): using the device under current context",
+)
+# Logger -> beginnings of its messages.
+_MESSAGES = {
+    # 4-bit matrix products on the CPU; --q_lora needs a GPU
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
+    # The Trainer always leaves accelerate's plugin at 1; a value that contradicts the flag is an error of transformers.
+    "accelerate.accelerator": ("Gradient accumulation steps mismatch: GradientAccumulationPlugin has 1,",),
+    # the checkpoint's own tokenizer beside the checkpoint's own config.json
+    "transformers.trainer_utils": ("The tokenizer has new PAD/BOS/EOS tokens",),
+    # torchrun's default of one thread per process, which suits training: dataloader workers prepare the data
+    "torch.distributed.run": ("\n*****************************************\nSetting OMP_NUM_THREADS",),
+    # INFO messages on how many threads it uses
+    "numexpr.utils": ("NumExpr ", "Note: NumExpr "),
+}
+_KERNELS = "transformers.integrations.hub_kernels"
+_FALLBACK = "is falling back to its reference PyTorch implementation"
+
+
+def silence_unactionable_warnings() -> None:
+    """Drops warnings and log messages of other libraries that a user cannot act on; all others are shown.
+
+    Call it before those libraries are imported where possible; calling it again changes nothing.
+    """
+    for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    # Pillow's warnings about single files do not name the file. What cannot be decoded, and an image above
-    # --max_image_pixels, are errors of this package.
+    # Pillow's remarks about single files: they name none of them. What cannot be decoded is an error of ours, and so is
+    # an image above --max_image_pixels.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    for name in (*_MESSAGES, _KERNELS):
+        logging.getLogger(name).addFilter(_is_actionable)  # a filter is added only once
+
+
+def _is_actionable(record: logging.LogRecord) -> bool:
+    message, rank = record.getMessage(), os.environ.get("RANK", "0")
+    if record.name == _KERNELS and _FALLBACK in message:  # the packages it names have CUDA kernels
+        torch = sys.modules.get("torch")
+        return rank == "0" and torch is not None and torch.cuda.is_available()
+    return not message.removeprefix(f"[RANK {rank}] ").startswith(_MESSAGES.get(record.name, ()))

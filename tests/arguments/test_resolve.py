@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from typing import Any
 
 import pytest
@@ -37,8 +38,27 @@ def test_command_line_over_file_over_defaults(parse):
     assert args.origin("learning_rate") == "command line"
     assert args.origin("max_steps").endswith("x.yaml: max_steps")
     assert args.origin("vision_lr") == "derived"
+    lines = dict(line.split(maxsplit=1) for line in args.describe().splitlines())
+    assert lines["learning_rate"] == "0.001"
+    assert lines["lora_parts"] == "llm vision"
+    assert lines["max_steps"].endswith("x.yaml: max_steps)")
+    assert "vision_lr" not in lines
+
+
+def test_flags_of_the_launcher_are_told_apart(monkeypatch):
+    """The last FINETUNE_USER_ARGS arguments are the user's; what the launcher alone gave is its default."""
+    launcher = ["--weight_decay", "0.1", "--learning_rate", "1e-4", "--warmup_steps", "0.01"]
+    own = ["--model_name_or_path", "m", "--data_path", "d", "--learning_rate=1e-4", "--use_lora", "true"]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *launcher, *own])
+    monkeypatch.setenv("FINETUNE_USER_ARGS", str(len(own)))
+    args = parse_arguments()
+    assert [args.origin(name) for name in ("weight_decay", "warmup_steps")] == ["launcher default"] * 2
+    assert args.origin("learning_rate") == "command line"
     assert "learning_rate" in args.describe()
-    assert "(command line)" in args.describe()
+    assert "weight_decay" not in args.describe()
+    assert "  weight_decay: 0.1  # launcher default\n" in args.to_yaml()
+    monkeypatch.delenv("FINETUNE_USER_ARGS")
+    assert parse_arguments().origin("weight_decay") == "command line"
 
 
 def test_a_file_in_their_keys_takes_their_defaults(parse, caplog):

@@ -76,7 +76,7 @@ def test_a_question_with_a_picture(tiny, tmp_path):
             page.locator("#question button").click()
             playwright.expect(page.locator("#v1")).to_contain_text("Where is <box>1 2 3 4</box>, <b>bold</b>?")
             playwright.expect(page.locator("#v1 .bot")).to_have_count(2, timeout=60_000)
-            page.get_by_text("forget the conversation").click()
+            page.get_by_text("clear the conversation").click()
             playwright.expect(page.locator("#v0 .bot")).to_have_count(0)
             page.locator("#question textarea").fill(" ")
             page.locator("#question button").click()

@@ -179,11 +179,11 @@ def test_options_reach_prompt_and_network(ready):
     from finetune.chat.messages import read_messages
     from finetune.chat.pipeline import ChatPipeline, ChatPromptOptions
 
-    talker = ChatPipeline(model, tokenizer)
+    pipeline = ChatPipeline(model, tokenizer)
 
     def ids(system_prompt: str | None = None, **prompting: Any) -> list[int]:
         sample = read_messages(options["msgs"], options["image"], system_prompt=system_prompt)
-        return talker.encoder(ChatPromptOptions(**prompting)).encode(sample, generate=True).input_ids.tolist()
+        return pipeline.encoder(ChatPromptOptions(**prompting)).encode(sample, generate=True).input_ids.tolist()
 
     forms = [ids(), ids(max_slice_nums=1), ids(use_image_id=False), ids(system_prompt="Be brief.")]
     assert len({tuple(form) for form in forms}) == 4
@@ -215,7 +215,7 @@ def test_thinking(ready, family):
         ({"msgs": [user(gradient(), 3)]}, DataError, "contains a int"),
         ({"msgs": [user({"type": "scent", "scent": "x"})]}, DataError, "type 'scent'"),
         ({"image": "/none.png"}, DataError, "does not exist"),
-        ({"image": 5}, DataError, "an image is a int"),
+        ({"image": 5}, DataError, "image of type int"),
     ],
 )
 def test_refused(ready, options, error, message):

@@ -75,8 +75,8 @@ def test_every_way_to_give_a_sound(ready, tmp_path: Path) -> None:
         {"type": "audio", "audio": str(path)},
         {"type": "audio", "audio": base64.b64encode(path.read_bytes()).decode()},
     ]
-    talker = ChatPipeline(model, tokenizer)
-    encoder = talker.encoder(read_options({})[0])
+    pipeline = ChatPipeline(model, tokenizer)
+    encoder = pipeline.encoder(read_options({})[0])
     examples = [encoder.encode(read_messages([user(way, "What?")]), generate=True) for way in ways]
     for example in examples:
         assert example.input_ids.tolist() == examples[0].input_ids.tolist()
@@ -92,7 +92,7 @@ def test_sound_that_is_none(ready, tmp_path: Path) -> None:
     for wrong, message in (
         ({"type": "audio", "audio": "gone.wav"}, "'gone.wav' does not exist"),
         ({"type": "audio", "audio": "not base64!"}, "no file here and no base64"),
-        ({"type": "audio", "audio": 7}, "a sound is a int"),
+        ({"type": "audio", "audio": 7}, "audio of type int"),
         (tmp_path / "gone.mp3", "does not exist"),
         (np.zeros((2, 16_000), np.float32), "a mono float waveform"),
         (np.zeros(100, np.float32), "lasts 6 ms, and 80 ms make one token"),

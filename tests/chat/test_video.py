@@ -50,8 +50,8 @@ def test_a_batch_with_videos_is_its_single_runs(tiny, clip: Path, family: str) -
 
 
 def test_every_way_to_give_a_video(tiny, clip: Path, tmp_path: Path) -> None:
-    talker = ChatPipeline(load_model(tiny("v2_6")), load_tokenizer(tiny("v2_6")))
-    encoder = talker.encoder(read_options({})[0])
+    pipeline = ChatPipeline(load_model(tiny("v2_6")), load_tokenizer(tiny("v2_6")))
+    encoder = pipeline.encoder(read_options({})[0])
     (tmp_path / "shots").mkdir()
     for index in range(4):
         picture(index, (112, 112)).save(tmp_path / "shots" / f"{index}.png")
@@ -66,7 +66,7 @@ def test_every_way_to_give_a_video(tiny, clip: Path, tmp_path: Path) -> None:
         assert len(examples[0].tgt_sizes) == 4
     for wrong, message in (
         ({"type": "video", "video": "gone.mp4"}, "video 'gone.mp4' does not exist"),
-        ({"type": "video", "video": 7}, "a video is a int"),
+        ({"type": "video", "video": 7}, "video of type int"),
         (tmp_path / "gone.mkv", "does not exist"),
     ):
         with pytest.raises(DataError, match=message):

@@ -40,15 +40,15 @@ def both(tiny, page, tmp_path) -> Page:
         if "lora_" in name:
             parameter.data *= 8
     model.save_pretrained(str(tmp_path / "tuned"))
-    room = ChatSession(str(tiny("llama3_v2_5")), [str(tmp_path / "tuned")], device="cpu")
-    return Page(room, page.prompting, page.decoding)
+    session = ChatSession(str(tiny("llama3_v2_5")), [str(tmp_path / "tuned")], device="cpu")
+    return Page(session, page.prompting, page.decoding)
 
 
 def test_adapter_and_base_answer_side_by_side(tiny, both, tmp_path):
     gradient().save(tmp_path / "a.png")
-    assert both.voices == ("tuned", "off")
-    dialogues = both.start()
-    steps = list(both.ask(" What? ", str(tmp_path / "a.png"), dialogues))
+    assert both.models == ("tuned", "off")
+    conversations = both.start()
+    steps = list(both.ask(" What? ", str(tmp_path / "a.png"), conversations))
     tuned, base = steps[-1]
     assert [turn["role"] for turn in tuned] == ["user", "user", "assistant"]
     assert tuned[0]["content"] == {"path": str((tmp_path / "a.png").resolve())}
@@ -65,26 +65,26 @@ def test_adapter_and_base_answer_side_by_side(tiny, both, tmp_path):
             for column, turns in enumerate(earlier)
             if turns[-1]["role"] == "assistant"
         )
-    list(both.ask("More?", None, dialogues))
-    assert [len(dialogue.turns) for dialogue in dialogues] == [4, 4]
+    list(both.ask("More?", None, conversations))
+    assert [len(conversation.turns) for conversation in conversations] == [4, 4]
 
 
 def test_what_cannot_be_used_is_forgotten(page, tmp_path):
-    dialogues = page.start()
+    conversations = page.start()
     (tmp_path / "broken.png").write_bytes(b"no picture")
     for question, picture in (("  ", None), ("What?", "/none.png"), ("What?", str(tmp_path / "broken.png"))):
         with pytest.raises(UserError):
-            list(page.ask(question, picture, dialogues))
-        assert (dialogues[0].turns, dialogues[0].files) == ([], [])
-    left = page.ask("What?", None, dialogues)
+            list(page.ask(question, picture, conversations))
+        assert (conversations[0].turns, conversations[0].files) == ([], [])
+    left = page.ask("What?", None, conversations)
     next(left)
     left.close()
-    assert shown(dialogues[0]) == []
-    assert shown_answer(page, dialogues)
+    assert shown(conversations[0]) == []
+    assert shown_answer(page, conversations)
 
 
-def shown_answer(page: Page, dialogues: list[Any]) -> str:
-    return list(page.ask("What?", None, dialogues))[-1][0][-1]["content"]
+def shown_answer(page: Page, conversations: list[Any]) -> str:
+    return list(page.ask("What?", None, conversations))[-1][0][-1]["content"]
 
 
 def test_without_gradio_the_extra_is_named(page, monkeypatch, tiny, capsys):

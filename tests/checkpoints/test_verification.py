@@ -29,6 +29,7 @@ from finetune.commands.verify import main
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
 from finetune.training.freezing import adapt
+from finetune.utils.number_format import significant
 from trainer import CPMTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,10 +75,10 @@ def test_a_full_run_in_bf16_is_verified_by_what_rounding_does_to_it(tiny, demo_d
     origin, expected = origin_of(reference), load_file(reference)["logits"]
     # The fresh process has the weights that were rounded here, so that rounding is all that parts the logits.
     assert origin.rounding > 0
-    assert f"logit_difference={origin.rounding:.3e}" in said
+    assert f"logit_difference={significant(origin.rounding)} " in said
     tolerance = (origin.rounding + 2 * origin.noise) / expected.abs().max().item()
-    assert f"tolerance={tolerance:.1e}" in said
-    assert "casting the trained model to bfloat16 changes these logits by" in said
+    assert f"tolerance={significant(tolerance)} " in said
+    assert "rounding the trained model to bfloat16 moves these logits by" in said
     assert all(".merger." not in name for name in origin.trained)
     assert f"{len(origin.trained)} of {len(origin.trained)} trained tensors" in said
 

@@ -106,7 +106,7 @@ def test_mistakes_are_said_and_the_talk_goes_on(tiny, tmp_path, monkeypatch, cap
     assert out == says(load_model(tiny(FAMILY)), "Hello") + "\n"
     for message in ("/none.png: no such file", "did you mean /adapter?", "no adapter 'x'", "usage: /save FILE"):
         assert message in err
-    assert "nothing has been said yet" in err
+    assert "the conversation is empty" in err
     assert "is not an image" in err
 
 
@@ -131,29 +131,29 @@ def test_refused_at_the_start(tiny, adapters, monkeypatch, capsys, flags, messag
 
 
 def test_a_room_names_its_adapters(adapters):
-    room = ChatSession(None, [f"a={adapters[0]}", f"b={adapters[1]}"], device="cpu")
-    assert (list(room.adapters), room.active) == (["a", "b"], "a")
-    room.choose("off")
+    session = ChatSession(None, [f"a={adapters[0]}", f"b={adapters[1]}"], device="cpu")
+    assert (list(session.adapters), session.active) == (["a", "b"], "a")
+    session.choose("off")
     with pytest.raises(ArgumentError, match="there are a, b, off"):
-        room.choose("c")
+        session.choose("c")
 
 
 def test_a_saved_conversation_is_a_record(picture, tmp_path):
-    dialogue = ConversationState("Be brief.")
-    dialogue.show(str(picture))
-    dialogue.show(str(picture))
-    dialogue.ask("Same?")
-    dialogue.answered("Yes.")
-    dialogue.save(str(tmp_path / "talk.json"))
-    dialogue.ask("Sure?")
-    dialogue.answered("Yes.")
-    dialogue.save(str(tmp_path / "talk.json"))
+    conversation = ConversationState("Be brief.")
+    conversation.show(str(picture))
+    conversation.show(str(picture))
+    conversation.ask("Same?")
+    conversation.answered("Yes.")
+    conversation.save(str(tmp_path / "talk.json"))
+    conversation.ask("Sure?")
+    conversation.answered("Yes.")
+    conversation.save(str(tmp_path / "talk.json"))
     (sample,) = read(tmp_path / "talk.json")
     assert [message.role for message in sample.messages] == ["system", "user", "assistant", "user", "assistant"]
     assert [media.data for media in sample.media()] == [picture.resolve()] * 2
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ArgumentError, match="exists"):
-        dialogue.save(str(tmp_path / "other.json"))
+        conversation.save(str(tmp_path / "other.json"))
 
 
 @pytest.mark.parametrize("written", ["{}", "'{}'", '"{}"', "BACKSLASHES"])
@@ -161,20 +161,20 @@ def test_a_path_as_a_terminal_writes_it(picture, tmp_path, written):
     file = tmp_path / "it's a picture.png"
     file.write_bytes(picture.read_bytes())
     path = str(file).replace(" ", "\\ ").replace("'", "\\'") if written == "BACKSLASHES" else written.format(file)
-    dialogue = ConversationState()
+    conversation = ConversationState()
     if written == "'{}'":  # a file with a quote in its name is quoted in another way
         path = path.replace("it's", "it'\\''s")
-    dialogue.show(path)
-    assert dialogue.files == [("image", file.resolve())]
+    conversation.show(path)
+    assert conversation.files == [("image", file.resolve())]
 
 
 @pytest.mark.parametrize("kind", ["image", "video", "audio"])
 def test_a_file_is_opened_when_it_is_named(tmp_path, kind):
     (tmp_path / "empty.bin").touch()
-    dialogue = ConversationState()
+    conversation = ConversationState()
     with pytest.raises(DataError, match="is empty"):
-        dialogue.show(str(tmp_path / "empty.bin"), kind)
-    assert dialogue.files == []
+        conversation.show(str(tmp_path / "empty.bin"), kind)
+    assert conversation.files == []
 
 
 def test_in_a_new_process(adapters, tmp_path):

@@ -75,7 +75,7 @@ def test_a_file_of_flags(
     assert "3 kept" in printed.out
     assert "of no effect" not in printed.err
     assert main([str(run), "--model_max_length", "10", "--lora_r", "8", "--num_train_epochs=3"]) == 2
-    assert "not about data, and of no effect here: --lora_r --num_train_epochs\n" in capsys.readouterr().err
+    assert "ignored, not about data: --lora_r --num_train_epochs\n" in capsys.readouterr().err
     theirs = tmp_path / "theirs.yaml"
     theirs.write_text(f"model_name_or_path: {tiny('llama3_v2_5')}\nstage: sft\ncutoff_len: 10\nfinetuning_type: lora\n")
     assert main([str(theirs), "--data", data(3)]) == 2

@@ -176,7 +176,7 @@ def test_bad_records_are_left_out_only_when_asked(tiny, tmp_path, capsys):
     run(*words, "--on_bad_sample", "skip", "--max_bad_share", "1")
     assert [row["index"] for row in lines(tmp_path / "out")] == [1]
     assert json.loads((tmp_path / "out/metrics.json").read_text())["left_out"] == "2"
-    assert capsys.readouterr().out.count("left out   ") == 2
+    assert capsys.readouterr().out.count("skipped    ") == 2
     (tmp_path / "data.json").write_text(json.dumps(records[:1]))
     with pytest.raises(UserError, match="no record can be used"):
         run(*words, "--on_bad_sample", "skip", "--max_bad_share", "1")

@@ -49,7 +49,7 @@ def test_restored_once(old, capsys):
     with pytest.raises(TemplateMismatchError):
         check_chat_template(FAMILY, load_tokenizer(old))
     assert main(["restore-template", str(old)]) == 0
-    assert "as it was: tokenizer_config.json.bak" in capsys.readouterr().out
+    assert "backups: tokenizer_config.json.bak" in capsys.readouterr().out
     after = (old / "tokenizer_config.json").read_bytes()
     settings = json.loads(after)
     assert settings == json.loads(before) | {"chat_template": FAMILY.inference_template}

@@ -40,7 +40,7 @@ def test_a_checkpoint(tiny, capsys, family):
     assert len(ids[2].split()) == min(int(ids[1]), 24)
     agrees = "the same prompt by its own chat template" if load_tokenizer(folder).chat_template else "none in the"
     assert agrees in text
-    losses = re.search(r"loss +([\d.]+) right caption, ([\d.]+) its words shuffled, ([\d.]+) chance", text)
+    losses = re.search(r"loss +([\d.]+) correct caption, ([\d.]+) words shuffled, ([\d.]+) chance", text)
     assert losses is not None
     encoder = Encoder.from_config(base.family, load_tokenizer(folder), base.config)
     expected = caption_loss(load_model(folder).eval(), encoder, draw(), CAPTION)

@@ -222,8 +222,8 @@ def test_reports_that_cannot_be_written_end_nothing(make, monkeypatch, caplog):
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", refuse)
     trainer.train()
     assert trainer.state.global_step == 3
-    assert caplog.text.count("trainer_log.jsonl cannot be written, training goes on") == 1
-    assert caplog.text.count("TensorBoardCallback cannot write and is turned off") == 1
+    assert caplog.text.count("trainer_log.jsonl cannot be written, training continues") == 1
+    assert caplog.text.count("TensorBoardCallback cannot write and is disabled") == 1
 
 
 def test_rotation_waits_for_the_first_finite_step(make, monkeypatch):

@@ -112,7 +112,7 @@ def test_the_first_and_the_newest_answers_are_kept(tiny, demo_data, monkeypatch)
 
 
 def test_what_cannot_be_asked_is_told_before_training(tiny, demo_data, tmp_path, caplog):
-    with pytest.raises(MetricError, match="no metric is called 'nothing'"):
+    with pytest.raises(MetricError, match="unknown metric 'nothing'"):
         make_trainer(tiny("v2_0"), demo_data, tmp_path, "--eval_generate", "2", "--eval_metric", "nothing")
     with pytest.raises(ArgumentError, match="give --eval_data_path"):
         parse_arguments(["--model_name_or_path", "m", "--data_path", "d", "--eval_generate", "2"])
@@ -125,7 +125,7 @@ def test_what_cannot_be_asked_is_told_before_training(tiny, demo_data, tmp_path,
     samples = read(tmp_path / "data.json")
     caplog.set_level(logging.INFO)
     GeneratedMetric(samples, encoder, count=9, skip_bad=True)
-    assert "left out of eval_generate" in caplog.text
+    assert "skipped in eval_generate" in caplog.text
     assert "eval_normalised (auto: short references (median 1 words)) on 1 evaluation samples" in caplog.text
     with pytest.raises(DataError, match="none of the chosen"):
         GeneratedMetric(samples[:1], encoder, count=1, skip_bad=True)

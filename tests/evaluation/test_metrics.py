@@ -172,7 +172,7 @@ def test_own_functions(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     metric, _ = resolve_metric("mine:two", [["a"]])
     assert metric.combine([metric.score("x", ["y"])] * 2) == {"two": 0.5, "good": 0.5, "bad": 2.0}
-    with pytest.raises(MetricError, match="must give a finite number"):
+    with pytest.raises(MetricError, match="must return a finite number"):
         resolve_metric("mine:wrong", [["a"]])[0].score("x", ["y"])
     with pytest.raises(MetricError, match="has no function 'absent'"):
         resolve_metric("mine:absent", [["a"]])

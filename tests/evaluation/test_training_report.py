@@ -55,7 +55,7 @@ def test_everything_that_was_logged_is_drawn(tmp_path):
     history = [{"step": step, **dict.fromkeys((*keys, "peak_memory_gb"), 1.0 + step)} for step in range(1, 21)]
     history += [{"step": 20, "eval_loss": 0.5, "eval_cer": 0.25, "eval_runtime": 3.0}]
     text, seen = page(history, tmp_path)
-    titles = ("Loss", "Gradient norm", "Learning rate", "Tokens per second", "Peak memory", "waiting for data", "peak")
+    titles = ("Loss", "Gradient norm", "Learning rate", "Tokens per second", "Peak memory", "waiting for data", "MFU")
     assert [title for title in titles if title not in seen.text] == []
     assert text.count('class="chart"') == 8
     assert "Character error rate" in seen.text
@@ -124,10 +124,10 @@ def test_a_page_that_cannot_be_written_ends_nothing(error, tmp_path, monkeypatch
     monkeypatch.setattr(progress_files, "build_run", refuse)
     with caplog.at_level(logging.WARNING):
         callback.on_save(args, state_of([{"step": 1, "loss": 1.0}]), TrainerControl())
-    assert "report.html cannot be written, training goes on" in caplog.text
+    assert "report.html cannot be written, training continues" in caplog.text
     assert not list(tmp_path.glob(".*"))
 
 
 def test_what_a_template_cannot_show_is_an_error_of_ours():
-    with pytest.raises(PageError, match="cannot be made"):
+    with pytest.raises(PageError, match="cannot be rendered"):
         render("training")

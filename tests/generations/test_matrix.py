@@ -78,7 +78,7 @@ def test_trained_saved_loaded_asked(matrix, name):
     assert result["eval_loss"] > 0
     reloaded = json.loads((matrix / "reloaded.json").read_text())[name]
     assert reloaded["status"] == 0, reloaded["said"]
-    assert "logit_difference=0.000e+00" in reloaded["said"], reloaded["said"]
+    assert "logit_difference=0 " in reloaded["said"], reloaded["said"]
     assert len(reloaded["answers"]) == 2
     assert all(isinstance(answer, str) for answer in reloaded["answers"])
     assert isinstance(reloaded.get("chat"), str) == name.endswith("image")

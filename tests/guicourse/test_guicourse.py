@@ -89,7 +89,7 @@ def test_conversations_keep_their_places_and_images():
     plain = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi <box>1 2 3 4</box>"}]
     record = to_training({"uid": "u", "image_id": "a", "text": plain}, {"a": "a.png"}, "plain")
     assert [turn["content"] for turn in record["conversations"]] == ["<image>\nHello", "Hi <box>1 2 3 4</box>"]
-    with pytest.raises(RecordError, match="not question and answer in turn"):
+    with pytest.raises(RecordError, match="do not alternate between question and answer"):
         to_training({"uid": "u", "image_id": "a", "text": plain[:1]}, {"a": "a.png"})
 
 
@@ -138,7 +138,13 @@ def test_bad_rows_are_listed(tmp_path, capsys):
     bad = [json.loads(line) for line in (tmp_path / "out/web-single_test_bad.jsonl").read_text().splitlines()]
     assert [row["record"] for row in bad] == list(range(1, 10))
     expected = ["cannot be decoded", "not in the image files", "leaves the image", "unknown action 'dance'"]
-    expected += ["2 image tags", "is no file name", "not of the published form", "is no object", "has no 'image_id'"]
+    expected += [
+        "2 image tags",
+        "is not a file name",
+        "not of the published form",
+        "is not an object",
+        "has no 'image_id'",
+    ]
     for row, message in zip(bad, expected, strict=True):
         assert message in row["message"]
     assert "9 left out" in capsys.readouterr().out
@@ -146,7 +152,7 @@ def test_bad_rows_are_listed(tmp_path, capsys):
 
 
 def test_wrong_files_are_named(published, tmp_path):
-    with pytest.raises(UserError, match=r"no file is called \*_data.json"):
+    with pytest.raises(UserError, match=r"no file there is named \*_data.json"):
         convert("--data", tmp_path, "--out", tmp_path)
     (tmp_path / "x_data.json").write_text('[{"uid": "a", "image_id": "b", "text": []}]')
     with pytest.raises(UserError, match=r"x_images.parquet: no such file"):
@@ -274,7 +280,7 @@ def test_the_score_table(published, tmp_path, capsys):
     assert scores["groups"]["click, input"]["count"] == 2
     shown = capsys.readouterr().out
     assert "type_em        0.5000" in shown
-    assert "1 predictions are of other samples" in shown
+    assert "1 predictions match no sample" in shown
     labels = json.loads((published / "ocr_grounding_test_data.json").read_text())
     lines = [{"id": row["uid"], "prediction": row["answer"]} for row in labels if row["task_type"] == "bbox2text"]
     (tmp_path / "pred.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -366,8 +366,8 @@ METRICS = {
     "def f(a, b:\n": "line 1: SyntaxError",
     "import gone_for_ever\n": "line 1: ModuleNotFoundError",
     "f = 5\n": "has no function 'f'",
-    "def f(a, b):\n    return float('nan')\n": "must give a finite number",
-    "def f(a, b):\n    return 'good'\n": "must give a finite number",
+    "def f(a, b):\n    return float('nan')\n": "must return a finite number",
+    "def f(a, b):\n    return 'good'\n": "must return a finite number",
     "def f(a):\n    return 1\n": "TypeError",
     "1/0\n": "line 1: ZeroDivisionError",
 }

@@ -281,20 +281,20 @@ def test_every_voice_of_a_chat_has_its_own_mode(native, lora: Path, tmp_path: Pa
     """An adapter speaks in the mode it was trained in, the base in its own."""
     other = shutil.copytree(lora, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoint-*"))
     put(other / "adapter_config.json", lambda content: content["auto_mapping"].update(downsample_mode="16x"))
-    room = ChatSession(None, [f"first={lora}", f"second={other}"], device="cpu")
-    names = {name: mode and mode.name for name, mode in room.modes.items()}
+    session = ChatSession(None, [f"first={lora}", f"second={other}"], device="cpu")
+    names = {name: mode and mode.name for name, mode in session.modes.items()}
     assert names == {"first": "4x", "second": "16x", OFF: "16x"}
     asked, greedy = sample(CONVERSATIONS["several"][:1]), SamplingOptions(sampling=False, max_new_tokens=4)
     for name, mode in names.items():
         model = load_model(native("v4_6") if name == OFF else lora, downsample_mode=mode)
         wanted = model.chat(msgs=[{"role": "user", "content": parts(asked)}], sampling=False, max_new_tokens=4)  # pyright: ignore[reportCallIssue]
-        assert "".join(room.stream(asked, ChatPromptOptions(), greedy, name)).strip() == wanted, name
+        assert "".join(session.stream(asked, ChatPromptOptions(), greedy, name)).strip() == wanted, name
     model = load_model(lora)
     add_adapter(model, other, "second")  # pyright: ignore[reportArgumentType]
-    talker = MiniCPMVChat(lora, device="cpu", downsample_mode="16x")
-    assert talker.model.config.downsample_mode == "16x"
+    pipeline = MiniCPMVChat(lora, device="cpu", downsample_mode="16x")
+    assert pipeline.model.config.downsample_mode == "16x"
     with pytest.raises(ArgumentError, match="'8x' is unknown"):
-        room.talker.encoder(ChatPromptOptions(downsample_mode="8x"))
+        session.pipeline.encoder(ChatPromptOptions(downsample_mode="8x"))
 
 
 def parts(asked: Any) -> list[Any]:

@@ -24,7 +24,7 @@ from finetune.media import image
 from finetune.models import load_tokenizer
 from finetune.pages import data_preview
 from finetune.pages.data_preview import write_preview
-from finetune.pages.decoded_prompt import pieces
+from finetune.pages.decoded_prompt import prompt_parts
 from finetune.pages.model_view import see
 from finetune.pages.record_survey import RecordSurvey, SurveyedRecord, choose
 from finetune.readers.mixture import open_data
@@ -73,7 +73,7 @@ def test_the_conversation_is_that_of_the_ids(family, encoder_of, tmp_path):
     encoder = encoder_of(family)
     part = surveyed(tmp_path / "data.json", [given], encoder)
     fitted = part.length_policy.fit(part.records[0])
-    shown, ids, labels = list(pieces(encoder, fitted)), fitted.rendered.input_ids, fitted.rendered.labels
+    shown, ids, labels = list(prompt_parts(encoder, fitted)), fitted.rendered.input_ids, fitted.rendered.labels
     (medium,) = [place for place, piece in enumerate(shown) if piece.medium is not None]
     before = [number for piece in shown[:medium] for number in piece.ids]
     behind = [number for piece in shown[medium + 1 :] for number in piece.ids]
@@ -157,7 +157,7 @@ def test_every_kind_that_matters_is_shown(encoder_of, tmp_path):
     assert chosen == choose([part], 8, seed=1)
     assert chosen != choose([part], 8, seed=2)
     text, seen = page_of(tmp_path, part, most=8)
-    assert "turns left out from the beginning" in seen.text
+    assert "turns dropped from the beginning" in seen.text
     assert len(seen.of("article")) == 8
     assert "limit" not in seen.text or "400" in seen.text
 
@@ -170,7 +170,7 @@ def test_what_had_to_give_is_said(policy, encoder_of, tmp_path):
     whole = surveyed(tmp_path / "data.json", given, encoder).report.longest
     short = encoder_of("llama3_v2_5", whole - 10)
     text, seen = page_of(tmp_path, surveyed(tmp_path / "data.json", given, short, policy))
-    said = {"shrink": "images cut into", "truncate": "taken off a user turn"}[policy]
+    said = {"shrink": "images cut into", "truncate": "truncated from a user turn"}[policy]
     assert said in seen.text
 
 

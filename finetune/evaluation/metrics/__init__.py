@@ -1,4 +1,4 @@
-"""Scores of an answer against its references: a registry by name, and the user's own functions by a Python path."""
+"""Metric registry: built-in metrics by name, custom functions by module or file path."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 
 
 def resolve_metric(name: str, references: list[list[str]]) -> tuple[Metric, str]:
-    """The metric of a name, and why it is that one.
+    """The metric for a name, and the reason for the choice.
 
     Args:
-        name: a key of METRICS; "auto", chosen by what the references look like; or ``package.module:function`` or
+        name: a key of METRICS; "auto", chosen from the format of the references; or ``package.module:function`` or
             ``path/to/file.py:function``, called with one prediction (str) and its references (list of str), giving a
             number or a dictionary of numbers.
         references: accepted answers of every sample.
@@ -39,14 +39,14 @@ def resolve_metric(name: str, references: list[list[str]]) -> tuple[Metric, str]
         chosen, reason = choose(references)
         return METRICS[chosen], f"auto: {reason}"
     if name in METRICS:
-        return METRICS[name], "as asked for"
+        return METRICS[name], "as requested"
     where, colon, function = name.rpartition(":")
     if not colon:
         near = difflib.get_close_matches(name, [*METRICS, "auto"], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise MetricError(
-            f"no metric is called {name!r}; {hint}there are auto, {', '.join(METRICS)}, "
-            "and your own as package.module:function or file.py:function"
+            f"unknown metric {name!r}; {hint}available: auto, {', '.join(METRICS)}, "
+            "and custom ones as package.module:function or file.py:function"
         )
     found = getattr(_module(where, name), function, None)
     if not callable(found):
@@ -62,7 +62,7 @@ def _module(where: str, name: str) -> ModuleType:
             raise MetricError(
                 f"metric {name!r}: {error}; is the package installed, or its folder in PYTHONPATH?"
             ) from error
-        except Exception as error:  # noqa: BLE001 - a module of the user's, which may raise anything
+        except Exception as error:  # noqa: BLE001 - user code, which may raise anything
             raise failed(name, error) from error
     path = Path(where)
     if not path.is_file():
@@ -75,6 +75,6 @@ def _module(where: str, name: str) -> ModuleType:
     sys.modules.setdefault(path.stem, module)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - a file of the user's, which may raise anything
+    except Exception as error:  # noqa: BLE001 - user code, which may raise anything
         raise failed(name, error) from error
     return module

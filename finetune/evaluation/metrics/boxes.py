@@ -1,4 +1,4 @@
-"""Grounding: boxes and points in answers."""
+"""Grounding metrics: IoU of boxes, points in boxes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from finetune.evaluation.metrics.metric import Metric
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
-# What GUICourse reports.
+# Thresholds reported by GUICourse.
 THRESHOLDS = (0.2, 0.5, 0.7, 0.9)
 _BOX = re.compile(r"<box>(.*?)</box>", re.DOTALL)
 _POINT = re.compile(r"<point>(.*?)</point>", re.DOTALL)
@@ -21,8 +21,8 @@ _CORNERS, _COORDINATES = 4, 2
 def boxes(text: str) -> list[Box]:
     """The boxes of a text, (left, top, right, bottom), in its own unit.
 
-    ``<box>x1 y1 x2 y2</box>``, ``<box>(x1,y1),(x2,y2)</box>`` and ``<box>x1, y1, x2, y2</box>`` are read; what is
-    between the marks and is not four numbers is no box.
+    ``<box>x1 y1 x2 y2</box>``, ``<box>(x1,y1),(x2,y2)</box>`` and ``<box>x1, y1, x2, y2</box>`` are read; tags
+    without exactly four numbers are ignored.
     """
     numbers = ([float(value) for value in _NUMBER.findall(inner)] for inner in _BOX.findall(text))
     return [(found[0], found[1], found[2], found[3]) for found in numbers if len(found) == _CORNERS]
@@ -38,7 +38,7 @@ def points(text: str) -> list[Point]:
 
 
 def iou(one: Box, other: Box) -> float:
-    """Area in common over area of both together; 0 where nothing is in common or a box has no area."""
+    """Intersection over union; 0 when the boxes do not overlap or one has no area."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     if width <= 0 or height <= 0:
@@ -49,7 +49,7 @@ def iou(one: Box, other: Box) -> float:
 
 
 def matched_iou(given: Sequence[Box], wanted: Sequence[Box]) -> float:
-    """Sum of the IoU of pairs, best pair first and each box once, over the larger number of boxes."""
+    """Sum of the IoU of greedily matched pairs (best first, each box once) over the larger number of boxes."""
     pairs = sorted(((iou(a, b), i, j) for i, a in enumerate(given) for j, b in enumerate(wanted)), reverse=True)
     total, used_given, used_wanted = 0.0, set(), set()
     for value, i, j in pairs:
@@ -61,7 +61,7 @@ def matched_iou(given: Sequence[Box], wanted: Sequence[Box]) -> float:
 
 
 def box_iou(prediction: str, references: Sequence[str]) -> dict[str, float]:
-    """IoU of the boxes, and the share of samples above 0.2, 0.5, 0.7 and 0.9 (acc@).
+    """IoU of the boxes, and the fraction of samples above 0.2, 0.5, 0.7 and 0.9 (acc@).
 
     IoU has no unit: 0-1000 and pixels give the same, as long as answer and reference use one. Of several boxes each
     counts once (``matched_iou``); of several references the best. Source: IoU (Jaccard) of PASCAL VOC (Everingham et

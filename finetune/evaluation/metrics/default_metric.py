@@ -1,4 +1,4 @@
-"""Which metric fits references that nobody has named one for."""
+"""Automatic choice of a metric from the format of the references (--metric auto)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _LETTERS = "ABCDEFGHIJ"
 
 
 def choose(references: Sequence[Sequence[str]]) -> tuple[str, str]:
-    """Name of the metric that fits the accepted answers of all samples, and what was seen in them.
+    """Name of the metric for the accepted answers of all samples, and the reason.
 
-    The first rule that holds for every sample counts: ten answers each (vqa); several (anls); boxes (box_iou); JSON
+    The first rule that holds for every sample applies: ten answers each (vqa); several (anls); boxes (box_iou); JSON
     objects or arrays (json_f1); option letters (choice); numbers (relaxed). Else it is normalised where half the
     answers have at most 5 words, and rouge_l where they are longer.
     """

@@ -1,4 +1,4 @@
-"""Metrics by edit distance and common subsequence; rapidfuzz counts."""
+"""Edit-distance metrics with rapidfuzz: ANLS, ROUGE-L, character and word error rate."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 
 def _rate(name: str, units: Callable[[str], Sequence[str]]) -> Metric:
-    """Edits per unit of the reference; over a data set, all edits per all units."""
+    """Edits per unit of the reference; over a dataset, total edits per total units."""
 
     def score(prediction: str, references: Sequence[str]) -> dict[str, float]:
         given = units(prediction)
@@ -44,7 +44,7 @@ def _rate(name: str, units: Callable[[str], Sequence[str]]) -> Metric:
         for reference in references:
             wanted = units(reference)
             edits = Levenshtein.distance(given, wanted)
-            # Against an empty reference every unit is one edit too many.
+            # With an empty reference every unit is an insertion.
             counts.append((edits / max(len(wanted), 1), edits, len(wanted)))
         rate, edits, length = min(counts)
         return {name: rate, "edits": edits, "length": length}

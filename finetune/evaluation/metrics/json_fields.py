@@ -1,4 +1,4 @@
-"""Answers that are JSON: how many of their fields are right."""
+"""json_f1: F1 of the fields of JSON answers."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def fields(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def json_f1(prediction: str, reference: str) -> float:
-    """F1 of the fields (path and value), each leaf of the JSON being one; 0 for an answer that is no JSON.
+    """F1 of the fields (path and value), each leaf of the JSON being one; 0 for an answer that is not JSON.
 
     Source: the field F1 of Donut (Kim et al., 2022, arXiv 2111.15664), without the grouping of lists.
 
     Raises:
-        ValueError: the reference is no JSON.
+        ValueError: the reference is not JSON.
     """
     wanted = Counter(fields(parse(reference)))
     try:

@@ -1,4 +1,4 @@
-"""What a metric is."""
+"""The Metric class: scores of one answer and their aggregation over a dataset."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.utils.errors import UserError
 
-# Prediction and accepted answers to figures; the first figure is the score.
+# (prediction, accepted answers) -> named values; the first is the score.
 Score = Callable[[str, Sequence[str]], dict[str, float]]
 
 
@@ -18,23 +18,23 @@ _THOUGHT_ENDS = "</think>"
 
 
 class MetricError(UserError):
-    """A metric that is not there, or a function that gives no number."""
+    """Unknown metric, or a custom function that returns no number."""
 
 
 def mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of every figure over all samples."""
+    """Mean of every value over all samples."""
     return {key: sum(score[key] for score in scores) / len(scores) for key in scores[0]}
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A way to score answers.
+    """A metric of answers.
 
     Attributes:
-        name: of the metric and of its first figure.
-        score: (prediction, accepted answers) to figures of one sample; the first is called like the metric.
-        higher: whether more is better.
-        combine: figures of all samples to those of the whole; the mean unless said otherwise.
+        name: name of the metric and of its first value.
+        score: (prediction, accepted answers) -> values of one sample; the first has the name of the metric.
+        higher: whether higher is better.
+        combine: aggregation of the values of all samples; by default the mean.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Metric:
     combine: Callable[[Sequence[Mapping[str, float]]], dict[str, float]] = mean
 
     def figures(self, prediction: str, references: Sequence[str]) -> dict[str, float]:
-        """The score of what is answered: of an answer that begins with thinking, what stands behind it."""
+        """The values of an answer; a thinking block at its beginning is removed first."""
         return dict(self.score(_answered(prediction), [_answered(reference) for reference in references]))
 
     def badness(self, score: Mapping[str, float]) -> float:
-        """A sort key: the worst sample has the largest."""
+        """Sort key: largest for the worst sample."""
         return -score[self.name] if self.higher else score[self.name]
 
 
@@ -56,7 +56,7 @@ def _answered(text: str) -> str:
 
 
 def best(name: str, function: Callable[[str, str], float]) -> Score:
-    """The score of the reference that fits best, for rules that compare with one."""
+    """Maximum over the references, for a metric that compares with one reference."""
 
     def score(prediction: str, references: Sequence[str]) -> dict[str, float]:
         return {name: max(float(function(prediction, reference)) for reference in references)}
@@ -65,7 +65,7 @@ def best(name: str, function: Callable[[str, str], float]) -> Score:
 
 
 def failed(name: str, error: BaseException) -> MetricError:
-    """What a user's own code raised, with the place where it did."""
+    """The error for an exception in user code, with its location."""
     if isinstance(error, SyntaxError):
         place = f"{error.filename}, line {error.lineno}"
     else:
@@ -76,19 +76,19 @@ def failed(name: str, error: BaseException) -> MetricError:
 
 
 def own(name: str, function: Callable[[str, list[str]], Any]) -> Metric:
-    """A metric of the user's function, which gives a number or a dictionary of numbers whose first is the score."""
+    """A metric from a custom function that returns a number, or a dictionary of numbers whose first is the score."""
 
     def score(prediction: str, references: Sequence[str]) -> dict[str, float]:
         try:
             value = function(prediction, list(references))
-        except Exception as error:  # noqa: BLE001 - a function of the user's, which may raise anything
+        except Exception as error:  # noqa: BLE001 - user code, which may raise anything
             raise failed(name, error) from error
         figures = dict(value) if isinstance(value, Mapping) else {name: value}
         numbers = all(isinstance(each, (bool, int, float)) and math.isfinite(each) for each in figures.values())
         if not figures or not numbers:
             raise MetricError(
                 f"metric {name!r} gave {value!r} for {prediction!r} and {list(references)!r}; "
-                "it must give a finite number or a dictionary of them"
+                "it must return a finite number or a dictionary of them"
             )
         first = next(iter(figures.values()))
         return {name: float(first), **{key: float(figure) for key, figure in figures.items()}}

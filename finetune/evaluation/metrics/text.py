@@ -1,4 +1,4 @@
-"""Metrics that compare short texts: equality, words in common, numbers, option letters."""
+"""Metrics for short answers: exact match, token F1, relaxed accuracy, multiple choice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TOLERANCE = 0.05
 
 
 def exact(prediction: str, reference: str) -> float:
-    """1 when both are the same text, white space at the ends aside."""
+    """1 when both texts are equal after stripping white space at the ends."""
     return float(prediction.strip() == reference.strip())
 
 
@@ -32,7 +32,7 @@ def normalised(prediction: str, reference: str) -> float:
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """F1 of the words in common, counted with repetition, after ``normalise``.
+    """F1 of common words, counted with repetition, after ``normalise``.
 
     Without words on either side it is 1 when neither has any, else 0. A language written without spaces counts as one
     word. Source: SQuAD (Rajpurkar et al., 2016, arXiv 1606.05250).
@@ -45,7 +45,7 @@ def token_f1(prediction: str, reference: str) -> float:
 
 
 def number(text: str) -> float | None:
-    """The number that a text is, "12 %" being 0.12; None when it is none."""
+    """Parses a number, with "12 %" as 0.12; None when the text is not a number."""
     text = text.strip()
     percent = text.endswith("%")
     try:

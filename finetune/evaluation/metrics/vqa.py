@@ -1,4 +1,4 @@
-"""VQA accuracy: agreement with ten people."""
+"""VQA accuracy: agreement with ten human answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {word: str(value) for value, word in enumerate(_NUMBER_WORDS.split())} | {"none": "0"}
 _ARTICLES = ("a", "an", "the")
-# Written without the apostrophe they mean the same; words that are others without it (we're, he'll) are left out.
+# Written without the apostrophe they mean the same; words that are other words without it (we're, he'll) are excluded.
 _CONTRACTED = (
     "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how's i'm i've "
     "isn't it'd it'll let's ma'am might've must've mustn't needn't oughtn't she's should've shouldn't somebody'd "
@@ -25,7 +25,7 @@ _CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
 
 
 def normalise(text: str) -> str:
-    """An answer as VQA compares it.
+    """Answer normalisation of VQA.
 
     Lower case; punctuation goes (beside a space, or in a text with a comma between digits) or becomes a space; full
     stops go unless they belong to a number; number words become digits; articles go; contractions get their apostrophe.
@@ -40,7 +40,7 @@ def normalise(text: str) -> str:
 
 
 def vqa(prediction: str, references: Sequence[str]) -> float:
-    """Mean over all leave-one-out sets of the people's answers of min(1, agreeing people / 3).
+    """Mean over all leave-one-out sets of the human answers of min(1, agreeing answers / 3).
 
     With fewer than four answers (a set without one would be smaller than three) it is 1 when any agrees, else 0.
     Source: VQA (Antol et al., 2015, arXiv 1505.00468) and the evaluation published with it.
