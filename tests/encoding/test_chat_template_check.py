@@ -156,7 +156,7 @@ def test_what_nobody_tells_is_said_once(caplog: pytest.LogCaptureFixture) -> Non
     assert layouts[0].assumed == ("default_system",)
     assert layouts[0].default_system == "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     assert len(caplog.messages) == 1
-    assert "'a folder without template' has no chat template: MiniCPM-o 2.6 gets default_system 'You are" in caplog.text
+    assert "'a folder without template' has no chat template: MiniCPM-o 2.6 uses default_system 'You are" in caplog.text
 
 
 @pytest.fixture(scope="module")
