@@ -2,6 +2,7 @@
 
 ``python -m finetune.launch [options of torchrun] -- finetune.py [flags]``. Beyond torchrun:
 
+- flags, model folder and data format are checked before any process starts, without importing torch;
 - it exits with the status of the run (see ``finetune.runtime.outcome``) instead of always 1;
 - SIGUSR1 is passed on to the ranks like SIGTERM, and they get the time they ask for to save;
 - the ranks keep temporary files in a folder of the run, which is removed with it; the folder of a run whose launcher
@@ -24,17 +25,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
+from finetune.early_check import check_early
 from finetune.runtime import outcome
 from finetune.runtime.processes import ABOVE, PROCESSES, RUN_FOLDER
-from finetune.utils.errors import silence_unactionable_warnings
+from finetune.utils.errors import UserError, silence_unactionable_warnings
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 # Ranks end by themselves after --save_on_signal_timeout; torchrun kills those that do not after this many seconds.
 _SHUTDOWN_TIMEOUT = 6 * 3600
+_SCRIPT = "finetune.py"
 _PREFIX = "finetune-run-"
 _LOCK = "lock"
 # The path of a multiprocessing socket below a longer temporary folder would exceed the limit of the system.
@@ -50,7 +49,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status of the run, 128 + N where signal N ended a rank.
     """
-    options = run.parse_args(sys.argv[1:] if argv is None else list(argv))
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if (flags := _training_flags(arguments)) is not None:
+            check_early(flags)
+    except UserError as error:
+        message = outcome.print_error(error)
+        outcome.report("error", exit_code=error.exit_code, message=message)
+        return error.exit_code
+    return _run(arguments)
+
+
+def _training_flags(arguments: Sequence[str]) -> Sequence[str] | None:
+    """The flags of finetune.py behind torchrun's options; None for another program, or if only --help is asked for."""
+    script = next((place for place, word in enumerate(arguments) if Path(word).name == _SCRIPT), None)
+    if script is None or {"-h", "--help"} & set(arguments[script + 1 :]):
+        return None
+    return arguments[script + 1 :]
+
+
+def _run(arguments: Sequence[str]) -> int:
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    options = run.parse_args(list(arguments))
     options.signals_to_handle = _SIGNALS
     options.shutdown_timeout = _SHUTDOWN_TIMEOUT
     silence_unactionable_warnings()

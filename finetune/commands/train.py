@@ -41,9 +41,6 @@ def main(argv: list[str]) -> int:
             "nothing to train: give a YAML file, or --model_name_or_path and --data_path; "
             "python -m finetune train --help shows how"
         )
-    from finetune.commands.early_check import check_early
-
-    check_early(flags)
     options = _nodes(given)
     gpus = visible_gpus()
     if not gpus:  # one thread per process: more of them only get in each other's way
