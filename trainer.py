@@ -30,7 +30,7 @@ from finetune.checkpoints.output_folder import OutputFolder
 from finetune.checkpoints.resume import NothingLeftCallback, NothingLeftError
 from finetune.checkpoints.saving import finish_adapter, finish_full
 from finetune.evaluation.generated_metric import GeneratedMetric
-from finetune.evaluation.progress_files import ProgressBar, forgive
+from finetune.evaluation.progress_files import ProgressBar, tolerate_write_errors
 from finetune.training.base_loss import check_base_loss
 from finetune.training.flops import flops_of
 from finetune.training.freezing import full_parts, part_of
@@ -107,7 +107,7 @@ class CPMTrainer(Trainer):
         limit = self.args.max_nonfinite_steps  # pyright: ignore[reportAttributeAccessIssue]
         self.alarms = Watchdog(self._network(), parts, self.accelerator, declared, limit)
         self.add_callback(self.alarms)
-        forgive(self.callback_handler.callbacks)
+        tolerate_write_errors(self.callback_handler.callbacks)
         self.keeper = keeper or CheckpointManager()
         self.add_callback(self.keeper)
         self._hangs = HangWatch(self.args.hang_timeout, self.alarms.samples)  # pyright: ignore[reportAttributeAccessIssue]
