@@ -1,4 +1,4 @@
-"""Bytes of a LoRA checkpoint of MiniCPM-Llama3-V 2.5: the toolkit's defaults against those of the published scripts.
+"""Size of a LoRA checkpoint of MiniCPM-Llama3-V 2.5: the toolkit's defaults against those of the published scripts.
 
     python benchmarks/adapter_bytes.py [--dry]
 

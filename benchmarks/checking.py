@@ -1,4 +1,4 @@
-"""A check of 100 000 records with an image each, in CPU time and memory: ``python benchmarks/checking.py``.
+"""CPU time and memory of checking 100 000 records with an image each: ``python benchmarks/checking.py``.
 
 Ours is ``python -m finetune check`` in a process of its own, with an empty cache and its start. Beside it: what any
 check has to do, the same records read with json and the header of every image with Pillow, in one thread.

@@ -1,4 +1,4 @@
-"""Training from files to weights, ours against the way of the published scripts: ``python benchmarks/end_to_end.py``.
+"""End-to-end training time, this toolkit against the published scripts: ``python benchmarks/end_to_end.py``.
 
 ``--official DIR`` takes the vendor's finetune folder for the other side's samples, not our re-creation of them.
 

@@ -1,4 +1,4 @@
-"""Training of an 8B-shaped MiniCPM-Llama3-V 2.5 on a GPU, ours against the way of the published scripts.
+"""GPU training of a MiniCPM-Llama3-V 2.5 of 8B size, this toolkit against the published scripts.
 
     python benchmarks/gpu.py [--method lora|full] [--layers N] [--memory] [--dry]
 

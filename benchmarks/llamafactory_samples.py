@@ -1,4 +1,4 @@
-"""Preparation of samples, ours against LLaMA-Factory's: ``python benchmarks/llamafactory_samples.py PYTHON FILE``.
+"""Sample preprocessing, this toolkit against LLaMA-Factory: ``python benchmarks/llamafactory_samples.py PYTHON FILE``.
 
 PYTHON is that of an environment with ``pip install llamafactory``; FILE is image_processing_minicpmv.py of a published
 MiniCPM-V 2.6, which LLaMA-Factory runs twice for every image. The mix of samples.py, for MiniCPM-V 2.6, both sides with

@@ -1,4 +1,4 @@
-"""The data path of LLaMA-Factory for MiniCPM-V 2.6, in a Python that has it: a part of llamafactory_samples.py.
+"""LLaMA-Factory side of llamafactory_samples.py: its data pipeline for MiniCPM-V 2.6, in an environment that has it.
 
     PYTHON benchmarks/llamafactory_side.py FOLDER PROCESSOR
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of sample preparation work on: 16 pictures of four classes, conversations, and a tokenizer."""
+"""Input of the preprocessing benchmarks: 16 images of four size classes, conversations, and a tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network of MiniCPM-Llama3-V 2.5 as its published code runs it, written again from its rules.
+"""Reimplementation of the MiniCPM-Llama3-V 2.5 model as its published code computes it.
 
 This is a re-creation of the algorithm, not the vendor's code. What it keeps is which work is done, and on what:
 

@@ -1,4 +1,4 @@
-"""Sample preparation as the published finetuning code of MiniCPM-Llama3-V 2.5 does it, written again from its rules.
+"""Reimplementation of the sample preprocessing of the published MiniCPM-Llama3-V 2.5 finetuning code.
 
 This is a re-creation of the algorithm of the vendor's dataset class, not its code; the benchmarks measure against it
 where no checkout of that code is given. What it keeps is which work is done, and on what:

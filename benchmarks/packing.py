@@ -1,4 +1,4 @@
-"""How full packs are and how long ranks wait, planned from sizes alone: ``python benchmarks/packing.py``.
+"""Packing efficiency and rank imbalance, computed from sample lengths alone: ``python benchmarks/packing.py``.
 
 20 000 samples with pictures from the web, documents, screenshots and photos of phones, cut as 2.5 cuts them, and texts
 of different lengths; the sizes are drawn, no picture is made. Compared are rows of 4096 tokens with batches padded to

@@ -1,4 +1,4 @@
-"""The memory plan against real training steps on the CPU: every allocation of torch counted, a fresh process per case.
+"""Memory estimate against measured CPU training steps: every torch allocation counted, one process per case.
 
     python benchmarks/plan_memory.py [CASE ...]
 

@@ -1,4 +1,4 @@
-"""A million records: json.load against the index, in one run: ``python benchmarks/records.py``.
+"""Loading a million records, json.load against the index: ``python benchmarks/records.py``.
 
 Writes the records into a temporary folder (about 0.4 GB), and appends its figures to benchmarks/results.csv. Opening is
 measured in fresh processes with an empty cache folder of their own; private memory is what the pages of a process that

@@ -1,4 +1,4 @@
-"""Runs both launchers again and again and counts exit codes: ``python benchmarks/repeat_launchers.py --runs 20``.
+"""Runs both launchers repeatedly and counts exit codes: ``python benchmarks/repeat_launchers.py --runs 20``.
 
 Distributed programs that abort at exit in one run of ten are found here, not by a single test.
 """

@@ -1,4 +1,4 @@
-"""The table of all figures measured: a row per case in results.csv, with versions and hardware."""
+"""Reads and writes results.csv: one row per measured case, with versions and hardware."""
 
 from __future__ import annotations
 

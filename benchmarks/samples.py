@@ -1,4 +1,4 @@
-"""Preparation of samples, ours against the vendor's: ``python benchmarks/samples.py``.
+"""Sample preprocessing, this toolkit against the published code: ``python benchmarks/samples.py``.
 
 The mix is 11 photos of 640x480, 2 of 1344x1344, 2 screenshots of 1920x1080 (PNG) and 1 photo of 12 megapixels, each
 with a question and an answer of some 400 tokens in all, for MiniCPM-Llama3-V 2.5 (96 placeholders, at most 9 slices).

@@ -1,4 +1,4 @@
-"""One rank against two on this CPU, DDP, ZeRO-2 and ZeRO-3: ``python benchmarks/scaling.py``.
+"""Scaling from one rank to two on the CPU, DDP, ZeRO-2 and ZeRO-3: ``python benchmarks/scaling.py``.
 
 A small MiniCPM-V 4.5 of random weights is trained by finetune.py under torchrun on made-up pictures, one thread per
 rank and the same samples per rank and step. Counted are samples per second of CPU time of a rank, times the ranks: the

@@ -1,4 +1,4 @@
-"""A training step, packed and with the loss in the output layer, against the way of the published scripts.
+"""Time of a training step, with packing and fused lm_head loss, against the published scripts.
 
     python benchmarks/step.py [--dry]
 

@@ -1,4 +1,4 @@
-"""A sample of ten slices on its way from a loader process: ``python benchmarks/transport.py``.
+"""Transfer of a sample of ten slices from a dataloader worker: ``python benchmarks/transport.py``.
 
 Both sides go through a DataLoader with one process and batches of one sample. The samples are finished before, so that
 what is timed is the way alone: collating, sharing memory, and taking over in the main process. Theirs is what the

@@ -1,4 +1,4 @@
-"""The vendor's own dataset class, from a checkout of its finetune folder, for the installed transformers."""
+"""Loads the published dataset class from a checkout of its finetune folder, adapted to the installed transformers."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_sound_that_is_none(ready, tmp_path: Path) -> None:
     model, tokenizer = ready("o4_5")
     for wrong, message in (
         ({"type": "audio", "audio": "gone.wav"}, "'gone.wav' does not exist"),
-        ({"type": "audio", "audio": "not base64!"}, "no file here and no base64"),
+        ({"type": "audio", "audio": "not base64!"}, "neither a file nor base64"),
         ({"type": "audio", "audio": 7}, "audio of type int"),
         (tmp_path / "gone.mp3", "does not exist"),
         (np.zeros((2, 16_000), np.float32), "a mono float waveform"),

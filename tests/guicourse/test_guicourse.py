@@ -147,7 +147,7 @@ def test_bad_rows_are_listed(tmp_path, capsys):
     ]
     for row, message in zip(bad, expected, strict=True):
         assert message in row["message"]
-    assert "9 left out" in capsys.readouterr().out
+    assert "9 skipped" in capsys.readouterr().out
     assert not (tmp_path / "up.png").exists()
 
 
