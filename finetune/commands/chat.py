@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from finetune.chat.session import ChatSession
     from finetune.sample import MediaKind
 
-HELP = """/image PATH        put a picture in front of the next question; may be given several times
+HELP = """/image PATH        attach an image to the next question; may be given several times
 /video PATH        attach a video, a file or a folder of frames; only for models with video input
 /audio PATH        attach an audio file; only for models with audio input
 /adapter           list the adapters

@@ -70,17 +70,17 @@ def main(argv: list[str]) -> int:
     agrees = check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
     print(f"template   {'the same prompt by its own chat template' if agrees else 'none in the checkpoint'}")
 
-    picture = draw()
-    prompt = _sample(picture)
+    image = draw()
+    prompt = _sample(image)
     print(f"image      a red circle on white, STOP below it; {encoder.measure(prompt).items} visual items")
     answers = generate_answers(model, tokenizer, encoder, [prompt], max_new_tokens=args.max_new_tokens)
     print(f"caption    {answers[0]!r}")
-    _compare_captions(model, encoder, picture, math.log(base.vocab_size))
+    _compare_captions(model, encoder, image, math.log(base.vocab_size))
     return 0
 
 
-def _compare_captions(model: torch.nn.Module, encoder: Encoder, picture: Image.Image, chance: float) -> None:
-    right, shuffled = (caption_loss(model, encoder, picture, text) for text in (CAPTION, _shuffle(CAPTION)))
+def _compare_captions(model: torch.nn.Module, encoder: Encoder, image: Image.Image, chance: float) -> None:
+    right, shuffled = (caption_loss(model, encoder, image, text) for text in (CAPTION, _shuffle(CAPTION)))
     print(f"loss       {right:.3f} correct caption, {shuffled:.3f} words shuffled, {chance:.2f} chance (ln vocabulary)")
     if right < shuffled and right < chance / 2:
         print("verdict    it prefers the correct caption, as a trained checkpoint does")
@@ -99,20 +99,20 @@ def draw() -> Image.Image:
     return image
 
 
-def caption_loss(model: torch.nn.Module, encoder: Encoder, picture: Image.Image, caption: str) -> float:
+def caption_loss(model: torch.nn.Module, encoder: Encoder, image: Image.Image, caption: str) -> float:
     """Mean loss over the tokens of a caption of the image."""
     import torch
 
     from finetune.encoding.collate import pad
 
     device = next(model.parameters()).device
-    batch = pad([encoder.encode(_sample(picture, caption))], encoder.pad_id)
+    batch = pad([encoder.encode(_sample(image, caption))], encoder.pad_id)
     with torch.no_grad():
         return model(**{key: value.to(device) for key, value in batch.items()}).loss.item()
 
 
-def _sample(picture: Image.Image | None, answer: str | None = None) -> Sample:
-    media = () if picture is None else (Media("image", picture), Text("\n"))
+def _sample(image: Image.Image | None, answer: str | None = None) -> Sample:
+    media = () if image is None else (Media("image", image), Text("\n"))
     messages = (Message("user", (*media, Text(QUESTION))),)
     if answer is not None:
         messages += (Message("assistant", (Text(answer),), train=True),)

@@ -117,9 +117,9 @@ def _row(report: CheckReport) -> dict[str, int]:
         "Looked at": report.checked * part,
         "With images": report.with_media["image"],
         "With videos": report.with_media["video"],
-        "With sound": report.with_media["audio"],
+        "With audio": report.with_media["audio"],
         **{outcome.capitalize(): report.outcomes[outcome] for outcome in OUTCOMES},
-        "Left out": len(report.overlong),
+        "Skipped": len(report.overlong),
         "Unusable": len(report.problems),
     }
 

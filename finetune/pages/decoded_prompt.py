@@ -110,7 +110,7 @@ def _place(
     plan = plans[0]
     if isinstance(plan, AudioPlan):
         assert encoder.audio_spec is not None  # an audio plan exists only with an audio tower
-        words = f"sound {sum(plan.frames) * encoder.audio_spec.hop / encoder.audio_spec.rate:.1f} s: {tokens}"
+        words = f"audio {sum(plan.frames) * encoder.audio_spec.hop / encoder.audio_spec.rate:.1f} s: {tokens}"
     elif isinstance(part.data, Frames):
         clip = part.data.clip
         each = "" if plan.grid is None else f" of {_slices(plan)}"

@@ -163,6 +163,6 @@ def image_sides(parts: Sequence[SurveyedRecord]) -> list[int]:
 
 def _media_words(media: tuple[int, int, int]) -> str:
     """Which media a record has: "text only", "an image", "images and audio"."""
-    names = (("an image", "images"), ("a video", "videos"), ("sound", "sound"))
+    names = (("an image", "images"), ("a video", "videos"), ("audio", "audio"))
     words = [pair[number > 1] for number, pair in zip(media, names, strict=True) if number]
     return " and ".join(words) or "text only"

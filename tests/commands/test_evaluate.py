@@ -121,7 +121,7 @@ def test_what_cannot_be_is_said(tiny, demo_data, adapter, tmp_path):
         run("--model", tiny("v2_0"), "--data", data, "--out", tmp_path, "--compare", "base")
     with pytest.raises(UserError, match="give one of them"):
         run("--model", adapter, "--adapter", adapter, "--data", data, "--out", tmp_path)
-    with pytest.raises(UserError, match="no metric is called 'exat'; did you mean 'exact'"):
+    with pytest.raises(UserError, match="unknown metric 'exat'; did you mean 'exact'"):
         run("--model", tiny("v2_0"), "--data", data, "--out", tmp_path, "--metric", "exat")
     record = {"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     (tmp_path / "data.json").write_text(json.dumps([{**record, "answers": "b"}]))

@@ -117,7 +117,7 @@ def test_frames_have_their_times_and_sound_its_wave(encoder_of, tmp_path):
     part = surveyed(tmp_path / "data.json", [given], encoder)
     video, sound = see(encoder, part.length_policy.fit(part.records[0]))
     assert [(frame.second, number(frame.picture)) for frame in video.frames] == [(0, 0), (1, 4), (2, 8)]
-    assert (sound.seconds, sound.words[:13]) == (1.5, "[sound 1.5 s:")
+    assert (sound.seconds, sound.words[:13]) == (1.5, "[audio 1.5 s:")
     heights = [float(point.split(",")[1]) for point in sound.wave.split()]
     assert min(heights) == pytest.approx(2, abs=1)
     assert max(heights) == pytest.approx(98, abs=1)
