@@ -120,7 +120,9 @@ def test_user_errors_have_no_traceback(
     assert capsys.readouterr().err == message
 
 
-@pytest.mark.parametrize(("typed", "hint"), [("demo_dat", "Did you mean 'demo-data'?"), ("xyzzy", "Commands: tiny,")])
+@pytest.mark.parametrize(
+    ("typed", "hint"), [("demo_dat", "Did you mean 'demo-data'?"), ("xyzzy", "Commands: train, init, tiny,")]
+)
 def test_unknown_command(typed: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([typed]) == 2
     shown = capsys.readouterr().err

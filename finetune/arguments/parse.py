@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from finetune.arguments.argv import parse_flags
 from finetune.arguments.data import DataArguments
+from finetune.arguments.flag_names import takes_many
 from finetune.arguments.model import LoraArguments, ModelArguments, check_lora
 from finetune.arguments.ranges import check_not_empty, check_objects, check_ranges
 from finetune.arguments.requirements import check_data, check_q_lora, check_targets, check_training, resolve_attention
@@ -38,11 +39,6 @@ _DOCUMENT_END = "\n...\n"
 _NOT_RECORDED = ("hub_token", "accelerator_config")
 
 GROUPS = (ModelArguments, DataArguments, TrainingArguments, LoraArguments)
-
-
-def flags_of(groups: Sequence[Any]) -> dict[str, bool]:
-    """The flags of some dataclasses, and whether they take several values."""
-    return {entry.name: "list" in str(entry.type) for group in groups for entry in fields(group)}
 
 
 class Arguments(NamedTuple):
@@ -120,7 +116,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     Raises:
         ArgumentError: unknown or contradicting flags.
     """
-    known = flags_of(GROUPS)
+    known = takes_many()
     resolved = resolve(sys.argv[1:] if argv is None else argv, known)
     model, data, training, lora = _groups(resolved, known)
     if "do_train" in resolved.origins and not training.do_train:

@@ -150,10 +150,10 @@ def _long(word: str) -> str:
 
 def _with_training(parser: CommandParser, words: Sequence[str]) -> argparse.Namespace:
     """The command line where it has a YAML file or flags that are not about data."""
-    from finetune.arguments.parse import GROUPS, flags_of
+    from finetune.arguments.flag_names import takes_many
     from finetune.arguments.resolve import refuse_unknown, resolve
 
-    known = {**flags_of(GROUPS), "data_path": True}
+    known = {**takes_many(), "data_path": True}
     resolved = resolve(words, known)
     given, rest = parser.parse_known_args(resolved.argv)
     others = [word for word in rest if word.startswith("--")]

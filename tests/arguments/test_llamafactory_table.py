@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from finetune.arguments.flag_names import takes_many
 from finetune.arguments.llamafactory import Given, translate
 from finetune.arguments.llamafactory_table import default_values, rows
-from finetune.arguments.parse import GROUPS, flags_of
 from finetune.commands.export import expand_yaml
 from finetune.utils.errors import ArgumentError
 from tools import llamafactory_doc
@@ -34,7 +34,7 @@ def test_every_row_says_one_thing(row):
     assert sum(fate is not None for fate in fates) == 1
     if row.flag is not None:
         words = [f"--{row.flag}", "false" if row.default is False else "1"]
-        assert row.only_export or row.flag in flags_of(GROUPS)
+        assert row.only_export or row.flag in takes_many()
         assert not (row.export or row.only_export) or expand_yaml(words) == words
 
 

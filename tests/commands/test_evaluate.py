@@ -160,7 +160,7 @@ def test_an_answer_may_be_a_tool_call(tiny, tmp_path):
     assert reference.startswith("<tool_call>")
     assert '"look"' in reference or "=look>" in reference
     with pytest.raises(
-        UserError, match=r"has tools and calls of tools, and the chat template of MiniCPM-V 2\.0 has no"
+        UserError, match=r"has tools and tool calls, and the chat template of MiniCPM-V 2\.0 does not support"
     ):
         run("--model", tiny("v2_0"), "--data", tmp_path / "data.json", "--out", tmp_path / "other")
 

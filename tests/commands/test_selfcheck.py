@@ -69,7 +69,7 @@ def test_an_adapter_goes_on_the_given_model(tiny, tmp_path, capsys):
 
 FAULTS = {
     "no folder": "no such folder",
-    "no adapter": "is no adapter",
+    "no adapter": "is not an adapter",
     "template": "does not write the prompt of",
     "weights": "is truncated",
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from finetune.arguments.flag_names import flag_types, takes_many
-from finetune.arguments.parse import GROUPS, flags_of
+from finetune.arguments.parse import GROUPS
 from finetune.commands import train
 from finetune.early_check import check_early
 from finetune.utils.errors import UserError
@@ -21,10 +21,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_flags_read_from_source_are_those_of_the_dataclasses() -> None:
-    assert takes_many() == flags_of(GROUPS)
-    declared = {entry.name: str(entry.type) for group in GROUPS for entry in fields(group)}
-    switches = {name for name, kind in declared.items() if kind in ("bool", "<class 'bool'>")}
-    assert switches == {name for name, kind in flag_types().items() if kind == "bool"}
+    """By the annotations of the classes: a parser changes the types that their fields name."""
+    declared = {entry.name for group in GROUPS for entry in fields(group)}
+    classes = [cls for group in GROUPS for cls in reversed(group.__mro__)]
+    kinds = {name: str(kind) for cls in classes for name, kind in cls.__dict__.get("__annotations__", {}).items()}
+    assert set(flag_types()) == declared
+    assert takes_many() == {name: "list" in kinds[name] for name in declared}
+    for kind in ("bool", "int", "float"):
+        own = {name for name, given in flag_types().items() if given == kind}
+        assert own == {name for name in declared if kinds[name] in (kind, f"<class '{kind}'>")}
 
 
 @pytest.fixture

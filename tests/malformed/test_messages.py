@@ -19,8 +19,18 @@ from finetune.utils.quoting import cut, plain, shown, words_of
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [*sorted((ROOT / "finetune").rglob("*.py")), *ROOT.glob("*.py")]
 # Options of other programs that messages tell users to call.
-FOREIGN = {"enable-lora", "lora-modules", "max-lora-rank", "trust-remote-code", "nproc_per_node"}
+FOREIGN = {
+    "shm-size",
+    "ipc",
+    "no-build-isolation",
+    "enable-lora",
+    "lora-modules",
+    "max-lora-rank",
+    "trust-remote-code",
+    "nproc_per_node",
+}
 # Of DeepSpeed's converter.
+FOREIGN |= {"shm-size", "ipc", "no-build-isolation"}
 FOREIGN |= {"input_folder", "output_folder", "inject_missing_state", "num_extract_workers", "num_merge_workers"}
 
 

@@ -252,7 +252,7 @@ def test_command_measures_data(tiny, tmp_path: Path, capsys: pytest.CaptureFixtu
     ("words", "problem"),
     [
         (["v9"], "no such folder"),
-        (["v4_5", "data.json"], "give the folder of the checkpoint"),
+        (["v4_5", "data.json"], "give the folder of a checkpoint"),
         (["v4_6", "--tune_vision", "maybe"], "true or false"),
     ],
 )
