@@ -118,7 +118,7 @@ def test_mistakes_are_said_and_the_talk_goes_on(tiny, tmp_path, monkeypatch, cap
         (["--adapter", "ADAPTER", "--adapter", "ADAPTER"], "the name 'run-1_0' is taken"),
         (["--adapter", "llm=ADAPTER"], "'llm' cannot be the name"),
         (["--model", "OTHER", "--adapter", "ADAPTER"], "does not fit MiniCPM-V 2.0"),
-        (["--adapter", "OTHER"], "is not an adapter"),
+        (["--adapter", "OTHER"], "is no adapter"),
         (["--adapter", "ADAPTER", "--thinking"], "has no thinking mode"),
         (["--adapter", "ADAPTER", "--image", "/none.png"], "no such file"),
     ],
