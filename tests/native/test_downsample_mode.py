@@ -27,6 +27,7 @@ from finetune.chat.pipeline import ChatPromptOptions, SamplingOptions
 from finetune.chat.session import OFF, ChatSession
 from finetune.checkpoints.base_checkpoint import SIDE_FILES, Checkpoint, resolve
 from finetune.checkpoints.resume import ResumeError, choose_checkpoint
+from finetune.checkpoints.run_start import find_base
 from finetune.commands import export, plan
 from finetune.data_check.check_cache import fingerprint
 from finetune.encoding.collate import pad
@@ -265,16 +266,10 @@ def test_another_mode_does_not_go_on_from_a_checkpoint(lora: Path) -> None:
 
 
 def test_training_goes_on_from_an_adapter_in_its_mode(native, lora: Path) -> None:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("launched", ROOT / "finetune.py")
-    assert spec is not None
-    assert spec.loader is not None
-    spec.loader.exec_module(script := importlib.util.module_from_spec(spec))
     words = ["--model_name_or_path", str(native("v4_6")), "--data_path", "d", "--use_cpu", "true", "--use_lora", "true"]
     words += ["--lora_weight_path", str(lora)]
-    assert script.find_base(parse_arguments(words)).downsample_mode == "4x"
-    assert script.find_base(parse_arguments([*words, "--downsample_mode", "16x"])).downsample_mode == "16x"
+    assert find_base(parse_arguments(words)).downsample_mode == "4x"
+    assert find_base(parse_arguments([*words, "--downsample_mode", "16x"])).downsample_mode == "16x"
 
 
 def test_every_voice_of_a_chat_has_its_own_mode(native, lora: Path, tmp_path: Path) -> None:
@@ -327,7 +322,7 @@ def test_evaluate_and_export_use_the_mode_of_the_adapter(
     assert load_model(target).config.downsample_mode == "4x"
     other = shutil.copytree(lora, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoint-*"))
     put(other / "adapter_config.json", lambda content: content["auto_mapping"].update(downsample_mode="16x"))
-    with pytest.raises(UserError, match="one model works with one of them"):
+    with pytest.raises(UserError, match="a model has one mode"):
         export.resolve_sources(None, f"{lora},{other}")
     assert export.resolve_sources(None, f"{lora},{other}", "4x").base.downsample_mode == "4x"
 
