@@ -1,4 +1,4 @@
-"""Parses YAML files and command lines into flags with lists of values."""
+"""Parses YAML files and command lines into names of flags and their values as strings, without interpreting them."""
 
 from __future__ import annotations
 

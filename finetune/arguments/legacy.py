@@ -1,4 +1,4 @@
-"""Translates flags of published launchers that transformers 5 renamed or removed."""
+"""Old names: flags that transformers 5 renamed or removed, LLM_TYPE of OpenBMB's launchers, LLaMA-Factory's templates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Training dataloaders whose batches depend on sample lengths: packing, group_by_length, batch_rebalance."""
+"""Training dataloaders whose batches depend on sample lengths: packed, grouped by length, balanced over ranks.
+
+Also checks that the kernels are installed that packing needs with linear attention (4.6 and later).
+"""
 
 from __future__ import annotations
 

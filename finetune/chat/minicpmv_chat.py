@@ -1,4 +1,4 @@
-"""``MiniCPMVChat``, the class of the published guides: loads a checkpoint or adapter and answers messages."""
+"""``MiniCPMVChat`` of OpenBMB's guides: loads a checkpoint or adapter, answers a base64 image with a JSON question."""
 
 from __future__ import annotations
 

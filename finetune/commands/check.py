@@ -2,7 +2,8 @@
 
 No image is decoded. Takes the flags of training, also in a YAML file in front: flags about data are used, others are
 listed and ignored. Prints the counts, the warnings, and all problems by kind. The exit status is that of training: 0
-when it would start, 2 when it would refuse the data, 4 when too many records would be skipped.
+when it would start, 2 when it would refuse the data, 4 when too many records would be skipped. --show and --html show
+samples as the model gets them; --write_json converts a file that only Python can read, instead of checking it.
 """
 
 from __future__ import annotations

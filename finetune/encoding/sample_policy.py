@@ -1,4 +1,4 @@
-"""``SamplePolicy``: encodes the samples of a data set and handles bad or overlong ones (``--on_bad_sample``)."""
+"""``SamplePolicy``: encodes the samples of a data set and applies ``--on_bad_sample`` and ``--overlong``."""
 
 from __future__ import annotations
 

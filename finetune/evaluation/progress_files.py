@@ -1,4 +1,4 @@
-"""Progress files of a training run: trainer_log.jsonl, loss.png and report.html."""
+"""Progress of a training run: trainer_log.jsonl, loss.png and report.html, and the progress bar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export for vLLM: an adapter with the LoRA layers that vLLM can load, and a base with everything else merged.
+"""Export for vLLM: which LoRA layers it can load, and the adapter with these; the rest is merged into the base.
 
 vLLM loads LoRA of the language model's linear layers with one rank and one scale, no modules saved in full and no DoRA;
 see docs/export.md, with versions.

@@ -1,4 +1,4 @@
-"""Numbers as a person writes them: significant digits, no exponent."""
+"""Numbers as a person writes them: significant digits, no exponent unless they are very small."""
 
 from __future__ import annotations
 
