@@ -1,4 +1,4 @@
-"""Old names: flags that transformers 5 renamed or removed, LLM_TYPE of OpenBMB's launchers, LLaMA-Factory's templates."""
+"""Old names: flags that transformers 5 renamed or removed, OpenBMB's LLM_TYPE, names of LLaMA-Factory's templates."""
 
 from __future__ import annotations
 
