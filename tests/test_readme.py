@@ -216,6 +216,7 @@ def test_flags_named_on_the_pages_exist(page):
     known = {"help", "nproc_per_node"} | training_flags()
     of_commands = (
         "commands",
+        "yaml",
         "evaluation",
         "guicourse",
         "chat",

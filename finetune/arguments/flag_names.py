@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import cache
@@ -15,6 +16,9 @@ from pathlib import Path
 
 from finetune.arguments.data import DataArguments
 from finetune.arguments.model import LoraArguments, ModelArguments
+
+# "str" beside "list[str]", e.g. in "None | str | list[str]".
+_STRING = re.compile(r"(?<!\[)\bstr\b")
 
 
 @cache
@@ -29,8 +33,8 @@ def flag_types() -> dict[str, str]:
 
 
 def takes_many() -> dict[str, bool]:
-    """Whether a flag takes several values, by its name."""
-    return {name: "list" in annotation for name, annotation in flag_types().items()}
+    """Whether a flag takes several values, by its name; one that takes a string too takes them separated by commas."""
+    return {name: "list" in kind and not _STRING.search(kind) for name, kind in flag_types().items()}
 
 
 def _transformers_file() -> Path:
