@@ -29,6 +29,9 @@ _LONG += ("test_llamafactory", "test_end_to_end", "test_zero3", "test_readme", "
 _LONG += ("test_downsample_mode", "test_terminal")
 
 
+_OF_A_RUN = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first; the order within a file stays."""
     items.sort(key=lambda item: not any(name in item.path.name for name in _LONG))
@@ -38,6 +41,16 @@ def pytest_collection_finish() -> None:
     """Modules are there to stay: no search for garbage, of which every Trainer makes some, goes through them."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def no_deepspeed_left() -> Iterator[None]:
+    """Flags with --deepspeed set variables for their process; the next test is another run."""
+    before = {name: os.environ.get(name) for name in _OF_A_RUN}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="module")
