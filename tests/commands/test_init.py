@@ -14,7 +14,6 @@ from PIL import Image
 from finetune.arguments.early_flags import early_flags
 from finetune.commands import check
 from finetune.commands.init import METHODS, TASKS, main
-from finetune.commands.shared_flags import DataArguments
 from finetune.evaluation.metrics import METRICS
 from finetune.readers import read
 from finetune.utils.errors import UserError
@@ -43,7 +42,6 @@ def test_every_flag_is_one_and_every_record_is_read(tmp_path, task, method):
     (sample,) = read(folder / "train.json")
     assert sample.messages[-1].text == "The answer you want."
     assert TASKS[task].metric in (*METRICS, "auto")
-    assert DataArguments(max_slice_nums=TASKS[task].max_slice_nums)
 
 
 def test_images_and_a_table_become_records(tmp_path, pictures, capsys):
