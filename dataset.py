@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
+import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from finetune.arguments.data import DataArguments
 from finetune.data_files import records
-from finetune.encoding.collate import Batch, pack, pad
+from finetune.encoding.collate import Batch, pack, pad, pairs_of
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
 from finetune.encoding.sample_policy import BAD_SAMPLES, SamplePolicy
@@ -35,14 +37,14 @@ class SupervisedDataset(Dataset[Example]):
     >>> from pathlib import Path
     >>> from tempfile import mkdtemp
     >>> from finetune.checkpoints.base_checkpoint import resolve
-    >>> from finetune.models.tokenization import load_tokenizer
+    >>> from finetune.tokenizers.tokenization import load_tokenizer
     >>> from finetune.readers.mixture import open_data
     >>> from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
     >>> folder = Path(mkdtemp())
     >>> turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     >>> _ = (folder / "data.json").write_text(json.dumps([{"id": "0", "conversations": turns}]))
     >>> base = resolve(write_tiny_checkpoint("v2_6", folder / "model"))
-    >>> encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings, max_length=2048)
+    >>> encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings, max_length=2048)
     >>> dataset = SupervisedDataset(open_data(folder / "data.json", None), encoder)
     >>> example = dataset[0]
     >>> encoder.tokenizer.decode(example.labels[example.labels >= 0])
@@ -58,18 +60,26 @@ class SupervisedDataset(Dataset[Example]):
         samples: the data set.
         encoder: the encoder of the run.
         sample_policy: policies for bad and overlong samples; None to raise.
+
+    Attributes:
+        references: (n, 2) log-probabilities of both answers of every pair by the reference model, once known.
     """
 
     def __init__(self, samples: Sequence[Sample], encoder: Encoder, sample_policy: SamplePolicy | None = None) -> None:
         super().__init__()
         self.samples = samples
         self.sample_policy = sample_policy or SamplePolicy(samples, encoder)
+        self.references: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Example:
-        return self.sample_policy.example(index)
+        example = self.sample_policy.example(index)
+        if self.references is None:
+            return example
+        better, worse = self.references[index].tolist()
+        return replace(example, reference=(better, worse))
 
     def first_usable(self) -> Example:
         """The first example that is not skipped."""
@@ -136,14 +146,16 @@ class DataCollator:
 
     Args:
         pad_id: padding token id.
+        pairs: whether the examples are preference pairs, each with two rows; see ``pairs_of``.
     """
 
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
+    def __init__(self, pad_id: int, *, pairs: bool = False) -> None:
+        self.pad_id, self.pairs = pad_id, pairs
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """The padded batch of some examples."""
-        return Batch(pad(examples, self.pad_id), sources=[example.source for example in examples])
+        rows, more = pairs_of(examples) if self.pairs else (examples, {})
+        return Batch(pad(rows, self.pad_id), **more, sources=[example.source for example in examples])
 
 
 class PackingCollator:
@@ -153,15 +165,17 @@ class PackingCollator:
 
     Args:
         filler: example for a rank without examples in a micro-batch.
+        pairs: as in ``DataCollator``.
     """
 
-    def __init__(self, filler: Example) -> None:
-        self.filler = filler
+    def __init__(self, filler: Example, *, pairs: bool = False) -> None:
+        self.filler, self.pairs = filler, pairs
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """The packed row of some examples, with "sources" as in ``DataCollator``."""
         examples = examples or [self.filler]
-        return Batch(pack(examples), sources=[example.source for example in examples])
+        rows, more = pairs_of(examples) if self.pairs else (examples, {})
+        return Batch(pack(rows), **more, sources=[example.source for example in examples])
 
 
 class DataModule(TypedDict):
@@ -209,9 +223,10 @@ def make_supervised_data_module(
             samples, kept = samples.split(data.val_size, seed)
             evaluation = dataset(kept)
         train = dataset(samples)
+    collator = DataCollator(encoder.pad_id, pairs=data.stage == "dpo")
     count = "streamed" if isinstance(train, StreamedDataset) else len(train)
     logger.info("%s training samples, %d evaluation samples", count, len(evaluation or ()))
-    return DataModule(train_dataset=train, eval_dataset=evaluation, data_collator=DataCollator(encoder.pad_id))
+    return DataModule(train_dataset=train, eval_dataset=evaluation, data_collator=collator)
 
 
 def data_files(data: DataArguments) -> list[Path]:

@@ -1,54 +1,69 @@
 """Finetunes a MiniCPM-V checkpoint: ``torchrun finetune.py --model_name_or_path M --data_path D ...``.
 
-The launchers finetune_ds.sh (full) and finetune_lora.sh (LoRA) call this file; ``--help`` lists every flag.
+The launchers finetune_ds.sh (full) and finetune_lora.sh (LoRA) call this file; ``--help`` lists its own flags,
+``--help_all`` those of transformers too.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.runtime import outcome
+from finetune.runtime import distributed, outcome
+from finetune.runtime.imports import import_at_start, without_put_off
+from finetune.runtime.waiting_process import WaitingProcess
 from finetune.utils.errors import UserError, silence_unactionable_warnings
-
-if __name__ == "__main__":
-    outcome.install()  # before torch, whose import takes seconds in which the launcher may end
-    silence_unactionable_warnings()  # before the libraries that warn while they are imported
-
-from finetune.arguments.parse import Arguments, parse_arguments
-from finetune.runtime import distributed
 
 if TYPE_CHECKING:
     from dataset import DataModule
+    from finetune.arguments.parse import Arguments
     from finetune.checkpoints.base_checkpoint import Checkpoint
+    from finetune.checkpoints.hub_upload import HubUpload
     from finetune.checkpoints.output_folder import OutputFolder
     from finetune.checkpoints.run_identity import RunIdentity
     from finetune.encoding.encoder import Encoder
     from finetune.evaluation.progress_files import ProgressCallback
     from finetune.evaluation.training_report import RunFacts
+    from finetune.planning.out_of_memory_report import OutOfMemoryReport
+    from finetune.planning.training_setup import SampleShape
     from finetune.training.freezing import PartRow
     from trainer import CPMTrainer
 
 logger = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, verifier: WaitingProcess | None = None) -> int:
     """Trains, saves and verifies; returns the exit status."""
     distributed.setup_logging()
     # Dataloader workers tokenize in parallel; threads of the tokenizers library would warn when they are forked.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    args = parse_arguments(argv)
+    from finetune.arguments.parse import parse_arguments
     from finetune.checkpoints.output_folder import OutputFolder
 
+    args = parse_arguments(argv)
     with OutputFolder(Path(args.training.output_dir or "output").absolute()) as output:
-        return train(args, output)
+        return train(args, output, verifier)
 
 
-def train(args: Arguments, output: OutputFolder) -> int:
+def prepare() -> WaitingProcess | None:
+    """Imports what training needs; on a CPU, forks the process that will verify, before this one has any state.
+
+    On a GPU a process of its own is started at the end: CUDA does not survive a fork.
+    """
+    import_at_start("torch", "trainer", "finetune.arguments.parse", "finetune.checkpoints.run_start")
+    import torch
+
+    from finetune.__main__ import main as run_command
+
+    return None if torch.cuda.is_available() or not distributed.is_main_process() else WaitingProcess(run_command)
+
+
+def train(args: Arguments, output: OutputFolder, verifier: WaitingProcess | None = None) -> int:
     """The recipe: checks everything before the output folder changes, trains, verifies the result in a new process."""
     from dataset import data_files
     from finetune.batching.dataloaders import check_kernels
@@ -68,16 +83,21 @@ def train(args: Arguments, output: OutputFolder) -> int:
     choose_recomputed_parts(args, base, data)
 
     # ---- Training: load, train, save, evaluate ----
-    trainer, progress = make_trainer(args, base, data, output, identity)
-    trainer.train(resume_from_checkpoint=resume_from)
-    trainer.save_model()
-    result = finish(args, trainer, progress, data)
-    unsaved = trainer.checkpoint_manager.final_error(args.training)
-    reference = verification_reference(args, trainer, data)
+    upload = make_upload(args)
+    with out_of_memory_report(args, base, data) as report:
+        trainer, progress = make_trainer(args, base, data, output, identity, upload)
+        report.watch(trainer)
+        trainer.train(resume_from_checkpoint=resume_from)
+        trainer.save_model()
+        result = finish(args, trainer, progress, data)
+        unsaved = trainer.checkpoint_manager.final_error(args.training)
+        reference = verification_reference(args, trainer, data)
     distributed.stop()
+    report.watch(None)
     del trainer  # frees the device memory for the process that verifies
     distributed.free_memory()
-    return verify(output, reference, result, unsaved)
+    status = None if reference is None else verify(output, reference, verifier)
+    return end(output, status, result, unsaved, upload)
 
 
 def make_encoder(args: Arguments, base: Checkpoint) -> Encoder:
@@ -87,14 +107,14 @@ def make_encoder(args: Arguments, base: Checkpoint) -> Encoder:
     from finetune.batching.dataloaders import check_kernels
     from finetune.encoding.chat_template_check import check_chat_template
     from finetune.encoding.encoder import Encoder
-    from finetune.models import load_tokenizer
+    from finetune.tokenizers.tokenization import load_tokenizer
 
     check_kernels(args.training, base.family, from_hub=args.model.use_hub_kernels)
     set_seed(args.training.seed)
     tokenizer = load_tokenizer(base.folder)
     if args.data.thinking != "keep" and "<think>" not in tokenizer.get_vocab():
         logger.warning("--thinking %s has no effect: %s has no thinking mode", args.data.thinking, base.family.title)
-    encoder = Encoder.from_config(
+    encoder = Encoder(
         base.family, tokenizer, base.settings, max_length=args.training.model_max_length, **args.data.encoding
     )
     check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
@@ -120,13 +140,26 @@ def choose_recomputed_parts(args: Arguments, base: Checkpoint, data: DataModule)
     """Chooses the parts whose layers are recomputed, by the memory of the GPU and the largest micro-batch."""
     if args.training.checkpoint_parts is None:
         return
-    from finetune.planning.recompute_choice import choose_parts, step_shape
+    from finetune.planning.recompute_choice import choose_parts
+
+    choose_parts(base.settings, args.training, args.lora, largest_step(args, data))
+
+
+def largest_step(args: Arguments, data: DataModule) -> Callable[[], SampleShape]:
+    """A function that measures the largest micro-batch of the run."""
+    from finetune.planning.recompute_choice import step_shape
 
     train = data["train_dataset"]
-    measured = partial(
+    return partial(
         step_shape, args.training, train.sample_policy.length_policy, train.samples, streaming=args.data.streaming
     )
-    choose_parts(base.settings, args.training, args.lora, measured)
+
+
+def out_of_memory_report(args: Arguments, base: Checkpoint, data: DataModule) -> OutOfMemoryReport:
+    """Adds to an error of GPU memory the flags with which a step fits, by the memory estimate."""
+    from finetune.planning.out_of_memory_report import OutOfMemoryReport
+
+    return OutOfMemoryReport(base.settings, args.training, args.lora, largest_step(args, data))
 
 
 def make_model(args: Arguments, base: Checkpoint) -> tuple[Any, list[PartRow]]:
@@ -136,7 +169,8 @@ def make_model(args: Arguments, base: Checkpoint) -> tuple[Any, list[PartRow]]:
     from finetune.training.lora import quantisation
 
     dtype = args.training.compute_dtype
-    quantised: dict[str, Any] = {"quantization_config": quantisation(dtype)} if args.lora.q_lora else {}
+    quantise = args.lora.q_lora and not base.in_4bit
+    quantised: dict[str, Any] = {"quantization_config": quantisation(dtype)} if quantise else {}
     model = load_model(
         base.folder,
         dtype=dtype,
@@ -145,7 +179,8 @@ def make_model(args: Arguments, base: Checkpoint) -> tuple[Any, list[PartRow]]:
         downsample_mode=base.downsample_mode,
         **quantised,
     )
-    model = adapt(model, base.family, args.training, args.lora)
+    with without_put_off(but=args.lora.q_lora or base.in_4bit):  # peft looks for layers of bitsandbytes
+        model = adapt(model, base.family, args.training, args.lora)
     rows = part_rows(model, base.family.parts, args.training.part_learning_rates)
     logger.info("%s", format_table(rows))
     if args.model.print_param_status:
@@ -153,8 +188,23 @@ def make_model(args: Arguments, base: Checkpoint) -> tuple[Any, list[PartRow]]:
     return model, rows
 
 
+def make_upload(args: Arguments) -> HubUpload | None:
+    """The uploads of --push_to_hub; the repository is created before anything is trained."""
+    from finetune.checkpoints.hub_upload import HubUpload
+
+    upload = HubUpload.take_over(args.training)
+    if upload is not None and distributed.is_main_process():
+        upload.create()
+    return upload
+
+
 def make_trainer(
-    args: Arguments, base: Checkpoint, data: DataModule, output: OutputFolder, identity: RunIdentity | None
+    args: Arguments,
+    base: Checkpoint,
+    data: DataModule,
+    output: OutputFolder,
+    identity: RunIdentity | None,
+    upload: HubUpload | None,
 ) -> tuple[CPMTrainer, ProgressCallback]:
     """The Trainer with its callbacks; the output folder is written from here on."""
     from finetune.checkpoints.checkpoint_manager import CheckpointManager
@@ -162,26 +212,43 @@ def make_trainer(
     from finetune.checkpoints.saving import write_run
     from finetune.evaluation.progress_files import ProgressCallback
     from finetune.training.skip_limit import BadShareCallback
-    from trainer import CPMTrainer
 
     model, rows = make_model(args, base)
     if distributed.is_main_process():
         output.open()
         write_run(args, base, output.folder)
     progress = ProgressCallback(run_facts(args, base, rows))
-    trainer = CPMTrainer(
+    trainer = trainer_class(args, base)(
         model=model,
         args=args.training,
         base=base,
         part_learning_rates=args.training.part_learning_rates,
         check_base_loss=args.model.check_base_loss == "auto",
-        checkpoint_manager=CheckpointManager(identity),
+        checkpoint_manager=CheckpointManager(identity, upload and upload.checkpoint),
         callbacks=[progress, LogsCallback(output), BadShareCallback(data["train_dataset"].sample_policy)],
         output=output,
         **data,
     )
     progress.answered = () if trainer.generated is None else trainer.generated.answered
     return trainer, progress
+
+
+def trainer_class(args: Arguments, base: Checkpoint) -> Callable[..., CPMTrainer]:
+    """The Trainer of the stage, for preference training with its loss and the name of its reference model."""
+    from trainer import CPMTrainer
+
+    if args.data.stage == "sft":
+        return CPMTrainer
+    from finetune.arguments.preference import options_of
+    from finetune.checkpoints.run_identity import reference_key
+    from preference_trainer import PreferenceTrainer
+
+    return partial(
+        PreferenceTrainer,
+        preference=options_of(args.training),
+        reference_key=reference_key(args, base),
+        base_is_start=args.training.use_lora and not args.lora.lora_weight_path and args.lora.lora_bias == "none",
+    )
 
 
 def run_facts(args: Arguments, base: Checkpoint, rows: Sequence[PartRow]) -> RunFacts:
@@ -194,13 +261,14 @@ def run_facts(args: Arguments, base: Checkpoint, rows: Sequence[PartRow]) -> Run
         family=base.family.title,
         adapter=args.training.use_lora,
         parts=[(row.part, row.mode, row.total, row.trainable, row.learning_rate) for row in rows],
-        flags=[(name, value, args.origin(name)) for name, value in args.non_defaults().items()],
+        flags=args.given(),
         max_pixels=args.data.max_image_pixels or MAX_PIXELS,
     )
 
 
 def finish(args: Arguments, trainer: CPMTrainer, progress: ProgressCallback, data: DataModule) -> dict[str, Any]:
     """Evaluates and writes logs and state of the run; returns the values of the ``result=`` line."""
+    from finetune.checkpoints.model_card import add_training, code_note
     from finetune.encoding.sample_policy import BAD_SAMPLES
 
     output = Path(args.training.output_dir or "output").absolute()
@@ -212,13 +280,19 @@ def finish(args: Arguments, trainer: CPMTrainer, progress: ProgressCallback, dat
     progress.on_save(args.training, trainer.state, trainer.control)
     report_samples(trainer, data, output)
     history = trainer.state.log_history
-    return {
+    result = {
         "output_dir": str(output),
         "steps": trainer.state.global_step,
         "train_loss": outcome.mean_train_loss(history),
         "eval_loss": outcome.last_eval_loss(history),
         "skipped_samples": outcome.distinct_lines(output / BAD_SAMPLES),
     }
+    if distributed.is_main_process():
+        samples = None if args.data.streaming else len(data["train_dataset"].samples)
+        add_training(output / "README.md", args.given(), {"samples": samples, **result})
+        if (note := code_note(output)) is not None:
+            logger.info("%s", note)
+    return result
 
 
 def report_samples(trainer: CPMTrainer, data: DataModule, output: Path) -> None:
@@ -230,7 +304,8 @@ def report_samples(trainer: CPMTrainer, data: DataModule, output: Path) -> None:
     own = torch.tensor(data["train_dataset"].sample_policy.counts(), device=trainer.args.device)
     counts = trainer.accelerator.reduce(own)
     assert isinstance(counts, torch.Tensor)
-    logger.info("%s", describe_counts(counts.tolist()))
+    if (encoded := describe_counts(counts.tolist())) is not None:
+        logger.info("%s", encoded)
     if (bad := describe_bad_samples(output / BAD_SAMPLES)) is not None:
         logger.warning("%s", bad)
 
@@ -243,30 +318,53 @@ def verification_reference(args: Arguments, trainer: CPMTrainer, data: DataModul
         return None
     train = data["train_dataset"]
     pad_id = train.sample_policy.length_policy.encoder.pad_id
-    return take_reference(trainer, train.first_usable(), pad_id, args.training.compute_dtype, args.lora.q_lora)
+    quantised = args.lora.q_lora and not trainer.base.in_4bit
+    return take_reference(trainer, train.first_usable(), pad_id, args.training.compute_dtype, quantised)
 
 
-def verify(output: OutputFolder, reference: Path | None, result: dict[str, Any], unsaved: UserError | None) -> int:
-    """Loads the result in a fresh process and compares logits; reports and returns the exit status of the run.
-
-    Raises:
-        UserError: ``unsaved``, the error of a checkpoint that could not be saved.
-    """
+def verify(output: OutputFolder, reference: Path, verifier: WaitingProcess | None) -> int:
+    """Loads the result in a fresh process and compares logits; returns the exit status of that."""
     from finetune.checkpoints.verification import verify_in_fresh_process
 
-    verified = None if reference is None else verify_in_fresh_process(output.folder, reference) == 0
-    status = outcome.NOT_VERIFIED if verified is False else outcome.OK
+    return verify_in_fresh_process(output.folder, reference, verifier)
+
+
+def end(
+    output: OutputFolder,
+    status: int | None,
+    result: dict[str, Any],
+    unsaved: UserError | None,
+    upload: HubUpload | None,
+) -> int:
+    """Uploads what was asked for; reports and returns the exit status of the run.
+
+    Raises:
+        UserError: ``unsaved``, the error of a checkpoint that could not be saved; or a result that was not uploaded.
+    """
+    verified = None if status is None else status != outcome.NOT_VERIFIED
+    status = status or outcome.OK
     if status == outcome.OK and distributed.is_main_process():
         if unsaved is not None:
             raise unsaved
         output.finish()
+        if upload is not None:
+            result["uploaded"] = upload.result(output.folder)
+    if status == outcome.UNUSABLE_RESULT:
+        result |= {"message": "the adapter changes nothing"}
     outcome.report("error" if status else "ok", exit_code=status, **result, verified=verified)
     return status
 
 
 if __name__ == "__main__":
+    from finetune.arguments.flag_help import asked_help
+
+    if (text := asked_help(sys.argv[1:])) is not None:
+        print(text)
+        sys.exit(outcome.OK)
+    outcome.install()  # before torch, whose import takes seconds in which the launcher may end
+    silence_unactionable_warnings()  # before the libraries that warn while they are imported
     try:
-        status = main()
+        status = main(verifier=prepare())
     except UserError as error:
         status = error.exit_code
         message = outcome.print_error(error)

@@ -2,6 +2,7 @@
 # Full finetuning with DeepSpeed: language model, resampler and vision tower.
 #
 #   sh finetune_ds.sh [flags of finetune.py]     from any directory; DRY_RUN=1 prints the command instead
+#   sh finetune_ds.sh FILE.yaml [flags]          flags from a file in place of the variables, also one of LLaMA-Factory
 #
 # Edit the variables or set them in the environment. Flags given on the command line win over everything here.
 set -eu
@@ -30,6 +31,44 @@ problem() {
   [ "${DRY_RUN:-0}" != 0 ] || exit 2
 }
 
+run() { # MODULE [argument ...]: by the Python that torchrun belongs to; a TORCHRUN that is none is called instead
+  module=$1
+  shift
+  program=${TORCHRUN:-${PYTHON:-torchrun}}
+  path=$(command -v "$program") || problem "no $program; install with: python3 -m pip install -r '$here/requirements.txt'"
+  if [ -z "${TORCHRUN:-}${PYTHON:-}" ] && grep -qs 'torch.distributed.run' "$path"; then
+    program=$(dirname "$path")/python3 # of the environment that torchrun belongs to
+    [ -x "$program" ] || program=python3
+  elif [ -z "${PYTHON:-}" ] || [ -n "${TORCHRUN:-}" ]; then
+    set -- "$program" "$@"
+    program=
+  fi
+  # torchrun, with statuses that say how a run ended, time to save when it is told to stop, and nothing left behind.
+  [ -z "$program" ] || set -- env PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "$program" -m "$module" "$@"
+  [ "${DRY_RUN:-0}" != 0 ] || exec "$@"
+  for arg do # quoted for the shell
+    printf "'%s' " "$(printf '%s' "$arg" | sed "s/'/'\\\\''/g")"
+  done
+  echo
+  exit
+}
+[ -e "$here/finetune.py" ] || {
+  echo "$0: no finetune.py in '$here'; leave this script in its repository and call it from anywhere" >&2
+  exit 2
+}
+
+# A file of flags: python -m finetune train, with what the variables say about processes.
+case ${1:-} in
+  *.yaml | *.yml)
+    [ -z "$TORCHRUN" ] || problem "TORCHRUN has no effect on the file '$1'; unset it"
+    echo "$0: the flags are those of $1; MODEL, DATA and the other variables are not used" >&2
+    [ "$NNODES" = 1 ] || set -- --nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" "$@"
+    [ -z "$MASTER_PORT" ] || set -- --master_port "$MASTER_PORT" "$@"
+    [ -z "$GPUS_PER_NODE" ] || set -- --nproc "$GPUS_PER_NODE" "$@"
+    run finetune train --method full "$@"
+    ;;
+esac
+
 # Check the files once here, before every process fails on its own. User paths belong to the caller's directory.
 [ "$EVAL_DATA" != "path/to/test_data" ] || EVAL_DATA=
 flag=
@@ -49,7 +88,6 @@ esac
 
 # What the user gave: the variables above, then the flags. The launcher's own defaults go in front of these;
 # finetune.py prints the user's (the last FINETUNE_USER_ARGS arguments) and writes both to run.yaml.
-[ -n "$EVAL_DATA" ] || echo "$0: EVAL_DATA is not set: no evaluation" >&2
 [ -z "$LLM_TYPE" ] || set -- --llm_type "$LLM_TYPE" "$@"
 [ -z "$EVAL_DATA" ] || set -- --eval_data_path "$EVAL_DATA" "$@"
 [ "$MODEL_MAX_Length" = 2048 ] || set -- --model_max_length "$MODEL_MAX_Length" "$@"
@@ -86,19 +124,4 @@ fi
 # "--" keeps torchrun from reading the script's flags as abbreviations of its own.
 set -- --nproc_per_node "${GPUS_PER_NODE:-$gpus}" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
   --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" -- "$here/finetune.py" "$@"
-program=${TORCHRUN:-${PYTHON:-torchrun}}
-path=$(command -v "$program") || problem "no $program; install with: python3 -m pip install -r '$here/requirements.txt'"
-if [ -z "${TORCHRUN:-}${PYTHON:-}" ] && grep -qs 'torch.distributed.run' "$path"; then
-  program=$(dirname "$path")/python3 # of the environment that torchrun belongs to
-  [ -x "$program" ] || program=python3
-elif [ -z "${PYTHON:-}" ] || [ -n "${TORCHRUN:-}" ]; then
-  set -- "$program" "$@"
-  program=
-fi
-# torchrun, with statuses that say how a run ended, time to save when it is told to stop, and nothing left behind.
-[ -z "$program" ] || set -- env PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "$program" -m finetune.launch "$@"
-[ "${DRY_RUN:-0}" != 0 ] || exec "$@"
-for arg do # quoted for the shell
-  printf "'%s' " "$(printf '%s' "$arg" | sed "s/'/'\\\\''/g")"
-done
-echo
+run finetune.launch "$@"

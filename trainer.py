@@ -29,12 +29,14 @@ from finetune.checkpoints.manifest import zero_stage
 from finetune.checkpoints.output_folder import OutputFolder
 from finetune.checkpoints.resume import NoStepsLeftCallback, NoStepsLeftError
 from finetune.checkpoints.saving import finish_adapter, finish_full
-from finetune.evaluation.generated_metric import GeneratedMetric
+from finetune.encoding.example import Example
+from finetune.evaluation.generated_metric import metric_of
 from finetune.evaluation.progress_files import ProgressBar, tolerate_write_errors
 from finetune.training.base_loss import check_base_loss
 from finetune.training.flops import flops_of
 from finetune.training.freezing import full_parts, part_of
 from finetune.training.graceful_stop import HangWatch, StopCallback
+from finetune.training.gradient_norms import GradientNorms
 from finetune.training.optimizer_groups import split_groups
 from finetune.training.throughput import Throughput
 from finetune.training.watchdog import Watchdog
@@ -55,8 +57,8 @@ class CPMTrainer(Trainer):
     - ``train``: resumes streamed data, and raises if no step was trained;
     - ``get_train_dataloader``, ``get_eval_dataloader``: packed and length-grouped batches, streamed data, seeds of the
       dataloader workers that do not depend on a resume;
-    - ``get_batch_samples``, ``training_step``, ``log``, ``evaluate``: tokens/s, data waiting time and FLOPs in the log,
-      and the watchdog for losses and gradients;
+    - ``get_batch_samples``, ``training_step``, ``log``, ``evaluate``: tokens/s, data waiting time, FLOPs and gradient
+      norms per part in the log, and the watchdog for losses and gradients;
     - ``floating_point_ops``: FLOPs of frozen and trained parts, also with ZeRO-3;
     - ``create_optimizer``: a learning rate per part;
     - ``compute_loss``: the loss per sample for the watchdog, and the base loss at step 0;
@@ -100,7 +102,9 @@ class CPMTrainer(Trainer):
         flops = flops_of(self._unwrapped(), base.family)
         self.throughput = Throughput(flops, self.accelerator.gather, self.args.device)
         self._batches_seen = 0
-        self.generated = self._generated_metric()
+        self.generated = metric_of(self.args, self.eval_dataset, sharded=zero_stage(self.args.deepspeed) == _SHARDED)
+        self.gradient_norms = GradientNorms(self.accelerator, sharded=zero_stage(self.args.deepspeed) > 0)
+        self.add_callback(self.gradient_norms)
         parts = base.family.parts
         inner = self._unwrapped()
         trained = {part_of(name, parts) for name, weight in inner.named_parameters() if weight.requires_grad}
@@ -179,7 +183,7 @@ class CPMTrainer(Trainer):
         if is_planned(args):
             collate: Any = self.data_collator
             if args.packing != "off":
-                collate = PackingCollator(dataset.sample_policy.length_policy.encoder.empty("a row without samples"))
+                collate = PackingCollator(self.filler(dataset), pairs=collate.pairs)
             loader = planned_loader(dataset, args, self.accelerator, collate, self._order)
         else:
             loader = super().get_train_dataloader()
@@ -190,6 +194,11 @@ class CPMTrainer(Trainer):
         # and only one micro-batch of an accumulated step takes device memory.
         loader.device = None
         return self._with_own_seeds(loader)
+
+    @staticmethod
+    def filler(dataset: Any) -> Example:
+        """An example for a rank without examples in a micro-batch."""
+        return dataset.sample_policy.length_policy.encoder.empty("a row without samples")
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """The dataloader of the evaluation data."""
@@ -213,11 +222,10 @@ class CPMTrainer(Trainer):
         return super().get_batch_samples(self.throughput.timed(epoch_iterator), num_batches, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of the flags, with a parameter group per learning rate and weight decay."""
-        optimizer = super().create_optimizer(model)
-        source = self._unwrapped() if model is None else model
-        parts, rates = self.base.family.parts, self.part_learning_rates
-        split_groups(optimizer, {id(weight): rates[part_of(name, parts)] for name, weight in source.named_parameters()})
+        """The optimizer of the flags, with a parameter group per part, learning rate and weight decay."""
+        optimizer, source = super().create_optimizer(model), self._unwrapped() if model is None else model
+        parts = {id(weight): part_of(name, self.base.family.parts) for name, weight in source.named_parameters()}
+        self.gradient_norms.parts = split_groups(optimizer, parts, self.part_learning_rates)
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -245,10 +253,14 @@ class CPMTrainer(Trainer):
         """The loss of the model's forward; the first one is the base loss, which is logged and checked."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            self.watchdog.record_row_loss(outputs.row_loss)  # pyright: ignore[reportAttributeAccessIssue]
-        if self.base_loss is None and model.training and self.state.global_step == 0:
-            self._report_base_loss(outputs.row_loss)  # pyright: ignore[reportAttributeAccessIssue]
+            self.record_rows(outputs.row_loss)  # pyright: ignore[reportAttributeAccessIssue]
         return (loss, outputs) if return_outputs else loss
+
+    def record_rows(self, row_loss: torch.Tensor) -> None:
+        """Shows the loss of every row of a micro-batch in training, (B, 2), to the watchdog; logs the base loss."""
+        self.watchdog.record_row_loss(row_loss)
+        if self.base_loss is None and self.state.global_step == 0:
+            self._report_base_loss(row_loss)
 
     def _report_base_loss(self, row_loss: torch.Tensor) -> None:
         total, count = self._sum_over_ranks(row_loss.detach().sum(0))
@@ -276,7 +288,7 @@ class CPMTrainer(Trainer):
         if "loss" in logs:
             logs["loss"] = math.nan if self.watchdog.nonfinite_since_log else logs["loss"]
             self.watchdog.nonfinite_since_log = False
-            logs |= self.throughput.log()
+            logs |= self.gradient_norms.log(logs.get("grad_norm"), self.args.max_grad_norm) | self.throughput.log()
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -308,35 +320,15 @@ class CPMTrainer(Trainer):
     ) -> EvalLoopOutput:
         """The token-weighted loss: the same for every batch size and number of ranks."""
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
-        total, count = output.predictions.sum(axis=0)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        figures = {**self.evaluation_figures(output.predictions), **self._generate()}
         assert output.metrics is not None
-        output.metrics[f"{metric_key_prefix}_loss"] = float(total / count)
-        output.metrics[f"{metric_key_prefix}_tokens"] = int(count)
-        figures = self._generate()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
 
-    def _generated_metric(self) -> GeneratedMetric | None:
-        """The metric of --eval_generate; made before training, so that an unknown name fails early."""
-        args: Any = self.args
-        dataset: Any = self.eval_dataset
-        if not args.eval_generate or dataset is None:
-            return None
-        if zero_stage(args.deepspeed) == _SHARDED and not args.eval_generate_zero3:
-            logger.warning(
-                "--eval_generate is skipped: under ZeRO-3 every generated token gathers all weights; "
-                "--eval_generate_zero3 true enables it"
-            )
-            return None
-        return GeneratedMetric(
-            dataset.samples,
-            dataset.sample_policy.length_policy.encoder,
-            count=args.eval_generate,
-            metric=args.eval_metric,
-            max_new_tokens=args.eval_max_new_tokens,
-            batch_size=args.per_device_eval_batch_size,
-            skip_bad=dataset.sample_policy.on_bad_sample == "skip",
-        )
+    def evaluation_figures(self, rows: Any) -> dict[str, float]:
+        """The loss per token and the number of tokens, from the rows (n, 2) of ``prediction_step``."""
+        total, count = rows.sum(axis=0)
+        return {"loss": float(total / count), "tokens": int(count)}
 
     def _generate(self) -> dict[str, float]:
         """The figures of --eval_generate, the same on every rank."""
@@ -372,8 +364,6 @@ class CPMTrainer(Trainer):
         else:
             flags: Any = self.args
             self.checkpoint_manager.save_result(flags, self.accelerator, self._unwrapped(), folder, self._save_weights)
-            if self.args.push_to_hub and not _internal_call:
-                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         self.throughput.pause(time.perf_counter() - start)
 
     def _save_weights(self, folder: Path, *, is_checkpoint: bool = False) -> None:

@@ -21,12 +21,11 @@ from peft import LoraConfig, get_peft_model
 from results import Row, append
 from torch import nn
 
-from finetune.families import detect
+from finetune.families import by_name, detect
 from finetune.planning.meta_model import build_meta_model, prepare_meta_model
-from finetune.planning.published_shapes import CONFIGS
 from finetune.planning.training_setup import TrainingSetup
 
-CONFIG = CONFIGS["llama3_v2_5"]
+CONFIG = by_name("llama3_v2_5").published.config
 RANK = 64
 _TABLE, _RESAMPLER, _VISION = "embed_tokens", "resampler", "vpm"
 

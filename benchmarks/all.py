@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument(
         "--llamafactory", nargs=2, metavar=("PYTHON", "FILE"), help="what llamafactory_samples.py takes; it is run then"
     )
+    parser.add_argument("--vendor", nargs=2, metavar=("PYTHON", "DIR"), help="what evaluation.py takes")
     given = parser.parse_args()
     if unknown := set(given.names) - set(known):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -38,6 +39,7 @@ def main() -> int:
     runs: list[tuple[str, list[str]]] = [(name, []) for name in wanted if name not in (_OTHER, "gpu")]
     if given.official:
         runs += [(name, ["--official", given.official]) for name in _OFFICIAL if name in wanted]
+    runs += [("evaluation", ["--vendor", *given.vendor])] if given.vendor and "evaluation" in wanted else []
     runs += [("gpu", options) for options in _GPU if "gpu" in wanted and torch.cuda.is_available()]
     runs += [(_OTHER, given.llamafactory)] if given.llamafactory else []
     codes = {name: "left out" for name in wanted if name not in dict(runs)}

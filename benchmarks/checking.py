@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -28,14 +29,14 @@ _GOAL_MS, _GOAL_MB = 1.2, 300.0
 _WORDS = ("the", "a red", "small", "car", "dog on the table", "left of", "right of", "two", "three", "signs", "shows")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints and appends the figures; 1 when time or memory misses its goal."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--family", default="v2_6")
     parser.add_argument("--dry", action="store_true", help="append nothing to results.csv")
     parser.add_argument("--read", metavar="FILE", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     if given.read:
         return _read(Path(given.read))
     from finetune.tiny.checkpoint_writer import write_tiny_checkpoint

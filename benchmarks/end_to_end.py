@@ -142,7 +142,7 @@ def our_trainer(args: Any, clock: Clock) -> Any:
 
     base = resolve(args.model.model_name_or_path)
     model = adapt(load_model(base.folder, dtype=torch.float32), base.family, args.training, args.lora)
-    encoder = Encoder.from_config(
+    encoder = Encoder(
         base.family,
         load_tokenizer(base.folder),
         base.settings,
@@ -176,7 +176,8 @@ def their_trainer(args: Any, clock: Clock, official: Path | None) -> Any:
     samples: Any = OfficialSamples(records, tokenizer, config["query_num"], config["slice_config"]["scale_resolution"])
     if official is not None:
         samples, _ = vendor.load(official, records, tokenizer, config)
-    model: Any = OfficialNetwork(load_model(folder, dtype=torch.float32))
+    loaded: Any = load_model(folder, dtype=torch.float32)
+    model: Any = OfficialNetwork(loaded)
     return Trainer(
         model=model, args=args.training, train_dataset=samples, data_collator=collate, callbacks=[clock.callback()]
     )

@@ -41,8 +41,8 @@ from finetune.arguments.training import TrainingArguments
 from finetune.batching.packing import best_fit
 from finetune.encoding.collate import pack, pad
 from finetune.encoding.example import Example
+from finetune.families import by_name
 from finetune.models import MiniCPMV, MiniCPMVConfig
-from finetune.planning.published_shapes import CONFIGS
 from finetune.planning.recompute_choice import SHARE, fitting_parts
 from finetune.planning.training_setup import SampleShape
 from finetune.training.flops import Flops, flops_of
@@ -57,7 +57,7 @@ TEXT, ANSWER, SIDE, ROW = 400, 270, 32, 4096
 
 def config_of(layers: int | None, *, tiny: bool) -> dict[str, Any]:
     """The published config.json, or a small network of the same build."""
-    config = dict(CONFIGS["llama3_v2_5"])
+    config = dict(by_name("llama3_v2_5").published.config)
     if tiny:
         vision = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
         config |= {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -240,8 +240,8 @@ def main(words: Sequence[str]) -> None:
     ours, theirs = (found[side] for side in SIDES)
     rows: list[Row] = []
     if given.memory:
-        points = [each["peak"] / 2**30 for each in (ours, theirs)]
-        rows.append((f"peak memory, {what}, 2048 tokens", *points, points[1] / max(points[0], 1e-9), "GiB"))
+        own, other = (each["peak"] / 2**30 for each in (ours, theirs))
+        rows.append((f"peak memory, {what}, 2048 tokens", own, other, other / max(own, 1e-9), "GiB"))
     else:
         rates = ours["rate"], theirs["rate"]
         rows.append((f"training, {what}", *rates, rates[0] / rates[1], "samples/s"))

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,27 +44,26 @@ CONFIG = mix.CONFIG | {"version": 2.6, "query_num": 64}
 _TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<image_id>", "</image_id>")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints and appends the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("python", help="of an environment with LLaMA-Factory")
     parser.add_argument("processor", type=Path, help="the published image_processing_minicpmv.py")
     parser.add_argument("--rounds", type=int, default=9, help="times that every sample is prepared")
     parser.add_argument("--dry", action="store_true", help="append nothing to results.csv")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         numbers = mix.write(folder)
         tokenizer = mix.tokenizer()
         tokenizer.pad_token = "<unk>"
-        tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in _TOKENS], True)
+        added: Any = [AddedToken(token, normalized=False, special=True) for token in _TOKENS]
+        tokenizer.add_tokens(added, True)
         tokenizer.save_pretrained(folder)
         theirs = _Theirs(given.python, folder, given.processor)
         encoders = {
-            backend: Encoder.from_config(
-                by_name("v2_6"), tokenizer, CONFIG, shrink_pixels=MAX_PIXELS, image_backend=backend
-            )
+            backend: Encoder(by_name("v2_6"), tokenizer, CONFIG, shrink_pixels=MAX_PIXELS, image_backend=backend)
             for backend in ("pillow", "fast")
         }
         samples = open_data(folder / "data.json", None)

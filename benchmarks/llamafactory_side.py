@@ -96,7 +96,9 @@ def _write(batch: Any, file: str) -> None:
     import numpy as np
 
     data = batch["data"]
-    pixels = {f"pixels{number}": np.asarray(each) for number, each in enumerate(data["pixel_values"][0])}
+    pixels: dict[str, Any] = {
+        f"pixels{number}": np.asarray(each) for number, each in enumerate(data["pixel_values"][0])
+    }
     np.savez(
         file,
         input_ids=batch["input_ids"][0].numpy(),

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ def make(folder: Path, layers: int) -> None:
     config = AutoConfig.from_pretrained(base)
     torch.set_default_dtype(torch.bfloat16)
     network: Any = MODEL_CLASSES[config.model_type](config)
+    torch.set_default_dtype(torch.float32)
     for path in base.glob("*.safetensors"):
         path.unlink()
     side = (base / "config.json").read_bytes()
@@ -82,8 +83,8 @@ def make(folder: Path, layers: int) -> None:
     model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
 
 
-def merge(way: str, folder: Path) -> None:
-    """One way of merging, in this process; prints bytes and seconds."""
+def merge(way: str, folder: Path) -> dict[str, float]:
+    """One way of merging, in this process: bytes and seconds."""
     from finetune.commands import export
     from finetune.models import load_model
     from finetune.models.adapters import put_adapter
@@ -101,18 +102,25 @@ def merge(way: str, folder: Path) -> None:
     import finetune.export.lora_merge  # noqa: F401 - imports are not what is measured
 
     size, seconds = peak(ours if way == "ours" else theirs)
-    print(json.dumps({"bytes": size, "seconds": seconds}))
+    return {"bytes": size, "seconds": seconds}
 
 
-def main() -> None:
+def alone(way: str, folder: Path) -> dict[str, float]:
+    """``merge`` in a process of its own."""
+    command = [sys.executable, str(Path(__file__)), "--way", way, "--folder", str(folder)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Makes the folders, measures both ways and adds a row to results.csv."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--way", choices=["ours", "theirs"])
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--layers", type=int, default=SIZES["num_hidden_layers"], help="of the language model")
-    given = parser.parse_args()
+    parser.add_argument("--dry", action="store_true", help="append nothing to results.csv")
+    given = parser.parse_args(argv)
     if given.way:
-        merge(given.way, given.folder)
+        print(json.dumps(merge(given.way, given.folder)))
         return
     from results import append
 
@@ -125,12 +133,13 @@ def main() -> None:
         )
         found = {}
         for way in ("ours", "theirs"):
-            command = [sys.executable, str(Path(__file__)), "--way", way, "--folder", place]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            found[way] = json.loads(said.splitlines()[-1])
+            found[way] = alone(way, folder)
             print(f"{way:<10} {found[way]['bytes'] / 1e6:8.0f} MB  {found[way]['seconds']:6.1f} s")
         ours, theirs = found["ours"]["bytes"] / 1e6, found["theirs"]["bytes"] / 1e6
         case = f"peak memory, base of {sum(weights) / 1e9:.2f} GB, against load and merge_and_unload"
+        if given.dry:
+            print(f"{case}: {theirs / ours:.2f}")
+            return
         append("merge_memory", [(case, ours, theirs, theirs / ours, "MB")], ["torch", "peft", "transformers"])
 
 

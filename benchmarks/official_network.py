@@ -41,7 +41,8 @@ class OfficialNetwork(nn.Module):
     def __init__(self, model: MiniCPMV) -> None:
         super().__init__()
         self.config, self.llm = model.config, model.llm
-        settings = Idefics2VisionConfig(**self.config.vision_config, attn_implementation="eager")
+        given: dict[str, Any] = {**self.config.vision_config, "attn_implementation": "eager"}
+        settings = Idefics2VisionConfig(**given)
         self.vpm = Idefics2VisionTransformer(settings)
         self.vpm.load_state_dict(model.vpm.state_dict())
         self.resampler = _Resampler(self.config.query_num, self.config.hidden_size, settings.hidden_size)
@@ -101,6 +102,7 @@ class _Resampler(nn.Module):
         self.attn = nn.MultiheadAttention(size, size // _HEAD_DIM)
         self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(size, eps=1e-6) for _ in range(3))
         self.proj = nn.Parameter(torch.empty(size, size))
+        self.table: torch.Tensor
         self.register_buffer("table", _sincos(70, size), persistent=False)
 
     def forward(self, features: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:

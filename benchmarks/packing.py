@@ -23,7 +23,7 @@ from results import append
 from transformers.trainer_pt_utils import BatchRebalanceSampler, get_length_grouped_indices
 
 from finetune.batching.lengths import SampleLengths
-from finetune.batching.samplers import BatchPlan, BestFitPlan, PackPlan, PackShape, fill
+from finetune.batching.samplers import BatchPlan, BestFitPlan, PackingOptions, PackPlan, fill
 from finetune.media.slicing import SliceSpec, item_sizes, plan
 
 SAMPLES, QUERIES, CAPACITY, RANKS, BATCH = 20_000, 96, 4096, 8, 8
@@ -55,7 +55,7 @@ def waiting(rounds: Sequence[Sequence[float]]) -> float:
     return float(work.max(1).sum() / work.mean(1).sum())
 
 
-def of_plan(planned: PackPlan, sizes: SampleLengths, shape: PackShape) -> tuple[float, float]:
+def of_plan(planned: PackPlan, sizes: SampleLengths, shape: PackingOptions) -> tuple[float, float]:
     """Share of the rows that holds samples, and ``waiting``, over an epoch in which every sample is checked to be."""
     seen = [sample for each in planned.epoch(0) for pack in each for sample in pack]
     assert sorted(seen) == list(range(len(sizes)))
@@ -85,22 +85,22 @@ def rebalanced(sizes: SampleLengths) -> list[list[list[int]]]:
     return [list(each) for each in zip(*ranks, strict=True)]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints the figures and adds the goals among them to results.csv."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry", action="store_true", help="append nothing to results.csv")
-    dry = parser.parse_args().dry
+    dry = parser.parse_args(argv).dry
     sizes = drawn(SAMPLES)
     order = np.random.default_rng(1).permutation(SAMPLES)
     print(f"{SAMPLES} samples, mean {sizes.tokens.mean():.0f} tokens, {sizes.items.mean():.1f} slices")
-    shape = PackShape(capacity=CAPACITY, most_items=None, world=RANKS, seed=0)
+    shape = PackingOptions(capacity=CAPACITY, most_items=None, world=RANKS, seed=0)
     full, ours = of_plan(BestFitPlan(sizes, shape, 1), sizes, shape)
     batches = np.split(order, SAMPLES // 4)
     padded = sum(int(sizes.tokens[batch].sum()) for batch in batches) / sum(
         len(batch) * int(sizes.tokens[batch].max()) for batch in batches
     )
     random = _in_turn([[sample] for sample in order], sizes.cost)
-    wide = PackShape(capacity=BATCH * 2048, most_items=None, world=RANKS, seed=0)
+    wide = PackingOptions(capacity=BATCH * 2048, most_items=None, world=RANKS, seed=0)
     dealt = of_plan(BatchPlan(sizes, wide, batch=BATCH * RANKS, accumulation=1, shuffle=True), sizes, wide)[1]
     rounds = rebalanced(sizes)
     flat = [batch for each in rounds for batch in each]

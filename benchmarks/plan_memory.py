@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from results import append
 
+from finetune.families import by_name
 from finetune.planning.memory_estimate import MemoryEstimator
-from finetune.planning.published_shapes import CONFIGS
 from finetune.planning.training_setup import SampleShape, TrainingSetup
 
 CONFIG = {
-    **CONFIGS["v4_5"],
+    **by_name("v4_5").published.config,
     "head_dim": 64,
     "hidden_size": 512,
     "intermediate_size": 1536,
@@ -35,7 +35,7 @@ CONFIG = {
     "query_num": 64,
     "vocab_size": 32000,
     "vision_config": {
-        **CONFIGS["v4_5"]["vision_config"],
+        **by_name("v4_5").published.config["vision_config"],
         "hidden_size": 384,
         "intermediate_size": 1536,
         "num_attention_heads": 6,
@@ -44,11 +44,11 @@ CONFIG = {
 }
 # 4.7 with a mixture of experts: 2 of 8 see a token.
 MIXTURE = {
-    **CONFIGS["v4_7"],
+    **by_name("v4_7").published.config,
     "image_token_id": 5,
     "insert_layer_id": 2,
     "text_config": {
-        **CONFIGS["v4_7"]["text_config"],
+        **by_name("v4_7").published.config["text_config"],
         "head_dim": 64,
         "hidden_size": 512,
         "layer_types": [*["linear_attention"] * 3, "full_attention"] * 2,
@@ -63,14 +63,17 @@ MIXTURE = {
         "num_experts_per_tok": 2,
         "num_hidden_layers": 8,
         "num_key_value_heads": 2,
-        "rope_parameters": {**CONFIGS["v4_7"]["text_config"]["rope_parameters"], "mrope_section": [3, 3, 2]},
+        "rope_parameters": {
+            **by_name("v4_7").published.config["text_config"]["rope_parameters"],
+            "mrope_section": [3, 3, 2],
+        },
         "shared_expert_intermediate_size": 256,
         "tie_word_embeddings": False,
         "vocab_size": 32000,
     },
     "tie_word_embeddings": False,
     "vision_config": {
-        **CONFIGS["v4_7"]["vision_config"],
+        **by_name("v4_7").published.config["vision_config"],
         "hidden_size": 384,
         "intermediate_size": 1536,
         "num_attention_heads": 6,
@@ -105,7 +108,13 @@ def config_of(case: str) -> dict[str, Any]:
     return MIXTURE if case.startswith("mixture") else CONFIG
 
 
-def main(names: list[str]) -> None:
+def alone(case: str) -> list[int]:
+    """Bytes at the highest point and those of it that come and go, measured in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, "--one", case], capture_output=True, text=True, check=True)
+    return [int(word) for word in done.stdout.splitlines()[-1].split()]
+
+
+def main(names: list[str], *, dry: bool = False) -> None:
     """Runs the cases and prints a line for each."""
     rows = []
     print(f"{'case':<42} {'plan':>8} {'measured':>9} {'ratio':>6} {'moving':>8} {'measured':>9} {'ratio':>6}  MB")
@@ -113,18 +122,19 @@ def main(names: list[str]) -> None:
         recipe, shape = CASES[name]
         memory = MemoryEstimator(config_of(name), torch.float32, gpu=False).memory(recipe, shape)
         ours = memory.total, memory.total - memory.weights - memory.optimizer
-        done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, check=True)
-        theirs = [int(word) for word in done.stdout.splitlines()[-1].split()]
+        theirs = alone(name)
         words = [f"{a / 1e6:8.1f} {b / 1e6:9.1f} {a / b:6.3f}" for a, b in zip(ours, theirs, strict=True)]
         print(f"{name:<42} {' '.join(words)}  {memory.when}", flush=True)
         for what, a, b in zip(("peak", "of it moving"), ours, theirs, strict=True):
             rows.append((f"{what} of a step on the CPU, {name}", a / 1e6, b / 1e6, a / b, "MB"))
-    append("plan_memory", rows, ("torch", "transformers", "peft"))
+    if not dry:
+        append("plan_memory", rows, ("torch", "transformers", "peft"))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"only these of: {'; '.join(CASES)}")
+    parser.add_argument("--dry", action="store_true", help="append nothing to results.csv")
     parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -132,4 +142,4 @@ if __name__ == "__main__":
 
         print(*measured(config_of(given.one), *CASES[given.one]))
     else:
-        main(given.cases)
+        main(given.cases, dry=given.dry)

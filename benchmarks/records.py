@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ _WORDS = ("the", "a red", "small", "car", "dog on the table", "left of", "right 
 _REACHED = 20_000
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints and appends the figures; 1 when reopening or memory misses its goal."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--dry", action="store_true", help="append nothing to results.csv")
     parser.add_argument("--measure", nargs=2, metavar=("WHAT", "FILE"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     if given.measure:
         print(json.dumps(_MEASURES[given.measure[0]](Path(given.measure[1]))))
         return 0

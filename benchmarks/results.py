@@ -1,4 +1,4 @@
-"""Reads and writes results.csv: one row per measured case, with versions and hardware."""
+"""Reads and writes results.csv: one row per measured case, with versions, hardware and commit."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import csv
 import datetime
 import os
 import platform
+import subprocess
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 FILE = Path(__file__).resolve().parent / "results.csv"
-COLUMNS = ("date", "benchmark", "case", "ours", "theirs", "ratio", "unit", "versions", "hardware")
+COLUMNS = ("date", "benchmark", "case", "ours", "theirs", "ratio", "unit", "versions", "hardware", "commit")
 
 Row = tuple[str, float, float, float, str]
 """Case, our figure, the other one, their ratio, unit."""
@@ -37,7 +38,25 @@ def append(benchmark: str, rows: Iterable[Row], packages: Sequence[str], hardwar
             writer.writerow(COLUMNS)
         for case, ours, theirs, ratio, unit in rows:
             figures = [f"{figure:.4g}" for figure in (ours, theirs, ratio)]
-            writer.writerow([today, benchmark, case, *figures, unit, versions, hardware or processor()])
+            writer.writerow([today, benchmark, case, *figures, unit, versions, hardware or processor(), commit()])
+
+
+def rows() -> list[dict[str, str]]:
+    """The rows of results.csv, the oldest first; the first ones name no commit."""
+    with FILE.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, restval=""))
+
+
+def commit(folder: Path = FILE.parent) -> str:
+    """The commit of the code that runs, with a plus where it is changed; empty outside of a repository."""
+    known = _git(folder, "rev-parse", "--short=7", "HEAD")
+    changed = known and _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/*.py")
+    return f"{known}+" if changed else known
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+    return "" if done.returncode else done.stdout.strip()
 
 
 def processor() -> str:

@@ -62,13 +62,13 @@ _RUNS, _TURN = 3, 0.1
 GOALS = {IDENTICAL.format("mix"): 2.0, FAST.format("mix"): 4.5, TEXT.format("mix"): 25.0}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints and appends the figures; 1 when a goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", type=Path, metavar="DIR", help="the vendor's finetune folder")
     parser.add_argument("--rounds", type=int, default=5, help="turns that every side has with every sample")
     parser.add_argument("--dry", action="store_true", help="append nothing to results.csv")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         numbers = mix.write(Path(folder))
@@ -78,9 +78,9 @@ def main() -> int:
         gc.collect()
         gc.freeze()
         bench.part()
-        rows = [*_rows(bench, numbers, given.rounds)]
+        rows: list[Row] = [*_rows(bench, numbers, given.rounds)]
     if given.official is not None:
-        rows = [(f"{case}, {OFFICIAL}", *figures) for case, *figures in rows]
+        rows = [(f"{case}, {OFFICIAL}", ours, theirs, ratio, unit) for case, ours, theirs, ratio, unit in rows]
     for case, ours, theirs, ratio, unit in rows:
         print(f"{case:<60} {ours:>9.3f} {theirs:>9.3f} {ratio:>8.2f}  {unit}")
     if not given.dry:
@@ -106,11 +106,9 @@ class Bench:
             self._theirs, self._their_ids = vendor.load(official, self._records, tokenizer)
         self._samples = open_data(data, None)
         family = by_name("llama3_v2_5")
-        self._encoder = Encoder.from_config(family, tokenizer, mix.CONFIG)
+        self._encoder = Encoder(family, tokenizer, mix.CONFIG)
         self._ours = SupervisedDataset(self._samples, self._encoder)
-        self._fast = SupervisedDataset(
-            self._samples, Encoder.from_config(family, tokenizer, mix.CONFIG, image_backend="fast")
-        )
+        self._fast = SupervisedDataset(self._samples, Encoder(family, tokenizer, mix.CONFIG, image_backend="fast"))
 
     def part(self) -> None:
         """Our side goes into a process of its own, as it is now."""

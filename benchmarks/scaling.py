@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ WAYS = {"DDP": "none", "ZeRO-2": "ds_config_zero2.json", "ZeRO-3": "ds_config_ze
 _STEPS, _LEFT_OUT, _BATCH = 12, 4, 4
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints the rates and appends them to results.csv."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="runs of every way, of which the best counts")
     parser.add_argument("--dry", action="store_true", help="append nothing to results.csv")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
-    given, flags = parser.parse_known_args()
+    given, flags = parser.parse_known_args(argv)
     if given.rank is not None:
         _train(given.rank, flags)
         return
@@ -128,8 +129,8 @@ def _train(place: Path, flags: list[str]) -> None:
     marks: list[float] = []
     log = CPMTrainer.log
 
-    def noted(self: Any, logs: dict[str, float], *more: Any) -> None:
-        log(self, logs, *more)
+    def noted(self: CPMTrainer, logs: dict[str, float], start_time: float | None = None) -> None:
+        log(self, logs, start_time)
         if "loss" in logs:
             marks.append(time.process_time())
 

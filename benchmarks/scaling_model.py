@@ -17,12 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from table import read
+import results
 
 from finetune.families import by_name
 from finetune.planning.memory_estimate import GIB, MemoryEstimator
 from finetune.planning.meta_model import quiet
-from finetune.planning.published_shapes import CONFIGS
 from finetune.planning.training_setup import TrainingSetup
 from finetune.training.flops import flops_of
 from finetune.training.freezing import numel
@@ -106,7 +105,7 @@ class Size:
 def planner() -> MemoryEstimator:
     """Of the model."""
     with quiet():
-        return MemoryEstimator(CONFIGS[MODEL])
+        return MemoryEstimator(by_name(MODEL).published.config)
 
 
 @cache
@@ -214,7 +213,7 @@ def steps(cluster: Cluster, method: TrainingSetup, sizes: tuple[int, ...]) -> st
 
 def feeding() -> str:
     """What the data side must bring on so many GPUs, and how long a checkpoint takes."""
-    measured = [row for row in read() if row["case"] == "sample preparation, mix, identical"]
+    measured = [row for row in results.rows() if row["case"] == "sample preparation, mix, identical"]
     per_core = 1000 / float(measured[-1]["ours"]) if measured else None
     rows = ["| | GPUs | samples/s | cores per GPU | images, GB/s | checkpoint, GB | seconds |", f"|{'---|' * 7}"]
     for name, method in (("everything in full, ZeRO-3", FULL), ("LoRA, ZeRO-2", LORA)):
@@ -241,11 +240,12 @@ def checkpoint(recipe: TrainingSetup) -> tuple[float, float]:
 def measured() -> str:
     """What results.csv has of one and two ranks on a CPU."""
     rows = ["| | samples/s on 2 ranks | on 1 rank | ratio |", "|---|---|---|---|"]
-    newest = {row["case"]: row for row in read() if row["benchmark"] == "scaling"}
-    for case, row in newest.items():
-        rows.append(f"| {case} | {row['ours']} | {row['theirs']} | {row['ratio']} |")
+    newest = {row["case"]: row for row in results.rows() if row["benchmark"] == "scaling"}
     if not newest:
         return "Not measured yet."
+    for case, row in newest.items():
+        rows.append(f"| {case} | {row['ours']} | {row['theirs']} | {row['ratio']} |")
+    *_, row = newest.values()
     return "\n".join(
         [*rows, "", f"Measured on {row['hardware']}; {row['versions'].replace(' ', ', ').replace('=', ' ')}."]
     )

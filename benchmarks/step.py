@@ -31,8 +31,8 @@ from results import Row, append
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from finetune.families import by_name
 from finetune.models import MiniCPMV, MiniCPMVConfig
-from finetune.planning.published_shapes import CONFIGS
 
 LENGTHS = (310, 640, 1150)
 LABELLED = (77, 160, 320)
@@ -45,7 +45,7 @@ Step = Callable[[MiniCPMV], torch.Tensor]
 def network(sizes: dict[str, int]) -> MiniCPMV:
     """MiniCPM-Llama3-V 2.5 in small, heads of 64 and a tiny vision part (a batch of text passes a dummy through it)."""
     heads = sizes["hidden_size"] // 64
-    published = CONFIGS["llama3_v2_5"]
+    published = by_name("llama3_v2_5").published.config
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
     config: dict[str, Any] = {**published, **sizes, "vision_config": {**published["vision_config"], **vision}}
     config |= {"num_attention_heads": heads, "num_key_value_heads": max(heads // 4, 1)}

@@ -6,16 +6,16 @@ Writes it between its two marks. ``--check`` writes nothing and ends with 1 if t
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import results
 from results import FILE, OFFICIAL
 
 PAGE = FILE.parent.parent / "docs/performance.md"
 BEGIN, END = "<!-- performance: written by benchmarks/table.py -->", "<!-- performance: end -->"
-_HEAD = ("what", "against", "goal", "ratio", "ours", "theirs", "unit")
+_HEAD = ("what", "against", "goal", "ratio", "ours", "theirs", "unit", "commit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,8 @@ class Goal:
 
 _VENDOR, _CODE = "the published scripts", "their own dataset.py"
 _LF = "LLaMA-Factory's data path"
+_HEADERS = "reading JSON and image headers"
+_OLD = "commit 1cc6bf4"
 _STEPS = "samples per second, 2 ranks, ZeRO-2"
 GOALS = (
     Goal("samples", "sample preparation, mix, identical", "preparing a sample, same bytes", _VENDOR, "2"),
@@ -53,6 +55,7 @@ GOALS = (
         "llamafactory_samples", "sample preparation, mix, identical", "preparing a sample, same bytes", _LF, "above 1"
     ),
     Goal("llamafactory_samples", "sample preparation, mix, --image_backend fast", "`--image_backend fast`", _LF, "6"),
+    Goal("log_mel", "log-mel features of 1 s", "features of a sound of 1 s, same bits", "padded to 30 s", "10"),
     Goal("transport", "transport of a 10-slice sample", "worker to training process, 10 slices", "fp32 patches", "3"),
     Goal("step", "training step, 8 layers, vocabulary 4008", "training step, small vocabulary", _VENDOR, "1.9"),
     Goal("step", "training step, vocabulary 128256", "training step, large vocabulary", _VENDOR, "6"),
@@ -79,14 +82,23 @@ GOALS = (
     Goal("adapter_bytes", "LoRA checkpoint, same LLM targets", "bytes of a LoRA checkpoint", _VENDOR, "15"),
     Goal("records", "reopening", "opening a million records again", "`json.load`", "100"),
     Goal("records", "private memory", "their private memory", "`json.load`", "ours below 50"),
+    Goal("checking", "CPU time, check of 100000 records", "checking a record with an image", _HEADERS, "ours 1.2"),
+    Goal("checking", "memory, check of 100000 records", "memory for 100,000 of them", "100 records", "ours below 300"),
+    Goal("manifest", "waiting for the manifest", "waiting for a checkpoint's manifest, 8 GB", _OLD, "10"),
+    Goal("startup", "CPU time, finetune.py --help", "`finetune.py --help`", _OLD, "6.5"),
+    Goal("startup", "CPU time, check of 128 small records", "`check` of 128 small records", _OLD, "2.7"),
+    Goal("startup", "CPU time, one LoRA step, not verified", "one LoRA step of a tiny model", _OLD, "1.6"),
+    Goal("startup", "CPU time, one LoRA step, verified", "the same, verified", _OLD, "1.8"),
+    Goal("startup", "CPU time, finetune_lora.sh", "`finetune_lora.sh`, 2 ranks, one step, verified", _OLD, "1.8"),
+    *(
+        Goal("evaluation", f"evaluate, 256 questions, {whom} one by one", "256 questions, batches of 8", name, "4")
+        for whom, name in (
+            ("the vendor's model.chat", "their own `model.chat`"),
+            ("our model.chat", "our `model.chat`"),
+        )
+    ),
     Goal("merge_memory", "peak memory", "peak memory of a merge", "`merge_and_unload`", "above 1"),
 )
-
-
-def read() -> list[dict[str, str]]:
-    """The rows of results.csv, the oldest first."""
-    with FILE.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def newest(goal: Goal, rows: Sequence[dict[str, str]]) -> dict[str, str] | None:
@@ -114,11 +126,11 @@ def section(rows: Sequence[dict[str, str]]) -> str:
     for goal in GOALS:
         cells = [goal.what, goal.against, goal.goal]
         if (row := newest(goal, rows)) is None:
-            cells += ["not measured", "", "", ""]
+            cells += ["not measured", "", "", "", ""]
         else:
             shown.append(row)
             figures = [_short(float(row[name])) for name in ("ratio", "ours", "theirs")]
-            cells += [f"**{figures[0]}**", *figures[1:], row["unit"]]
+            cells += [f"**{figures[0]}**", *figures[1:], row["unit"], row["commit"]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _measured_with(shown)])
 
@@ -165,7 +177,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, only compare")
     given = parser.parse_args()
     old = PAGE.read_text(encoding="utf-8")
-    new = written(old, read())
+    new = written(old, results.rows())
     if given.check:
         return int(new != old)
     PAGE.write_text(new, encoding="utf-8")

@@ -53,13 +53,13 @@ class Finished(Dataset[Any]):
         return self.samples[index]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints and appends the figures; 1 when the goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", type=Path, metavar="DIR", help="the vendor's finetune folder")
     parser.add_argument("--rounds", type=int, default=9, help="loaders per side")
     parser.add_argument("--dry", action="store_true", help="append nothing to results.csv")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     theirs, ours = _samples(given.official)
     times: dict[str, list[float]] = {"theirs": [], "ours": []}
@@ -84,7 +84,7 @@ def _samples(official: Path | None) -> tuple[Any, Any]:
         dataset = OfficialSamples(records, tokenizer)
         if official is not None:
             dataset, _ = vendor.load(official, records, tokenizer)
-        encoder = Encoder.from_config(by_name("llama3_v2_5"), tokenizer, mix.CONFIG)
+        encoder = Encoder(by_name("llama3_v2_5"), tokenizer, mix.CONFIG)
         theirs, ours = dataset[number], SupervisedDataset(open_data(data, None), encoder)[number]
     if len(theirs["pixel_values"]) != len(ours.tgt_sizes) != 10:
         raise SystemExit(f"{len(theirs['pixel_values'])} and {len(ours.tgt_sizes)} slices, not 10")

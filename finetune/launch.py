@@ -27,6 +27,7 @@ from typing import IO
 
 from finetune.early_check import check_early
 from finetune.runtime import outcome
+from finetune.runtime.imports import collect_rarely
 from finetune.runtime.processes import ABOVE, PROCESSES, RUN_FOLDER
 from finetune.utils.errors import UserError, silence_unactionable_warnings
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _training_flags(arguments: Sequence[str]) -> Sequence[str] | None:
     """The flags of finetune.py behind torchrun's options; None for another program, or if only --help is asked for."""
     script = next((place for place, word in enumerate(arguments) if Path(word).name == _SCRIPT), None)
-    if script is None or {"-h", "--help"} & set(arguments[script + 1 :]):
+    if script is None or {"-h", "--help", "--help_all"} & set(arguments[script + 1 :]):
         return None
     return arguments[script + 1 :]
 
@@ -159,4 +160,5 @@ def _user() -> str:
 
 
 if __name__ == "__main__":
+    collect_rarely()
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""The sample types: ``Sample``, ``Message``, ``Text`` and ``Media``, and ``SampleSet``, the interface of a data set.
+"""Data types of a training sample, which the readers of all data formats produce: ``Sample``, ``Message``, ``Media``.
 
 Every reader turns its records into these, so that nothing downstream depends on the file format.
 """
@@ -6,12 +6,13 @@ Every reader turns its records into these, so that nothing downstream depends on
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, overload
 
-from finetune.utils.errors import UserError
-from finetune.utils.quoting import cut, plain, shown
+from finetune.timeline import Timeline
+from finetune.utils.errors import UserError, located
+from finetune.utils.quoting import plain, shown, truncate_middle
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +43,7 @@ IMAGE_SUFFIXES = frozenset(
 
 
 class DataError(UserError):
-    """A record that cannot be used. The message has its file and record number, what disagrees and what to do."""
+    """A record that cannot be used. The message says what disagrees and what to do; ``located`` adds the record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Source:
         file: path of the data file, or a name such as "chat" for samples made in memory.
         index: position of the record in the file, from 0.
         id: the record's own id, empty when it has none.
-        unit: unit of the position: "record", or "byte" for a line of a streamed file.
+        unit: unit of the position: "record", or "byte" for a line of a full-duplex recorded file.
     """
 
     file: str
@@ -79,27 +80,46 @@ class Media:
     Attributes:
         kind: "image", "video" or "audio".
         data: a file path (resolved by the reader); for images also a PIL image; for audio also the bytes of a file or a
-            mono float waveform at 16 kHz (chat); for videos also the image files of the frames. The encoder replaces a
-            video by ``Frames``.
+            mono float waveform at 16 kHz (chat), or a ``Track``; for videos also the image files of the frames. The
+            encoder replaces a video by ``Frames``.
     """
 
     kind: MediaKind
-    data: Path | Image.Image | bytes | np.ndarray | tuple[Path, ...] | Frames
+    data: Path | Image.Image | bytes | np.ndarray | tuple[Path, ...] | Frames | Track
 
     def __str__(self) -> str:
         if isinstance(self.data, Path):
-            return f"{self.kind} {cut(plain(str(self.data)))}"
+            return f"{self.kind} {truncate_middle(plain(str(self.data)))}"
         if isinstance(self.data, tuple):
-            first = f" from {cut(plain(str(self.data[0])))}" if self.data else ""
+            first = f" from {truncate_middle(plain(str(self.data[0])))}" if self.data else ""
             return f"{self.kind} of {len(self.data)} frames{first}"
+        if isinstance(self.data, Track):
+            return f"user audio of {len(self.data.clips)} clips from {self.data.clips[0][1]}"
         return f"{self.kind} in memory"
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The files it is read from; none for media in memory."""
+        if isinstance(self.data, Track):
+            return tuple(path for _, clip in self.data.clips for path in clip.files)
         if isinstance(self.data, tuple):
             return self.data
         return (self.data,) if isinstance(self.data, Path) else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """User audio of a full-duplex record: clips with silence between them; overlapping clips are added.
+
+    Attributes:
+        clips: (start in milliseconds, clip) each.
+        seconds: length in seconds.
+        fixed: whether a clip that ends after ``seconds`` is an error; else the length grows to whole seconds.
+    """
+
+    clips: tuple[tuple[int, Media], ...]
+    seconds: int
+    fixed: bool
 
 
 Part = Text | Media
@@ -153,10 +173,13 @@ class Sample:
         messages: its turns.
         notes: warnings about a usable record. They do not name the record, so that equal ones can be counted.
         tools: descriptions of the tools that may be called.
+        timeline: who speaks when in a full-duplex record; None for a conversation. The messages of a full-duplex record
+            have its system text and reference audio, its pictures and user audio, and all text of the model.
+        rejected: in a preference pair the worse answer, in place of the last message, which is the better one.
 
     Raises:
         DataError: no message, an unknown role, a trained turn that is not the assistant's, a system turn that is
-            not the first, or two turns in a row of user or of assistant.
+            not the first, two turns in a row of user or of assistant, or a pair whose answers are not the assistant's.
     """
 
     id: str
@@ -164,26 +187,37 @@ class Sample:
     messages: tuple[Message, ...]
     notes: tuple[str, ...] = ()
     tools: tuple[Tool, ...] = ()
+    timeline: Timeline | None = None
+    rejected: Message | None = None
 
     def __post_init__(self) -> None:
+        with located(self.source):
+            self._check()
+
+    @property
+    def worse(self) -> Sample | None:
+        """The conversation that ends with the worse answer; None for a sample that is no preference pair."""
+        if self.rejected is None:
+            return None
+        return replace(self, messages=(*self.messages[:-1], self.rejected), rejected=None)
+
+    def _check(self) -> None:
         if not self.messages:
-            raise DataError(f"{self.source}: the conversation is empty; give at least one user turn")
+            raise DataError("the conversation is empty; give at least one user turn")
         previous = None
         for turn, message in enumerate(self.messages):
             if message.role not in ROLES:
                 known = ", ".join(ROLES)
-                raise DataError(f"{self.source}: turn {turn} has role {shown(message.role)}; known roles are {known}")
+                raise DataError(f"turn {turn} has role {shown(message.role)}; known roles are {known}")
             if message.train and message.role != "assistant":
-                raise DataError(
-                    f"{self.source}: turn {turn} is a {message.role} turn; only assistant turns are trained"
-                )
+                raise DataError(f"turn {turn} is a {message.role} turn; only assistant turns are trained")
             if message.role == "system" and turn > 0:
-                raise DataError(f"{self.source}: turn {turn} is a system turn; it must be the first")
+                raise DataError(f"turn {turn} is a system turn; it must be the first")
             if message.role == previous and message.role in ("user", "assistant"):
-                raise DataError(
-                    f"{self.source}: turns {turn - 1} and {turn} are both {message.role}; roles must alternate"
-                )
+                raise DataError(f"turns {turn - 1} and {turn} are both {message.role}; roles must alternate")
             previous = message.role
+        if self.rejected is not None and {self.rejected.role, previous} != {"assistant"}:
+            raise DataError(f"the answers of a pair are a {previous} and a {self.rejected.role} turn, not two answers")
 
     def media(self, kind: MediaKind | None = None) -> Iterator[Media]:
         """The media of the conversation in reading order, optionally of one kind."""

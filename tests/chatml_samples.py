@@ -33,9 +33,7 @@ def talk(*turns: str | Message) -> Sample:
 
 @cache
 def encoder(family: str, **options: Any) -> Encoder:
-    return Encoder.from_config(
-        by_name(family), written(family), {"query_num": 4, "slice_config": {"max_slice_nums": 9}}, **options
-    )
+    return Encoder(by_name(family), written(family), {"query_num": 4, "slice_config": {"max_slice_nums": 9}}, **options)
 
 
 def render(family: str, sample: Sample, *plans: SlicePlan, generate: bool = False, **options: Any) -> Rendered:

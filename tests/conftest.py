@@ -26,7 +26,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Files that take long; begun last, one process would wait for the other.
 _LONG = ("test_matrix", "test_modes", "test_published_launchers", "test_learning", "test_resume.", "test_streaming_run")
 _LONG += ("test_llamafactory", "test_end_to_end", "test_zero3", "test_readme", "test_length_policy")
-_LONG += ("test_downsample_mode", "test_terminal")
+_LONG += ("test_downsample_mode", "test_terminal", "test_benchmark_rounds", "test_launchers")
 
 
 _OF_A_RUN = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
@@ -127,20 +127,12 @@ def write_records(zoo: Path, tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def make_encoder() -> Callable[..., Encoder]:
     """An encoder of Llama3-V 2.5 with 4 placeholders per item; its vocabulary is shared."""
-    from golden_tokenizers import tokenizer
+    from golden_tokenizers import SMALL_IMAGES, tokenizer
 
     from finetune.encoding.encoder import Encoder
     from finetune.families import by_name
-    from finetune.media.slicing import SliceSpec
-    from finetune.templates.rendering import Layout
 
-    first = Encoder(
-        by_name("llama3_v2_5"),
-        tokenizer("llama3"),
-        layout=Layout(query_num=4),
-        slicing=SliceSpec(9, 56, 14),
-        max_length=None,
-    )
+    first = Encoder(by_name("llama3_v2_5"), tokenizer("llama3"), SMALL_IMAGES)
 
     def make(max_length: int | None = None) -> Encoder:
         made = object.__new__(Encoder)

@@ -68,7 +68,7 @@ def parent(seed: int, kinds: list[str], minutes: float, out: Path) -> int:
                 command = [sys.executable, "-X", "faulthandler", str(Path(__file__).resolve()), *words]
                 worker = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
                 why = watched(worker, folder, end)
-            number = int((folder / "number").read_text() or 0) if (folder / "number").is_file() else number
+            number = int((folder / "number").read_text()) if (folder / "number").is_file() else number
             if why is not None:
                 escapes += 1
                 print(
@@ -108,7 +108,8 @@ def child(seed: int, number: int, kinds: list[str], folder: Path) -> int:
     if "record" in kinds:
         encoder()
     while True:
-        (folder / "number").write_text(str(number))
+        (folder / "next").write_text(str(number))
+        (folder / "next").replace(folder / "number")  # the parent never reads half of it
         try:
             run(seed, number, kinds, folder)
         except Exception:  # noqa: BLE001 - any exception that gets here is what is looked for
@@ -135,20 +136,12 @@ def run(seed: int, number: int, kinds: list[str], folder: Path) -> None:
 @cache
 def encoder() -> Any:
     """Tokens and slices of a small generation."""
-    from golden_tokenizers import tokenizer
+    from golden_tokenizers import SMALL_IMAGES, tokenizer
 
     from finetune.encoding.encoder import Encoder
     from finetune.families import by_name
-    from finetune.media.slicing import SliceSpec
-    from finetune.templates.rendering import Layout
 
-    made = Encoder(
-        by_name("llama3_v2_5"),
-        tokenizer("llama3"),
-        layout=Layout(query_num=4),
-        slicing=SliceSpec(9, 56, 14),
-        max_length=500,
-    )
+    made = Encoder(by_name("llama3_v2_5"), tokenizer("llama3"), SMALL_IMAGES, max_length=500)
     made.max_pixels = _MOST
     return made
 
@@ -214,17 +207,16 @@ def some_picture(random: Random, folder: Path) -> None:
     import numpy as np
 
     from finetune.media import fast_image, image, image_files
-    from finetune.sample import Media, Source
+    from finetune.sample import Media
 
     kind = random.choice(list(PICTURES))
     size = random.choice(((24, 16), (1, 1), (1, 90), (90, 1), (64, 64)))
     data = mutated(whole_picture(kind, size), random)
     (folder / "input").write_bytes(data)
-    source = Source("data.json", 0)
     reader = random.choice((image.left_to_pillow, fast_image.read))
-    for media in (Media("image", folder / "input"), Media("image", image_files.decode(data, source))):
-        image.size(media, source, _MOST)
-        assert np.asarray(image.load(media, source, _MOST, reader)).shape[2] == 3
+    for media in (Media("image", folder / "input"), Media("image", image_files.decode(data))):
+        image.size(media, _MOST)
+        assert np.asarray(image.load(media, _MOST, reader)).shape[2] == 3
 
 
 @cache
@@ -251,13 +243,12 @@ def some_size(random: Random, folder: Path) -> None:
 def some_sound(random: Random, folder: Path) -> None:
     """Sound of any coding with other bytes."""
     from finetune.media import audio
-    from finetune.sample import Media, Source
+    from finetune.sample import Media
 
     suffix = random.choice(("wav", "flac", "mp3", "ogg", "m4a", "webm"))
     data = mutated(whole_sound(suffix, random.choice((1, 2, 8))), random)
     (folder / "input").write_bytes(data)
-    source = Source("data.json", 0)
-    audio.load(Media("audio", folder / "input" if random.random() < 0.5 else data), source)
+    audio.load(Media("audio", folder / "input" if random.random() < 0.5 else data))
 
 
 @cache
@@ -274,14 +265,13 @@ def whole_sound(suffix: str, channels: int) -> bytes:
 def some_video(random: Random, folder: Path) -> None:
     """A short video of any container with other bytes, its first, middle and last frame."""
     from finetune.media import video
-    from finetune.sample import Media, Source
+    from finetune.sample import Media
 
     data = mutated(whole_video(random.choice(("mp4", "mkv", "webm", "avi", "mov", "ts", "gif"))), random)
     (folder / "input").write_bytes(data)
-    source = Source("data.json", 0)
-    clip = video.probe(Media("video", folder / "input"), source, 1.0, _MOST)
+    clip = video.probe(Media("video", folder / "input"), 1.0, _MOST)
     last = min(clip.length.frames, 200) - 1
-    with video.Decoder(clip, source) as decoder:
+    with video.Decoder(clip) as decoder:
         for index in {0, last // 2, last}:
             decoder.take(index)
 

@@ -3,6 +3,7 @@
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -12,6 +13,18 @@ from finetune.templates.tokenizer_view import TokenizerView
 from finetune.tiny import chatml_tokenizers
 
 FOLDER = Path(__file__).parent / "golden" / "encode" / "tokenizers"
+
+
+def small_images(query_num: int = 4, side: int = 56) -> dict[str, Any]:
+    """Settings of a checkpoint that looks at slices of this side."""
+    return {
+        "query_num": query_num,
+        "slice_config": {"max_slice_nums": 9, "scale_resolution": side, "patch_size": 14},
+        "scale_resolution": side,  # where 2.0 has it
+    }
+
+
+SMALL_IMAGES = small_images()
 FAMILY = {"llama3": "llama3_v2_5", "minicpm": "v2_0", "qwen": "v4_5"}
 
 

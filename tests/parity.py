@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT.parent), str(ROOT)]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("forward", "encode"))
     parser.add_argument("folders", nargs="+", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.what == "forward":
         from parity_forward import check_folder
     else:

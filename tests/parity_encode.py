@@ -71,13 +71,13 @@ def _slicing(data: Json) -> Iterator[Result]:
 
 def _pixels(folder: Path) -> Iterator[Result]:
     for row in _load(folder / "index.json")["entries"]:
-        media, source = Media("image", folder / row["image"]), Source(row["image"], 0)
-        decoded = image.load(media, source)
+        media = Media("image", folder / row["image"])
+        decoded = image.load(media)
         faults = []
-        if image.size(media, source) != tuple(row["size"]) or _sha(decoded) != row["sha256_of_rgb_bytes"]:
+        if image.size(media) != tuple(row["size"]) or _sha(decoded) != row["sha256_of_rgb_bytes"]:
             faults.append("source differs")
         width, height = decoded.size
-        cuts = image.cut(decoded, plan(width, height, SliceSpec(row["max_slice_nums"], 448, 14)))
+        cuts = image.slice_image(decoded, plan(width, height, SliceSpec(row["max_slice_nums"], 448, 14)))
         if len(cuts) != len(row["slices"]):
             faults.append(f"{len(cuts)} items, official {len(row['slices'])}")
         for cut, official in zip(cuts, row["slices"], strict=False):
@@ -114,14 +114,9 @@ def _sha(picture: Image.Image) -> str:
 def _encoder(folder: Path, family: Family, header: Json, options: Json) -> Encoder:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / header["tokenizer"])
     options = {**header.get("defaults", {}), **options}
-    layout = family.layout({"query_num": header["query_num"], "use_image_id": options.get("use_image_id", True)})
-    return Encoder(
-        family,
-        tokenizer,
-        layout=replace(layout, enable_thinking=options.get("enable_thinking", False)),
-        slicing=SliceSpec(options.get("max_slice_nums", 9), 448, 14),
-        max_length=None,
-    )
+    config = {"query_num": header["query_num"], "use_image_id": options.get("use_image_id", True)}
+    thinking, slices = options.get("enable_thinking", False), options.get("max_slice_nums", 9)
+    return Encoder(family, tokenizer, config, max_slice_nums=slices, enable_thinking=thinking)
 
 
 def _prompts(folder: Path, path: Path, family: Family) -> Iterator[Result]:

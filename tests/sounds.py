@@ -19,12 +19,17 @@ def tone(seconds: float, rate: int = 16_000, pitch: float = 440.0) -> np.ndarray
 
 def write_wav(path: Path, seconds: float, *, rate: int = 16_000, channels: int = 1, pitch: float = 440.0) -> Path:
     """A tone in every channel as 16 bit PCM."""
-    samples = np.round(tone(seconds, rate, pitch) * 32768).astype("<i2")
+    return write_samples(path, tone(seconds, rate, pitch), rate=rate, channels=channels)
+
+
+def write_samples(path: Path, samples: np.ndarray, *, rate: int = 16_000, channels: int = 1) -> Path:
+    """Samples from -1 to 1 in every channel as 16 bit PCM."""
+    whole = np.round(samples * 32768).clip(-32768, 32767).astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setnchannels(channels)
         file.setsampwidth(2)
         file.setframerate(rate)
-        file.writeframes(np.repeat(samples[:, None], channels, axis=1).tobytes())
+        file.writeframes(np.repeat(whole[:, None], channels, axis=1).tobytes())
     return path
 
 

@@ -44,7 +44,7 @@ def run(base: Path, data: Path, output: Path, *flags: str, resume: Path | None =
     torch.manual_seed(0)
     model = adapt(load_model(base, dtype=torch.float32), checkpoint.family, args.training, args.lora)
     tokenizer = load_tokenizer(base)
-    encoder = Encoder.from_config(checkpoint.family, tokenizer, checkpoint.config, max_length=2048)
+    encoder = Encoder(checkpoint.family, tokenizer, checkpoint.config, max_length=2048)
     made = Recorder(
         model=model,
         args=args.training,

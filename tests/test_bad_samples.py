@@ -21,11 +21,10 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.sample_policy import BAD_SAMPLES, SamplePolicy, describe_bad_samples, describe_counts
 from finetune.media import image
 from finetune.models import load_tokenizer
-from finetune.sample import DataError, Media, Sample, Source
+from finetune.sample import DataError, Media, Sample
 
 BAD = ("truncated.jpg", "empty.png", "page.jpg", "huge.png", "gone.png")
 FINE = ("cmyk.jpg", "sixteen.png", "palette.png", "animated.gif")
-SOURCE = Source("data.json", 0)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def write(folder: Path, zoo: Path, names: Sequence[str | None], file: str = "tra
 
 def encoder(base: Path, max_length: int = 2048) -> Encoder:
     checkpoint = resolve(str(base))
-    return Encoder.from_config(checkpoint.family, load_tokenizer(base), checkpoint.config, max_length=max_length)
+    return Encoder(checkpoint.family, load_tokenizer(base), checkpoint.config, max_length=max_length)
 
 
 def dataset(folder: Path, made: Encoder, **flags: Any) -> SupervisedDataset:
@@ -62,7 +61,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def pixels(zoo: Path, name: str) -> np.ndarray:
-    loaded = image.load(Media("image", zoo / name), SOURCE)
+    loaded = image.load(Media("image", zoo / name))
     assert loaded.mode == "RGB"
     return np.asarray(loaded).astype(int)
 
@@ -122,6 +121,7 @@ def test_skip_leaves_an_empty_row_and_a_line(tiny: Callable[[str], Path], zoo: P
     assert describe_counts(made.sample_policy.counts()) == (
         "14 samples encoded: 4 kept, 0 shrunk, 0 turns dropped, 0 truncated, 10 skipped"
     )
+    assert describe_counts([0] * 5) is None, "a finished run that is started again"
     assert describe_bad_samples(folder / BAD_SAMPLES) == (
         f"5 records were skipped (5 DataError); {folder / BAD_SAMPLES} lists them"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import csv
 import importlib
 import json
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from finetune.commands.check import main as check
 from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
@@ -45,7 +45,7 @@ def scaling(bare: None) -> ModuleType:
 
 def row(benchmark: str, case: str, ratio: float, **more: str) -> dict[str, str]:
     made = {"benchmark": benchmark, "case": case, "ours": "1", "theirs": str(ratio), "ratio": str(ratio), "unit": "s"}
-    return made | {"versions": "python=3.11 torch=2", "hardware": "2 cores"} | more
+    return made | {"versions": "python=3.11 torch=2", "hardware": "2 cores", "commit": ""} | more
 
 
 def test_the_page_has_the_table_of_the_newest_figures():
@@ -58,14 +58,14 @@ def test_the_page_has_the_table_of_the_newest_figures():
 def test_the_newest_row_counts_and_missing_ones_are_told(table):
     rows = [
         row("records", "reopening, 10 records, 1 MB json", 3),
-        row("records", "reopening, 20 records, 1 MB json", 4, hardware="4 cores"),
+        row("records", "reopening, 20 records, 1 MB json", 4, hardware="4 cores", commit="abc1234"),
         row("records", "private memory while indexing, 20 records", 9),
         row("packing", "rank imbalance, 8 ranks, batch_rebalance", 5),
     ]
     lines = table.section(rows).splitlines()
     assert len(lines) == len(table.GOALS) + 4
     found = {line.split(" | ")[0].strip("| "): line for line in lines}
-    assert "| **4** | 1 | 4 | s |" in found["opening a million records again"]
+    assert "| **4** | 1 | 4 | s | abc1234 |" in found["opening a million records again"]
     assert "not measured" in found["their private memory"], "another case"
     assert "not measured" in found["slowest of 8 ranks by their mean"], "that of the longer case"
     assert "**5**" in found["the same"]
@@ -77,11 +77,28 @@ def test_a_page_without_marks_is_an_error(table):
         table.written("# Nothing", [])
 
 
-def test_results_are_rows_of_numbers():
-    with (FOLDER / "results.csv").open(encoding="utf-8", newline="") as file:
-        for line in csv.DictReader(file):
-            assert None not in line.values()
-            assert all(float(line[name]) >= 0 for name in ("ours", "theirs", "ratio")), line
+def test_results_are_rows_of_numbers(bare):
+    for line in importlib.import_module("results").rows():
+        assert None not in line, "more cells than columns"
+        assert all(float(line[name]) >= 0 for name in ("ours", "theirs", "ratio")), line
+
+
+def test_a_row_names_the_commit_of_its_code(bare, tmp_path, monkeypatch):
+    results = importlib.import_module("results")
+    file = tmp_path / "results.csv"
+    file.write_text(",".join(results.COLUMNS) + "\n2026-01-01,records,old,1,2,2,s,python=3.11,2 cores\n")
+    monkeypatch.setattr(results, "FILE", file)
+    results.append("records", [("new", 1.0, 2.0, 2.0, "s")], ["torch"])
+    assert [row["commit"] for row in results.rows()] == ["", results.commit(FOLDER)]
+    assert results.commit(tmp_path) == "", "no repository"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "a.py").write_text("1")
+    for words in (["init", "-q"], ["add", "a.py"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    assert results.commit(tmp_path) == head[:7], "a file beside the code is not of it"
+    (tmp_path / "a.py").write_text("2")
+    assert results.commit(tmp_path) == f"{head[:7]}+"
 
 
 def test_the_network_measured_against_has_our_loss_and_gradients(bare, tiny, tmp_path):
@@ -100,7 +117,7 @@ def test_the_network_measured_against_has_our_loss_and_gradients(bare, tiny, tmp
     theirs = module.OfficialNetwork(load_model(folder, dtype=torch.float32)).train()
     made = samples(records, tokenizer, config["query_num"], config["slice_config"]["scale_resolution"])
     out = theirs(**collate([made[0], made[1]]), num_items_in_batch=100)
-    encoder = Encoder.from_config(ours.config.family, tokenizer, config)
+    encoder = Encoder(ours.config.family, tokenizer, config)
     examples = [encoder.encode(sample) for sample in open_data(tmp_path / "data.json", None)]
     loss = ours(**pad(examples, encoder.pad_id), num_items_in_batch=100).loss
     assert len(examples[0].tgt_sizes) > 2 > len(examples[1].tgt_sizes)
@@ -126,6 +143,63 @@ def test_the_benchmark_for_gpus_runs(bare, side, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         module.main(["--device", "cpu"])
     assert "no GPU here" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_checking_runs(bare, monkeypatch, capsys):
+    """A small round, with the checks in this process, where nothing has to be loaded again."""
+    module, commands = importlib.import_module("checking"), []
+
+    def measured(command: list[str], folder: Path) -> tuple[float, float]:
+        commands.append(command[1:])
+        done = check(command[4:]) if command[1:4] == ["-m", "finetune", "check"] else module.main(command[2:])
+        assert done == 0
+        return 0.01, 500.0 + 40 * len(commands)
+
+    monkeypatch.setattr(module, "_measured", measured)
+    assert module.main(["--records", "30", "--dry"]) == 0
+    assert [command[0] for command in commands] == ["-m", "-m", str(FOLDER / "checking.py")]
+    printed = capsys.readouterr().out
+    assert "30 records" in printed
+    assert "CPU time, check of 30 records, v2_6" in printed
+    assert module.main(["--records", "30", "--dry", "--family", "llama3_v2_5"]) == 0
+    monkeypatch.setattr(module, "_GOAL_MS", 0.1)
+    assert module.main(["--records", "30", "--dry"]) == 1, "missed"
+
+
+def test_time_and_memory_are_those_of_a_command(bare, tmp_path):
+    measured = importlib.import_module("checking")._measured
+    busy = "import time; kept = bytearray(60_000_000)\nwhile time.process_time() < 0.3: pass"
+    seconds, held = measured([sys.executable, "-c", busy], tmp_path)
+    assert seconds >= 0.3
+    assert held > 60
+    with pytest.raises(SystemExit, match="ended with"):
+        measured([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)
+
+
+def test_the_benchmark_of_short_commands_runs_both_sides(bare, capsys):
+    module = importlib.import_module("startup")
+    assert module.main(["help", "--runs", "1", "--dry", "--before", str(ROOT)]) in (0, 1), "one side is the other"
+    *case, ours, theirs, ratio = capsys.readouterr().out.split()
+    assert " ".join(case) == "CPU time, finetune.py --help"
+    assert float(ratio) == pytest.approx(float(theirs) / float(ours), rel=0.3)
+    with pytest.raises(SystemExit, match="ended with 2: "):
+        module.cpu_seconds([sys.executable, "finetune.py", "--no_such_flag", "1"], ROOT, {})
+
+
+def test_the_benchmark_of_manifests_runs_both_sides(bare, tmp_path, capsys):
+    main = importlib.import_module("manifest").main
+    main(["--gigabytes", "0.002", "--rounds", "1", "--dry", "--folder", str(tmp_path)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == ["waiting", "manifest", "manifest"]
+    assert all(float(word) > 0 for row in rows for word in row[-4:-1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_benchmark_of_sounds_runs_both_sides(bare, capsys):
+    importlib.import_module("log_mel").main(["--rounds", "1", "--dry"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[3] for row in rows] == ["1", "5", "15", "30"]
+    assert all(float(word) > 0 for row in rows for word in row[5:8])
 
 
 def test_no_goal_is_there_twice(table):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tools import serving_doc
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])
@@ -47,6 +49,15 @@ def test_the_readme_is_one_screen_to_a_first_result() -> None:
     assert len(text(ROOT / "README.md").splitlines()) < 150
 
 
+def test_labels_of_arrows_stand_between_bars() -> None:
+    """Mermaid ends the text of ``A -. text .-> B`` at its first dot, and then shows an error instead of the diagram."""
+    diagrams = [
+        block for page in PAGES for block in re.findall(r"^```mermaid\n.*?^```$", text(page), flags=re.M | re.S)
+    ]
+    assert diagrams
+    assert not [line for block in diagrams for line in block.splitlines() if re.search(r"-\. |-- ", line)]
+
+
 def test_every_page_is_in_the_navigation_and_in_the_overview() -> None:
     named = set(re.findall(r": (\w+\.md)$", text(ROOT / "mkdocs.yml"), flags=re.M))
     pages = {path.name for path in DOCS.glob("*.md")}
@@ -72,7 +83,7 @@ def test_extras_are_those_of_pyproject() -> None:
 
 def sources() -> Iterator[Path]:
     yield from (ROOT / "finetune").rglob("*.py")
-    yield from (ROOT / name for name in ("finetune.py", "dataset.py", "trainer.py"))
+    yield from (ROOT / name for name in ("finetune.py", "dataset.py", "trainer.py", "preference_trainer.py"))
 
 
 def template(node: ast.expr) -> str:
@@ -112,6 +123,16 @@ def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
         if not any(re.search(".*".join(parts), one, flags=re.S) for one in known):
             missing.append(message)
     assert missing == [], "reword these headings of docs/troubleshooting.md as the code has them"
+
+
+# ---- docs/export.md ----
+
+
+def test_the_table_of_served_models_is_the_one_that_was_measured() -> None:
+    page = text(serving_doc.PAGE)
+    assert serving_doc.written(page) == page, "run: python -m tools.serving_doc"
+    assert page.count("| vllm |") >= 1
+    assert page.count("| llama.cpp |") >= 1
 
 
 # ---- docs/add_a_generation.md ----

@@ -147,7 +147,7 @@ def leave_reference(adapter: Path, base: Path, data: Path, reference: Path) -> N
     from finetune.models import load_model, load_tokenizer
 
     found = resolve(str(base))
-    encoder = Encoder.from_config(found.family, load_tokenizer(base), found.settings)
+    encoder = Encoder(found.family, load_tokenizer(base), found.settings)
     train = make_supervised_data_module(DataArguments(data_path=str(data / "train.json")), encoder)["train_dataset"]
     batch = pad([train.first_usable()], encoder.pad_id)
     del batch["labels"]

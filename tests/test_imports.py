@@ -42,6 +42,9 @@ def test_the_package_is_the_package() -> None:
         "finetune.media.slicing",
         "finetune.templates",
         "finetune.readers",
+        "finetune.runtime.distributed",
+        "finetune.runtime.imports",
+        "finetune.runtime.waiting_process",
         "finetune.__main__",
     ],
 )
@@ -51,6 +54,14 @@ def test_import_is_cheap(module: str) -> None:
 
 def test_listing_the_commands_is_cheap() -> None:
     assert not modules_after("from finetune.__main__ import main; assert main(['--help']) == 0") & HEAVY
+
+
+def test_checking_data_needs_no_model_class(tiny, demo_data) -> None:
+    """A check decodes images and reads model and tokenizer; the libraries of training and of tables stay out."""
+    words = ["check", "--model_name_or_path", str(tiny("v2_6")), "--data_path", str(demo_data / "train.json")]
+    loaded = modules_after(f"from finetune.__main__ import main; assert main({words!r}) == 0")
+    # sympy comes with torch's compiler, which the model classes of transformers import.
+    assert not loaded & {"peft", "accelerate", "deepspeed", "pandas", "sympy"}
 
 
 def test_models_registers_with_transformers() -> None:

@@ -110,7 +110,7 @@ def launcher(request: pytest.FixtureRequest, tmp_path: Path) -> Launcher:
     home, caller, stubs = tmp_path / "the toolkit", tmp_path / "my work", tmp_path / "bin"
     for folder in (home, caller, stubs):
         folder.mkdir()
-    for file in (*ROOT.glob("finetune_*.sh"), *ROOT.glob("ds_config_*.json")):
+    for file in (*ROOT.glob("finetune_*.sh"), *ROOT.glob("ds_config_*.json"), ROOT / "finetune.py"):
         shutil.copy(file, home)
     record = tmp_path / "record.json"
     executable(stubs / "torchrun", RECORD.format(python=sys.executable, record=str(record)))
@@ -352,7 +352,6 @@ def test_data_given_as_flags(launcher: Launcher) -> None:
 def test_without_evaluation(launcher: Launcher, variables: dict[str, str]) -> None:
     call = launcher.run(DATA="train.json", **variables)
     assert not [name for name in call.flags if "eval" in name and name != "--per_device_eval_batch_size"]
-    assert "no evaluation" in launcher.start(DATA="train.json", **variables).stderr
 
 
 def test_free_port_on_one_node(launcher: Launcher) -> None:
@@ -452,6 +451,28 @@ def test_torch_s_own_torchrun_is_called_through_its_interface(launcher: Launcher
     assert shlex.split(pasted)[:3] == ["env", f"PYTHONPATH={launcher.home}:/other", str(launcher.stubs / "python3")]
 
 
+def test_a_file_of_flags_is_handed_to_train(launcher: Launcher) -> None:
+    executable(launcher.stubs / "my python", RECORD.format(python=sys.executable, record=str(launcher.record)))
+    method = "lora" if launcher.name == "finetune_lora.sh" else "full"
+    python = {"PYTHON": str(launcher.stubs / "my python")}
+    call = launcher.run("x.yaml", "--seed", "3", **python)
+    assert call.argv == ["-m", "finetune", "train", "--method", method, "x.yaml", "--seed", "3"]
+    assert call.directory == str(launcher.caller)
+    call = launcher.run("a b.yml", NNODES="2", NODE_RANK="1", MASTER_ADDR="host", GPUS_PER_NODE="4", **python)
+    options = ["--nproc", "4", "--nnodes", "2", "--node_rank", "1", "--master_addr", "host"]
+    assert call.argv[3:] == ["--method", method, *options, "a b.yml"]
+    done = launcher.start("x.yaml", DRY_RUN="1", **python)
+    assert shlex.split(done.stdout)[-1] == "x.yaml"
+    assert "MODEL, DATA and the other variables are not used" in done.stderr
+    launcher.record.unlink()
+    assert "TORCHRUN has no effect" in launcher.fail("x.yaml", TORCHRUN="torchrun")
+
+
+def test_a_copy_says_what_it_must_stand_beside(launcher: Launcher) -> None:
+    (launcher.home / "finetune.py").unlink()
+    assert "leave this script in its repository and call it from anywhere" in launcher.fail(DATA="train.json")
+
+
 def test_exit_status_is_torchruns(launcher: Launcher) -> None:
     executable(launcher.stubs / "torchrun", "#!/bin/sh\nexit 37\n")
     assert launcher.start(DATA="train.json").returncode == 37
@@ -466,9 +487,12 @@ def test_the_two_differ_in_the_method_only() -> None:
         for a, b in zip(full.splitlines(), lora.splitlines(), strict=True)
         if a != b and not (a.startswith("#") and b.startswith("#"))
     ]
-    assert len(different) == 2, different
-    assert all("output/output_" in a and "output/output_" in b for a, b in different[:1])
-    assert all(line.startswith("set -- --tune_vision") for line in different[1])
+    assert len(different) == 3, different
+    assert all("output/output_" in line for line in different[0])
+    assert [line.strip() for line in different[1]] == [
+        f'run finetune train --method {method} "$@"' for method in ("full", "lora")
+    ]
+    assert all(line.startswith("set -- --tune_vision") for line in different[2])
 
 
 def test_flags_are_known_to_finetune(launcher: Launcher) -> None:
@@ -489,3 +513,16 @@ def test_flags_are_known_to_finetune(launcher: Launcher) -> None:
     assert parsed.eval_steps == parsed.save_steps == 0.1
     assert parsed.label_names == ["labels"]
     assert parsed.tune_llm is (launcher.name == "finetune_ds.sh")
+
+
+def test_preference_training_is_a_wrapper(launcher: Launcher) -> None:
+    if launcher.name != "finetune_lora.sh":
+        pytest.skip("finetune_lora.sh only")
+    wrapper = str(launcher.home / "finetune_dpo.sh")
+    flags = launcher.run("--lora_r", "8", script=wrapper, DATA="train.json").flags
+    expected = {"--stage": "dpo", "--use_lora": "true", "--learning_rate": "5e-6", "--lora_r": "8"}
+    assert {name: flags.get(name) for name in expected} == expected
+    assert launcher.run("--learning_rate", "1e-6", script=wrapper, DATA="train.json").flags["--learning_rate"] == "1e-6"
+    words = ("x.yaml", "--learning_rate", "1e-6")
+    said = launcher.start(*words, script=wrapper, DRY_RUN="1", PYTHON=sys.executable).stdout
+    assert "'x.yaml' '--stage' 'dpo' '--learning_rate' '1e-6'" in said

@@ -91,7 +91,7 @@ def test_sound_and_video_train(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     args = parse_arguments(["lora.yaml", "--use_cpu", "true"])
     base = resolve(args.model.model_name_or_path)
-    encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings)
+    encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings)
     data = make_supervised_data_module(args.data, encoder)
     batch = data["data_collator"]([data["train_dataset"][index] for index in range(3)])
     del batch["sources"]

@@ -47,6 +47,26 @@ def test_every_file_of_the_package_is_installed() -> None:
     assert {path for path in others if path.suffix != ".py"} == installed
 
 
+def test_modules_found_by_path_have_names_of_their_own() -> None:
+    """Of two modules of one name the first import in a process would decide for all tests."""
+    paths = [path for folder in ("benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
+    names = [path.stem for path in paths if not path.stem.startswith(("test_", "conftest", "__"))]
+    assert len(names) > 50
+    assert [name for name in names if names.count(name) > 1] == []
+
+
+def test_no_link_and_no_environment_is_part_of_the_project(tmp_path: Path) -> None:
+    """A link to somebody's environment would replace that of everyone who takes the commit."""
+    git = ["git", "-C", str(ROOT)]
+    listed = subprocess.run([*git, "ls-files", "--stage"], capture_output=True, text=True, check=False)
+    assert [line for line in listed.stdout.splitlines() if line.startswith("120000")] == []
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    (tmp_path / ".gitignore").write_text((ROOT / ".gitignore").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / ".venv").symlink_to(tmp_path)
+    seen = subprocess.run(["git", "-C", str(tmp_path), "status", "--short"], capture_output=True, text=True, check=True)
+    assert seen.stdout.split() == ["??", ".gitignore"]
+
+
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["make", "--no-print-directory", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import parity
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,9 +23,30 @@ FIRST += ("docs/chat", "docs/export", "docs/evaluation", "docs/guicourse", "CONT
 PAGES = {name: (ROOT / f"{name}.md").read_text(encoding="utf-8") for name in FIRST}
 PAGES |= {f"docs/{path.stem}": path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 README = PAGES["README"]
-SHORT = ("--max_steps", "1", "--save_strategy", "no", "--eval_strategy", "no", "--dataloader_num_workers", "0")
+SHORT = (
+    "--max_steps",
+    "1",
+    "--warmup_steps",
+    "0",
+    "--save_strategy",
+    "no",
+    "--eval_strategy",
+    "no",
+    "--dataloader_num_workers",
+    "0",
+)
+# Answers may be short too.
+SHORT_OF = {"evaluate": ["--max_new_tokens", "4"]}
 # Commands of other projects, on docs/export.md.
-FOREIGN = ("vllm ", "python tools/mtmd/", "python convert_hf_to_gguf.py ")
+FOREIGN = (
+    "vllm ",
+    "lmms-eval ",
+    "llama.cpp/",
+    "ollama ",
+    "pip install -e ",
+    "python tools/mtmd/",
+    "python convert_hf_to_gguf.py ",
+)
 # Files that a user has, and names that stand for one: such a command is only held to the flags that exist.
 USERS_OWN = re.compile(r"\b[A-Z]{2,}\b|\.\.\.|\b(merge\.yaml|configs/|checkpoint-\d+|output/run\.yaml|path/to/)")
 
@@ -66,6 +91,15 @@ def place(tiny, demo_data, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def as_user(place, monkeypatch) -> None:
+    """This process in the user's directory, with nobody at the terminal."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+
+
+@pytest.mark.usefixtures("as_user")
 def test_commands(place, demo_data):
     assert len(commands()) > 60
     for command in commands():
@@ -81,11 +115,12 @@ def check_command(command: str, place: Path, demo_data: Path) -> None:
     elif re.fullmatch(r'(MODEL|DATA|EVAL_DATA)="[^"]*"', command):
         check_edited_launchers(command, place)
     elif "sh" in words:
-        env = dict(word.split("=") for word in words[: words.index("sh")])
+        own = dict(word.split("=") for word in words[: words.index("sh")])
+        env = {"DATA": str(demo_data / "train.json"), **own}
         script, *flags = words[words.index("sh") + 1 :]
-        printed = run(["sh", str(ROOT / script), *flags], place, DRY_RUN="1", DATA=str(demo_data / "train.json"), **env)
+        printed = run(["sh", str(ROOT / script), *flags], place, DRY_RUN="1", **env)
         assert str(ROOT / "finetune.py") in printed
-        assert all(word in printed for word in (*flags, *env.values())), command
+        assert all(word in printed for word in (*flags, *own.values())), command
     elif words[0] == "torchrun":
         check_launch(words[words.index("finetune.py") + 1 :])
     elif words[0] == "python":
@@ -97,9 +132,9 @@ def check_command(command: str, place: Path, demo_data: Path) -> None:
 def check_python(command: str, place: Path) -> None:
     words = command.split()
     if words[:2] == ["python", "tests/parity.py"]:
-        check_parity(words[2], place)
+        check_parity(words[2])
     elif words[:3] == ["python", "-m", "finetune"]:
-        check_finetune(command, place)
+        check_finetune(command)
     elif words[:2] == ["python", "-m"]:
         assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").is_file(), command
     elif words[:2] == ["python", "finetune.py"]:
@@ -110,23 +145,37 @@ def check_python(command: str, place: Path) -> None:
         assert (ROOT / words[1]).is_file(), f"a page has a command that no test runs: {command}"
 
 
-def check_finetune(command: str, place: Path) -> None:
-    """`python -m finetune ...` is run, unless it names files that only a user has."""
+def check_finetune(command: str) -> None:
+    """`python -m finetune ...` is run, unless it names files that only a user has.
+
+    In this process, where nothing has to be imported again; that the module starts is seen in tests/commands.
+    """
+    from finetune.__main__ import COMMANDS, main
+
     words = command.split()
     if len(words) > 4 and not USERS_OWN.search(command):
-        run([sys.executable, *words[1:]], place)
+        assert status_of(main, [*words[3:], *SHORT_OF.get(words[3], [])]) == 0, command
         return
-    from finetune.__main__ import COMMANDS
-
     assert words[3] in COMMANDS, command
     assert named_flags(command) <= {"help"} | training_flags() | command_flags(), command
 
 
-def check_parity(what: str, place: Path) -> None:
+def status_of(main: Callable[[list[str]], int], argv: list[str]) -> object:
+    """The exit status of a command, of one that prints its help too."""
+    try:
+        return main(argv)
+    except SystemExit as end:
+        return end.code or 0
+
+
+def check_parity(what: str) -> None:
     """The figures that are part of the repository."""
     golden = ROOT / "tests/golden"
     folders = sorted((golden / "forward").iterdir()) if what == "forward" else [golden / "encode"]
-    assert "ok" in run([sys.executable, str(ROOT / "tests/parity.py"), what, *map(str, folders)], place)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert parity.main([what, *map(str, folders)]) == 0, said.getvalue()
+    assert "ok" in said.getvalue()
 
 
 def check_launch(argv: list[str]) -> None:
@@ -148,7 +197,7 @@ def check_edited_launchers(assignment: str, place: Path) -> None:
         assert count >= 1, f"{script} has no line for {name}"
         copy = place / "copy"
         copy.mkdir(exist_ok=True)
-        for path in ROOT.glob("ds_config_*.json"):
+        for path in (ROOT / "finetune.py", *ROOT.glob("ds_config_*.json")):
             shutil.copy(path, copy)
         (copy / script).write_text(edited)
         assert value.strip('"') in run(["sh", str(copy / script)], place, DRY_RUN="1")
@@ -164,12 +213,12 @@ def test_json_records_are_readable(tmp_path):
     for name in {name for body in bodies for name in re.findall(r"[\w/]+\.(?:jpg|png)", body)}:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (640, 480)).save(tmp_path / name)
-    for name in ("1.mp3", "1.mp4"):
+    for name in ("1.mp3", "1.mp4", "user.wav", "voice.wav"):
         (tmp_path / name).touch()
     for body in bodies:
         records = json.loads(body)
         (tmp_path / "data.json").write_text(json.dumps(records if isinstance(records, list) else [records]))
-        for sample in read(tmp_path / "data.json"):
+        for sample in read(tmp_path / "data.json", pairs="rejected" in body):
             assert any(message.train for message in sample.messages)
 
 
@@ -178,11 +227,15 @@ def test_python_snippets(place):
 
     (place / "assets").mkdir()
     Image.new("RGB", (64, 48), "red").save(place / "assets/airplane.jpeg")
-    bodies = [body for body in blocks("python") if "Family(" not in body]  # held by tests/test_docs.py
+    # Held by tests/test_docs.py, tests/test_run.py and tests/extras.
+    held = ("Family(", "finetune.run", "generate_inner")
+    bodies = [body for body in blocks("python") if not any(words in body for words in held)]
     assert len(bodies) >= 3
     for body in bodies:
         assert "AutoPeftModel" in body or "MiniCPMVChat" in body
-        run([sys.executable, "-c", body], place)
+        # They share a process: each brings what registers the models.
+        assert re.search(r"^(import finetune\.models|from chat import )", body, flags=re.MULTILINE), body
+    run([sys.executable, "-c", "import sys\nfor body in sys.argv[1:]:\n    exec(body, {})", *bodies], place)
 
 
 def named_flags(text: str) -> set[str]:
@@ -207,7 +260,8 @@ def command_flags() -> set[str]:
 
 
 def without_commands(text: str) -> str:
-    return re.sub(r"python -m finetune[^\n`]*|sbatch[^\n`]*", "", text)
+    others = "|".join(map(re.escape, FOREIGN))
+    return re.sub(rf"(python -m finetune|sbatch|{others})[^\n`]*", "", text)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/export"])
@@ -216,6 +270,7 @@ def test_flags_named_on_the_pages_exist(page):
     known = {"help", "nproc_per_node"} | training_flags()
     of_commands = (
         "commands",
+        "training",
         "yaml",
         "evaluation",
         "guicourse",
@@ -226,9 +281,11 @@ def test_flags_named_on_the_pages_exist(page):
         "troubleshooting",
         "faq",
     )
-    of_commands += ("index", "llamafactory", "add_a_generation", "CONTRIBUTING", "reliability")
+    of_commands += ("index", "duplex", "lora", "llamafactory", "add_a_generation", "CONTRIBUTING", "reliability")
     if page.removeprefix("docs/") in of_commands:
         known |= command_flags()
+    if page == "docs/evaluation":
+        known |= {"model_args", "tasks", "output_path"}  # of lmms-eval
     assert named_flags(without_commands(PAGES[page])) <= known
 
 

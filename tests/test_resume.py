@@ -138,7 +138,10 @@ def kill_during_a_save(process: subprocess.Popen[str], output: Path) -> int:
         ranks = psutil.Process(process.pid).children()
         for rank in ranks:
             rank.suspend()
-        if not (output / f"checkpoint-{step}" / "manifest.json").exists():
+        wait_for(lambda held=ranks: all(rank.status() == psutil.STATUS_STOPPED for rank in held), process)
+        folder = output / f"checkpoint-{step}"
+        # A save removes what is there before it writes: for a moment there is no folder.
+        if folder.is_dir() and not (folder / "manifest.json").exists():
             process.kill()
             return step - 1
         for rank in ranks:  # it was faster than this look at it

@@ -18,7 +18,6 @@ from finetune.families.settings import FILES, disagreements, value_of
 from finetune.media.audio_layout import plan_audio
 from finetune.media.slicing import item_sizes, plan
 from finetune.models import load_tokenizer
-from finetune.planning.published_shapes import ASSUMED, CONFIGS, settings
 from finetune.utils.errors import CheckpointError
 from finetune.utils.log_once import warn_once
 from tools import settings_doc
@@ -26,7 +25,7 @@ from tools import settings_doc
 NAMES = [family.name for family in FAMILIES]
 PICTURES = ((448, 448), (1344, 1344), (1920, 1080))
 # Items and placeholders of the three pictures, and runs of placeholders of 5 s of sound. From published files: 2.0,
-# 2.6, 4.5 and o-4.5; from the values in official code and classes: the others (ASSUMED, and 2.5).
+# 2.6, 4.5 and o-4.5; from the values in official code and classes: the others (``Published.assumed``, and 2.5).
 LOOKS: dict[str, tuple[list[tuple[int, int]], tuple[int, ...] | None]] = {
     "v2_0": ([(1, 64), (10, 640), (9, 576)], None),
     "llama3_v2_5": ([(1, 96), (10, 960), (9, 864)], None),
@@ -48,7 +47,7 @@ def test_the_page_shows_the_tables_of_the_code() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_published_checkpoint_looks_at(name: str) -> None:
-    family, given = by_name(name), settings(name)
+    family, given = by_name(name), by_name(name).published.settings
     spec, layout = family.slice_spec(given), family.layout(given)
     sizes = [item_sizes(plan(*picture, spec)) for picture in PICTURES]
     seen = [(len(items), sum(layout.item_tokens(*size) for size in items)) for items in sizes]
@@ -60,9 +59,9 @@ def test_what_a_published_checkpoint_looks_at(name: str) -> None:
 
 
 def test_which_figures_are_published() -> None:
-    assert {"v2_0", "v2_6", "v4_5", "o4_5"}.isdisjoint(ASSUMED)
-    assert CONFIGS["o4_5"]["slice_config"]["max_slice_nums"] == 1
-    assert CONFIGS["o4_5"]["stream_input"] is True
+    assert not any(by_name(name).published.assumed for name in ("v2_0", "v2_6", "v4_5", "o4_5"))
+    assert by_name("o4_5").published.config["slice_config"]["max_slice_nums"] == 1
+    assert by_name("o4_5").published.config["stream_input"] is True
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
@@ -89,7 +88,7 @@ def put(config: dict[str, Any], file: str, key: str, value: Any) -> None:
 
 
 def test_both_values_are_named() -> None:
-    given = {**settings("o4_5"), FILES: {"image_processor": "preprocessor_config.json"}}
+    given = {**by_name("o4_5").published.settings, FILES: {"image_processor": "preprocessor_config.json"}}
     table = by_name("o4_5").settings
     assert disagreements(given, table) == [
         "max_slice_nums is 9 (in preprocessor_config.json (max_slice_nums)), which published inference reads; "
@@ -111,7 +110,7 @@ def test_both_values_are_named() -> None:
     ],
 )
 def test_what_no_network_can_follow_is_refused(name: str, file: str, key: str, value: Any, message: str) -> None:
-    given = json.loads(json.dumps(settings(name)))
+    given = json.loads(json.dumps(by_name(name).published.settings))
     if name in ("v4_6", "v4_7"):
         given |= {"image_processor": {"patch_size": 14}, "video_processor": {"patch_size": 14}}
     put(given, file, key, value)
@@ -151,7 +150,7 @@ def test_the_tiny_checkpoint_disagrees_as_the_published_one_does(tiny, caplog: p
     assert (base.config["slice_config"]["max_slice_nums"], base.config["stream_input"]) == (1, True)
     tokenizer = load_tokenizer(base.folder)
     for _ in range(2):
-        encoder = Encoder.from_config(base.family, tokenizer, base.settings)
+        encoder = Encoder(base.family, tokenizer, base.settings)
         assert encoder.slicing.max_slice_nums == 9
         assert encoder.audio_spec is not None
         assert plan_audio(5 * 16_000, encoder.audio_spec).runs == (50,)
@@ -160,7 +159,7 @@ def test_the_tiny_checkpoint_disagrees_as_the_published_one_does(tiny, caplog: p
         "MiniCPM-o 4.5: max_slice_nums is 9 (in preprocessor_config.json (max_slice_nums)), which published inference "
         "reads; 1 in config.json (slice_config.max_slice_nums) is not used"
     ]
-    assert Encoder.from_config(base.family, tokenizer, base.settings, max_slice_nums=2).slicing.max_slice_nums == 2
+    assert Encoder(base.family, tokenizer, base.settings, max_slice_nums=2).slicing.max_slice_nums == 2
 
 
 def test_families_travel_to_other_processes() -> None:

@@ -143,7 +143,7 @@ def test_a_bad_line_leaves_an_empty_row(tiny: Tiny, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f"{json.dumps(good)}\n{{'bad': 1}}\n")
     checkpoint = resolve(str(tiny("llama3_v2_5")))
-    encoder = Encoder.from_config(checkpoint.family, load_tokenizer(checkpoint.folder), checkpoint.config)
+    encoder = Encoder(checkpoint.family, load_tokenizer(checkpoint.folder), checkpoint.config)
     streamed = StreamedSamples(Stream([path], seed=0), [read(path, records=[good])])
     report = tmp_path / "bad.jsonl"
     dataset = StreamedDataset(streamed, SamplePolicy(streamed.head, encoder, on_bad_sample="skip", report=report))
@@ -160,7 +160,7 @@ def test_a_bad_line_leaves_an_empty_row(tiny: Tiny, tmp_path: Path) -> None:
 def test_batches_that_were_trained_before_are_empty_rows(lines: Path, tiny: Tiny) -> None:
     """Cheap to pass over; what follows them is what would have followed."""
     checkpoint = resolve(str(tiny("llama3_v2_5")))
-    encoder = Encoder.from_config(checkpoint.family, load_tokenizer(checkpoint.folder), checkpoint.config)
+    encoder = Encoder(checkpoint.family, load_tokenizer(checkpoint.folder), checkpoint.config)
     streamed = StreamedSamples(Stream([lines], seed=0), [read(lines)])
     dataset = StreamedDataset(streamed, SamplePolicy(streamed.head, encoder))
     loaders = [DataLoader(dataset, batch_size=2, collate_fn=list, num_workers=workers) for workers in (0, 2)]

@@ -31,7 +31,7 @@ def make_trainer(base: Path, data: Path, output: Path, *flags: str) -> CPMTraine
     torch.manual_seed(0)
     model = load_model(base, dtype=torch.float32)
     model = adapt(model, checkpoint.family, args.training, args.lora)
-    encoder = Encoder.from_config(checkpoint.family, tokenizer, checkpoint.config, max_length=2048)
+    encoder = Encoder(checkpoint.family, tokenizer, checkpoint.config, max_length=2048)
     return CPMTrainer(
         model=model,
         args=args.training,
@@ -62,14 +62,16 @@ def test_every_part_has_its_learning_rate(tiny, demo_data, tmp_path):
     assert seen == {id(parameter) for parameter in unwrapped(made).parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize(("vision", "groups"), [("1e-3", 1), ("2e-3", 2)])
-def test_parts_of_one_learning_rate_share_a_group(tiny, demo_data, tmp_path, vision, groups):
-    rates = ("--learning_rate", "1e-3", "--vision_lr", vision, "--resampler_lr", "1e-3")
-    made = make_trainer(tiny("llama3_v2_5"), demo_data, tmp_path, *rates)
+@pytest.mark.parametrize(("decay", "groups"), [("0", 3), ("0.1", 6)])
+def test_a_group_has_one_part_and_all_of_it_that_can_share_one(tiny, demo_data, tmp_path, decay, groups):
+    made = make_trainer(tiny("llama3_v2_5"), demo_data, tmp_path, "--learning_rate", "1e-3", "--weight_decay", decay)
     found = [group for group in made.create_optimizer().param_groups if group["params"]]
     trained = sum(parameter.requires_grad for parameter in unwrapped(made).parameters())
     assert sum(len(group["params"]) for group in found) == trained
-    assert len(found) == len({(group["lr"], group["weight_decay"]) for group in found}) == groups
+    names = {id(parameter): name.partition(".")[0] for name, parameter in unwrapped(made).named_parameters()}
+    parts = [{names[id(parameter)] for parameter in group["params"]} for group in found]
+    assert [len(own) for own in parts] == [1] * groups
+    assert len({(own.pop(), group["weight_decay"]) for own, group in zip(parts, found, strict=True)}) == groups
 
 
 def test_evaluation_is_weighted_by_tokens_at_any_batch_size(tiny, demo_data, tmp_path):

@@ -41,7 +41,7 @@ def picture() -> str:
         if targets and not package.startswith("__"):
             lines.append(f"  {package} --> {' & '.join(sorted(targets))}")
     for module, name in sorted(EXCEPTIONS):
-        lines.append(f"  {module.partition('.')[0]} -. model.chat .-> {name.split('.')[1]}")
+        lines.append(f"  {module.partition('.')[0]} -.->|model.chat| {name.split('.')[1]}")
     return "\n".join([*lines, "```", ""])
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 TABLE: dict[str, set[str]] = {
     "__init__": set(),
     "utils": set(),
-    "sample": {"utils"},
+    "timeline": set(),
+    "sample": {"utils", "timeline"},
     "runtime": {"utils"},
     "media.slicing": set(),
     "media.audio_layout": set(),
@@ -16,27 +17,32 @@ TABLE: dict[str, set[str]] = {
     "arguments": {"utils", "runtime", "media.video_sampling"},
     "data_files": {"utils", "sample"},
     # of media only where Pillow opens an image
-    "readers": {"utils", "sample", "data_files", "media.image_files"},
-    "templates": {"utils", "sample", "media.slicing", "media.audio_layout", "media.video_sampling"},
+    "readers": {"utils", "timeline", "sample", "data_files", "media.image_files"},
+    "templates": {"utils", "timeline", "sample", "media.slicing", "media.audio_layout", "media.video_sampling"},
     "families": {"utils", "sample", "media.slicing", "media.audio_layout", "media.video_sampling", "templates"},
     "encoding": {"utils", "sample", "media", "templates", "families"},
     "model_folders": {"utils", "families"},
-    "models": {"utils", "families", "model_folders"},
+    "tokenizers": {"utils", "families", "model_folders"},
+    "models": {"utils", "families", "model_folders", "tokenizers"},
     "tiny": {"families", "models"},
     "data_check": {"utils", "sample", "templates", "encoding"},
     "batching": {"utils", "sample", "arguments", "families", "encoding", "data_check"},
-    "early_check": {"utils", "arguments.early_flags", "families", "model_folders", "data_files", "readers"},
+    "early_check": {
+        *("utils", "sample", "arguments", "families", "templates.turn_order", "model_folders", "data_files", "readers"),
+    },
     "launch": {"utils", "runtime", "early_check"},
+    "run": {"utils", "arguments.argv", "early_check"},
     "training": {
         *("utils", "sample", "runtime", "media", "arguments", "families", "encoding", "model_folders", "models"),
     },
     # how pages look, whatever they show
-    "pages.html_page": {"utils"},
+    "pages.long_text": {"utils"},
+    "pages.html_page": {"utils", "pages.long_text"},
     "pages.thumbnails": set(),
     "pages.charts": set(),
     "pages": {"utils", "sample", "media", "templates", "encoding", "data_check"},
     "evaluation": {
-        *("utils", "sample", "runtime", "media", "encoding", "models"),
+        *("utils", "sample", "runtime", "media", "templates", "encoding", "model_folders"),
         *("pages.html_page", "pages.thumbnails", "pages.charts"),
     },
     # only the rules of boxes and words
@@ -45,18 +51,22 @@ TABLE: dict[str, set[str]] = {
     "chat": {
         "utils",
         "sample",
+        "runtime",
         "media",
         "families",
         "encoding",
         "model_folders",
+        "tokenizers",
         "models",
         "evaluation",
         "checkpoints",
     },
-    "export": {"utils", "sample", "families", "encoding", "model_folders", "models", "checkpoints"},
+    "export": {"utils", "sample", "families", "encoding", "model_folders", "tokenizers", "models", "checkpoints"},
     "planning": {
-        *("utils", "sample", "runtime", "arguments", "families", "encoding", "models", "training", "checkpoints"),
+        *("utils", "sample", "runtime", "arguments", "families", "encoding", "model_folders", "models", "training"),
+        "checkpoints",
     },
+    "commands.command_list": set(),
     "commands": {
         *(
             "utils",
@@ -71,9 +81,9 @@ TABLE: dict[str, set[str]] = {
             "models",
         ),
         *("tiny", "data_check", "training", "pages", "evaluation", "guicourse", "checkpoints", "chat", "export"),
-        *("launch", "model_folders", "models", "planning"),
+        *("launch", "model_folders", "tokenizers", "planning"),
     },
-    "__main__": {"utils", "runtime"},  # and the requested command, by name
+    "__main__": {"utils", "runtime", "commands.command_list"},  # and the requested command, by name
 }
 
 # Imports inside functions that violate the table, with the reason.
@@ -88,13 +98,17 @@ WITHOUT: dict[str, set[str]] = {
     "__init__": TORCH | {"transformers"},
     "__main__": TORCH | {"transformers"},
     "utils": TORCH | {"transformers"},
+    "timeline": TORCH | {"transformers"},
     "sample": TORCH | {"transformers"},
     "early_check": TORCH | {"transformers"},
+    "runtime.out_of_memory": TORCH | {"transformers"},
+    "run": TORCH | {"transformers"},
     "runtime.outcome": TORCH | {"transformers"},
     "runtime.processes": TORCH | {"transformers"},
     "runtime.signals": TORCH | {"transformers"},
     "arguments.data": TORCH | {"transformers"},
     "arguments.early_flags": TORCH | {"transformers"},
+    "arguments.flag_rules": TORCH | {"transformers"},
     "arguments.flag_names": TORCH | {"transformers"},
     "arguments.model": TORCH | {"transformers"},
     "arguments.legacy": TORCH | {"transformers"},

@@ -24,6 +24,7 @@ _RULES = {
     "quantization": "`--q_lora true` for 4; other numbers are refused",
     "history": "`--train_on last` for true",
     "neat_packing": "`--packing best_fit` for true",
+    "preference": "the flag of that name; `stage` is sft or dpo, other values are refused",
     "shuffling": "`--train_sampling_strategy sequential` for true",
 }
 

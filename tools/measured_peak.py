@@ -58,7 +58,10 @@ def measured(
             _step(model, batch, optimizer, recipe.accumulation)
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    moving = max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
+    found = [event["args"] for event in events if event["name"] == "[memory]"]
+    # The total goes on from an earlier profile of the process.
+    before = found[0]["Total Allocated"] - found[0]["Bytes"]
+    moving = max(each["Total Allocated"] for each in found) - before
     states = [
         state for entry in optimizer.state.values() for state in entry.values() if isinstance(state, torch.Tensor)
     ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.families import by_name
+from finetune.families import FAMILIES, by_name
 from finetune.planning.estimate_table import gigabytes
 from finetune.planning.memory_estimate import GIB, MemoryEstimate, MemoryEstimator
 from finetune.planning.meta_model import quiet
-from finetune.planning.published_shapes import ASSUMED, CONFIGS
 from finetune.planning.settings_search import ALL_METHODS, gpus_needed
 from finetune.planning.training_setup import SampleShape, TrainingSetup
 
@@ -25,6 +25,34 @@ _COLUMNS: dict[str, TrainingSetup] = {
     "all in full, 8 GPUs, ZeRO-3, offload": replace(_RECOMPUTED, method="full", stage=3, gpus=8, offload=True),
 }
 _CARDS = (24, 80)
+_DENSE = by_name("v4_7").published.config
+MIXTURE = {
+    **_DENSE,
+    "tie_word_embeddings": False,
+    "text_config": {
+        **{key: value for key, value in _DENSE["text_config"].items() if key != "intermediate_size"},
+        "hidden_size": 2048,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"] * 10,
+        "linear_num_value_heads": 32,
+        "model_type": "qwen3_5_moe_text",
+        "moe_intermediate_size": 512,
+        "num_attention_heads": 16,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "shared_expert_intermediate_size": 512,
+        "tie_word_embeddings": False,
+    },
+}
+"""4.7-35B-A3B: the vision part of 4.7, the language model by the defaults of ``Qwen3_5MoeTextConfig``."""
+_EIGHT = TrainingSetup(stage=3, gpus=8)
+MIXTURE_COLUMNS: dict[str, TrainingSetup] = {
+    "LoRA": _EIGHT,
+    "LLM in full": replace(_EIGHT, method="full-llm"),
+    "all in full": replace(_EIGHT, method="full"),
+    "all in full, offload": replace(_EIGHT, method="full", offload=True),
+}
 
 HEAD = f"""\
 # Memory estimates
@@ -56,6 +84,15 @@ On the smallest number of GPUs (1, 2, 4, ... 64) on which a method fits at all; 
 Offload takes 16 to 18 bytes of CPU memory per trained parameter: about 140 GB for everything of an 8B model.
 """
 
+_EXPERTS = """
+## Mixture of experts
+
+MiniCPM-V 4.7-35B-A3B on 8 GPUs of 80 GB with ZeRO-3, one sample per GPU as above; LoRA leaves the experts frozen. Every
+expert's weights count, and the tokens that are routed to it. Its config.json was not available: the language model has
+the sizes that are the defaults of its class in transformers (40 layers, 256 experts of which 8 see a token), the vision
+part those of 4.7.
+"""
+
 TAIL = """
 ## Flags that save memory
 
@@ -68,6 +105,28 @@ TAIL = """
   tower at once. Loss and gradients stay the same. It bounds the memory of a frozen tower and of one whose layers are
   recomputed. Under ZeRO-3 ranks agree on the number of chunks in every step, and those with fewer run a tiny grey
   image.
+
+## When a run runs out of memory
+
+The error of a training run names up to three sets of flags, computed by this estimate for the model, the flags, the
+longest records and the memory that the GPU has for this process. They are tried in the order of their price, alone
+and up to three together:
+
+| flag | price |
+|---|---|
+| `--vision_batch 8` | a little time |
+| `--per_device_train_batch_size` halved or 1, more `--gradient_accumulation_steps` | time where samples are short |
+| `--packing_tokens` halved, of packed rows | the same |
+| `--checkpoint_parts vision`, `llm`, then all | up to a third of the time |
+| `--deepspeed ds_config_zero2.json`, `ds_config_zero3.json`, on several GPUs | communication |
+| `--deepspeed ds_config_zero2_offload.json`, `ds_config_zero3_offload.json` | CPU memory, transfers |
+| `--q_lora true`, for LoRA | a base in 4 bit |
+| `--model_max_length` at three quarters, at half | long samples lose slices or turns |
+
+If the run used more than the estimate of its flags, the estimates of the others are raised by the same factor. If
+nothing fits, the message says so and names what saves most. A changed ZeRO stage or `--q_lora` cannot resume a
+checkpoint of the run; the message marks them. It takes some seconds on the CPU while the other ranks wait. An error
+of the estimate does not hide the first error.
 
 ## What is counted
 
@@ -104,14 +163,16 @@ flash-linear-attention is not installed; with it less is kept. Audio is not coun
 
 def page() -> str:
     """docs/memory.md."""
-    planners = {name: MemoryEstimator(config) for name, config in CONFIGS.items()}
+    planners = {family.name: MemoryEstimator(dict(family.published.config)) for family in FAMILIES}
     lines = [f"| | parameters | {' | '.join(_COLUMNS)} |", f"|{'---|' * (len(_COLUMNS) + 2)}"]
     lines += [family_row(name, planner) for name, planner in planners.items()]
-    assumed = ", ".join(by_name(name).title for name in ASSUMED)
+    assumed = ", ".join(family.title for family in FAMILIES if family.published.assumed)
     lines += ["", f"Sizes partly from other sources, as the config.json was not available: {assumed}.", _FITS]
     lines += [f"| | {' | '.join(f'{method}, {card} GB' for card in _CARDS for method in ALL_METHODS)} |"]
     lines += [f"|{'---|' * (len(_CARDS) * len(ALL_METHODS) + 1)}"]
     lines += [fitting_row(name, planner) for name, planner in planners.items()]
+    lines += [_EXPERTS, f"| | parameters | {' | '.join(MIXTURE_COLUMNS)} |", f"|{'---|' * (len(MIXTURE_COLUMNS) + 2)}"]
+    lines += [mixture_row(MemoryEstimator(MIXTURE), MIXTURE_COLUMNS.values())]
     return "\n".join([HEAD, *lines, TAIL])
 
 
@@ -119,6 +180,16 @@ def family_row(name: str, planner: MemoryEstimator) -> str:
     """A family's line of the first table."""
     cells = [gigabytes(planner.memory(recipe, _SHAPE).total) for recipe in _COLUMNS.values()]
     return f"| {by_name(name).title} | {planner.parameters() / 1e9:.2f} billion | {' | '.join(cells)} |"
+
+
+def mixture_row(planner: MemoryEstimator, setups: Iterable[TrainingSetup]) -> str:
+    """The line of the mixture of experts, with CPU memory where something is offloaded."""
+    cells = [f"MiniCPM-V 4.7-35B-A3B | {planner.parameters() / 1e9:.2f} billion"]
+    for setup in setups:
+        memory = planner.memory(setup, _SHAPE)
+        host = f", and {gigabytes(memory.host)} of CPU memory per GPU" if memory.host else ""
+        cells.append(f"{gigabytes(memory.total)}{host}")
+    return f"| {' | '.join(cells)} |"
 
 
 def fitting_row(name: str, planner: MemoryEstimator) -> str:

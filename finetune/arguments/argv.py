@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,31 @@ def read_file(path: Path) -> list[str]:
         given: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError as error:
         raise ArgumentError(f"{path}: no such file (looked from {Path.cwd()})") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ArgumentError(
+            f"{path}{line}: not a YAML file of flags: {error.problem}; write one flag and its value a line, as in "
+            "learning_rate: 1.0e-4, all with the same indent"
+        ) from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ArgumentError(f"{path}: not a YAML file of flags: {' '.join(str(error).split())}") from error
     if isinstance(given, dict) and isinstance(given.get("flags"), dict) and "versions" in given:
         given = given["flags"]
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise ArgumentError(f"{path}: each line should be a flag and its value, as in learning_rate: 1.0e-4")
+    return mapping_to_argv(given, str(path))
+
+
+def mapping_to_argv(given: Mapping[str, Any], where: str) -> list[str]:
+    """The command line of flags with their values as YAML or Python has them. None is left out.
+
+    Args:
+        given: values by flag.
+        where: what an error calls their origin.
+
+    Raises:
+        ArgumentError: a value is neither a text, a number, an object nor a list of them.
+    """
     argv = []
     for key, value in given.items():
         if value is None:
@@ -67,7 +86,7 @@ def read_file(path: Path) -> list[str]:
             argv += [f"--{key}", *(_as_argument(item) for item in (value if isinstance(value, list) else [value]))]
         except (TypeError, ValueError) as error:  # a date inside of an object, or a list that contains itself
             raise ArgumentError(
-                f"{path}: {key} has a value that is not a text, a number or a list of them ({error})"
+                f"{where}: {key} has a value that is not a text, a number or a list of them ({error})"
             ) from error
     return argv
 

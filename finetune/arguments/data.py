@@ -26,7 +26,7 @@ VIDEO_FLAGS = (
 
 
 Thinking = Literal["keep", "mask", "strip"]
-DataFormat = Literal["auto", "official", "sharegpt", "alpaca", "openai"]
+DataFormat = Literal["auto", "official", "sharegpt", "alpaca", "openai", "duplex"]
 
 
 class ReadingOptions(TypedDict):
@@ -40,10 +40,11 @@ class ReadingOptions(TypedDict):
     max_samples: int | None
     rebuild: bool
     strict_paths: bool
+    pairs: bool
 
 
 class EncodingOptions(TypedDict):
-    """Keywords of ``Encoder.from_config``."""
+    """Keywords of ``Encoder``."""
 
     max_slice_nums: int | None
     max_pixels: int | None
@@ -66,6 +67,13 @@ class PolicyOptions(TypedDict):
 class DataArguments:
     """Data of training and evaluation."""
 
+    stage: Literal["sft", "dpo"] = field(
+        default="sft",
+        metadata={
+            "help": "sft trains on conversations, dpo on preference pairs: a better and a worse answer to one prompt "
+            "(docs/preferences.md)."
+        },
+    )
     data_path: str | None = field(
         default=None,
         metadata={"help": "Training data: a file (json, jsonl, parquet, arrow, csv, tar) or a folder of them."},
@@ -223,11 +231,12 @@ class DataArguments:
             max_samples=self.max_samples,
             rebuild=self.overwrite_cache,
             strict_paths=self.strict_paths,
+            pairs=self.stage == "dpo",
         )
 
     @property
     def encoding(self) -> EncodingOptions:
-        """Arguments of ``Encoder.from_config``, without max_length."""
+        """Arguments of ``Encoder``, without max_length."""
         return EncodingOptions(
             max_slice_nums=self.max_slice_nums,
             max_pixels=self.max_image_pixels,

@@ -127,6 +127,16 @@ def _check_shape(loaded: Any, config: str) -> None:
         )
 
 
+def check_config_file(config: str) -> None:
+    """Checks that there is a file for the value of --deepspeed, without reading it.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    if config.lower() != "none" and not config.startswith("{") and Path(config).name not in _THEIRS:
+        _find(config)
+
+
 def _find(config: str) -> Path | None:
     """The file of a configuration; None for LLaMA-Factory's ZeRO-0."""
     for path in (Path(config), _HERE / config):
@@ -134,7 +144,9 @@ def _find(config: str) -> Path | None:
             return path
     name = Path(config).name
     if name not in _THEIRS:
-        raise ArgumentError(f"--deepspeed {config}: no such file in {Path.cwd()} or {_HERE}")
+        folders = " or ".join(dict.fromkeys((str(Path.cwd()), str(_HERE))))
+        ours = ", ".join(sorted(path.name for path in _HERE.glob("ds_config_*.json")))
+        raise ArgumentError(f"--deepspeed {config}: no such file in {folders}; there are {ours}")
     ours = _THEIRS[name]
     if ours is None:
         logger.warning("--deepspeed %s does not exist: training without DeepSpeed (DDP), equivalent to ZeRO-0", config)

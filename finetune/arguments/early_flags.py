@@ -1,11 +1,14 @@
-"""The flags of a training checked without importing torch: names, types and numeric ranges."""
+"""Parses the flags of a training without importing torch, and checks their names, types and numeric ranges."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from finetune.arguments.argv import parse_bool, parse_flags
-from finetune.arguments.flag_names import flag_types, takes_many
+from finetune.arguments.flag_names import flag_types, own_flags, takes_many
 from finetune.arguments.ranges import check_not_empty, check_ranges
 from finetune.arguments.resolve import refuse_unknown, resolve
 from finetune.utils.errors import ArgumentError
@@ -21,15 +24,42 @@ def early_flags(argv: Sequence[str]) -> dict[str, list[str]]:
         ArgumentError: a name that no flag has, a value of another type, or a number out of range.
     """
     types = flag_types()
-    resolved = resolve(argv, takes_many())
+    with without_warnings():
+        resolved = resolve(argv, takes_many())
     check_not_empty(resolved.argv)
     flags, stray = parse_flags(resolved.argv)
     unknown = [*stray, *(f"--{name}" for name in flags if name not in types)]
     if unknown:
         refuse_unknown(unknown, [f"--{name}" for name in types])
-    numbers = {name: _typed(name, values, types[name]) for name, values in flags.items()}
-    check_ranges(numbers, resolved.origins)
+    check_ranges({name: _typed(name, values, types[name]) for name, values in flags.items()}, resolved.origins)
+    for name, values in flags.items():
+        _check_choice(name, values)
     return flags
+
+
+def values_of(flags: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The flags with numbers and switches as such, others as the text that was given; several values as a list."""
+    types = flag_types()
+    found = {name: _typed(name, values, types[name]) for name, values in flags.items()}
+    given = {name: values[0] if len(values) == 1 else list(values) for name, values in flags.items()}
+    return {name: given[name] if value is None else value for name, value in found.items()}
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keeps our warnings to the run, which gives them again."""
+    own, quiet = logging.getLogger("finetune"), logging.NullHandler()
+    own.addHandler(quiet)
+    try:
+        yield
+    finally:
+        own.removeHandler(quiet)
+
+
+def _check_choice(name: str, values: Sequence[str]) -> None:
+    choices = own_flags()[name].choices if name in own_flags() else ()
+    if choices and (wrong := [value for value in values if value not in choices]):
+        raise ArgumentError(f"--{name} {wrong[0]}: it is {', '.join(choices)}")
 
 
 def _typed(name: str, values: Sequence[str], annotation: str) -> float | bool | None:

@@ -1,4 +1,4 @@
-"""Old names: flags that transformers 5 renamed or removed, OpenBMB's LLM_TYPE, names of LLaMA-Factory's templates."""
+"""Old names: flags that transformers 5 renamed or removed, and other spellings of OpenBMB's LLM_TYPE."""
 
 from __future__ import annotations
 
@@ -18,12 +18,6 @@ _RENAMED = {
 }
 # Names of other scripts for the same language models.
 LLM_TYPES = {"qwen2": "qwen", "qwen2.5": "qwen", "qwen3": "qwen", "minicpm4": "llama"}
-# LLaMA-Factory's names for prompt formats, and the families that a published guide or its own list gives them to.
-_TEMPLATES = {
-    "minicpm_v": ("v2_6", "o2_6", "v4_0", "v4_5", "o4_5"),
-    "minicpm_o": ("o2_6", "o4_5"),
-    "minicpm_v_4_6": ("v4_6", "v4_7", "ocr1_0"),
-}
 # A boolean flag that became a value of another flag.
 _SWITCHES = {"group_by_length": ("train_sampling_strategy", "group_by_length")}
 _DROPPED = {
@@ -48,11 +42,6 @@ _DROPPED = {
     "dispatch_batches": "use --accelerator_config",
     "split_batches": "use --accelerator_config",
 }
-
-
-def template_fits(template: str, family: str) -> bool:
-    """Whether LLaMA-Factory or a published guide uses this template name for a family."""
-    return family in _TEMPLATES.get(template, ())
 
 
 def legacy_names() -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from finetune.arguments.argv import parse_bool
+from finetune.arguments.flag_names import own_flags
 from finetune.arguments.llamafactory_table import KeyRow, default_values, other_defaults, rows
 from finetune.utils.errors import ArgumentError
 
@@ -14,6 +15,9 @@ logger = logging.getLogger(__name__)
 
 # Keys that are translated together.
 _METHOD = ("finetuning_type", "freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model")
+_PREFERENCE = ("stage", "pref_beta", "pref_loss", "pref_ftx", "dpo_label_smoothing", "simpo_gamma")
+_LOSS_OF = {"dpo_label_smoothing": "sigmoid", "simpo_gamma": "simpo"}
+"""Keys that one loss alone reads."""
 _ATTENTION = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
 
 
@@ -35,9 +39,11 @@ Keys = Mapping[str, Given]
 Flags = dict[str, Given]
 
 
-def is_foreign(key: str, flags: set[str]) -> bool:
-    """Whether a key is LLaMA-Factory's and not also one of our flags."""
-    return key in rows() and key not in flags
+def are_theirs(keys: Collection[str], flags: set[str]) -> bool:
+    """Whether a file has a key of LLaMA-Factory that is no flag of ours, or ``stage`` and none that is ours alone."""
+    if any(key in rows() and key not in flags for key in keys):
+        return True
+    return "stage" in keys and not any(key in own_flags() and key not in rows() for key in keys)
 
 
 def defaults(given: Keys, command: str) -> Flags:
@@ -242,6 +248,28 @@ def _shuffling(keys: Keys, command: str) -> Flags:
     return {"train_sampling_strategy": keys["disable_shuffling"]._replace(values=["sequential" if off else "random"])}
 
 
+def _preference(keys: Keys, command: str) -> Flags:
+    """The stage and the keys of preference training; defaults that would have no effect are not passed on."""
+    if command == "export":
+        return {}
+    stage, loss = _value(keys, "stage", "sft").lower(), _value(keys, "pref_loss", "sigmoid")
+    if stage not in ("sft", "dpo"):
+        raise ArgumentError(
+            f"{keys['stage'].origin} {stage} is not part of this tool: sft (supervised) and dpo (preference pairs) are"
+        )
+    flags = {"stage": keys["stage"]} if "stage" in keys else {}
+    for name in _PREFERENCE[1:]:
+        if name not in keys:
+            continue
+        only = _LOSS_OF.get(name, loss)
+        if keys[name].layer > 0 or (stage == "dpo" and loss == only):
+            row = rows()[name]
+            unused = stage == "sft" or loss != only
+            if not (unused and row.is_default(keys[name].values)):
+                flags[name] = keys[name]
+    return flags
+
+
 _RULES: dict[str, Callable[[Keys, str], Flags]] = {
     "finetuning_type": _method,
     "adapter_name_or_path": _adapter,
@@ -253,4 +281,5 @@ _RULES: dict[str, Callable[[Keys, str], Flags]] = {
     "mask_history": _history,
     "disable_shuffling": _shuffling,
     "neat_packing": _neat_packing,
+    "stage": _preference,
 }

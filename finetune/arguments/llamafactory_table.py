@@ -1,4 +1,4 @@
-"""Reads the table of LLaMA-Factory's keys, llamafactory.yaml."""
+"""Loads llamafactory.yaml, the packaged mapping from LLaMA-Factory's configuration keys to our flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags of the model, of memory saving, and of LoRA; those of training are in ``arguments.training``."""
+"""Flags of the model, of LoRA and of memory saving, as dataclasses."""
 
 from __future__ import annotations
 
@@ -46,6 +46,13 @@ class ModelArguments:
             "help": "4.6 and later: vision patches per token, 16x or 4x; 4x keeps finer detail and needs about four "
             "times as many tokens per image. Default: environment variable DOWNSAMPLE_MODE, else the adapter's or the "
             "checkpoint's value."
+        },
+    )
+    use_image_id: bool | None = field(
+        default=None,
+        metadata={
+            "help": "2.6 and later: whether <image_id>0</image_id> precedes an image in the prompt; false trains the "
+            "prompt that llama.cpp writes. Default: the adapter's or the checkpoint's value."
         },
     )
     check_base_loss: str = field(

@@ -17,11 +17,12 @@ from transformers import HfArgumentParser
 from finetune.arguments.argv import parse_flags
 from finetune.arguments.data import DataArguments
 from finetune.arguments.flag_names import takes_many
+from finetune.arguments.flag_rules import check_rules
 from finetune.arguments.model import LoraArguments, ModelArguments, check_lora
 from finetune.arguments.ranges import check_not_empty, check_objects, check_ranges
-from finetune.arguments.requirements import check_data, check_q_lora, check_targets, check_training, resolve_attention
+from finetune.arguments.requirements import check_quantised_stage, check_targets, check_training, resolve_attention
 from finetune.arguments.resolve import Resolved, refuse_unknown, resolve
-from finetune.arguments.training import TrainingArguments, check_streamed_batches
+from finetune.arguments.training import TrainingArguments, check_streamed_batches, warn_of_low_rate
 from finetune.utils.errors import ArgumentError, UserError
 from finetune.utils.number_format import significant
 
@@ -55,6 +56,10 @@ class Arguments(NamedTuple):
         """Every flag whose resolved value differs from its default, by name, in plain YAML types."""
         return {entry.name: _plain(value) for entry, value in self._recordable() if value != entry.default}
 
+    def given(self) -> list[tuple[str, Any, str]]:
+        """The same flags with their origins: (name, value, origin)."""
+        return [(name, value, self.origin(name)) for name, value in self.non_defaults().items()]
+
     def _recordable(self) -> Iterator[tuple[Field[Any], Any]]:
         """Every flag that has a value and may be recorded."""
         for arguments in (self.model, self.data, self.training, self.lora):
@@ -73,7 +78,8 @@ class Arguments(NamedTuple):
         width = max(map(len, values), default=0)
         lines = []
         for name, value in values.items():
-            origin = "" if self.origin(name) == COMMAND_LINE else f"  ({self.origin(name)})"
+            file, _, key = self.origin(name).partition(": ")
+            origin = "" if file == COMMAND_LINE else f"  ({file if key == name else self.origin(name)})"
             lines.append(f"  {name:<{width}}  {_short(value)}{origin}")
         return "\n".join(lines)
 
@@ -125,15 +131,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         )
     if training.do_predict:
         raise ArgumentError("--do_predict true is not training: `python -m finetune evaluate` predicts and scores")
+    check_rules({**vars(model), **vars(data), **vars(training), **vars(lora)})
     check_training(training)
+    if data.stage == "sft":
+        warn_of_low_rate(training)
     resolve_attention(model)
     if data.image_backend == "fast" and importlib.util.find_spec("simplejpeg") is None:
         logger.warning("--image_backend fast decodes JPEG files faster with simplejpeg: pip install -e '.[fast]'")
     if lora.q_lora:
-        check_q_lora(training)
+        check_quantised_stage(training)
     check_lora(lora, use_lora=training.use_lora)
     check_targets(lora)
-    check_data(data, training)
     if data.streaming:
         check_streamed_batches(training)
     origins = resolved.origins if argv is not None else _mark_launcher_defaults(resolved.origins, sys.argv[1:])

@@ -104,6 +104,10 @@ RANGES: Mapping[str, Range] = {
         hint="smoothing needs the logits of all tokens, which are never computed here; omit it",
     ),
     **dict.fromkeys(("seed", "data_seed"), _SEED),
+    # preference training
+    **dict.fromkeys(("pref_ftx", "simpo_gamma"), _NOT_NEGATIVE),
+    "pref_beta": Range(low=0, above=True, hint="with 0 the loss does not depend on the model"),
+    "dpo_label_smoothing": Range(low=0, high=0.5, below=True, hint="half of the labels wrong teaches nothing"),
     # batches and processes
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "batch_size", "batch"), _COUNT),
     **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "packing_tokens"), _COUNT),
@@ -130,6 +134,8 @@ RANGES: Mapping[str, Range] = {
     "report_rows": _NOT_NEGATIVE,
     "eval_share": _SHARE,
     "nproc": _COUNT,
+    "concurrency": _COUNT,
+    "tolerance": _NOT_NEGATIVE,
     "nnodes": _COUNT,
     "node_rank": _NOT_NEGATIVE,
     "master_port": Range(low=1, high=65535),

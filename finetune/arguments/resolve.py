@@ -60,7 +60,7 @@ def resolve(argv: Sequence[str], known: Mapping[str, bool], command: str = "trai
     if path is not None:
         written, _ = parse_flags(translate(read_file(path)))
         _check_names(path, written, ours)
-        theirs = any(llamafactory.is_foreign(key, ours) for key in written)
+        theirs = llamafactory.are_theirs(written, ours)
         _split(written, _FILE, str(path), ours, theirs, keys, flags)
     _split(typed, _COMMAND_LINE, "command line", ours, theirs, keys, flags)
     if theirs:
@@ -141,6 +141,10 @@ def refuse_unknown(unknown: Sequence[str], known: Sequence[str]) -> NoReturn:
     names = [argument for argument in unknown if argument.startswith("--")] or unknown
     hints = []
     for name in names:
+        if Path(name).is_dir():
+            inside = sorted(Path(name).glob("*.yaml"))
+            hints.append(f"{name} is a folder, give a YAML file" + (f" (did you mean {inside[0]}?)" if inside else ""))
+            continue
         close = difflib.get_close_matches(name.partition("=")[0], known, n=1)
         hints.append(f"{name} (did you mean {close[0]}?)" if close else name)
     raise ArgumentError(f"unknown: {', '.join(hints)}; --help lists every flag")

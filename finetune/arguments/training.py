@@ -6,12 +6,17 @@ import logging
 from dataclasses import dataclass, field
 
 import transformers
-from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_cuda_available
+from transformers.utils.import_utils import (
+    is_torch_bf16_gpu_available,
+    is_torch_cuda_available,
+    is_torch_tf32_available,
+)
 
 from finetune.arguments.activation_checkpointing import copy_to_new_names
 from finetune.arguments.deepspeed import check_deepspeed, check_zero, load_deepspeed
+from finetune.arguments.flag_rules import check_method, resume_choice
 from finetune.arguments.model import MemoryArguments, check_memory
-from finetune.arguments.requirements import check_machine
+from finetune.arguments.preference import PreferenceArguments
 from finetune.utils.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
@@ -20,8 +25,6 @@ logger = logging.getLogger(__name__)
 LOW_LORA_LEARNING_RATE = 1e-5
 
 # Older scripts pass true and false.
-_RESUME_VALUES = {"none": None, "false": None, "auto": "auto", "true": "auto"}
-
 PACKINGS = {"off": "off", "batch": "batch", "best_fit": "best_fit", "true": "best_fit", "false": "off"}
 BY_SIZE = ("group_by_length", "batch_rebalance")
 """Values of train_sampling_strategy that need the lengths of the samples."""
@@ -73,7 +76,9 @@ class EndingArguments:
 
 
 @dataclass
-class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transformers.TrainingArguments):
+class TrainingArguments(
+    MemoryArguments, BatchArguments, EndingArguments, PreferenceArguments, transformers.TrainingArguments
+):
     """transformers.TrainingArguments with other defaults, and the flags of the official scripts."""
 
     output_dir: str | None = field(default="output", metadata={"help": "Folder of checkpoints and the result."})
@@ -174,15 +179,13 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
     )
 
     def __post_init__(self) -> None:
+        check_method(vars(self))
         self._resolve_parts()
         self._resolve_learning_rates()
         self._resolve_precision()
-        check_machine(self)
         resolve_batches(self)
         check_memory(self)
-        self.resume_from_checkpoint = _RESUME_VALUES.get(
-            (self.resume_from_checkpoint or "none").lower(), self.resume_from_checkpoint
-        )
+        self.resume_from_checkpoint = resume_choice(self.resume_from_checkpoint)
         self.deepspeed = load_deepspeed(self.deepspeed)
         check_deepspeed(self.deepspeed, self)
         if self.remove_unused_columns:
@@ -204,11 +207,6 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
         super().__post_init__()
 
     def _resolve_parts(self) -> None:
-        if self.use_lora and self.tune_llm:
-            raise ArgumentError(
-                "--use_lora true trains adapters in the LLM, --tune_llm true trains the LLM in full: "
-                "choose one (LoRA needs --tune_llm false)"
-            )
         if self.tune_llm_layers is not None and (self.use_lora or self.tune_llm is False or not self.tune_llm_layers):
             raise ArgumentError(
                 f"--tune_llm_layers {self.tune_llm_layers} trains that many layers of the LLM in full: it cannot be 0 "
@@ -238,13 +236,6 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
     def _resolve_learning_rates(self) -> None:
         if self.learning_rate is None:
             self.learning_rate = 1e-4 if self.use_lora else 1e-5
-        if self.use_lora and self.learning_rate < LOW_LORA_LEARNING_RATE:
-            logger.warning(
-                "--learning_rate %g is low for LoRA: adapters start at zero and usually need 1e-4 to 2e-4; "
-                "below %g training often has no visible effect",
-                self.learning_rate,
-                LOW_LORA_LEARNING_RATE,
-            )
         for part, share in (("vision", 5), ("resampler", 1), ("audio", 5)):
             name = f"{part}_lr"
             adapted = self.use_lora and part in self.lora_parts
@@ -254,8 +245,6 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
                 logger.warning("--%s has no effect: the %s is frozen (--tune_%s false)", name, part, part)
 
     def _resolve_precision(self) -> None:
-        if self.bf16 and self.fp16:
-            raise ArgumentError("--bf16 true and --fp16 true: choose one (bf16 if the GPU supports it)")
         if self.use_cpu or not is_torch_cuda_available():
             self.use_cpu = True
             self.dataloader_pin_memory = False
@@ -269,6 +258,8 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
             self.fp16 = not self.bf16
         else:
             self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
+        if self.tf32 and (self.use_cpu or not is_torch_tf32_available()):  # before transformers says so in its way
+            raise ArgumentError("--tf32 true needs an NVIDIA GPU of the Ampere generation or newer; omit it")
 
     @property
     def compute_dtype(self) -> str:
@@ -281,6 +272,17 @@ class TrainingArguments(MemoryArguments, BatchArguments, EndingArguments, transf
         assert self.learning_rate is not None
         rates = {part: getattr(self, f"{part}_lr") for part in ("vision", "resampler", "audio")}
         return {"llm": self.learning_rate, **rates}
+
+
+def warn_of_low_rate(training: TrainingArguments) -> None:
+    """Warns of a learning rate with which adapters hardly learn answers; preference training takes lower ones."""
+    if training.use_lora and training.learning_rate < LOW_LORA_LEARNING_RATE:
+        logger.warning(
+            "--learning_rate %g is low for LoRA: adapters start at zero and usually need 1e-4 to 2e-4; "
+            "below %g training often has no visible effect",
+            training.learning_rate,
+            LOW_LORA_LEARNING_RATE,
+        )
 
 
 def resolve_batches(training: TrainingArguments) -> None:

@@ -23,8 +23,8 @@ from finetune.batching.lengths import SampleLengths, measure
 from finetune.batching.samplers import (
     BatchPlan,
     BestFitPlan,
+    PackingOptions,
     PackPlan,
-    PackShape,
     RankPackSampler,
     SamplerEpochCallback,
     SeededLengthGroupedSampler,
@@ -172,33 +172,33 @@ def _batch(args: TrainingArguments) -> int:
 
 def _plan(sizes: SampleLengths, args: TrainingArguments, seed: int) -> PackPlan:
     capacity = row_capacity(args)
-    shape = PackShape(capacity=capacity, most_items=args.packing_items, world=args.world_size, seed=seed)
+    options = PackingOptions(capacity=capacity, most_items=args.packing_items, world=args.world_size, seed=seed)
     accumulation = args.gradient_accumulation_steps
     if args.packing == "batch":
         shuffle = args.train_sampling_strategy == "random"
-        plan: PackPlan = BatchPlan(sizes, shape, batch=_batch(args), accumulation=accumulation, shuffle=shuffle)
+        plan: PackPlan = BatchPlan(sizes, options, batch=_batch(args), accumulation=accumulation, shuffle=shuffle)
     else:
-        plan = BestFitPlan(sizes, shape, _epochs(sizes, shape, args))
+        plan = BestFitPlan(sizes, options, _epochs(sizes, options, args))
     if args.process_index == 0:
-        _describe(plan, sizes, shape, args)
+        _describe(plan, sizes, options, args)
     return plan
 
 
-def _describe(plan: PackPlan, sizes: SampleLengths, shape: PackShape, args: TrainingArguments) -> None:
-    full, waiting = fill(plan, sizes, shape)
+def _describe(plan: PackPlan, sizes: SampleLengths, options: PackingOptions, args: TrainingArguments) -> None:
+    full, waiting = fill(plan, sizes, options)
     steps = max(math.ceil(len(plan) / args.gradient_accumulation_steps), 1)
     logger.info(
         "packing %s: %d samples in rows of at most %d tokens, %.1f%% full; %.1f samples per optimizer step (without "
         "packing %d), %d steps per epoch; the slowest rank has %.1f%% more work than the mean",
-        args.packing, len(sizes), shape.capacity, 100 * full, len(sizes) / steps, _batch(args), steps,
+        args.packing, len(sizes), options.capacity, 100 * full, len(sizes) / steps, _batch(args), steps,
         100 * (waiting - 1),
     )  # fmt: skip
 
 
-def _epochs(sizes: SampleLengths, shape: PackShape, args: TrainingArguments) -> int:
+def _epochs(sizes: SampleLengths, options: PackingOptions, args: TrainingArguments) -> int:
     """Upper bound of the number of epochs, at least one."""
     if args.max_steps <= 0:
         return math.ceil(args.num_train_epochs)
     # No epoch has fewer packs than this.
-    rounds = max(math.ceil(int(sizes.tokens.sum()) / shape.capacity / shape.world), 1)
+    rounds = max(math.ceil(int(sizes.tokens.sum()) / options.capacity / options.world), 1)
     return math.ceil(args.max_steps * args.gradient_accumulation_steps / rounds)

@@ -117,7 +117,7 @@ def _size(sample_policy: SamplePolicy, index: int) -> ExampleSize:
         if not sample_policy.skips(error):
             raise
         return _SKIPPED
-    return sample_policy.length_policy.encoder.size_of(fitted.sample, fitted.plans, fitted.rendered)
+    return sample_policy.length_policy.size_of(fitted)
 
 
 def _measured(sample_policy: SamplePolicy, numbers: Sequence[int], workers: int, quiet: bool) -> np.ndarray:

@@ -81,8 +81,8 @@ class PackPlan(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackShape:
-    """Limits of packs.
+class PackingOptions:
+    """How samples are packed into rows.
 
     Attributes:
         capacity: maximum number of tokens of a row.
@@ -104,27 +104,27 @@ class BestFitPlan:
 
     Args:
         sizes: sizes of the samples.
-        shape: limits of the packs.
+        options: limits, ranks and seed.
         epochs: number of epochs.
     """
 
-    def __init__(self, sizes: SampleLengths, shape: PackShape, epochs: int) -> None:
-        self.sizes, self.shape = sizes, shape
+    def __init__(self, sizes: SampleLengths, options: PackingOptions, epochs: int) -> None:
+        self.sizes, self.options = sizes, options
         self._cost = sizes.cost
         most = max(len(self._packs(number)) for number in range(max(epochs, 1)))
-        self._length = -(-most // shape.world)
+        self._length = -(-most // options.world)
 
     def __len__(self) -> int:
         return self._length
 
     def _packs(self, number: int) -> list[Pack]:
-        order = shuffled(len(self.sizes), self.shape.seed, number).numpy()
-        return best_fit(self.sizes.tokens, self.sizes.items, order, self.shape.capacity, self.shape.most_items)
+        order = shuffled(len(self.sizes), self.options.seed, number).numpy()
+        return best_fit(self.sizes.tokens, self.sizes.items, order, self.options.capacity, self.options.most_items)
 
     def epoch(self, number: int) -> Iterator[Round]:
         """The rounds of an epoch; every sample occurs once."""
-        packs = split_to_count(self._packs(number), self._cost, self._length * self.shape.world)
-        return iter(rounds(packs, self._cost, self.shape.world, (self.shape.seed, number)))
+        packs = split_to_count(self._packs(number), self._cost, self._length * self.options.world)
+        return iter(rounds(packs, self._cost, self.options.world, (self.options.seed, number)))
 
 
 class BatchPlan:
@@ -132,14 +132,16 @@ class BatchPlan:
 
     Args:
         sizes: sizes of the samples.
-        shape: limits of the packs.
+        options: limits, ranks and seed.
         batch: samples per optimizer step, over all ranks.
         accumulation: micro-batches per optimizer step.
         shuffle: random order, or the order of the data.
     """
 
-    def __init__(self, sizes: SampleLengths, shape: PackShape, *, batch: int, accumulation: int, shuffle: bool) -> None:
-        self.sizes, self.shape, self.batch, self.accumulation = sizes, shape, batch, accumulation
+    def __init__(
+        self, sizes: SampleLengths, options: PackingOptions, *, batch: int, accumulation: int, shuffle: bool
+    ) -> None:
+        self.sizes, self.options, self.batch, self.accumulation = sizes, options, batch, accumulation
         self.shuffle = shuffle
         self._cost = sizes.cost
 
@@ -148,12 +150,12 @@ class BatchPlan:
 
     def epoch(self, number: int) -> Iterator[Round]:
         """The rounds of an epoch; every sample occurs once."""
-        order = shuffled(len(self.sizes), self.shape.seed, number) if self.shuffle else torch.arange(len(self.sizes))
+        order = shuffled(len(self.sizes), self.options.seed, number) if self.shuffle else torch.arange(len(self.sizes))
         for samples in order.split(self.batch):
-            count = self.shape.world * self.accumulation
-            packs = balanced_packs(samples.tolist(), self._cost, count, self.sizes.tokens, self.shape.capacity)
-            for start in range(0, count, self.shape.world):
-                yield packs[start : start + self.shape.world]
+            count = self.options.world * self.accumulation
+            packs = balanced_packs(samples.tolist(), self._cost, count, self.sizes.tokens, self.options.capacity)
+            for start in range(0, count, self.options.world):
+                yield packs[start : start + self.options.world]
 
 
 class RankPackSampler(Sampler[list[int]]):
@@ -193,7 +195,7 @@ class SamplerEpochCallback(TrainerCallback):
             self.sampler.set_epoch(int(state.epoch or 0))
 
 
-def fill(plan: PackPlan, sizes: SampleLengths, shape: PackShape) -> tuple[float, float]:
+def fill(plan: PackPlan, sizes: SampleLengths, options: PackingOptions) -> tuple[float, float]:
     """Statistics of the first epoch of a plan.
 
     Returns:
@@ -205,4 +207,4 @@ def fill(plan: PackPlan, sizes: SampleLengths, shape: PackShape) -> tuple[float,
     work = np.array([[cost[pack].sum() for pack in each] for each in first])
     packs = sum(1 for each in first for pack in each if pack)
     used = sum(int(tokens[pack].sum()) for each in first for pack in each)
-    return used / (packs * shape.capacity), float(work.max(1).sum() / work.mean(1).sum())
+    return used / (packs * options.capacity), float(work.max(1).sum() / work.mean(1).sum())

@@ -11,7 +11,7 @@ from typing import Any
 from finetune.chat.messages import read_messages
 from finetune.media import audio, image, video
 from finetune.sample import Media, MediaKind, Sample, Source
-from finetune.utils.errors import ArgumentError
+from finetune.utils.errors import ArgumentError, located
 from finetune.utils.paths import expand
 
 File = tuple[MediaKind, Path]
@@ -19,14 +19,14 @@ File = tuple[MediaKind, Path]
 
 CHAT = Source("chat", 0)
 # Opens a file of each kind, so that an unusable file is reported as soon as it is attached.
-_OPENED: dict[MediaKind, Callable[[Media, Source], object]] = {
+_OPENED: dict[MediaKind, Callable[[Media], object]] = {
     "image": image.size,
     "video": video.probe,
     "audio": audio.load,
 }
 
 
-def _found(path: str, kind: MediaKind) -> Path | None:
+def found(path: str, kind: MediaKind) -> Path | None:
     """The file at a path; a path in quotes or with backslashes is unquoted when no file has that exact name."""
     try:
         words = shlex.split(path)
@@ -71,10 +71,11 @@ class ConversationState:
             ArgumentError: there is no such file.
             DataError: the file is not of that kind, or cannot be read.
         """
-        file = _found(path, kind)
+        file = found(path, kind)
         if file is None:
             raise ArgumentError(f"{path}: no such file (looked in {Path.cwd()})")
-        _OPENED[kind](Media(kind, file), CHAT)
+        with located(CHAT):
+            _OPENED[kind](Media(kind, file))
         self.files.append((kind, file.resolve()))
 
     def ask(self, question: str) -> Sample:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.media.image_files import decode
-from finetune.sample import AUDIO_SUFFIXES, DataError, Media, Source
+from finetune.sample import AUDIO_SUFFIXES, DataError, Media
 from finetune.utils.file_types import is_file
 from finetune.utils.paths import expand
 from finetune.utils.quoting import shown
@@ -32,7 +32,7 @@ def img2base64(file: str | Path) -> str:
     return base64.b64encode(path.read_bytes()).decode("ascii")
 
 
-def from_base64(text: str | bytes, source: Source) -> Image.Image:
+def from_base64(text: str | bytes) -> Image.Image:
     """The image encoded as base64, with or without a ``data:`` URI prefix.
 
     Raises:
@@ -42,11 +42,11 @@ def from_base64(text: str | bytes, source: Source) -> Image.Image:
         given = text.encode("ascii") if isinstance(text, str) else text
         data = base64.b64decode(given.rpartition(b",")[2] if given.startswith(b"data:") else given, validate=True)
     except (UnicodeEncodeError, binascii.Error) as error:
-        raise DataError(f"{source}: the image is not base64 ({error}); img2base64(path) makes it") from error
-    return decode(data, source)
+        raise DataError(f"the image is not base64 ({error}); img2base64(path) makes it") from error
+    return decode(data)
 
 
-def as_media(image: ImageInput, source: Source) -> Media:
+def as_media(image: ImageInput) -> Media:
     """An image as a part of a message.
 
     Raises:
@@ -55,13 +55,13 @@ def as_media(image: ImageInput, source: Source) -> Media:
     if isinstance(image, Image.Image):
         return Media("image", image)
     if isinstance(image, bytes):
-        return Media("image", decode(image, source))
+        return Media("image", decode(image))
     if isinstance(image, (str, Path)):
         path = expand(image)
         if not is_file(path):
-            raise DataError(f"{source}: image {shown(str(image))} does not exist (looked in {Path.cwd()})")
+            raise DataError(f"image {shown(str(image))} does not exist (looked in {Path.cwd()})")
         return Media("image", path)
-    raise DataError(f"{source}: image of type {type(image).__name__}; give a PIL image or the path of a file")
+    raise DataError(f"image of type {type(image).__name__}; give a PIL image or the path of a file")
 
 
 def is_audio(path: Path) -> bool:
@@ -69,13 +69,12 @@ def is_audio(path: Path) -> bool:
     return path.suffix.lower() in AUDIO_SUFFIXES
 
 
-def as_audio(audio: Any, source: Source) -> Media:
+def as_audio(audio: Any) -> Media:
     """Audio as a part of a message.
 
     Args:
         audio: mono samples at 16 kHz (a float array), the path of a file, the bytes of one, or their base64, with or
             without a ``data:`` URI prefix.
-        source: named in errors.
 
     Raises:
         DataError: there is no such file, or it is none of these.
@@ -87,40 +86,39 @@ def as_audio(audio: Any, source: Source) -> Media:
         if is_file(path):
             return Media("audio", path)
         if isinstance(audio, Path) or is_audio(path):
-            raise DataError(f"{source}: audio {shown(str(audio))} does not exist (looked in {Path.cwd()})")
+            raise DataError(f"audio {shown(str(audio))} does not exist (looked in {Path.cwd()})")
     if isinstance(audio, str):
-        return Media("audio", _from_base64(audio, source))
+        return Media("audio", _from_base64(audio))
     raise DataError(
-        f"{source}: audio of type {type(audio).__name__}; give 16 kHz samples as a numpy array, or the path of a file"
+        f"audio of type {type(audio).__name__}; give 16 kHz samples as a numpy array, or the path of a file"
     )
 
 
-def _from_base64(text: str, source: Source) -> bytes:
+def _from_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text.rpartition(",")[2] if text.startswith("data:") else text, validate=True)
     except (ValueError, binascii.Error) as error:
-        raise DataError(f"{source}: audio {text[:80]!r} is neither a file nor base64 ({error})") from error
+        raise DataError(f"audio {text[:80]!r} is neither a file nor base64 ({error})") from error
 
 
-def as_video(video: Any, source: Source) -> Media:
+def as_video(video: Any) -> Media:
     """A video as a part of a message.
 
     Args:
         video: the path of a file or of a folder of frames, or a list of the paths of frames.
-        source: named in errors.
 
     Raises:
         DataError: there is no such file, or it is none of these.
     """
     if isinstance(video, (list, tuple)) and video and all(isinstance(frame, (str, Path)) for frame in video):
-        return Media("video", tuple(_found(frame, source) for frame in video))
+        return Media("video", tuple(_found(frame) for frame in video))
     if isinstance(video, (str, Path)):
-        return Media("video", _found(video, source))
-    raise DataError(f"{source}: video of type {type(video).__name__}; give the path of a file, or those of its frames")
+        return Media("video", _found(video))
+    raise DataError(f"video of type {type(video).__name__}; give the path of a file, or those of its frames")
 
 
-def _found(given: str | Path, source: Source) -> Path:
+def _found(given: str | Path) -> Path:
     path = expand(given)
     if not path.exists():
-        raise DataError(f"{source}: video {str(given)[:200]!r} does not exist (looked in {Path.cwd()})")
+        raise DataError(f"video {str(given)[:200]!r} does not exist (looked in {Path.cwd()})")
     return path

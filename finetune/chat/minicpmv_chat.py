@@ -15,7 +15,7 @@ from finetune.chat.messages import read_messages
 from finetune.chat.pipeline import ChatPipeline, read_options
 from finetune.models import load_model
 from finetune.sample import Source
-from finetune.utils.errors import ArgumentError
+from finetune.utils.errors import ArgumentError, located
 
 __all__ = ["MiniCPMVChat", "best_device", "img2base64"]
 
@@ -57,7 +57,8 @@ class MiniCPMVChat:
         if "question" not in inputs:
             raise ArgumentError(f"inputs have no 'question' (found {', '.join(map(repr, inputs)) or 'nothing'})")
         encoded = inputs.get("image")
-        image = from_base64(encoded, Source("chat", 0)) if encoded else None
+        with located(Source("chat", 0)):
+            image = from_base64(encoded) if encoded else None
         sample = read_messages(inputs["question"], image, system_prompt=options.pop("system_prompt", None))
         prompting, decoding = read_options(options)
         return self._talker.answer([sample], prompting, decoding)[0]

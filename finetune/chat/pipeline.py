@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -25,16 +24,16 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from finetune.chat.detokenizer import IncrementalDetokenizer
-from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder, PromptOptions
-from finetune.evaluation.batched_generation import answer_text
+from finetune.evaluation.batched_generation import answer_text, evaluating, generated, prompt_batch
 from finetune.families import by_name, detect
 from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.media.video_sampling import VideoOptions
 from finetune.model_folders.checkpoint_folder import read_settings
-from finetune.models import load_tokenizer
-from finetune.models.downsample_mode import decide, with_mode, working_in
+from finetune.model_folders.downsample_mode import decide, with_mode
+from finetune.model_folders.image_ids import recorded, with_image_ids
 from finetune.sample import Message, Sample, Source, Text
+from finetune.tokenizers.tokenization import load_tokenizer
 from finetune.utils.errors import ArgumentError
 
 # With thinking enabled the prompt may end with this tag; it is then part of the answer.
@@ -47,7 +46,7 @@ class ChatPromptOptions:
 
     Attributes:
         max_slice_nums: maximum number of slices per image.
-        use_image_id: whether images are numbered.
+        use_image_id: whether images are numbered; None for what the adapter was trained with, else the checkpoint's.
         enable_thinking: whether the model is asked to think before it answers.
         max_inp_length: longest prompt in tokens; a longer one is refused.
         use_tts_template: MiniCPM-o: whether to use the prompt for spoken answers; always used with audio.
@@ -170,7 +169,9 @@ class ChatPipeline:
         network: Any = self.model.config
         wish = prompting.downsample_mode or getattr(network, DOWNSAMPLE_MODE, None)
         mode = decide(self.family, self._settings, None, wish, environment={})
-        config = json.dumps(with_mode(self._settings, mode), sort_keys=True, default=str)
+        used = _trained_ids(self.model) if prompting.use_image_id is None else prompting.use_image_id
+        settings = with_image_ids(with_mode(self._settings, mode), self.family, used)
+        config = json.dumps(settings, sort_keys=True, default=str)
         encoder = _encoder(self.family.name, self.tokenizer, config, prompting)
         if prompting.enable_thinking and not _has_thinking_mode(self.family.name, self.tokenizer, config):
             raise ArgumentError(f"enable_thinking: {self.family.title} has no thinking mode; remove it")
@@ -185,8 +186,7 @@ class ChatPipeline:
         """
         encoder = self.encoder(prompting)
         batch, opening = self._batch(encoder, samples)
-        with evaluating(self.model):
-            rows = self._generate(encoder, batch, decoding)[:, batch["input_ids"].shape[1] :].tolist()
+        rows = generated(self.model, encoder, batch, **decoding.options(batch["input_ids"].shape[1]))
         return [opening + answer_text(self.tokenizer, row, encoder.stop_ids) for row in rows]
 
     def stream(self, sample: Sample, prompting: ChatPromptOptions, decoding: SamplingOptions) -> Iterator[str]:
@@ -209,8 +209,9 @@ class ChatPipeline:
         stop = Event()
         more = {"streamer": _TokenStreamer(tokens), "stopping_criteria": StoppingCriteriaList([_StopRequested(stop)])}
         detokenizer = IncrementalDetokenizer(self.tokenizer, encoder.stop_ids)
+        options = decoding.options(batch["input_ids"].shape[1]) | more
         with evaluating(self.model), ThreadPoolExecutor(1) as pool:
-            future = pool.submit(self._generate, encoder, batch, decoding, **more)
+            future = pool.submit(generated, self.model, encoder, batch, **options)
             future.add_done_callback(lambda _: tokens.put(None))
             try:
                 if opening:
@@ -225,23 +226,10 @@ class ChatPipeline:
                 stop.set()
 
     def _batch(self, encoder: Encoder, samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], str]:
-        examples = [encoder.encode(sample, generate=True) for sample in samples]
-        batch = pad(examples, encoder.pad_id, side="left")
-        device = _device(self.model)
-        batch = {key: value.to(device) for key, value in batch.items() if key not in ("labels", "position_ids")}
+        batch = prompt_batch(self.model, encoder, samples)
         opened = encoder.vocabulary.fixed(_OPEN_THOUGHT)
-        opening = _OPEN_THOUGHT if examples[0].input_ids[-len(opened) :].tolist() == list(opened) else ""
+        opening = _OPEN_THOUGHT if batch["input_ids"][0, -len(opened) :].tolist() == list(opened) else ""
         return batch, opening
-
-    def _generate(
-        self, encoder: Encoder, batch: dict[str, torch.Tensor], decoding: SamplingOptions, **more: Any
-    ) -> torch.Tensor:
-        generate: Callable[..., torch.Tensor] = self.model.generate  # pyright: ignore[reportAssignmentType]
-        options = decoding.options(batch["input_ids"].shape[1])
-        with torch.no_grad(), working_in(self.model, encoder.downsample_mode):
-            return generate(
-                **batch, **options, **more, eos_token_id=encoder.stop_ids, pad_token_id=encoder.pad_id, use_cache=True
-            )
 
 
 def _origin(model: nn.Module) -> tuple[dict[str, Any], str]:
@@ -250,18 +238,30 @@ def _origin(model: nn.Module) -> tuple[dict[str, Any], str]:
     return config.to_dict(), str(getattr(model, "name_or_path", "") or "")
 
 
+def _trained_ids(model: nn.Module) -> bool | None:
+    """Whether images were numbered when the adapters of a model were trained; None without a record of it.
+
+    Raises:
+        ArgumentError: adapters of both kinds.
+    """
+    adapters: Any = getattr(model, "peft_config", None) or {}
+    found = {name: recorded(config.auto_mapping, f"adapter {name}") for name, config in adapters.items()}
+    if len(values := set(found.values())) > 1:
+        each = ", ".join(f"{name}: {'as the base' if value is None else value}" for name, value in found.items())
+        raise ArgumentError(f"the adapters were trained with different use_image_id ({each}): give use_image_id")
+    return next(iter(values), None)
+
+
 @lru_cache(maxsize=16)
 def _encoder(name: str, tokenizer: PreTrainedTokenizerBase, config: str, prompting: ChatPromptOptions) -> Encoder:
     family = by_name(name)
     settings: Mapping[str, Any] = json.loads(config)
     written: PromptOptions = {}
-    if prompting.use_image_id is not None:
-        written["image_ids"] = prompting.use_image_id
     if prompting.enable_thinking is not None:
         written["enable_thinking"] = prompting.enable_thinking
     if prompting.use_tts_template and family.layout(settings).speech:
         written["spoken"] = "always"
-    return Encoder.from_config(
+    return Encoder(
         family,
         tokenizer,
         settings,
@@ -284,22 +284,6 @@ def _has_thinking_mode(name: str, tokenizer: PreTrainedTokenizerBase, config: st
         for wanted in (True, False)
     )
     return asked != not_asked
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context with the model in evaluation mode; restores the previous mode."""
-    before = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(before)
-
-
-def _device(model: nn.Module) -> torch.device:
-    """The device of the inputs; offloaded parameters are on the meta device."""
-    return next(parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
 
 
 class _TokenStreamer(BaseStreamer):

@@ -36,11 +36,12 @@ class ChatSession:
         device: "cuda", "mps", "cpu"; None for the best available one.
         dtype: of the weights; "auto" is the file's.
         downsample_mode: for the base and all adapters; None for the mode that each was trained with.
+        use_image_id: whether images are numbered, in the same way.
 
     Attributes:
         adapters: folder by name.
         active: name of the active adapter, or OFF.
-        modes: downsample_mode by adapter, and of the base (OFF); None for families without it.
+        checkpoints: by adapter, the base with downsample_mode and image ids of that adapter; with its own as OFF.
 
     Raises:
         ArgumentError: neither model nor adapter is given, or two adapters have one name.
@@ -55,6 +56,7 @@ class ChatSession:
         device: str | None = None,
         dtype: torch.dtype | str = "auto",
         downsample_mode: str | None = None,
+        use_image_id: bool | None = None,
     ) -> None:
         if model is not None and is_adapter(expand(model)):
             model, adapters = None, (model, *adapters)
@@ -64,9 +66,11 @@ class ChatSession:
         options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device or best_device()}}
         folders = {name: local_folder(folder) for name, folder in self.adapters.items()}
         base = str(model or base_of(next(iter(folders.values()))))
-        own = resolve(base, downsample_mode)
-        self.modes = {name: resolve(base, downsample_mode, trained=path).mode for name, path in folders.items()}
-        self.modes[OFF] = own.mode
+        self.checkpoints = {
+            name: resolve(base, downsample_mode, use_image_id=use_image_id, trained=path)
+            for name, path in [*folders.items(), (OFF, None)]
+        }
+        own = self.checkpoints[OFF]
         loaded = load_model(base, downsample_mode=own.downsample_mode, **options)
         for name, folder in folders.items():
             loaded = put_adapter(loaded, folder, name)
@@ -96,11 +100,25 @@ class ChatSession:
             ArgumentError: settings that do not fit.
         """
         name = self.active if name is None else name
-        mode = self.modes[name]
+        with self._activated(name):
+            yield from self.pipeline.stream(sample, self._as_trained(name, prompting), decoding)
+
+    def check(self, prompting: ChatPromptOptions) -> None:
+        """Refuses settings that do not fit the active adapter.
+
+        Raises:
+            ArgumentError: they do not fit.
+        """
+        self.pipeline.encoder(self._as_trained(self.active, prompting))
+
+    def _as_trained(self, name: str, prompting: ChatPromptOptions) -> ChatPromptOptions:
+        """The prompt options, with downsample_mode and image ids of an adapter where they are not given."""
+        mode, ids = self.checkpoints[name].mode, self.checkpoints[name].image_ids
         if prompting.downsample_mode is None and mode is not None:
             prompting = replace(prompting, downsample_mode=mode.name)
-        with self._activated(name):
-            yield from self.pipeline.stream(sample, prompting, decoding)
+        if prompting.use_image_id is None and ids is not None:
+            prompting = replace(prompting, use_image_id=ids.used)
+        return prompting
 
     @contextmanager
     def _activated(self, name: str) -> Iterator[None]:

@@ -11,9 +11,15 @@ from typing import Any
 from finetune.chat.conversation_state import ConversationState
 from finetune.chat.pipeline import ChatPromptOptions, SamplingOptions
 from finetune.chat.session import OFF, ChatSession
+from finetune.runtime.out_of_memory import explaining
 from finetune.utils.errors import ArgumentError, UserError
 
 Turns = list[dict[str, Any]]
+
+MAX_FILES = 8
+MAX_FILE_MB = 20
+# Uploads older than a day are deleted, once an hour.
+_DELETE_CACHE = (3600, 24 * 3600)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +31,14 @@ class Page:
         prompting: prompt options.
         decoding: sampling options.
         system_prompt: text of a system turn.
+        max_files: maximum number of images in a conversation.
     """
 
     session: ChatSession
     prompting: ChatPromptOptions
     decoding: SamplingOptions
     system_prompt: str | None = None
+    max_files: int = MAX_FILES
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -59,6 +67,10 @@ class Page:
         """
         if not question.strip():
             raise ArgumentError("write a question first")
+        if image and sum(len(files) for _, _, files in conversations[0].turns) >= self.max_files:
+            raise ArgumentError(
+                f"this conversation has {self.max_files} images, as many as --max_files allows: clear the conversation"
+            )
         waiting = list(conversations)
         try:
             samples = []
@@ -68,12 +80,13 @@ class Page:
                 samples.append(conversation.ask(question.strip()))
             for name, sample, conversation in zip(self.models, samples, conversations, strict=True):
                 said = ""
-                for chunk in self.session.stream(sample, self.prompting, self.decoding, name):
-                    said += chunk
-                    yield [
-                        [*shown(other), *([_bubble("assistant", said)] if other is conversation else [])]
-                        for other in conversations
-                    ]
+                with explaining(lambda: ["a new conversation, or a smaller image"], "the question is taken back"):
+                    for chunk in self.session.stream(sample, self.prompting, self.decoding, name):
+                        said += chunk
+                        yield [
+                            [*shown(other), *([_bubble("assistant", said)] if other is conversation else [])]
+                            for other in conversations
+                        ]
                 conversation.answered(said)
                 waiting.remove(conversation)
                 yield [shown(other) for other in conversations]
@@ -130,7 +143,7 @@ def build(page: Page) -> Any:
         return [*([] for _ in page.models), "", None, page.start()]
 
     title = page.session.pipeline.family.title
-    with gr.Blocks(title=title, analytics_enabled=False) as blocks:
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=_DELETE_CACHE) as blocks:
         gr.Markdown(f"## {title}")
         conversations = gr.State(page.start())
         with gr.Row():
@@ -158,14 +171,19 @@ def build(page: Page) -> Any:
     return blocks
 
 
-def serve(page: Page, port: int) -> None:
+def serve(page: Page, port: int, max_file_mb: int = MAX_FILE_MB) -> None:
     """Serves the page on localhost until interrupted.
+
+    Args:
+        page: the page.
+        port: on localhost.
+        max_file_mb: maximum size of an upload in MB.
 
     Raises:
         ArgumentError: gradio is not installed, or the port is taken.
     """
     blocks = build(page)
     try:
-        blocks.launch(server_name="127.0.0.1", server_port=port, share=False)
+        blocks.launch(server_name="127.0.0.1", server_port=port, share=False, max_file_size=f"{max_file_mb}mb")
     except OSError as error:
         raise ArgumentError(f"--port {port}: {error}") from error

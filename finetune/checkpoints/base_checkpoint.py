@@ -14,10 +14,11 @@ from finetune.families.common import vocab_size
 from finetune.families.family import Family
 from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.model_folders import checkpoint_folder
-from finetune.model_folders.checkpoint_folder import is_adapter, local_folder, read_settings
-from finetune.models.downsample_mode import Mode, decide, with_mode, write_mode
-from finetune.models.strict_loading import check_unquantised
-from finetune.utils.errors import CheckpointError
+from finetune.model_folders.checkpoint_folder import local_folder, read_settings, refuse_adapter
+from finetune.model_folders.downsample_mode import Mode, decide, with_mode, write_mode
+from finetune.model_folders.image_ids import USE_IMAGE_ID, ImageIds, decide_image_ids, with_image_ids, write_image_ids
+from finetune.model_folders.stored_4bit import stored_in_4bit
+from finetune.model_folders.weight_headers import check_quantisation
 from finetune.utils.paths import expand
 
 # Tokenizer, processor and generation settings: copied byte for byte, never re-serialised.
@@ -49,6 +50,7 @@ class Checkpoint:
         config: config.json as a dictionary, exactly as read.
         family: the generation it belongs to.
         mode: downsample_mode of this run; None for families without one.
+        image_ids: whether images are numbered in this run; None for families that never do.
     """
 
     folder: Path
@@ -57,14 +59,17 @@ class Checkpoint:
     config: dict[str, Any]
     family: Family
     mode: Mode | None = None
+    image_ids: ImageIds | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
         """config.json with the settings of the processors, by processor, as far as the folder has them.
 
-        See ``model_folders.checkpoint_folder.read_settings``. All of them have the downsample_mode of the run.
+        See ``model_folders.checkpoint_folder.read_settings``; with the downsample_mode and use_image_id of the run.
         """
-        return with_mode(read_settings(self.folder, self.config), self.mode)
+        held = with_mode(read_settings(self.folder, self.config), self.mode)
+        changed = self.image_ids is not None and self.image_ids.changed
+        return with_image_ids(held, self.family, self.image_ids.used if self.image_ids and changed else None)
 
     @property
     def downsample_mode(self) -> str | None:
@@ -72,9 +77,23 @@ class Checkpoint:
         return None if self.mode is None else self.mode.name
 
     @property
-    def auto_mapping_extra(self) -> dict[str, str]:
-        """The mode as an extra key of an adapter's auto_mapping, which AutoPeftModel ignores."""
-        return {} if self.mode is None else {DOWNSAMPLE_MODE: self.mode.name}
+    def auto_mapping_extra(self) -> dict[str, str | bool]:
+        """The mode, and image ids that differ from the base, as keys of auto_mapping that AutoPeftModel ignores."""
+        extra: dict[str, str | bool] = {} if self.mode is None else {DOWNSAMPLE_MODE: self.mode.name}
+        if self.image_ids is not None and self.image_ids.changed:
+            extra[USE_IMAGE_ID] = self.image_ids.used
+        return extra
+
+    @property
+    def choices(self) -> list[str]:
+        """What is said of the run beside its flags: the mode, and image ids that differ from the base."""
+        said = [] if self.mode is None else [str(self.mode)]
+        return [*said, str(self.image_ids)] if self.image_ids is not None and self.image_ids.changed else said
+
+    @property
+    def in_4bit(self) -> bool:
+        """Whether bitsandbytes stored its linear layers in 4 bit."""
+        return stored_in_4bit(self.config)
 
     @property
     def vocab_size(self) -> int:
@@ -86,6 +105,7 @@ def resolve(
     model_name_or_path: str,
     downsample_mode: str | None = None,
     *,
+    use_image_id: bool | None = None,
     trained: Path | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Checkpoint:
@@ -93,34 +113,37 @@ def resolve(
 
     Args:
         model_name_or_path: folder or hub id.
-        downsample_mode: value of the flag, None if it is not given; see ``models.downsample_mode.decide``.
-        trained: adapter or checkpoint trained on it, whose mode takes precedence over that of the base.
+        downsample_mode: value of the flag, None if it is not given; see ``model_folders.downsample_mode.decide``.
+        use_image_id: value of the flag, None if it is not given; see ``model_folders.image_ids``.
+        trained: adapter or checkpoint trained on it, whose values of both take precedence over those of the base.
         environment: environment variables, one of which may set the mode.
 
     Raises:
-        CheckpointError: no such folder, or a folder without config.json or with quantised weights, or an unknown mode.
-        ArgumentError: a mode that the family does not have.
+        CheckpointError: no such folder, or a folder without config.json or with weights that are
+            quantised otherwise than in 4 bit, or an unknown mode.
+        ArgumentError: a mode or image ids that the family does not have.
         UnknownFamilyError: a config.json of none of the supported generations.
     """
     folder = local_folder(model_name_or_path)
     hub = not expand(model_name_or_path).is_dir()
     # A downloaded snapshot lies in a folder named after its commit.
     name, revision = (model_name_or_path, folder.name) if hub else (str(folder), None)
-    if is_adapter(folder):
-        raise CheckpointError(f"{folder} is an adapter; training starts from its base checkpoint")
+    refuse_adapter(folder)
     config = read_config(folder)
     family = detect(config)
     mode = decide(family, config, folder, downsample_mode, trained=trained, environment=environment)
-    return Checkpoint(folder, name, revision, config, family, mode)
+    image_ids = decide_image_ids(family, read_settings(folder, config), folder, use_image_id, trained)
+    return Checkpoint(folder, name, revision, config, family, mode, image_ids)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder.
 
     Raises:
-        CheckpointError: it or another JSON file of the folder is invalid, or the weights are quantised.
+        CheckpointError: it or another JSON file of the folder is invalid, or the weights are quantised
+            otherwise than in 4 bit.
     """
-    check_unquantised(folder)  # first: a folder of GGUF files alone has no config.json
+    check_quantisation(folder)  # first: a folder of GGUF files alone has no config.json
     return checkpoint_folder.read_config(folder)
 
 
@@ -130,17 +153,23 @@ def side_files(base: Checkpoint, *, use_lora: bool) -> list[str]:
 
 
 def copy_base_files(base: Checkpoint, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copies files of the base byte for byte; only the downsample_mode in them is set to that of the run."""
+    """Copies files of the base byte for byte; only downsample_mode and use_image_id are set to those of the run."""
     copy_files(base.folder, target, patterns)
     if base.mode is not None:
         write_mode(target, base.family, base.mode.name)
+    if base.image_ids is not None and base.image_ids.changed:
+        write_image_ids(target, base.family, base.image_ids.used)
 
 
-def mode_note(base: Checkpoint) -> str:
-    """The difference of the mode from that of the base, for model cards; empty if there is none."""
-    if base.mode is None or base.mode.name == base.mode.base:
-        return ""
-    return f", with {DOWNSAMPLE_MODE} {base.mode.name} in place of {base.mode.base}"
+def changes_note(base: Checkpoint) -> str:
+    """What the files of a result say otherwise than those of the base, for model cards; empty if nothing."""
+    changes = []
+    if base.mode is not None and base.mode.name != base.mode.base:
+        changes.append(f"{DOWNSAMPLE_MODE} {base.mode.name} in place of {base.mode.base}")
+    if base.image_ids is not None and base.image_ids.changed:
+        used, before = (str(value).lower() for value in (base.image_ids.used, base.image_ids.base))
+        changes.append(f"{USE_IMAGE_ID} {used} in place of {before}")
+    return f", with {' and '.join(changes)}" if changes else ""
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> list[str]:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from finetune.arguments.training import TrainingArguments
+from finetune.checkpoints.background_manifest import BackgroundManifest
 from finetune.checkpoints.disk_space import (
     RecordingWriter,
     SpaceError,
@@ -30,11 +31,11 @@ from finetune.checkpoints.disk_space import (
     write_fault,
     written_size,
 )
-from finetune.checkpoints.manifest import Manifest, checkpoints, describe, mark_doubtful, read, write
-from finetune.checkpoints.output_folder import RECORDS
+from finetune.checkpoints.manifest import Manifest, checkpoints, describe, mark_doubtful, read
 from finetune.checkpoints.run_identity import RunIdentity
 from finetune.checkpoints.saving import move_result
 from finetune.checkpoints.universal_checkpoint import is_converted
+from finetune.model_folders.output_contents import STATE_FOLDER
 from finetune.models.finite_weights import nonfinite_weights
 from finetune.models.strict_loading import some
 from finetune.runtime import distributed
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Folder in RECORDS for a result that is being written.
+# Folder in STATE_FOLDER for a result that is being written.
 _UNFINISHED = "result"
 
 
@@ -63,13 +64,16 @@ class CheckpointManager(TrainerCallback):
     A checkpoint is written only if the last step and the weights are finite. If it cannot be written, it is removed
     with a warning, and training continues. Old checkpoints are removed here, because the Trainer would remove them
     before the new one is complete: never the best or the newest one, and only after a step from the new weights was
-    finite.
+    finite. The manifest is written in the background: training goes on meanwhile.
 
     Args:
         identity: of the run; needed on rank 0 only.
+        completed: called with the folder of a complete checkpoint, in another thread; on rank 0 only.
     """
 
-    def __init__(self, identity: RunIdentity | None = None) -> None:
+    def __init__(self, identity: RunIdentity | None = None, completed: Callable[[Path], None] | None = None) -> None:
+        self._manifest = BackgroundManifest(completed)
+        self._rotation_due = False
         self.identity = identity or RunIdentity()
         self.unsaved: str | None = None
         self._not_saved: tuple[int, str] | None = None
@@ -114,6 +118,7 @@ class CheckpointManager(TrainerCallback):
         args.save_total_limit = self._limit
         if not state.is_world_process_zero:
             return
+        self._complete(state)
         if self._converted is not None:
             shutil.rmtree(self._converted.parent, ignore_errors=True)
         if self._unconfirmed is not None and self._watchdog is not None and self._watchdog.in_a_row:
@@ -137,11 +142,11 @@ class CheckpointManager(TrainerCallback):
     def on_step_end(
         self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Removes old checkpoints once a step from the weights of the newest was finite."""
+        """Removes old checkpoints once the newest is complete and a step from its weights was finite."""
         if self._unconfirmed is not None and self._watchdog is not None and not self._watchdog.in_a_row:
-            self._unconfirmed = None
-            if state.is_world_process_zero:
-                self._rotate(args, state)
+            self._unconfirmed, self._rotation_due = None, state.is_world_process_zero
+        if not self._manifest.busy:
+            self._rotate_if_due(args, state)
 
     def final_error(self, args: transformers.TrainingArguments) -> UserError | None:
         """The error of a run whose result is saved: non-finite last steps, or a checkpoint that was not written."""
@@ -179,13 +184,13 @@ class CheckpointManager(TrainerCallback):
             self._not_saved = state.global_step, f"no {folder.name} is written: {reason}"
             self._warn(state, "%s", self._not_saved[1])
             return
+        self._complete(state)
+        self._rotate_if_due(args, state)  # before the new checkpoint, of which no step is known yet
         best = state.best_model_checkpoint
         try:
             main = state.is_world_process_zero
             raise_if_any_failed(accelerator, write_failure(lambda: self._check_writable(folder)) if main else None)
             raise_if_any_failed(accelerator, self._write(accelerator, write_all))
-            finish = partial(self._write_manifest, folder, args, state)
-            raise_if_any_failed(accelerator, write_failure(finish) if main else None)
         except UnsavedError as error:
             self.unsaved = f"{folder} could not be written: {error} ({describe_space(folder.parent, self.size)})"
             if state.best_model_checkpoint == str(folder):
@@ -196,6 +201,10 @@ class CheckpointManager(TrainerCallback):
             self._warn(state, "%s. Training continues until the next save", self.unsaved)
             return
         self.unsaved, self._unconfirmed = None, folder
+        if main:
+            self.size = written_size(folder)
+            layout = {**describe(args), **self.identity.manifest_fields()}
+            self._manifest.start(folder, state.global_step, layout)
 
     def save_result(
         self,
@@ -219,7 +228,7 @@ class CheckpointManager(TrainerCallback):
             NotSavedError: it could not be written; a previous result is unchanged.
         """
         check_finite(accelerator, model, lora=args.use_lora, output=folder)
-        unfinished = folder / RECORDS / _UNFINISHED
+        unfinished = folder / STATE_FOLDER / _UNFINISHED
         if args.should_save:
             shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
         try:
@@ -260,9 +269,17 @@ class CheckpointManager(TrainerCallback):
         if self.size is not None and free is not None and free < self.size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _write_manifest(self, folder: Path, args: TrainingArguments, state: TrainerState) -> None:
-        write(folder, state.global_step, {**describe(args), **self.identity.manifest_fields()})
-        self.size = written_size(folder)
+    def _complete(self, state: TrainerState) -> None:
+        """Waits for the manifest of the last checkpoint."""
+        if (fault := self._manifest.wait()) is not None:
+            self.unsaved = fault
+            self._warn(state, "%s. Training continues until the next save", fault)
+
+    def _rotate_if_due(self, args: transformers.TrainingArguments, state: TrainerState) -> None:
+        if self._rotation_due:
+            self._rotation_due = False
+            self._complete(state)
+            self._rotate(args, state)
 
     def _rotate(self, args: transformers.TrainingArguments, state: TrainerState) -> None:
         if self._limit is not None and self._limit > 0:

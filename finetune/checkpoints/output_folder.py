@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune.checkpoints.manifest import checkpoints
 from finetune.checkpoints.output_lock import OutputLock
+from finetune.model_folders.output_contents import LOGS, RUN, STATE_FOLDER, OutputError, refuse_used, usable
 from finetune.runtime import outcome
-from finetune.utils.errors import UserError
 from finetune.utils.json_objects import read_object
 
 logger = logging.getLogger(__name__)
 
-RECORDS = ".finetune"
-"""Folder in OUTPUT_DIR with the lock of the run that writes there, and the list of what runs have written."""
-
 FILES = "files.json"
-"""File in RECORDS with the names, relative to OUTPUT_DIR, of what runs of this toolkit wrote."""
+"""File in STATE_FOLDER with the names, relative to OUTPUT_DIR, of what runs of this toolkit wrote."""
 
 # Files that a run of any method may write.
-_RUN = "run.yaml"
 _ALWAYS = (
-    _RUN,
+    RUN,
     "README.md",
     "trainer_state.json",
     "all_results.json",
@@ -45,15 +40,8 @@ _ALWAYS = (
 # Patterns of the files of a result.
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _MODEL = ("config.json", "model*.safetensors", "model.safetensors.index.json")
-_LOGS = "runs"
-# Left by a run that saved nothing; a folder with only these may be used again.
-_REUSABLE = (RECORDS, _RUN, _LOGS)
 # Prefix of the folders that keep a previous result until the new one is complete; a number follows.
 _FORMER = ".former-"
-
-
-class OutputError(UserError):
-    """An output folder that must not be written to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +69,7 @@ class OutputFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._records = folder / RECORDS
+        self._records = folder / STATE_FOLDER
         self._use_lora = self._resuming = False
         self._side_files: list[str] = []
         self._lock: OutputLock | None = None
@@ -111,18 +99,12 @@ class OutputFolder:
         self._use_lora, self._resuming, self._side_files = use_lora, resuming, list(side_files)
         for given in inputs:
             self._check_apart(given)
-        with self._os_errors():
+        with usable(self.folder):
             self._check_contents(resuming=resuming, overwrite=overwrite)
 
     def _check_contents(self, *, resuming: bool, overwrite: bool) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise OutputError(f"OUTPUT_DIR {self.folder} is a file; give a folder")
-        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-        if not resuming and not overwrite and any(name not in _REUSABLE for name in names):
-            raise OutputError(
-                f"OUTPUT_DIR {self.folder} is not empty: choose another, continue its run with "
-                "--resume_from_checkpoint auto, or replace it with --overwrite_output_dir true"
-            )
+        if self.folder.is_file() or not (resuming or overwrite):
+            refuse_used(self.folder)
         ours = self._written()
         unknown = sorted(path.name for path in self._would_write() if path.name not in ours)
         if unknown:
@@ -143,13 +125,13 @@ class OutputFolder:
         Raises:
             OutputInUseError: another run writes to it.
         """
-        with self._os_errors():
+        with usable(self.folder):
             self._lock = OutputLock(self._records)
         outcome.register_cleanup(self.release)
 
     def open(self) -> None:
         """Moves the files of a previous run aside, unless it is resumed; lists the files that this run will write."""
-        with self._os_errors():
+        with usable(self.folder):
             ours = self._written()
             if not self._resuming:
                 self._move_aside(ours)
@@ -168,7 +150,7 @@ class OutputFolder:
 
     def logs(self) -> list[str]:
         """Names in the folder of the loggers."""
-        return [f"{_LOGS}/{path.name}" for path in sorted((self.folder / _LOGS).glob("*"))]
+        return [f"{LOGS}/{path.name}" for path in sorted((self.folder / LOGS).glob("*"))]
 
     def finish(self) -> None:
         """Called when the result is complete: removes previous results."""
@@ -185,16 +167,6 @@ class OutputFolder:
             for folder in (self._records, self.folder):  # removed if the run wrote nothing
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
-
-    @contextmanager
-    def _os_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(
-                f"OUTPUT_DIR {self.folder} cannot be used: {error.strerror or error} ({error.filename}). Choose "
-                "another folder, or correct its permissions or free disk space"
-            ) from error
 
     def _check_apart(self, given: Input) -> None:
         folder, path = self.folder.resolve(), given.path.resolve()
@@ -218,9 +190,9 @@ class OutputFolder:
 
     def _written(self) -> dict[str, None]:
         """Names of written files, in order; files that match the patterns if an earlier version kept no list."""
-        if (self._records / FILES).is_file() or not is_run(self.folder / _RUN):
+        if (self._records / FILES).is_file() or not is_run(self.folder / RUN):
             return dict.fromkeys(_listed(self.folder))
-        return dict.fromkeys([path.name for path in self._would_write()] if self._resuming else [_RUN])
+        return dict.fromkeys([path.name for path in self._would_write()] if self._resuming else [RUN])
 
     def _write_list(self, names: Mapping[str, None]) -> None:
         self._records.mkdir(parents=True, exist_ok=True)
@@ -257,7 +229,7 @@ def remove(folder: Path, names: Iterable[str]) -> None:
             path.unlink(missing_ok=True)
         if path.parent != folder and path.parent.is_dir() and not any(path.parent.iterdir()):
             path.parent.rmdir()
-    shutil.rmtree(folder / RECORDS, ignore_errors=True)
+    shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
     if not any(folder.iterdir()):
         folder.rmdir()
 
@@ -286,7 +258,7 @@ class LogsCallback(TrainerCallback):
 
 
 def _listed(folder: Path) -> list[str]:
-    path = folder / RECORDS / FILES
+    path = folder / STATE_FOLDER / FILES
     if not path.is_file():
         return []
     names = [name for name in read_object(path).get("files", []) if isinstance(name, str)]

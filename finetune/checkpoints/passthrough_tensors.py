@@ -38,8 +38,8 @@ def copy_passthrough_tensors(base: Path, folder: Path) -> None:
 
 def _with_one_more_shard(folder: Path) -> dict[str, Any]:
     """Renames the weight files for a count that is one higher; returns their index."""
-    if (folder / WEIGHTS).is_file():
-        tensors = stored_in(weight_files(folder))
+    if (folder / WEIGHTS).is_file():  # just written; an index beside it is of an earlier save, and replaced by ours
+        tensors = stored_in([folder / WEIGHTS])
         only = shard_name(1, 2)
         (folder / WEIGHTS).rename(folder / only)
         size = sum(stored.size for stored in tensors.values())

@@ -14,7 +14,7 @@ from finetune.checkpoints.manifest import Manifest, checkpoints, describe, fault
 from finetune.checkpoints.resumable import why_not_resumable
 from finetune.checkpoints.resume_rules import compare
 from finetune.checkpoints.run_identity import RunIdentity
-from finetune.models.downsample_mode import saved_with
+from finetune.model_folders.downsample_mode import saved_with
 from finetune.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,8 @@ def choose_checkpoint(
     found = _newest(output) if wish == "auto" else _named(wish)
     if found is None:
         _check_no_result(output)
-        logger.info("no complete checkpoint in %s: starting from the base", output)
+        if output.is_dir():  # not on the first start
+            logger.info("no complete checkpoint in %s: starting from the base", output)
         return None
     folder, manifest = found
     now = now or RunIdentity()
@@ -202,6 +203,11 @@ def _check_fits(training: TrainingArguments, folder: Path, manifest: Manifest, m
             f"{folder} was trained with downsample_mode {saved}, this run has {mode}: give --downsample_mode {saved}. "
             f"{weights}"
         )
+    _warn_of_order(folder, manifest, now)
+
+
+def _warn_of_order(folder: Path, manifest: Manifest, now: Manifest) -> None:
+    """Warns where the rest of the epoch consists of other samples than it would have without the interruption."""
     before, after = _global_batch(manifest), _global_batch(now)
     if before != after or manifest.world_size != now.world_size:
         logger.warning(

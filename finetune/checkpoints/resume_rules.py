@@ -65,6 +65,7 @@ RULES = (
     ),
     FlagRule(Decision.REFUSED, "weights and optimizer state have other dtypes", "bf16 fp16"),
     FlagRule(Decision.REFUSED, "the records seen so far would be unknown", "streaming"),
+    FlagRule(Decision.REFUSED, "it would be another training, on other records", "stage"),
     FlagRule(
         Decision.ACCEPTED,
         "the schedule is computed for the new length: the learning rate continues on the curve of a run of that length",
@@ -80,12 +81,13 @@ RULES = (
         Decision.ACCEPTED,
         _SAMPLES,
         "model_max_length overlong on_bad_sample train_on thinking data_format image_root media_dir max_slice_nums "
-        "max_image_pixels image_max_pixels image_backend video_fps video_max_frames video_max_slice_nums "
+        "use_image_id max_image_pixels image_max_pixels image_backend video_fps video_max_frames video_max_slice_nums "
         "video_max_pixels video_packing packing_maxlen enable_high_fps double_frame_duration time_scale",
     ),
     FlagRule(
         Decision.ACCEPTED,
         "applies from here on",
+        "pref_beta pref_loss pref_ftx dpo_label_smoothing simpo_gamma pref_reference "
         "max_grad_norm label_smoothing_factor neftune_noise_alpha lora_dropout average_tokens_across_devices "
         "max_nonfinite_steps attn_implementation use_hub_kernels tf32 torch_compile torch_compile_backend "
         "torch_compile_mode gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "

@@ -16,7 +16,9 @@ import finetune
 from finetune.arguments.parse import Arguments
 from finetune.checkpoints.base_checkpoint import Checkpoint
 from finetune.checkpoints.manifest import Manifest
+from finetune.utils.cache import signature
 from finetune.utils.errors import CheckpointError
+from finetune.utils.paths import expand
 
 _LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "numpy")
 # A secret, and an object that transformers derives from other flags.
@@ -106,6 +108,14 @@ def flags_of(args: Arguments) -> dict[str, Any]:
     groups = (args.model, args.data, args.training, args.lora)
     named = ((entry.name, getattr(group, entry.name)) for group in groups for entry in fields(group))
     return {name: json.loads(json.dumps(value, default=str)) for name, value in named if name not in _NOT_RECORDED}
+
+
+def reference_key(args: Arguments, base: Checkpoint) -> str:
+    """Text that changes with the model that a run starts from and with the way it computes, as far as it matters."""
+    adapter = args.lora.lora_weight_path
+    files = [] if adapter is None else sorted(expand(Path(adapter)).glob("adapter_*"))
+    values = [base_of(base)["digest"], [signature(path) for path in files], args.lora.q_lora, versions()]
+    return json.dumps([*values, args.training.compute_dtype, args.model.attn_implementation])
 
 
 def versions() -> dict[str, str]:

@@ -7,8 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.arguments.legacy import LLM_TYPES, template_fits
+from finetune.arguments.legacy import LLM_TYPES
 from finetune.arguments.parse import Arguments
+from finetune.arguments.requirements import check_quantised_stage
 from finetune.checkpoints.base_checkpoint import Checkpoint, resolve, side_files
 from finetune.checkpoints.manifest import zero_stage
 from finetune.checkpoints.output_folder import Input, OutputFolder
@@ -16,6 +17,8 @@ from finetune.checkpoints.resume import choose_checkpoint
 from finetune.checkpoints.run_identity import RunIdentity, identify
 from finetune.checkpoints.universal_checkpoint import convert_for_world_size, set_load_universal
 from finetune.families.family import Family
+from finetune.model_folders.checkpoint_folder import weight_files
+from finetune.model_folders.stored_4bit import check_adapters_only, check_full_parts, packed_weights
 from finetune.runtime import distributed
 from finetune.training.freezing import full_parts
 from finetune.utils.errors import ArgumentError
@@ -25,12 +28,30 @@ logger = logging.getLogger(__name__)
 
 
 def find_base(args: Arguments) -> Checkpoint:
-    """The base checkpoint; its downsample_mode may come from the adapter of --lora_weight_path."""
+    """The base checkpoint; its downsample_mode and image ids may come from the adapter of --lora_weight_path."""
     adapter = args.lora.lora_weight_path if args.training.use_lora else None
     trained = None if adapter is None else Path(adapter)
-    base = resolve(args.model.model_name_or_path, args.model.downsample_mode, trained=trained)
+    model = args.model
+    base = resolve(model.model_name_or_path, model.downsample_mode, use_image_id=model.use_image_id, trained=trained)
     _check_names(args, base.family)
+    if base.in_4bit:
+        _check_4bit(args, base)
     return base
+
+
+def _check_4bit(args: Arguments, base: Checkpoint) -> None:
+    """Refuses what weights that are stored in 4 bit cannot do: train in full, be partitioned, be quantised again.
+
+    Raises:
+        ArgumentError: with the flags or the checkpoint to use instead.
+    """
+    training, stored = args.training, f"{base.folder} is stored in 4 bit"
+    check_adapters_only(base.folder, base.family.hub_id, use_lora=training.use_lora)
+    check_quantised_stage(training, stored)
+    packed = packed_weights(weight_files(base.folder))
+    check_full_parts(base.folder, packed, base.family.parts, full_parts(training))
+    if args.lora.q_lora:
+        logger.warning("--q_lora true has no effect: %s already", stored)
 
 
 def start_run(
@@ -86,13 +107,13 @@ def describe_training(args: Arguments, base: Checkpoint) -> str:
     layers = training.tune_llm_layers
     modes = dict.fromkeys(base.family.parts, "frozen") | dict.fromkeys(full_parts(training), "full")
     if training.use_lora:
-        modes |= dict.fromkeys(training.lora_parts or (), f"Q{rank}" if lora.q_lora else rank)
+        modes |= dict.fromkeys(training.lora_parts or (), f"Q{rank}" if lora.q_lora or base.in_4bit else rank)
     elif layers is not None:
         modes["llm"] = f"{'last' if layers > 0 else 'first'} {abs(layers)} layers"
     stage = zero_stage(training.deepspeed)
     details = [f"{part} {mode}" for part, mode in modes.items()]
     details += [f"DeepSpeed ZeRO-{stage}"] if training.deepspeed else []
-    details += [str(base.mode)] if base.mode is not None else []
+    details += base.choices
     return f"training {base.family.title}: {', '.join(details)}"
 
 
@@ -122,7 +143,7 @@ def _check_modes(mode: str | None) -> None:
 
 def _check_names(args: Arguments, family: Family) -> None:
     """Corrects a wrong --llm_type or --template with a warning; the family is read from the checkpoint."""
-    if args.model.template is not None and not template_fits(args.model.template, family.name):
+    if args.model.template is not None and args.model.template not in family.llamafactory_templates:
         logger.warning(
             "template %s does not fit: the checkpoint is %s, and its own prompt format is used",
             args.model.template,

@@ -24,9 +24,9 @@ from finetune.checkpoints.base_checkpoint import (
     SIDE_FILES,
     Checkpoint,
     copy_base_files,
-    mode_note,
     read_config,
 )
+from finetune.checkpoints.model_card import adapter_card, full_card, with_code_note
 from finetune.checkpoints.passthrough_tensors import copy_passthrough_tensors
 from finetune.families.settings import DOWNSAMPLE_MODE
 
@@ -66,7 +66,7 @@ def finish_adapter(model: PeftModel, folder: Path, base: Checkpoint) -> None:
     config.auto_mapping = {"base_model_class": base_class, "parent_library": library, **base.auto_mapping_extra}
     config.save_pretrained(str(folder))
     copy_base_files(base, folder, SIDE_FILES)
-    (folder / "README.md").write_text(_adapter_card(base), encoding="utf-8")
+    (folder / "README.md").write_text(adapter_card(base), encoding="utf-8")
     _tidy(folder)
 
 
@@ -75,7 +75,7 @@ def finish_full(folder: Path, base: Checkpoint) -> None:
 
     Tensors of the base that the model does not build (the speech output of MiniCPM-o) are added to the weights.
     transformers 5 writes config.json in a layout that official code misreads (rope_theta moves), so the original is
-    copied; only torch_dtype is set to that of the weights, and downsample_mode to that of the run.
+    copied; only torch_dtype is set to that of the weights, downsample_mode and use_image_id to those of the run.
     """
     copy_base_files(base, folder, FULL_FILES)
     config = read_config(folder)
@@ -84,7 +84,7 @@ def finish_full(folder: Path, base: Checkpoint) -> None:
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     copy_passthrough_tensors(base.folder, folder)
-    (folder / "README.md").write_text(_full_card(base), encoding="utf-8")
+    (folder / "README.md").write_text(with_code_note(full_card(base), folder), encoding="utf-8")
     _tidy(folder)
 
 
@@ -127,46 +127,3 @@ def _tidy(folder: Path) -> None:
     readable = (folder / "README.md").stat().st_mode & 0o777
     for path in folder.glob("*.safetensors"):
         path.chmod(readable)
-
-
-def _adapter_card(base: Checkpoint) -> str:
-    revision = f" (revision {base.revision})" if base.revision else ""
-    option = note = ""
-    if base.mode is not None and base.mode.name != base.mode.base:
-        option = f'model.config.{DOWNSAMPLE_MODE} = "{base.mode.name}"\n'
-        note = f"""
-It was trained with {DOWNSAMPLE_MODE} {base.mode.name}, and the base has {base.mode.base}. The processor beside the
-adapter and the tools of this project use its mode; with peft, set it on the model as above.
-"""
-    return f"""---
-base_model: {base.name}
-library_name: peft
----
-# LoRA adapter for {base.family.title}
-
-Base checkpoint: `{base.name}`{revision}. The flags of the run are in `run.yaml`.
-
-```python
-import finetune.models  # registers the model classes; no remote code is run
-from peft import AutoPeftModel
-
-model = AutoPeftModel.from_pretrained("path/to/this/folder", device_map="auto").eval()
-{option}```
-{note}"""
-
-
-def _full_card(base: Checkpoint) -> str:
-    return f"""---
-base_model: {base.name}
----
-# Finetuned {base.family.title}
-
-All files besides the weights are those of `{base.name}`{mode_note(base)}. The flags of the run are in `run.yaml`.
-
-```python
-import finetune.models  # registers the model classes; no remote code is run
-from transformers import {base.family.auto_mapping[0]}
-
-model = {base.family.auto_mapping[0]}.from_pretrained("path/to/this/folder", device_map="auto").eval()
-```
-"""

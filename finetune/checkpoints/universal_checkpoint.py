@@ -16,9 +16,9 @@ from typing import Any
 
 from finetune.checkpoints.disk_space import describe_space, free_space, written_size
 from finetune.checkpoints.manifest import NAME, read
-from finetune.checkpoints.output_folder import RECORDS
 from finetune.checkpoints.resumable import shards_folder
 from finetune.checkpoints.resume import ResumeError
+from finetune.model_folders.output_contents import STATE_FOLDER
 from finetune.runtime import distributed
 
 logger = logging.getLogger(__name__)
@@ -36,12 +36,12 @@ def convert_for_world_size(checkpoint: Path | None, output: Path) -> Path | None
 
     Args:
         checkpoint: complete and checked; None for none.
-        output: folder of the run; the converted checkpoint is written below RECORDS in it.
+        output: folder of the run; the converted checkpoint is written below STATE_FOLDER in it.
 
     Raises:
         ResumeError: the disk has no space for it, or DeepSpeed cannot convert it.
     """
-    made = output / RECORDS / _FOLDER
+    made = output / STATE_FOLDER / _FOLDER
     shutil.rmtree(made, ignore_errors=True)  # of a run that was ended
     manifest = None if checkpoint is None else read(checkpoint)
     if checkpoint is None or manifest is None or not manifest.zero_stage:

@@ -21,11 +21,14 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 import finetune
+from finetune.checkpoints.adapter_effect import no_effect
 from finetune.checkpoints.logit_tolerance import FLOAT32, computing_noise, round_weights
 from finetune.checkpoints.weight_hashes import fingerprints, trained_names
 from finetune.encoding.collate import pad
 from finetune.encoding.example import Example
+from finetune.runtime.outcome import NOT_VERIFIED, OK, UNUSABLE_RESULT
 from finetune.runtime.processes import ABOVE
+from finetune.runtime.waiting_process import WaitingProcess
 from finetune.utils.number_format import significant
 
 logger = logging.getLogger(__name__)
@@ -96,26 +99,36 @@ def write_reference(path: Path, batch: Mapping[str, torch.Tensor], logits: torch
     save_file({**tensors, "logits": logits.float().cpu().contiguous()}, path, metadata=metadata)
 
 
-def verify_in_fresh_process(folder: Path, reference: Path) -> int:
+def verify_in_fresh_process(folder: Path, reference: Path, waiting: WaitingProcess | None = None) -> int:
     """Runs ``python -m finetune verify`` from another directory, without this run's distributed environment.
 
     The reference contains a sample of the user's data: its folder is removed unless the verification fails.
 
+    Args:
+        folder: of the result.
+        reference: as ``take_reference`` wrote it.
+        waiting: a process from before the run that has its imports already; None to start one.
+
     Returns:
-        The exit status: 0 when the folder loads and its logits agree.
+        OK; UNUSABLE_RESULT for an adapter that changes nothing; NOT_VERIFIED if the folder does not load, or its logits
+        differ.
     """
     distributed = ("RANK", "LOCAL_", "WORLD_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(distributed)}
     source = str(Path(finetune.__file__).resolve().parent.parent)
     environment[ABOVE] = str(os.getpid())
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, environment.get("PYTHONPATH", "")]))
-    command = [sys.executable, "-m", "finetune", "verify", str(folder), "--reference", str(reference)]
-    status = subprocess.run(command, cwd=reference.parent, env=environment, check=False).returncode
-    if status == 0:
-        shutil.rmtree(reference.parent)
+    words = ["verify", str(folder), "--reference", str(reference)]
+    if waiting is None:
+        command = [sys.executable, "-m", "finetune", *words]
+        status = subprocess.run(command, cwd=reference.parent, env=environment, check=False).returncode
     else:
-        logger.error("to repeat the verification: %s", shlex.join(["python", *command[1:]]))
-    return status
+        status = waiting.call(words, reference.parent, environment)
+    if status in (OK, UNUSABLE_RESULT):
+        shutil.rmtree(reference.parent)
+        return status
+    logger.error("to repeat the verification: %s", shlex.join(["python", "-m", "finetune", *words]))
+    return NOT_VERIFIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +141,7 @@ class LogitComparison:
         wrong: names of the trained parameters whose values differ.
         base_difference: largest absolute difference with the adapter off; None for a full model.
         origin: of the reference.
+        no_effect: why the adapter changes nothing; None if it does.
     """
 
     difference: float
@@ -135,6 +149,7 @@ class LogitComparison:
     wrong: list[str]
     base_difference: float | None
     origin: Origin
+    no_effect: str | None = None
 
     @property
     def relative(self) -> float:
@@ -180,7 +195,8 @@ def compare(model: torch.nn.Module, reference: Path) -> LogitComparison:
         if isinstance(model, PeftModel):
             with model.disable_adapter():
                 base = _distance(model, batch, expected)
-    return LogitComparison(difference, max(expected.abs().max().item(), 1e-6), wrong, base, origin)
+    largest = max(expected.abs().max().item(), 1e-6)
+    return LogitComparison(difference, largest, wrong, base, origin, no_effect(model, base))
 
 
 def origin_of(reference: Path) -> Origin:

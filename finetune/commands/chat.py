@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from finetune.commands.parser import CommandParser
-from finetune.commands.shared_flags import add_mode_flag, add_video_flags, data_arguments
+from finetune.commands.shared_flags import add_prompt_flags, add_video_flags, data_arguments, positive
+from finetune.runtime.out_of_memory import explaining, fewer_slices
 from finetune.utils.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
@@ -35,17 +36,18 @@ HELP = """/image PATH        attach an image to the next question; may be given 
 
 def main(argv: list[str]) -> int:
     """Chats until the input ends; returns 2 when a line of piped input could not be used, else 0."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
 
     import torch
 
     from finetune.chat.conversation_state import ConversationState
     from finetune.chat.pipeline import read_options
-    from finetune.chat.session import ChatSession
-    from finetune.chat.web_page import Page, gradio, serve
+    from finetune.chat.web_page import MAX_FILE_MB, MAX_FILES, Page, gradio, serve
 
     if args.web:
         gradio()  # raises before a model is loaded where it is not installed
+    elif args.max_files is not None or args.max_file_mb is not None:
+        raise ArgumentError("--max_files and --max_file_mb limit the uploads of the page: add --web, or remove them")
     if args.seed is not None:
         torch.manual_seed(args.seed)
     names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "max_slice_nums")
@@ -63,21 +65,37 @@ def main(argv: list[str]) -> int:
         conversation.show(path, "video")
     for path in args.audio:
         conversation.show(path, "audio")
-    device = None if args.device == "auto" else args.device
-    session = ChatSession(
-        args.model, args.adapter, device=device, dtype=args.dtype, downsample_mode=args.downsample_mode
-    )
-    for name, mode in session.modes.items():
-        if mode is not None:
-            print(f"{'base' if name not in session.adapters else name}: {mode}", file=sys.stderr, flush=True)
-    session.pipeline.encoder(prompting)  # refuses invalid settings now
+    session = _session(args)
+    session.check(prompting)  # refuses invalid settings now
     if args.web:
-        serve(Page(session, prompting, decoding, args.system), args.port)
+        page = Page(session, prompting, decoding, args.system, args.max_files or MAX_FILES)
+        serve(page, args.port, args.max_file_mb or MAX_FILE_MB)
         return 0
     return Terminal(session, conversation, prompting, decoding).run()
 
 
-def _parser() -> CommandParser:
+def _session(args: argparse.Namespace) -> ChatSession:
+    """The loaded models; settings that they choose themselves are said."""
+    from finetune.chat.session import ChatSession
+
+    device = None if args.device == "auto" else args.device
+    with explaining(lambda: ["--dtype bfloat16", "--device cpu"], "the model was not loaded"):
+        session = ChatSession(
+            args.model,
+            args.adapter,
+            device=device,
+            dtype=args.dtype,
+            downsample_mode=args.downsample_mode,
+            use_image_id=args.use_image_id,
+        )
+    for name, checkpoint in session.checkpoints.items():
+        for line in checkpoint.choices:
+            print(f"{'base' if name not in session.adapters else name}: {line}", file=sys.stderr, flush=True)
+    return session
+
+
+def build_parser() -> CommandParser:
+    """The options of the command."""
     parser = CommandParser(
         prog="python -m finetune chat",
         description=__doc__,
@@ -102,10 +120,14 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--thinking", action=argparse.BooleanOptionalAction, help="thinking mode, for models that have it"
     )
-    add_mode_flag(parser)
+    add_prompt_flags(parser)
     add_video_flags(parser)
     parser.add_argument("--web", action="store_true", help="a page in the browser that compares adapters and base")
     parser.add_argument("--port", type=int, default=7860, help="port of the page, on localhost only (%(default)s)")
+    parser.add_argument("--max_files", type=positive, help="maximum images per conversation of the page (default: 8)")
+    parser.add_argument(
+        "--max_file_mb", type=positive, help="maximum size of an upload to the page in MB (default: 20)"
+    )
     parser.add_argument("--seed", type=int, help="seed of sampling")
     parser.add_argument("--device", default="auto", help="auto (the best available), cpu, cuda, mps, ...")
     parser.add_argument("--dtype", default="auto", help="auto (the file's), bfloat16, float16, float32")
@@ -167,6 +189,13 @@ class Terminal:
             return None
 
     def _take(self, words: str) -> None:
+        from finetune.chat.conversation_state import found
+        from finetune.chat.media_inputs import is_audio
+
+        # A file dragged into the terminal; commands are no files.
+        if words[:1] in ("/", "'", '"') and (file := found(words, "image")) is not None:
+            self._show("audio" if is_audio(file) else "image")(words)
+            return
         if not words.startswith("/"):
             if words:
                 self._answer(words)
@@ -181,9 +210,10 @@ class Terminal:
         said: list[str] = []
         try:
             sample = self.conversation.ask(question)
-            for chunk in self.session.stream(sample, self.prompting, self.decoding):
-                said.append(chunk)
-                print(chunk, end="", flush=True)
+            with explaining(lambda: _smaller(self.prompting), "the question is taken back"):
+                for chunk in self.session.stream(sample, self.prompting, self.decoding):
+                    said.append(chunk)
+                    print(chunk, end="", flush=True)
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
@@ -216,6 +246,12 @@ class Terminal:
     def _note(self, text: str) -> None:
         """Prints a message that is not an answer; to standard error when input is piped."""
         print(text, file=sys.stdout if self.interactive else sys.stderr, flush=True)
+
+
+def _smaller(prompting: ChatPromptOptions) -> list[str]:
+    """What needs less memory, the cheapest first."""
+    fewer = [] if prompting.max_slice_nums == 1 else [f"{fewer_slices(prompting.max_slice_nums)} when chat is started"]
+    return ["/reset, which clears the conversation, or fewer images", *fewer]
 
 
 def _needed(value: str, usage: str) -> str:

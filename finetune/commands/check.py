@@ -9,7 +9,6 @@ samples as the model gets them; --write_json converts a file that only Python ca
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -19,11 +18,14 @@ from typing import TYPE_CHECKING
 from finetune.arguments.data import DataArguments
 from finetune.arguments.model import ModelArguments
 from finetune.commands.parser import CommandParser
-from finetune.commands.shared_flags import MODE_FLAG, add_flags, data_arguments
+from finetune.commands.shared_flags import PROMPT_FLAGS, add_flags, data_arguments
 from finetune.utils.errors import ArgumentError, UserError
+from finetune.utils.terminal import in_colour
 
 if TYPE_CHECKING:
     from finetune.encoding.encoder import Encoder
+    from finetune.encoding.sample_policy import SamplePolicy
+    from finetune.pages.record_survey import SurveyedRecord
     from finetune.readers.mixture import Mixture
 
 _SHORT = {"model": "model_name_or_path", "data": "data_path"}
@@ -37,37 +39,16 @@ def main(argv: list[str]) -> int:
         return _converted(given)
     data, seed = data_arguments(given), given.seed if given.data_seed is None else given.data_seed
 
-    from finetune.data_check.check_records import check, judge, overlap
-    from finetune.data_check.length_table import measure_lengths
+    from finetune.data_check.check_records import overlap, require_usable
     from finetune.encoding.sample_policy import SamplePolicy
-    from finetune.pages.record_survey import RecordSurvey, SurveyedRecord
-    from finetune.pages.terminal_preview import show
 
     encoder = _encoder(given, data)
     try:
         sample_policies = [
             SamplePolicy(samples, encoder, **data.policies) for samples in _opened(data, given.data_path, seed)
         ]
-        reports, parts = [], []
-        for sample_policy in sample_policies:
-            survey, rebuild = RecordSurvey(), data.overwrite_cache
-            reports.append(
-                check(
-                    sample_policy.samples,
-                    sample_policy.length_policy,
-                    data.check or "full",
-                    rebuild=rebuild,
-                    seen=survey.see,
-                )
-            )
-            print(reports[-1])
-            if (lengths := measure_lengths(sample_policy.samples, encoder)) is not None:
-                print(lengths)
-            for text in show(sample_policy.samples, sample_policy.length_policy, given.show, colour=_in_colour()):
-                print(text)
-            parts.append(
-                SurveyedRecord(sample_policy.samples, sample_policy.length_policy, reports[-1], survey, lengths)
-            )
+        parts = [_checked(sample_policy, given, data) for sample_policy in sample_policies]
+        reports = [part.report for part in parts]
         for line in overlap(sample_policies, reports):
             print(f"warning: {line}")
         if given.html is not None:
@@ -75,15 +56,28 @@ def main(argv: list[str]) -> int:
 
             write_preview(Path(given.html), parts, most=given.samples, seed=seed)
             print(f"written {given.html}")
-        judge(sample_policies, reports)
+        require_usable(sample_policies, reports)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def _in_colour() -> bool:
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+def _checked(sample_policy: SamplePolicy, given: argparse.Namespace, data: DataArguments) -> SurveyedRecord:
+    """A data set with its report, which is printed with the table of lengths and the first samples."""
+    from finetune.data_check.check_records import check
+    from finetune.data_check.length_table import measure_lengths
+    from finetune.pages.record_survey import RecordSurvey, SurveyedRecord
+    from finetune.pages.terminal_preview import show
+
+    samples, length_policy, survey = sample_policy.samples, sample_policy.length_policy, RecordSurvey()
+    report = check(samples, length_policy, data.check or "full", rebuild=data.overwrite_cache, seen=survey.see)
+    print(report)
+    if (lengths := measure_lengths(samples, length_policy.encoder)) is not None:
+        print(lengths)
+    for text in show(samples, length_policy, given.show, colour=in_colour(sys.stdout)):
+        print(text)
+    return SurveyedRecord(samples, length_policy, report, survey, lengths)
 
 
 def _encoder(given: argparse.Namespace, data: DataArguments) -> Encoder:
@@ -91,15 +85,13 @@ def _encoder(given: argparse.Namespace, data: DataArguments) -> Encoder:
     from finetune.checkpoints.base_checkpoint import resolve
     from finetune.encoding.chat_template_check import check_chat_template
     from finetune.encoding.encoder import Encoder
-    from finetune.models import load_tokenizer
+    from finetune.tokenizers.tokenization import load_tokenizer
 
-    base = resolve(given.model_name_or_path, given.downsample_mode)
-    if base.mode is not None:
-        print(base.mode)
+    base = resolve(given.model_name_or_path, given.downsample_mode, use_image_id=given.use_image_id)
+    for line in base.choices:
+        print(line)
     tokenizer = load_tokenizer(base.folder)
-    encoder = Encoder.from_config(
-        base.family, tokenizer, base.settings, max_length=given.model_max_length, **data.encoding
-    )
+    encoder = Encoder(base.family, tokenizer, base.settings, max_length=given.model_max_length, **data.encoding)
     check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
     return encoder
 
@@ -121,7 +113,7 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         ArgumentError: an unknown flag, or no model, or no data.
     """
-    parser = _parser()
+    parser = build_parser()
     words = [_long(word) for word in argv]
     given, rest = parser.parse_known_args(words)
     if rest:
@@ -167,7 +159,8 @@ def _with_training(parser: CommandParser, words: Sequence[str]) -> argparse.Name
     return given
 
 
-def _parser() -> CommandParser:
+def build_parser() -> CommandParser:
+    """The options of the command."""
     parser = CommandParser(
         prog="python -m finetune check",
         usage="%(prog)s [FILE.yaml] --model MODEL (--data FILE ... | --dataset NAMES) [flags of training]",
@@ -175,7 +168,7 @@ def _parser() -> CommandParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     model = parser.add_argument_group("model")
-    add_flags(model, ModelArguments, ["model_name_or_path", MODE_FLAG])
+    add_flags(model, ModelArguments, ["model_name_or_path", *PROMPT_FLAGS])
     data = parser.add_argument_group("data (--model and --data are short for the names that training has)")
     data.add_argument("--data_path", nargs="+", default=[], metavar="FILE", help="data files, each checked by itself")
     names = {entry.name for entry in fields(DataArguments)} - {"data_path"}

@@ -23,7 +23,7 @@ _DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 def main(argv: list[str]) -> int:
     """Consolidates; returns 0 when the result is complete and loads."""
-    given = _parser().parse_args(argv)
+    given = build_parser().parse_args(argv)
     checkpoint, out = expand(given.checkpoint), expand(given.out).absolute()
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such folder; give the checkpoint-N folder of a run, from this machine")
@@ -72,7 +72,8 @@ def _record(base: Checkpoint, checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def _parser() -> CommandParser:
+def build_parser() -> CommandParser:
+    """The options of the command."""
     parser = CommandParser(
         prog="python -m finetune consolidate",
         description=__doc__,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import finetune
 from finetune.commands.parser import CommandParser
+from finetune.sample import Sample
 
 ROOT = Path(finetune.__file__).resolve().parent.parent
 # Hyperparameters with which the tiny model learns within a minute; for real checkpoints use the launcher's defaults.
@@ -26,12 +27,7 @@ FLAGS = (
 
 def main(argv: list[str]) -> int:
     """Creates model and data, trains, evaluates; the last line of the output is the result."""
-    parser = CommandParser(prog="python -m finetune demo", description=__doc__)
-    parser.add_argument("--family", default="llama3_v2_5", help="family of the tiny checkpoint")
-    parser.add_argument("--out", type=Path, default=Path("output/demo"), help="output folder")
-    parser.add_argument("--epochs", type=float, default=3, help="training epochs")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
 
     from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
     from finetune.tiny.demo_dataset import write_demo_dataset
@@ -81,7 +77,7 @@ def report(adapter: Path, data: Path) -> tuple[float, float]:
     tokenizer = load_tokenizer(adapter)
 
     def answer(file: str, what: str, slices: int | None = None) -> list[str]:
-        encoder = Encoder.from_config(base.family, tokenizer, base.settings, max_slice_nums=slices)
+        encoder = Encoder(base.family, tokenizer, base.settings, max_slice_nums=slices)
         prompts = [split_answer(sample)[0] for sample in read(data / file)]
         return generate_answers(model, tokenizer, encoder, prompts, max_new_tokens=8, description=what)
 
@@ -96,6 +92,13 @@ def report(adapter: Path, data: Path) -> tuple[float, float]:
     with model.disable_adapter():
         given["base"] = answer("eval.json", "base")
 
+    _print_answers(pairs, tasks, given)
+    return match(given["adapter"], references), match(given["blanked"], references)
+
+
+def _print_answers(pairs: list[tuple[Sample, str]], tasks: list[str], given: dict[str, list[str]]) -> None:
+    """The first answers, and the exact match by task."""
+    references = [reference for _, reference in pairs]
     for index in range(4):
         print(f"  {pairs[index][0].messages[-1].text.strip()}")
         print(f"    answer {references[index]!r}   base {given['base'][index]!r}   adapter {given['adapter'][index]!r}")
@@ -106,9 +109,18 @@ def report(adapter: Path, data: Path) -> tuple[float, float]:
         chosen = [index for index, name in enumerate(tasks) if task in (name, "all")]
         shares = (match([given[name][i] for i in chosen], [references[i] for i in chosen]) for name in columns)
         print(f"    {task:<12} {' '.join(f'{share:>9.3f}' for share in shares)}")
-    return match(given["adapter"], references), match(given["blanked"], references)
 
 
 def match(answers: Sequence[str], references: Sequence[str]) -> float:
     """Fraction of answers equal to their reference."""
     return sum(a == b for a, b in zip(answers, references, strict=True)) / len(references)
+
+
+def build_parser() -> CommandParser:
+    """The options of the command."""
+    parser = CommandParser(prog="python -m finetune demo", description=__doc__)
+    parser.add_argument("--family", default="llama3_v2_5", help="family of the tiny checkpoint")
+    parser.add_argument("--out", type=Path, default=Path("output/demo"), help="output folder")
+    parser.add_argument("--epochs", type=float, default=3, help="training epochs")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser

@@ -1,4 +1,4 @@
-"""``python -m finetune doctor``: is everything here that training needs? For whatever is wrong, the line that mends it.
+"""``python -m finetune doctor``: checks that this machine has what training needs, with a fix for what is missing.
 
 Looks at Python, the packages and their tested versions, the driver and every GPU, a collective between two processes, a
 compiler for offload, shared memory, limits, disk, optional packages and access to the hub. Changes nothing.
@@ -77,7 +77,7 @@ class Finding:
 
 def main(argv: list[str]) -> int:
     """Runs ``python -m finetune doctor``; 1 where something is wrong that every run needs."""
-    given = _parser().parse_args(argv)
+    given = build_parser().parse_args(argv)
     findings = []
     for look in LOOKS:
         for finding in look():
@@ -257,7 +257,8 @@ LOOKS: tuple[Callable[[], Iterator[Finding]], ...] = (
 )
 
 
-def _parser() -> CommandParser:
+def build_parser() -> CommandParser:
+    """The options of the command."""
     parser = CommandParser(
         prog="python -m finetune doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

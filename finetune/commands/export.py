@@ -7,29 +7,40 @@ logits are compared with those of the adapted model. Flags have LLaMA-Factory's 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.arguments.legacy import template_fits
+from finetune.commands.gguf import add_gguf_flags, check_gguf, check_gguf_space, convert_to_gguf
 from finetune.commands.parser import CommandParser
-from finetune.commands.shared_flags import add_mode_flag
-from finetune.runtime.outcome import NOT_VERIFIED, OK
+from finetune.commands.shared_flags import add_prompt_flags
+from finetune.runtime.out_of_memory import explaining
+from finetune.runtime.outcome import NOT_VERIFIED, OK, UNUSABLE_RESULT
 from finetune.utils.errors import UserError
-from finetune.utils.number_format import significant
+from finetune.utils.number_format import significant, size_text
 from finetune.utils.paths import expand
+from finetune.utils.terminal import red
 
 if TYPE_CHECKING:
     from finetune.checkpoints.base_checkpoint import Checkpoint
+    from finetune.export.llama_cpp import Checkout
     from finetune.export.lora_merge import Base, Merged
     from finetune.export.merge_check import Agreement
 
 _DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
+class DisagreementError(UserError):
+    """A merged model that is not the adapted one."""
+
+    exit_code = NOT_VERIFIED
+
+
 def main(argv: list[str]) -> int:
-    """Exports; returns 0 on success, 3 when the logits differ from those of the adapted model."""
-    given = _parser().parse_args(expand_yaml(argv))
+    """Exports; returns 0 on success, 3 when the logits differ from the adapted model's, 4 for an idle adapter."""
+    given = build_parser().parse_args(expand_yaml(argv))
     if given.export_legacy_format == "true":
         raise UserError("--export_legacy_format true: weights are written as safetensors only; remove the flag")
     if given.push_to_hub == "true" and given.export_hub_model_id is None:
@@ -37,20 +48,27 @@ def main(argv: list[str]) -> int:
 
     from finetune.export.result_folder import check_target
 
-    sources = resolve_sources(given.model_name_or_path, given.adapter_name_or_path, given.downsample_mode)
+    wished = (given.downsample_mode, given.use_image_id)
+    sources = resolve_sources(given.model_name_or_path, given.adapter_name_or_path, *wished)
     out = expand(given.export_dir).absolute()
     check_target(out, sources.folders, overwrite=given.overwrite_output_dir == "true")
+    checkout = check_gguf(given, sources.base)
     for line in sources.notes:
         print(line)
-    if given.template is not None and not template_fits(given.template, sources.base.family.name):
+    if given.template is not None and given.template not in sources.base.family.llamafactory_templates:
         print(f"note: template {given.template} does not fit {sources.base.family.title}; it is ignored")
-    agreement = _export(given, sources, out)
+    with explaining(lambda: ["--export_device cpu"], f"what {out} holds is complete or as it was"):
+        agreement = _export(given, sources, out, checkout)
     if agreement is not None and not agreement.ok:
+        whose = "adapted" if sources.adapters else "original"
         print(
-            f"error: {out} does not give the logits of the adapted model. The folder was kept; do not use it before "
+            f"error: {out} does not give the logits of the {whose} model. The folder was kept; do not use it before "
             "the difference is understood"
         )
         return NOT_VERIFIED
+    if agreement is not None and agreement.no_effect is not None:
+        print(red(f"error: the adapter changes nothing: {agreement.no_effect}; {out} is the base", sys.stdout))
+        return UNUSABLE_RESULT
     _upload(given, out)
     return OK
 
@@ -59,7 +77,7 @@ def expand_yaml(argv: list[str]) -> list[str]:
     """The command line as argv, preceded by the flags of the YAML file that it may begin with."""
     from finetune.arguments.resolve import resolve
 
-    known = vars(_parser().parse_args(["--export_dir", "OUT"]))
+    known = vars(build_parser().parse_args(["--export_dir", "OUT"]))
     return resolve(argv, dict.fromkeys(known, False), "export").argv
 
 
@@ -77,11 +95,13 @@ class Sources:
         return [self.base.folder, *self.adapters]
 
 
-def resolve_sources(model: str | None, adapters: str | None, downsample_mode: str | None = None) -> Sources:
+def resolve_sources(
+    model: str | None, adapters: str | None, downsample_mode: str | None = None, use_image_id: bool | None = None
+) -> Sources:
     """The base and the adapters; without a model, or with an adapter as model, the base that the adapter names.
 
     Raises:
-        UserError: neither is given, or a folder is missing; or adapters were trained with different modes.
+        UserError: neither is given, or a folder is missing; or adapters were trained with different modes or image ids.
     """
     from finetune.model_folders.checkpoint_folder import has_adapter, is_adapter, local_folder
 
@@ -97,30 +117,49 @@ def resolve_sources(model: str | None, adapters: str | None, downsample_mode: st
     from finetune.models import base_of
 
     name = str(base_of(folders[0])) if model is None else model
-    base = resolve(name, downsample_mode, trained=folders[-1] if folders else None)
-    notes = [f"base       {base.name}, {base.family.title}"]
-    if base.mode is not None:
-        notes.append(f"mode       {base.mode}")
-        for folder in folders:
-            own = resolve(name, downsample_mode, trained=folder)
-            if own.downsample_mode != base.downsample_mode:
-                raise UserError(
-                    f"{folders[-1]} was trained with downsample_mode {base.downsample_mode}, {folder} with "
-                    f"{own.downsample_mode}: a model has one mode; choose it with --downsample_mode"
-                )
+    base, *others = [
+        resolve(name, downsample_mode, use_image_id=use_image_id, trained=folder) for folder in folders[::-1] or [None]
+    ]
+    if base.in_4bit:
+        raise UserError(
+            f"{base.folder} is stored in 4 bit, into which nothing is merged: name the unquantised base, "
+            f"--model_name_or_path {base.family.hub_id}, and the adapter is merged into that"
+        )
+    for folder, own in zip(folders[-2::-1], others, strict=True):
+        _check_alike(folders[-1], base, folder, own)
+    notes = [f"base       {base.name}, {base.family.title}", *(f"mode       {line}" for line in base.choices)]
     for folder in folders:
         notes += [f"adapter    {folder}", *_notes(folder, base)]
     return Sources(base, folders, notes)
 
 
+def _check_alike(last: Path, base: Checkpoint, folder: Path, own: Checkpoint) -> None:
+    """Refuses two adapters whose prompts differ."""
+    ids = [each.image_ids and str(each.image_ids.used).lower() for each in (base, own)]
+    modes = [base.downsample_mode, own.downsample_mode]
+    for flag, (one, other) in {"downsample_mode": modes, "use_image_id": ids}.items():
+        if one != other:
+            raise UserError(
+                f"{last} was trained with {flag} {one}, {folder} with {other}: a model has one; choose it with --{flag}"
+            )
+
+
 def _notes(adapter: Path, base: Checkpoint) -> list[str]:
-    """Notes for the user about an adapter on this base."""
+    """Notes for the user about an adapter on this base.
+
+    Raises:
+        CheckpointError: a named base that is not the adapter's.
+    """
+    from finetune.export.named_base import check_named_base
     from finetune.model_folders.checkpoint_folder import read_adapter_config
 
     notes = []
     named = str(read_adapter_config(adapter).get("base_model_name_or_path") or "a base without a name")
     if named != base.name and expand(named).resolve() != base.folder:
-        notes.append(f"           it was trained on {named}; family and shapes are compared, the weights cannot be")
+        check_named_base(adapter, expand(named), base)
+        notes.append(
+            f"           it was trained on {named}; family, shapes and ids are compared, the weights cannot be"
+        )
     if _flags_of(adapter).get("q_lora"):
         notes.append("           it was trained on the base in 4 bit (QLoRA); it is merged into the unquantised base")
     return notes
@@ -139,32 +178,62 @@ def _flags_of(adapter: Path) -> dict[str, Any]:
     return flags if isinstance(flags, dict) else {}
 
 
-def _export(given: argparse.Namespace, sources: Sources, out: Path) -> Agreement | None:
+def _export(
+    given: argparse.Namespace, sources: Sources, out: Path, checkout: Checkout | None = None
+) -> Agreement | None:
     """Writes into a temporary folder, moves it to --export_dir and verifies it."""
+    from finetune.export.prompt_files import encoder_of, write_prompt_files
+    from finetune.export.result_folder import unfinished, write_record
+
+    base, agreement = sources.base, None
+    served = given.format == "vllm"
+    with unfinished(out, sources.folders, overwrite=given.overwrite_output_dir == "true") as folder:
+        model = folder / {"vllm": "base", "gguf": "to_convert"}.get(given.format, "")
+        model.mkdir(exist_ok=True)
+        weights = _write_weights(given, sources, model)
+        if served:
+            _write_served(weights, base, folder / "adapter", out)
+        write_record(folder, sources.adapters, _record(given, sources))
+        if checkout is None:
+            write_prompt_files(folder, encoder_of(base))
+        else:
+            # Before the conversion: the model folder does not outlive it.
+            agreement = _verify(given, sources, model, []) if given.verify == "auto" else None
+            if agreement is not None and not agreement.ok:
+                raise DisagreementError(
+                    "the merged model does not give the logits of the adapted model; nothing was converted:"
+                    f"{_describe(agreement)}"
+                )
+            convert_to_gguf(given, base, checkout, model, folder, out)
+    # After the move: should the check run out of memory, the complete folder is there.
+    if checkout is None and given.verify == "auto":
+        agreement = _verify(given, sources, *((out / "base", [out / "adapter"]) if served else (out, [])))
+    done = "converted" if checkout else "merged" if sources.adapters else "exported"
+    print(f"{done}={out}{'' if agreement is None else _describe(agreement)}")
+    return agreement
+
+
+def _write_weights(given: argparse.Namespace, sources: Sources, model: Path) -> Base | Merged:
+    """Writes the model folder; returns its tensors."""
     import torch
 
-    from finetune.export.result_folder import model_card, unfinished, write_model, write_record
+    from finetune.checkpoints.model_card import code_note
+    from finetune.export.result_folder import model_card, write_model
     from finetune.export.sharded_writer import WeightFiles
 
-    base, adapters = sources.base, sources.adapters
+    base = sources.base
     weights = _weights(given, sources)
     dtype = None if given.infer_dtype == "auto" else getattr(torch, given.infer_dtype)
     files = WeightFiles(weights, dtype=dtype, shard_size=round(given.export_size * 1e9))
-    served = given.format == "vllm"
-    with unfinished(out, sources.folders, overwrite=given.overwrite_output_dir == "true") as folder:
-        model = folder / "base" if served else folder
-        model.mkdir(exist_ok=True)
-        count = write_model(model, base, files, dtype=dtype, card=model_card(base, [each.name for each in adapters]))
-        print(f"written    {files.total_size / 1e9:.2f} GB in {count} file(s), {len(weights.changed)} tensors changed")
-        if served:
-            _write_served(weights, base, folder / "adapter", out)
-        write_record(folder, adapters, _record(given, sources))
-    # After the move: should the check run out of memory, the complete folder is there.
-    agreement = None
-    if given.verify == "auto":
-        agreement = _verify(given, sources, *((out / "base", [out / "adapter"]) if served else (out, [])))
-    print(f"merged={out}{'' if agreement is None else _describe(agreement)}")
-    return agreement
+    if given.format == "gguf":
+        check_gguf_space(given, base, files, model)
+    card = model_card(base, [each.name for each in sources.adapters])
+    count = write_model(model, base, files, dtype=dtype, card=card)
+    changed = f"{len(weights.changed)} tensors changed" if sources.adapters else "the weights as they are"
+    print(f"written    {size_text(files.total_size)} in {count} file(s), {changed}")
+    if (note := code_note(model)) is not None:
+        print(f"note       {note}")
+    return weights
 
 
 def _weights(given: argparse.Namespace, sources: Sources) -> Base | Merged:
@@ -182,7 +251,19 @@ def _weights(given: argparse.Namespace, sources: Sources) -> Base | Merged:
         return served
     for adapter in sources.adapters:
         weights = Merged(weights, empty_model(base.folder), adapter, device=device)
+        if weights.overridden:
+            print(_overridden(adapter, weights.overridden))
     return weights
+
+
+def _overridden(adapter: Path, names: Collection[str]) -> str:
+    """What the merge of a later adapter takes from an earlier one: LoRA adds up, tensors trained in full do not."""
+    from finetune.models.strict_loading import some
+
+    return (
+        f"warning    {adapter} replaces {len(names)} tensors that an earlier adapter trained in full or as biases, the "
+        f"earlier training of them is lost: {some(sorted(names))}"
+    )
 
 
 def _write_served(weights: Base | Merged, base: Checkpoint, folder: Path, out: Path) -> None:
@@ -214,7 +295,7 @@ def _record(given: argparse.Namespace, sources: Sources) -> dict[str, Any]:
 
 def _verify(given: argparse.Namespace, sources: Sources, model: Path, left: list[Path]) -> Agreement:
     from finetune.checkpoints.base_checkpoint import resolve
-    from finetune.export.merge_check import compare, logits_of, make_prompts
+    from finetune.export.merge_check import compare, logits_of, make_prompts, one_bar
 
     prompts = make_prompts(sources.base)
     device = _device(given.export_device)
@@ -222,7 +303,8 @@ def _verify(given: argparse.Namespace, sources: Sources, model: Path, left: list
     adapted = logits_of(base, sources.adapters, prompts, dtype=given.infer_dtype, device=device)
     # With the downsample_mode of its own files, as users will load it.
     result = resolve(str(model), trained=left[0] if left else None, environment={})
-    return compare(adapted, logits_of(result, left, prompts, dtype="auto", device=device))
+    with one_bar():
+        return compare(adapted, logits_of(result, left, prompts, dtype="auto", device=device))
 
 
 def _describe(agreement: Agreement) -> str:
@@ -251,18 +333,20 @@ def _upload(given: argparse.Namespace, folder: Path) -> None:
             print(f"note: nothing was uploaded; --push_to_hub true uploads {folder} to {name}")
         return
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+
+    from finetune.utils.hub_errors import hub_errors
 
     api = HfApi()
     try:
         api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
-    except (HfHubHTTPError, OSError) as error:
+    except hub_errors() as error:
         raise UserError(f"{folder} is complete but could not be uploaded to {name}: {error}") from error
     print(f"uploaded   {name}")
 
 
-def _parser() -> CommandParser:
+def build_parser() -> CommandParser:
+    """The options of the command."""
     parser = CommandParser(
         prog="python -m finetune export",
         description=__doc__,
@@ -271,15 +355,17 @@ def _parser() -> CommandParser:
     yes = {"choices": ["true", "false"], "nargs": "?", "const": "true", "default": "false"}
     parser.add_argument("--model_name_or_path", help="base: folder or hub id (default: the one that the adapter names)")
     parser.add_argument("--adapter_name_or_path", help="adapter, or several separated by commas, merged in this order")
-    add_mode_flag(parser)
+    add_prompt_flags(parser)
     parser.add_argument("--template", help="only validated: LLaMA-Factory's name of a chat template")
     parser.add_argument("--export_dir", required=True, help="folder of the result")
     parser.add_argument(
         "--format",
-        choices=["hf", "vllm"],
+        choices=["hf", "vllm", "gguf"],
         default="hf",
-        help="hf: one model folder; vllm: base/ and adapter/, with LoRA of the language model alone (docs/export.md)",
+        help="hf: one model folder; vllm: base/ and adapter/, with LoRA of the language model alone; gguf: two files "
+        "for llama.cpp and Ollama, made by a checkout of llama.cpp (docs/export.md)",
     )
+    add_gguf_flags(parser)
     parser.add_argument("--export_size", type=float, default=5, help="maximum GB per weight file (default: 5)")
     parser.add_argument("--export_device", choices=["cpu", "auto", "cuda"], default="cpu", help="device of the merge")
     parser.add_argument(

@@ -28,7 +28,7 @@ _MORE = 5
 
 def main(argv: list[str]) -> int:
     """Run ``guicourse convert`` or ``guicourse score``; 0 when a record was converted, or the scores were printed."""
-    given = _parser().parse_args(argv)
+    given = build_parser().parse_args(argv)
     return convert(given) if given.what == "convert" else score(given)
 
 
@@ -209,7 +209,8 @@ def _write_records(path: Path, records: list[dict[str, Any]]) -> None:
     unfinished.replace(path)
 
 
-def _parser() -> CommandParser:
+def build_parser() -> CommandParser:
+    """The options of the command."""
     parser = CommandParser(
         prog="python -m finetune guicourse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

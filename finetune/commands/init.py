@@ -10,6 +10,7 @@ import csv
 import json
 import random
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: the folder holds something, the answers file is not as described, or an image is missing.
     """
-    given = _parser().parse_args(argv)
+    given = build_parser().parse_args(argv)
     if (given.images is None) != (given.answers is None):
         raise UserError(
             "--images and --answers belong together: the folder of the images, and the table of their answers"
@@ -203,11 +204,12 @@ def _readme(given: Any, folder: Path, task: Task, evaluated: bool) -> str:
         ("Look at the data as the model will see it", f"python -m finetune check {file} --show 3"),
         ("What fits on your GPUs", f"python -m finetune plan {_model(given.model)} {folder / 'train.json'}"),
         ("Train; start it again after an interruption and it continues", f"python -m finetune train {file}"),
-        ("Ask it", f"python -m finetune chat {output}"),
+        ("Ask it", f"python -m finetune chat {'--model' if given.method == 'full' else '--adapter'} {output}"),
     ]
     if evaluated:
+        base = _model(given.model) if given.method == "full" else "base"
         scored = f"python -m finetune evaluate --model {output} --data {folder / 'eval.json'}"
-        steps.append(("Score it, and compare with the base", f"{scored} --metric {task.metric} --compare base"))
+        steps.append(("Score it, and compare with the base", f"{scored} --metric {task.metric} --compare {base}"))
     if given.method != "full":
         merged = f"python -m finetune export --adapter_name_or_path {output} --export_dir {folder / 'merged'}"
         steps.append(("Merge the adapter into the model", merged))
@@ -218,12 +220,23 @@ def _readme(given: Any, folder: Path, task: Task, evaluated: bool) -> str:
 
 
 def _model(name: str) -> str:
-    """The hub id of a generation, or what was given."""
+    """The hub id of a generation, or the hub id or folder that was given.
+
+    Raises:
+        UserError: none of them.
+    """
     known = {family.name for family in FAMILIES}
-    return by_name(name).hub_id if name in known else name
+    if name in known:
+        return by_name(name).hub_id
+    if "/" not in name and not Path(name).is_dir():
+        close = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"--model {name}: no generation, no hub id OWNER/NAME and no folder here{hint}")
+    return name
 
 
-def _parser() -> CommandParser:
+def build_parser() -> CommandParser:
+    """The options of the command."""
     parser = CommandParser(prog="python -m finetune init", description=__doc__)
     parser.add_argument("dir", metavar="DIR", type=Path, help="folder to write; absent or empty")
     names = ", ".join(family.name for family in FAMILIES)

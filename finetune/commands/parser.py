@@ -22,7 +22,13 @@ class CommandParser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
+        self.declared: list[argparse.Action] = []
         super().__init__(**{"allow_abbrev": False, **options})
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Also keeps the option in ``declared``, for shell completion."""
+        self.declared.append(super().add_argument(*names, **options))
+        return self.declared[-1]
 
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing the usage and exiting."""

@@ -1,4 +1,4 @@
-"""Prompts of a data file with their reference answers."""
+"""Reads the evaluation prompts of a data file, with their reference answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from finetune.sample import DataError, Sample
-from finetune.utils.errors import UnusableResultError
+from finetune.utils.errors import UnusableResultError, located
 
 if TYPE_CHECKING:
     from finetune.encoding.encoder import Encoder
@@ -23,6 +23,7 @@ def read_questions(
     *,
     skip_bad: bool = False,
     max_bad_share: float = 1.0,
+    answered: bool = True,
 ) -> tuple[Questions, list[str]]:
     """Prompts and accepted answers: the last answer, or "answers" of a record in the official format.
 
@@ -32,6 +33,7 @@ def read_questions(
         encoder: gives the encoder, which writes tools and their calls by the chat template; called when it is needed.
         skip_bad: skip records that cannot be used, and those of which the encoder makes no prompt.
         max_bad_share: the largest share of records that may be skipped.
+        answered: False if records need no answer: the prompt ends with the last turn that is not the assistant's.
 
     Returns:
         The questions, and what is wrong with each record that was skipped.
@@ -47,11 +49,12 @@ def read_questions(
     skipped = []
     for index in range(len(samples) if limit is None else min(limit, len(samples))):
         try:
-            question = _question(samples, index, encoder)
+            question = _question(samples, index, encoder, answered=answered)
             if skip_bad:
                 encoder().encode(question[0], generate=True)
-                for media in question[0].media("video"):
-                    video.check(media, question[0].source)
+                with located(question[0].source):
+                    for media in question[0].media("video"):
+                        video.check(media)
         except DataError as error:
             if not skip_bad:
                 raise
@@ -71,19 +74,26 @@ def read_questions(
     return questions, skipped
 
 
-def _question(samples: Mixture, index: int, encoder: Callable[[], Encoder]) -> tuple[Sample, list[str]]:
+def _question(
+    samples: Mixture, index: int, encoder: Callable[[], Encoder], *, answered: bool
+) -> tuple[Sample, list[str]]:
     from finetune.evaluation.batched_generation import split_answer
     from finetune.readers.record_reader import check_text
 
     sample = samples[index]
     if sample.tools or any(message.calls for message in sample.messages):
         sample = encoder().tools.expand(sample)
+    if not answered and sample.messages[-1].role != "assistant":
+        return sample, []
     prompt, answer = split_answer(sample)
+    if not answered:
+        return prompt, []
     answers = samples.record(index).get("answers") if samples.form_of(index) == "official" else None
     if answers is None:
         return prompt, [answer]
     if not isinstance(answers, list) or not answers or not all(isinstance(each, str) for each in answers):
         raise DataError(f"{prompt.source}: 'answers' must be a list of strings, the accepted answers")
-    for answer in answers:
-        check_text(answer, "'answers'", prompt.source)
+    with located(prompt.source):
+        for answer in answers:
+            check_text(answer, "'answers'")
     return prompt, answers

@@ -24,12 +24,10 @@ _BESIDE = "chat_template.jinja"
 
 def main(argv: list[str]) -> int:
     """Restores the template and checks the prompt; the previous files are kept with the suffix .bak."""
-    parser = CommandParser(prog="python -m finetune restore-template", description=__doc__)
-    parser.add_argument("folder", type=Path, help="full checkpoint or adapter, trained by the old scripts")
-    folder = expand(parser.parse_args(argv).folder)
+    folder = expand(build_parser().parse_args(argv).folder)
 
     from finetune.encoding.chat_template_check import check_chat_template
-    from finetune.models import load_tokenizer
+    from finetune.tokenizers.tokenization import load_tokenizer
 
     family = _family(folder)
     if not family.inference_template:
@@ -92,3 +90,10 @@ def _free(file: Path) -> Path:
     first = file.with_name(f"{file.name}.bak")
     later = (file.with_name(f"{file.name}.bak{number}") for number in range(2, 1000))
     return first if not first.exists() else next(path for path in later if not path.exists())
+
+
+def build_parser() -> CommandParser:
+    """The options of the command."""
+    parser = CommandParser(prog="python -m finetune restore-template", description=__doc__)
+    parser.add_argument("folder", type=Path, help="full checkpoint or adapter, trained by the old scripts")
+    return parser

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.commands.parser import CommandParser
-from finetune.commands.shared_flags import add_mode_flag
+from finetune.commands.shared_flags import add_prompt_flags
 from finetune.sample import Media, Message, Sample, Source, Text
 
 if TYPE_CHECKING:
+    import argparse
+
     import torch
     from PIL import Image
 
+    from finetune.checkpoints.base_checkpoint import Checkpoint
     from finetune.encoding.encoder import Encoder
 
 QUESTION = "What is in the picture?"
@@ -29,42 +32,19 @@ _SHOWN_IDS = 24
 
 def main(argv: list[str]) -> int:
     """Runs every check; returns 0 when all ran, raises UserError for an invalid checkpoint."""
-    parser = CommandParser(prog="python -m finetune selfcheck", description=__doc__)
-    parser.add_argument("model", help="folder of a checkpoint, or a hub id")
-    parser.add_argument("--adapter", help="folder of an adapter trained on it")
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, ...")
-    parser.add_argument("--dtype", default="auto", help="auto (the file's), bfloat16, float16, float32")
-    parser.add_argument("--max_new_tokens", type=int, default=48, help="longest caption")
-    add_mode_flag(parser)
-    args = parser.parse_args(argv)
-
-    import torch
+    args = build_parser().parse_args(argv)
 
     from finetune.checkpoints.base_checkpoint import resolve
     from finetune.encoding.chat_template_check import check_chat_template
     from finetune.encoding.encoder import Encoder
     from finetune.evaluation.batched_generation import generate_answers
-    from finetune.models import load_model, load_tokenizer
+    from finetune.models import load_tokenizer
 
-    base = resolve(args.model, args.downsample_mode, trained=args.adapter and Path(args.adapter))
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    options: dict[str, Any] = {"dtype": args.dtype, "device_map": {"": device}}
-    options["downsample_mode"] = base.downsample_mode
-    if args.adapter is None:
-        model = load_model(base.folder, **options)
-    else:
-        model = load_model(args.adapter, base=base.folder, **options)
-    model.eval()
-    count, dtype = sum(parameter.numel() for parameter in model.parameters()), next(model.parameters()).dtype
-    print(f"loaded     {base.family.title}, {count / 1e6:,.1f} M parameters, all of them from the files")
-    if args.adapter is not None:
-        print(f"adapter    {args.adapter}")
-    if base.mode is not None:
-        print(f"mode       {base.mode}")
-    print(f"runs on    {device}, {str(dtype).removeprefix('torch.')}")
-
+    trained = args.adapter and Path(args.adapter)
+    base = resolve(args.model, args.downsample_mode, use_image_id=args.use_image_id, trained=trained)
+    model = _loaded(args, base)
     tokenizer = load_tokenizer(base.folder)
-    encoder = Encoder.from_config(base.family, tokenizer, base.settings)
+    encoder = Encoder(base.family, tokenizer, base.settings)
     ids = encoder.encode(_sample(None), generate=True).input_ids.tolist()
     print(f"prompt     {tokenizer.decode(ids)!r}\n           {_short(ids)}")
     agrees = check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
@@ -77,6 +57,30 @@ def main(argv: list[str]) -> int:
     print(f"caption    {answers[0]!r}")
     _compare_captions(model, encoder, image, math.log(base.vocab_size))
     return 0
+
+
+def _loaded(args: argparse.Namespace, base: Checkpoint) -> torch.nn.Module:
+    """The model, described on the terminal."""
+    import torch
+
+    from finetune.models import load_model
+    from finetune.training.freezing import numel
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    options: dict[str, Any] = {"dtype": args.dtype, "device_map": {"": device}}
+    options["downsample_mode"] = base.downsample_mode
+    if args.adapter is None:
+        model = load_model(base.folder, **options)
+    else:
+        model = load_model(args.adapter, base=base.folder, **options)
+    count, dtype = sum(numel(parameter) for parameter in model.parameters()), model.dtype
+    print(f"loaded     {base.family.title}, {count / 1e6:,.1f} M parameters, all of them from the files")
+    if args.adapter is not None:
+        print(f"adapter    {args.adapter}")
+    for line in base.choices:
+        print(f"mode       {line}")
+    print(f"runs on    {device}, {str(dtype).removeprefix('torch.')}")
+    return model.eval()
 
 
 def _compare_captions(model: torch.nn.Module, encoder: Encoder, image: Image.Image, chance: float) -> None:
@@ -127,3 +131,15 @@ def _shuffle(text: str) -> str:
 
 def _short(ids: list[int]) -> str:
     return f"{len(ids)} ids: {' '.join(map(str, ids[:_SHOWN_IDS]))}{' ...' if len(ids) > _SHOWN_IDS else ''}"
+
+
+def build_parser() -> CommandParser:
+    """The options of the command."""
+    parser = CommandParser(prog="python -m finetune selfcheck", description=__doc__)
+    parser.add_argument("model", help="folder of a checkpoint, or a hub id")
+    parser.add_argument("--adapter", help="folder of an adapter trained on it")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, ...")
+    parser.add_argument("--dtype", default="auto", help="auto (the file's), bfloat16, float16, float32")
+    parser.add_argument("--max_new_tokens", type=int, default=48, help="longest caption")
+    add_prompt_flags(parser)
+    return parser

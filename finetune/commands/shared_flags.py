@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from finetune.arguments.data import VIDEO_FLAGS, DataArguments
 from finetune.arguments.model import ModelArguments
 
-MODE_FLAG = "downsample_mode"
-"""The flag of ModelArguments for the visual token compression of 4.6 and later."""
+PROMPT_FLAGS = ("downsample_mode", "use_image_id")
+"""Flags of ModelArguments for settings of the checkpoint that the run may replace."""
 
 PLACE_FLAGS = ("dataset_dir", "media_dir", "image_root", "data_format", "strict_paths")
 """Flags that locate the data and name its format."""
@@ -38,9 +38,9 @@ def add_flags(parser: argparse._ActionsContainer, dataclass: type, names: Iterab
         raise ValueError(f"{dataclass.__name__} has no {', '.join(sorted(wanted))}")
 
 
-def add_mode_flag(parser: argparse.ArgumentParser) -> None:
-    """Adds --downsample_mode; values are validated in ``models.downsample_mode``."""
-    add_flags(parser, ModelArguments, [MODE_FLAG])
+def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --downsample_mode and --use_image_id, which ``checkpoints.base_checkpoint.resolve`` takes and validates."""
+    add_flags(parser, ModelArguments, PROMPT_FLAGS)
 
 
 def add_video_flags(parser: argparse.ArgumentParser) -> None:
@@ -81,3 +81,14 @@ def truth(value: str) -> bool:
     if value.lower() not in (*_TRUE, *_FALSE):
         raise argparse.ArgumentTypeError(f"{value!r}: must be true or false")
     return value.lower() in _TRUE
+
+
+def positive(value: str) -> int:
+    """Parses an integer of at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not value.isdecimal() or not int(value):
+        raise argparse.ArgumentTypeError(f"{value!r}: must be an integer of at least 1")
+    return int(value)

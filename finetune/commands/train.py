@@ -13,12 +13,12 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import finetune
+from finetune.arguments.flag_help import help_text
 from finetune.commands.parser import CommandParser
-from finetune.utils.errors import ArgumentError
+from finetune.utils.errors import ArgumentError, UserError
 
 SCRIPT = Path(finetune.__file__).resolve().parents[1] / "finetune.py"
 _CPU_PROCESSES = 2
@@ -32,15 +32,18 @@ def main(argv: list[str]) -> int:
             f"{SCRIPT} is missing: training needs the repository, not the package alone; clone it and run "
             "pip install -e . there"
         )
-    given, flags = _parser().parse_known_args(argv)
+    given, flags = build_parser().parse_known_args(argv)
     flags = [flag for flag in flags if flag != "--"]
     if given.help_all:
-        return subprocess.call([sys.executable, str(SCRIPT), "--help"])
+        print(help_text("python -m finetune train", everything=True))
+        return 0
     if not flags:
         raise ArgumentError(
             "nothing to train: give a YAML file, or --model_name_or_path and --data_path; "
             "python -m finetune train --help shows how"
         )
+    if given.method is not None:
+        flags = _with_method(flags, given.method)
     options = _nodes(given)
     gpus = visible_gpus()
     if not gpus:  # one thread per process: more of them only get in each other's way
@@ -50,6 +53,30 @@ def main(argv: list[str]) -> int:
     from finetune import launch
 
     return launch.main([*options, "--", str(SCRIPT), *flags])
+
+
+def _with_method(flags: list[str], method: str) -> list[str]:
+    """The flags with --use_lora as the method says.
+
+    Raises:
+        ArgumentError: the flags or their file say the other method.
+    """
+    from finetune.arguments.argv import parse_bool
+    from finetune.arguments.early_flags import early_flags
+
+    try:
+        given = early_flags(flags).get("use_lora")
+    except UserError:  # the launch says it, with the result line of a run
+        return flags
+    lora = method == "lora"
+    if given is None:
+        return [*flags, "--use_lora", str(lora).lower()]
+    if parse_bool("--use_lora", given[0]) != lora:
+        raise ArgumentError(
+            f"{flags[0]} says use_lora {given[0]}, but this is a launcher of {'LoRA' if lora else 'full'} training: "
+            f"use {'finetune_ds.sh' if lora else 'finetune_lora.sh'}, or python -m finetune train {flags[0]}"
+        )
+    return flags
 
 
 def visible_gpus() -> int:
@@ -101,10 +128,12 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _parser() -> CommandParser:
+def build_parser() -> CommandParser:
+    """The options of the command."""
     parser = CommandParser(
         prog="python -m finetune train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--method", choices=["lora", "full"], help="refuse flags of the other method (the launchers')")
     parser.add_argument("--nproc", type=int, help="processes on this node (default: the visible GPUs, or 2 without)")
     parser.add_argument("--nnodes", type=int, help="nodes (default: SLURM's, or 1)")
     parser.add_argument("--node_rank", type=int, help="number of this node (default: SLURM's, or 0)")

@@ -1,32 +1,40 @@
-"""``python -m finetune verify FOLDER``: loads a saved result and compares its logits with the trained model."""
+"""``python -m finetune verify FOLDER``: loads a saved result, compares it with the trained model, gives a verdict."""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from finetune.commands.parser import CommandParser
+from finetune.runtime.imports import without_put_off
+from finetune.runtime.out_of_memory import explaining
+from finetune.runtime.outcome import NOT_VERIFIED, OK, UNUSABLE_RESULT
 from finetune.utils.number_format import significant
+from finetune.utils.terminal import red
 
 
 def main(argv: list[str]) -> int:
-    """Loads an adapter or a full model in this process; returns 0 when it loads and its logits agree."""
-    parser = CommandParser(prog="python -m finetune verify", description=__doc__)
-    parser.add_argument("folder", type=Path, help="adapter or full model folder")
-    parser.add_argument("--reference", type=Path, help="logits taken at the end of training (safetensors)")
-    parser.add_argument("--device", default="auto", help="auto (GPU when the weights fit, else CPU), cpu, cuda, ...")
-    args = parser.parse_args(argv)
+    """Loads a result in this process; returns 0 when its logits agree, 3 when not, 4 for an idle adapter."""
+    args = build_parser().parse_args(argv)
+    with explaining(lambda: ["--device cpu"], f"{args.folder} is as it was"):
+        return _verify(args)
 
+
+def _verify(args: argparse.Namespace) -> int:
+    """Loads the result and compares it, or looks for an effect; returns the exit status."""
     from peft import AutoPeftModel
     from transformers import AutoTokenizer
 
+    from finetune.checkpoints.adapter_effect import no_effect
     from finetune.checkpoints.base_checkpoint import resolve
-    from finetune.checkpoints.verification import Origin, compare, origin_of
+    from finetune.checkpoints.verification import Origin, origin_of
     from finetune.model_folders.checkpoint_folder import check_side_files, has_adapter, local_folder
     from finetune.models import base_of, load_model
     from finetune.models.adapters import check_adapter, peft_errors
-    from finetune.models.strict_loading import some
-    from finetune.models.tokenization import tokenizer_errors
+    from finetune.models.packed_4bit import set_types
+    from finetune.tokenizers.tokenization import tokenizer_errors
     from finetune.training.lora import quantisation
 
     adapter = has_adapter(folder := local_folder(str(args.folder)))
@@ -39,17 +47,27 @@ def main(argv: list[str]) -> int:
     # The downsample_mode it was saved with, not that of the environment: the reference has that many placeholders.
     base = resolve(str(base_of(args.folder) if adapter else args.folder), trained=args.folder, environment={})
     loader = AutoPeftModel.from_pretrained if adapter else load_model
-    with peft_errors(folder):
+    with peft_errors(folder), without_put_off(but=origin.quantised or base.in_4bit):
         model = loader(str(args.folder), dtype=origin.dtype, device_map={"": device}, **options).eval()
     with tokenizer_errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(str(args.folder))
     loaded = f"loaded {args.folder} on {device}: {type(model).__name__}, {type(tokenizer).__name__}"
+    if base.in_4bit:
+        set_types(model, origin.dtype)  # the classes of transformers compute in the type that config.json names
     if base.mode is not None:
         model.config.downsample_mode = base.mode.name  # peft loads the base as it is
         loaded += f", {base.mode}"
     if args.reference is None:
         print(loaded)
-        return 0
+        return _verdict(args.folder, "", no_effect(model, None), adapter=adapter)
+    return _compare(args, model, loaded, adapter=adapter)
+
+
+def _compare(args: argparse.Namespace, model: Any, loaded: str, *, adapter: bool) -> int:
+    """Compares with the reference and prints figures and verdict; returns the exit status."""
+    from finetune.checkpoints.verification import compare
+    from finetune.models.strict_loading import some
+
     result = compare(model, args.reference)
     figures = {"logit_difference": result.difference, "relative": result.relative, "tolerance": result.tolerance}
     if result.base_difference is not None:
@@ -62,7 +80,30 @@ def main(argv: list[str]) -> int:
             f"error: {args.folder} does not match the trained model{wrong}. The files were kept; "
             "training itself is not affected, but do not use this folder before the difference is understood"
         )
-    return 0 if result.ok else 3
+        return NOT_VERIFIED
+    return _verdict(args.folder, " and gives the logits of the trained model", result.no_effect, adapter=adapter)
+
+
+def _verdict(folder: Path, compared: str, no_effect: str | None, *, adapter: bool) -> int:
+    """Prints the last line, in words; returns the exit status.
+
+    Args:
+        folder: of the result.
+        compared: what was found beyond that it loads, as the end of a sentence.
+        no_effect: why the adapter changes nothing.
+        adapter: whether the result is an adapter.
+    """
+    if no_effect is not None:
+        message = (
+            f"error: {folder} loads{compared}, but the adapter changes nothing: {no_effect}. Train longer, or with a "
+            "higher --learning_rate"
+        )
+        print(red(message, sys.stdout))
+        return UNUSABLE_RESULT
+    effect = "; the adapter changes the base" if adapter else ""
+    missing = "" if compared else "; it was not compared with its training, which --reference does"
+    print(f"verdict: {folder} loads{compared}{effect}{missing}")
+    return OK
 
 
 def _device(folder: Path, adapter: bool) -> str:
@@ -80,3 +121,12 @@ def _device(folder: Path, adapter: bool) -> str:
     weights = sum(path.stat().st_size for place in folders for path in place.glob("*.safetensors"))
     free, _ = torch.cuda.mem_get_info()
     return "cuda" if free > 1.3 * weights + 2**31 else "cpu"
+
+
+def build_parser() -> CommandParser:
+    """The options of the command."""
+    parser = CommandParser(prog="python -m finetune verify", description=__doc__)
+    parser.add_argument("folder", type=Path, help="adapter or full model folder")
+    parser.add_argument("--reference", type=Path, help="logits taken at the end of training (safetensors)")
+    parser.add_argument("--device", default="auto", help="auto (GPU when the weights fit, else CPU), cpu, cuda, ...")
+    return parser

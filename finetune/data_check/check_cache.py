@@ -31,6 +31,8 @@ class CachedCheck(NamedTuple):
         notes: notes of the sample, and what is suspicious in it.
         content_key: equal for possible duplicates; see ``sample_hash.content_key``.
         answer: the last trained answer; a long one as its beginning and a digest.
+        decisions: of a full-duplex record, as ``decision_counts.Decisions``; empty for a conversation.
+        pair: whether it is a preference pair.
     """
 
     outcome: Outcome
@@ -42,6 +44,8 @@ class CachedCheck(NamedTuple):
     notes: tuple[str, ...]
     content_key: int
     answer: str
+    decisions: tuple[int, ...] = ()
+    pair: bool = False
 
 
 class CheckCache:

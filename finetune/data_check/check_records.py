@@ -7,22 +7,23 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 from tqdm import tqdm
 
 from finetune.data_check.check_cache import CachedCheck, CheckCache, fingerprint
-from finetune.data_check.check_report import CheckReport
+from finetune.data_check.check_report import CheckReport, lines, lines_before_error
+from finetune.data_check.decision_counts import counted, rendered_units, too_many_tokens
 from finetune.data_check.sample_hash import content_key, repeated
 from finetune.data_check.suspicious import last_answer, suspicions
 from finetune.encoding.length_policy import LengthPolicy, OverlongError
 from finetune.encoding.sample_policy import SamplePolicy, share_is_bad
 from finetune.sample import MEDIA_KINDS, DataError, Sample, SampleSet, as_sample_set
-from finetune.templates.rendering import IGNORE
 from finetune.utils.errors import UnusableResultError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,15 @@ _CHUNK = 32
 
 
 class CheckError(DataError):
-    """Records that cannot be used, found before the first training step."""
+    """Records that cannot be used, found before the first training step.
+
+    Attributes:
+        record: what is wrong with the first of them; the message says it too.
+    """
+
+    def __init__(self, message: str, record: str) -> None:
+        super().__init__(message)
+        self.record = record
 
 
 def check_before_training(sample_policies: Sequence[SamplePolicy], level: str | None) -> None:
@@ -48,7 +57,7 @@ def check_before_training(sample_policies: Sequence[SamplePolicy], level: str | 
         level: one of LEVELS, None for "full" up to FULL_UP_TO records and "sample" above.
 
     Raises:
-        DataError, UnusableResultError: as ``judge``; the reports are logged first.
+        DataError, UnusableResultError: as ``require_usable``; the reports are logged first.
     """
     reports: list[CheckReport | None] = []
     for sample_policy in sample_policies:
@@ -58,14 +67,25 @@ def check_before_training(sample_policies: Sequence[SamplePolicy], level: str | 
             else check(sample_policy.samples, sample_policy.length_policy, level, rebuild=sample_policy.remeasure)
         )
         reports.append(report)
-        if report is not None:
-            logger.info("%s", report)
+    try:
+        require_usable(sample_policies, reports)
+    except CheckError as error:
+        _log(reports, partial(lines_before_error, said=error.record))
+        raise
+    except (DataError, UnusableResultError):
+        _log(reports, lines)
+        raise
+    _log(reports, lines)
     for line in overlap(sample_policies, reports):
         logger.warning("%s", line)
-    judge(sample_policies, reports)
 
 
-def judge(sample_policies: Sequence[SamplePolicy], reports: Sequence[CheckReport | None]) -> None:
+def _log(reports: Sequence[CheckReport | None], form: Callable[[CheckReport], Iterable[str]]) -> None:
+    for report in filter(None, reports):
+        logger.info("%s", "\n".join(form(report)))
+
+
+def require_usable(sample_policies: Sequence[SamplePolicy], reports: Sequence[CheckReport | None]) -> None:
     """Raises if training cannot start with these data sets.
 
     Args:
@@ -86,15 +106,16 @@ def judge(sample_policies: Sequence[SamplePolicy], reports: Sequence[CheckReport
     if fatal:
         count = sum(len(report.problems) for report in fatal)
         raise CheckError(
-            f"{count} records cannot be used, the first: {fatal[0].problems[0]} (all kinds above; "
-            "--on_bad_sample skip skips such records, --check off starts without this check)"
+            f"{count} records cannot be used, the first: {fatal[0].problems[0]} (--on_bad_sample "
+            "skip skips such records, --check off starts without this check)",
+            fatal[0].problems[0],
         )
     for sample_policy, report in checked:
         if report.problems:
             logger.warning("%s: %d records will be skipped", report.file, len(report.problems))
         if not report.usable:
             first = (report.problems + report.overlong)[0]
-            raise CheckError(f"{report.file}: none of {report.checked} records can be used; the first: {first}")
+            raise CheckError(f"{report.file}: none of {report.checked} records can be used; the first: {first}", first)
         if share_is_bad(len(report.problems), report.checked, sample_policy.max_bad_share):
             raise UnusableResultError(
                 f"{report.file}: {len(report.problems)} of {report.checked} records cannot be used, more than "
@@ -201,18 +222,22 @@ def _check_one(
         sample = length_policy.encoder.tools.expand(sample)  # tool calls are checked as text
     except DataError as error:
         return error
+    vocabulary = length_policy.encoder.vocabulary
+    units = [] if sample.timeline is None else rendered_units(fitted.rendered, vocabulary)
     size = length_policy.encoder.size_of(fitted.sample, fitted.plans, fitted.rendered)
     images, videos, audios = (sum(1 for _ in sample.media(kind)) for kind in MEDIA_KINDS)
     result = CachedCheck(
         fitted.outcome,
-        size.tokens,
+        fitted.longest,
         fitted.lost_images,
-        trained=sum(label != IGNORE for label in fitted.rendered.labels),
+        trained=fitted.trained,
         items=size.items,
         media=(images, videos, audios),
-        notes=(*sample.notes, *suspicions(sample, length_policy.encoder.vocabulary)),
+        notes=(*sample.notes, *suspicions(sample, vocabulary), *too_many_tokens(units)),
         content_key=content_key(sample),
         answer=last_answer(sample),
+        decisions=counted(units) if units else (),
+        pair=fitted.rejected is not None,
     )
     cache.put(index, result, [path for media in sample.media() for path in media.files])
     return result

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from finetune.data_check.check_cache import CachedCheck
+from finetune.data_check.decision_counts import Decisions, describe_decisions
 from finetune.encoding.length_policy import OUTCOMES
 from finetune.sample import MEDIA_KINDS, UNREAD, MediaKind
 from finetune.utils.quoting import shown
@@ -29,7 +30,8 @@ class CheckReport:
         seconds: duration of the check.
         outcomes: number of usable samples per result of ``LengthPolicy``.
         lost_images: number of images in dropped turns.
-        longest: largest number of tokens of a usable sample.
+        longest: largest number of tokens of a usable sample, of a pair with the longer answer.
+        pairs: number of preference pairs.
         with_media: number of records with an image, a video, audio, by kind.
         notes: number of records per note.
         content_keys: ``content_key`` of records by their number.
@@ -39,6 +41,8 @@ class CheckReport:
         problems: messages of records that cannot be used.
         duplicates: ids that occur more than once, with their count.
         reused: number of records whose result came from the cache.
+        duplex: number of full-duplex records.
+        decisions: their decisions, as ``decision_counts.Decisions``.
     """
 
     file: str
@@ -48,6 +52,7 @@ class CheckReport:
     outcomes: Counter[str] = field(default_factory=Counter)
     lost_images: int = 0
     longest: int = 0
+    pairs: int = 0
     with_media: Counter[MediaKind] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     content_keys: dict[int, int] = field(default_factory=dict)
@@ -57,6 +62,8 @@ class CheckReport:
     problems: list[str] = field(default_factory=list)
     duplicates: dict[str, int] = field(default_factory=dict)
     reused: int = 0
+    duplex: int = 0
+    decisions: Decisions = (0, 0, 0, 0)
 
     def __str__(self) -> str:
         return "\n".join(lines(self))
@@ -66,10 +73,16 @@ class CheckReport:
         self.outcomes[result.outcome] += 1
         self.lost_images += result.lost_images
         self.longest = max(self.longest, result.tokens)
+        self.pairs += result.pair
         self.with_media.update(kind for kind, count in zip(MEDIA_KINDS, result.media, strict=True) if count)
         self.notes.update(set(result.notes))
         self.content_keys[index] = result.content_key
-        self.answers[result.answer] += 1
+        if not result.decisions:
+            self.answers[result.answer] += 1
+            return
+        self.duplex += 1
+        units, speaking, turns, yielding = (a + b for a, b in zip(self.decisions, result.decisions, strict=True))
+        self.decisions = (units, speaking, turns, yielding)
 
     @property
     def usable(self) -> int:
@@ -79,6 +92,28 @@ class CheckReport:
 
 def lines(report: CheckReport) -> Iterator[str]:
     """The report, line by line."""
+    yield from _head(report)
+    yield from _notes(report)
+    for kind, messages in group([*report.problems, *report.overlong]).items():
+        yield f"  {len(messages)} x {kind}"
+        yield from (f"      {message}" for message in messages[:_SHOWN])
+        if len(messages) > _SHOWN:
+            yield f"      ... and {len(messages) - _SHOWN} more"
+
+
+def lines_before_error(report: CheckReport, said: str) -> Iterator[str]:
+    """The report, line by line, where an error follows it that says the message ``said``."""
+    yield from _head(report)
+    if not report.usable:
+        return  # the error says that too
+    for messages in group([*report.problems, *report.overlong]).values():
+        others = [message for message in messages if message != said]
+        yield from (f"  {message}" for message in others[:_SHOWN])
+        if len(others) > _SHOWN:
+            yield f"  ... and {len(others) - _SHOWN} more of this kind"
+
+
+def _head(report: CheckReport) -> Iterator[str]:
     part = "" if report.checked == report.records else f" of {report.records}, evenly spaced"
     known = f", {report.reused} of them cached" if report.reused else ""
     yield f"check of {report.file}: {report.checked} records{part} in {report.seconds:.1f} s{known}"
@@ -90,7 +125,15 @@ def lines(report: CheckReport) -> Iterator[str]:
         counts = [(report.with_media[kind], a) for kind, a in _A.items() if report.with_media[kind]]
         media = ", ".join(f"{count} of {used} records have {a}" for count, a in counts)
         media = "; " + (media or f"none of {used} records has an image, a video or sound")
-    yield f"  {', '.join(found)}; longest {report.longest} tokens{media}"
+    longest = f"; longest {report.longest} tokens" if report.longest else ""
+    pairs = f"; {report.pairs} pairs of answers" if report.pairs else ""
+    yield f"  {', '.join(found)}{longest}{pairs}{media}"
+    if report.duplex:
+        yield from (f"  {line}" for line in describe_decisions(report.decisions, report.duplex))
+
+
+def _notes(report: CheckReport) -> Iterator[str]:
+    used = report.usable
     yield from (f"  {'warning' if is_warning(line) else 'note'}: {line}" for line in _note_lines(report.notes, used))
     if report.repeated:
         yield f"  warning: {report.repeated} records are duplicates: the same text and media as an earlier one"
@@ -104,11 +147,6 @@ def lines(report: CheckReport) -> Iterator[str]:
             f"{shown(identity, 60)} ({count})" for identity, count in list(report.duplicates.items())[:_SHOWN]
         )
         yield f"  warning: {len(report.duplicates)} ids occur more than once: {first}{_more(report.duplicates)}"
-    for kind, messages in group([*report.problems, *report.overlong]).items():
-        yield f"  {len(messages)} x {kind}"
-        yield from (f"      {message}" for message in messages[:_SHOWN])
-        if len(messages) > _SHOWN:
-            yield f"      ... and {len(messages) - _SHOWN} more"
 
 
 def is_warning(note: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from finetune.sample import DataError, Media, Sample, Text
+from finetune.sample import DataError, Media, Sample, Text, Track
 
 MOST_READ = 2_000
 """Maximum number of records whose media files are read to compare them."""
@@ -75,7 +75,8 @@ def content_of_file(path: Path) -> bytes:
 
 def _digest(sample: Sample, digest_of: Callable[[Media], bytes]) -> bytes:
     made = hashlib.blake2b(digest_size=16)
-    for message in sample.messages:
+    made.update(b"" if sample.timeline is None else repr(sample.timeline).encode(errors="surrogatepass"))
+    for message in (*sample.messages, *filter(None, [sample.rejected])):
         made.update(f"\0{message.role}\0{message.train}\0".encode())
         for part in message.parts:
             content = part.text.encode(errors="surrogatepass") if isinstance(part, Text) else digest_of(part)
@@ -84,6 +85,8 @@ def _digest(sample: Sample, digest_of: Callable[[Media], bytes]) -> bytes:
 
 
 def _state(medium: Media) -> bytes:
+    if isinstance(medium.data, Track):
+        return b"".join(f"{start} ".encode() + _state(clip) for start, clip in medium.data.clips)
     if isinstance(medium.data, Image.Image):
         sizes = list(medium.data.size)
     elif isinstance(medium.data, (bytes, np.ndarray)):
@@ -105,4 +108,6 @@ def _content(medium: Media, of_file: Callable[[Path], bytes]) -> bytes:
         return hashlib.blake2b(medium.data.tobytes(), digest_size=16).digest()
     if isinstance(medium.data, bytes):
         return medium.data
+    if isinstance(medium.data, Track):
+        return b"".join(f"{start} ".encode() + _content(clip, of_file) for start, clip in medium.data.clips)
     return b"".join(of_file(path) for path in medium.files)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
 from typing import Any
 
-from finetune.data_files.streaming import HEAD, Streamed, buffer_shuffled
+from finetune.data_files.streaming import FIRST_RECORDS, Streamed, buffer_shuffled
 from finetune.data_files.tables import arrow_errors
 from finetune.sample import DataError
 
@@ -38,7 +38,7 @@ class HubStream:
         """Text that changes whenever the order of rows changes, except by the number of readers."""
         return json.dumps([self.seed, self.buffer_size, self.names, [rows.num_shards for rows in self._rows]])
 
-    def head(self, which: int = 0, limit: int = HEAD) -> list[Streamed]:
+    def head(self, which: int = 0, limit: int = FIRST_RECORDS) -> list[Streamed]:
         """The first rows of a data set.
 
         Raises:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import BinaryIO
 
 from finetune.sample import DataError
 from finetune.utils.file_types import told
+from finetune.utils.paths import nearest
 from finetune.utils.quoting import reason
 
 # Bytes around an error that are inspected.
@@ -46,7 +48,7 @@ def explain(path: Path, file: BinaryIO, at: int, message: str, line: tuple[int, 
     elif after.startswith(("//", "#")):
         python = python and after.startswith("#")
         cause = "JSON has no comments; remove it"
-    elif not after.strip():
+    elif not after.strip() or (message.startswith("Unterminated string") and _is_end(file, at, after)):
         python = False
         what = "file" if line is None else "line"
         cause = f"the {what} ends in the middle of a record; was the file copied completely?"
@@ -96,8 +98,13 @@ def not_utf8(path: Path, at: int, file: BinaryIO) -> DataError:
 def unreadable(path: Path, error: OSError | ValueError) -> DataError:
     """The error for a file that does not exist or cannot be opened."""
     if isinstance(error, FileNotFoundError):
-        return DataError(f"{path}: no such data file (current directory: {Path.cwd()}); correct the path")
+        return DataError(f"{path}: no such data file{nearest(path)} (looked in {Path.cwd()}); correct the path")
     return DataError(f"{path}: cannot be read ({reason(error)}); give a readable data file")
+
+
+def _is_end(file: BinaryIO, at: int, after: str) -> bool:
+    """Whether a string that begins at a byte is the last text of the file."""
+    return '"' not in after[1:] and file.seek(0, os.SEEK_END) <= at + _AROUND
 
 
 def _read(file: BinaryIO, start: int, end: int) -> str:

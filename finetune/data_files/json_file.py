@@ -1,4 +1,4 @@
-"""JSON arrays and JSON Lines files, optionally compressed with gzip, as ``JsonRecords``."""
+"""Random access to the records of JSON and JSON Lines files (also .gz), through a cached index of byte offsets."""
 
 from __future__ import annotations
 

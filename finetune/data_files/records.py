@@ -14,7 +14,7 @@ from finetune.data_files.json_errors import unreadable
 from finetune.data_files.json_file import JsonRecords
 from finetune.data_files.tables import TABLES, open_table
 from finetune.data_files.webdataset import SHARD, ShardRecords
-from finetune.sample import DataError
+from finetune.sample import IMAGE_SUFFIXES, DataError
 from finetune.utils.file_types import is_folder, is_special
 
 _JSON = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
@@ -57,6 +57,13 @@ def kind_of(file: Path) -> str:
     return ending if ending in (*TABLES, SHARD) else ".json"
 
 
+def _images(folder: Path) -> str:
+    """What to do with a folder of images."""
+    if not any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir()):
+        return ""
+    return f"; for a folder of images: python -m finetune init DIR --images {folder} --answers TABLE.csv"
+
+
 def data_files(path: Path) -> list[Path]:
     """The file itself, the shards of a pattern, or the data files of a folder in the order of their names.
 
@@ -81,7 +88,9 @@ def data_files(path: Path) -> list[Path]:
     files = [file for file in found if file.is_file() and not file.name.startswith(".") and file.name not in _NO_DATA]
     kinds = {kind_of(file) for file in files}
     if not kinds:
-        raise DataError(f"{path}: the folder has no data file; supported are {', '.join((*_JSON, *TABLES, SHARD))}")
+        raise DataError(
+            f"{path}: the folder has no data file; supported are {', '.join((*_JSON, *TABLES, SHARD))}{_images(path)}"
+        )
     if len(kinds) > 1:
         raise DataError(
             f"{path}: the folder has data files of several types ({', '.join(sorted(kinds))}); keep one, or name a file"

@@ -22,8 +22,9 @@ from finetune.data_files.records import data_files, kind_of
 from finetune.data_files.tables import present
 from finetune.data_files.webdataset import SHARD, of_row, read_shard, value_of
 from finetune.sample import DataError, Source
+from finetune.utils.errors import located
 
-HEAD = 1_000
+FIRST_RECORDS = 1_000
 """Number of records at the start that are checked before training."""
 
 # Maximum bytes of a chunk: larger ones mix the order less. Several chunks per reader and pass balance the work.
@@ -83,10 +84,11 @@ class Streamed:
             DataError: its line is not JSON, or its shard members are not a record.
         """
         if isinstance(self.data, dict):
-            return present(self.data) if isinstance(self.file, Path) else of_row(present(self.data), str(self.source()))
+            return present(self.data) if isinstance(self.file, Path) else of_row(present(self.data), self.source())
         assert isinstance(self.file, Path)
         if kind_of(self.file) == SHARD:
-            return value_of(self.data, str(self.source()))
+            with located(self.source()):
+                return value_of(self.data)
         try:
             return parse(self.data)
         except ValueFault as error:
@@ -128,7 +130,7 @@ class Stream:
         sizes = [[part.file.name, *part.sizes] for part in self._parts]
         return json.dumps([self.seed, self.buffer_size, zlib.crc32(json.dumps(sizes).encode())])
 
-    def head(self, which: int = 0, limit: int = HEAD) -> list[Streamed]:
+    def head(self, which: int = 0, limit: int = FIRST_RECORDS) -> list[Streamed]:
         """The first records of a path.
 
         Raises:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 from finetune.data_files.indexed import IndexedRecords, MisplacedError
 from finetune.data_files.json_values import ValueFault, parse
 from finetune.sample import MEDIA_COLUMNS, VIDEO_SUFFIXES, DataError, MediaKind
+from finetune.utils.errors import located
 from finetune.utils.file_types import told
 from finetune.utils.quoting import shown, words_of
 
@@ -71,7 +72,8 @@ class ShardRecords(IndexedRecords):
 
     def _value(self, data: bytes, number: int) -> Any:
         members = _members(data)
-        return record(members, f"{self._path}, record {number} ({shown(members[0].name)})")
+        with located(f"{self._path}, record {number} ({shown(members[0].name)})"):
+            return record(members)
 
 
 def read_shard(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -86,19 +88,19 @@ def read_shard(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield start, os.pread(file.fileno(), end - start, start)
 
 
-def value_of(data: bytes, source: str) -> Any:
+def value_of(data: bytes) -> Any:
     """The record of the bytes of its members.
 
     Raises:
         DataError: it cannot be used.
     """
     try:
-        return record(_members(data), source)
+        return record(_members(data))
     except MisplacedError as error:
-        raise DataError(f"{source}: the file has changed during the run; restart it") from error
+        raise DataError("the file has changed during the run; restart it") from error
 
 
-def of_row(row: dict[str, Any], source: str) -> dict[str, Any]:
+def of_row(row: dict[str, Any], source: object) -> dict[str, Any]:
     """The record of a WebDataset row of the ``datasets`` library (with ``__key__``); other rows are unchanged.
 
     Raises:
@@ -114,7 +116,8 @@ def of_row(row: dict[str, Any], source: str) -> dict[str, Any]:
             if not isinstance(data, bytes):
                 data = (data if isinstance(data, str) else json.dumps(data)).encode()
             members.append(_Member(f"{key}.{ending}", ending, data))
-    return record(members, f"{source} ({shown(key)})")
+    with located(f"{source} ({shown(key)})"):
+        return record(members)
 
 
 def _scan(path: Path, file: BinaryIO) -> Iterator[array[int]]:
@@ -202,24 +205,23 @@ def _members(data: bytes) -> list[_Member]:
     return found
 
 
-def record(members: list[_Member], source: str) -> dict[str, Any]:
+def record(members: list[_Member]) -> dict[str, Any]:
     """The record of the members of a key.
 
     Args:
         members: the members.
-        source: name of the record for errors.
 
     Raises:
         DataError: no json or txt member, or not a JSON object.
     """
     given = {member.ending.lower(): member for member in members}
     if "json" not in given and "txt" not in given:
-        raise DataError(f"{source}: has {words_of(given)} and no json or txt; add one, or remove the key")
-    made = _object(given["json"], source) if "json" in given else {}
+        raise DataError(f"has {words_of(given)} and no json or txt; add one, or remove the key")
+    made = _object(given["json"]) if "json" in given else {}
     _take_places(made, rest := [member for member in members if member.ending.lower() != "json"])
     if "txt" in given and not any(made.get(name) is not None for name in _TURNS):
         rest.remove(given["txt"])
-        answer = _text(given["txt"], source)
+        answer = _text(given["txt"])
         made["conversations"] = [{"role": "user", "content": ""}, {"role": "assistant", "content": answer}]
     for kind, column in MEDIA_COLUMNS.items():
         media = [member for member in rest if member.kind == kind]
@@ -228,28 +230,28 @@ def record(members: list[_Member], source: str) -> dict[str, Any]:
             made[key] = [_inside(member) for member in media]
             rest = [member for member in rest if member.kind != kind]
     # Remaining members become keys, which are reported as unread.
-    made.update({member.ending: member.data if member.kind else _text(member, source) for member in rest})
+    made.update({member.ending: member.data if member.kind else _text(member) for member in rest})
     key = members[0].name.removesuffix(f".{members[0].ending}")
     return {**made, "id": made["id"] if made.get("id") is not None else key}
 
 
-def _object(member: _Member, source: str) -> dict[str, Any]:
+def _object(member: _Member) -> dict[str, Any]:
     try:
         value = parse(member.data)
     except ValueFault as error:
-        raise DataError(f"{source}: {member.name} {error}") from error
+        raise DataError(f"{member.name} {error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: {member.name} is not JSON ({error})") from error
+        raise DataError(f"{member.name} is not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise DataError(f"{source}: {member.name} is not an object; a record has keys")
+        raise DataError(f"{member.name} is not an object; a record has keys")
     return value
 
 
-def _text(member: _Member, source: str) -> str:
+def _text(member: _Member) -> str:
     try:
         return member.data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{source}: {member.name} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
+        raise DataError(f"{member.name} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
 def _inside(member: _Member) -> dict[str, Any]:

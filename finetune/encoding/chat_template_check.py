@@ -28,7 +28,7 @@ _TURNS = (
     ("user", "Second question? 在 2026 年呢？"),
 )
 # Prefix of the first user turn in ChatML: empty, or a system turn.
-HEAD = re.compile(r"(?:<\|im_start\|>system\n(?P<system>.*)<\|im_end\|>\n)?", re.DOTALL)
+SYSTEM_TURN = re.compile(r"(?:<\|im_start\|>system\n(?P<system>.*)<\|im_end\|>\n)?", re.DOTALL)
 FIRST_TURN = "<|im_start|>user\n"
 TEMPLATE_FAULTS = (jinja2.TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError)
 """Exceptions that rendering a chat template may raise."""
@@ -59,7 +59,7 @@ def complete_layout(family: Family, layout: Layout, tokenizer: PreTrainedTokeniz
             head = head.removeprefix(layout.bos) if head else head
             layout = replace(layout, bos=layout.bos if adds or writes else "")
     if head is not None and "default_system" in unknown:
-        found = HEAD.fullmatch(head)
+        found = SYSTEM_TURN.fullmatch(head)
         if found is None:
             raise TemplateMismatchError(
                 f"the chat template of {tokenizer.name_or_path!r} begins with {head!r}, the prompt of {family.title} "

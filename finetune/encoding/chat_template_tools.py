@@ -8,11 +8,12 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from finetune.encoding.chat_template_check import FIRST_TURN, HEAD, TEMPLATE_FAULTS, TemplateMismatchError
+from finetune.encoding.chat_template_check import FIRST_TURN, SYSTEM_TURN, TEMPLATE_FAULTS, TemplateMismatchError
 from finetune.families.family import Family
 from finetune.sample import Call, DataError, Message, Part, Sample, Text, Tool
 from finetune.templates.rendering import Layout
 from finetune.templates.turn_order import trimmed
+from finetune.utils.errors import located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,10 +58,14 @@ class ToolWriter:
         calls = any(message.calls for message in sample.messages)
         if not calls and not sample.tools:
             return sample
+        with located(sample.source):
+            return self._expanded(sample, calls=calls)
+
+    def _expanded(self, sample: Sample, *, calls: bool) -> Sample:
         if not self._has_tools:
             what = " and ".join(name for name, there in (("tools", sample.tools), ("tool calls", calls)) if there)
             raise DataError(
-                f"{sample.source}: has {what}, and the chat template of {self._family.title} does not support them; "
+                f"has {what}, and the chat template of {self._family.title} does not support them; "
                 f"use a model whose template does ({self._able}), or remove them from the record"
             )
         try:
@@ -71,7 +76,7 @@ class ToolWriter:
             raise
         except TEMPLATE_FAULTS as error:
             raise DataError(
-                f"{sample.source}: the chat template of {self._family.title} cannot render its tools "
+                f"the chat template of {self._family.title} cannot render its tools "
                 f"({type(error).__name__}: {error}); correct the tool descriptions or calls"
             ) from error
         return replace(sample, messages=tuple(messages), tools=())
@@ -118,7 +123,7 @@ class ToolWriter:
         turns = [{"role": "system", "content": _CONTENT}] if own else []
         text = self._apply([*turns, {"role": "user", "content": _QUESTION}], tools)
         head, found, _ = text.removeprefix(self._layout.bos).partition(FIRST_TURN + _QUESTION)
-        system = HEAD.fullmatch(head)
+        system = SYSTEM_TURN.fullmatch(head)
         if not found or system is None or system["system"] is None or system["system"].count(_CONTENT) != own:
             raise self._mismatch("tool descriptions outside of the system turn", text)
         return system["system"]

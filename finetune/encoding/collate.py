@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -118,6 +119,29 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
     if "position_ids" not in batch:  # models that compute position ids would not restart them
         batch["position_ids"] = torch.cat([example.position_ids for example in examples])[None]
     return batch
+
+
+def pairs_of(examples: Sequence[Example]) -> tuple[list[Example], dict[str, Any]]:
+    """The rows of preference pairs, those with the better answers first, and further entries of their batch.
+
+    Args:
+        examples: pairs. One without ``rejected`` stands for a skipped pair and has no labels.
+
+    Returns:
+        2 B examples for ``pad`` or ``pack``; media_copies: 2, the rows that share the media; pair_weights: (B,)
+        float32, 0 for a skipped pair; with references reference_logps: (B, 2) float32, of the better and the worse
+        answer.
+    """
+    worse = [
+        replace(example, borrows_media=True) if example.rejected is None else example.rejected for example in examples
+    ]
+    more: dict[str, Any] = {
+        "media_copies": 2,
+        "pair_weights": torch.tensor([float(example.rejected is not None) for example in examples]),
+    }
+    if any(example.reference is not None for example in examples):
+        more["reference_logps"] = torch.tensor([example.reference or (0.0, 0.0) for example in examples])
+    return [*examples, *worse], more
 
 
 def _check_first_label(example: Example) -> None:

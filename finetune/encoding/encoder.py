@@ -17,12 +17,12 @@ from finetune.encoding.chat_template_tools import ToolWriter
 from finetune.encoding.example import Example, empty_example
 from finetune.encoding.example_size import ExampleSize
 from finetune.encoding.log_mel import log_mel
-from finetune.encoding.pixel_inputs import INPUTS, ImageBackend
+from finetune.encoding.media_sizes import MediaPlan, MediaSize, PictureSize, TrackLength
+from finetune.encoding.pixel_inputs import INPUTS, Backend, ImageBackend
 from finetune.encoding.text_inputs import text_tensors
 from finetune.encoding.video_frames import (
     ExpandedSample,
     VideoFrames,
-    VideoPlan,
     decoded,
     expand_videos,
     items_of,
@@ -30,30 +30,22 @@ from finetune.encoding.video_frames import (
     probe_video,
     video_options,
 )
-from finetune.families import FAMILIES, unsupported
+from finetune.families import FAMILIES, no_timeline, unsupported
 from finetune.families.family import Config, Family
 from finetune.families.settings import DOWNSAMPLE_MODE, disagreements
 from finetune.media import audio, image, transformers_processor
 from finetune.media.audio_layout import AudioPlan, AudioSpec, plan_audio
-from finetune.media.slicing import MERGES, SlicePlan, SliceSpec, plan
+from finetune.media.slicing import MERGES, SliceSpec, plan
 from finetune.media.small_print import SmallPrint, check_installed
 from finetune.media.video_sampling import VideoOptions
-from finetune.sample import DataError, Media, Sample
-from finetune.templates.rendering import IGNORE, Layout, Rendered, Spoken, Thinking
+from finetune.sample import DataError, Media, Sample, Track
+from finetune.templates.rendering import IGNORE, Rendered, Spoken, Thinking
 from finetune.templates.rendering import Vocabulary as Spelling
-from finetune.templates.tokenizer_view import TextError, TokenizerView
-from finetune.utils.errors import UserError
+from finetune.templates.tokenizer_view import TokenizerView
+from finetune.utils.errors import UserError, located
 from finetune.utils.log_once import warn_once
 
 logger = logging.getLogger(__name__)
-
-MediaSize = tuple[int, int] | SmallPrint | int | VideoFrames
-"""Size of a medium: (width, height) in pixels of an image, number of audio samples, sampled frames of a video.
-
-Images are decoded (``SmallPrint``) where their pixels decide the slicing.
-"""
-MediaPlan = SlicePlan | AudioPlan | VideoPlan
-"""Placeholders of a medium: slices of an image, tokens of an audio clip, frames of a video and their slices."""
 
 
 class PromptOptions(TypedDict, total=False):
@@ -66,19 +58,20 @@ class PromptOptions(TypedDict, total=False):
 
 
 class Encoder:
-    """Encodes samples for one checkpoint; use ``from_config``, the constructor takes settings that are resolved.
+    """Encodes samples for one checkpoint, by its settings.
 
-    Route of a sample: ``sizes`` reads the media headers, ``plans`` computes slices and placeholders, ``render`` gives
-    token ids and labels, ``assemble`` decodes the media and checks them against the placeholders. ``encode`` does all.
+    Options that are None keep the checkpoint's value. Route of a sample: ``sizes`` reads the media headers, ``plans``
+    computes slices and placeholders, ``render`` gives token ids and labels, ``assemble`` decodes the media and checks
+    them against the placeholders. ``encode`` does all.
 
     >>> from tempfile import mkdtemp
     >>> from PIL import Image
     >>> from finetune.checkpoints.base_checkpoint import resolve
-    >>> from finetune.models.tokenization import load_tokenizer
+    >>> from finetune.tokenizers.tokenization import load_tokenizer
     >>> from finetune.sample import Media, Message, Sample, Source, Text
     >>> from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
     >>> base = resolve(write_tiny_checkpoint("v2_6", mkdtemp()))
-    >>> encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings)
+    >>> encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings)
     >>> question = Message("user", (Media("image", Image.new("RGB", (112, 112))), Text("What is it?")))
     >>> turns = (question, Message("assistant", (Text("A dog."),), train=True))
     >>> example = encoder.encode(Sample("0", Source("memory", 0), turns))
@@ -89,68 +82,26 @@ class Encoder:
     Args:
         family: model family.
         tokenizer: the checkpoint's fast tokenizer; it is not modified.
-        layout: prompt layout; its ``assumed`` fields are read from the checkpoint's chat template.
-        slicing: image slicing.
+        config: the checkpoint's settings (``Checkpoint.settings``). Where its files have different values, the value in
+            use is logged once.
+        max_slice_nums: slices per image.
         max_length: maximum number of tokens of a sample, None for no limit; nothing is truncated.
         max_pixels: maximum number of pixels of an image.
         shrink_pixels: larger images are downscaled to at most this many pixels before slicing; None for never.
-        audio_spec: audio settings; None for a family without audio input.
         video: video sampling options.
+        run_seconds: seconds of audio per run of placeholders.
         image_backend: image decoding and resizing: "pillow", or "fast" with a few pixel values off by one.
+        prompt: fields of the prompt layout.
 
     Raises:
         UserError: the family does not support the image backend, or its image processor needs a missing package.
         MissingTokenError: the tokenizer lacks a token that the family needs.
         TemplateMismatchError: the chat template writes a prefix that the family's prompt does not support.
+        CheckpointError: contradicting files, or a value that is not supported.
     """
 
     def __init__(
         self,
-        family: Family,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        layout: Layout,
-        slicing: SliceSpec,
-        max_length: int | None,
-        max_pixels: int = image.MAX_PIXELS,
-        shrink_pixels: int | None = None,
-        audio_spec: AudioSpec | None = None,
-        video: VideoOptions = VideoOptions(),  # noqa: B008 - frozen
-        image_backend: ImageBackend = "pillow",
-    ) -> None:
-        if image_backend not in INPUTS[family.inputs].backends:
-            raise UserError(
-                f"--image_backend {image_backend}: not supported by {family.title}, which uses the image processor of "
-                "transformers; remove the option"
-            )
-        if slicing.enlarge == "adaptive":
-            check_installed()
-        self.family = family
-        self.tokenizer = tokenizer
-        self.layout = complete_layout(family, layout, tokenizer)
-        self.slicing = slicing
-        self.max_length = max_length
-        self.max_pixels = max_pixels
-        self.shrink_pixels = shrink_pixels
-        self.audio_spec = audio_spec
-        self.video = video
-        self.tools = ToolWriter(family, tokenizer, self.layout, FAMILIES)
-        self.vocabulary = TokenizerView(tokenizer, family.control_tokens, family.required_tokens)
-        self._inputs = INPUTS[family.inputs]
-        self._backend = self._inputs.backends[image_backend]
-        self._placeholder = self.vocabulary.control(layout.placeholder)
-        # Without this token, the first video raises MissingTokenError.
-        has_video = self.vocabulary.has(layout.video_placeholder)
-        self._video_placeholder = self.vocabulary.control(layout.video_placeholder) if has_video else self._placeholder
-        # Padding is masked, so any id works for a tokenizer without a pad token.
-        self.pad_id = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
-        self.stop_ids = [self.vocabulary.control(token) for token in family.stop_tokens]
-        if self.vocabulary.has(layout.speech_end):
-            self.stop_ids.append(self.vocabulary.control(layout.speech_end))
-
-    @classmethod
-    def from_config(
-        cls,
         family: Family,
         tokenizer: PreTrainedTokenizerBase,
         config: Config,
@@ -163,42 +114,43 @@ class Encoder:
         run_seconds: float | None = None,
         image_backend: ImageBackend = "pillow",
         **prompt: Unpack[PromptOptions],
-    ) -> Encoder:
-        """The encoder of a checkpoint from its settings (``Checkpoint.settings``); None keeps the checkpoint's value.
-
-        ``prompt`` options replace the layout fields of the same name. Where files of the checkpoint have different
-        values, the value in use is logged once.
-
-        Raises:
-            CheckpointError: contradicting files, or a value that is not supported.
-        """
-        slicing, audio_spec = family.slice_spec(config), family.audio_spec and family.audio_spec(config)
-        flags = {
-            "max_slice_nums": max_slice_nums,
-            "use_image_id": prompt.get("image_ids"),
-            "video_max_slice_nums": video and video.max_slice_nums,
-        }
+    ) -> None:
+        self.family = family
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.max_pixels = image.MAX_PIXELS if max_pixels is None else max_pixels
+        self.shrink_pixels = shrink_pixels
+        self._inputs = INPUTS[family.inputs]
+        self._backend = _backend(family, image_backend)
+        self.slicing = _slicing(family, config, max_slice_nums)
+        self.audio_spec = _audio_spec(family, config, run_seconds)
+        self.video = video_options(family, config, video)
+        # The prompt options count as flags under their names in the checkpoint's files.
+        flags = {"max_slice_nums": max_slice_nums, "use_image_id": prompt.get("image_ids")}
+        flags["video_max_slice_nums"] = video and video.max_slice_nums
         decided = frozenset(name for name, value in flags.items() if value is not None)
         for line in disagreements(config, family.settings, decided):
             warn_once(logger, f"{family.title}: {line}")
-        if max_slice_nums is not None:
-            slicing = replace(slicing, max_slice_nums=max_slice_nums)
-        if run_seconds is not None and audio_spec is not None:
-            audio_spec = replace(audio_spec, run_seconds=run_seconds)
         layout = replace(family.layout(config), **prompt)
-        return cls(
-            family,
-            tokenizer,
-            # Options set by the user are not read from the checkpoint's chat template.
-            layout=replace(layout, assumed=tuple(name for name in layout.assumed if name not in prompt)),
-            slicing=slicing,
-            max_length=max_length,
-            max_pixels=image.MAX_PIXELS if max_pixels is None else max_pixels,
-            shrink_pixels=shrink_pixels,
-            audio_spec=audio_spec,
-            video=video_options(family, config, video),
-            image_backend=image_backend,
-        )
+        # Options set by the user are not read from the checkpoint's chat template.
+        layout = replace(layout, assumed=tuple(name for name in layout.assumed if name not in prompt))
+        self.layout = complete_layout(family, layout, tokenizer)
+        self.tools = ToolWriter(family, tokenizer, self.layout, FAMILIES)
+        self._set_tokens()
+
+    def _set_tokens(self) -> None:
+        family, layout = self.family, self.layout
+        self.vocabulary = TokenizerView(self.tokenizer, family.control_tokens, family.required_tokens)
+        self._placeholder = self.vocabulary.control(layout.placeholder)
+        # Without this token, the first video raises MissingTokenError.
+        has_video = self.vocabulary.has(layout.video_placeholder)
+        self._video_placeholder = self.vocabulary.control(layout.video_placeholder) if has_video else self._placeholder
+        # Padding is masked, so any id works for a tokenizer without a pad token.
+        pad_id = self.tokenizer.pad_token_id
+        self.pad_id = pad_id if isinstance(pad_id, int) else 0
+        self.stop_ids = [self.vocabulary.control(token) for token in family.stop_tokens]
+        if self.vocabulary.has(layout.speech_end):
+            self.stop_ids.append(self.vocabulary.control(layout.speech_end))
 
     @property
     def downsample_mode(self) -> str | None:
@@ -215,25 +167,31 @@ class Encoder:
         Raises:
             DataError: a medium that cannot be read, or that this family does not support.
         """
-        return tuple(self._media_size(media, sample) for media in sample.media())
+        with located(sample.source):
+            sizes = tuple(self._media_size(media) for media in sample.media())
+        if sample.timeline is None:
+            return sizes
+        return tuple(PictureSize(*size) if isinstance(size, tuple) else size for size in sizes)
 
-    def _media_size(self, media: Media, sample: Sample) -> MediaSize:
+    def _media_size(self, media: Media) -> MediaSize:
         if media.kind == "image" and self.slicing.enlarge == "adaptive":
-            return SmallPrint(self._image(media, sample), self.slicing.scale_resolution)
+            return SmallPrint(self._image(media), self.slicing.scale_resolution)
         if media.kind == "image":
-            return image.shrunk(image.size(media, sample.source, self.max_pixels), self.shrink_pixels)
+            return image.shrunk(image.size(media, self.max_pixels), self.shrink_pixels)
         if media.kind == "audio" and self.audio_spec is not None:
-            samples = len(audio.load(media, sample.source))
+            samples = len(audio.load(media))
+            if isinstance(media.data, Track):
+                return TrackLength(samples)
             if samples < self.audio_spec.shortest:
                 raise DataError(
-                    f"{sample.source}: {media} lasts {1000 * samples / self.audio_spec.rate:.0f} ms, and "
+                    f"{media} lasts {1000 * samples / self.audio_spec.rate:.0f} ms, and "
                     f"{1000 * self.audio_spec.shortest / self.audio_spec.rate:.0f} ms make one token; remove it"
                 )
             return samples
         if media.kind == "video" and self.family.video is not None:
             transformers_processor.check_videos(self.slicing)
-            return probe_video(media, sample.source, self.family.video, self.video, self.max_pixels)
-        raise DataError(f"{sample.source}: {media}: {unsupported(self.family, media.kind)}, or remove the record")
+            return probe_video(media, self.family.video, self.video, self.max_pixels)
+        raise DataError(f"{media}: {unsupported(self.family, media.kind)}, or remove the record")
 
     def plans(self, sizes: Sequence[MediaSize], max_slice_nums: int | None = None) -> tuple[MediaPlan, ...]:
         """Placeholders of media of these sizes; ``max_slice_nums`` replaces the encoder's own for images."""
@@ -244,6 +202,11 @@ class Encoder:
     def _planned(self, size: MediaSize, slicing: SliceSpec) -> MediaPlan:
         if isinstance(size, VideoFrames):
             return plan_video(size, slicing, self.video)
+        if isinstance(size, TrackLength):
+            assert self.audio_spec is not None  # ``sizes`` gives one only with it
+            return plan_audio(size.samples, replace(self.audio_spec, run_seconds=1.0))
+        if isinstance(size, PictureSize):
+            return plan(*size, replace(slicing, max_slice_nums=1))
         if isinstance(size, int):
             assert self.audio_spec is not None  # ``sizes`` gives an int only with it
             return plan_audio(size, self.audio_spec)
@@ -315,12 +278,14 @@ class Encoder:
         """
         sample = self.tools.expand(sample)
         expanded, layout = self._expanded(sample, plans), self.layout
-        if expanded.sample is not sample and not layout.ids_beside_video:
+        if sample.timeline is not None or (expanded.sample is not sample and not layout.ids_beside_video):
             layout = replace(layout, image_ids=False)
-        try:
+        with located(sample.source):
+            if sample.timeline is not None:
+                if self.family.render_timeline is None or generate:
+                    raise DataError(no_timeline(self.family, generate))
+                return self.family.render_timeline(*expanded, vocabulary or self.vocabulary, layout)
             return self.family.render(*expanded, vocabulary or self.vocabulary, layout, generate)
-        except TextError as error:
-            raise DataError(f"{sample.source}: {error}") from error
 
     def assemble(self, sample: Sample, plans: Sequence[MediaPlan], rendered: Rendered) -> Example:
         """The tensors of a rendered sample; its media are decoded here.
@@ -329,8 +294,12 @@ class Encoder:
             DataError: a medium that cannot be decoded.
             AlignmentError: placeholders and media inputs disagree.
         """
+        with located(sample.source):
+            return self._assembled(sample, plans, rendered)
+
+    def _assembled(self, sample: Sample, plans: Sequence[MediaPlan], rendered: Rendered) -> Example:
         expanded = self._expanded(sample, plans)
-        images = decoded(expanded, lambda media: self._image(media, sample), self.video.max_pixels)
+        images = decoded(expanded, self._image, self.video.max_pixels)
         patches, grids = self._backend.cut(images, self.slicing)
         items = items_of(expanded, self.slicing.patch_size)
         log_mels = self._log_mels(sample)
@@ -355,12 +324,12 @@ class Encoder:
         """Log-mel chunks of all audio clips."""
         if self.audio_spec is None:
             return ()
-        waves = (audio.load(media, sample.source) for media in sample.media("audio"))
+        waves = (audio.load(media) for media in sample.media("audio"))
         return tuple(chunk for wave in waves for chunk in log_mel(wave, self.audio_spec))
 
-    def _image(self, media: Media, sample: Sample) -> Image.Image:
+    def _image(self, media: Media) -> Image.Image:
         """A decoded image, downscaled by ``shrink_pixels``."""
-        decoded_image = image.load(media, sample.source, self.max_pixels, self._backend.read)
+        decoded_image = image.load(media, self.max_pixels, self._backend.read)
         return image.shrink(decoded_image, self.shrink_pixels)
 
     def empty(self, source: str) -> Example:
@@ -397,3 +366,29 @@ class Encoder:
                 f"{sample.source}: {tokens} tokens ({visual} of them for {items} image slices{also}), the limit is "
                 f"{self.max_length}; raise model_max_length, lower {lower}, or shorten or split the record"
             )
+
+
+def _backend(family: Family, name: ImageBackend) -> Backend:
+    """The image backend of that name.
+
+    Raises:
+        UserError: the family does not support it.
+    """
+    if name not in INPUTS[family.inputs].backends:
+        raise UserError(
+            f"--image_backend {name}: not supported by {family.title}, which uses the image processor of transformers; "
+            "remove the option"
+        )
+    return INPUTS[family.inputs].backends[name]
+
+
+def _slicing(family: Family, config: Config, max_slice_nums: int | None) -> SliceSpec:
+    spec = family.slice_spec(config)
+    if spec.enlarge == "adaptive":
+        check_installed()
+    return spec if max_slice_nums is None else replace(spec, max_slice_nums=max_slice_nums)
+
+
+def _audio_spec(family: Family, config: Config, run_seconds: float | None) -> AudioSpec | None:
+    spec = family.audio_spec and family.audio_spec(config)
+    return spec if spec is None or run_seconds is None else replace(spec, run_seconds=run_seconds)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+
+from finetune.encoding.text_inputs import TextTensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,9 @@ class Example:
             order.
         source: file and record of the sample, for messages.
         inputs: format of the pixel inputs, a key of ``finetune.encoding.pixel_inputs.INPUTS``.
+        rejected: in a preference pair the example with the worse answer. Its media are those of this one.
+        borrows_media: whether its media are collated once, with the example of the better answer.
+        reference: log-probabilities of both answers by the reference model, if they were computed beforehand.
     """
 
     input_ids: torch.Tensor
@@ -46,6 +51,14 @@ class Example:
     group_sizes: torch.Tensor | None = None
     from_video: torch.Tensor | None = None
     inputs: str = "patches"
+    rejected: Example | None = None
+    borrows_media: bool = False
+    reference: tuple[float, float] | None = None
+
+
+def with_rejected(example: Example, answer: TextTensors) -> Example:
+    """The example as the better one of a pair with ``answer``, the tensors of the same prompt with the worse answer."""
+    return replace(example, rejected=replace(example, **answer, borrows_media=True))
 
 
 def empty_example(pad_id: int, patches: torch.Tensor, source: str, inputs: str) -> Example:

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from finetune.encoding.encoder import Encoder, MediaPlan, MediaSize
-from finetune.encoding.example import Example
+from finetune.encoding.example import Example, with_rejected
+from finetune.encoding.example_size import ExampleSize
+from finetune.encoding.text_inputs import text_tensors
 from finetune.sample import DataError, Media, Message, Part, Sample, Text
 from finetune.templates.rendering import IGNORE, CachedVocabulary, Rendered
 
@@ -38,6 +40,7 @@ class Fitted:
         rendered: token ids and labels.
         outcome: what was done; "turns dropped" whenever turns were, whatever else was done.
         lost_images: number of images and other media in dropped turns.
+        rejected: in a preference pair, token ids and labels with the worse answer.
     """
 
     sample: Sample
@@ -45,6 +48,23 @@ class Fitted:
     rendered: Rendered
     outcome: Outcome
     lost_images: int = 0
+    rejected: Rendered | None = None
+
+    @property
+    def worse(self) -> Fitted | None:
+        """The same prompt with the worse answer; None for a sample that is no pair."""
+        return None if self.rejected is None else replace(self, rendered=self.rejected, rejected=None)
+
+    @property
+    def trained(self) -> int:
+        """Number of tokens with a label, of a pair in both answers."""
+        both = [each for each in (self.rendered, self.rejected) if each is not None]
+        return sum(label != IGNORE for each in both for label in each.labels)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the sample, of a pair with the longer answer."""
+        return max(len(each.input_ids) for each in (self.rendered, self.rejected) if each is not None)
 
 
 class LengthPolicy:
@@ -76,15 +96,47 @@ class LengthPolicy:
             DataError: as ``fit``, and an image that cannot be decoded.
         """
         fitted = self.fit(sample)
-        return self.encoder.assemble(fitted.sample, fitted.plans, fitted.rendered), fitted.outcome
+        example = self.encoder.assemble(fitted.sample, fitted.plans, fitted.rendered)
+        if fitted.rejected is not None:
+            example = with_rejected(example, text_tensors(fitted.rejected))
+        return example, fitted.outcome
+
+    def size_of(self, fitted: Fitted) -> ExampleSize:
+        """Size of a fitted sample, of a pair with the tokens of both answers; its media count once."""
+        size = self.encoder.size_of(fitted.sample, fitted.plans, fitted.rendered)
+        if fitted.rejected is None:
+            return size
+        return replace(size, tokens=size.tokens + len(fitted.rejected.input_ids))
 
     def fit(self, sample: Sample) -> Fitted:
-        """The sample within max_length, unchanged if it fits.
+        """The sample within max_length, unchanged if it fits; of a pair both answers, behind the same prompt.
 
         Raises:
             OverlongError: it is skipped; the message has the reason.
             DataError: a sample that cannot be used at any length, or with ``error`` one that is too long.
         """
+        if sample.rejected is None:
+            return self._fit(sample)
+        better = self._fit(replace(sample, rejected=None))
+        worse = self._answered(better, sample.rejected)
+        if self.encoder.fits(worse):
+            return replace(better, rejected=worse)
+        # The worse answer is the longer one: the prompt is fitted to it.
+        fitted = self._fit(replace(sample, messages=(*sample.messages[:-1], sample.rejected), rejected=None))
+        shorter = self._answered(fitted, sample.messages[-1])
+        messages = (*fitted.sample.messages[:-1], sample.messages[-1])
+        return replace(
+            fitted, sample=replace(fitted.sample, messages=messages), rendered=shorter, rejected=fitted.rendered
+        )
+
+    def _answered(self, fitted: Fitted, answer: Message) -> Rendered:
+        """The fitted sample with another last answer."""
+        sample = replace(fitted.sample, messages=(*fitted.sample.messages[:-1], answer))
+        rendered = self.encoder.render(sample, fitted.plans)
+        self.encoder.check_labels(sample, rendered)
+        return rendered
+
+    def _fit(self, sample: Sample) -> Fitted:
         encoder, attempt = self.encoder, _Attempt(self.encoder)
         sizes = encoder.sizes(sample)
         length = f"at least {min_tokens(encoder, sample)} tokens by the length of its text"
@@ -122,7 +174,7 @@ class LengthPolicy:
 
     def _squeezed(self, sample: Sample, sizes: Sizes, attempt: _Attempt) -> Fitted | None:
         """The sample without its oldest turns, as few as needed; None if not even the last exchange fits."""
-        if self.policy == "drop":
+        if self.policy == "drop" or sample.timeline is not None:  # a timeline cannot be shortened
             return None
         turns = [index for index, message in enumerate(sample.messages) if message.role == "user"]
 

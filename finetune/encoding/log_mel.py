@@ -10,6 +10,9 @@ import torch
 
 from finetune.media.audio_layout import AudioSpec, audio_chunks
 
+# Frames.
+_BLOCK = 16
+
 
 def log_mel(samples: np.ndarray, spec: AudioSpec) -> list[torch.Tensor]:
     """Log-mel features of a waveform, one tensor per chunk.
@@ -19,18 +22,34 @@ def log_mel(samples: np.ndarray, spec: AudioSpec) -> list[torch.Tensor]:
         spec: audio settings of the checkpoint.
 
     Returns:
-        Per chunk (bins, T) float32, T = ``spec.frames`` of its samples. As in the published code, every chunk is padded
-        with zeros to its full length before the spectrogram is computed, and the features are truncated afterwards.
+        Per chunk (bins, T) float32, T = ``spec.frames`` of its samples. The published code pads every chunk with zeros
+        to ``spec.chunk_samples`` before the spectrogram is computed and truncates the features afterwards; these are
+        the same bits (see ``_padded``).
     """
-    spans = audio_chunks(len(samples), spec)
-    if not spans:
-        return []
+    return [_chunk(samples[start:end], spec) for start, end in audio_chunks(len(samples), spec)]
+
+
+def _chunk(samples: np.ndarray, spec: AudioSpec) -> torch.Tensor:
     given = _extractor(spec)(
-        [samples[start:end] for start, end in spans], sampling_rate=spec.rate, padding="max_length", return_tensors="pt"
+        samples,
+        sampling_rate=spec.rate,
+        padding="max_length",
+        max_length=_padded(len(samples), spec),
+        return_tensors="pt",
     )
-    # Copies, so that the padding is neither kept in memory nor sent from the dataloader worker to the trainer.
-    features = zip(given["input_features"], spans, strict=True)
-    return [chunk[:, : spec.frames(end - start)].clone() for chunk, (start, end) in features]
+    # A copy, so that the padding is neither kept in memory nor sent from the dataloader worker to the trainer.
+    return given["input_features"][0, :, : spec.frames(len(samples))].clone()
+
+
+def _padded(samples: int, spec: AudioSpec) -> int:
+    """Number of samples a chunk is padded to: all frames that overlap the chunk are in it, as in the full length.
+
+    A frame behind them is silent, which is the least value there is, so that the maximum by which the features are
+    clamped is the same. What is reflected at the end of the padding stays behind the last of them. Full blocks of
+    frames keep the order in which the matrix product with the mel filters sums, which is another one for few frames.
+    """
+    block = _BLOCK * spec.hop
+    return min(-(-(samples + spec.window + 2 * spec.hop) // block) * block, spec.chunk_samples)
 
 
 @lru_cache(maxsize=4)

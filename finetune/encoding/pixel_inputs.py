@@ -55,11 +55,11 @@ class PixelInputs:
 
 
 def _by_pillow(images: DecodedImages, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
-    return _patches(images, spec, image.cut)
+    return _patches(images, spec, image.slice_image)
 
 
 def _by_torch(images: DecodedImages, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
-    return _patches(images, spec, fast_image.cut)
+    return _patches(images, spec, fast_image.slice_image)
 
 
 def _patches(
@@ -94,15 +94,21 @@ def _bounded(examples: Sequence[Example], places: Sequence[Place], shape: tuple[
         positions[row, start : start + len(example.position_ids)] = example.position_ids
         image_bounds.append(_of_row(row, example.image_bound + start))
         audio_bounds.append(_of_row(row, example.audio_bound + start))
+    owners = _owners(examples)
     return {
         "position_ids": positions,
-        "patches": _joined([example.patches for example in examples]),
-        "tgt_sizes": torch.cat([example.tgt_sizes for example in examples]),
+        "patches": _joined([example.patches for example in owners]),
+        "tgt_sizes": torch.cat([example.tgt_sizes for example in owners]),
         "image_bound": torch.cat(image_bounds),
-        "temporal_ids": torch.cat([example.temporal_ids for example in examples]),
-        **_groups(examples),
-        **_audio([chunk for example in examples for chunk in example.audio], torch.cat(audio_bounds)),
+        "temporal_ids": torch.cat([example.temporal_ids for example in owners]),
+        **_groups(owners),
+        **_audio([chunk for example in owners for chunk in example.audio], torch.cat(audio_bounds)),
     }
+
+
+def _owners(examples: Sequence[Example]) -> list[Example]:
+    """The examples whose media are collated."""
+    return [example for example in examples if not example.borrows_media]
 
 
 def _joined(patches: list[torch.Tensor]) -> torch.Tensor:
@@ -140,6 +146,7 @@ def _audio(chunks: Sequence[torch.Tensor], bounds: torch.Tensor) -> Tensors:
 
 def _packed(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Tensors:
     """All image patches of the batch side by side, and all video patches, in the layout of transformers."""
+    examples = _owners(examples)
     sizes = torch.cat([example.tgt_sizes for example in examples])
     patches = _joined([example.patches for example in examples])
     from_video = torch.cat([_from_video(example) for example in examples])

@@ -153,8 +153,10 @@ def share_is_bad(bad: int, total: int, max_share: float, *, few: bool = True) ->
     return (few or total >= _ENOUGH) and bad > max_share * total
 
 
-def describe_counts(counts: Sequence[int]) -> str:
-    """The counts of ``SamplePolicy.counts``, summed over ranks, as one line."""
+def describe_counts(counts: Sequence[int]) -> str | None:
+    """The counts of ``SamplePolicy.counts``, summed over ranks, as one line; None if a run had no step left to make."""
+    if not any(counts):
+        return None
     named = dict(zip(_COUNTED, map(int, counts), strict=True))
     return f"{sum(named.values())} samples encoded: " + ", ".join(f"{count} {name}" for name, count in named.items())
 

@@ -15,7 +15,7 @@ from finetune.media import image, video
 from finetune.media.audio_layout import AudioPlan
 from finetune.media.slicing import SlicePlan, SliceSpec, item_sizes, plan
 from finetune.media.video_sampling import Clip, Frames, Group, VideoOptions, frames_of
-from finetune.sample import Media, Message, Part, Sample, Source, Text
+from finetune.sample import Media, Message, Part, Sample, Text
 from finetune.utils.log_once import warn_once
 
 logger = logging.getLogger(__name__)
@@ -65,12 +65,11 @@ def video_options(family: Family, config: Config, given: VideoOptions | None) ->
     return given if family.video is None else given.over(family.video.defaults(config))
 
 
-def probe_video(media: Media, source: Source, rule: Video, options: VideoOptions, max_pixels: int) -> VideoFrames:
+def probe_video(media: Media, rule: Video, options: VideoOptions, max_pixels: int) -> VideoFrames:
     """Samples the frames of a video by its header, without decoding them.
 
     Args:
         media: the video.
-        source: record of the video, for errors.
         rule: video sampling of the family.
         options: video options of the run.
         max_pixels: maximum number of pixels of a frame.
@@ -78,7 +77,7 @@ def probe_video(media: Media, source: Source, rule: Video, options: VideoOptions
     Raises:
         DataError: it cannot be read.
     """
-    clip = video.probe(media, source, options.fps or 1.0, max_pixels)
+    clip = video.probe(media, options.fps or 1.0, max_pixels)
     return VideoFrames(clip, tuple(rule.sample(clip.length, options)), image.shrunk(clip.size, options.max_pixels))
 
 
@@ -211,6 +210,6 @@ def decoded(
                 continue
             if decoder is None or frames.opens:
                 opened.close()
-                decoder = opened.enter_context(video.Decoder(frames.clip, expanded.sample.source))
+                decoder = opened.enter_context(video.Decoder(frames.clip))
             images = [image.shrink(decoder.take(index), max_pixels) for index in frames.indices]
             yield DecodedGroup(images, cuts, True)

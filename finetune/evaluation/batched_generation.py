@@ -1,9 +1,15 @@
-"""Greedy generation in left-padded batches, with prompts encoded exactly as in training."""
+"""Generation from left-padded batches of prompts, encoded exactly as in training.
+
+``prompt_batch``, ``generated`` and ``answer_text`` serve evaluation (``answer_batch``: greedy, the figures are
+reproducible) and chat (``finetune.chat.pipeline``: sampling, and answers as a stream) alike.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
-from finetune.models.downsample_mode import working_in
+from finetune.model_folders.downsample_mode import working_in
 from finetune.sample import DataError, Sample
 
 
@@ -20,19 +26,25 @@ def split_answer(sample: Sample) -> tuple[Sample, str]:
     """A sample without its last turn, and the text of that turn.
 
     Raises:
-        DataError: the last turn is not the assistant's, it calls tools, or it is the only turn.
+        DataError: the last turn is not the assistant's, it calls tools, or it is the only turn; a full-duplex record.
     """
+    if sample.timeline is not None:
+        raise DataError(
+            f"{sample.source}: is a full-duplex record, which has no question to answer; python -m finetune evaluate "
+            "scores such records in a file of their own"
+        )
     *before, last = sample.messages
     if last.role != "assistant" or not before:
         raise DataError(
-            f"{sample.source}: the last turn is a {last.role} turn; the last turn must be the reference answer"
+            f"{sample.source}: the last turn is a {last.role} turn; the last turn must be the reference answer "
+            "(evaluate --predict_only needs none)"
         )
     if last.calls:
         raise DataError(
             f"{sample.source}: the last turn calls tools, which is no text to compare answers with; end the "
             "record with a text answer, or remove it"
         )
-    return replace(sample, messages=tuple(before)), last.text
+    return replace(sample, messages=tuple(before), rejected=None), last.text
 
 
 def batches_by_length(encoder: Encoder, prompts: Sequence[Sample], batch_size: int) -> list[list[int]]:
@@ -60,25 +72,50 @@ def answer_batch(
         max_new_tokens: maximum number of tokens per answer.
         synced: continue until every rank has finished, as ZeRO-3 requires; every rank must then call this.
     """
-    stops, pad_id = encoder.stop_ids, encoder.pad_id
-    device = next(model.parameters()).device
-    batch = pad([encoder.encode(prompt, generate=True) for prompt in prompts], pad_id, side="left")
-    batch = {key: value.to(device) for key, value in batch.items() if key not in ("labels", "position_ids")}
-    training = model.training
-    model.eval()
-    with torch.no_grad(), working_in(model, encoder.downsample_mode):
+    batch = prompt_batch(model, encoder, prompts)
+    # Some checkpoints set another repetition_penalty, which also applies to the prompt.
+    greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+    rows = generated(model, encoder, batch, **greedy, max_new_tokens=max_new_tokens, synced_gpus=synced)
+    return [answer_text(tokenizer, row, encoder.stop_ids) for row in rows]
+
+
+def prompt_batch(model: nn.Module, encoder: Encoder, prompts: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """The inputs of ``generate`` for conversations that end with a user turn, left-padded, on the model's device."""
+    batch = pad([encoder.encode(prompt, generate=True) for prompt in prompts], encoder.pad_id, side="left")
+    device = device_of(model)
+    return {key: value.to(device) for key, value in batch.items() if key not in ("labels", "position_ids")}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's inputs; offloaded parameters are on the meta device."""
+    return next(parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
+
+
+def generated(model: nn.Module, encoder: Encoder, batch: dict[str, torch.Tensor], **options: Any) -> list[list[int]]:
+    """New token ids of each row, which may go on after a stop token.
+
+    Args:
+        model: the model, or a PeftModel around it; its training mode is restored.
+        encoder: that of the checkpoint; its stop tokens end a row.
+        batch: of ``prompt_batch``.
+        options: of ``generate``.
+    """
+    with torch.no_grad(), evaluating(model), working_in(model, encoder.downsample_mode):
         output = model.generate(  # pyright: ignore[reportCallIssue]
-            **batch,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,  # some checkpoints set another, which also applies to the prompt
-            max_new_tokens=max_new_tokens,
-            eos_token_id=stops,
-            pad_token_id=pad_id,
-            synced_gpus=synced,
+            **batch, **options, eos_token_id=encoder.stop_ids, pad_token_id=encoder.pad_id, use_cache=True
         )
-    model.train(training)
-    return [answer_text(tokenizer, row, stops) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
+    return output[:, batch["input_ids"].shape[1] :].tolist()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Context with the model in evaluation mode; restores the previous mode."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 def generate_answers(

@@ -15,11 +15,14 @@ from finetune.media import video
 from finetune.media.video_sampling import middles
 from finetune.pages.html_page import count, render
 from finetune.pages.thumbnails import Detail, EmbeddedImage, jpeg, weight, within
-from finetune.sample import Media, Sample, Source
+from finetune.sample import Media, Sample
+from finetune.utils.errors import located
 
 _MOST_IMAGES = 4
 _ROOM = 9_000_000
 """Byte budget for all images of a page; exceeded only at the coarsest detail."""
+_TEXT_ROOM = 6_000_000
+"""Byte budget for all texts of a page."""
 _FRAME = 320
 _SCALE = 1000
 """Coordinates of boxes and points go from 0 to this, whatever the size of the image."""
@@ -69,7 +72,7 @@ def build(
         most: maximum number of rows shown.
         max_pixels: maximum pixels of an image to decode.
     """
-    shown = sorted(rows, key=lambda row: (-metric.badness(row.scores), change(metric, row), row.index))[:most]
+    shown = sorted(rows, key=lambda row: (-metric.sort_key(row.scores), change(metric, row), row.index))[:most]
     room = _ROOM // max(len(shown), 1)
     cards = [_card(metric, row, max_pixels, room) for row in shown]
     tags = [tag for card in cards for tag in card["tags"]]
@@ -78,11 +81,13 @@ def build(
         title=title,
         total=len(rows),
         cards=cards,
+        text_room=_TEXT_ROOM // max(sum(len(each["earlier"]) + len(each["references"]) + 3 for each in cards), 1),
         compared=rows[0].base is not None,
         summary=summary,
         figures=[_figure(name, value, summary.get("base", {}).get(name)) for name, value in summary["scores"].items()],
         facts=[(_FACTS.get(key, key.replace("_", " ").capitalize()), value) for key, value in _facts(summary)],
         judged=_judged(metric, summary),
+        direction=_direction(metric),
         filters=[(tag, tags.count(tag)) for tag in ("better", "worse", "changed", "unchanged") if tag in tags],
         drawn=any(card["drawn"] for card in cards),
     )
@@ -110,10 +115,13 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _judged(metric: Metric, summary: Mapping[str, Any]) -> str:
     """One sentence on the metric."""
-    better = "higher is better" if metric.higher else "lower is better"
     why = str(summary.get("why", ""))
     chosen = f"; chosen automatically: {why.removeprefix('auto: ')}" if why.startswith("auto: ") else ""
-    return f"{words_of(metric.name)}; {better}{chosen}"
+    return f"{words_of(metric.name)}; {_direction(metric)}{chosen}"
+
+
+def _direction(metric: Metric) -> str:
+    return "higher is better" if metric.higher else "lower is better"
 
 
 def _card(metric: Metric, row: ScoreRow, max_pixels: int, room: int) -> dict[str, Any]:
@@ -167,15 +175,17 @@ def pictures_of(sample: Sample, max_pixels: int) -> Iterator[Image.Image]:
     """
     media = [medium for medium in sample.media() if medium.kind != "audio"]
     for medium in media[:_MOST_IMAGES]:
-        yield _picture(medium, sample.source, max_pixels)
+        with located(sample.source):
+            picture = _picture(medium, max_pixels)
+        yield picture
 
 
-def _picture(medium: Media, source: Source, max_pixels: int) -> Image.Image:
+def _picture(medium: Media, max_pixels: int) -> Image.Image:
     """An image, or three frames of a video side by side."""
     if medium.kind == "image":
-        return images.load(medium, source, max_pixels)
-    clip = video.probe(medium, source, max_pixels=max_pixels)
-    with video.Decoder(clip, source) as decoder:
+        return images.load(medium, max_pixels)
+    clip = video.probe(medium, max_pixels=max_pixels)
+    with video.Decoder(clip) as decoder:
         frames = [decoder.take(index) for index in middles(range(clip.length.frames), min(3, clip.length.frames))]
     for frame in frames:
         frame.thumbnail((_FRAME, _FRAME))

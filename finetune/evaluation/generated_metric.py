@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from accelerate.utils import gather_object
 from torch import nn
@@ -129,3 +129,30 @@ class GeneratedMetric:
                 del known[former]
             known[step] = text
         return self.metric.combine([self.metric.figures(text, [self._pairs[place][1]]) for place, text in given])
+
+
+def metric_of(args: Any, dataset: Any, *, sharded: bool) -> GeneratedMetric | None:
+    """The metric of --eval_generate; made before training, so that an unknown name fails early.
+
+    Args:
+        args: the training flags.
+        dataset: the evaluation set with its sample policy; None for none.
+        sharded: whether ZeRO-3 shards the weights.
+    """
+    if not args.eval_generate or dataset is None:
+        return None
+    if sharded and not args.eval_generate_zero3:
+        logger.warning(
+            "--eval_generate is skipped: under ZeRO-3 every generated token gathers all weights; "
+            "--eval_generate_zero3 true enables it"
+        )
+        return None
+    return GeneratedMetric(
+        dataset.samples,
+        dataset.sample_policy.length_policy.encoder,
+        count=args.eval_generate,
+        metric=args.eval_metric,
+        max_new_tokens=args.eval_max_new_tokens,
+        batch_size=args.per_device_eval_batch_size,
+        skip_bad=dataset.sample_policy.on_bad_sample == "skip",
+    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.pages.charts import smoothed, wants_log
 from finetune.pages.html_page import count
-from finetune.utils.quoting import cut, plain
+from finetune.utils.quoting import plain, truncate_middle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,9 +29,14 @@ _COUNTS = ("eval_loss", "eval_tokens", "eval_runtime", "eval_samples_per_second"
 _COUNTS += ("eval_model_preparation_time",)
 
 
+_SHARES = {"rewards/accuracies": "training", "eval_rewards/accuracies": "evaluation"}
+PAIRS = ("rewards/", "length/", "eval_rewards/", "eval_length/")
+"""How the figures of preference training begin."""
+
+
 def metric_names(entry: Mapping[str, Any]) -> list[str]:
     """The keys of a log entry that come from --eval_generate."""
-    return [key for key in entry if key.startswith("eval_") and key not in _COUNTS]
+    return [key for key in entry if key.startswith("eval_") and not key.startswith(PAIRS) and key not in _COUNTS]
 
 
 def points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
@@ -39,10 +44,17 @@ def points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, fl
     return [(entry["step"], entry[key]) for entry in history if key in entry and math.isfinite(entry[key])]
 
 
+def plotted(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """All points of the plot of a log, by their key."""
+    keys = dict.fromkeys(name for entry in history for name in (*metric_names(entry), *_SHARES) if name in entry)
+    return {key: points(history, key) for key in ("loss", "eval_loss", "learning_rate", "grad_norm", *keys)}
+
+
 def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Losses above, learning rate and gradient norm below, over optimizer steps; a PNG that is readable when small.
 
-    Between them, if logged, the first two metrics of --eval_generate. Curves of many points are smoothed and drawn over
+    Between them, if logged, the share of right pairs of preference training, or the first two metrics of
+    --eval_generate. Curves of many points are smoothed and drawn over
     the raw values in a pale colour; axes with a large range are logarithmic.
 
     Args:
@@ -52,25 +64,21 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     if not points(history, "loss") and not points(history, "eval_loss"):
         return
-    generated = list(dict.fromkeys(name for entry in history for name in metric_names(entry)))[:2]
+    found = [name for entry in history for name in (*(key for key in _SHARES if key in entry), *metric_names(entry))]
+    generated = list(dict.fromkeys(found))[:2]
     heights = (3, 2, 2) if generated else (3, 2)
-    size = (7, 2.7 + 2.05 * len(heights))
-    figure, panels = plt.subplots(
-        len(heights), 1, figsize=size, sharex=True, height_ratios=heights, layout="constrained"
-    )
+    figure = Figure(figsize=(7, 2.7 + 2.05 * len(heights)), layout="constrained")
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     figure.suptitle(_title(history, path), fontsize=14, x=0.02, ha="left", parse_math=False)
     _losses(panels[0], history)
     if generated:
         for name, color in zip(generated, (_EVAL, _NORM), strict=False):
-            _curve(panels[1], history, name, name.removeprefix("eval_"), color)
-        panels[1].set_ylabel("answers", fontsize=15)
+            _curve(panels[1], history, name, _SHARES.get(name, name.removeprefix("eval_")), color)
+        panels[1].set_ylabel("right pairs" if generated[0] in _SHARES else "answers", fontsize=15)
         panels[1].legend(fontsize=14)
     norms = _rates(panels[-1], history)
     for axes in (*panels, norms):
@@ -78,11 +86,8 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes in panels:
         axes.grid(alpha=0.3)
     unfinished = path.with_name(f".{path.name}")
-    try:
-        figure.savefig(unfinished, dpi=110, format="png")
-        unfinished.replace(path)
-    finally:
-        plt.close(figure)
+    figure.savefig(unfinished, dpi=110, format="png")
+    unfinished.replace(path)
 
 
 def _title(history: Sequence[Mapping[str, Any]], path: Path) -> str:
@@ -91,7 +96,7 @@ def _title(history: Sequence[Mapping[str, Any]], path: Path) -> str:
     known = (("loss", "training"), ("eval_loss", "evaluation"))
     last = [f"{word} {found[-1][1]:.4g}" for key, word in known if (found := points(history, key))]
     name = path.absolute().parent.name
-    return f"{cut(plain(name), _NAME)}\n{count(steps, 'step')}, loss: {', '.join(last)}"
+    return f"{truncate_middle(plain(name), _NAME)}\n{count(steps, 'step')}, loss: {', '.join(last)}"
 
 
 def _losses(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:

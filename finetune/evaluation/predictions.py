@@ -31,7 +31,7 @@ class Predictions:
         self._own = folder / (PREDICTIONS if rank == 0 else f"predictions.rank{rank}.jsonl")
         self._known: dict[tuple[int, str], str] = {}
         for path in self._files():
-            for line in _whole_lines(path):
+            for line in whole_lines(path):
                 keys = [key for key in line if key == MAIN or key.startswith(f"{MAIN}_")]
                 self._known.update({(line["index"], key): line[key] for key in keys})
 
@@ -115,7 +115,7 @@ def _ends_well(path: Path) -> bool:
         return file.read() == b"\n"
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def whole_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a file; incomplete ones of a killed run are dropped."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):

@@ -13,7 +13,7 @@ import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.evaluation.generated_metric import Answered
-from finetune.evaluation.plots import metric_names, plot_loss
+from finetune.evaluation.plots import PAIRS, metric_names, plot_loss, plotted
 from finetune.evaluation.training_report import RunFacts, build_run
 from finetune.pages.html_page import write
 from finetune.runtime.outcome import plain_numbers
@@ -45,8 +45,9 @@ class ProgressCallback(TrainerCallback):
     """Writes the progress files into the output folder, on the main process.
 
     A line of trainer_log.jsonl has step, total_steps, epoch, elapsed and eta (seconds), those of ``_FIGURES`` that
-    were logged, and the metric of --eval_generate as ``eval_<metric>``; numbers that are not finite are null. A
-    resumed run keeps the lines up to its checkpoint. A write error is logged once and does not stop training.
+    were logged, gradient norms of parts as ``grad_norm_<part>``, figures of preference pairs, and the metric of
+    --eval_generate as ``eval_<metric>``; numbers that are not finite are null. A resumed run keeps the lines up to its
+    checkpoint. A write error is logged once and does not stop training.
 
     Args:
         facts: description of the run; without it there is no report.html.
@@ -60,6 +61,7 @@ class ProgressCallback(TrainerCallback):
         self._elapsed = 0.0
         self._first_step = 0
         self._warned = False
+        self._plotted: object = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -84,6 +86,7 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         """One line per log event."""
         figures = {ours: logs[theirs] for theirs, ours in _FIGURES.items() if logs and theirs in logs}
+        figures |= {name: value for name, value in (logs or {}).items() if name.startswith(("grad_norm_", *PAIRS))}
         figures |= {name: logs[name] for name in metric_names(logs or {}) if logs}
         if not figures or not state.is_world_process_zero:
             return
@@ -106,7 +109,9 @@ class ProgressCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = _folder(args) / PLOT_NAME
-        self._try(path, lambda: plot_loss(state.log_history, path))
+        if (curves := plotted(state.log_history)) != self._plotted or not path.is_file():
+            self._try(path, lambda: plot_loss(state.log_history, path))
+            self._plotted = curves
         facts = self._facts
         if facts is not None:
             page, seconds = _folder(args) / REPORT_NAME, self._elapsed + time.monotonic() - self._clock

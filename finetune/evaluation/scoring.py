@@ -13,6 +13,29 @@ from finetune.sample import Sample
 BASE = f"{MAIN}_base"
 
 
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """An answer that is not scored.
+
+    Attributes:
+        index: position in the data file.
+        prompt: the conversation up to the question.
+        prediction: the model's answer.
+        base: answer of the model it is compared with, None without a comparison.
+    """
+
+    index: int
+    prompt: Sample
+    prediction: str
+    base: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The line of predictions.jsonl."""
+        question = self.prompt.messages[-1].text
+        line = {"index": self.index, "id": self.prompt.id, "question": question, MAIN: self.prediction}
+        return line if self.base is None else {**line, BASE: self.base}
+
+
 @dataclass(slots=True)
 class ScoreRow:
     """One evaluated sample.
@@ -83,4 +106,4 @@ def summarise(metric: Metric, rows: Sequence[ScoreRow]) -> dict[str, Any]:
 
 def change(metric: Metric, row: ScoreRow) -> float:
     """Improvement over the base; negative when worse, 0 without a comparison."""
-    return metric.badness(row.base_scores) - metric.badness(row.scores) if row.base is not None else 0.0
+    return metric.sort_key(row.base_scores) - metric.sort_key(row.scores) if row.base is not None else 0.0

@@ -22,6 +22,8 @@ from finetune.pages.thumbnails import jpeg, weight, within
 
 _ROOM = 3_000_000
 """Byte budget for the images of all answers."""
+_TEXT_ROOM = 4_000_000
+"""Byte budget for the texts of all answers."""
 _ANSWERS = 40
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
 
@@ -76,7 +78,10 @@ def build_run(
         time=_time(seconds),
         results=[(word, f"{value:.4g}") for word, value in result],
         charts=_charts(history),
-        answers=_answers([each for each in answered if each.answers][:_ANSWERS], facts.max_pixels),
+        no_part_norms=_no_part_norms(facts, history),
+        part_words=part_words,
+        answers=(cards := _answers([each for each in answered if each.answers][:_ANSWERS], facts.max_pixels)),
+        text_room=_TEXT_ROOM // max(sum(len(each["answers"]) + 2 for each in cards), 1),
         total=sum(part[2] for part in facts.parts),
         trained=sum(part[3] for part in facts.parts),
         environment=_environment(args),
@@ -85,21 +90,49 @@ def build_run(
 
 
 _LOSSES = (("loss", "training loss"), ("eval_loss", "evaluation loss"))
+_PARTS = {"vision": "vision tower", "llm": "language model", "audio": "audio tower", "grad_norm": "all trained parts"}
+
+
+def part_words(name: str) -> str:
+    """A part of the model in words."""
+    return _PARTS.get(name, name)
+
+
+def _part_norms(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys of the gradient norms of single parts."""
+    return list(dict.fromkeys(key for entry in history for key in entry if key.startswith("grad_norm_")))
+
+
+def _no_part_norms(facts: RunFacts, history: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether several parts were trained and only the norm of all together could be measured."""
+    trained = sum(part[3] > 0 for part in facts.parts)
+    return trained > 1 and bool(points(history, "grad_norm")) and not _part_norms(history)
 
 
 def _charts(history: Sequence[Mapping[str, Any]]) -> list[Curves]:
     """Charts of all logged values."""
     metrics = list(dict.fromkeys(name for entry in history for name in metric_names(entry)))
-    norms = list(dict.fromkeys(key for entry in history for key in entry if key.startswith("grad_norm")))
+    norms = ["grad_norm", *_part_norms(history)]
     noisy: list[tuple[str, Mapping[str, str]]] = [
         ("Loss", {"loss": "training", "eval_loss": "evaluation"}),
-        ("Gradient norm", {name: name.removeprefix("grad_norm").strip("_/") or "all parts" for name in norms}),
+        ("Gradient norm before clipping", {name: part_words(name.removeprefix("grad_norm_")) for name in norms}),
     ]
+    sides = {"training": "", "evaluation": "eval_"}
+
+    def of_pairs(*names: str) -> dict[str, str]:
+        words = [f"{name.partition('/')[2]}, " if len(names) > 1 else "" for name in names]
+        named = list(zip(names, words, strict=True))
+        return {f"{key}{name}": f"{word}{side}" for side, key in sides.items() for name, word in named}
+
     plain: list[tuple[str, Mapping[str, str]]] = [
+        ("Share of pairs whose better answer is preferred", of_pairs("rewards/accuracies")),
+        ("Margin between the rewards of both answers", of_pairs("rewards/margins")),
+        ("Rewards of both answers", of_pairs("rewards/chosen", "rewards/rejected")),
+        ("Trained tokens of the answers", of_pairs("length/chosen", "length/rejected")),
         ("Answers to evaluation questions", {name: words_of(name.removeprefix("eval_")) for name in metrics}),
-        ("Learning rate", {"learning_rate": "learning rate"}),
+        ("Learning rate", {"learning_rate": "of the first part; those of the parts are below"}),
         ("Tokens per second", {"tokens_per_second": "tokens"}),
-        ("Model FLOPs utilisation (MFU)", {"mfu": "MFU"}),
+        ("Share of the peak FLOP/s of the GPUs (MFU)", {"mfu": "MFU"}),
         ("TFLOP/s", {"tflops_per_second": "TFLOP/s"}),
         ("Fraction of time waiting for data", {"data_wait": "fraction"}),
         ("Peak memory per GPU in GiB (maximum)", {"peak_memory_gb": "GiB"}),

@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from finetune.checkpoints.safetensors_io import StoredTensor, read_tensor, stored_in
 from finetune.model_folders.checkpoint_folder import weight_files
+from finetune.model_folders.weight_headers import check_not_truncated
 from finetune.models.adapters import (
     ADAPTER_PREFIX,
     ADAPTER_WEIGHTS,
@@ -31,7 +32,7 @@ from finetune.models.adapters import (
     trained_beside,
 )
 from finetune.models.loading import MODEL_CLASSES
-from finetune.models.strict_loading import check_folder, check_not_truncated
+from finetune.models.strict_loading import check_folder
 from finetune.utils.errors import CheckpointError
 
 _NAME = "default"
@@ -45,11 +46,15 @@ class Weights(Protocol):
         stored: every tensor by name; for a changed one the original, with its dtype and shape.
         changed: names of the tensors whose values differ from the stored ones.
         untied: whether embeddings and output layer, tied by config.json, have become two tensors.
+        whole: names of the tensors that an adapter brings whole (modules trained in full, biases).
+        overridden: those of ``whole`` that an earlier adapter brought too, and whose values are lost.
     """
 
     stored: Mapping[str, StoredTensor]
     changed: set[str]
     untied: bool
+    whole: set[str]
+    overridden: set[str]
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor; a changed one is float32, whatever is stored."""
@@ -66,6 +71,8 @@ class Base:
         self.stored: Mapping[str, StoredTensor] = stored_in(files)
         self.changed: set[str] = set()
         self.untied = False
+        self.whole: set[str] = set()
+        self.overridden: set[str] = set()
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, as it is stored."""
@@ -118,6 +125,8 @@ class Merged:
         inside = tuple(f"{path}." for path, module in self._model.named_modules() if isinstance(module, LoraLayer))
         outside = {name: key for name, key in self._keys.items() if not name.startswith(inside)}
         self._replaced = {_own(name): key for name, key in outside.items()}
+        own = {_own(name) for name in self._keys if ".lora_" not in name}
+        self.whole, self.overridden = below.whole | own, below.whole & own
         self._ready: dict[str, torch.Tensor] = {}
         split = [names for names in ties if len({self._change(name) for name in names}) > 1]
         self.untied = below.untied or bool(split)

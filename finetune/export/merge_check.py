@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from torch import nn
+from transformers.utils import logging
 
+from finetune.checkpoints.adapter_effect import no_effect
 from finetune.checkpoints.base_checkpoint import Checkpoint
 from finetune.checkpoints.logit_tolerance import FLOAT32, computing_noise
 from finetune.encoding.collate import pad
@@ -39,12 +42,14 @@ class Agreement:
         tolerance: largest relative difference allowed: twice the effect of one more rounding in every layer, the
             rounding noise of both models.
         effect: largest absolute difference that the adapter makes; None without one.
+        no_effect: why the adapter changes nothing; None if it does.
     """
 
     difference: float
     relative: float
     tolerance: float
     effect: float | None
+    no_effect: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -60,16 +65,23 @@ class PromptLogits:
         logits: of every prompt, in float32.
         base_logits: the same with the adapter disabled; None without one.
         noise: how far one more rounding in every layer changes the logits; 0 in float32.
+        no_effect: why the last adapter changes nothing; None if it does.
     """
 
     logits: list[torch.Tensor]
     base_logits: list[torch.Tensor] | None
     noise: float
+    no_effect: str | None = None
+
+    @property
+    def effect(self) -> float | None:
+        """Largest absolute difference that the adapter makes; None without one."""
+        return None if self.base_logits is None else _distance(self.logits, self.base_logits)
 
 
 def make_prompts(base: Checkpoint) -> list[Batch]:
     """A question without image, and the same with an image of noise, whose patches are all different."""
-    encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings, max_slice_nums=1)
+    encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings, max_slice_nums=1)
     noise = np.random.default_rng(0).integers(0, 256, (_SIDE, _SIDE, 3), dtype=np.uint8)
     prompts = []
     for parts in ((Text(_QUESTION),), (Media("image", Image.fromarray(noise)), Text(f"\n{_QUESTION}"))):
@@ -106,17 +118,31 @@ def logits_of(
     if isinstance(model, PeftModel):
         with model.disable_adapter():
             base_logits = _all_logits(model, batches)
+    found = PromptLogits(logits, base_logits, noise)
+    found = replace(found, no_effect=no_effect(model, found.effect))
     del model
     gc.collect()
-    return PromptLogits(logits, base_logits, noise)
+    return found
+
+
+@contextmanager
+def one_bar() -> Iterator[None]:
+    """Without progress bars of transformers: the bar of the first model was shown, the second is as large."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def compare(adapted: PromptLogits, merged: PromptLogits) -> Agreement:
     """How far a merged model is from the adapted one."""
     largest = max(*(logits.abs().max().item() for logits in adapted.logits), 1e-6)
     difference = _distance(adapted.logits, merged.logits)
-    effect = None if adapted.base_logits is None else _distance(adapted.logits, adapted.base_logits)
-    return Agreement(difference, difference / largest, max(2 * adapted.noise / largest, FLOAT32), effect)
+    tolerance = max(2 * adapted.noise / largest, FLOAT32)
+    return Agreement(difference, difference / largest, tolerance, adapted.effect, adapted.no_effect)
 
 
 def _distance(ours: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:

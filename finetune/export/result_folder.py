@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import yaml
 
-from finetune.checkpoints.base_checkpoint import FULL_FILES, Checkpoint, copy_base_files, mode_note, read_config
+from finetune.checkpoints.base_checkpoint import FULL_FILES, Checkpoint, changes_note, copy_base_files, read_config
+from finetune.checkpoints.model_card import with_code_note
 from finetune.export.sharded_writer import WeightFiles, check_export_space
 from finetune.utils.errors import UserError
 from finetune.utils.paths import expand
@@ -86,7 +87,7 @@ def write_model(folder: Path, base: Checkpoint, files: WeightFiles, *, dtype: to
 
     Args:
         folder: an empty folder.
-        base: the checkpoint; everything but the weights and the downsample_mode is copied from it.
+        base: the checkpoint; everything but the weights, downsample_mode and use_image_id is copied from it.
         files: the weights.
         dtype: recorded in config.json; None keeps the value of the base.
         card: text of README.md.
@@ -106,7 +107,7 @@ def write_model(folder: Path, base: Checkpoint, files: WeightFiles, *, dtype: to
                 part[_TIES] = False
     if config != before:
         _write_json(folder / "config.json", config)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(with_code_note(card, folder), encoding="utf-8")
     return files.write(folder)
 
 
@@ -131,7 +132,7 @@ base_model: {base.name}
 
 - base: `{base.name}`{revision}{parts}
 
-All files besides the weights are those of the base{mode_note(base)}. `{RECORD}` has the sources of this folder.
+All files besides the weights are those of the base{changes_note(base)}. `{RECORD}` has the sources of this folder.
 
 ```python
 import finetune.models  # registers the model classes; no remote code is run

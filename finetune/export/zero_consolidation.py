@@ -52,6 +52,8 @@ class Gathered:
                 raise CheckpointError(f"{name} is {there} in the ZeRO shards, {here} in {base.name}")
         self.changed = wanted
         self.untied = False
+        self.whole: set[str] = set()
+        self.overridden: set[str] = set()
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor in float32; DeepSpeed assembles it in this call."""

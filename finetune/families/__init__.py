@@ -84,6 +84,14 @@ def by_name(name: str) -> Family:
     raise UnknownFamilyError(f"unknown family {name!r}; known: {', '.join(family.name for family in FAMILIES)}")
 
 
+def no_timeline(family: Family, generate: bool) -> str:
+    """The message that a family has no full-duplex prompt, with those that have one; or that it is no question."""
+    if family.render_timeline is not None and generate:
+        return "is a full-duplex record, which has no question to answer; leave it out here"
+    able = ", ".join(each.title for each in FAMILIES if each.render_timeline is not None)
+    return f"is a full-duplex record, and {family.title} has no prompt for it; use a model that has one ({able})"
+
+
 def unsupported(family: Family, kind: MediaKind) -> str:
     """The message that a family does not support a kind of media, with the families that do."""
     has: Callable[[Family], object] = (lambda each: each.video) if kind == "video" else (lambda each: each.audio_spec)

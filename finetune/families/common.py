@@ -1,4 +1,4 @@
-"""Values and settings readers that several model families share."""
+"""Values and functions that several model families share: token lists, slicing, video, audio and prompt settings."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ PROCESSED_FRAMES = Video(sample=processor_sampling, defaults=_processed, separat
 """4.6 and later: sampling of transformers' video processor."""
 
 
-def slices(table: Table, config: Config) -> SliceSpec:
+def slicing(table: Table, config: Config) -> SliceSpec:
     """Slicing settings of a checkpoint, by the settings table of its family."""
     return SliceSpec(
         max_slice_nums=value_of(config, table["max_slice_nums"]) if value_of(config, table["slice_mode"]) else 1,
@@ -131,9 +131,9 @@ def vocab_size(config: Config) -> int:
     return size
 
 
-def merged_slices(table: Table, config: Config) -> SliceSpec:
+def merged_slicing(table: Table, config: Config) -> SliceSpec:
     """Slicing settings of 4.6 and later: sides are multiples of 4 patches (2 with "4x"), merged into one token."""
-    return replace(slices(table, config), merge=_merge(table, config))
+    return replace(slicing(table, config), merge=_merge(table, config))
 
 
 def merged_layout(table: Table, config: Config) -> Layout:

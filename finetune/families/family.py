@@ -1,4 +1,4 @@
-"""``Family``: everything that differs between model families, as values and functions."""
+"""``Family``: one model version (2.6, 4.5, ...): its architecture, prompt format, LoRA targets and detection."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.families.published import Published
 from finetune.families.settings import Table
 from finetune.media.audio_layout import AudioPlan, AudioSpec
 from finetune.media.slicing import SlicePlan, SliceSpec
@@ -53,6 +54,18 @@ class Video:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaCpp:
+    """How llama.cpp converts a family.
+
+    Attributes:
+        version: --minicpmv_version of the script for the image encoder, for a model that is taken apart first; None
+            for one whose folder the converter reads as it is.
+    """
+
+    version: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One model family (a generation such as MiniCPM-V 2.6).
 
@@ -61,6 +74,8 @@ class Family:
         title: the published name.
         hub_id: hub id of the published checkpoint.
         llm_type: LLM_TYPE value of the official scripts.
+        llamafactory_templates: its ``template`` names in LLaMA-Factory and published guides.
+        published: configuration of the published checkpoint.
         matches: whether a config.json (as a dictionary) belongs to this family.
         transformers: oldest version with its model classes; empty if every supported version works.
         network: architecture of our own model classes; None if the model class is in transformers.
@@ -71,6 +86,7 @@ class Family:
         layout: reads the prompt layout in the same way.
         render: from the conversation and one plan per medium (reading order) to token ids and labels. With ``generate``
             the ids end with the generation prompt.
+        render_timeline: the same from a full-duplex record, without ``generate``; None if it has no such prompt.
         roles: roles of its template.
         control_tokens: control tokens of the prompt format; never produced by user text.
         required_tokens: tokens that the tokenizer must have, or loading fails.
@@ -84,6 +100,7 @@ class Family:
             their results; else empty.
         packing_kernels: packages (module to distribution) whose kernels packing needs, so that samples of a row do not
             leak into each other; empty if none.
+        llama_cpp: how llama.cpp converts it; None if it has no converter.
         chat_gives_context: whether ``model.chat`` returns answer, context and history instead of the answer only.
     """
 
@@ -91,6 +108,8 @@ class Family:
     title: str
     hub_id: str
     llm_type: str
+    llamafactory_templates: tuple[str, ...] = ()
+    published: Published
     matches: Callable[[Config], bool]
     transformers: str = ""
     network: Network | None = None
@@ -98,6 +117,7 @@ class Family:
     slice_spec: Callable[[Config], SliceSpec]
     layout: Callable[[Config], Layout]
     render: Callable[[Sample, Sequence[SlicePlan | AudioPlan], Vocabulary, Layout, bool], Rendered]
+    render_timeline: Callable[[Sample, Sequence[SlicePlan | AudioPlan], Vocabulary, Layout], Rendered] | None = None
     roles: tuple[str, ...]
     control_tokens: tuple[str, ...]
     required_tokens: tuple[str, ...]
@@ -111,4 +131,5 @@ class Family:
     fixed_parameters: tuple[str, ...] = ()
     inference_template: str = ""
     packing_kernels: Mapping[str, str] = field(default_factory=dict)
+    llama_cpp: LlamaCpp | None = None
     chat_gives_context: bool = False

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from finetune.families.common import NAVIT_LORA, OWN_PARTS, SLICE_TOKENS, slices
-from finetune.families.family import Config, Family, Network
+from finetune.families.common import NAVIT_LORA, OWN_PARTS, SLICE_TOKENS, slicing
+from finetune.families.family import Config, Family, LlamaCpp, Network
+from finetune.families.published import NAVIT, PIXELS, SIGLIP, Published
 from finetune.families.settings import PROCESSOR_FIRST, value_of
 from finetune.templates.llama3 import ROLES, render
 from finetune.templates.rendering import Layout
@@ -35,10 +36,28 @@ LLAMA3_V2_5 = Family(
     title="MiniCPM-Llama3-V 2.5",
     hub_id="openbmb/MiniCPM-Llama3-V-2_5",
     llm_type="llama3",
+    published=Published(
+        config={
+            **NAVIT,
+            "version": "2.5",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 8192,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "query_num": 96,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "vision_config": {**SIGLIP, "model_type": "idefics2"},
+            "vocab_size": 128256,
+        },
+        preprocessor={**PIXELS, "image_feature_size": 96, "version": 2.5},
+    ),
     matches=_matches,
     network=Network(vision="navit_siglip", positions="row", resampler="plain", language="llama"),
     settings=PROCESSOR_FIRST,
-    slice_spec=partial(slices, PROCESSOR_FIRST),
+    slice_spec=partial(slicing, PROCESSOR_FIRST),
     layout=_layout,
     render=render,
     roles=ROLES,
@@ -48,4 +67,5 @@ LLAMA3_V2_5 = Family(
     parts=OWN_PARTS,
     lora_targets=NAVIT_LORA,
     inference_template=_INFERENCE_TEMPLATE,
+    llama_cpp=LlamaCpp(version=2),
 )

@@ -17,9 +17,10 @@ from finetune.families.common import (
     audio_spec,
     numbered_layout,
     published_as,
-    slices,
+    slicing,
 )
-from finetune.families.family import Config, Family, Network
+from finetune.families.family import Config, Family, LlamaCpp, Network
+from finetune.families.published import NAVIT, NUMBERED_PIXELS, OMNI, QWEN2_7B, Published
 from finetune.families.settings import NUMBERED, O2_6_AUDIO
 from finetune.templates.chatml import ROLES, render
 from finetune.templates.rendering import Layout
@@ -52,11 +53,25 @@ O2_6 = Family(
     title="MiniCPM-o 2.6",
     hub_id="openbmb/MiniCPM-o-2_6",
     llm_type="qwen",
+    llamafactory_templates=("minicpm_v", "minicpm_o"),
+    published=Published(
+        config={
+            **NAVIT,
+            **QWEN2_7B,
+            **OMNI,
+            "version": 2.6,
+            "chunk_input": True,
+            "audio_pool_step": 2,
+            "vocab_size": 151700,
+        },
+        preprocessor=NUMBERED_PIXELS,
+        assumed=True,
+    ),
     matches=_matches,
     network=Network(vision="navit_siglip", positions="grid", resampler="plain", language="qwen2", audio="whisper"),
     video=SINGLE_FRAMES,
     settings=_SETTINGS,
-    slice_spec=partial(slices, _SETTINGS),
+    slice_spec=partial(slicing, _SETTINGS),
     audio_spec=partial(audio_spec, _SETTINGS),
     layout=_layout,
     render=render,
@@ -68,4 +83,5 @@ O2_6 = Family(
     lora_targets=OMNI_LORA,
     # Whisper's sine-cosine positions, stored in the checkpoint; a constant in the official model.
     fixed_parameters=("apm.embed_positions.weight",),
+    llama_cpp=LlamaCpp(version=4),
 )

@@ -16,9 +16,10 @@ from finetune.families.common import (
     PROCESSED_FRAMES,
     VIDEO_PAD,
     merged_layout,
-    merged_slices,
+    merged_slicing,
 )
 from finetune.families.family import Config, Family
+from finetune.families.published import Published, native_config
 from finetune.families.settings import OCR, value_of
 from finetune.media.slicing import Enlarging, SliceSpec
 from finetune.templates.chatml_thinking import ROLES, render
@@ -37,7 +38,7 @@ def _slice_spec(config: Config) -> SliceSpec:
     if given not in get_args(Enlarging):
         known = ", ".join(get_args(Enlarging))
         raise UserError(f"the image processor of the checkpoint has small_image_upsize {given!r}; known are {known}")
-    return replace(merged_slices(OCR, config), enlarge=given)
+    return replace(merged_slicing(OCR, config), enlarge=given)
 
 
 def _layout(config: Config) -> Layout:
@@ -50,6 +51,13 @@ OCR1_0 = Family(
     title="MiniCPM-OCR 1.0",
     hub_id="openbmb/MiniCPM-OCR-1.0",
     llm_type="qwen",
+    llamafactory_templates=("minicpm_v_4_6",),
+    published=Published(
+        config=native_config("MiniCPMOcr", "minicpm_ocr", "4x"),
+        preprocessor={"small_image_upsize": "always"},
+        processors="MiniCPMOcr",
+        assumed=True,
+    ),
     matches=_matches,
     transformers="5.23",
     video=PROCESSED_FRAMES,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from finetune.families.common import OWN_PARTS, SLICE_TOKENS, TIMM_LORA, slices
+from finetune.families.common import OWN_PARTS, SLICE_TOKENS, TIMM_LORA, slicing
 from finetune.families.family import Config, Family, Network
+from finetune.families.published import Published
 from finetune.families.settings import CONFIG_FIRST, value_of
 from finetune.templates.minicpm import ROLES, render
 from finetune.templates.rendering import Layout
@@ -28,10 +29,40 @@ V2_0 = Family(
     title="MiniCPM-V 2.0",
     hub_id="openbmb/MiniCPM-V-2",
     llm_type="minicpm",
+    published=Published(
+        config={
+            "architectures": ["MiniCPMV"],
+            "attention_bias": False,
+            "dim_model_base": 256,
+            "drop_vision_last_layer": True,
+            "hidden_size": 2304,
+            "image_size": 448,
+            "intermediate_size": 5760,
+            "max_position_embeddings": 4096,
+            "max_slice_nums": 9,
+            "model_type": "minicpmv",
+            "num_attention_heads": 36,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 36,
+            "patch_size": 14,
+            "query_num": 64,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "scale_depth": 1.4,
+            "scale_emb": 12,
+            "scale_resolution": 448,
+            "slice_mode": True,
+            "tie_word_embeddings": False,
+            "transformers_version": "4.36.0",
+            "use_cache": True,
+            "vision_encoder": "vit_so400m_patch14_siglip_384.webli",
+            "vocab_size": 122753,
+        }
+    ),
     matches=_matches,
     network=Network(vision="timm_siglip", positions="resampled", resampler="query_positions", language="minicpm"),
     settings=CONFIG_FIRST,
-    slice_spec=partial(slices, CONFIG_FIRST),
+    slice_spec=partial(slicing, CONFIG_FIRST),
     layout=_layout,
     render=render,
     roles=ROLES,

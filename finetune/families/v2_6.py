@@ -14,9 +14,10 @@ from finetune.families.common import (
     SLICE_TOKENS,
     numbered_layout,
     published_as,
-    slices,
+    slicing,
 )
-from finetune.families.family import Config, Family, Network
+from finetune.families.family import Config, Family, LlamaCpp, Network
+from finetune.families.published import NAVIT, NUMBERED_PIXELS, QWEN2_7B, Published
 from finetune.families.settings import NUMBERED
 from finetune.templates.chatml import ROLES, render
 from finetune.templates.rendering import Layout
@@ -37,11 +38,15 @@ V2_6 = Family(
     title="MiniCPM-V 2.6",
     hub_id="openbmb/MiniCPM-V-2_6",
     llm_type="qwen",
+    llamafactory_templates=("minicpm_v",),
+    published=Published(
+        config={**NAVIT, **QWEN2_7B, "version": 2.6, "vocab_size": 151666}, preprocessor=NUMBERED_PIXELS
+    ),
     matches=_matches,
     network=Network(vision="navit_siglip", positions="grid", resampler="plain", language="qwen2"),
     video=SINGLE_FRAMES,
     settings=NUMBERED,
-    slice_spec=partial(slices, NUMBERED),
+    slice_spec=partial(slicing, NUMBERED),
     layout=_layout,
     render=render,
     roles=ROLES,
@@ -50,4 +55,5 @@ V2_6 = Family(
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
     parts=OWN_PARTS,
     lora_targets=NAVIT_LORA,
+    llama_cpp=LlamaCpp(version=3),
 )

@@ -14,9 +14,10 @@ from finetune.families.common import (
     SLICE_TOKENS,
     numbered_layout,
     published_as,
-    slices,
+    slicing,
 )
-from finetune.families.family import Config, Family, Network
+from finetune.families.family import Config, Family, LlamaCpp, Network
+from finetune.families.published import NAVIT, NUMBERED_PIXELS, Published
 from finetune.families.settings import NUMBERED
 from finetune.templates.chatml import ROLES, render
 from finetune.templates.rendering import Layout
@@ -38,11 +39,31 @@ V4_0 = Family(
     title="MiniCPM-V 4.0",
     hub_id="openbmb/MiniCPM-V-4",
     llm_type="llama",
+    llamafactory_templates=("minicpm_v",),
+    published=Published(
+        config={
+            **NAVIT,
+            "version": 4.0,
+            "head_dim": 128,
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "transformers_version": "4.46.3",
+            "vocab_size": 73448,
+        },
+        preprocessor=NUMBERED_PIXELS,
+        assumed=True,
+    ),
     matches=_matches,
     network=Network(vision="navit_siglip", positions="grid", resampler="plain", language="llama"),
     video=SINGLE_FRAMES,
     settings=NUMBERED,
-    slice_spec=partial(slices, NUMBERED),
+    slice_spec=partial(slicing, NUMBERED),
     layout=_layout,
     render=render,
     roles=ROLES,
@@ -51,4 +72,5 @@ V4_0 = Family(
     stop_tokens=("<|im_end|>", "</s>"),
     parts=OWN_PARTS,
     lora_targets=NAVIT_LORA,
+    llama_cpp=LlamaCpp(version=5),
 )

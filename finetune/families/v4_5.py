@@ -13,9 +13,10 @@ from finetune.families.common import (
     SLICE_TOKENS,
     numbered_layout,
     published_as,
-    slices,
+    slicing,
 )
-from finetune.families.family import Config, Family, Network
+from finetune.families.family import Config, Family, LlamaCpp, Network
+from finetune.families.published import NAVIT, NUMBERED_PIXELS, QWEN3_8B, Published
 from finetune.families.settings import NUMBERED
 from finetune.templates.chatml_thinking import ROLES, render
 
@@ -31,11 +32,15 @@ V4_5 = Family(
     title="MiniCPM-V 4.5",
     hub_id="openbmb/MiniCPM-V-4_5",
     llm_type="qwen",
+    llamafactory_templates=("minicpm_v",),
+    published=Published(
+        config={**NAVIT, **QWEN3_8B, "version": 4.5, "batch_3d_resampler": True}, preprocessor=NUMBERED_PIXELS
+    ),
     matches=_matches,
     network=Network(vision="navit_siglip", positions="grid", resampler="temporal", language="qwen3"),
     video=PACKED_FRAMES,
     settings=NUMBERED,
-    slice_spec=partial(slices, NUMBERED),
+    slice_spec=partial(slicing, NUMBERED),
     layout=numbered_layout,
     render=render,
     roles=ROLES,
@@ -44,4 +49,5 @@ V4_5 = Family(
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
     parts=OWN_PARTS,
     lora_targets=NAVIT_LORA,
+    llama_cpp=LlamaCpp(version=6),
 )

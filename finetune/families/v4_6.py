@@ -16,9 +16,10 @@ from finetune.families.common import (
     PROCESSED_FRAMES,
     VIDEO_PAD,
     merged_layout,
-    merged_slices,
+    merged_slicing,
 )
-from finetune.families.family import Config, Family
+from finetune.families.family import Config, Family, LlamaCpp
+from finetune.families.published import Published, native_config
 from finetune.families.settings import TRANSFORMERS
 from finetune.templates.chatml_thinking import ROLES, render
 from finetune.templates.rendering import Layout
@@ -40,10 +41,16 @@ V4_6 = Family(
     title="MiniCPM-V 4.6",
     hub_id="openbmb/MiniCPM-V-4.6",
     llm_type="qwen",
+    llamafactory_templates=("minicpm_v_4_6",),
+    published=Published(
+        config={**native_config("MiniCPMV4_6", "minicpmv4_6"), "image_size": 448, "drop_vision_last_layer": False},
+        processors="MiniCPMV4_6",
+        assumed=True,
+    ),
     matches=_matches,
     video=PROCESSED_FRAMES,
     settings=TRANSFORMERS,
-    slice_spec=partial(merged_slices, TRANSFORMERS),
+    slice_spec=partial(merged_slicing, TRANSFORMERS),
     layout=_layout,
     render=render,
     roles=ROLES,
@@ -55,4 +62,5 @@ V4_6 = Family(
     packing_kernels=LINEAR_ATTENTION,
     inputs="packed",
     auto_mapping=("MiniCPMV4_6ForConditionalGeneration", "transformers.models.minicpmv4_6.modeling_minicpmv4_6"),
+    llama_cpp=LlamaCpp(),
 )

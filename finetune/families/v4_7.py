@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.7: the architecture of 4.6 with position ids on the two-dimensional canvas of the image."""
+"""MiniCPM-V 4.7: as 4.6, with multimodal RoPE positions (time, row, column); model class in transformers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from finetune.families.common import (
     PROCESSED_FRAMES,
     VIDEO_PAD,
     merged_layout,
-    merged_slices,
+    merged_slicing,
 )
-from finetune.families.family import Config, Family
+from finetune.families.family import Config, Family, LlamaCpp
+from finetune.families.published import Published, native_config
 from finetune.families.settings import TRANSFORMERS
 from finetune.templates.chatml_thinking import ROLES, render
 
@@ -33,10 +34,17 @@ V4_7 = Family(
     title="MiniCPM-V 4.7",
     hub_id="openbmb/MiniCPM-V-4.7-1B",
     llm_type="qwen",
+    llamafactory_templates=("minicpm_v_4_6",),
+    published=Published(
+        config={**native_config("MiniCPMV4_7", "minicpmv4_7"), "image_size": 448},
+        processors="MiniCPMV4_6",
+        assumed=True,
+        experts=True,
+    ),
     matches=_matches,
     video=PROCESSED_FRAMES,
     settings=TRANSFORMERS,
-    slice_spec=partial(merged_slices, TRANSFORMERS),
+    slice_spec=partial(merged_slicing, TRANSFORMERS),
     layout=partial(merged_layout, TRANSFORMERS),
     render=render,
     roles=ROLES,
@@ -48,4 +56,5 @@ V4_7 = Family(
     packing_kernels=LINEAR_ATTENTION,
     inputs="canvas",
     auto_mapping=("MiniCPMV4_7ForConditionalGeneration", "transformers.models.minicpmv4_7.modeling_minicpmv4_7"),
+    llama_cpp=LlamaCpp(),
 )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from finetune.sample import DataError, Media, Source
+from finetune.sample import DataError, Media, Track
 from finetune.utils.errors import UserError
 from finetune.utils.file_types import told
 from finetune.utils.quoting import reason
@@ -45,7 +45,7 @@ class _UnusableError(Exception):
     """Why a file cannot be used; the caller adds file and record."""
 
 
-def load(media: Media, source: Source) -> np.ndarray:
+def load(media: Media) -> np.ndarray:
     """The waveform of a clip, (samples,) float32 at 16 kHz, about -1 to 1; of a video file its first audio track.
 
     Other rates are resampled by FFmpeg's swresample with its default filter; channels are averaged. The array is
@@ -63,18 +63,18 @@ def load(media: Media, source: Source) -> np.ndarray:
             return _decode(media.data)
         if isinstance(media.data, np.ndarray):
             return _given(media.data)
+        if isinstance(media.data, Track):
+            return _mixed(media.data)
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise DataError(f"{source}: {media} does not exist; correct the path or remove the record") from error
+        raise DataError(f"{media} does not exist; correct the path or remove the record") from error
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{source}: {media} cannot be read ({reason(error)}); replace it or remove the record"
-        ) from error
+        raise DataError(f"{media} cannot be read ({reason(error)}); replace it or remove the record") from error
     except _UnusableError as error:
         known = told(media.data) if isinstance(media.data, (Path, bytes)) else None
-        raise DataError(f"{source}: {media} {known or error}") from error
-    raise DataError(f"{source}: {media} is not audio; give the path of an audio file or a waveform at 16 kHz")
+        raise DataError(f"{media} {known or error}") from error
+    raise DataError(f"{media} is not audio; give the path of an audio file or a waveform at 16 kHz")
 
 
 def av() -> Any:
@@ -97,6 +97,24 @@ def _of_file(path: Path, size: int, *_: int) -> np.ndarray:
     if not size:
         raise _UnusableError("is empty (0 bytes); replace it or remove the record")
     return _decode(path)
+
+
+def _mixed(track: Track) -> np.ndarray:
+    """The waveform of a full-duplex record: whole seconds, its clips added to silence."""
+    waves = [(start * RATE // 1000, load(clip)) for start, clip in track.clips]
+    end = max(start + len(wave) for start, wave in waves)
+    samples = track.seconds * RATE
+    if track.fixed and end > samples:
+        raise DataError(
+            f"its user audio ends after {end / RATE:.2f} seconds, and 'seconds' is {track.seconds}; raise 'seconds' or "
+            "remove it"
+        )
+    mixed = np.zeros(max(samples, -(-end // RATE) * RATE), np.float32)
+    if len(mixed) > MAX_SECONDS * RATE:
+        raise _UnusableError(_too_long())
+    for start, wave in waves:
+        mixed[start : start + len(wave)] += wave
+    return mixed
 
 
 def _given(samples: np.ndarray) -> np.ndarray:

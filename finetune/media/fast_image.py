@@ -37,9 +37,9 @@ def read(path: Path, header: Image.Image) -> Image.Image | None:
     return from_pixels(pixels)
 
 
-def cut(image: Image.Image, plan: SlicePlan) -> list[np.ndarray]:
-    """As ``finetune.media.image.cut``; some pixel values differ by one: torch uses lower precision."""
-    return exact.cut(image, plan, _resized)
+def slice_image(image: Image.Image, plan: SlicePlan) -> list[np.ndarray]:
+    """As ``finetune.media.image.slice_image``; some pixel values differ by one: torch uses lower precision."""
+    return exact.slice_image(image, plan, _resized)
 
 
 def _resized(image: Image.Image, sizes: Sequence[Size]) -> list[np.ndarray]:

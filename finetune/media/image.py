@@ -15,7 +15,7 @@ from finetune.media.bit_depth import is_deep, to_grey
 from finetune.media.image_files import UnreadableError, check_end, open_image, orientation, reading, upright
 from finetune.media.resample import PILLOW_13, Size, lowered, narrowed, vertical_first
 from finetune.media.slicing import SlicePlan, crop_boxes
-from finetune.sample import DataError, Media, Source
+from finetune.sample import DataError, Media
 from finetune.utils.errors import UserError
 from finetune.utils.file_types import told
 from finetune.utils.quoting import reason
@@ -38,13 +38,13 @@ _TURN = {
 }
 
 
-def size(media: Media, source: Source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def size(media: Media, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) in pixels with EXIF orientation applied; only the header of a file is read.
 
     Raises:
         DataError: no such file, not an image, or more than ``max_pixels``.
     """
-    with _opened(media, source, max_pixels) as image:
+    with _opened(media, max_pixels) as image:
         return upright(image)[0]
 
 
@@ -64,21 +64,20 @@ def left_to_pillow(path: Path, header: Image.Image) -> None:
     """The ``Reader`` that lets Pillow decode every file."""
 
 
-def load(media: Media, source: Source, max_pixels: int = MAX_PIXELS, read: Reader = left_to_pillow) -> Image.Image:
+def load(media: Media, max_pixels: int = MAX_PIXELS, read: Reader = left_to_pillow) -> Image.Image:
     """The decoded image as RGB with EXIF orientation applied; an alpha channel is dropped, not blended.
 
     Greyscale of more than 8 bits is converted by ``finetune.media.bit_depth``.
 
     Args:
         media: image to decode.
-        source: its record, for errors.
         max_pixels: maximum number of pixels.
         read: file decoder; Pillow decodes where it returns None.
 
     Raises:
         DataError: as ``size``, and data that is truncated or damaged.
     """
-    with _opened(media, source, max_pixels) as image:
+    with _opened(media, max_pixels) as image:
         turn = _TURN.get(orientation(image))
         decoded = read(media.data, image) if isinstance(media.data, Path) else None
         if decoded is None:
@@ -104,7 +103,7 @@ def resized(image: Image.Image, sizes: Sequence[Size]) -> list[np.ndarray]:
     ]
 
 
-def cut(
+def slice_image(
     image: Image.Image, plan: SlicePlan, resize: Callable[[Image.Image, Sequence[Size]], list[np.ndarray]] = resized
 ) -> list[np.ndarray]:
     """The visual items of an RGB image: the thumbnail, then the slices row by row; see ``pixels``."""
@@ -139,7 +138,9 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 def array(band: pa.UInt8Array, width: int) -> np.ndarray:
     """The bytes of a band as (rows, width, 4) uint8, read only."""
-    return band.to_numpy().reshape(-1, width, 4)
+    _, data = band.buffers()  # to_numpy imports pandas, which takes half a second
+    assert data is not None
+    return np.frombuffer(data, np.uint8, len(band), band.offset).reshape(-1, width, 4)
 
 
 def bands(image: Image.Image) -> Iterator[pa.UInt8Array]:
@@ -168,39 +169,37 @@ def _memory(image: Image.Image) -> pa.UInt8Array | None:
 
 
 @contextmanager
-def _opened(media: Media, source: Source, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(media: Media, max_pixels: int) -> Iterator[Image.Image]:
     """The image with its header read; errors of opening and decoding become DataError."""
     try:
         if isinstance(media.data, Path):
             with open_image(media.data) as image:
-                _check_pixels(image, media, source, max_pixels)
+                _check_pixels(image, media, max_pixels)
                 check_end(image, media.data)
                 yield image
         elif isinstance(media.data, Image.Image):
-            _check_pixels(media.data, media, source, max_pixels)
+            _check_pixels(media.data, media, max_pixels)
             yield media.data
         else:
-            raise DataError(f"{source}: {media} is not an image; give the path of an image or a PIL image")
+            raise DataError(f"{media} is not an image; give the path of an image or a PIL image")
     except UserError:
         raise
     except UnreadableError as error:
         known = told(media.data) if isinstance(media.data, Path) else None
-        raise DataError(f"{source}: {media} {known or error}") from error
+        raise DataError(f"{media} {known or error}") from error
     except FileNotFoundError as error:
-        raise DataError(f"{source}: {media} does not exist; correct the path or remove the record") from error
+        raise DataError(f"{media} does not exist; correct the path or remove the record") from error
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{source}: {media} cannot be read ({reason(error)}); replace it or remove the record"
-        ) from error
+        raise DataError(f"{media} cannot be read ({reason(error)}); replace it or remove the record") from error
 
 
-def _check_pixels(image: Image.Image, media: Media, source: Source, max_pixels: int) -> None:
+def _check_pixels(image: Image.Image, media: Media, max_pixels: int) -> None:
     width, height = image.size
     if width < 1 or height < 1:
-        raise DataError(f"{source}: {media} is empty ({width} x {height} pixels); replace it or remove the record")
+        raise DataError(f"{media} is empty ({width} x {height} pixels); replace it or remove the record")
     if width * height > max_pixels:
         raise DataError(
-            f"{source}: {media} has {width} x {height} = {width * height} pixels, the limit is {max_pixels}; "
+            f"{media} has {width} x {height} = {width * height} pixels, the limit is {max_pixels}; "
             "shrink the image, or raise --max_image_pixels if it is meant to be that large"
         )
 

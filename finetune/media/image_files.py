@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from finetune.sample import DataError, Source
+from finetune.sample import DataError
 from finetune.utils.file_types import told
 
 # fmt: off
@@ -76,12 +76,11 @@ def check_end(image: Image.Image, file: Path | BinaryIO) -> None:
         )
 
 
-def decode(data: bytes, source: Source, what: str = "the image") -> Image.Image:
+def decode(data: bytes, what: str = "the image") -> Image.Image:
     """An image from the bytes of a file, with its header read.
 
     Args:
         data: the bytes.
-        source: record, for errors.
         what: name of the image in errors.
 
     Raises:
@@ -93,7 +92,7 @@ def decode(data: bytes, source: Source, what: str = "the image") -> Image.Image:
         check_end(image, file)
         return image
     except UnreadableError as error:
-        raise DataError(f"{source}: {what} ({len(data)} bytes) {told(data) or error}") from error
+        raise DataError(f"{what} ({len(data)} bytes) {told(data) or error}") from error
 
 
 def orientation(image: Image.Image) -> int:

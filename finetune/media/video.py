@@ -18,7 +18,7 @@ from PIL import Image
 
 from finetune.media import image
 from finetune.media.video_sampling import Clip, Length
-from finetune.sample import DataError, Media, Source
+from finetune.sample import DataError, Media
 from finetune.utils.errors import UserError
 from finetune.utils.file_types import is_folder, told
 
@@ -43,51 +43,50 @@ _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: I
 _FIX = "replace it or remove the record"
 
 
-def probe(media: Media, source: Source, fps: float = 1.0, max_pixels: int = image.MAX_PIXELS) -> Clip:
+def probe(media: Media, fps: float = 1.0, max_pixels: int = image.MAX_PIXELS) -> Clip:
     """Length and frame size of a video; at most the first frame is decoded.
 
     Args:
         media: a video.
-        source: its record, for errors.
         fps: frames per second of videos that are image files.
         max_pixels: maximum number of pixels of a frame.
 
     Raises:
         DataError: no such file, not a video, no frames, or frames that are too large or of different sizes.
     """
-    files = frame_files(media, source)
+    files = frame_files(media)
     if files is not None:
-        sizes = {image.size(Media("image", file), source, max_pixels) for file in files}
+        sizes = {image.size(Media("image", file), max_pixels) for file in files}
         if len(sizes) > 1:
             listed = ", ".join(f"{width} x {height}" for width, height in sorted(sizes)[:3])
-            raise DataError(f"{source}: {media} has frames of different sizes ({listed}); resize them to one size")
+            raise DataError(f"{media} has frames of different sizes ({listed}); resize them to one size")
         return Clip(files, Length(len(files), fps), sizes.pop(), from_images=True)
     if not isinstance(media.data, Path):
-        raise DataError(f"{source}: {media} is not a video; give the path of a video file or of a folder of frames")
-    with _errors(media, source):
+        raise DataError(f"{media} is not a video; give the path of a video file or of a folder of frames")
+    with _errors(media):
         state = media.data.stat()
         clip = _probed(media.data, state.st_mtime_ns, state.st_size, state.st_ino, state.st_ctime_ns)
     width, height = clip.size
     if width * height > max_pixels:
         raise DataError(
-            f"{source}: {media} has frames of {width} x {height} = {width * height} pixels, the limit is {max_pixels}; "
+            f"{media} has frames of {width} x {height} = {width * height} pixels, the limit is {max_pixels}; "
             "shrink the video, or raise --max_image_pixels if it is meant to be that large"
         )
     return clip
 
 
-def check(media: Media, source: Source) -> None:
+def check(media: Media) -> None:
     """Decodes a video to its last frame.
 
     Raises:
         DataError: as ``probe``, or a missing frame.
     """
-    clip = probe(media, source)
-    with Decoder(clip, source) as decoder:
+    clip = probe(media)
+    with Decoder(clip) as decoder:
         decoder.take(clip.length.frames - 1)
 
 
-def frame_files(media: Media, source: Source) -> tuple[Path, ...] | None:
+def frame_files(media: Media) -> tuple[Path, ...] | None:
     """The frames of a video that is a folder or a list of images; None for a video file.
 
     Raises:
@@ -100,7 +99,7 @@ def frame_files(media: Media, source: Source) -> tuple[Path, ...] | None:
     else:
         return None
     if not found:
-        raise DataError(f"{source}: {media} has no images ({', '.join(_IMAGES)}) as video frames")
+        raise DataError(f"{media} has no images ({', '.join(_IMAGES)}) as video frames")
     return found
 
 
@@ -118,12 +117,10 @@ class Decoder:
 
     Args:
         clip: the video.
-        source: its record, for errors.
     """
 
-    def __init__(self, clip: Clip, source: Source) -> None:
+    def __init__(self, clip: Clip) -> None:
         self._clip = clip
-        self._source = source
         self._media = Media("video", clip.files if clip.from_images else clip.files[0])
         self._reader: _FrameReader | None = None
 
@@ -141,14 +138,14 @@ class Decoder:
             DataError: it cannot be decoded.
         """
         if self._clip.from_images:
-            return image.load(Media("image", self._clip.files[index]), self._source)
-        with _errors(self._media, self._source):
+            return image.load(Media("image", self._clip.files[index]))
+        with _errors(self._media):
             if self._reader is None:
                 self._reader = _FrameReader(self._clip.files[0])
             frame = self._reader.at(index)
             if frame is None:
                 raise DataError(
-                    f"{self._source}: {self._media}: its header has {self._clip.length.frames} frames, but frame "
+                    f"{self._media}: its header has {self._clip.length.frames} frames, but frame "
                     f"{index} is missing; the file is truncated or damaged: {_FIX}"
                 )
             return _to_image(frame)
@@ -362,30 +359,30 @@ def _to_image(frame: VideoFrame) -> Image.Image:
 
 
 @contextmanager
-def _errors(media: Media, source: Source) -> Iterator[None]:
+def _errors(media: Media) -> Iterator[None]:
     """Turns decoding errors into DataError, and a missing PyAV into UserError."""
     try:
         from av.error import FFmpegError
     except ImportError as error:
-        raise UserError(f"{source}: {media}: videos need PyAV: {INSTALL}") from error
+        raise UserError(f"{media}: videos need PyAV: {INSTALL}") from error
     try:
         yield
     except UserError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{source}: {media} does not exist; correct the path or remove the record") from error
+        raise DataError(f"{media} does not exist; correct the path or remove the record") from error
     except _TruncatedError as error:
-        raise DataError(f"{source}: {media} {error}; the file is truncated or damaged: {_FIX}") from error
+        raise DataError(f"{media} {error}; the file is truncated or damaged: {_FIX}") from error
     except _NoFramesError as error:
         what = _told(media) or f"has no video frame that can be decoded; {_FIX}"
-        raise DataError(f"{source}: {media} {what}") from error
+        raise DataError(f"{media} {what}") from error
     except (FFmpegError, OSError, ValueError, EOFError, IndexError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         what = _told(media) or (
             f"cannot be decoded ({reason}); it is truncated, damaged or not a video (mp4, mkv, webm, avi, mov, gif): "
             f"{_FIX}"
         )
-        raise DataError(f"{source}: {media} {what}") from error
+        raise DataError(f"{media} {what}") from error
 
 
 def _told(media: Media) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.families import FAMILIES
 from finetune.families.settings import FILES, PROCESSORS
 from finetune.model_folders import file_schemas
 from finetune.utils.errors import CheckpointError
@@ -45,16 +46,38 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     """
     if (folder := existing_folder(name)) is not None:
         return folder
+    refuse_absent(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES))).resolve()
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise CheckpointError(
-            f"{name} is not a folder (in {Path.cwd()}) and could not be downloaded from the hub: {error}. Download it "
-            "once with network access, or give a folder (HF_HOME and HF_ENDPOINT are respected)"
-        ) from error
+        raise _not_available(name, str(error).splitlines()[0].rstrip(".")) from error
+
+
+def refuse_absent(name: str) -> None:
+    """Refuses at once, without a network, a hub id that is not in the cache while HF_HUB_OFFLINE is set.
+
+    Raises:
+        CheckpointError: with the nearest published hub id.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE and not any(
+        isinstance(try_to_load_from_cache(name, file), str) for file in (CONFIG, ADAPTER_CONFIG)
+    ):
+        raise _not_available(name, "HF_HUB_OFFLINE is set and it is not in the cache")
+
+
+def _not_available(name: str, why: str) -> CheckpointError:
+    published = [family.hub_id for family in FAMILIES]
+    near = difflib.get_close_matches(name, published, n=2) if name not in published else []
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return CheckpointError(
+        f"{name}{hint} is no folder in {Path.cwd()} and cannot be had from the hub: {why}. Download it once with "
+        "network access, or give a folder (HF_HOME and HF_ENDPOINT are respected)"
+    )
 
 
 def existing_folder(name: str) -> Path | None:
@@ -77,6 +100,16 @@ def existing_folder(name: str) -> Path | None:
 def is_adapter(folder: Path) -> bool:
     """Whether a folder is an adapter; a folder that has config.json too is a full model."""
     return has_adapter(folder) and not (folder / CONFIG).is_file()
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuses an adapter where a model is wanted to start training from.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if is_adapter(folder):
+        raise CheckpointError(f"{folder} is an adapter; training starts from its base checkpoint")
 
 
 def has_adapter(folder: Path) -> bool:
@@ -141,9 +174,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The weight files of a model folder.
 
     Raises:
-        CheckpointError: there are none, or the index of the shards cannot be used: it names a file that is not there
-            or outside the folder.
+        CheckpointError: there are none, two sets of them, or the index of the shards cannot be used: it names a file
+            that is not there or outside the folder.
     """
+    _check_one_set(folder)
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     path = folder / INDEX
@@ -164,6 +198,21 @@ def weight_files(folder: Path) -> list[Path]:
             "download? Run it again"
         )
     return [folder / name for name in names]
+
+
+def _check_one_set(folder: Path) -> None:
+    """Refuses a folder with two sets of weights, of which loaders take one without a word.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    safe = [name for name in (WEIGHTS, INDEX) if (folder / name).is_file()]
+    pickled = [name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if (folder / name).is_file()]
+    if safe and len(found := [*safe, *pickled]) > 1:
+        raise CheckpointError(
+            f"{folder} has two sets of weights, {found[0]} and {found[1]}, which may differ: keep the one that is "
+            "meant and move the other out of the folder"
+        )
 
 
 def read_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:

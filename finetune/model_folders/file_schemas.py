@@ -54,8 +54,14 @@ def _pattern(value: Any) -> bool:
     return True
 
 
+# Those of published checkpoints: known without the module of transformers, which takes two seconds to import.
+_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+
+
 def _activation(value: Any) -> bool:
-    from transformers.activations import ACT2FN  # needs torch
+    if value in _ACTIVATIONS:
+        return True
+    from transformers.activations import ACT2FN
 
     return isinstance(value, str) and value in ACT2FN
 

@@ -1,4 +1,4 @@
-"""The models. Importing this package registers them and their tokenizers with transformers' Auto classes."""
+"""Model classes and loading. Importing this package registers models and tokenizers with transformers' Auto classes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
 from finetune.models.loading import add_adapter, base_of, load_model
 from finetune.models.minicpmo import MiniCPMO
 from finetune.models.minicpmv import MiniCPMV, MiniCPMVOutput
-from finetune.models.tokenization import load_tokenizer, register
+from finetune.tokenizers.tokenization import load_tokenizer, register
 from finetune.utils.errors import CheckpointError
 
 for _config, _model in ((MiniCPMVConfig, MiniCPMV), (MiniCPMOConfig, MiniCPMO)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from transformers import PreTrainedModel
 from finetune.families import by_name, detect
 from finetune.families.family import Family
 from finetune.model_folders.checkpoint_folder import ADAPTER_CONFIG, read_adapter_config
+from finetune.model_folders.weight_headers import check_not_truncated
+from finetune.models.adapter_biases import PeftModelWithBiases, biases, is_base_bias, trains_biases
 from finetune.models.finite_weights import check_file, check_types, finite
-from finetune.models.strict_loading import check_not_truncated, some
+from finetune.models.strict_loading import some
 from finetune.utils.errors import CheckpointError, UserError
 from finetune.utils.json_objects import read_object
 from finetune.utils.log_once import warn_once
@@ -41,7 +43,8 @@ _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 def put_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "default") -> PeftModel:
     """Loads an adapter onto a model, which may have other adapters.
 
-    The first one is active; ``set_adapter(name)`` activates another, ``disable_adapter()`` gives the base model.
+    The first one is active; ``set_adapter(name)`` activates another, ``disable_adapter()`` gives the base model. An
+    adapter that trains biases of the base's layers has to be the only one: all of a model's adapters share them.
 
     Args:
         model: the base model, without or with other adapters.
@@ -50,8 +53,8 @@ def put_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "d
         name: name of the adapter for ``set_adapter``.
 
     Raises:
-        CheckpointError: files are missing or damaged, the name is taken, or the adapter belongs to a model of
-            another family or size.
+        CheckpointError: files are missing or damaged, the name is taken, the adapter belongs to a model of another
+            family or size, or one of several adapters trains biases.
     """
     if isinstance(model, PeftModel) and name in model.peft_config:
         raise CheckpointError(f"{folder}: there is an adapter called {name!r} already; give it another name")
@@ -62,15 +65,49 @@ def put_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "d
     beside = trained_beside(folder)
     shapes = stored_shapes(weights) | {name: tuple(tensor.shape) for name, tensor in beside.items()}
     check_fit(model, folder, settings, shapes)
+    _check_biases(model, folder, settings)
     with peft_errors(folder):
         if beside:
             return _put_first_generation(model, folder, beside, name)
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), adapter_name=name)
             adapted = model
+        elif trains_biases(settings):
+            adapted = _with_biases(model, folder, name)
         else:
             adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
     check_complete(adapted, weights, set(shapes), name)
+    return adapted
+
+
+def _check_biases(model: PreTrainedModel | PeftModel, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses several adapters of which one trains biases: they lie in the base's layers, so each would get them.
+
+    Raises:
+        CheckpointError: naming the adapter with biases.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    there = next((name for name, config in model.peft_config.items() if trains_biases(config.to_dict())), None)
+    if there is None and not trains_biases(settings):
+        return
+    which = "it" if there is None else f"the adapter {there!r} on the model"
+    raise CheckpointError(
+        f"{folder} cannot be loaded beside another adapter: {which} has trained biases (--lora_bias), which would "
+        "change every adapter of the model. Load one at a time, or merge the one with biases (python -m finetune "
+        "export)"
+    )
+
+
+def _with_biases(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
+    config = PeftConfig.from_pretrained(str(folder))
+    config.task_type = None  # those of peft have classes of their own
+    before = biases(model)
+    adapted = PeftModelWithBiases.from_pretrained(model, str(folder), adapter_name=name, config=config)
+    names = {parameter: own_name(parameter.removeprefix(ADAPTER_PREFIX)) for parameter, _ in adapted.named_parameters()}
+    assert isinstance(adapted, PeftModelWithBiases)
+    kept = {parameter: before[own] for parameter, own in names.items() if own in before and is_base_bias(parameter)}
+    adapted.keep_base_biases(kept)
     return adapted
 
 
@@ -94,6 +131,11 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"{folder} has {ADAPTER_CONFIG} but not {ADAPTER_WEIGHTS}")
+    if (pickled := folder / "adapter_model.bin").is_file():
+        raise CheckpointError(
+            f"{folder} has two sets of weights, {ADAPTER_WEIGHTS} and {pickled.name}, which may differ: keep the one "
+            "that is meant and move the other out of the folder"
+        )
     check_not_truncated(weights)
     check_types(weights)
     check_file(weights)
@@ -223,13 +265,19 @@ def check_complete(adapted: PeftModel, weights: Path, stored: set[str], name: st
     Raises:
         CheckpointError: naming missing or unexpected tensors.
     """
-    expected = set(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
+    expected = _own_tensors(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
+    stored = _own_tensors(stored)
     if missing := sorted(expected - stored):
         raise CheckpointError(f"{weights} lacks tensors of the adapter: {some(missing)}")
     if surplus := sorted(stored - expected):
         raise CheckpointError(
             f"{weights} has {len(surplus)} tensors that {ADAPTER_CONFIG} does not describe: {some(surplus)}"
         )
+
+
+def _own_tensors(names: Iterable[str]) -> set[str]:
+    """Without the second copies that peft writes of biases in modules trained in full, under the adapter's name."""
+    return {name for name in names if ".modules_to_save." not in name and ".original_module." not in name}
 
 
 def _tensors(base_model: nn.Module) -> dict[str, torch.Tensor]:

@@ -94,7 +94,8 @@ class AudioProjection(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) to (..., E)."""
-        x = x.to(self.linear1.weight.dtype)  # a trained projection may be float32 on a 16 bit tower
+        # A trained projection may be float32 on a 16 bit tower; its weights may be stored in 4 bit, its biases never.
+        x = x.to(self.linear1.bias.dtype)
         return self.linear2(F.relu(self.linear1(x)))
 
 

@@ -1,4 +1,4 @@
-"""``model.chat``, with the signature of the published models."""
+"""``ChatMixin``: gives the models the method ``chat``, with the signature of the published models."""
 
 from __future__ import annotations
 

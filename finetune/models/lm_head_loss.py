@@ -30,10 +30,17 @@ class LMHeadLoss(nn.Linear):
         self.weight = linear.weight
         self.register_parameter("bias", None)
 
-    def forward(self, input: torch.Tensor, targets: torch.Tensor | None = None, scaling: float = 1.0) -> Any:
-        """Logits (..., V) of hidden states (..., E); with targets (M,) the loss of (M, E), as ``linear_nll``."""
+    def forward(
+        self, input: torch.Tensor, targets: torch.Tensor | None = None, scaling: float = 1.0, *, by_token: bool = False
+    ) -> Any:
+        """Logits (..., V) of hidden states (..., E); with targets (M,) the loss of (M, E).
+
+        That is ``linear_nll``, or with ``by_token`` ``token_nll``.
+        """
         if targets is None:
             return super().forward(input)
+        if by_token:
+            return token_nll(input, self.weight, targets, scaling)
         return linear_nll(input, self.weight, targets, scaling)
 
 
@@ -45,7 +52,7 @@ def put_head(owner: Any) -> None:
 
 
 def nll_of(
-    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, scaling: float
+    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, scaling: float, *, by_token: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log likelihoods by one call of an output layer: a ``LMHeadLoss`` or a replacement (adapters, 4 bit).
 
@@ -54,15 +61,19 @@ def nll_of(
         hidden: (M, E).
         targets: (M,) int64.
         scaling: what logits are divided by.
+        by_token: give each of them a graph, and their sum none.
 
     Returns:
         Their sum, and each of them, (M,) float32 without a graph.
     """
-    if isinstance(head, LMHeadLoss):
+    if isinstance(head, LMHeadLoss) and not by_token:
         return head(hidden, targets, scaling)
-    logits = (head(hidden) / scaling).float()
-    nll = F.cross_entropy(logits, targets.to(logits.device), reduction="none")
-    return nll.sum(), nll.detach()
+    if isinstance(head, LMHeadLoss):
+        nll = head(hidden, targets, scaling, by_token=True)
+    else:
+        logits = (head(hidden) / scaling).float()
+        nll = F.cross_entropy(logits, targets.to(logits.device), reduction="none")
+    return (nll.detach().sum(), nll) if by_token else (nll.sum(), nll.detach())
 
 
 def linear_nll(
@@ -85,6 +96,20 @@ def linear_nll(
         return _LinearNll.apply(hidden, weight, targets, scaling, rows)  # pyright: ignore[reportReturnType]
     nll, _, _ = _by_chunks(hidden, weight, targets, scaling, rows, (False, False))
     return nll.sum(), nll
+
+
+def token_nll(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scaling: float = 1.0, rows: int | None = None
+) -> torch.Tensor:
+    """As ``linear_nll``, for losses in which tokens have different weights: (M,) float32, each with a graph.
+
+    The gradient of the hidden states is scaled in the backward pass; that of a trained weight is computed there, from
+    logits that are computed again.
+    """
+    rows = rows or rows_at_once(len(hidden), weight)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _TokenNll.apply(hidden, weight, targets, scaling, rows)  # pyright: ignore[reportReturnType]
+    return _by_chunks(hidden, weight, targets, scaling, rows, (False, False))[0]
 
 
 def rows_at_once(count: int, weight: torch.Tensor) -> int:
@@ -119,10 +144,48 @@ class _LinearNll(torch.autograd.Function):
         return hidden, None if weight is None else weight.to(ctx.dtype), None, None, None
 
 
+class _TokenNll(torch.autograd.Function):
+    """As ``token_nll``; the gradient of a trained weight needs the logits once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scaling: float, rows: int
+    ) -> torch.Tensor:
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        nll, slopes, _ = _by_chunks(hidden, weight, targets, scaling, rows, (of_hidden, False))
+        ctx.save_for_backward(slopes, *((hidden, weight, targets) if of_weight else ()))
+        ctx.scaling, ctx.rows, ctx.computed_in = scaling, rows, _computed_in(weight)
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
+        factors = outputs[0]
+        slopes, *rest = ctx.saved_tensors
+        of_hidden = None if slopes is None else (slopes * factors[:, None]).to(slopes.dtype)
+        of_weight = None
+        if rest:
+            hidden, weight, targets = rest
+            cast = weight.to(ctx.computed_in)
+            options = (ctx.scaling, ctx.rows, (False, True))
+            of_weight = _by_chunks(hidden, cast, targets, *options, factors=factors)[2]
+            assert of_weight is not None
+            of_weight = of_weight.to(weight.dtype)
+        return of_hidden, of_weight, None, None, None
+
+
 def _by_chunks(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scaling: float, rows: int, wanted: Any
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    scaling: float,
+    rows: int,
+    wanted: Any,
+    factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Negative log likelihoods (M,), and the wanted gradients of their sum: of hidden states and of the weight."""
+    """Negative log likelihoods (M,), and the wanted gradients of their sum: of hidden states and of the weight.
+
+    With ``factors`` (M,) the gradients are those of the sum of the products.
+    """
     cast = weight.to(_computed_in(weight))
     nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -139,7 +202,8 @@ def _by_chunks(
         if not any(wanted):
             continue
         slopes = scores.exp_().scatter_add_(1, column, torch.full_like(column, -1, dtype=torch.float32))
-        slopes = (slopes if scaling == 1 else slopes.div_(scaling)).to(cast.dtype)
+        slopes = slopes if scaling == 1 else slopes.div_(scaling)
+        slopes = (slopes if factors is None else slopes.mul_(factors[part, None])).to(cast.dtype)
         if of_hidden is not None:
             of_hidden[part] = slopes @ cast
         if of_weight is not None:
@@ -173,6 +237,7 @@ def supervised_loss(
     *,
     scaling: float = 1.0,
     bounds: torch.Tensor | None = None,
+    row_graph: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Next-token cross entropy in float32.
 
@@ -183,6 +248,7 @@ def supervised_loss(
         num_items: divisor of the summed loss; None divides by the number of labelled tokens here.
         scaling: what logits are divided by.
         bounds: (s + 1,) boundaries of the segments of ONE packed row; None for rows that are not packed.
+        row_graph: give the sums per row a graph, and the loss none.
 
     Returns:
         The loss, and per row the sum of negative log likelihoods and the number of labelled tokens, (B, 2) float32;
@@ -193,9 +259,9 @@ def supervised_loss(
     if bounds is None:
         places = places + rows * labels.shape[1]
     chosen = hidden.flatten(0, 1).index_select(0, places - 1)
-    total, nll = nll_of(head, chosen, labels.flatten()[places], scaling)
+    total, nll = nll_of(head, chosen, labels.flatten()[places], scaling, by_token=row_graph)
     per_row = torch.zeros(count, 2, dtype=nll.dtype, device=nll.device)
-    per_row.index_add_(0, rows.to(nll.device), torch.stack([nll, torch.ones_like(nll)], dim=1))
+    per_row = per_row.index_add(0, rows.to(nll.device), torch.stack([nll, torch.ones_like(nll)], dim=1))
     # The Trainer's count is 0 as well for a batch without labels.
     divisor = torch.as_tensor(len(nll) if num_items is None else num_items, device=nll.device).clamp(min=1)
     return total / divisor, per_row

@@ -14,14 +14,14 @@ from finetune.families import detect
 from finetune.families.common import vocab_size
 from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.model_folders.checkpoint_folder import ADAPTER_CONFIG, is_adapter, local_folder, read_adapter_config
+from finetune.model_folders.downsample_mode import decide, saved_with
 from finetune.models.adapters import put_adapter
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
-from finetune.models.downsample_mode import decide, saved_with
 from finetune.models.minicpmo import MiniCPMO
 from finetune.models.minicpmv import MiniCPMV
 from finetune.models.minicpmv4_6 import NATIVE_MODELS
 from finetune.models.strict_loading import check_folder
-from finetune.models.tokenization import check_tokens, load_tokenizer
+from finetune.tokenizers.tokenization import check_tokens, load_tokenizer
 from finetune.utils.errors import CheckpointError
 from finetune.utils.log_once import warn_once
 from finetune.utils.paths import expand
@@ -66,7 +66,7 @@ def load_model(
         adapter_name: name of the adapter, for ``set_adapter`` with several adapters (``add_adapter``).
         tokenizer_required: also check that the tokenizer in the folder has the tokens that the family needs.
         downsample_mode: "16x" or "4x", for families that have it; None for that of the environment, the adapter or the
-            checkpoint (``models.downsample_mode.decide``).
+            checkpoint (``model_folders.downsample_mode.decide``).
         hub_kernels: use the kernels of transformers' hub mapping; downloads and runs code.
         **kwargs: passed to ``from_pretrained`` (offload_folder, quantization_config, ...).
 

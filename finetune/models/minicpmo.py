@@ -56,6 +56,7 @@ class MiniCPMO(MiniCPMV):
         audio: tuple[torch.Tensor | None, torch.Tensor | None],
         audio_bound: torch.Tensor | None,
         audio_embeds: torch.Tensor | None,
+        copies: int,
         *,
         dummy: bool,
     ) -> torch.Tensor:
@@ -71,9 +72,10 @@ class MiniCPMO(MiniCPMV):
         given_together(audio_features=audio_features, audio_lengths=audio_lengths, audio_bound=audio_bound)
         if audio_features is not None and audio_lengths is not None and audio_bound is not None:
             clips = self._read_clips(audio_features, audio_lengths)
-            check_audio_bounds(audio_bound.tolist(), clips.counts, embeddings)
+            check_audio_bounds(audio_bound.tolist(), copies * clips.counts, embeddings)
             if clips.counts:
-                return merge(embeddings, self._encode_clip_chunks(clips, in_step=dummy), audio_bound)
+                encoded = self._encode_clip_chunks(clips, in_step=dummy)
+                return merge(embeddings, encoded.repeat(copies, 1), audio_bound)
         if dummy:
             silence = dummy_clip(self.apm.num_mel_bins, self.pool_step, embeddings.device)
             return embeddings + (self._encode_clips(silence).mean() * 0).to(embeddings)

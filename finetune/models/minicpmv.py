@@ -22,7 +22,7 @@ from finetune.models.memory_saving import MemorySavingMixin, chunk_counts, chunk
 from finetune.models.packed_attention import packed_arguments
 from finetune.models.resampler import RESAMPLERS, Resampler
 from finetune.models.strict_loading import StrictLoadingMixin
-from finetune.models.vision import build_vision
+from finetune.models.vision_choice import build_vision
 from finetune.models.visual_items import (
     VisualItems,
     check_bounds,
@@ -110,6 +110,8 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
         use_cache: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        media_copies: int = 1,
+        row_graph: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> MiniCPMVOutput:
@@ -142,6 +144,9 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
                 other, and the first label of each is ignored. attention_mask must be None, position_ids restart at 0
                 with every segment, and cu_seq_lens_k, max_length_q and max_length_k (int) are given too.
             num_items_in_batch: divisor of the summed loss; None takes the mean over the labelled tokens.
+            media_copies: how often the features of all media are repeated: image_bound and audio_bound name the
+                placeholders of the first copy, then of the next. 2 for rows of two answers to the same media.
+            row_graph: give ``row_loss`` a graph, instead of the loss.
             logits_to_keep: number of last positions, or their indices; 0 keeps all. Only without labels.
             **kwargs: passed to the language model (output_attentions, ...).
 
@@ -152,9 +157,9 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
         embeddings = self._embed_text(input_ids) if inputs_embeds is None else inputs_embeds
         dummy = self.training or labels is not None
         visual = (patches, tgt_sizes, temporal_ids, group_sizes)
-        embeddings = self._embed_items(embeddings, visual, image_bound, image_features, dummy=dummy)
+        embeddings = self._embed_items(embeddings, visual, image_bound, image_features, media_copies, dummy=dummy)
         audio = (audio_features, audio_lengths)
-        embeddings = self._embed_audio(embeddings, audio, audio_bound, audio_embeds, dummy=dummy)
+        embeddings = self._embed_audio(embeddings, audio, audio_bound, audio_embeds, media_copies, dummy=dummy)
         if use_cache is None and labels is not None:
             use_cache = False
         context: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": use_cache}
@@ -169,7 +174,13 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
         out = self.llm.model(**kwargs)
         hidden, scaling = out.last_hidden_state, logits_scaling(self.llm)
         loss, row_loss = supervised_loss(
-            hidden, labels, self.llm.lm_head, num_items_in_batch, scaling=scaling, bounds=cu_seq_lens_q
+            hidden,
+            labels,
+            self.llm.lm_head,
+            num_items_in_batch,
+            scaling=scaling,
+            bounds=cu_seq_lens_q,
+            row_graph=row_graph,
         )
         return _output(out, loss=loss, row_loss=row_loss)
 
@@ -211,6 +222,7 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
         visual: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
         image_bound: torch.Tensor | None,
         features: torch.Tensor | None,
+        copies: int,
         *,
         dummy: bool,
     ) -> torch.Tensor:
@@ -228,9 +240,10 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
         given_together(patches=patches, tgt_sizes=tgt_sizes, image_bound=image_bound)
         if patches is not None and tgt_sizes is not None and image_bound is not None:
             items = self._read_items(patches, tgt_sizes, *packing)
-            check_bounds(image_bound.tolist(), len(items.groups), self.query_num, embeddings)
+            check_bounds(image_bound.tolist(), copies * len(items.groups), self.query_num, embeddings)
             if items.groups:
-                return merge(embeddings, self._encode_chunks(items, in_step=dummy).flatten(0, 1), image_bound)
+                encoded = self._encode_chunks(items, in_step=dummy).flatten(0, 1)
+                return merge(embeddings, encoded.repeat(copies, 1), image_bound)
         if dummy:
             features = self._encode_chunks(dummy_items(self.patch_width, embeddings.device), in_step=True)
             return embeddings + (features.mean() * 0).to(embeddings)
@@ -242,6 +255,7 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
         audio: tuple[torch.Tensor | None, torch.Tensor | None],
         audio_bound: torch.Tensor | None,
         audio_embeds: torch.Tensor | None,
+        copies: int,
         *,
         dummy: bool,
     ) -> torch.Tensor:

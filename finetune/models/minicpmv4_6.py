@@ -6,6 +6,7 @@ Each class has the name of its parent, so that saved checkpoints name the class 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from finetune.families import usable
 from finetune.families.common import merge_of
 from finetune.models.chat_mixin import ChatMixin
 from finetune.models.kv_cache import as_installed, cache_of
@@ -70,6 +72,8 @@ class NativeModelMixin(MemorySavingMixin, ChatMixin, StrictLoadingMixin):
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
+        media_copies: int = 1,
+        row_graph: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> MiniCPMVOutput:
@@ -89,12 +93,14 @@ class NativeModelMixin(MemorySavingMixin, ChatMixin, StrictLoadingMixin):
             mm_token_type_ids: (B, T) 1 for placeholders of images; 4.7 computes its positions from them.
             mm_encoder_outputs: features by kind of medium, instead of pixel values.
             downsample_mode: "16x" or "4x", as the placeholders were counted; None for that of ``config``, which loading
-                sets (``models.downsample_mode``).
+                sets (``model_folders.downsample_mode``).
             cache: keys and values of earlier steps.
             use_cache: None means no cache when there are labels.
             num_items_in_batch: divisor of the summed loss; None takes the mean over the labelled tokens.
             cu_seq_lens_q: (s + 1,) int32, boundaries of the segments of ONE packed row, as in ``MiniCPMV.forward``,
                 with position_ids (1, T) that restart. Needs the kernels of ``Family.packing_kernels``.
+            media_copies: how often the features of all media are repeated, as in ``MiniCPMV.forward``.
+            row_graph: as in ``MiniCPMV.forward``.
             logits_to_keep: number of last positions, or their indices; 0 keeps all. Only without labels.
             **kwargs: passed to the language model.
 
@@ -104,17 +110,18 @@ class NativeModelMixin(MemorySavingMixin, ChatMixin, StrictLoadingMixin):
         mode = downsample_mode or self.config.downsample_mode
         in_step = self.training or labels is not None
         features = dict(mm_encoder_outputs or {})
-        given = {"image": (pixel_values, target_sizes), "video": (pixel_values_videos, target_sizes_videos)}
-        seen = {kind: (pixels, sizes) for kind, (pixels, sizes) in given.items() if pixels is not None}
-        if in_step and len(seen) > 1:
-            # Images and videos in one pass: all ranks must call every layer equally often.
-            features |= self._features_of_all(seen, mode)
-        else:
-            for kind, (pixels, sizes) in seen.items():
-                features[kind] = _pooled(self.visual_features(pixels, sizes, mode, in_step=in_step))
+        media = {"image": (pixel_values, target_sizes), "video": (pixel_values_videos, target_sizes_videos)}
+        features |= self._features_by_kind(media, mode, in_step=in_step)
+        if media_copies > 1:
+            features = {kind: _pooled([*(each.pooler_output or ())] * media_copies) for kind, each in features.items()}
+            target_sizes, target_sizes_videos = (
+                sizes if sizes is None else sizes.repeat(media_copies, 1)
+                for sizes in (target_sizes, target_sizes_videos)
+            )
+        # A batch without images runs a dummy image times zero, before the embeddings as images are: with ZeRO-3 all
+        # ranks must call the same layers in the same order.
         idle = None
         if not features and in_step:
-            # A batch without images runs a dummy image times zero: all ranks must call the same layers.
             idle = torch.cat(self.visual_features(*self._dummy(), mode, in_step=True)).mean() * 0
         embedded: torch.Tensor = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if idle is not None:
@@ -150,10 +157,22 @@ class NativeModelMixin(MemorySavingMixin, ChatMixin, StrictLoadingMixin):
         hidden = out.last_hidden_state
         more = cache_of(out) | {name: getattr(out, name, None) for name in ("hidden_states", "attentions")}
         if labels is not None:
-            loss, row_loss = supervised_loss(hidden, labels, self.lm_head, num_items_in_batch, bounds=cu_seq_lens_q)
+            loss, row_loss = supervised_loss(
+                hidden, labels, self.lm_head, num_items_in_batch, bounds=cu_seq_lens_q, row_graph=row_graph
+            )
             return MiniCPMVOutput(loss=loss, row_loss=row_loss, **more)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return MiniCPMVOutput(logits=self.lm_head(hidden[:, kept]), **more)
+
+    def _features_by_kind(
+        self, media: Mapping[str, tuple[torch.Tensor | None, torch.Tensor | None]], mode: str, *, in_step: bool
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        """Features of each kind of media (its pixels and sizes) that a batch has."""
+        seen = {kind: (pixels, sizes) for kind, (pixels, sizes) in media.items() if pixels is not None}
+        if in_step and len(seen) > 1:
+            # Images and videos in one pass: all ranks must call every layer equally often.
+            return self._features_of_all(seen, mode)
+        return {kind: _pooled(self.visual_features(*each, mode, in_step=in_step)) for kind, each in seen.items()}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, but with ``save_original_format`` off: the names here are the published ones.
@@ -285,31 +304,17 @@ def _checked_sizes(pixel_values: torch.Tensor, target_sizes: torch.Tensor | None
     return sizes
 
 
-class MiniCPMV4_6ForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethodOverride]
-    NativeModelMixin, transformers.MiniCPMV4_6ForConditionalGeneration
-):
-    """MiniCPM-V 4.6."""
-
-
-class MiniCPMV4_7ForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethodOverride]
-    NativeModelMixin, transformers.MiniCPMV4_7ForConditionalGeneration
-):
-    """MiniCPM-V 4.7."""
+def _trainable_class(name: str) -> type[PreTrainedModel]:
+    """The class of transformers called ``name`` with our forward pass; it keeps the name, which checkpoints store."""
+    return type(name, (NativeModelMixin, getattr(transformers, name)), {"__module__": __name__, "__doc__": f"{name}."})
 
 
 NATIVE_MODELS: dict[str, type[PreTrainedModel]] = {
-    "minicpmv4_6": MiniCPMV4_6ForConditionalGeneration,
-    "minicpmv4_7": MiniCPMV4_7ForConditionalGeneration,
+    family.published.config["model_type"]: _trainable_class(family.auto_mapping[0])
+    for family in usable()
+    if family.network is None
 }
-
-if hasattr(transformers, "MiniCPMOcrForConditionalGeneration"):  # since 5.23; ``families.detect`` refuses it below
-
-    class MiniCPMOcrForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethodOverride]
-        NativeModelMixin, transformers.MiniCPMOcrForConditionalGeneration
-    ):
-        """MiniCPM-OCR."""
-
-    NATIVE_MODELS["minicpm_ocr"] = MiniCPMOcrForConditionalGeneration
+"""By the model_type of config.json: the families whose classes are in transformers."""
 
 
 def merge_patches(merger: Any, hidden: torch.Tensor, sizes: list[tuple[int, int]]) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Strict loading: raises on missing, unexpected, mismatched, quantised or non-finite weights."""
+"""Strict loading: raises on missing, unexpected, mismatched, non-finite weights, and on quantised ones but 4 bit."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from finetune.families import detect
-from finetune.model_folders.checkpoint_folder import CONFIG, INDEX, WEIGHTS, read_config, weight_files
+from finetune.model_folders.checkpoint_folder import INDEX, WEIGHTS, read_config, weight_files
+from finetune.model_folders.stored_4bit import check_packed, packed_weights, stored_in_4bit
+from finetune.model_folders.weight_headers import check_not_truncated, check_quantisation
 from finetune.models.finite_weights import check_finite_model, check_types
+from finetune.models.packed_4bit import check_bitsandbytes, check_layers, set_types
 from finetune.utils.errors import CheckpointError, UserError
-from finetune.utils.json_objects import read_object
 
 # Prefixes of the names of tensors that no model reads; copied into full results (``checkpoints.passthrough_tensors``).
 PASSTHROUGH_PREFIXES = ("tts.",)
-# Files of quantisers (GPTQ, AWQ), and suffixes of tensors of quantised layers (those and bitsandbytes).
-_QUANTISED_FILES = ("quant_config.json", "quantize_config.json")
-_QUANTISED_TENSORS = (".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".nested_absmax", ".SCB")
 
 
 def some(names: Sequence[str]) -> str:
@@ -30,20 +27,22 @@ def some(names: Sequence[str]) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Checks that a local folder has a configuration and safetensors weights, not quantised.
+    """Checks that a local folder has a configuration and safetensors weights, not quantised or in 4 bit.
 
     Raises:
         CheckpointError: naming what is missing and what was found.
     """
-    check_unquantised(folder)
+    check_quantisation(folder)
     if not (folder / "config.json").is_file():
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(f"{folder} is not a checkpoint: config.json is missing (found: {found})")
-    read_config(folder)
+    config = read_config(folder)
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
-        for path in weight_files(folder):
+        for path in (files := weight_files(folder)):
             check_not_truncated(path)
-            check_types(path, PASSTHROUGH_PREFIXES)
+        packed = check_packed(folder, files) if stored_in_4bit(config) else []
+        for path in files:
+            check_types(path, (*PASSTHROUGH_PREFIXES, *packed))
         return
     if shards := sorted(path.name for path in folder.glob("*.safetensors")):
         raise CheckpointError(
@@ -56,70 +55,6 @@ def check_folder(folder: Path) -> None:
             "convert the file, or download a revision with model.safetensors"
         )
     raise CheckpointError(f"{folder} has config.json but no weights: model*.safetensors is missing")
-
-
-def check_unquantised(folder: Path) -> None:
-    """Checks that the weights of a local folder are not quantised; folders without weights pass.
-
-    Raises:
-        CheckpointError: they are; it names the published checkpoint to use instead.
-    """
-    reason = _quantised(folder)
-    if reason is None:
-        return
-    config = _config_of(folder)
-    name = detect(config).hub_id if config else "the unquantised checkpoint"
-    raise CheckpointError(
-        f"{folder} is quantised ({reason}): such weights can neither be trained nor be merged with an adapter. Use "
-        f"{name} instead; --q_lora true loads it in 4 bit"
-    )
-
-
-def _quantised(folder: Path) -> str | None:
-    """Why the weights of a folder count as quantised; None if they do not."""
-    if _config_of(folder).get("quantization_config"):
-        return "config.json has quantization_config"
-    for name in _QUANTISED_FILES:
-        if (folder / name).is_file():
-            return f"it has {name}"
-    weights = sorted(folder.glob("*.safetensors"))
-    if weights and (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
-        weight_files(folder)  # raises for an interrupted download, before any file is opened
-    if not weights and (packed := sorted(path.name for path in folder.glob("*.gguf"))):
-        return f"its weights are {packed[0]}"
-    for path in weights:
-        check_not_truncated(path)
-        with safe_open(str(path), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                if name.endswith(_QUANTISED_TENSORS) or ".quant_state." in name:
-                    return f"{path.name} has {name}"
-    return None
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    """config.json; empty if it is missing or invalid, which is reported elsewhere."""
-    try:
-        return read_object(folder / CONFIG)
-    except CheckpointError:
-        return {}
-
-
-def check_not_truncated(path: Path) -> None:
-    """Checks the header and length of a safetensors file without reading the weights.
-
-    Raises:
-        CheckpointError: it is truncated, or not a safetensors file (a Git LFS pointer, an HTML page).
-    """
-    try:
-        with safe_open(str(path), framework="pt"):
-            pass
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file ({error}); copy or download "
-            "it again"
-        ) from error
 
 
 def check_loaded(name: str, info: dict[str, Any], allow_mismatched: bool) -> None:
@@ -183,6 +118,9 @@ class StrictLoadingMixin(PreTrainedModel):
         checked = pretrained_model_name_or_path is not None and folder.is_dir() and kwargs["use_safetensors"]
         if checked:
             check_folder(folder)
+        in_4bit = checked and stored_in_4bit(read_config(folder))
+        if in_4bit:
+            check_bitsandbytes(name)
         allow_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
         with model_build_errors(name):
             loaded: Any = super().from_pretrained(
@@ -194,6 +132,10 @@ class StrictLoadingMixin(PreTrainedModel):
             )
         model, info = loaded
         check_loaded(name, info, allow_mismatched)
+        if in_4bit:
+            packed = {key for key in packed_weights(weight_files(folder)) if not key.startswith(PASSTHROUGH_PREFIXES)}
+            check_layers(model, name, packed)
+            set_types(model, kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto")
         check_finite_model(model, name, weight_files(folder) if checked else [])
         result: Any = (model, info) if wants_info else model
         return result

@@ -1,9 +1,6 @@
-"""Base class, patch projection and pixel normalisation of the vision towers; ``build_vision``."""
+"""``VisionTower`` (base class), patch projection and pixel normalisation."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,9 +10,6 @@ from transformers import PreTrainedModel
 from finetune.models.configuration import MiniCPMVConfig
 from finetune.models.initialization import initialize
 from finetune.models.positions import Sizes
-
-if TYPE_CHECKING:
-    from finetune.families.family import Network
 
 
 class VisionTower(PreTrainedModel):
@@ -68,15 +62,3 @@ def normalize(patches: torch.Tensor, side: int, dtype: torch.dtype) -> torch.Ten
     """Bytes to numbers in [-1, 1]: (N, 3*P*P) uint8 to (N, 3, P, P), P = ``side``; mean and deviation 0.5."""
     # (x / 255 - 0.5) / 0.5 with two roundings, as in the published code: halving and doubling are exact
     return patches.float().div_(127.5).sub_(1).to(dtype).unflatten(1, (3, side, side))
-
-
-def build_vision(config: MiniCPMVConfig, network: Network) -> VisionTower:
-    """The vision tower that a family names."""
-    from finetune.models.vision_navit import NavitSiglip
-    from finetune.models.vision_timm import TimmSiglip
-
-    towers: dict[str, Callable[[MiniCPMVConfig, str], VisionTower]] = {
-        "timm_siglip": TimmSiglip,
-        "navit_siglip": NavitSiglip,
-    }
-    return towers[network.vision](config, network.positions)

@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -16,22 +15,41 @@ from finetune.data_check.suspicious import suspicions
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import OUTCOMES, Fitted
 from finetune.pages import charts, duplicates
-from finetune.pages.decoded_prompt import PromptPart, prompt_parts
 from finetune.pages.html_page import PageError, count, render, write
+from finetune.pages.long_text import shorten
 from finetune.pages.model_view import ModelView, see
+from finetune.pages.prompt_sections import prompt_sections
 from finetune.pages.record_survey import SurveyedRecord, choose, image_sides
 from finetune.pages.thumbnails import Detail, EmbeddedImage, jpeg, weight, within
+from finetune.pages.timeline_view import timeline_view
 from finetune.sample import DataError, Sample, Text
 from finetune.templates.rendering import IGNORE
+from finetune.utils.errors import located
 from finetune.utils.quoting import reason
 
 SAMPLES = 50
 """Default number of samples on a page."""
 _ROOM = 4_600_000
 """Byte budget for all samples of a page."""
-_TOKEN = 27
-"""Bytes of markup per token."""
 _LISTED = 20
+_OUTCOME_WORDS = {OUTCOMES[0]: "Kept whole"}
+# Forms of records with what they are known by; docs/data.md has an example of each.
+_FORMS = {
+    "official": "official (conversations with tags)",
+    "sharegpt": "ShareGPT (turns, and lists of files)",
+    "alpaca": "Alpaca (instruction and output)",
+    "openai": "OpenAI (messages of parts)",
+    "duplex": "full duplex (a timeline)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FrameView:
+    """A frame of a video: its time in words, the full frame, and its slices row by row."""
+
+    time: str
+    picture: EmbeddedImage
+    rows: list[list[EmbeddedImage]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +60,15 @@ class MediumView:
     whole: EmbeddedImage | None
     overview: EmbeddedImage | None
     rows: list[list[EmbeddedImage]]
-    frames: list[tuple[str, EmbeddedImage]]
+    frames: list[FrameView]
     left_out: int
 
     @property
     def pictures(self) -> list[EmbeddedImage]:
         """All images of it on the page."""
         first = [each for each in (self.whole, self.overview) if each is not None]
-        return [*first, *(each for row in self.rows for each in row), *(picture for _, picture in self.frames)]
+        rows = [*self.rows, *(row for frame in self.frames for row in frame.rows)]
+        return [*first, *(frame.picture for frame in self.frames), *(each for row in rows for each in row)]
 
 
 def write_preview(path: Path, parts: Sequence[SurveyedRecord], *, most: int = SAMPLES, seed: int = 42) -> None:
@@ -118,7 +137,7 @@ def _row(report: CheckReport) -> dict[str, int]:
         "With images": report.with_media["image"],
         "With videos": report.with_media["video"],
         "With audio": report.with_media["audio"],
-        **{outcome.capitalize(): report.outcomes[outcome] for outcome in OUTCOMES},
+        **{_OUTCOME_WORDS.get(outcome, outcome.capitalize()): report.outcomes[outcome] for outcome in OUTCOMES},
         "Skipped": len(report.overlong),
         "Unusable": len(report.problems),
     }
@@ -156,18 +175,19 @@ def _sample(part: SurveyedRecord, index: int, reasons: list[str], room: int) -> 
     encoder = part.length_policy.encoder
     source = part.records.source(index)
     shown: dict[str, Any] = {"reasons": reasons, "tags": [_family(each) for each in reasons], "fault": ""}
-    shown |= {"id": source.id, "source": str(source), "form": part.form(index)}
+    shown |= {"id": source.id, "source": str(source), "form": _FORMS.get(part.form(index), part.form(index))}
     try:
-        sample = part.records[index]
-        fitted = part.length_policy.fit(sample)
-        media = see(encoder, fitted)
+        with located(source):
+            sample = part.records[index]
+            fitted = part.length_policy.fit(sample)
+            media = see(encoder, fitted)
+            timeline = timeline_view(encoder, fitted)
     except DataError as error:
         # The check reads headers only, and files may have changed since then.
         return {**shown, "fault": str(error)}
     rendered = fitted.rendered
-    conversation = list(prompt_parts(encoder, fitted))
-    runs, text_room = _runs(conversation, room // 2)
-    spare = max(room - text_room, room // 4)
+    prompt = prompt_sections(encoder, fitted, room // 2)
+    spare = max(room - prompt.spent, room // 4)
     trained = sum(label != IGNORE for label in rendered.labels)
     return {
         **shown,
@@ -175,24 +195,12 @@ def _sample(part: SurveyedRecord, index: int, reasons: list[str], room: int) -> 
         "tokens": len(rendered.input_ids),
         "trained": trained,
         "notes": (*sample.notes, *suspicions(sample, encoder.vocabulary)),
-        "lost": _lost(encoder, sample, fitted),
-        "runs": runs,
+        "lost": [(words, text and shorten(text, room // 8)) for words, text in _lost(encoder, sample, fitted)],
+        "prompt": prompt,
+        "timeline": timeline,
+        "rejected": sample.rejected and shorten(sample.rejected.text, room // 8),
         "media": within(spare, lambda detail: _media(media, detail), _weight),
     }
-
-
-def _runs(conversation: Sequence[PromptPart], room: int) -> tuple[list[tuple[str, list[PromptPart]]], int]:
-    """The prompt parts in runs of one kind, and their bytes; long conversations show ids only at the beginning.
-
-    A run is "medium", "trained", "context", or, without ids, "trained plain" and "context plain".
-    """
-    spent, kinds = 0, []
-    for piece in conversation:
-        kind = "medium" if piece.medium is not None else "trained" if piece.trained else "context"
-        spent += len(piece.text.encode(errors="replace")) + (_TOKEN if spent < room else 0)
-        kinds.append((kind if spent < room or kind == "medium" else f"{kind} plain", piece))
-    runs = [(kind, [piece for _, piece in found]) for kind, found in groupby(kinds, key=lambda each: each[0])]
-    return runs, spent
 
 
 def _media(media: Sequence[ModelView], detail: Detail) -> list[MediumView]:
@@ -204,19 +212,36 @@ def _media(media: Sequence[ModelView], detail: Detail) -> list[MediumView]:
         wholes -= seen.whole is not None
         shown, frames = seen.items[:left], seen.frames[:left]
         left -= len(shown) + len(frames)
+        slices = [
+            (frame, frame.slices[: max(left - place * len(frame.slices), 0)]) for place, frame in enumerate(frames)
+        ]
+        left -= sum(len(own) for _, own in slices)
         columns = seen.grid[0] if seen.grid is not None else 1
         small = [jpeg(each, detail.tile, detail.quality) for each in shown]
+        every = len(seen.items) + sum(1 + len(frame.slices) for frame in seen.frames)
+        drawn = len(shown) + sum(1 + len(own) for _, own in slices)
         views.append(
             MediumView(
                 seen,
                 None if whole is None else jpeg(whole, detail.side, detail.quality),
                 small[0] if small else None,
-                [small[start : start + columns] for start in range(1, len(small), columns)],
-                [(f"{each.second:.1f} s", jpeg(each.picture, detail.tile, detail.quality)) for each in frames],
-                len(seen.items) - len(shown) + len(seen.frames) - len(frames) + (whole is not seen.whole),
+                _rows(small[1:], columns),
+                [
+                    FrameView(
+                        f"{each.second:.1f} s",
+                        jpeg(each.picture, detail.tile, detail.quality),
+                        _rows([jpeg(one, detail.tile, detail.quality) for one in own], columns),
+                    )
+                    for each, own in slices
+                ],
+                every - drawn + (whole is not seen.whole),
             )
         )
     return views
+
+
+def _rows(pictures: Sequence[EmbeddedImage], columns: int) -> list[list[EmbeddedImage]]:
+    return [list(pictures[start : start + columns]) for start in range(0, len(pictures), columns)]
 
 
 def _weight(views: Sequence[MediumView]) -> int:

@@ -30,6 +30,8 @@ class PromptPart:
         control: whether it is a control token of the chat template.
         medium: index of the media item in the conversation, None for text.
         labels: the labels, where they differ from the token ids.
+        first: index of its first token in the sequence.
+        tokens: number of its tokens; of a media item with its start and end tags.
     """
 
     text: str
@@ -38,6 +40,8 @@ class PromptPart:
     control: bool = False
     medium: int | None = None
     labels: tuple[int, ...] = ()
+    first: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +64,35 @@ def spread_out(encoder: Encoder, sample: Sample, plans: Sequence[MediaPlan]) -> 
     return expand_videos(sample, plans, "" if encoder.family.video is None else encoder.family.video.separator)
 
 
-def prompt_parts(encoder: Encoder, fitted: Fitted) -> Iterator[PromptPart]:
-    """The prompt parts of a sample from its first token to its last."""
-    rendered, position = fitted.rendered, 0
-    for number, place in enumerate(places(encoder, fitted)):
-        yield from _texts(encoder, rendered, position, place.first)
-        yield PromptPart(place.words, medium=number)
-        position = place.last
+def prompt_parts(encoder: Encoder, fitted: Fitted, left_out: range = range(0)) -> Iterator[PromptPart]:
+    """The prompt parts of a sample from its first token to its last, without those of ``left_out``.
+
+    Args:
+        encoder: of the sample.
+        fitted: the sample.
+        left_out: tokens that are not decoded, from 0 on; a media item is left out with its first token.
+    """
+    rendered, position = fitted.rendered, left_out.stop
+    for number, place in _in_order(encoder, fitted):
+        if place.last > position:
+            yield from _texts(encoder, rendered, position, place.first)
+            if place.first >= position:
+                yield PromptPart(place.words, medium=number, first=place.first, tokens=place.last - place.first)
+            position = place.last
     yield from _texts(encoder, rendered, position, len(rendered.input_ids))
+
+
+def _in_order(encoder: Encoder, fitted: Fitted) -> list[tuple[int, MediaPlace]]:
+    """The media with their numbers in the order of the prompt; the user audio of a full-duplex record once per unit."""
+    found = list(enumerate(places(encoder, fitted)))
+    if fitted.sample.timeline is None:
+        return found
+    track, _ = found.pop()
+    plan = fitted.plans[track]
+    assert isinstance(plan, AudioPlan)
+    for unit, (first, last) in enumerate(fitted.rendered.audio_bounds[-len(plan.runs) :]):
+        found.append((track, MediaPlace(first, last, f"[user audio {unit} to {unit + 1} s: {last - first} tokens]")))
+    return sorted(found, key=lambda each: each[1].first)
 
 
 def places(encoder: Encoder, fitted: Fitted) -> list[MediaPlace]:
@@ -86,7 +111,15 @@ def places(encoder: Encoder, fitted: Fitted) -> list[MediaPlace]:
             found.append((part, [plan], bounds))
             next(whole)
     videos = _frames(shown)
-    return [_place(encoder, fitted.sample, videos, *each) for each in found]
+    placed = (_place(encoder, fitted.sample, videos, *each) for each in found)
+    return [_with_grid_end(encoder, rendered, place) for place in placed]
+
+
+def _with_grid_end(encoder: Encoder, rendered: Rendered, place: MediaPlace) -> MediaPlace:
+    """The place with the end tag of the grid that follows the last slice in MiniCPM-V 2.0 and 2.5."""
+    behind = rendered.input_ids[place.last : place.last + 1]
+    closes = [encoder.tokenizer.convert_ids_to_tokens(token) for token in behind] == ["</slice>"]
+    return replace(place, last=place.last + 1) if closes else place
 
 
 def _frames(shown: ExpandedSample) -> dict[int, int]:
@@ -117,7 +150,7 @@ def _place(
         frames = count(videos[part.data.video], "frame")
         words = f"video {clip.size[0]}x{clip.size[1]}, {clip.length.duration:.1f} s: {frames}{each}, {tokens}"
     else:
-        width, height = image.size(part, sample.source, encoder.max_pixels)
+        width, height = image.size(part, encoder.max_pixels)
         small = image.shrunk((width, height), encoder.shrink_pixels)
         shrunk = "" if small == (width, height) else f" shrunk to {small[0]}x{small[1]}"
         words = f"image {width}x{height}{shrunk}: {_slices(plan)}, {tokens}"
@@ -161,4 +194,5 @@ def _run(encoder: Encoder, rendered: Rendered, first: int, last: int) -> Iterato
 def _prompt_part(text: str, rendered: Rendered, first: int, last: int) -> PromptPart:
     ids, labels = tuple(rendered.input_ids[first:last]), tuple(rendered.labels[first:last])
     trained = any(label != IGNORE for label in labels)
-    return PromptPart(text, ids, trained, labels=labels if trained and labels != ids else ())
+    own = labels if trained and labels != ids else ()
+    return PromptPart(text, ids, trained, labels=own, first=first, tokens=last - first)

@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 import finetune
+from finetune.pages.long_text import shorten
 from finetune.utils.errors import UserError
 from finetune.utils.quoting import plain
 
@@ -70,6 +71,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.filters["count"] = count
+    made.filters["shorten"] = shorten
     made.globals["version"] = finetune.__version__
     for name in ("style.css", "script.js"):
         source, _, _ = jinja2.PackageLoader("finetune.pages").get_source(made, name)

@@ -1,4 +1,4 @@
-"""The media of a sample as the model gets them, reconstructed from its input tensors."""
+"""Reconstructs the images, frames and audio that the model receives, from the input tensors of a sample."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from finetune.sample import Media
 
 @dataclass(slots=True)
 class Frame:
-    """A frame of a video: its time in seconds, and the full image as the model gets it."""
+    """A frame of a video: its time in seconds, the full image and its slices, row by row, as the model gets them."""
 
     second: float
     picture: Image.Image
+    slices: list[Image.Image] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -69,11 +70,11 @@ def see(encoder: Encoder, fitted: Fitted) -> list[ModelView]:
     ]
     for medium, seen in zip(sample.media(), found, strict=True):
         if medium.kind == "image":
-            seen.whole = image.load(medium, sample.source, encoder.max_pixels).copy()
+            seen.whole = image.load(medium, encoder.max_pixels).copy()
             # No page shows more pixels, and it may be downscaled repeatedly until it fits.
             seen.whole.thumbnail((DETAILS[0].side, DETAILS[0].side), reducing_gap=2.0)
         elif medium.kind == "audio" and encoder.audio_spec is not None:
-            wave = audio.load(medium, sample.source)
+            wave = audio.load(medium)
             seen.wave, seen.seconds = charts.waveform(wave), len(wave) / encoder.audio_spec.rate
     pictures = _items(example, encoder.slicing.patch_size)
     current = iter(seen for seen in found if seen.kind != "audio")
@@ -93,13 +94,13 @@ def _take_items(seen: ModelView, part: Media, cuts: SlicePlan, pictures: Iterato
 
 
 def _take_frames(seen: ModelView, frames: Frames, cuts: SlicePlan, pictures: Iterator[Image.Image]) -> None:
-    """The full images of a group of frames; each is followed by its slices."""
+    """A group of frames: the full images of all, then the first slices of all, and so on."""
     seen.grid = cuts.grid
-    shown = [next(pictures) for _ in frames.indices]
-    for index, picture in zip(frames.indices, shown, strict=True):
-        seen.frames.append(Frame(index / frames.clip.length.fps, picture))
-    for _ in range((cuts.items - 1) * len(frames.indices)):
-        next(pictures)
+    own = [Frame(index / frames.clip.length.fps, next(pictures)) for index in frames.indices]
+    for _ in range(cuts.items - 1):
+        for frame in own:
+            frame.slices.append(next(pictures))
+    seen.frames += own
 
 
 def _items(example: Example, side: int) -> Iterator[Image.Image]:

@@ -155,7 +155,7 @@ def image_sides(parts: Sequence[SurveyedRecord]) -> list[int]:
         try:
             sample = found.records[index]
             most = found.length_policy.encoder.max_pixels
-            sides += [max(image.size(each, sample.source, most)) for each in sample.media("image")]
+            sides += [max(image.size(each, most)) for each in sample.media("image")]
         except DataError:
             continue  # changed since the check, which reports such records
     return sides

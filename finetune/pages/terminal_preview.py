@@ -8,6 +8,7 @@ from itertools import groupby
 from finetune.encoding.length_policy import LengthPolicy
 from finetune.pages.decoded_prompt import PromptPart, prompt_parts
 from finetune.sample import DataError, Sample, as_sample_set
+from finetune.templates.duplex import UNIT
 from finetune.utils.quoting import plain
 
 _GREEN, _GREY, _CYAN, _PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[36m", "\x1b[0m"
@@ -33,6 +34,11 @@ def show(samples: Sequence[Sample], length_policy: LengthPolicy, most: int, *, c
         counts = f"{len(fitted.rendered.input_ids)} tokens, {trained} of them trained"
         yield f"--- {as_sample_set(samples).source(index)}: {counts}, {fitted.outcome}; {marks}"
         yield "".join(_written(list(prompt_parts(length_policy.encoder, fitted)), colour))
+        if (worse := fitted.worse) is not None:
+            start = next(place for place, label in enumerate(worse.rendered.labels) if label >= 0)
+            answer = list(prompt_parts(length_policy.encoder, worse, range(start)))
+            yield f"--- rejected, {len(worse.rendered.input_ids)} tokens with the same prompt:"
+            yield "".join(_written(answer, colour))
 
 
 def _written(found: Sequence[PromptPart], colour: bool) -> Iterator[str]:
@@ -43,5 +49,7 @@ def _written(found: Sequence[PromptPart], colour: bool) -> Iterator[str]:
 
 def _painted(part: PromptPart, colour: bool) -> str:
     text = "\n".join(map(plain, part.text.split("\n")))
+    if part.control and part.text == UNIT[0]:
+        text = f"\n{text}"  # one line per second
     paint = _GREEN if part.trained else _CYAN if part.medium is not None else _GREY if part.control else ""
     return f"{paint}{text}{_PLAIN}" if paint and colour else text

@@ -20,33 +20,8 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-
-@dataclass(slots=True)
-class TracedBlock:
-    """A layer, or the operations between layers; sizes in bytes.
-
-    Attributes:
-        part: part of the model.
-        layer: whether it is a layer that gradient checkpointing can recompute.
-        graph: whether a backward pass goes through it.
-        saved: tensors saved for the backward pass.
-        entering: its input, which is all that is saved of a recomputed layer.
-        widest: the largest tensor made in it.
-        copies: the share of ``saved`` that is 16 bit copies of fp32 weights, which autocast caches until the end of the
-            forward pass.
-        gradients: gradients of its trained parameters.
-        largest: the largest of these gradients.
-    """
-
-    part: str
-    layer: bool = False
-    graph: bool = False
-    saved: int = 0
-    entering: int = 0
-    widest: int = 0
-    copies: int = 0
-    gradients: int = 0
-    largest: int = 0
+from finetune.planning.alike_layers import shared
+from finetune.planning.traced_block import TracedBlock
 
 
 class _Flash(torch.autograd.Function):
@@ -239,7 +214,7 @@ def tracing(
     try:
         stand_ins = _StandIns(trace, padded=padded, gpu=gpu, autocast=autocast)
         hooks = torch.autograd.graph.saved_tensors_hooks(trace.keep, lambda tensor: tensor)
-        with _adapters_added(model), stand_ins, hooks:
+        with _adapters_added(model), shared(model, lambda: trace.current), stand_ins, hooks:
             yield trace
     finally:
         for handle in handles:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from finetune.families import detect
-from finetune.planning.activation_trace import TracedBlock
 from finetune.planning.meta_model import build_meta_model, prepare_meta_model, quantised
-from finetune.planning.meta_step import HEAD, blocks_of_step
+from finetune.planning.meta_step import LM_HEAD, blocks_of_step
+from finetune.planning.traced_block import TracedBlock
 from finetune.planning.training_setup import SampleShape, TrainingSetup
 from finetune.training.freezing import numel
 
@@ -93,6 +93,7 @@ class MemoryEstimator:
         self.family = detect(config)
         self._models: dict[Any, nn.Module] = {}
         self._blocks: dict[Any, list[TracedBlock]] = {}
+        self._known_sizes: dict[tuple[int, bool], tuple[int, int, int]] = {}
 
     def model(self, setup: TrainingSetup) -> nn.Module:
         """The model on the meta device, frozen and wrapped as in the setup."""
@@ -132,15 +133,23 @@ class MemoryEstimator:
 
     def resting(self, setup: TrainingSetup) -> MemoryEstimate:
         """Memory between two steps, with the gradients as they are at the end of a step."""
-        model = self.model(setup)
-        packed = quantised(model, self.config) if setup.method == "qlora" else set()
-        weights, trained = 0, 0
+        weights, trained, total = self._sizes(setup)
+        size = self.dtype.itemsize if setup.master_weights else _FP32
+        return _sharded(setup, weights, trained, size, total, self._hidden())
+
+    def _sizes(self, setup: TrainingSetup) -> tuple[int, int, int]:
+        """Bytes of all weights, number of trained parameters, number of parameters."""
+        model, quantise = self.model(setup), setup.packed
+        if (known := self._known_sizes.get((id(model), quantise))) is not None:
+            return known
+        packed = quantised(model, self.config) if quantise else set()
+        weights, trained, total = 0, 0, 0
         for name, parameter in model.named_parameters():
             size = _NF4_BYTES if name in packed else parameter.element_size()
             weights += round(numel(parameter) * size)
             trained += numel(parameter) if parameter.requires_grad else 0
-        size = self.dtype.itemsize if setup.master_weights else _FP32
-        return _sharded(setup, weights, trained, size, numel_total(model), self._hidden())
+            total += numel(parameter)
+        return self._known_sizes.setdefault((id(model), quantise), (weights, trained, total))
 
     def _hidden(self) -> int:
         return (self.config.get("text_config") or self.config)["hidden_size"]
@@ -149,12 +158,10 @@ class MemoryEstimator:
         """Memory during the optimizer step: DeepSpeed flattens gradients and casts them to fp32, a group at a time."""
         extra = 0
         if setup.master_weights and not setup.offload:
-            share = -(-self._trained(setup) // setup.gpus)
+            _, trained, _ = self._sizes(setup)
+            share = -(-trained // setup.gpus)
             extra = (self.dtype.itemsize + _FP32) * (min(share, _SUB_GROUP) if setup.stage == 3 else share)
         return replace(resting, gradients=resting.gradients + extra, when="step")
-
-    def _trained(self, setup: TrainingSetup) -> int:
-        return sum(numel(p) for p in self.model(setup).parameters() if p.requires_grad)
 
 
 def numel_total(model: nn.Module) -> int:
@@ -206,7 +213,7 @@ def _timeline(blocks: list[TracedBlock], setup: TrainingSetup, resting: MemoryEs
     for block in blocks:
         work = _forward_work(block, setup)
         yield replace(resting, gradients=grown, activations=kept + copies + work, when="forward")
-        if block.part == HEAD:
+        if block.part == LM_HEAD:
             break
         copies += block.copies if _is_recomputed(block, setup) else 0
         kept += _kept(block, setup)
@@ -215,8 +222,8 @@ def _timeline(blocks: list[TracedBlock], setup: TrainingSetup, resting: MemoryEs
     for block in reversed(blocks):
         if not block.graph:
             continue
-        kept -= 0 if block.part == HEAD else _kept(block, setup)
-        in_head = block.part == HEAD
+        kept -= 0 if block.part == LM_HEAD else _kept(block, setup)
+        in_head = block.part == LM_HEAD
         entering = block.entering if _is_recomputed(block, setup) else 0
         work = kept + entering + (0 if in_head else block.saved + 2 * block.widest + block.largest)
         logits = max(block.saved + 2 * block.widest, block.widest + block.largest) if in_head else 0

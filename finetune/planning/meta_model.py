@@ -12,16 +12,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from finetune.arguments.model import LoraArguments
 from finetune.arguments.training import TrainingArguments
 from finetune.families import detect
+from finetune.model_folders.stored_4bit import quantisation_of, stored_in_4bit
+from finetune.models.adapters import ADAPTER_PREFIX, own_name
 from finetune.models.loading import MODEL_CLASSES
 from finetune.planning.training_setup import TrainingSetup
 from finetune.training.freezing import adapt
 
 # The LLM's linear layers that QLoRA does not quantise, as in training.lora.
-_NOT_QUANTISED = ("lm_head", "in_proj_a", "in_proj_b")
+_OUTPUT = "lm_head"
+_NOT_QUANTISED = (_OUTPUT, "in_proj_a", "in_proj_b")
 
 
 @contextmanager
@@ -91,17 +95,16 @@ def adapt_meta_model(
 
 
 def quantised(model: nn.Module, config: dict[str, Any]) -> set[str]:
-    """Names of the weights that QLoRA quantises to 4 bit."""
+    """Names of the weights in 4 bit: those that config.json does not leave whole, or those that QLoRA quantises."""
+    names = {
+        f"{name}.weight": own_name(name.removeprefix(ADAPTER_PREFIX))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    }
+    if stored_in_4bit(config):
+        whole = quantisation_of(config).get("llm_int8_skip_modules") or [_OUTPUT]
+        return {name for name, own in names.items() if should_convert_module(own, whole)}
     inside = tuple(f"{module}." for module in detect(config).parts["llm"])
-    names = set()
-    for name, module in model.named_modules():
-        own = name.removeprefix("base_model.model.")
-        last = own.removesuffix(".base_layer").rpartition(".")[2]
-        if (
-            isinstance(module, nn.Linear)
-            and own.startswith(inside)
-            and last not in _NOT_QUANTISED
-            and ".lora_" not in own
-        ):
-            names.add(f"{name}.weight")
-    return names
+    return {
+        name for name, own in names.items() if own.startswith(inside) and own.rpartition(".")[2] not in _NOT_QUANTISED
+    }

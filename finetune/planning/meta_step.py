@@ -13,11 +13,12 @@ from finetune.models.adapters import base_model_of
 from finetune.models.language_model import logits_scaling
 from finetune.models.lm_head_loss import LMHeadLoss, nll_of, rows_at_once
 from finetune.models.minicpmv4_6 import NativeModelMixin
-from finetune.planning.activation_trace import TracedBlock, tracing
+from finetune.planning.activation_trace import tracing
+from finetune.planning.traced_block import TracedBlock
 from finetune.planning.training_setup import SampleShape
 from finetune.training.freezing import part_of
 
-HEAD = "head"
+LM_HEAD = "head"
 
 
 def blocks_of_step(
@@ -52,7 +53,7 @@ def blocks_of_step(
             handle.remove()
         trace.begin("llm")
         hidden = _language(base_model, shape, embedded, features)
-        trace.begin(HEAD)
+        trace.begin(LM_HEAD)
         _loss(base_model, hidden, shape)
         output: Any = base_model.get_output_embeddings()
         if isinstance(output, LMHeadLoss):
@@ -110,7 +111,7 @@ def _widest_in_head(weight: torch.Tensor, count: int, *, autocast: bool) -> int:
 
 
 def _share_gradients(base_model: Any, parts: Mapping[str, tuple[str, ...]], blocks: list[TracedBlock]) -> None:
-    """Assigns gradients of parameters outside of layers to the first block of their part, the output layer's to HEAD.
+    """Assigns gradients of parameters outside of layers to the first block of their part (lm_head's to LM_HEAD).
 
     Those of an unused part are assigned to the first block: training runs a dummy image through it.
     """
@@ -124,7 +125,7 @@ def _share_gradients(base_model: Any, parts: Mapping[str, tuple[str, ...]], bloc
     heads = {id(parameter) for parameter in output.parameters()}
     for name, parameter in base_model.named_parameters():
         if parameter.requires_grad and id(parameter) not in inside:
-            part = HEAD if id(parameter) in heads else part_of(name, parts)
+            part = LM_HEAD if id(parameter) in heads else part_of(name, parts)
             size = parameter.numel() * parameter.element_size()
             block = next((block for block in blocks if block.part == part and not block.layer), blocks[0])
             block.gradients += size

@@ -14,6 +14,7 @@ from finetune.arguments.model import LoraArguments
 from finetune.arguments.training import TrainingArguments, row_capacity
 from finetune.checkpoints.manifest import zero_stage
 from finetune.encoding.length_policy import LengthPolicy
+from finetune.model_folders.stored_4bit import stored_in_4bit
 from finetune.planning.memory_estimate import GIB, MemoryEstimate, MemoryEstimator
 from finetune.planning.meta_model import adapt_meta_model, quiet
 from finetune.planning.training_setup import Method, SampleShape, TrainingSetup
@@ -36,20 +37,28 @@ Parts = list[str] | None
 def measured_shape(length_policy: LengthPolicy, samples: Any, shape: SampleShape) -> SampleShape | None:
     """The shape with the maximum of tokens, labels and patches over some records; None if none can be used."""
     tokens = items = patches = labels = 0
+    pairs = False
     for index in range(0, len(samples), max(len(samples) // _MEASURED, 1)):
         try:
             fitted = length_policy.fit(samples[index])
         except DataError:
             continue
         measure = length_policy.encoder.size_of(fitted.sample, fitted.plans, fitted.rendered)
-        tokens = max(tokens, measure.tokens)
+        tokens = max(tokens, fitted.longest)
         labels = max(labels, sum(label >= 0 for label in fitted.rendered.labels))
+        pairs = pairs or fitted.rejected is not None
         if measure.patches > patches:
             items, patches = measure.items, measure.patches
     if not tokens:
         return None
-    share = min(labels / tokens, 1.0)
-    return replace(shape, tokens=tokens, items=items, patches=-(-patches // max(items, 1)), labelled=share)
+    share, each = min(labels / tokens, 1.0), -(-patches // max(items, 1))
+    found = replace(shape, tokens=tokens, items=items, patches=each, labelled=share)
+    return of_pairs(found) if pairs else found
+
+
+def of_pairs(shape: SampleShape) -> SampleShape:
+    """The shape of a micro-batch whose samples are preference pairs: two rows each, which share their media."""
+    return replace(shape, batch=2 * shape.batch, items=-(-shape.items // 2))
 
 
 def step_shape(
@@ -80,8 +89,8 @@ def step_shape(
     return replace(shape, batch=1, tokens=tokens, items=min(items, max(most or items, shape.items)))
 
 
-def setup_of(training: TrainingArguments, lora: LoraArguments) -> TrainingSetup:
-    """The setup of a run for memory estimates."""
+def setup_of(base: dict[str, Any], training: TrainingArguments, lora: LoraArguments) -> TrainingSetup:
+    """The setup of a run for memory estimates; ``base`` is config.json of its checkpoint."""
     config: dict[str, Any] = training.deepspeed if isinstance(training.deepspeed, dict) else {}
     moved = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
     method: Method = "qlora" if lora.q_lora else "lora" if training.use_lora else "full"
@@ -93,6 +102,7 @@ def setup_of(training: TrainingArguments, lora: LoraArguments) -> TrainingSetup:
         accumulation=training.gradient_accumulation_steps,
         vision_batch=training.vision_batch,
         lora_r=lora.lora_r,
+        in_4bit=stored_in_4bit(base),
     )
 
 
@@ -115,7 +125,7 @@ def fitting_parts(
     Returns:
         The parts whose layers are recomputed: empty for none, None for all, also if that does not fit either.
     """
-    setup, dtype = setup_of(training, lora), getattr(torch, training.compute_dtype)
+    setup, dtype = setup_of(config, training, lora), getattr(torch, training.compute_dtype)
     with quiet():
         estimator = MemoryEstimator(config, dtype, model=adapt_meta_model(config, training, lora, setup, dtype))
         for parts in _SOME:

@@ -30,8 +30,8 @@ def settings(method: Method, gpus: int, base: TrainingSetup) -> Iterator[Trainin
         base: the other settings.
     """
     for stage, offload, parts in _LADDER:
-        if method == "qlora" and stage == 3:
-            continue  # weights of 4 bit cannot be partitioned
+        if stage == 3 and replace(base, method=method).packed:
+            continue
         if gpus == 1 and stage == 3 and not offload:
             continue  # one GPU has nothing to shard
         setup = replace(base, method=method, gpus=gpus, stage=stage, offload=offload, checkpointing=parts != _NONE)

@@ -49,6 +49,7 @@ class TrainingSetup:
         lora_r: rank of the adapters.
         tune_vision: whether the vision tower is trained; None for the method's default.
         tune_resampler: whether the resampler is trained; None for the method's default.
+        in_4bit: whether the checkpoint is stored in 4 bit.
     """
 
     method: Method = "lora"
@@ -62,6 +63,12 @@ class TrainingSetup:
     lora_r: int = 64
     tune_vision: bool | None = None
     tune_resampler: bool | None = None
+    in_4bit: bool = False
+
+    @property
+    def packed(self) -> bool:
+        """Whether weights are in 4 bit, as they are stored or by QLoRA; they cannot be partitioned."""
+        return self.in_4bit or self.method == "qlora"
 
     @property
     def adapters(self) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data_files.records import folders_of, open_records
+from finetune.readers.answer_pairs import Comparison
 from finetune.readers.conversation import TRAIN_ON, TrainOn
 from finetune.readers.form_detection import DATA_FORMATS, DataFormat, choose, some_records
 from finetune.readers.record_media import places
@@ -26,6 +27,7 @@ def read(
     data_format: DataFormat = "auto",
     rebuild: bool = False,
     strict_paths: bool = False,
+    pairs: bool = False,
     records: Sequence[Any] | None = None,
 ) -> SampleFile:
     """The samples of a data file; each is built on access and may raise then.
@@ -38,6 +40,7 @@ def read(
         data_format: format of the records, "auto" to detect it from the first ones.
         rebuild: rebuild the index of the file.
         strict_paths: refuse media outside of the folder of the data file and ``image_root``.
+        pairs: read preference pairs, instead of conversations.
         records: records of the file that are already open.
 
     Raises:
@@ -47,7 +50,10 @@ def read(
     """
     file = Path(path)
     records = open_records(file, rebuild=rebuild) if records is None else records
-    form, why = choose(some_records(records), str(path), data_format)
+    form, why = choose(some_records(records), str(path), data_format, pairs=pairs)
     logger.info("%s: %d records in the %s format (%s)", path, len(records), form.name, why)
     beside = folders_of(file)[: 1 if strict_paths else None]
-    return SampleFile(records, path, RecordReader(form, places(*beside, image_root, strict=strict_paths), train_on))
+    reading = RecordReader(
+        form, places(*beside, image_root, strict=strict_paths), train_on, Comparison() if pairs else None
+    )
+    return SampleFile(records, path, reading)

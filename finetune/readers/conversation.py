@@ -4,41 +4,49 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from finetune.data_files.json_values import written
 from finetune.readers import foreign_placeholders, record_keys, tool_calls
 from finetune.readers.forms import Form
 from finetune.readers.record_media import Places, json_type, listed
 from finetune.readers.turns import Slot, Turn
-from finetune.sample import MEDIA_COLUMNS, DataError, Media, MediaKind, Message, Part, Sample, Source, Text, Tool
+from finetune.sample import MEDIA_COLUMNS, DataError, Media, MediaKind, Message, Part, Text, Tool
 
 TrainOn = Literal["all", "last"]
 TRAIN_ON: tuple[TrainOn, ...] = get_args(TrainOn)
 _TAG = re.compile(r"<(image|video|audio)>")
 
 
+class Conversation(NamedTuple):
+    """What a record says: a ``Sample`` without id and source.
+
+    Attributes:
+        messages: its turns.
+        tools: descriptions of the tools that may be called.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...]
+
+
 def assemble(
-    turns: Sequence[Turn],
-    parts: Sequence[tuple[Part, ...]],
-    tools: tuple[Tool, ...],
-    source: Source,
-    train_on: TrainOn,
-) -> Sample:
-    """The sample of turns with their parts; all answers are trained, or the last one."""
+    turns: Sequence[Turn], parts: Sequence[tuple[Part, ...]], tools: tuple[Tool, ...], train_on: TrainOn
+) -> Conversation:
+    """The conversation of turns with their parts; all answers are trained, or the last one."""
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     trained = answers if train_on == "all" else answers[-1:]
     messages = tuple(
         Message(turn.role, own, index in trained and turn.loss, turn.thought, turn.calls)
         for index, (turn, own) in enumerate(zip(turns, parts, strict=True))
     )
-    return Sample(id=source.id or str(source.index), source=source, messages=messages, tools=tools)
+    return Conversation(messages, tools)
 
 
 def build(
-    turns: Sequence[Turn], record: Mapping[str, Any], form: Form, source: Source, where: Places, train_on: TrainOn
-) -> Sample:
-    """The sample of a record with tags: each tag in a user turn is replaced by the next file of its column.
+    turns: Sequence[Turn], record: Mapping[str, Any], form: Form, where: Places, train_on: TrainOn
+) -> Conversation:
+    """The conversation of a record with tags: each tag in a user turn is replaced by the next file of its column.
 
     Files in a turn itself replace the tags of that turn, or precede its text. If a turn has media parts, tags are plain
     text; outside of user turns they always are.
@@ -47,7 +55,6 @@ def build(
         turns: turns of the record, in order.
         record: the record, with the media columns.
         form: format of the record.
-        source: file and position of the record.
         where: base folders of relative paths.
         train_on: one of TRAIN_ON.
 
@@ -57,23 +64,22 @@ def build(
     files: dict[MediaKind, list[Media]] = {}
     for kind in MEDIA_COLUMNS:
         column = form.columns.media(kind)
-        files[kind] = [] if column is None else listed(record.get(column), kind, column, source, where)
-    turns = with_system(joined(turns), record, record_keys.system_keys(form), source)
+        files[kind] = [] if column is None else listed(record.get(column), kind, column, where)
+    turns = with_system(joined(turns), record, record_keys.system_keys(form))
     if turns and turns[0].role == "system" and not turns[0].content:
         del turns[0]  # an empty system prompt counts as none: the model's default is used
-    turns, files = foreign_placeholders.to_tags(turns, files, source, where, _TAG)
+    turns, files = foreign_placeholders.to_tags(turns, files, where, _TAG)
     explicit = any(
         not isinstance(part, Text) for turn in turns if not isinstance(turn.content, str) for part in turn.content
     )
     slotted = [
-        _slots(turn.role, own_placed(turn, number, source, tags=not explicit), explicit)
-        for number, turn in enumerate(turns)
+        _slots(turn.role, own_placed(turn, number, tags=not explicit), explicit) for number, turn in enumerate(turns)
     ]
     for kind, found in files.items():
-        _check_counts(kind, slotted, turns, found, form, source, explicit)
+        _check_counts(kind, slotted, turns, found, form, explicit)
     queues: dict[MediaKind, Iterator[Media]] = {kind: iter(found) for kind, found in files.items()}
     filled = [tuple(_filled(parts, queues)) for parts in slotted]
-    return assemble(turns, filled, tool_calls.described(record, record_keys.tool_keys(form), source), source, train_on)
+    return assemble(turns, filled, tool_calls.described(record, record_keys.tool_keys(form)), train_on)
 
 
 def joined(turns: Sequence[Turn]) -> list[Turn]:
@@ -90,13 +96,12 @@ def joined(turns: Sequence[Turn]) -> list[Turn]:
     return result
 
 
-def own_placed(turn: Turn, number: int, source: Source, *, tags: bool = True) -> tuple[Part | Slot, ...]:
+def own_placed(turn: Turn, number: int, *, tags: bool = True) -> tuple[Part | Slot, ...]:
     """The content of a turn with its own files at its tags, or before its text if it has no tags.
 
     Args:
         turn: the turn; tags of kinds without own files are not changed.
         number: number of the turn, for errors.
-        source: file and position of the record.
         tags: whether tags are placeholders.
 
     Raises:
@@ -109,7 +114,7 @@ def own_placed(turn: Turn, number: int, source: Source, *, tags: bool = True) ->
         count = sum(part.text.count(tag) for part in parts if isinstance(part, Text)) if tags else 0
         if count not in (0, len(files)):
             raise DataError(
-                f"{source}: turn {number} has {count} {tag} in its text and names {len(files)} files of that kind; "
+                f"turn {number} has {count} {tag} in its text and names {len(files)} files of that kind; "
                 "the numbers must be equal (or no tag, then the files come first)"
             )
         if not count:
@@ -158,7 +163,6 @@ def _check_counts(
     turns: Sequence[Turn],
     files: Sequence[Media],
     form: Form,
-    source: Source,
     explicit: bool,
 ) -> None:
     """Checks that the numbers of placeholders and files of a kind are equal."""
@@ -174,25 +178,24 @@ def _check_counts(
     note = f" ({elsewhere} more in other turns, where they are plain text)" if elsewhere and not explicit else ""
     fix = "give every file one place" if column else f"name the column of the files, {MEDIA_COLUMNS[kind]!r}"
     raise DataError(
-        f"{source}: {count} {tag} in the user turns of {text_column!r}{note}, {under}; the numbers must be equal: {fix}"
+        f"{count} {tag} in the user turns of {text_column!r}{note}, {under}; the numbers must be equal: {fix}"
     )
 
 
-def with_system(turns: list[Turn], record: Mapping[str, Any], names: Sequence[str], source: Source) -> list[Turn]:
+def with_system(turns: list[Turn], record: Mapping[str, Any], names: Sequence[str]) -> list[Turn]:
     """The turns after the system prompt of the record's own key, if any.
 
     Args:
         turns: turns of the record.
         record: the record.
         names: keys of the system prompt.
-        source: file and position of the record.
 
     Raises:
         DataError: it is not a string, or the record has two different ones.
     """
-    name, given = record_keys.alone(record, names, "", source) or ("", "")
+    name, given = record_keys.alone(record, names, "") or ("", "")
     if not isinstance(given, str):
-        raise DataError(f"{source}: {name!r} is {json_type(given)}; the system prompt must be a string")
+        raise DataError(f"{name!r} is {json_type(given)}; the system prompt must be a string")
     if not turns or turns[0].role != "system":
         return [Turn("system", given), *turns] if given else turns
     own = turns[0].content
@@ -200,5 +203,5 @@ def with_system(turns: list[Turn], record: Mapping[str, Any], names: Sequence[st
         return [Turn("system", given), *turns[1:]] if given else turns
     if given and own not in (given, (Text(given),)):
         shown = written(own) if isinstance(own, str) else "another one"
-        raise DataError(f"{source}: {name!r} is {written(given)} and the system turn is {shown}; keep one")
+        raise DataError(f"{name!r} is {written(given)} and the system turn is {shown}; keep one")
     return turns

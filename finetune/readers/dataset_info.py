@@ -14,8 +14,9 @@ from typing import Any
 from finetune.data_files.json_values import ValueFault, parse, written
 from finetune.data_files.records import choose_split, folders_of, is_pattern, open_records, take_split
 from finetune.data_files.tables import TableRecords, undecoded
+from finetune.readers.answer_pairs import Comparison
 from finetune.readers.conversation import TrainOn
-from finetune.readers.form_detection import check_columns, choose, some_records, vocabulary
+from finetune.readers.form_detection import better_records, check_columns, choose, some_records, vocabulary
 from finetune.readers.forms import (
     COLUMN_NAMES,
     FORMS,
@@ -31,7 +32,7 @@ from finetune.readers.forms import (
 from finetune.readers.record_media import json_type, places
 from finetune.readers.record_reader import RecordReader, SampleFile
 from finetune.sample import DataError
-from finetune.utils.quoting import cut, reason, shown
+from finetune.utils.quoting import reason, shown, truncate_middle
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Entry:
         folder: folder of a hub data set.
         split: such as ``train`` or ``train[:10%]``.
         num_samples: number of randomly sampled records; more than there are repeats some.
+        ranking: whether it is described as preference pairs.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Entry:
     folder: str | None
     split: str
     num_samples: int | None
+    ranking: bool = False
 
     @property
     def where(self) -> str:
@@ -135,13 +138,8 @@ def _entry(name: str, info: Path, given: Any) -> Entry:
     _check_keys(given, _KEYS, where, "key")
     columns = _string_map(given, "columns", (*COLUMN_NAMES, *RANKING), where)
     tags = _string_map(given, "tags", TAG_NAMES, where)
-    ranked = [key for key in RANKING if columns and columns.get(key)]
-    if given.get("ranking") or ranked:
-        what = f"columns has {', '.join(ranked)}" if ranked else "'ranking' is true"
-        raise DataError(
-            f"{where}: {what}: preference data (ranking) is not supported, only supervised finetuning: name one column "
-            "of answers (response, or messages)"
-        )
+    if columns and columns.get("kto_tag"):
+        raise DataError(f"{where}: columns has kto_tag: answers with a tag are not read; pairs are (--stage dpo)")
     formatting = given.get("formatting")
     if formatting not in (None, *FORMS):
         raise DataError(f"{where}: 'formatting' is {written(formatting)}; there are {', '.join(FORMS)}")
@@ -163,7 +161,9 @@ def _entry(name: str, info: Path, given: Any) -> Entry:
     split = texts["split"] or "train"
     if file is not None:
         file, split = choose_split(file, split, where)
-    return Entry(name, info, file, hub, formatting, columns, tags, texts["subset"], texts["folder"], split, number)
+    ranking = bool(given.get("ranking") or any(columns and columns.get(key) for key in RANKING))
+    places_of = (texts["subset"], texts["folder"], split, number)
+    return Entry(name, info, file, hub, formatting, columns, tags, *places_of, ranking)
 
 
 def _place(given: Mapping[str, Any], info: Path, where: str) -> tuple[Path | None, str | None]:
@@ -190,7 +190,7 @@ def _place(given: Mapping[str, Any], info: Path, where: str) -> tuple[Path | Non
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
-        looked = cut(str(path.absolute()))
+        looked = truncate_middle(str(path.absolute()))
         raise DataError(f"{where}: file_name {shown(file)} does not exist (looked for {looked}); correct it") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{where}: file_name {shown(file)} cannot be reached ({reason(error)}); correct it") from error
@@ -238,6 +238,7 @@ def open_entry(
     train_on: TrainOn = "all",
     rebuild: bool = False,
     strict_paths: bool = False,
+    pairs: bool = False,
     records: Sequence[Any] | None = None,
 ) -> SampleFile:
     """The samples of a registered data set; ``num_samples`` is not applied yet.
@@ -250,15 +251,21 @@ def open_entry(
         rebuild: rebuild the index of its file.
         strict_paths: refuse media outside of these folders and the folder of its data file, which must be in the folder
             of ``dataset_info.json``.
+        pairs: read preference pairs, instead of conversations.
         records: records of its file that are already open.
 
     Raises:
         DataError: its file cannot be read, or its records do not match the entry.
     """
+    if entry.ranking and not pairs:
+        raise DataError(
+            f"{entry.where}: is preference data (ranking), which --stage dpo trains on; for supervised finetuning name "
+            "one column of answers (response, or messages)"
+        )
     if entry.file is not None:
         if strict_paths and not entry.file.resolve().is_relative_to(entry.info.parent.resolve()):
             raise DataError(
-                f"{entry.where}: its file is {cut(str(entry.file.resolve()))}, outside of "
+                f"{entry.where}: its file is {truncate_middle(str(entry.file.resolve()))}, outside of "
                 f"{entry.info.parent.resolve()}, which --strict_paths refuses; move it there"
             )
         if records is None:
@@ -270,24 +277,35 @@ def open_entry(
             records = TableRecords(load_hub(entry), entry.hub or "")
         path, beside = entry.hub or "", []
     first = some_records(records)
-    form, why = _form(entry, first)
+    names = _comparison(entry) if pairs else None
+    form, why = _form(entry, first, names)
     logger.info("data set %s: %d records of %s in the %s format (%s)", entry.name, len(records), path, form.name, why)
     where = places(media_dir or entry.info.parent, *beside, image_root, flag="--media_dir", strict=strict_paths)
-    return SampleFile(records, path, RecordReader(form, where, train_on), entry.name)
+    return SampleFile(records, path, RecordReader(form, where, train_on, names), entry.name)
 
 
-def _form(entry: Entry, first: Sequence[Any]) -> tuple[Form, str]:
+def _comparison(entry: Entry) -> Comparison:
+    """The keys of both answers of the pairs of an entry."""
+    given = entry.columns or {}
+    names = {name: given[name] for name in ("chosen", "rejected", "messages", "response") if given.get(name)}
+    return Comparison(**names)  # pyright: ignore[reportArgumentType]
+
+
+def _form(entry: Entry, first: Sequence[Any], names: Comparison | None) -> tuple[Form, str]:
     """The format of the entry; what it does not give is detected from the records."""
     formatting, why = entry.formatting, f"as {INFO} says"
     if formatting is None:
-        form, why = choose(first, entry.where)
+        form, why = choose(first, entry.where, pairs=names is not None)
         if form.name != "alpaca":
             return form if entry.tags is None else replace(form, tags=named_tags(entry.tags)), why
         formatting = "alpaca"
-    if formatting == "official":
-        return Form("official"), why
+    if formatting in ("official", "duplex"):
+        return Form(formatting), why
     objects = [record for record in first if isinstance(record, dict)]
     columns = Columns() if entry.columns is None else named_columns(entry.columns)
+    if names is not None:
+        first = objects = better_records(objects, names, entry.where)
+        columns = replace(columns, response=names.response)
     if columns.messages is None and formatting != "alpaca":
         raise DataError(
             f"{entry.where}: columns does not name the turns (once columns are named, the others do not exist); "

@@ -9,7 +9,7 @@ import re
 from PIL import Image
 
 from finetune.media import image_files
-from finetune.sample import DataError, MediaKind, Source
+from finetune.sample import DataError, MediaKind
 
 # Base64 text that is long enough to be a file.
 _TEXT = re.compile(r"[A-Za-z0-9+/\s]{80,}={0,2}\s*")
@@ -54,7 +54,7 @@ def kind_of_text(text: str) -> MediaKind | None:
     return None if head is None else kind_of(base64.b64decode(head[0]))
 
 
-def of_text(text: str, kind: MediaKind, source: Source) -> bytes:
+def of_text(text: str, kind: MediaKind) -> bytes:
     """The bytes of base64 text that has the signature of its kind.
 
     Raises:
@@ -64,13 +64,13 @@ def of_text(text: str, kind: MediaKind, source: Source) -> bytes:
     if found != kind:
         what = f"a file of {found}" if found else "no file that is known"
         raise DataError(
-            f"{source}: {kind} {text[:40]!r}... ({len(text)} characters) is no path that exists; it looks like base64 "
+            f"{kind} {text[:40]!r}... ({len(text)} characters) is no path that exists; it looks like base64 "
             f"text, of {what}; give a path, or the base64 text of {A_FILE[kind]}"
         )
-    return _bytes("".join(text.split()), text, kind, source)
+    return _bytes("".join(text.split()), text, kind)
 
 
-def of_address(address: str, kind: MediaKind, source: Source) -> bytes:
+def of_address(address: str, kind: MediaKind) -> bytes:
     """The bytes of a ``data:`` URL.
 
     Raises:
@@ -78,11 +78,11 @@ def of_address(address: str, kind: MediaKind, source: Source) -> bytes:
     """
     head, _, body = address.partition(",")
     if not head.endswith(";base64"):
-        raise DataError(f"{source}: {kind} {address[:40]!r}...: data: URLs must be base64; give that or a path")
-    return _bytes(body, address, kind, source)
+        raise DataError(f"{kind} {address[:40]!r}...: data: URLs must be base64; give that or a path")
+    return _bytes(body, address, kind)
 
 
-def of_value(value: bytes | str, kind: MediaKind, source: Source) -> bytes:
+def of_value(value: bytes | str, kind: MediaKind) -> bytes:
     """The bytes of a ``bytes`` value, which is base64 text in JSON.
 
     Raises:
@@ -91,21 +91,21 @@ def of_value(value: bytes | str, kind: MediaKind, source: Source) -> bytes:
     if isinstance(value, bytes):
         return value
     if value.startswith("data:"):
-        return of_address(value, kind, source)
-    return _bytes("".join(value.split()), value, kind, source)
+        return of_address(value, kind)
+    return _bytes("".join(value.split()), value, kind)
 
 
-def _bytes(body: str, shown: str, kind: MediaKind, source: Source) -> bytes:
+def _bytes(body: str, shown: str, kind: MediaKind) -> bytes:
     try:
         return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise DataError(f"{source}: {kind} {shown[:40]!r}...: not base64 ({error})") from error
+        raise DataError(f"{kind} {shown[:40]!r}...: not base64 ({error})") from error
 
 
 A_FILE: dict[MediaKind, str] = {"image": "an image", "video": "a video", "audio": "an audio file"}
 
 
-def decoded(data: bytes, kind: MediaKind, source: Source) -> Image.Image | bytes:
+def decoded(data: bytes, kind: MediaKind) -> Image.Image | bytes:
     """An image with its header read, or the bytes of an audio file; the encoder decodes them.
 
     Raises:
@@ -115,7 +115,7 @@ def decoded(data: bytes, kind: MediaKind, source: Source) -> Image.Image | bytes
         return data
     if kind != "image":
         raise DataError(
-            f"{source}: {A_FILE[kind]} of {len(data)} bytes inside the record is not supported; write it to a file and "
+            f"{A_FILE[kind]} of {len(data)} bytes inside the record is not supported; write it to a file and "
             "give its path"
         )
-    return image_files.decode(data, source, "an image inside the record")
+    return image_files.decode(data, "an image inside the record")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar
 from urllib.parse import unquote
 
 from finetune.readers.record_media import Places, is_there, one
-from finetune.sample import MEDIA_KINDS, DataError, Media, MediaKind, Sample, Source, Text
+from finetune.sample import MEDIA_KINDS, DataError, Media, MediaKind, Sample, Text
 
 _NAMES: dict[MediaKind, str] = {"image": "image|img", "video": "video", "audio": "audio|sound|speech"}
 
@@ -153,7 +153,6 @@ AnyTurn = TypeVar("AnyTurn", bound=_Turn)
 def to_tags(
     turns: Sequence[AnyTurn],
     files: Mapping[MediaKind, Any],
-    source: Source,
     where: Places,
     tag: re.Pattern[str],
 ) -> tuple[list[AnyTurn], dict[MediaKind, Any]]:
@@ -166,7 +165,6 @@ def to_tags(
     Args:
         turns: turns of the record.
         files: files listed in the record, by kind: a list, or an object by tag.
-        source: file and position of the record.
         where: base folders of relative paths.
         tag: pattern of our own tags.
 
@@ -181,10 +179,10 @@ def to_tags(
         # Placeholders of a turn with own files belong to these files only.
         own = [number for number in users if result[number].files.get(kind)]
         for number in own:
-            found = _converted(result, [number], kind, turns[number].files[kind], source, where, tag)
+            found = _converted(result, [number], kind, turns[number].files[kind], where, tag)
             result[number] = result[number]._replace(files={**result[number].files, kind: found})
         others = [number for number in users if number not in own]
-        converted[kind] = _converted(result, others, kind, listed, source, where, tag)
+        converted[kind] = _converted(result, others, kind, listed, where, tag)
     return result, converted
 
 
@@ -193,16 +191,15 @@ def _converted(
     asked: Sequence[int],
     kind: MediaKind,
     listed: Any,
-    source: Source,
     where: Places,
     tag: re.Pattern[str],
 ) -> Any:
     """The files of a kind for some turns, whose texts are rewritten in ``turns``."""
     texts = [text for number in asked for text in _texts(turns[number].content)]
-    located = [_located(text, kind, source, where, tag) for text in texts]
+    located = [_located(text, kind, where, tag) for text in texts]
     if isinstance(listed, dict) or all(mark.spelling == f"<{kind}>" for each in located for mark in each):
         return listed
-    read, found = _read(located, kind, listed, source)
+    read, found = _read(located, kind, listed)
     written = iter([_written(text, each, kind) for text, each in zip(texts, read, strict=True)])
     for number in asked:
         turns[number] = turns[number]._replace(content=_rewritten(turns[number].content, written))
@@ -226,13 +223,13 @@ def _written(text: str, marks: Sequence[_Mark], kind: MediaKind) -> str:
     return "".join([*parts, text[end:]])
 
 
-def _located(text: str, kind: MediaKind, source: Source, where: Places, tag: re.Pattern[str]) -> list[_Mark]:
+def _located(text: str, kind: MediaKind, where: Places, tag: re.Pattern[str]) -> list[_Mark]:
     """The placeholders of a text, with the file of those that have an existing path."""
     found: list[_Mark] = []
     own = f"<{kind}>"
     for mark in _marks(text, kind):
         if mark.path is not None:
-            medium = _file(mark.path, kind, source, where)
+            medium = _file(mark.path, kind, where)
             if medium is not None:
                 found.append(mark._replace(file=medium))
             elif text.startswith(own, mark.start):
@@ -243,7 +240,7 @@ def _located(text: str, kind: MediaKind, source: Source, where: Places, tag: re.
 
 
 def _read(
-    located: Sequence[Sequence[_Mark]], kind: MediaKind, listed: Sequence[Media], source: Source
+    located: Sequence[Sequence[_Mark]], kind: MediaKind, listed: Sequence[Media]
 ) -> tuple[list[list[_Mark]], list[Media]]:
     """The placeholders of each text that become tags, and the files of a kind in reading order."""
     marks = [mark for each in located for mark in each]
@@ -254,7 +251,7 @@ def _read(
     agree = len(rest) == owns + len(bare) and _in_order(bare)
     if named and not agree and owns != len(rest):
         raise DataError(
-            f"{source}: {len(named)} {kind} files are named in the text, and beside them there are {owns} <{kind}> "
+            f"{len(named)} {kind} files are named in the text, and beside them there are {owns} <{kind}> "
             f"for {len(rest)} other files; give every file one place, <{kind}> or its path"
         )
     kept = [[mark for mark in each if agree or mark.own or mark.file is not None] for each in located]
@@ -265,13 +262,13 @@ def _read(
     return kept, [*filter(None, files), *queue]
 
 
-def _file(path: str, kind: MediaKind, source: Source, where: Places) -> Media | None:
+def _file(path: str, kind: MediaKind, where: Places) -> Media | None:
     """The file at the path of a placeholder, None if it does not exist."""
     if path.startswith(f"data:{kind}/"):
-        return one(path, kind, "the text", source, where)
+        return one(path, kind, "the text", where)
     for name in dict.fromkeys((path, unquote(path))):
         if is_there(name, where):
-            return one(name, kind, "the text", source, where)
+            return one(name, kind, "the text", where)
     return None
 
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from finetune.readers import record_keys
+from finetune.readers.answer_pairs import Comparison, split
 from finetune.readers.forms import FROM_VALUE, OWN_NAMES, ROLE_CONTENT, WANTED, Columns, Form, FormName, Tags
 from finetune.readers.record_media import json_cell
 from finetune.sample import MEDIA_COLUMNS, DataError, MediaKind
 from finetune.utils.quoting import shown, words_of
 
-DataFormat = Literal["auto", "official", "sharegpt", "alpaca", "openai"]
+DataFormat = Literal["auto", "official", "sharegpt", "alpaca", "openai", "duplex"]
 DATA_FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
 
 INSPECTED = 20
@@ -41,13 +42,14 @@ def some_records(records: Sequence[Any]) -> list[Any]:
     return found
 
 
-def choose(records: Sequence[Any], where: str, asked: DataFormat = "auto") -> tuple[Form, str]:
+def choose(records: Sequence[Any], where: str, asked: DataFormat = "auto", *, pairs: bool = False) -> tuple[Form, str]:
     """The format of records without an entry in dataset_info.json, and the reason for it.
 
     Args:
         records: records from ``some_records``.
         where: the file, for errors.
         asked: a format, or "auto".
+        pairs: whether they are preference pairs.
 
     Raises:
         DataError: the records match no format, or several ones that exclude each other.
@@ -56,12 +58,14 @@ def choose(records: Sequence[Any], where: str, asked: DataFormat = "auto") -> tu
     if asked not in DATA_FORMATS:
         raise ValueError(f"no data_format {asked!r}; there are {', '.join(DATA_FORMATS)}")
     objects = [record for record in records if isinstance(record, dict)]
+    if pairs:
+        objects = better_records(objects, Comparison(), where)
     if asked == "auto":
         name, why = _by_signs(objects, where, len(records))
     else:
         name, why = asked, "as asked for"
-    if name == "official":
-        return Form("official"), why
+    if name in ("official", "duplex"):
+        return Form(name), why
     alone: MediaKind | None = next((kind for record in objects for kind in MEDIA_COLUMNS if record.get(kind)), None)
     if alone is not None:
         raise DataError(
@@ -70,6 +74,23 @@ def choose(records: Sequence[Any], where: str, asked: DataFormat = "auto") -> tu
         )
     columns = replace(OWN_NAMES, messages=conversation_column(objects))
     return Form(name, columns, vocabulary(objects, columns.messages)), why
+
+
+def better_records(records: Sequence[Mapping[str, Any]], names: Comparison, where: str) -> list[Mapping[str, Any]]:
+    """The records of preference pairs with their better answer alone; others are reported when they are accessed.
+
+    Raises:
+        DataError: none of them is a pair.
+    """
+    found, fault = [], None
+    for record in records:
+        try:
+            found.append(split(record, names)[0])
+        except DataError as error:
+            fault = fault or error
+    if fault is not None and not found:
+        raise DataError(f"{where}: none of the inspected records is a pair: the first {fault.args[0]}")
+    return found
 
 
 def conversation_column(records: Sequence[Mapping[str, Any]]) -> str:
@@ -95,6 +116,10 @@ def _by_signs(records: Sequence[Mapping[str, Any]], where: str, inspected: int) 
     for record in records:
         if compared := record_keys.compared(record):
             raise DataError(f"{where}: records have {compared}")
+    conversations = [record for record in records if record.get(record_keys.DUPLEX) is None]
+    if records and not conversations:
+        return "duplex", f"the records have {record_keys.DUPLEX!r}"
+    records = conversations  # a full-duplex record among them is read as one
     plain = next((key for record in records for key in _CONVERSATION if record.get(key) is not None), None)
     signs = _first(sign for record in records for sign in _signs(record))
     if "openai" in signs:

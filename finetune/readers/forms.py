@@ -8,13 +8,14 @@ from typing import Any, Literal, get_args
 
 from finetune.sample import MEDIA_COLUMNS, MediaKind
 
-FormName = Literal["official", "sharegpt", "alpaca", "openai"]
+FormName = Literal["official", "sharegpt", "alpaca", "openai", "duplex"]
 FORMS: tuple[FormName, ...] = get_args(FormName)
 
 WANTED = (
     "official needs 'conversations' (turns with role and content) and 'image', 'video', 'audio'; sharegpt needs "
     "'messages' or 'conversations' and 'images', 'videos', 'audios'; alpaca needs 'instruction' and 'output'; openai "
-    "needs 'messages' whose content may be a list of parts"
+    "needs 'messages' whose content may be a list of parts; duplex needs 'duplex' (a timeline of user "
+    "audio and the model's speech)"
 )
 """The keys of each format, for errors."""
 

@@ -168,6 +168,7 @@ def open_data(
     seed: int = 42,
     rebuild: bool = False,
     strict_paths: bool = False,
+    pairs: bool = False,
 ) -> Mixture:
     """The samples of a data file (``readers.read``), or of data sets by name (``read_named``) if ``path`` is None.
 
@@ -182,6 +183,7 @@ def open_data(
             data_format=data_format,
             rebuild=rebuild,
             strict_paths=strict_paths,
+            pairs=pairs,
         )
         return Mixture([file]).first(max_samples)
     return read_named(
@@ -194,6 +196,7 @@ def open_data(
         seed=seed,
         rebuild=rebuild,
         strict_paths=strict_paths,
+        pairs=pairs,
     )
 
 
@@ -242,6 +245,7 @@ def read_named(
     seed: int = 42,
     rebuild: bool = False,
     strict_paths: bool = False,
+    pairs: bool = False,
 ) -> Mixture:
     """The records of registered data sets, one set after another.
 
@@ -256,6 +260,7 @@ def read_named(
         seed: random seed; the sampling of a data set does not depend on the others.
         rebuild: rebuild the indexes of the files.
         strict_paths: refuse media outside of these folders and those of the data files.
+        pairs: read preference pairs, instead of conversations.
 
     Raises:
         DataError: a name is not registered, its description cannot be used, or its file cannot be read.
@@ -271,6 +276,7 @@ def read_named(
             train_on=train_on,
             rebuild=rebuild,
             strict_paths=strict_paths,
+            pairs=pairs,
         )
         random = np.random.default_rng([seed, zlib.crc32(each.name.encode())])
         files.append(file)

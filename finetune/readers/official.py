@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from finetune.readers import foreign_placeholders, record_keys, tool_calls
-from finetune.readers.conversation import TrainOn, assemble, joined, own_placed, with_system
+from finetune.readers.conversation import Conversation, TrainOn, assemble, joined, own_placed, with_system
 from finetune.readers.embedded_media import A_FILE
 from finetune.readers.forms import CALLING
 from finetune.readers.record_media import Places, is_embedded, json_cell, json_type, one
 from finetune.readers.turns import Turn, complete, state, text_of, turn_list
-from finetune.sample import MEDIA_COLUMNS, MEDIA_KINDS, DataError, Media, MediaKind, Part, Sample, Source, Text
-from finetune.utils.quoting import cut, shown
+from finetune.sample import MEDIA_COLUMNS, MEDIA_KINDS, DataError, Media, MediaKind, Part, Text
+from finetune.utils.quoting import shown, truncate_middle, words_of
 
 _TAG = re.compile(r"<(?:image|video|audio)(?:_\d+)?>")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
@@ -23,8 +23,8 @@ _Files = dict[str, Media] | list[Media]
 """Files by tag, or in order."""
 
 
-def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: TrainOn) -> Sample:
-    """The sample of a record.
+def conversation(record: Mapping[str, Any], where: Places, train_on: TrainOn) -> Conversation:
+    """The conversation of a record.
 
     ``image`` is a path (tag ``<image>``), a list of paths (one ``<image>`` per path, in order), a dictionary from
     ``<image_00>``, ``<image_01>``, ... to paths (each tag once, anywhere), or absent. Without tags the images precede
@@ -40,57 +40,55 @@ def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: T
     for key in MEDIA_COLUMNS.values():
         if record.get(key):
             raise DataError(
-                f"{source}: has {key!r}, which the official format does not support; paths belong under {key[:-1]!r} "
+                f"has {key!r}, which the official format does not support; paths belong under {key[:-1]!r} "
                 "(or the file is of another form: --data_format sharegpt)"
             )
-    turns = with_system(joined(_turns(record, source, where)), record, record_keys.SYSTEM, source)
-    files: dict[MediaKind, _Files] = {
-        kind: _files(kind, json_cell(record.get(kind)), source, where) for kind in MEDIA_KINDS
-    }
-    turns, files = foreign_placeholders.to_tags(turns, files, source, where, _TAG)
-    placed = _place(turns, files, source)
-    return assemble(turns, placed, tool_calls.described(record, record_keys.TOOLS, source), source, train_on)
+    turns = with_system(joined(_turns(record, where)), record, record_keys.SYSTEM)
+    files: dict[MediaKind, _Files] = {kind: _files(kind, json_cell(record.get(kind)), where) for kind in MEDIA_KINDS}
+    turns, files = foreign_placeholders.to_tags(turns, files, where, _TAG)
+    placed = _place(turns, files)
+    return assemble(turns, placed, tool_calls.described(record, record_keys.TOOLS), train_on)
 
 
-def _turns(record: Mapping[str, Any], source: Source, where: Places) -> list[Turn]:
+def _turns(record: Mapping[str, Any], where: Places) -> list[Turn]:
     """The turns, with validated values."""
     key = "messages" if record.get("conversations") is None and record.get("messages") is not None else "conversations"
     if record.get("conversations") is not None and record.get("messages") is not None:
-        raise DataError(f"{source}: has 'conversations' and 'messages', two lists of turns; keep one")
+        raise DataError("has 'conversations' and 'messages', two lists of turns; keep one")
     result = []
-    for number, turn in enumerate(turn_list(record, key, source)):
+    for number, turn in enumerate(turn_list(record, key)):
         # Rows of tables have every key in every turn, null if unused.
         tagged = turn.get("from") is not None and turn.get("role") is None
         names = ("from", "value") if tagged else ("role", "content")
         if turn.get("from") is not None and not tagged:
-            raise DataError(f"{source}: turn {number} has 'role' and 'from', two names for who speaks; keep one")
+            raise DataError(f"turn {number} has 'role' and 'from', two names for who speaks; keep one")
         role = turn.get(names[0])
         if not isinstance(role, str):
-            raise DataError(f"{source}: turn {number}: {state(turn, names[0])}; it must be a string")
+            raise DataError(f"turn {number}: {state(turn, names[0])}; it must be a string")
         role = CALLING.get(role, _SHAREGPT.get(role, role) if tagged else role)
-        result.append(complete(turn, role, text_of(turn, names[1], number, source), number, source, where))
+        result.append(complete(turn, role, text_of(turn, names[1], number), number, where))
     return result
 
 
-def _files(kind: MediaKind, given: Any, source: Source, where: Places) -> _Files:
+def _files(kind: MediaKind, given: Any, where: Places) -> _Files:
     """The files of a kind, by tag if the record has tags, else in order."""
     if given is None:
         return []
     if isinstance(given, dict) and not is_embedded(given):
         for tag in given:
             if _kind(tag) != kind or not _TAG.fullmatch(tag):
-                raise DataError(f"{source}: {kind!r} has the key {shown(tag, 60)}; keys must look like <{kind}_00>")
-        return {tag: _medium(kind, path, source, where) for tag, path in given.items() if path is not None}
-    return [_medium(kind, path, source, where) for path in (given if isinstance(given, (list, tuple)) else [given])]
+                raise DataError(f"{kind!r} has the key {shown(tag, 60)}; keys must look like <{kind}_00>")
+        return {tag: _medium(kind, path, where) for tag, path in given.items() if path is not None}
+    return [_medium(kind, path, where) for path in (given if isinstance(given, (list, tuple)) else [given])]
 
 
-def _medium(kind: MediaKind, given: Any, source: Source, where: Places) -> Media:
+def _medium(kind: MediaKind, given: Any, where: Places) -> Media:
     frames = kind == "video" and isinstance(given, (list, tuple))
     if not frames and not is_embedded(given) and (not isinstance(given, str) or not given):
         what = "an empty string" if given == "" else json_type(given)
         without = "a text-only record" if kind == "image" else "a record without"
-        raise DataError(f"{source}: {A_PATH[kind]} is {what}; give a path, or leave {kind!r} out of {without}")
-    return one(given, kind, kind, source, where)
+        raise DataError(f"{A_PATH[kind]} is {what}; give a path, or leave {kind!r} out of {without}")
+    return one(given, kind, kind, where)
 
 
 A_PATH: dict[MediaKind, str] = {"image": "an image path", "video": "a video path", "audio": "an audio path"}
@@ -101,10 +99,10 @@ def _kind(tag: str) -> str:
     return tag.strip("<>").partition("_")[0]
 
 
-def _place(turns: Sequence[Turn], files: Mapping[MediaKind, _Files], source: Source) -> list[tuple[Part, ...]]:
+def _place(turns: Sequence[Turn], files: Mapping[MediaKind, _Files]) -> list[tuple[Part, ...]]:
     """The parts of every turn, with files in place of their tags; files of a kind without tags come first."""
     # Turns of this format are text, so they have no slots.
-    own = [cast("tuple[Part, ...]", own_placed(turn, number, source)) for number, turn in enumerate(turns)]
+    own = [cast("tuple[Part, ...]", own_placed(turn, number)) for number, turn in enumerate(turns)]
     asked = [parts if turn.role == "user" else () for turn, parts in zip(turns, own, strict=True)]
     found = [tag for parts in asked for part in parts if isinstance(part, Text) for tag in _TAG.findall(part.text)]
     queues: dict[str, Iterator[Media]] = {}
@@ -114,12 +112,12 @@ def _place(turns: Sequence[Turn], files: Mapping[MediaKind, _Files], source: Sou
         if not tags and given and (isinstance(given, list) or list(given) == [f"<{kind}>"]):
             front += given if isinstance(given, list) else given.values()
         else:
-            queues[kind] = iter(_match(kind, tags, given, source))
+            queues[kind] = iter(_match(kind, tags, given))
     placed = [_split(parts, queues) if turn.role == "user" else parts for turn, parts in zip(turns, own, strict=True)]
-    return _in_front(turns, placed, front, source) if front else placed
+    return _in_front(turns, placed, front) if front else placed
 
 
-def _match(kind: MediaKind, found: list[str], files: _Files, source: Source) -> list[Media]:
+def _match(kind: MediaKind, found: list[str], files: _Files) -> list[Media]:
     """The file of every tag in reading order; tags and files must match one to one."""
     a = A_FILE[kind]
     if isinstance(files, dict):
@@ -129,7 +127,7 @@ def _match(kind: MediaKind, found: list[str], files: _Files, source: Source) -> 
             unused = [tag for tag in known if tag not in found]
             twice = [tag for tag in known if found.count(tag) > 1]
             faults = [
-                f"{cut(', '.join(tags))} {fault}"
+                f"{truncate_middle(', '.join(tags))} {fault}"
                 for tags, fault in (
                     (missing, f"in the text without {a}"),
                     (unused, f"under {kind!r} but in no user turn"),
@@ -138,18 +136,18 @@ def _match(kind: MediaKind, found: list[str], files: _Files, source: Source) -> 
                 if tags
             ]
             raise DataError(
-                f"{source}: tags and {_MANY[kind]} disagree: {'; '.join(faults)}; give every {_MANY[kind][:-1]} one tag"
+                f"tags and {_MANY[kind]} disagree: {'; '.join(faults)}; give every {_MANY[kind][:-1]} one tag"
             )
         return [files[tag] for tag in found]
     numbered = [tag for tag in found if tag != f"<{kind}>"]
     if numbered:
         raise DataError(
-            f"{source}: {cut(', '.join(numbered))} in the text, but {kind!r} names no tags; write <{kind}>, "
+            f"{truncate_middle(', '.join(numbered))} in the text, but {kind!r} names no tags; write <{kind}>, "
             f"or make {kind!r} an object from tags to paths"
         )
     if len(found) != len(files):
         raise DataError(
-            f"{source}: {len(found)} <{kind}> in the user turns, {len(files)} {_MANY[kind]} under {kind!r}; "
+            f"{len(found)} <{kind}> in the user turns, {len(files)} {_MANY[kind]} under {kind!r}; "
             f"the numbers must be equal (or no <{kind}>, then the {_MANY[kind]} come first)"
         )
     return files
@@ -158,12 +156,14 @@ def _match(kind: MediaKind, found: list[str], files: _Files, source: Source) -> 
 _MANY: dict[MediaKind, str] = {"image": "images", "video": "videos", "audio": "audio files"}
 
 
-def _in_front(
-    turns: Sequence[Turn], placed: list[tuple[Part, ...]], files: Sequence[Media], source: Source
-) -> list[tuple[Part, ...]]:
+def _in_front(turns: Sequence[Turn], placed: list[tuple[Part, ...]], files: Sequence[Media]) -> list[tuple[Part, ...]]:
     first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
     if first is None:
-        raise DataError(f"{source}: has {_MANY[files[0].kind]} but no user turn to put them in; add the question")
+        roles = words_of(dict.fromkeys(turn.role for turn in turns))
+        raise DataError(
+            f"has {_MANY[files[0].kind]} but no user turn to put them in, only {roles}; add the question, or "
+            "correct its role"
+        )
     lead = [part for file in files for part in (file, Text("\n"))]
     placed[first] = (*lead, *placed[first])
     return placed

@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.data_files.json_values import written
 from finetune.readers.forms import Form
-from finetune.sample import MEDIA_COLUMNS, MEDIA_KINDS, DataError, MediaKind, Source
+from finetune.sample import MEDIA_COLUMNS, MEDIA_KINDS, DataError, MediaKind
 
 IDENTITY = "id"
 ANSWERS = "answers"
@@ -31,19 +31,14 @@ RESULT_OF = "tool_call_id"
 IN_TURN: Mapping[MediaKind, tuple[str, ...]] = {kind: (kind, many) for kind, many in MEDIA_COLUMNS.items()}
 """Keys of a user turn for its own media files."""
 MEDIA_OF_TURNS = frozenset(name for names in IN_TURN.values() for name in names)
+DUPLEX = "duplex"
+"""Key that makes a record a full-duplex one."""
 OBJECTS = "objects"
 """Key of the grounding names and boxes, read in every format."""
-COMPARED = (
-    "chosen",
-    "rejected",
-    "kto_tag",
-    "rejected_response",
-    "rejected_responses",
-    "rejected_messages",
-    "rejected_images",
-    "non_preferred_output",
-)
-"""Keys of preference data, which is not supported."""
+UNPAIRED = ("kto_tag", "rejected_responses", "rejected_images", "non_preferred_output")
+"""Keys of preference data that no stage reads."""
+COMPARED = ("chosen", "rejected", "rejected_response", "rejected_messages", *UNPAIRED)
+"""Keys of preference data, which ``--stage dpo`` reads (``answer_pairs``)."""
 
 TURN_LISTS = ("conversations", "messages")
 _VOCABULARIES = (("role", "content"), ("from", "value"))
@@ -67,6 +62,8 @@ def tool_keys(form: Form) -> tuple[str, ...]:
 def record_keys(form: Form) -> frozenset[str]:
     """All keys that are read at the top level of a record."""
     columns = form.columns
+    if form.name == "duplex":
+        return frozenset((IDENTITY, DUPLEX, *SYSTEM))
     if form.name == "official":
         media = (*MEDIA_KINDS, *MEDIA_COLUMNS.values())
         return frozenset((IDENTITY, ANSWERS, OBJECTS, *TURN_LISTS, *media, *SYSTEM, *TOOLS))
@@ -100,19 +97,18 @@ def compared(record: Mapping[str, Any]) -> str:
     if found in ([], ["chosen"]):  # which alone may be the name of a column of answers
         return ""
     return (
-        f"{' and '.join(map(repr, found))}: preference data is not supported, only supervised finetuning: keep "
-        "the preferred answer (in 'output' or as the last turn) and remove these keys"
+        f"{' and '.join(map(repr, found))}: preference data; --stage dpo trains on pairs of 'chosen' and 'rejected'; "
+        "for supervised finetuning keep the preferred answer (in 'output' or as the last turn) and remove these keys"
     )
 
 
-def alone(given: Mapping[str, Any], names: Sequence[str], where: str, source: Source) -> tuple[str, Any] | None:
+def alone(given: Mapping[str, Any], names: Sequence[str], where: str) -> tuple[str, Any] | None:
     """The key among synonyms that an object has, and its value; None if it has none of them.
 
     Args:
         given: a record or a turn.
         names: synonyms.
         where: prefix of the message: "", or such as "turn 3: ".
-        source: file and position of the record.
 
     Raises:
         DataError: two of them, with different values.
@@ -124,7 +120,7 @@ def alone(given: Mapping[str, Any], names: Sequence[str], where: str, source: So
     for other, another in found[1:]:
         if another != value:
             raise DataError(
-                f"{source}: {where}{first!r} is {written(value)} and {other!r} is {written(another)}, which are "
+                f"{where}{first!r} is {written(value)} and {other!r} is {written(another)}, which are "
                 "synonyms; keep one"
             )
     return first, value

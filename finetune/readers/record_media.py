@@ -13,9 +13,9 @@ from PIL import Image
 from finetune.data_files.json_values import parse
 from finetune.readers import embedded_media
 from finetune.readers.embedded_media import A_FILE
-from finetune.sample import DataError, Media, MediaKind, Source
+from finetune.sample import DataError, Media, MediaKind
 from finetune.utils.file_types import is_file, is_folder, is_special
-from finetune.utils.quoting import cut, reason, shown
+from finetune.utils.quoting import reason, shown, truncate_middle
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -46,7 +46,7 @@ def places(*folders: str | Path | None, flag: str = "--image_root", strict: bool
     return Places(tuple(dict.fromkeys([*found, Path.cwd()])), flag)
 
 
-def find(path: str, kind: MediaKind, source: Source, where: Places) -> Path:
+def find(path: str, kind: MediaKind, where: Places) -> Path:
     """The file of a path.
 
     Raises:
@@ -55,9 +55,7 @@ def find(path: str, kind: MediaKind, source: Source, where: Places) -> Path:
     if path.startswith("file://"):
         path = path.removeprefix("file://")
     if _REMOTE.match(path):
-        raise DataError(
-            f"{source}: {kind} {shown(path)} is a URL, and media are not downloaded; download it and give its path"
-        )
+        raise DataError(f"{kind} {shown(path)} is a URL, and media are not downloaded; download it and give its path")
     tried = [Path(path)] if Path(path).is_absolute() else [folder / path for folder in where.folders]
     fault: OSError | ValueError | None = None
     for candidate in tried:
@@ -70,17 +68,15 @@ def find(path: str, kind: MediaKind, source: Source, where: Places) -> Path:
             fault = fault or error
         else:
             if is_special(candidate):
-                raise DataError(f"{source}: {kind} {shown(path)} is a pipe, a socket or a device; give a regular file")
-            _check_place(candidate, path, kind, source, where)
+                raise DataError(f"{kind} {shown(path)} is a pipe, a socket or a device; give a regular file")
+            _check_place(candidate, path, kind, where)
             return candidate
     if fault is not None:
         raise DataError(
-            f"{source}: {kind} {shown(path)} cannot be reached ({reason(fault)}); correct the path or its permissions"
+            f"{kind} {shown(path)} cannot be reached ({reason(fault)}); correct the path or its permissions"
         )
-    looked = ", ".join(cut(str(candidate)) for candidate in tried)
-    raise DataError(
-        f"{source}: {kind} {shown(path)} does not exist (looked for {looked}); correct the path or give {where.flag}"
-    )
+    looked = ", ".join(truncate_middle(str(candidate)) for candidate in tried)
+    raise DataError(f"{kind} {shown(path)} does not exist (looked for {looked}); correct the path or give {where.flag}")
 
 
 def is_there(path: str, where: Places) -> bool:
@@ -94,7 +90,7 @@ def is_there(path: str, where: Places) -> bool:
     )
 
 
-def _check_place(found: Path, path: str, kind: MediaKind, source: Source, where: Places) -> None:
+def _check_place(found: Path, path: str, kind: MediaKind, where: Places) -> None:
     """Checks with --strict_paths that a file, or the files of a frame folder, are in the allowed folders."""
     if where.allowed is None:
         return
@@ -103,7 +99,7 @@ def _check_place(found: Path, path: str, kind: MediaKind, source: Source, where:
         if not any(real.is_relative_to(folder) for folder in where.allowed):
             allowed = ", ".join(map(str, where.allowed))
             raise DataError(
-                f"{source}: {kind} {shown(path)} is {cut(str(real))}, outside of {allowed}, which --strict_paths "
+                f"{kind} {shown(path)} is {truncate_middle(str(real))}, outside of {allowed}, which --strict_paths "
                 f"refuses; move the file there or give {where.flag}"
             )
 
@@ -115,7 +111,7 @@ def is_embedded(value: Any) -> bool:
     )
 
 
-def one(value: Any, kind: MediaKind, column: str, source: Source, where: Places) -> Media:
+def one(value: Any, kind: MediaKind, column: str, where: Places) -> Media:
     """A medium from a path, an image, the bytes of a file or base64 text; a video also from a list of frames.
 
     Text is base64 if there is no file of that name and it starts with the signature of a file of its kind.
@@ -124,7 +120,6 @@ def one(value: Any, kind: MediaKind, column: str, source: Source, where: Places)
         value: value in the record.
         kind: kind of media.
         column: key of the value, for errors.
-        source: file and position of the record.
         where: base folders of relative paths.
 
     Raises:
@@ -133,32 +128,32 @@ def one(value: Any, kind: MediaKind, column: str, source: Source, where: Places)
     if isinstance(value, Image.Image):
         return Media(kind, value)
     if kind == "video" and isinstance(value, (list, tuple)):
-        return Media(kind, tuple(_frame(each, column, source, where) for each in value))
+        return Media(kind, tuple(_frame(each, column, where) for each in value))
     if isinstance(value, dict) and is_embedded(value):
         data = value.get("bytes")
         if data is not None and not isinstance(data, (bytes, str)):
-            raise DataError(f"{source}: {column!r} has {json_type(data)} under 'bytes'; give base64 text, or a path")
-        value = value.get("path") if data is None else embedded_media.of_value(data, kind, source)
+            raise DataError(f"{column!r} has {json_type(data)} under 'bytes'; give base64 text, or a path")
+        value = value.get("path") if data is None else embedded_media.of_value(data, kind)
     if isinstance(value, str) and value.startswith("data:"):
-        value = embedded_media.of_address(value, kind, source)
+        value = embedded_media.of_address(value, kind)
     elif isinstance(value, str) and embedded_media.is_base64(value) and not is_there(value, where):
-        value = embedded_media.of_text(value, kind, source)
+        value = embedded_media.of_text(value, kind)
     if isinstance(value, bytes):
-        return Media(kind, embedded_media.decoded(value, kind, source))
+        return Media(kind, embedded_media.decoded(value, kind))
     if not isinstance(value, str) or not value:
         what = "an empty string" if value == "" else json_type(value)
-        raise DataError(f"{source}: {column!r} has {what} where the path of {A_FILE[kind]} belongs; give a path")
-    return Media(kind, find(value, kind, source, where))
+        raise DataError(f"{column!r} has {what} where the path of {A_FILE[kind]} belongs; give a path")
+    return Media(kind, find(value, kind, where))
 
 
-def _frame(value: Any, column: str, source: Source, where: Places) -> Path:
+def _frame(value: Any, column: str, where: Places) -> Path:
     if not isinstance(value, str) or not value:
         what = "an empty string" if value == "" else json_type(value)
-        raise DataError(f"{source}: {column!r} has {what} among the frames of a video; give the paths of images")
-    return find(value, "image", source, where)
+        raise DataError(f"{column!r} has {what} among the frames of a video; give the paths of images")
+    return find(value, "image", where)
 
 
-def listed(value: Any, kind: MediaKind, column: str, source: Source, where: Places) -> list[Media]:
+def listed(value: Any, kind: MediaKind, column: str, where: Places) -> list[Media]:
     """The media of a column: a path, a list of paths, or nothing.
 
     Raises:
@@ -169,8 +164,8 @@ def listed(value: Any, kind: MediaKind, column: str, source: Source, where: Plac
         return []
     values = value if isinstance(value, (list, tuple)) else [value]
     if kind != "video" and any(isinstance(each, (list, tuple)) for each in values):
-        raise DataError(f"{source}: {column!r} has a list in a list; only videos may be lists, of their frames")
-    return [one(each, kind, column, source, where) for each in values]
+        raise DataError(f"{column!r} has a list in a list; only videos may be lists, of their frames")
+    return [one(each, kind, column, where) for each in values]
 
 
 def json_cell(value: Any) -> Any:

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
 from finetune.data_files.records import data_files, is_pattern
-from finetune.readers import alpaca, foreign_placeholders, grounding, official, openai, record_keys, sharegpt
+from finetune.readers import (
+    alpaca,
+    answer_pairs,
+    duplex_record,
+    foreign_placeholders,
+    grounding,
+    official,
+    openai,
+    record_keys,
+    sharegpt,
+)
 from finetune.readers.conversation import TRAIN_ON, TrainOn
 from finetune.readers.forms import Form
 from finetune.readers.record_media import Places, json_type
-from finetune.readers.unread_keys import unread_notes
+from finetune.readers.unread_keys import misspelled, unread_notes
 from finetune.sample import DataError, Sample, SampleSet, Source, Text
+from finetune.utils.errors import located
 from finetune.utils.quoting import shown
 
-_READERS = {"sharegpt": sharegpt.sample, "alpaca": alpaca.sample, "openai": openai.sample}
-_TURNS = {"official": "'conversations'", "alpaca": "'instruction' and 'output'"}
+_READERS = {"sharegpt": sharegpt.conversation, "alpaca": alpaca.conversation, "openai": openai.conversation}
+_TURNS = {"official": "'conversations'", "alpaca": "'instruction' and 'output'", "duplex": "'duplex'"}
+_DUPLEX = Form("duplex")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +41,13 @@ class RecordReader:
         form: format of the records.
         where: base folders of media files.
         train_on: "all" to train every answer, "last" for the last one of a conversation.
+        pairs: the keys of both answers of preference pairs; None for conversations.
     """
 
     form: Form
     where: Places
     train_on: TrainOn
+    pairs: answer_pairs.Comparison | None = None
 
     def sample(self, record: Any, source: Source) -> Sample:
         """The sample of a record.
@@ -41,26 +55,54 @@ class RecordReader:
         Raises:
             DataError: the record does not match the format, or a media file does not exist.
         """
+        with located(source):
+            if not isinstance(record, dict):
+                wanted = _TURNS.get(self.form.name, repr(self.form.columns.messages))
+                raise DataError(f"is {json_type(record)}, not an object with {wanted}")
+            if self.pairs is not None:
+                better, worse = (self._sample(each, source) for each in answer_pairs.split(record, self.pairs))
+                return answer_pairs.pair_of(better, worse)
+            if record_keys.compared(record):
+                raise DataError(f"has {record_keys.compared(record)}")
+            return self._sample(record, source)
+
+    def _sample(self, record: Mapping[str, Any], source: Source) -> Sample:
         name = self.form.name
-        if not isinstance(record, dict):
-            wanted = _TURNS.get(name, repr(self.form.columns.messages))
-            raise DataError(f"{source}: is {json_type(record)}, not an object with {wanted}")
-        if record_keys.compared(record):
-            raise DataError(f"{source}: has {record_keys.compared(record)}")
-        if name == "official":
-            sample = official.sample(record, source, self.where, self.train_on)
-        else:
-            sample = _READERS[name](record, source, self.where, self.train_on, self.form)
+        if record.get(record_keys.DUPLEX) is not None:  # also in a file of conversations
+            return self._timeline(record, source)
+        if name == "duplex":
+            raise DataError(f"has no {record_keys.DUPLEX!r}, and the file is read in the duplex format")
+        try:
+            if name == "official":
+                messages, tools = official.conversation(record, self.where, self.train_on)
+            else:
+                messages, tools = _READERS[name](record, self.where, self.train_on, self.form)
+            sample = Sample(source.id or str(source.index), source, messages, tools=tools)
+        except DataError as error:
+            if hint := misspelled(record, self.form):
+                raise DataError(f"{error.args[0]}; {hint}") from error
+            raise
         sample = grounding.ground(record, sample)
         check_texts(sample)
         notes = (*foreign_placeholders.notes(sample), *unread_notes(record, sample, self.form, self.where))
         return replace(sample, notes=(*sample.notes, *notes)) if notes else sample
 
+    def _timeline(self, record: Mapping[str, Any], source: Source) -> Sample:
+        messages, timeline, notes = duplex_record.read_timeline(record, self.where)
+        sample = Sample(source.id or str(source.index), source, messages, notes, timeline=timeline)
+        check_texts(sample)
+        return replace(sample, notes=(*notes, *unread_notes(record, sample, _DUPLEX, self.where)))
+
     @property
     def fingerprint(self) -> str:
         """Text that changes when the way records are read changes."""
         return json.dumps(
-            [asdict(self.form), [str(folder) for folder in self.where.folders], self.where.allowed is not None]
+            [
+                asdict(self.form),
+                [str(folder) for folder in self.where.folders],
+                self.where.allowed is not None,
+                *filter(None, [self.pairs]),
+            ]
         )
 
 
@@ -150,21 +192,21 @@ def check_texts(sample: Sample) -> None:
     Raises:
         DataError: with the turn of the lone surrogate.
     """
-    check_text(sample.source.id, "'id'", sample.source)
+    check_text(sample.source.id, "'id'")
     for turn, message in enumerate(sample.messages):
         for part in message.parts:
             if isinstance(part, Text):
-                check_text(part.text, f"turn {turn} ({message.role})", sample.source)
-        check_text(message.thought, f"the thinking of turn {turn}", sample.source)
+                check_text(part.text, f"turn {turn} ({message.role})")
+        check_text(message.thought, f"the thinking of turn {turn}")
 
 
-def check_text(text: str, where: str, source: Source) -> None:
+def check_text(text: str, where: str) -> None:
     """Checks a text for lone surrogates; ``where`` is its position in the record, for the error."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         around = text[max(error.start - 20, 0) : error.start + 20]
         raise DataError(
-            f"{source}: {where}: character {error.start} is half of a surrogate pair ({text[error.start]!a}, in "
+            f"{where}: character {error.start} is half of a surrogate pair ({text[error.start]!a}, in "
             f"{around!r}), as text cut between two halves has it; write the whole character or remove it"
         ) from error

@@ -5,33 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.readers.conversation import TrainOn, build
+from finetune.readers.conversation import Conversation, TrainOn, build
 from finetune.readers.forms import Form, Tags
 from finetune.readers.record_media import Places
 from finetune.readers.turns import Turn, complete, state, text_of, turn_list
-from finetune.sample import DataError, Sample, Source
+from finetune.sample import DataError
 from finetune.utils.quoting import shown
 
 
-def sample(record: Mapping[str, Any], source: Source, where: Places, train_on: TrainOn, form: Form) -> Sample:
-    """The sample of a record.
+def conversation(record: Mapping[str, Any], where: Places, train_on: TrainOn, form: Form) -> Conversation:
+    """The conversation of a record.
 
     Raises:
         DataError: the record is not in this format, numbers of tags and files differ, or a file is missing.
     """
     turns = [
-        _turn(turn, number, form.tags, source, where)
-        for number, turn in enumerate(turn_list(record, form.columns.messages, source))
+        _turn(turn, number, form.tags, where) for number, turn in enumerate(turn_list(record, form.columns.messages))
     ]
-    return build(turns, record, form, source, where, train_on)
+    return build(turns, record, form, where, train_on)
 
 
-def _turn(turn: Mapping[str, Any], number: int, tags: Tags, source: Source, where: Places) -> Turn:
-    role = role_of(turn, number, tags, source)
-    return complete(turn, role, text_of(turn, tags.content_tag, number, source), number, source, where)
+def _turn(turn: Mapping[str, Any], number: int, tags: Tags, where: Places) -> Turn:
+    role = role_of(turn, number, tags)
+    return complete(turn, role, text_of(turn, tags.content_tag, number), number, where)
 
 
-def role_of(turn: Mapping[str, Any], number: int, tags: Tags, source: Source) -> str:
+def role_of(turn: Mapping[str, Any], number: int, tags: Tags) -> str:
     """The role of a turn by its role name: a role, or "function".
 
     Raises:
@@ -39,12 +38,12 @@ def role_of(turn: Mapping[str, Any], number: int, tags: Tags, source: Source) ->
     """
     name = turn.get(tags.role_tag)
     if not isinstance(name, str):
-        raise DataError(f"{source}: turn {number}: {state(turn, tags.role_tag)}; it must be a string")
+        raise DataError(f"turn {number}: {state(turn, tags.role_tag)}; it must be a string")
     roles = tags.roles
     if name not in roles:
         known = ", ".join(roles)
         raise DataError(
-            f"{source}: turn {number}: {tags.role_tag!r} is {shown(name, 60)}, an unknown role; known are {known} "
+            f"turn {number}: {tags.role_tag!r} is {shown(name, 60)}, an unknown role; known are {known} "
             "(others can be declared under tags in dataset_info.json)"
         )
     return roles[name]

@@ -1,4 +1,4 @@
-"""Samples of streamed data (``--streaming``)."""
+"""``StreamedSamples``: reads samples sequentially from streamed data (``--streaming``)."""
 
 from __future__ import annotations
 

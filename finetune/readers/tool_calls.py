@@ -9,48 +9,47 @@ from typing import Any
 from finetune.data_files.json_values import ValueFault, parse, written
 from finetune.readers import record_keys
 from finetune.readers.record_media import json_cell, json_type
-from finetune.sample import Call, DataError, Source, Tool
+from finetune.sample import Call, DataError, Tool
 from finetune.utils.quoting import words_of
 
 _CLOSING = "</think>"
 _WRITTEN = "<tool_call>"
 
 
-def described(record: Mapping[str, Any], names: tuple[str, ...], source: Source) -> tuple[Tool, ...]:
+def described(record: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Tool, ...]:
     """The tool descriptions of a record, unmodified.
 
     Args:
         record: the record; tools are a list of objects, or JSON text of one.
         names: keys of the tools.
-        source: file and position of the record.
 
     Raises:
         DataError: not a list of objects, or a tool without name.
     """
-    found = record_keys.alone(record, names, "", source)
+    found = record_keys.alone(record, names, "")
     if found is None:
         return ()
     name, given = found
     if isinstance(given, str) and not given.strip():
         return ()
-    tools = _json(given, repr(name), source)
+    tools = _json(given, repr(name))
     if not tools:
         return ()
     if not isinstance(tools, (list, tuple)):
-        raise DataError(f"{source}: {name!r} is {json_type(tools)}; it must be a list of descriptions of tools")
-    return tuple(_tool(json_cell(tool), f"{name!r}, entry {number}", source) for number, tool in enumerate(tools))
+        raise DataError(f"{name!r} is {json_type(tools)}; it must be a list of descriptions of tools")
+    return tuple(_tool(json_cell(tool), f"{name!r}, entry {number}") for number, tool in enumerate(tools))
 
 
-def _tool(tool: Any, where: str, source: Source) -> Tool:
+def _tool(tool: Any, where: str) -> Tool:
     if not isinstance(tool, dict):
-        raise DataError(f"{source}: {where} is {json_type(tool)}; it must be an object that describes a tool")
+        raise DataError(f"{where} is {json_type(tool)}; it must be an object that describes a tool")
     function = tool.get("function", tool)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"{source}: {where} has no name (found {words_of(tool)}); write name, description, parameters")
+        raise DataError(f"{where} has no name (found {words_of(tool)}); write name, description, parameters")
     return tool
 
 
-def called(given: Mapping[str, Any], role: str, number: int, source: Source) -> tuple[Call, ...]:
+def called(given: Mapping[str, Any], role: str, number: int) -> tuple[Call, ...]:
     """The tool calls of a turn under their own key.
 
     Raises:
@@ -61,14 +60,14 @@ def called(given: Mapping[str, Any], role: str, number: int, source: Source) -> 
         return ()
     name, value = found
     if all(given.get(each) for each in record_keys.CALLS):
-        raise DataError(f"{source}: turn {number} has {' and '.join(map(repr, record_keys.CALLS))}; keep one")
+        raise DataError(f"turn {number} has {' and '.join(map(repr, record_keys.CALLS))}; keep one")
     if role not in ("assistant", "function"):
-        raise DataError(f"{source}: turn {number}: {name!r} in a {role} turn; only answers call tools")
+        raise DataError(f"turn {number}: {name!r} in a {role} turn; only answers call tools")
     where = f"turn {number}: {name!r}"
-    return _calls(_json(value, where, source), where, source)
+    return _calls(_json(value, where), where)
 
 
-def split_calls(text: str, number: int, source: Source) -> tuple[str, tuple[Call, ...]]:
+def split_calls(text: str, number: int) -> tuple[str, tuple[Call, ...]]:
     """The text of a "function" turn without its JSON tool calls, and the calls; other text is returned unchanged.
 
     Raises:
@@ -78,10 +77,10 @@ def split_calls(text: str, number: int, source: Source) -> tuple[str, tuple[Call
     if rest.lstrip()[:1] not in ("{", "["):
         return text, ()
     where = f"turn {number}, which calls a tool,"
-    return before + closing, _calls(_json(rest, where, source), where, source)
+    return before + closing, _calls(_json(rest, where), where)
 
 
-def check_order(turns: Sequence[Mapping[str, Any]], source: Source) -> None:
+def check_order(turns: Sequence[Mapping[str, Any]]) -> None:
     """Checks that tool results are in the order of their calls, since prompts have no call ids.
 
     Raises:
@@ -97,56 +96,54 @@ def check_order(turns: Sequence[Mapping[str, Any]], source: Source) -> None:
         elif result is not None and all(waiting):
             if result not in waiting:
                 raise DataError(
-                    f"{source}: turn {number}: {record_keys.RESULT_OF!r} is {written(result)}, but no preceding call "
+                    f"turn {number}: {record_keys.RESULT_OF!r} is {written(result)}, but no preceding call "
                     "without a result has this id; correct it"
                 )
             if waiting.pop(0) != result:
                 raise DataError(
-                    f"{source}: turn {number}: the tool results are not in the order of their calls, and prompts have "
+                    f"turn {number}: the tool results are not in the order of their calls, and prompts have "
                     "no call ids; put them in order"
                 )
 
 
-def check_once(text: str, number: int, source: Source) -> None:
+def check_once(text: str, number: int) -> None:
     """Refuses an answer with tool calls both in its text and under a key.
 
     Raises:
         DataError: the text of the answer has one.
     """
     if _WRITTEN in text:
-        raise DataError(f"{source}: turn {number} has {_WRITTEN} in its text and tool calls under a key; keep one")
+        raise DataError(f"turn {number} has {_WRITTEN} in its text and tool calls under a key; keep one")
 
 
-def _calls(given: Any, where: str, source: Source) -> tuple[Call, ...]:
-    return tuple(_call(each, where, source) for each in (given if isinstance(given, (list, tuple)) else [given]))
+def _calls(given: Any, where: str) -> tuple[Call, ...]:
+    return tuple(_call(each, where) for each in (given if isinstance(given, (list, tuple)) else [given]))
 
 
-def _call(given: Any, where: str, source: Source) -> Call:
+def _call(given: Any, where: str) -> Call:
     given = json_cell(given)
     function = json_cell(given.get("function", given)) if isinstance(given, dict) else given
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         found = f"an object with {words_of(function)}" if isinstance(function, dict) else json_type(function)
-        raise DataError(f"{source}: {where} has {found} where a call belongs; write name and arguments")
+        raise DataError(f"{where} has {found} where a call belongs; write name and arguments")
     name = function["name"]
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
-        arguments = _json(arguments, f"{where} the arguments of {name!r}", source) if arguments.strip() else {}
+        arguments = _json(arguments, f"{where} the arguments of {name!r}") if arguments.strip() else {}
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
-        raise DataError(
-            f"{source}: {where} has {written(arguments)} for the arguments of {name!r}; they must be an object"
-        )
+        raise DataError(f"{where} has {written(arguments)} for the arguments of {name!r}; they must be an object")
     return Call(name, arguments)
 
 
-def _json(given: Any, where: str, source: Source) -> Any:
+def _json(given: Any, where: str) -> Any:
     """A value, parsed if it is JSON text."""
     if not isinstance(given, str):
         return given
     try:
         return parse(given)
     except json.JSONDecodeError as error:
-        raise DataError(f"{source}: {where} is not JSON ({error.msg}, character {error.pos}); correct it") from error
+        raise DataError(f"{where} is not JSON ({error.msg}, character {error.pos}); correct it") from error
     except ValueFault as error:
-        raise DataError(f"{source}: {where} {error}") from error
+        raise DataError(f"{where} {error}") from error

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from finetune.data_files.json_values import written
 from finetune.readers import record_keys, tool_calls
 from finetune.readers.record_media import Places, json_cell, json_type, listed
-from finetune.sample import Call, DataError, Media, MediaKind, Part, Source
+from finetune.sample import Call, DataError, Media, MediaKind, Part
 from finetune.utils.quoting import words_of
 
 _NO_FILES: Mapping[MediaKind, tuple[Media, ...]] = {}
@@ -40,29 +40,27 @@ class Turn(NamedTuple):
     calls: tuple[Call, ...] = ()
 
 
-def turn_list(record: Mapping[str, Any], column: str | None, source: Source) -> list[Mapping[str, Any]]:
+def turn_list(record: Mapping[str, Any], column: str | None) -> list[Mapping[str, Any]]:
     """The turns of a record as objects.
 
     Raises:
         DataError: the column is missing or not a list of objects, or tool results are not in order.
     """
     if column is None:
-        raise DataError(f"{source}: no column is named for the turns; name it under columns: messages")
+        raise DataError("no column is named for the turns; name it under columns: messages")
     turns = json_cell(record.get(column))
     if turns is None:
-        raise DataError(
-            f"{source}: has no {column!r} (found {words_of(record)}); add the list of turns, or name its column"
-        )
+        raise DataError(f"has no {column!r} (found {words_of(record)}); add the list of turns, or name its column")
     if not isinstance(turns, (list, tuple)):
-        raise DataError(f"{source}: {column!r} is {json_type(turns)}; it must be a list of turns")
+        raise DataError(f"{column!r} is {json_type(turns)}; it must be a list of turns")
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
-            raise DataError(f"{source}: turn {number} is {json_type(turn)}; it must be an object with role and content")
-    tool_calls.check_order(turns, source)
+            raise DataError(f"turn {number} is {json_type(turn)}; it must be an object with role and content")
+    tool_calls.check_order(turns)
     return list(turns)
 
 
-def text_of(turn: Mapping[str, Any], key: str, number: int, source: Source, wanted: str = "a string") -> str:
+def text_of(turn: Mapping[str, Any], key: str, number: int, wanted: str = "a string") -> str:
     """The text of a turn; only a turn with tool calls may have none.
 
     Raises:
@@ -72,7 +70,7 @@ def text_of(turn: Mapping[str, Any], key: str, number: int, source: Source, want
     if content is None and any(turn.get(name) for name in record_keys.CALLS):
         return ""
     if not isinstance(content, str):
-        raise DataError(f"{source}: turn {number}: {state(turn, key)}; it must be {wanted}")
+        raise DataError(f"turn {number}: {state(turn, key)}; it must be {wanted}")
     return content
 
 
@@ -88,7 +86,6 @@ def complete(
     role: str,
     content: str | tuple[Part | Slot, ...],
     number: int,
-    source: Source,
     where: Places,
 ) -> Turn:
     """The turn with role, content and the values of its other keys.
@@ -99,24 +96,24 @@ def complete(
     if len(given) == 2 and content and role != "function":
         return Turn(role, content)  # no other keys, as in most records
     answers = "assistant" if role == "function" else role
-    calls = tool_calls.called(given, role, number, source)
+    calls = tool_calls.called(given, role, number)
     if calls and isinstance(content, str):
-        tool_calls.check_once(content, number, source)
+        tool_calls.check_once(content, number)
     elif role == "function" and isinstance(content, str):
-        content, calls = tool_calls.split_calls(content, number, source)
+        content, calls = tool_calls.split_calls(content, number)
     return Turn(
         role,
         content,
-        _loss(given, answers, number, source),
-        _thought(given, answers, number, source),
-        _files(given, answers, number, source, where),
+        _loss(given, answers, number),
+        _thought(given, answers, number),
+        _files(given, answers, number, where),
         calls,
     )
 
 
-def _loss(given: Mapping[str, Any], role: str, number: int, source: Source) -> bool:
+def _loss(given: Mapping[str, Any], role: str, number: int) -> bool:
     """Whether the turn may be trained; the default is 1."""
-    found = record_keys.alone(given, record_keys.LOSS, f"turn {number}: ", source)
+    found = record_keys.alone(given, record_keys.LOSS, f"turn {number}: ")
     if found is None:
         return True
     name, value = found
@@ -124,43 +121,37 @@ def _loss(given: Mapping[str, Any], role: str, number: int, source: Source) -> b
         part = isinstance(value, float) and 0 < value < 1
         why = "; answers are trained in full or not at all" if part else ""
         raise DataError(
-            f"{source}: turn {number}: {name!r} is {written(value)}; it must be 1 (train the answer) or 0 (do not){why}"
+            f"turn {number}: {name!r} is {written(value)}; it must be 1 (train the answer) or 0 (do not){why}"
         )
     if value and role != "assistant":
-        raise DataError(
-            f"{source}: turn {number}: {name!r} is 1 in a {role} turn; only answers are trained, remove it there"
-        )
+        raise DataError(f"turn {number}: {name!r} is 1 in a {role} turn; only answers are trained, remove it there")
     return bool(value)
 
 
-def _thought(given: Mapping[str, Any], role: str, number: int, source: Source) -> str:
+def _thought(given: Mapping[str, Any], role: str, number: int) -> str:
     """The thinking of a turn under its own key, empty if it has none."""
-    found = record_keys.alone(given, record_keys.THOUGHT, f"turn {number}: ", source)
+    found = record_keys.alone(given, record_keys.THOUGHT, f"turn {number}: ")
     if found is None:
         return ""
     name, value = found
     if not isinstance(value, str):
-        raise DataError(f"{source}: turn {number}: {name!r} is {json_type(value)}; thinking must be a string")
+        raise DataError(f"turn {number}: {name!r} is {json_type(value)}; thinking must be a string")
     if value.strip() and role != "assistant":
-        raise DataError(
-            f"{source}: turn {number}: {name!r} in a {role} turn; only answers have thinking; remove or move it"
-        )
+        raise DataError(f"turn {number}: {name!r} in a {role} turn; only answers have thinking; remove or move it")
     return value
 
 
-def _files(
-    given: Mapping[str, Any], role: str, number: int, source: Source, where: Places
-) -> Mapping[MediaKind, tuple[Media, ...]]:
+def _files(given: Mapping[str, Any], role: str, number: int, where: Places) -> Mapping[MediaKind, tuple[Media, ...]]:
     """The media files of the turn itself, by kind."""
     if record_keys.MEDIA_OF_TURNS.isdisjoint(given):
         return _NO_FILES
     files: dict[MediaKind, tuple[Media, ...]] = {}
     for kind, names in record_keys.IN_TURN.items():
-        found = record_keys.alone(given, names, f"turn {number}: ", source)
+        found = record_keys.alone(given, names, f"turn {number}: ")
         if found is None or not found[1]:
             continue
         name, value = found
         if role != "user":
-            raise DataError(f"{source}: turn {number}: {name!r} in a {role} turn; media belong into user turns")
-        files[kind] = tuple(listed(value, kind, f"turn {number}, {name}", source, where))
+            raise DataError(f"turn {number}: {name!r} in a {role} turn; media belong into user turns")
+        files[kind] = tuple(listed(value, kind, f"turn {number}, {name}", where))
     return files

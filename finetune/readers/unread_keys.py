@@ -42,7 +42,9 @@ _LONGEST_PATH = 4096
 _DEEPEST, _MOST = 4, 64
 """Maximum depth, and maximum entries per list, that are searched for media."""
 _NEAR = 0.8
-HEAD, HEAD_OF_TURNS, HEAD_OF_PARTS = (f"keys{of} {UNREAD}" for of in ("", " of turns", " of parts of content lists"))
+UNREAD_IN_RECORD, UNREAD_IN_TURNS, UNREAD_IN_PARTS = (
+    f"keys{of} {UNREAD}" for of in ("", " of turns", " of parts of content lists")
+)
 """Start of the notes; a colon and the key follow."""
 
 
@@ -86,31 +88,44 @@ def unread_notes(record: Mapping[str, Any], sample: Sample, form: Form, where: P
                 short = isinstance(leaf, str) and len(leaf) < _LONG
                 has = shown(leaf, 60) if short else f"{A_FILE[kind]} inside it"
                 raise DataError(
-                    f"{sample.source}: {found.place}the key {shown(found.key, 60)} is not read, but contains {has}; "
+                    f"{found.place}the key {shown(found.key, 60)} is not read, but contains {has}; "
                     f"{_remedy(kind, found, form)}, or remove it if the model should not see it"
                 )
         notes[_note(found.head, found.key, found.known)] = None
     return tuple(sorted(notes))
 
 
+def misspelled(record: Mapping[str, Any], form: Form) -> str:
+    """A hint about keys of a record that are not read and are spelled nearly like one that is; "" for none."""
+    known = record_keys.record_keys(form)
+    near = {
+        key: difflib.get_close_matches(str(key), known - record.keys(), n=1, cutoff=_NEAR)
+        for key in record.keys() - known
+    }
+    hints = [
+        f"the key {shown(key, 60)} is not read: did you mean {shown(close[0])}?" for key, close in near.items() if close
+    ]
+    return " ".join(sorted(hints))
+
+
 def _found(record: Mapping[str, Any], form: Form) -> Iterator[_Found]:
     """The unread keys of a record, of its turns and of their content parts."""
     known = record_keys.record_keys(form)
     for key in record.keys() - known:
-        yield _Found(HEAD, key, record[key], "", known)
-    if form.name == "alpaca":
+        yield _Found(UNREAD_IN_RECORD, key, record[key], "", known)
+    if form.name in ("alpaca", "duplex"):
         return
     known = record_keys.turn_keys(form)
     for number, turn in enumerate(_turns(record, form)):
         place = f"turn {number}: "
         if not turn.keys() <= known:
             for key in turn.keys() - known:
-                yield _Found(HEAD_OF_TURNS, key, turn[key], place, known)
+                yield _Found(UNREAD_IN_TURNS, key, turn[key], place, known)
         content = turn.get(form.tags.content_tag)
         for part in content if isinstance(content, (list, tuple)) else ():
             of_part = record_keys.part_keys(str(part.get("type")).removesuffix("_url"))
             for key in part.keys() - of_part:
-                yield _Found(HEAD_OF_PARTS, key, part[key], place, of_part)
+                yield _Found(UNREAD_IN_PARTS, key, part[key], place, of_part)
 
 
 def _turns(record: Mapping[str, Any], form: Form) -> Sequence[Mapping[str, Any]]:
@@ -155,6 +170,8 @@ def _exists(path: str, where: Places) -> bool:
 def _remedy(kind: MediaKind, found: _Found, form: Form) -> str:
     if found.place:
         return f"give the file in the user turn, under {kind!r}"
+    if form.name == "duplex":
+        return f"place it under {record_keys.DUPLEX!r}"
     if form.name == "official":
         return f"call it {kind!r}"
     column = form.columns.media(kind)

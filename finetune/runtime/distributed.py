@@ -1,4 +1,4 @@
-"""Process group, logging and memory of the ranks of a run, with and without GPUs."""
+"""Starts and stops the process group, logs and broadcasts from rank 0, frees cached GPU memory."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ import os
 import socket
 import sys
 from typing import TYPE_CHECKING
-
-import torch
-import torch.distributed as dist
-from accelerate.utils import broadcast_object_list
 
 from finetune.utils.errors import silence_unactionable_warnings
 
@@ -31,6 +27,9 @@ def world_size() -> int:
 
 def from_main_process(value: str | None) -> str | None:
     """Broadcasts the value of rank 0; every rank must call it, once the process group exists."""
+    import torch.distributed as dist
+    from accelerate.utils import broadcast_object_list
+
     values = [value]
     if dist.is_available() and dist.is_initialized():
         broadcast_object_list(values)
@@ -82,6 +81,8 @@ def start(training: TrainingArguments) -> None:
 
 def stop() -> None:
     """Waits for all ranks and destroys the process group."""
+    import torch.distributed as dist
+
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -89,6 +90,8 @@ def stop() -> None:
 
 def free_memory() -> None:
     """Releases cached GPU memory, for the process that verifies the result."""
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

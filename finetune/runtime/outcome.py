@@ -30,12 +30,16 @@ NOT_VERIFIED = 3
 UNUSABLE_RESULT = 4
 # Training finished, but a checkpoint or the result could not be written (disk full, read-only).
 NOT_SAVED = 5
+# OutOfMemoryError: the memory of a GPU does not suffice.
+OUT_OF_MEMORY = 6
 # Stopped by a signal, and saved: --resume_from_checkpoint auto continues (75 is EX_TEMPFAIL).
 STOPPED = 75
 INTERRUPTED = 130
 
 RESULT = "result.json"
 """The last line of rank 0, in the launcher's folder for the run."""
+# The first error that a rank printed, there.
+_ERROR = "error.json"
 
 # The exit status that ``exit_process`` was given.
 _leaving: int | None = None
@@ -77,9 +81,12 @@ def report(status: str, **fields: Any) -> None:
     """Prints the last line of a run, ``result={...}``, with 6 significant digits; on rank 0 alone."""
     if _is_main_process():
         rounded = {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in fields.items()}
-        result = json.dumps(plain_numbers({"status": status, **rounded}), ensure_ascii=False, allow_nan=False)
+        fields = plain_numbers({"status": status, **rounded})
+        result = json.dumps(fields, ensure_ascii=False, allow_nan=False)
         if (folder := os.environ.get(RUN_FOLDER)) is not None:
             (Path(folder) / RESULT).write_text(result, encoding="utf-8")
+        if sys.stdout.isatty() and sys.stderr.isatty() and "message" in fields:  # where it has just been printed
+            result = json.dumps({key: value for key, value in fields.items() if key != "message"}, ensure_ascii=False)
         # In one write: a launcher's other processes share this stream.
         sys.stdout.write(f"result={result}\n")
         sys.stdout.flush()
@@ -88,7 +95,7 @@ def report(status: str, **fields: Any) -> None:
 def message_of(error: UserError) -> str:
     """The message of an error, without the traceback that a dataloader worker puts in front of it."""
     message = str(error)
-    return message.rpartition("Error: ")[2] if message.startswith("Caught ") else message
+    return message.rpartition("Error: ")[2].rstrip() if message.startswith("Caught ") else message
 
 
 def exit_process(status: int) -> NoReturn:
@@ -143,12 +150,16 @@ def _interrupted(message: str) -> NoReturn:
 def exit_now(status: int, message: str, advice: str = "") -> NoReturn:
     """Ends the process without waiting for dataloader workers or for collectives with dead ranks.
 
+    If another rank has ended with an error, that error is the result of the run.
+
     Args:
         status: exit status.
         message: for the result line and, followed by ``advice``, for stderr.
         advice: the remedy.
     """
-    if _is_main_process():
+    if (printed := _printed_elsewhere()) is not None:
+        status, message = printed["exit_code"], printed["message"]
+    elif _is_main_process():
         sys.stderr.write(f"{message}{advice}\n")
     report("interrupted" if status == INTERRUPTED else "error", exit_code=status, message=message)
     sys.stderr.flush()
@@ -161,7 +172,16 @@ def print_error(error: UserError) -> str:
     if _is_first(message):
         title = "" if error.exit_code == STOPPED else "error: "
         sys.stderr.write(f"{title}{message}\n")
+        if (folder := os.environ.get(RUN_FOLDER)) is not None:
+            printed = json.dumps({"exit_code": error.exit_code, "message": message})
+            (Path(folder) / _ERROR).write_text(printed, encoding="utf-8")
     return message
+
+
+def _printed_elsewhere() -> dict[str, Any] | None:
+    """The error of a rank that has ended, and this process with it."""
+    path = Path(os.environ.get(RUN_FOLDER, ""), _ERROR)
+    return json.loads(path.read_text(encoding="utf-8")) if any_rank_died() and path.is_file() else None
 
 
 def _is_first(message: str) -> bool:

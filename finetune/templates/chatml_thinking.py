@@ -91,18 +91,16 @@ def _split(sample: Sample, turn: int, message: Message) -> tuple[str, str]:
     found = _THOUGHT.match(message.text)
     if message.thought.strip():
         if found is not None:
-            raise DataError(
-                f"{sample.source}: turn {turn} has thinking under a key and in its text, before </think>; keep one"
-            )
+            raise DataError(f"turn {turn} has thinking under a key and in its text, before </think>; keep one")
         return message.thought.strip("\n"), message.text
     if found is None:
         if message.train and message.text.lstrip().startswith("<think>"):
-            raise DataError(f"{sample.source}: turn {turn}: <think> is not closed; add </think> after the thinking")
+            raise DataError(f"turn {turn}: <think> is not closed; add </think> after the thinking")
         return "", message.text
     thought = found.group(1) if found.group(1) is not None else found.group(2)
     answer = message.text[found.end() :].lstrip("\n")
     if message.train and not answer.strip():
-        raise DataError(f"{sample.source}: turn {turn}: no answer after </think>; add it or remove the record")
+        raise DataError(f"turn {turn}: no answer after </think>; add it or remove the record")
     return thought.strip("\n"), answer
 
 

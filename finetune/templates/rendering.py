@@ -136,6 +136,12 @@ class Rendered:
             vocabulary.control(token) for token in ("<|audio_start|>", "<unk>", "<|audio_end|>")
         )
         for count in plan.runs:
-            start = len(self.input_ids) + 1
-            self.add([opening, *[unknown] * count, closing])
-            self.audio_bounds.append((start, start + count))
+            self.add([opening])
+            self.add_run(count, unknown)
+            self.add([closing])
+
+    def add_run(self, count: int, placeholder: int) -> None:
+        """Appends one run of audio placeholders."""
+        start = len(self.input_ids)
+        self.add([placeholder] * count)
+        self.audio_bounds.append((start, start + count))

@@ -30,10 +30,6 @@ _PARALLELISM, _OFF = "TOKENIZERS_PARALLELISM", ("", "off", "false", "f", "no", "
 """The variable that disables threads in tokenizers, and the values that mean no."""
 
 
-class TextError(DataError):
-    """Text that this tokenizer cannot represent; the caller adds file and record."""
-
-
 class MissingTokenError(UserError):
     """A tokenizer without a token that the family needs."""
 
@@ -116,7 +112,7 @@ class TokenizerView:
         """Ids of text at the start of the prompt or after a control token.
 
         Raises:
-            TextError: a character that the tokenizer does not know.
+            DataError: a character that the tokenizer does not know.
         """
         return self._text_ids(self._tokenizer, text)
 
@@ -130,7 +126,7 @@ class TokenizerView:
         """Ids of text that continues other text: without the word-start token of sentencepiece.
 
         Raises:
-            TextError: a character that the tokenizer does not know.
+            DataError: a character that the tokenizer does not know.
         """
         if self._bare is None:
             return self.text(text)
@@ -145,7 +141,7 @@ class TokenizerView:
         A word-start token without a character of its own has the range of the next character.
 
         Raises:
-            TextError: a character that the tokenizer does not know.
+            DataError: a character that the tokenizer does not know.
         """
         encoding = self._encode(self._tokenizer, text)
         return encoding.ids, encoding.offsets
@@ -170,23 +166,23 @@ class TokenizerView:
         if not self._names.keys().isdisjoint(ids):
             at = next(index for index, number in enumerate(ids) if number in self._names)
             first, last = encoding.offsets[at]
-            raise TextError(
+            raise DataError(
                 f"the tokenizer has no id of its own for {text[first:last]!r} (character {first} of {text[:40]!r}...): "
                 f"it would become the control token {self._names[ids[at]]}; remove the character"
             )
         return encoding
 
 
-def _no_text(text: str) -> TextError:
+def _no_text(text: str) -> DataError:
     """The error for text that the tokenizer rejects: it contains a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         around = text[max(error.start - 20, 0) : error.start + 20]
-        return TextError(
+        return DataError(
             f"lone surrogate (half of a surrogate pair) in {around!r}: write the full character or remove it"
         )
-    return TextError(f"{shown(text)} is rejected by the tokenizer")
+    return DataError(f"{shown(text)} is rejected by the tokenizer")
 
 
 def _hide(spec: dict[str, Any], banned: set[str]) -> None:

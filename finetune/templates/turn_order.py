@@ -28,7 +28,7 @@ def turns(
     messages = sample.messages
     if not thinks and (turn := next((at for at, message in enumerate(messages) if message.thought.strip()), None)):
         raise DataError(
-            f"{sample.source}: turn {turn} has thinking under a key, which this model does not support; use a "
+            f"turn {turn} has thinking under a key, which this model does not support; use a "
             "model with thinking (MiniCPM-V 4.5 and later, MiniCPM-o 4.5, MiniCPM-OCR), or remove the key"
         )
     for turn, message in enumerate(messages):
@@ -38,16 +38,15 @@ def turns(
     first = 1 if messages[0].role == "system" else 0
     if first == len(messages) or messages[first].role != "user":
         role = messages[first].role if first < len(messages) else "missing"
-        raise DataError(
-            f"{sample.source}: turn {first} is {role}, it must be user: a conversation starts with a user turn"
-        )
+        raise DataError(f"turn {first} is {role}, it must be user: a conversation starts with a user turn")
     answered = messages[-1].role == "assistant"
     if generate:
         return tuple(replace(message, train=False) for message in (messages[:-1] if answered else messages))
     if not answered:
+        notes = f" ({'; '.join(sample.notes)})" if sample.notes else ""
         raise DataError(
-            f"{sample.source}: no answer: the last turn ({len(messages) - 1}) is {messages[-1].role}, "
-            "training needs an assistant turn there"
+            f"no answer: the last turn ({len(messages) - 1}) is {messages[-1].role}, "
+            f"training needs an assistant turn there{notes}"
         )
     return messages
 
@@ -56,18 +55,14 @@ def _check_turn(sample: Sample, turn: int, message: Message, roles: Sequence[str
     if message.role not in roles:
         known = ", ".join(roles)
         fix = "move its text to the first user turn" if message.role == "system" else "rename or remove the turn"
-        raise DataError(
-            f"{sample.source}: turn {turn} has role {shown(message.role, 60)}, this model's prompt has {known}; {fix}"
-        )
+        raise DataError(f"turn {turn} has role {shown(message.role, 60)}, this model's prompt has {known}; {fix}")
     if message.role != "user":
         for part in message.parts:
             # Audio in a system turn is the voice prompt of MiniCPM-o.
             if isinstance(part, Media) and (message.role, part.kind) != ("system", "audio"):
-                raise DataError(
-                    f"{sample.source}: turn {turn} ({message.role}) contains {part}; media belong into user turns"
-                )
+                raise DataError(f"turn {turn} ({message.role}) contains {part}; media belong into user turns")
     if message.train and not message.text.strip():
-        raise DataError(f"{sample.source}: turn {turn}: the answer is empty; add it or remove the record")
+        raise DataError(f"turn {turn}: the answer is empty; add it or remove the record")
 
 
 def trimmed(message: Message) -> Message:

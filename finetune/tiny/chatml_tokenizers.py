@@ -18,6 +18,7 @@ TURN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Added tokens that are not special, as in the published files.
 THINKING = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 AUDIO_MARKS = ("<|audio_start|>", "<|audio|>", "<|audio_end|>", "<|spk_bos|>", "<|spk|>", "<|spk_eos|>", "<|tts_bos|>")
+DUPLEX_MARKS = ("<|listen|>", "<|speak|>", "<|turn_eos|>", "<|chunk_eos|>", "<|tts_pad|>")
 _QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -158,7 +159,7 @@ CHATML = {
         template=THINKING_TEMPLATE.replace(
             "{%- elif enable_thinking is defined and enable_thinking is true %}{{ '<think>\n' }}", ""
         ),
-        special=(*TURN_MARKS, *IMAGE_MARKS, "<unit>", "</unit>", *AUDIO_MARKS),
+        special=(*TURN_MARKS, *IMAGE_MARKS, "<unit>", "</unit>", *AUDIO_MARKS, *DUPLEX_MARKS),
         plain=THINKING,
         tokenizer_class=_OMNI,
         names=_QWEN_NAMES,

@@ -6,11 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+from finetune import families
 from finetune.families import by_name, check_transformers
+from finetune.families.family import Family
 from finetune.tiny import chatml_tokenizers, config_files, native_folders, trained_tokenizers
 from finetune.tiny.trained_tokenizers import write_json
 
-FAMILIES = (*config_files.VOCABULARY, *native_folders.NATIVE)
+FAMILIES = tuple(family.name for family in families.FAMILIES)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -38,37 +40,47 @@ def write_tiny_checkpoint(
         FileExistsError: the folder holds something (that this command did not write), or the path is a file.
         UnknownFamilyError: the installed transformers does not have its model class.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"no tiny checkpoint for family {family!r}; there is one for {', '.join(FAMILIES)}")
+    made = _checked(family, dtype, experts)
+    folder = start_folder(Path(out), _readme(family, seed, dtype, experts), overwrite=overwrite)
+    if made.network is None:
+        native_folders.write_native(made, folder, experts)
+    else:
+        _write_own(made, folder, dtype)
+    _write_weights(folder, seed, dtype, config_files.louder(made))
+    return folder
+
+
+def _checked(name: str, dtype: str, experts: int) -> Family:
+    if name not in FAMILIES:
+        raise ValueError(f"no tiny checkpoint for family {name!r}; there is one for {', '.join(FAMILIES)}")
+    family = by_name(name)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if experts and family not in native_folders.MIXTURES:
-        raise ValueError(f"--experts {experts}: {family} is dense; a mixture is {', '.join(native_folders.MIXTURES)}")
+    if experts and not family.published.experts:
+        mixtures = ", ".join(each.name for each in families.FAMILIES if each.published.experts)
+        raise ValueError(f"--experts {experts}: {name} is dense; a mixture is {mixtures}")
     if experts < 0 or experts == 1:
         raise ValueError(f"--experts {experts}: a mixture has at least 2 experts, 0 means a dense model")
-    check_transformers(by_name(family))
-    folder = start_folder(Path(out), _readme(family, seed, dtype, experts), overwrite=overwrite)
-    if family in native_folders.NATIVE:
-        native_folders.write_native(family, folder, experts)
-        _write_weights(folder, seed, dtype, {})
-        return folder
-    if family == "v2_0":
+    check_transformers(family)
+    return family
+
+
+def _write_own(family: Family, folder: Path, dtype: str) -> None:
+    """All files but the weights of a family with a network of this package."""
+    if family.llm_type == "minicpm":
         length = trained_tokenizers.write_minicpm(folder)
-    elif family in chatml_tokenizers.CHATML:
-        length = chatml_tokenizers.write_chatml(folder, family)
+    elif family.inference_template:
+        length = trained_tokenizers.write_llama3(folder, family.inference_template)
     else:
-        length = trained_tokenizers.write_llama3(folder, config_files.LLAMA3_CHAT_TEMPLATE)
+        length = chatml_tokenizers.write_chatml(folder, family.name)
     # peft grows the base when the tokenizer beside an adapter is longer than the embedding table.
-    assert length <= config_files.VOCABULARY[family], (length, config_files.VOCABULARY[family])
+    assert length <= config_files.vocabulary(family), (length, config_files.vocabulary(family))
     bos, eos = _sentence_ids(folder)
     config = config_files.config(family, bos, eos, dtype)
+    generation = config_files.generation_config(bos, eos, config["transformers_version"])
     write_json(folder / "config.json", config)
-    write_json(
-        folder / "generation_config.json", config_files.generation_config(bos, eos, config["transformers_version"])
-    )
+    write_json(folder / "generation_config.json", generation)
     write_json(folder / "preprocessor_config.json", config_files.preprocessor_config(family, config["query_num"]))
-    _write_weights(folder, seed, dtype, config_files.LOUDER[family])
-    return folder
 
 
 def start_folder(folder: Path, readme: str, *, overwrite: bool) -> Path:

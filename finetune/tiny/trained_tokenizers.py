@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from finetune.tiny import corpus
@@ -18,6 +18,8 @@ MINICPM_SPECIALS = ("<unk>", "<s>", "</s>", *MARKS)
 FIRST_MARK_ID = 101
 SENTENCEPIECE_SIZE = 820
 BASE_SIZE = 600
+# Type of a piece that is neither special nor a byte, in sentencepiece_model.proto.
+_NORMAL = 1
 LLAMA3_SPECIALS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -79,8 +81,7 @@ def minicpm_model() -> bytes:
         num_threads=1,
         minloglevel=2,
     )
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
-    proto.ParseFromString(written.getvalue())
+    proto = _parsed(written.getvalue())
     # The trainer puts the tags at 3..14; the published ids are 101..112.
     pieces = list(proto.pieces)
     marks = [piece for piece in pieces if piece.piece in MARKS]
@@ -90,10 +91,30 @@ def minicpm_model() -> bytes:
     return proto.SerializeToString(deterministic=True)
 
 
+def _parsed(model: bytes) -> Any:
+    """A serialised sentencepiece model with its pieces; other fields are kept as they are.
+
+    sentencepiece's own generated class is not used: that of 0.2.3 needs protobuf 7.36, which wandb and swanlab exclude.
+    """
+    file = descriptor_pb2.FileDescriptorProto(name="pieces.proto", package="pieces", syntax="proto2")
+    piece, whole = file.message_type.add(name="Piece"), file.message_type.add(name="Model")
+    kinds = descriptor_pb2.FieldDescriptorProto
+    for number, (name, kind) in enumerate(
+        (("piece", kinds.TYPE_STRING), ("score", kinds.TYPE_FLOAT), ("type", kinds.TYPE_INT32)), 1
+    ):
+        piece.field.add(name=name, number=number, type=kind, label=kinds.LABEL_OPTIONAL)
+    piece.field[-1].default_value = str(_NORMAL)
+    whole.field.add(
+        name="pieces", number=1, type=kinds.TYPE_MESSAGE, type_name=".pieces.Piece", label=kinds.LABEL_REPEATED
+    )
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("pieces.Model")).FromString(model)
+
+
 def minicpm_tokenizer(model: bytes) -> Tokenizer:
     """The sentencepiece model as a fast tokenizer with equal ids; encode adds <s>."""
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
-    proto.ParseFromString(model)
+    proto = _parsed(model)
     vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     tokenizer = Tokenizer(
         models.BPE(vocabulary, _merges(proto, vocabulary), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
@@ -185,7 +206,7 @@ def _merges(proto: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """Merge rules that make a BPE out of scored pieces: every split of a piece into two pieces, best piece first."""
     rules = []
     for piece in proto.pieces:
-        if piece.type != piece.NORMAL:
+        if piece.type != _NORMAL:
             continue
         for cut in range(1, len(piece.piece)):
             left, right = piece.piece[:cut], piece.piece[cut:]

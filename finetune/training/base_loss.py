@@ -1,13 +1,16 @@
-"""Check of the loss at step 0: near chance, the weights of the base model are not the pretrained ones."""
+"""Checks the initial loss: near ln(vocabulary) the base weights are not pretrained, and the run stops."""
 
 from __future__ import annotations
 
+import logging
 import math
 
 from torch import nn
 
 from finetune.training.freezing import counted, numel
 from finetune.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # A pretrained checkpoint predicts far better than chance: a loss near ln(vocabulary) means wrong weights.
 CHANCE = 0.85
@@ -32,7 +35,13 @@ def check_base_loss(loss: float, vocab_size: int, model: nn.Module, name: str) -
         BaseLossError: it does not.
     """
     chance = math.log(vocab_size)
-    if loss > CHANCE * chance and sum(numel(weight) for _, weight in counted(model)) > SMALLEST_PRETRAINED:
+    if loss <= CHANCE * chance:
+        return
+    if sum(numel(weight) for _, weight in counted(model)) <= SMALLEST_PRETRAINED:
+        logger.info(
+            "that is no better than chance: right for a tiny model with random weights, wrong for a trained one"
+        )
+    else:
         raise BaseLossError(
             f"the base loss {loss:.2f} is near ln(vocabulary) = {chance:.2f}: {name} predicts no better than chance. "
             "Its weights are probably not those of its config.json (a truncated download, a folder of random weights), "

@@ -94,7 +94,7 @@ class Flops:
             "looks": int(patches is not None),
             "patches": 0 if patches is None else _sum(patches),
             "patch_pairs": 0 if patches is None else _sum(patches.square()),
-            "groups": 0 if groups is None else len(groups),
+            "groups": 0 if groups is None else len(groups) // inputs.get("media_copies", 1),
         }
         return found | self._audio_counts(inputs.get("audio_lengths"))
 

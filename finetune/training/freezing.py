@@ -18,6 +18,7 @@ from transformers import set_seed
 from finetune.arguments.model import LoraArguments
 from finetune.arguments.training import TrainingArguments
 from finetune.families.family import Family
+from finetune.models.adapter_biases import is_base_bias
 from finetune.models.experts import routed_shares
 from finetune.training.lora import add_lora
 from finetune.utils.errors import ArgumentError
@@ -65,6 +66,7 @@ def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: L
     deepspeed_master_weights = bool(training.deepspeed and (training.bf16 or training.fp16))
     if training.use_lora:
         model = add_lora(model, family, modules, lora, training.lora_parts, in_fp32=not deepspeed_master_weights)
+        _warn_of_biases(model, family, training)
     else:
         for module in modules:
             model.get_submodule(module).requires_grad_(True)
@@ -77,6 +79,18 @@ def adapt(model: nn.Module, family: Family, training: TrainingArguments, lora: L
     if not deepspeed_master_weights:
         _cast_to_fp32(model)
     return model
+
+
+def _warn_of_biases(model: nn.Module, family: Family, training: TrainingArguments) -> None:
+    """Names the parts of which only ``--lora_bias all`` trains anything."""
+    chosen = {*full_parts(training), *training.lora_parts}
+    trained = {part_of(name, family.parts) for name, value in model.named_parameters() if value.requires_grad}
+    if only := sorted(trained - chosen):
+        logger.warning(
+            "--lora_bias all also trains the biases of parts that are frozen otherwise: %s. --lora_bias lora_only "
+            "trains those of layers with LoRA",
+            ", ".join(only),
+        )
 
 
 def _cast_to_fp32(model: nn.Module) -> None:
@@ -151,7 +165,8 @@ class PartRow:
 
     Attributes:
         part: "vision", "resampler", "llm" or "audio".
-        mode: "frozen", "full", "LoRA r=..." or a mix such as "LoRA r=64 + embed_tokens".
+        mode: "frozen", "full", "biases", "LoRA r=...", "QLoRA r=..." (on 4 bit) or a mix such as "LoRA r=64 +
+            embed_tokens + biases".
         total: parameters, copies of saved modules counted once.
         active: parameters used per token; fewer than ``total`` in a mixture of experts.
         trainable: parameters that train.
@@ -189,6 +204,8 @@ def part_rows(model: nn.Module, parts: Parts, learning_rates: Mapping[str, float
         if mode.startswith("LoRA") and any(id(p) in routed for _, p in parameters):
             # Fused experts are parameters, not linear layers: default LoRA targets do not include them.
             mode += " + experts" if any(id(p) in routed for _, p in trained) else ", experts frozen"
+        if mode.startswith("LoRA") and any(getattr(p, "quant_state", None) is not None for _, p in parameters):
+            mode = f"Q{mode}"
         rate = learning_rates[part] if trained else None
         active = sum(int(numel(p) * routed.get(id(p), 1)) for _, p in parameters)
         rows.append(PartRow(part, mode, _sum(parameters), active, _sum(trained), rate))
@@ -212,12 +229,13 @@ def _mode(model: nn.Module, trained: list[str]) -> str:
     if not trained:
         return "frozen"
     adapters = [name for name in trained if ".lora_" in name]
+    biases = [name for name in trained if is_base_bias(name)] if isinstance(model, PeftModel) else []
     if not adapters:
-        return "full"
+        return "biases" if len(biases) == len(trained) else "full"
     assert isinstance(model, PeftModel)
     config = model.peft_config[model.active_adapter]  # pyright: ignore[reportArgumentType]
     saved = {name.split(".modules_to_save.")[0].rpartition(".")[2] for name in trained if ".modules_to_save." in name}
-    return " + ".join([f"LoRA r={getattr(config, 'r', '?')}", *sorted(saved)])
+    return " + ".join([f"LoRA r={getattr(config, 'r', '?')}", *sorted(saved), *["biases"][: len(biases)]])
 
 
 def format_table(rows: list[PartRow]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,12 @@ def add_lora(
     for wanted in config.modules_to_save or []:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
             raise ArgumentError(f"--lora_modules_to_save {wanted}: the model has no module of that name")
+    _warn_of_ties(model, config.modules_to_save or [])
     try:
         base: Any = model
-        adapted: Any = get_peft_model(base, config, autocast_adapter_dtype=in_fp32)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"(?s).*tied")  # names a setting of peft that no flag sets
+            adapted: Any = get_peft_model(base, config, autocast_adapter_dtype=in_fp32)
         return adapted
     except ValueError as error:
         if "layers attribute" in str(error):
@@ -101,6 +105,23 @@ def add_lora(
             f"{'' if layers is None else f' in the layers {layers}'}; it is a regular expression that must match the "
             f"whole name, such as {family.lora_targets['llm']}"
         ) from error
+
+
+def _warn_of_ties(model: Any, saved: Sequence[str]) -> None:
+    """Says that tied embeddings and output layer part when one of them is trained in full."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if any(end is None for end in ends) or ends[0].weight is not ends[1].weight:
+        return
+    names = [name.rpartition(".")[2] for end in ends for name, module in model.named_modules() if module is end]
+    if len(trained := [name for name in names if name in saved]) == 1:
+        other = next(name for name in names if name not in trained)
+        logger.warning(
+            "--lora_modules_to_save %s: it is one tensor with %s in this checkpoint; trained, it becomes a second "
+            "tensor, and %s keeps the values of the base",
+            trained[0],
+            other,
+            other,
+        )
 
 
 def lora_config(

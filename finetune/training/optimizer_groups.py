@@ -9,24 +9,33 @@ import torch
 from torch import nn
 
 
-def split_groups(optimizer: torch.optim.Optimizer, rate_of: Mapping[int, float]) -> None:
-    """Splits the parameter groups of an optimizer by learning rate, and merges groups with equal options.
+def split_groups(
+    optimizer: torch.optim.Optimizer, part_of: Mapping[int, str], rates: Mapping[str, float]
+) -> tuple[str, ...]:
+    """Splits the parameter groups of an optimizer by part, and merges groups with equal options.
 
-    The fewer groups the better: DeepSpeed's work and communication per step grow with their number.
+    The fewer groups the better: DeepSpeed's work and communication per step grow with their number. One group never has
+    two parts, so that a gradient norm per part can be measured where DeepSpeed keeps a group as one flat tensor.
 
     Args:
         optimizer: as the Trainer makes it, with one group per weight decay.
-        rate_of: learning rate by the ``id`` of the parameter.
+        part_of: part by the ``id`` of the parameter.
+        rates: learning rate by part.
+
+    Returns:
+        The part of each group.
     """
-    merged: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
+    merged: list[tuple[str, dict[str, Any], list[nn.Parameter]]] = []
     for group in optimizer.param_groups:
         options = {name: value for name, value in group.items() if name != "params"}
         for parameter in group["params"]:
-            wanted = {**options, "lr": rate_of[id(parameter)]}
-            parameters = next((found for given, found in merged if given == wanted), None)
+            part = part_of[id(parameter)]
+            wanted = {**options, "lr": rates[part]}
+            parameters = next((found for its, given, found in merged if (its, given) == (part, wanted)), None)
             if parameters is None:
-                merged.append((wanted, parameters := []))
+                merged.append((part, wanted, parameters := []))
             parameters.append(parameter)
     optimizer.param_groups.clear()
-    for options, parameters in merged:
+    for _, options, parameters in merged:
         optimizer.add_param_group({**options, "params": parameters})
+    return tuple(part for part, _, _ in merged)

@@ -190,6 +190,10 @@ class Watchdog(TrainerCallback):
         """Names of the samples of the step so far, on this rank."""
         return [source for batch in self._sources for source in batch]
 
+    def current(self) -> list[str]:
+        """Names of the samples of the current micro-batch, on this rank; none in the optimizer step."""
+        return self._sources[-1] if self._sources else []
+
     def record_row_loss(self, row_loss: torch.Tensor) -> None:
         """Records the loss of every row, (B, 2), of the current micro-batch."""
         self._bad_rows.append(~torch.isfinite(row_loss.detach()[:, 0]))

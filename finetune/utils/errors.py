@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from finetune.utils.quoting import plain
 
@@ -15,12 +17,36 @@ class UserError(ValueError):
 
     Attributes:
         exit_code: exit status of the process, one of ``finetune.runtime.outcome``.
+        location: what is being read ("FILE, record 3"), in front of the message; added by ``located``.
     """
 
     exit_code = 2
+    location = ""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(plain(message))
+
+    def __str__(self) -> str:
+        return f"{self.location}: {super().__str__()}" if self.location else super().__str__()
+
+
+@contextmanager
+def located(location: object) -> Iterator[None]:
+    """Adds the location to user errors raised inside, unless they have one.
+
+    Readers and the encoder use it once per record, so that no function below them needs to know file and record.
+
+    >>> with located("train.json, record 3"):
+    ...     raise UserError("turn 0 has no text")
+    Traceback (most recent call last):
+        ...
+    finetune.utils.errors.UserError: train.json, record 3: turn 0 has no text
+    """
+    try:
+        yield
+    except UserError as error:
+        error.location = error.location or str(location)
+        raise
 
 
 class CheckpointError(UserError):
@@ -64,8 +90,12 @@ _MESSAGES = {
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
     # The Trainer always leaves accelerate's plugin at 1; a value that contradicts the flag is an error of transformers.
     "accelerate.accelerator": ("Gradient accumulation steps mismatch: GradientAccumulationPlugin has 1,",),
-    # the checkpoint's own tokenizer beside the checkpoint's own config.json
-    "transformers.trainer_utils": ("The tokenizer has new PAD/BOS/EOS tokens",),
+    "transformers.trainer_utils": (
+        # the checkpoint's own tokenizer beside the checkpoint's own config.json
+        "The tokenizer has new PAD/BOS/EOS tokens",
+        # three flags and the batch of a resumed run; checkpoints/resume_rules.py compares all of them
+        "Warning: The following arguments do not match the ones in the `trainer_state.json`",
+    ),
     # torchrun's default of one thread per process, which suits training: dataloader workers prepare the data
     "torch.distributed.run": ("\n*****************************************\nSetting OMP_NUM_THREADS",),
     # INFO messages on how many threads it uses

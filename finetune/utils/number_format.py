@@ -1,4 +1,4 @@
-"""Numbers as a person writes them: significant digits, no exponent unless they are very small."""
+"""Formats numbers for people: significant digits without exponent, sizes in MB or GB."""
 
 from __future__ import annotations
 
@@ -26,3 +26,12 @@ def significant(value: float, digits: int = 4) -> str:
     places = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
     text = f"{round(Decimal(repr(value)), places):,f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def size_text(size: float) -> str:
+    """Bytes as text, in GB or, below one, in MB.
+
+    >>> size_text(16.4e9), size_text(3.94e6)
+    ('16.4 GB', '3.94 MB')
+    """
+    return f"{significant(size / 1e9, 3)} GB" if size >= 1e9 else f"{significant(size / 1e6, 3)} MB"

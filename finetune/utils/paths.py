@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from finetune.utils.errors import ArgumentError
@@ -25,3 +26,10 @@ def expand(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise ArgumentError(f"{path}: there is no home folder for ~; set HOME, or write the whole path") from error
+
+
+def nearest(missing: Path) -> str:
+    """A hint with the name beside a missing file that is most like it; empty where there is none."""
+    beside = [path.name for path in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    close = difflib.get_close_matches(missing.name, beside, n=1)
+    return f" (did you mean {missing.with_name(close[0])}?)" if close else ""

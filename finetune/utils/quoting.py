@@ -53,7 +53,7 @@ def words_of(words: Iterable[object], most: int = 12) -> str:
     return (", ".join(found[:most]) + more) or "nothing"
 
 
-def cut(text: str, most: int = 300) -> str:
+def truncate_middle(text: str, most: int = 300) -> str:
     """The text truncated in the middle to ``most`` characters, for paths in messages."""
     if len(text) <= most:
         return text

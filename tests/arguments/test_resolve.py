@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from finetune.arguments.parse import Arguments, parse_arguments
+from finetune.arguments.preference import PreferenceOptions, options_of
 from finetune.utils.errors import ArgumentError
 
 BASE = {"model_name_or_path": "m", "stage": "sft", "dataset": "d"}
@@ -41,7 +42,7 @@ def test_command_line_over_file_over_defaults(parse):
     lines = dict(line.split(maxsplit=1) for line in args.describe().splitlines())
     assert lines["learning_rate"] == "0.001"
     assert lines["lora_parts"] == "llm vision"
-    assert lines["max_steps"].endswith("x.yaml: max_steps)")
+    assert lines["max_steps"].endswith("x.yaml)")
     assert "vision_lr" not in lines
 
 
@@ -148,6 +149,25 @@ def test_keys(parse, given, group, expected):
     assert {name: getattr(found, name) for name in expected} == expected
 
 
+def test_their_preference_keys_are_ours(parse):
+    """As in LLaMA-Factory's examples; keys with their defaults have no effect elsewhere and are not refused there."""
+    given = {**BASE, "stage": "dpo", "pref_beta": 0.2, "pref_loss": "ipo", "pref_ftx": 0.1}
+    args = parse(given)
+    assert args.data.stage == "dpo"
+    assert options_of(args.training) == PreferenceOptions(loss="ipo", beta=0.2, ftx=0.1)
+    assert options_of(parse({**BASE, "stage": "dpo"}).training) == PreferenceOptions()
+    everything = {"pref_beta": 0.1, "pref_loss": "sigmoid", "pref_ftx": 0.0, "dpo_label_smoothing": 0.0}
+    assert parse({**BASE, **everything, "simpo_gamma": 0.5}).data.stage == "sft"
+    own = parse_arguments(["--model_name_or_path", "m", "--data_path", "d", "--stage", "dpo", "--pref_loss", "simpo"])
+    assert options_of(own.training).gamma == 0.5
+
+
+def test_a_file_of_ours_with_a_stage_keeps_our_defaults(parse):
+    ours = {"model_name_or_path": "m", "stage": "dpo", "data_path": "d", "use_lora": True}
+    assert parse(ours).lora.lora_r == 64
+    assert parse({**BASE, "stage": "dpo"}).lora.lora_r == 8
+
+
 def test_what_the_machine_lacks_falls_back_with_one_warning(parse, caplog, monkeypatch):
     monkeypatch.setattr("finetune.arguments.training.is_torch_cuda_available", lambda: False)
     args = parse({**BASE, "flash_attn": "fa2", "deepspeed": "examples/deepspeed/ds_z3_config.json"})
@@ -166,7 +186,20 @@ def test_what_the_machine_lacks_falls_back_with_one_warning(parse, caplog, monke
     ("given", "message"),
     [
         ({"lora_rnak": 8}, r"x\.yaml: unknown: lora_rnak \(did you mean lora_rank\?\)"),
-        ({"stage": "dpo"}, "stage dpo is not part of this tool: only supervised"),
+        ({"stage": "kto"}, "stage kto is not part of this tool: sft"),
+        ({"pref_beta": 0.2}, "pref_beta 0.2 belongs to preference training"),
+        ({"stage": "dpo", "simpo_gamma": 1.0}, "simpo_gamma 1.0 has an effect with --pref_loss simpo only"),
+        ({"stage": "dpo", "pref_loss": "orpo", "dpo_label_smoothing": 0.1}, "dpo_label_smoothing 0.1 has an effect"),
+        ({"stage": "dpo", "dpo_label_smoothing": 0.5}, "below 0.5; half of the labels wrong"),
+        ({"stage": "dpo", "pref_reference": "adapter_off", "finetuning_type": "full"}, "adapter_off needs adapters"),
+        (
+            {"stage": "dpo", "pref_reference": "adapter_off", "use_lora": True, "lora_bias": "all"},
+            "biases of the base itself train",
+        ),
+        ({"stage": "dpo", "pref_reference": "adapter_off", "adapter_name_or_path": "a"}, "not be the model that"),
+        ({"stage": "dpo", "pref_reference": "cached", "pref_loss": "simpo"}, "--pref_loss simpo needs no reference"),
+        ({"stage": "dpo", "streaming": True, "max_steps": 1}, "--streaming true with --stage dpo"),
+        ({"stage": "dpo", "ref_model": "m"}, "its reference is the model that training starts from"),
         ({"finetuning_type": "oft"}, "finetuning_type oft is not part of this tool: lora, full and freeze are"),
         ({"quantization_bit": 8}, "8 is not part of this tool: 4 bit is"),
         ({"train_on_prompt": True}, "only answers are trained"),
@@ -185,7 +218,7 @@ def test_what_the_machine_lacks_falls_back_with_one_warning(parse, caplog, monke
             "need the lengths of all samples",
         ),
         ({"mask_history": "maybe"}, "it must be true or false"),
-        ({"data_path": "x"}, "both are given"),
+        ({"data_path": "x"}, "are both given"),
     ],
 )
 def test_what_is_refused(parse, given, message):

@@ -19,6 +19,7 @@ from finetune.checkpoints.base_checkpoint import resolve
 from finetune.checkpoints.saving import finish_adapter
 from finetune.families import by_name
 from finetune.models import CheckpointError, add_adapter, load_model
+from finetune.models.adapters import own_name
 from finetune.tiny.checkpoint_writer import FAMILIES
 
 ASKED: dict[str, Any] = {
@@ -46,13 +47,15 @@ def shaken(parameters: Any, seed: int, size: float) -> None:
 def adapter(tiny, tmp_path_factory) -> Callable[..., Path]:
     """A finished adapter folder by family, seed and modules saved in full."""
 
-    def make(family: str, seed: int = 1, saved: tuple[str, ...] = ("resampler",)) -> Path:
+    def make(family: str, seed: int = 1, saved: tuple[str, ...] = ("resampler",), bias: str = "none") -> Path:
         base = resolve(str(tiny(family)))
         targets = by_name(family).lora_targets["llm"]
-        settings = LoraConfig(r=4, target_modules=targets, modules_to_save=list(saved) or None)
+        settings = LoraConfig(r=4, target_modules=targets, modules_to_save=list(saved) or None, bias=bias)  # pyright: ignore
         model = get_peft_model(load_model(base.folder), settings)
-        shaken((p for name, p in model.named_parameters() if "lora_B" in name or "modules_to_save" in name), seed, 0.3)
-        folder = tmp_path_factory.mktemp("adapter") / f"{family}-{seed}"
+        moved = ("lora_B", "modules_to_save", ".bias") if bias != "none" else ("lora_B", "modules_to_save")
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        shaken((p for name, p in trained if any(part in name for part in moved)), seed, 0.3)
+        folder = tmp_path_factory.mktemp("adapter") / f"{family}-{seed}-{bias}"
         model.save_pretrained(str(folder))
         finish_adapter(model, folder, base)
         return folder
@@ -98,6 +101,36 @@ def test_several_switched_by_name(tiny, adapter):
         assert say(model) == plain
     with pytest.raises(CheckpointError, match="an adapter called 'b' already"):
         add_adapter(model, second, "b")
+
+
+@pytest.mark.parametrize(("bias", "count"), [("all", 24), ("lora_only", 6)])
+def test_trained_biases_go_with_the_adapter(tiny, adapter, bias, count):
+    """peft leaves them in the layers of the base; off means the base here, and no second adapter gets them."""
+    base = load_model(tiny("v2_6"))
+    values = {name: value.clone() for name, value in base.state_dict().items()}
+    folder, plain = adapter("v2_6", 1, bias=bias), adapter("v2_6", 2)
+    model: Any = load_model(folder, adapter_name="a")
+
+    def changed() -> int:
+        own = {
+            own_name(name): value
+            for name, value in model.get_base_model().state_dict().items()
+            if ".lora_" not in name and ".modules_to_save." not in name
+        }
+        return sum(not torch.equal(value, values[name]) for name, value in own.items())
+
+    answer = say(model)
+    assert changed() == count
+    with model.disable_adapter():
+        assert changed() == 0
+        assert say(model) == say(base) != answer
+    assert changed() == count
+    assert say(model) == answer
+    with pytest.raises(CheckpointError, match="the adapter 'a' on the model has trained biases"):
+        add_adapter(model, plain, "b")
+    other: Any = load_model(plain)
+    with pytest.raises(CheckpointError, match="beside another adapter: it has trained biases"):
+        add_adapter(other, folder, "b")
 
 
 def recipe(model: Any) -> PeftModel:

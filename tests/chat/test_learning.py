@@ -48,7 +48,7 @@ def learn(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "ocr1_0"])
 def test_what_was_learnt_by_heart_is_answered(tiny, tmp_path, family):
     base = resolve(str(tiny(family)))
-    encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings, max_slice_nums=1)
+    encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings, max_slice_nums=1)
     known = records(tmp_path)
     examples = []
     for number, (picture, question, answer) in enumerate(known):

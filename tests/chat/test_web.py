@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import socket
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from zoo import gradient
 from finetune.__main__ import main
 from finetune.chat.pipeline import ChatPromptOptions, SamplingOptions
 from finetune.chat.session import ChatSession
-from finetune.chat.web_page import Page, build, shown
+from finetune.chat.web_page import Page, build, serve, shown
 from finetune.models import load_model
 from finetune.utils.errors import ArgumentError, UserError
 
@@ -81,6 +83,51 @@ def test_what_cannot_be_used_is_forgotten(page, tmp_path):
     left.close()
     assert shown(conversations[0]) == []
     assert shown_answer(page, conversations)
+
+
+def test_a_conversation_takes_a_limited_number_of_images(page, tmp_path):
+    gradient().save(tmp_path / "a.png")
+    page = replace(page, max_files=1)
+    conversations = page.start()
+    list(page.ask("What?", str(tmp_path / "a.png"), conversations))
+    with pytest.raises(ArgumentError, match="as many as --max_files allows: clear the conversation"):
+        list(page.ask("And?", str(tmp_path / "a.png"), conversations))
+    assert [role for role, _, _ in conversations[0].turns] == ["user", "assistant"]
+    assert shown_answer(page, conversations)
+
+
+def test_limits_of_the_page_need_the_page(tiny, capsys):
+    for flag in ("--max_files", "--max_file_mb"):
+        assert main(["chat", "--model", str(tiny("llama3_v2_5")), flag, "2"]) == 2
+        assert "add --web" in capsys.readouterr().err
+
+
+def test_a_large_upload_is_refused(page, tmp_path, monkeypatch):
+    """By gradio's server, before anything is written."""
+    gradio = pytest.importorskip("gradio")
+    httpx = pytest.importorskip("httpx")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    launched: list[Any] = []
+    launch = gradio.Blocks.launch
+
+    def unblocked(blocks: Any, **options: Any) -> None:
+        launched.append(blocks)
+        launch(blocks, **options, prevent_thread_lock=True, quiet=True)
+
+    monkeypatch.setattr(gradio.Blocks, "launch", unblocked)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve(page, port, max_file_mb=1)
+    try:
+        sizes = {2**19: True, 2**21: False}
+        for size, accepted in sizes.items():
+            answer = httpx.post(
+                f"http://127.0.0.1:{port}/gradio_api/upload", files={"files": ("a.png", bytes(size))}, timeout=30
+            )
+            assert answer.is_success == accepted, answer.text
+    finally:
+        launched[0].close()
 
 
 def shown_answer(page: Page, conversations: list[Any]) -> str:

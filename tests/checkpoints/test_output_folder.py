@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from finetune.checkpoints.output_folder import RECORDS, Input, LogsCallback, OutputError, OutputFolder
+from finetune.checkpoints.output_folder import Input, LogsCallback, OutputFolder
+from finetune.model_folders.output_contents import STATE_FOLDER, OutputError
 from finetune.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -27,7 +28,7 @@ def write(folder: Path, *names: str, text: str = "mine") -> None:
 
 def contents(folder: Path) -> Files:
     """Text by path; without the records of runs."""
-    found = (path for path in folder.rglob("*") if path.is_file() and RECORDS not in path.parts)
+    found = (path for path in folder.rglob("*") if path.is_file() and STATE_FOLDER not in path.parts)
     return {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(found)}
 
 
@@ -88,7 +89,7 @@ def test_foreign_files_are_not_replaced(tmp_path, how, use_lora, name):
     with pytest.raises(OutputError, match=rf"would replace them: {name.partition('/')[0]}\. Choose"):
         run(tmp_path, use_lora=use_lora, overwrite=how == "overwrite", resuming=how == "resuming")
     assert contents(tmp_path) == {name: "mine"}
-    assert not (tmp_path / RECORDS).exists()
+    assert not (tmp_path / STATE_FOLDER).exists()
 
 
 def test_foreign_files_beside_stay(tmp_path):
@@ -163,7 +164,9 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
 def test_a_list_from_elsewhere_reaches_nothing_outside(tmp_path):
     folder = tmp_path / "out"
     write(tmp_path, "precious")
-    write(folder, f"{RECORDS}/files.json", text=json.dumps({"files": ["../precious", str(tmp_path / "precious"), 5]}))
+    write(
+        folder, f"{STATE_FOLDER}/files.json", text=json.dumps({"files": ["../precious", str(tmp_path / "precious"), 5]})
+    )
     run(folder, *LORA, overwrite=True)
     run(folder, *LORA, overwrite=True)
     assert (tmp_path / "precious").read_text() == "mine"

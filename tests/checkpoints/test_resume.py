@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -290,8 +292,9 @@ def test_checkpoints_of_another_run_are_neither_taken_nor_removed(tmp_path, capl
 def test_format_1_is_read_and_goes_on_as_a_run_of_its_own(tmp_path, caplog):
     folder = checkpoint(tmp_path, 2)
     values = json.loads((folder / "manifest.json").read_text())
-    assert values["format"] == 2
-    assert len(values["files"]["optimizer.pt"]["sha256"]) == 64
+    assert values["format"] == 3
+    assert values["files"]["optimizer.pt"]["digest"].startswith("xxh3_128:")
+    older(folder, values)
     for name in ("run", "attempt", "base", "data", "flags", "versions", "doubt"):
         del values[name]
     (folder / "manifest.json").write_text(json.dumps({**values, "format": 1}))
@@ -305,7 +308,35 @@ def test_format_1_is_read_and_goes_on_as_a_run_of_its_own(tmp_path, caplog):
     assert choose_checkpoint(training(tmp_path), tmp_path) == folder
 
 
-@pytest.mark.parametrize("changed", [{"step": "2"}, {"base": []}, {"files": {"../x": {"bytes": 1, "sha256": ""}}}])
+def older(folder: Path, values: dict[str, Any]) -> None:
+    """The files of a manifest as formats 1 and 2 have them."""
+    for name, entry in values["files"].items():
+        entry["sha256"] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        del entry["digest"]
+
+
+def test_sha256_of_format_2_is_compared(tmp_path):
+    folder = checkpoint(tmp_path, 2)
+    values = json.loads((folder / "manifest.json").read_text())
+    older(folder, values)
+    (folder / "manifest.json").write_text(json.dumps({**values, "format": 2}))
+    assert choose_checkpoint(training(tmp_path), tmp_path) == folder
+    flip(folder)
+    assert (
+        fault(folder, read(folder)) == "the content of optimizer.pt has changed since it was written (sha256 differs)"
+    )
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"step": "2"},
+        {"base": []},
+        {"files": {"../x": {"bytes": 1, "digest": "xxh3_128:0"}}},
+        {"files": {"x": {"bytes": 1, "digest": "crc32:0"}}},
+        {"files": {"x": {"bytes": 1, "digest": 0}}},
+    ],
+)
 def test_a_manifest_of_other_types_is_none(tmp_path, changed):
     folder = checkpoint(tmp_path, 2)
     edit(folder, **changed)

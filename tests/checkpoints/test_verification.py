@@ -44,7 +44,7 @@ def trained(folder: Path, data: Path, output: Path, dtype: str, *flags: str) -> 
     words += ["--max_steps", "2", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true"]
     words += ["--dataloader_num_workers", "0", "--use_cpu", "true", "--bf16", str(dtype == "bfloat16").lower(), *flags]
     args, base = parse_arguments(words), resolve(str(folder))
-    encoder = Encoder.from_config(base.family, load_tokenizer(folder), base.settings, max_slice_nums=1)
+    encoder = Encoder(base.family, load_tokenizer(folder), base.settings, max_slice_nums=1)
     data_module = make_supervised_data_module(args.data, encoder)
     made = CPMTrainer(
         model=adapt(load_model(folder, dtype=getattr(torch, dtype)), base.family, args.training, args.lora),

@@ -99,13 +99,16 @@ def test_a_folder_of_an_adapter_given_as_the_model(adapters, monkeypatch, capsys
 
 def test_mistakes_are_said_and_the_talk_goes_on(tiny, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    lines = ["/image /none.png", "/adaptor off", "/adapter x", "/save", "/save x.json"]
+    gradient(30, 30).save(tmp_path / "a b.png")
+    lines = [f"'{tmp_path / 'a b.png'}'", str(tmp_path / "a b.png"), "/reset"]  # dragged into the terminal
+    lines += ["/image /none.png", "/adaptor off", "/adapter x", "/save", "/save x.json"]
     lines += [f"/image {tmp_path / 'broken.png'}", "Hello", "", "/help"]
     status, out, err = chat(monkeypatch, capsys, lines, "--model", str(tiny(FAMILY)))
     assert status == 2
     assert out == says(load_model(tiny(FAMILY)), "Hello") + "\n"
     for message in ("/none.png: no such file", "did you mean /adapter?", "no adapter 'x'", "usage: /save FILE"):
         assert message in err
+    assert "1 attached to the next question\n2 attached to the next question\n" in err
     assert "the conversation is empty" in err
     assert "is not an image" in err
 
@@ -175,6 +178,26 @@ def test_a_file_is_opened_when_it_is_named(tmp_path, kind):
     with pytest.raises(DataError, match="is empty"):
         conversation.show(str(tmp_path / "empty.bin"), kind)
     assert conversation.files == []
+
+
+def test_out_of_memory_costs_the_question_alone(tiny, picture, monkeypatch, capsys):
+    stream = ChatSession.stream
+
+    def short(session: ChatSession, sample: Any, *options: Any) -> Any:
+        if any(sample.media()):
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"
+            )
+        return stream(session, sample, *options)
+
+    monkeypatch.setattr(ChatSession, "stream", short)
+    lines = [f"/image {picture}", "What?", "Hello"]
+    status, out, err = chat(monkeypatch, capsys, lines, "--model", str(tiny(FAMILY)), "--max_slice_nums", "6")
+    assert status == 2
+    assert out == says(load_model(tiny(FAMILY)), "Hello") + "\n"
+    assert "error: out of GPU memory: 2.0 GB asked for; the question is taken back. What needs less" in err
+    assert "    /reset, which clears the conversation" in err
+    assert "Traceback" not in err
 
 
 def test_in_a_new_process(adapters, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,23 @@ def test_what_is_no_list_of_values(tmp_path: Path, text: str, said: str) -> None
     with pytest.raises(DataError, match=said):
         write_json(tmp_path / "a.json", tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
+
+
+def test_pairs_are_counted_and_both_answers_shown(
+    tiny: Tiny, data: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, worse = tmp_path / "page.html", "A cat, and three dogs that are behind it."
+    words = ["--model", str(tiny("llama3_v2_5")), "--data", data(3, rejected_response=worse), "--stage", "dpo"]
+    assert main([*words, "--show", "1", "--html", str(page)]) == outcome.OK
+    said = capsys.readouterr().out
+    assert "3 kept" in said
+    assert "3 pairs of answers; 3 of 3 records have an image" in said
+    assert "[[A dog.<|eot_id|>]]" in said
+    assert f"[[{worse}<|eot_id|>]]" in said
+    assert page.read_text().count(worse) >= 1
+    longest = int(re.findall(r"longest (\d+) tokens", said)[0])
+    assert main([*words, "--model_max_length", str(longest - 1), "--overlong", "error"]) == outcome.USER_ERROR
+    assert f"{longest} tokens" in capsys.readouterr().err
+    assert main([*words, "--model_max_length", str(longest), "--overlong", "error"]) == outcome.OK
+    assert main(["--model", str(tiny("llama3_v2_5")), "--data", data(3), "--stage", "dpo"]) == outcome.USER_ERROR
+    assert "has no worse answer, and --stage dpo trains on pairs" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from finetune.media.video_sampling import VideoOptions
 from finetune.models import load_model, load_tokenizer
 from finetune.readers import read
 from finetune.readers.mixture import Mixture
+from finetune.runtime.out_of_memory import OutOfMemoryError
 from finetune.utils.errors import UserError
 
 SHORT = ["--max_new_tokens", "6", "--dtype", "float32", "--device", "cpu"]
@@ -55,7 +56,7 @@ def test_answers_are_those_of_one_by_one_generation(tiny, demo_data, tmp_path, c
     run("--model", tiny("v2_0"), "--data", demo_data / "eval.json", "--out", tmp_path, "--batch_size", 3)
     base = resolve(str(tiny("v2_0")))
     tokenizer = load_tokenizer(base.folder)
-    encoder = Encoder.from_config(base.family, tokenizer, base.settings)
+    encoder = Encoder(base.family, tokenizer, base.settings)
     model = load_model(base.folder, dtype=torch.float32)
     pairs = [split_answer(sample) for sample in read(demo_data / "eval.json")]
     prompts = [prompt for prompt, _ in pairs]
@@ -97,6 +98,32 @@ def test_a_stopped_evaluation_goes_on(tiny, demo_data, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "metrics.json").read_text())["metric"] == "cer"
     with pytest.raises(UserError, match="max_slice_nums was None and is 1"):
         run(*words, "--max_slice_nums", 1)
+
+
+def test_out_of_memory_names_smaller_settings_and_keeps_the_answers(tiny, demo_data, tmp_path, monkeypatch):
+    calls = []
+
+    def short(*args, **kwargs):
+        calls.append(len(args[3]))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"
+            )
+        return answer_batch(*args, **kwargs)
+
+    words = ("--model", tiny("v2_0"), "--data", demo_data / "eval.json", "--out", tmp_path, "--batch_size", 2)
+    monkeypatch.setattr("finetune.evaluation.batched_generation.answer_batch", short)
+    with pytest.raises(OutOfMemoryError) as raised:
+        run(*words)
+    assert raised.value.exit_code == 6
+    first, *flags = str(raised.value).splitlines()
+    assert first == (
+        "out of GPU memory: 2.0 GB asked for; the answers so far are kept: the same command continues. "
+        "What needs less, the cheapest first:"
+    )
+    assert [flag.strip() for flag in flags] == ["--batch_size 1", "--dtype bfloat16", "--max_slice_nums 4"]
+    run(*words[:-1], 1)
+    assert sum(calls[2:]) == len(lines(tmp_path)) - 2
 
 
 def test_comparison_with_the_base(tiny, demo_data, adapter, tmp_path):
@@ -182,6 +209,33 @@ def test_bad_records_are_left_out_only_when_asked(tiny, tmp_path, capsys):
         run(*words, "--on_bad_sample", "skip", "--max_bad_share", "1")
 
 
+def test_records_without_answers(tiny, adapter, tmp_path, capsys):
+    """The last user turn is answered, also where an answer follows; nothing is scored."""
+    asked = {"role": "user", "content": "How many?"}
+    told = [asked, {"role": "assistant", "content": "Two."}]
+    records = [{"conversations": [asked]}, {"conversations": told}, {"conversations": [*told, asked], "id": "three"}]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    words = ("--model", adapter, "--data", tmp_path / "data.json", "--out", tmp_path / "out")
+    with pytest.raises(UserError, match=r"must be the reference answer \(evaluate --predict_only needs none\)"):
+        run(*words)
+    run(*words, "--predict_only", "--compare", "base")
+    first, second, third = lines(tmp_path / "out")
+    assert set(first) == {"index", "id", "question", "prediction", "prediction_base"}
+    assert (third["id"], third["question"]) == ("three", "How many?")
+    assert first["prediction"] == second["prediction"] != first["prediction_base"]
+    base = resolve(str(tiny("llama3_v2_5")))
+    model, tokenizer = load_model(adapter, dtype=torch.float32), load_tokenizer(base.folder)
+    encoder = Encoder(base.family, tokenizer, base.settings)
+    prompts = list(read(tmp_path / "data.json"))
+    (expected,) = generate_answers(model, tokenizer, encoder, prompts[2:], max_new_tokens=6)
+    assert third["prediction"] == expected
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["evaluation.json", "predictions.jsonl"]
+    assert "3 answers without scores" in capsys.readouterr().out
+    for flag in (["--metric", "cer"], ["--report_rows", 3]):
+        with pytest.raises(UserError, match="--metric and --report_rows have no effect"):
+            run(*words, "--predict_only", *flag)
+
+
 def test_videos(tiny, tmp_path):
     """As training looks at them, in answers and in the report; one that is cut short is left out."""
     write_clip(tmp_path / "whole.mp4", 12, fps=4, size=(112, 112))
@@ -206,7 +260,7 @@ def test_videos(tiny, tmp_path):
     run("--model", tiny("v2_6"), *words)
     base = resolve(str(tiny("v2_6")))
     tokenizer, model = load_tokenizer(base.folder), load_model(base.folder, dtype=torch.float32)
-    encoder = Encoder.from_config(base.family, tokenizer, base.settings, video=VideoOptions(fps=2.0))
+    encoder = Encoder(base.family, tokenizer, base.settings, video=VideoOptions(fps=2.0))
     prompt = split_answer(read(tmp_path / "data.json")[0])[0]
     assert len(encoder.encode(prompt, generate=True).tgt_sizes) == 6
     (row,) = lines(tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,9 @@ from finetune.export import result_folder as folders
 from finetune.export.sharded_writer import WeightFiles
 from finetune.families import by_name, usable
 from finetune.model_folders.checkpoint_folder import weight_files
+from finetune.models.adapters import put_adapter
+from finetune.models.loading import load_model
+from finetune.runtime.out_of_memory import OutOfMemoryError
 from finetune.utils.errors import UserError
 
 NAMES = [family.name for family in usable()]
@@ -72,8 +76,11 @@ def tensors(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("family", NAMES)
 def test_round_trip(tiny, adapter, tmp_path, capsys, family):
     base, out = tiny(family), tmp_path / "out"
+    adapter(family)
+    capsys.readouterr()
     assert main(flags(base, adapter(family), out, "--export_size", "0.0005")) == 0
-    said = capsys.readouterr().out
+    said, bars = capsys.readouterr()
+    assert bars.count("Loading weights: 100%") == 1, "two models of the same size are loaded"
     assert "verified=true" in said
     assert float(said.split("base_difference=")[1]) > 0.05, "the adapter does nothing"
     for pattern in FULL_FILES:
@@ -157,11 +164,15 @@ def test_another_type_and_the_speech_output(tiny, adapter, tmp_path, capsys):
     assert kinds == {"BF16"}
 
 
-def test_without_an_adapter_a_model_is_dealt_out_anew(tiny, tmp_path):
+def test_without_an_adapter_a_model_is_dealt_out_anew(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(flags(tiny("v4_5"), None, out, "--export_size", "0.0005")) == 0
     assert tensors(out) == tensors(tiny("v4_5"))
     assert len(list(out.glob("*.safetensors"))) > 2
+    said = capsys.readouterr().out
+    assert f"exported={out} verified=true" in said
+    assert " MB in " in said
+    assert "merged" not in said
 
 
 def test_qlora_is_said(tiny, adapter, tmp_path, capsys):
@@ -193,6 +204,24 @@ def test_an_interrupted_export_leaves_nothing(tiny, adapter, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         main(flags(tiny("v2_6"), adapter("v2_6"), tmp_path / "place" / "out"))
     assert list((tmp_path / "place").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "fails"), [("export", "finetune.export.merge_check.load_model"), ("verify", "peft.AutoPeftModel")]
+)
+def test_out_of_memory_is_said_with_what_needs_less(tiny, adapter, tmp_path, monkeypatch, command, fails):
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    monkeypatch.setattr(f"{fails}.from_pretrained" if command == "verify" else fails, full)
+    folder, out = adapter("llama3_v2_5"), tmp_path / "out"
+    words = [str(folder)] if command == "verify" else flags(tiny("llama3_v2_5"), folder, out)
+    with pytest.raises(OutOfMemoryError) as raised:
+        import_module(f"finetune.commands.{command}").main(words)
+    device = "--device cpu" if command == "verify" else "--export_device cpu"
+    assert str(raised.value).startswith("out of GPU memory: 2.0 GB asked for; ")
+    assert str(raised.value).splitlines()[-1].strip() == device
+    assert command == "verify" or weight_files(out), "the comparison runs out of memory, the model is there"
 
 
 def test_what_is_in_the_way_is_kept(tiny, adapter, tmp_path, capsys):
@@ -265,3 +294,26 @@ export_legacy_format: false
     assert main([str(tmp_path / "merge.yaml"), "--verify", "off"]) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert folders.RECORD in {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_what_a_second_adapter_replaces_is_said(tiny, tmp_path, capsys):
+    """LoRA of two adapters adds up; modules trained in full and biases of the first are lost."""
+    base = tiny("v2_6")
+    # "all": the oldest peft saves no biases for "lora_only".
+    options = {"modules_to_save": ["resampler"], "bias": "all"}
+    both = [save(make_adapter(base, "v2_6", seed, **options), tmp_path / str(seed)) for seed in (1, 2)]
+    out = tmp_path / "out"
+    words = ["--model_name_or_path", str(base), "--infer_dtype", "float32", "--export_dir", str(out)]
+    assert main([*words, "--adapter_name_or_path", ",".join(map(str, both))]) == 0
+    printed = capsys.readouterr().out
+    assert f"warning    {both[1]} replaces" in printed
+    assert "llm.model.layers.0.self_attn.q_proj.bias" in printed
+    merged = load_file(out / "model.safetensors")
+    last = put_adapter(load_model(base, dtype="float32"), both[1]).merge_and_unload().state_dict()
+    for name in ("resampler.query", "llm.model.layers.0.self_attn.q_proj.bias"):
+        assert torch.equal(merged[name], last[name])
+    assert not torch.equal(*(tensors["llm.model.layers.0.self_attn.q_proj.weight"] for tensors in (merged, last)))
+    plain = [save(make_adapter(base, "v2_6", seed), tmp_path / f"plain-{seed}") for seed in (1, 2)]
+    words[-1] = str(tmp_path / "third")
+    assert main([*words, "--verify", "off", "--adapter_name_or_path", ",".join(map(str, plain))]) == 0
+    assert "replaces" not in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -91,10 +92,36 @@ def test_what_is_written_is_checked_and_trained(tiny, pictures, tmp_path, capsys
     assert main([str(folder), *wanted, "--model", str(tiny("llama3_v2_5")), "--eval_share", "0.3"]) == 0
     assert len(json.loads((folder / "eval.json").read_text())) == 1
     assert check.main([str(folder / "train.yaml")]) == 0
-    flags = ["--nproc", "1", str(folder / "train.yaml"), "--max_steps", "1", "--dataloader_num_workers", "0"]
+    flags = ["--nproc", "1", str(folder / "train.yaml"), "--max_steps", "1", "--warmup_steps", "0"]
+    flags += ["--dataloader_num_workers", "0"]
     done = subprocess.run(
         [sys.executable, "-m", "finetune", "train", *flags],
         cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1].removeprefix("result="))["verified"] is True
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_commands_of_its_readme_are_understood(tmp_path, pictures, method):
+    """Every command is parsed, and says of the result what it is: an adapter, or a model."""
+    table = tmp_path / "answers.csv"
+    table.write_text("image,answer\na.png,red\nc.png,green\n")
+    folder = tmp_path / "new"
+    assert main([str(folder), "--method", method, "--images", str(pictures), "--answers", str(table)]) == 0
+    commands = [
+        line.split() for line in (folder / "README.md").read_text().splitlines() if "python -m finetune" in line
+    ]
+    given = {}
+    for _, _, _, name, *words in commands:
+        parser = importlib.import_module(f"finetune.commands.{name}").build_parser()
+        given[name] = vars(parser.parse_args(words)) if name not in ("check", "train") else words
+    adapter, output = method != "full", str(folder / "output")
+    assert given["chat"]["adapter" if adapter else "model"] in (output, [output])
+    assert given["evaluate"]["compare"] == ("base" if adapter else "openbmb/MiniCPM-V-2_6")
+    assert ("export" in given) == adapter
+
+
+def test_a_model_that_is_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--model v2_7: no generation, .* did you mean v[24]_\d\?"):
+        main([str(tmp_path / "new"), "--model", "v2_7"])

@@ -42,7 +42,7 @@ def test_a_checkpoint(tiny, capsys, family):
     assert agrees in text
     losses = re.search(r"loss +([\d.]+) correct caption, ([\d.]+) words shuffled, ([\d.]+) chance", text)
     assert losses is not None
-    encoder = Encoder.from_config(base.family, load_tokenizer(folder), base.config)
+    encoder = Encoder(base.family, load_tokenizer(folder), base.config)
     expected = caption_loss(load_model(folder).eval(), encoder, draw(), CAPTION)
     assert float(losses[1]) == pytest.approx(expected, abs=1e-3)
     assert re.search(r"caption +'", text)

@@ -10,10 +10,9 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer
 
 import finetune.models  # noqa: F401  registers the network and the tokenizer classes
 from finetune.commands import tiny
-from finetune.families import by_name, detect, usable
+from finetune.families import FAMILIES, by_name, detect, usable
 from finetune.tiny import corpus
 from finetune.tiny.demo_phrases import COLOURS
-from finetune.tiny.native_folders import NATIVE
 
 COMMON = {
     "README.md",
@@ -26,6 +25,7 @@ COMMON = {
     "tokenizer_config.json",
 }
 _SPLIT = COMMON - {"tokenizer.json"} | {"vocab.json", "merges.txt", "added_tokens.json"}
+NATIVE = tuple(family.name for family in FAMILIES if family.network is None)
 _NATIVE = COMMON - {"preprocessor_config.json", "special_tokens_map.json"} | {
     "chat_template.jinja",
     "processor_config.json",

@@ -97,7 +97,7 @@ def completed(family: str, tokenizer: PreTrainedTokenizerBase) -> Layout:
 @pytest.mark.parametrize("family", ["v2_6", "o2_6", "v4_0", "v4_5", "o4_5"])
 @pytest.mark.parametrize("thinking", [False, True, None])
 def test_chatml_templates_agree(family: str, thinking: Any) -> None:
-    made = Encoder.from_config(by_name(family), written(family), {}, enable_thinking=thinking)
+    made = Encoder(by_name(family), written(family), {}, enable_thinking=thinking)
     assert check_chat_template(made.family, made.tokenizer, made.layout) is True
     assert made.layout.assumed == ()
 
@@ -177,7 +177,7 @@ def thinker(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_checkpoint_that_thinks_by_default(thinker: Path) -> None:
     base = resolve(str(thinker))
-    made = Encoder.from_config(base.family, load_tokenizer(thinker), base.settings)
+    made = Encoder(base.family, load_tokenizer(thinker), base.settings)
     assert made.layout.enable_thinking is True
     assert check_chat_template(base.family, made.tokenizer, made.layout, made.vocabulary) is True
     asked = Message("user", (Text("第 3 题?"),))
@@ -195,7 +195,7 @@ def test_a_checkpoint_that_thinks_by_default(thinker: Path) -> None:
         conversation = [{"role": "user", "content": "第 3 题?"}, {"role": "assistant", "content": answer}]
         theirs = str(made.tokenizer.apply_chat_template(conversation, tokenize=False))
         assert str(made.tokenizer.decode(example.input_ids)) == theirs
-    told = Encoder.from_config(base.family, made.tokenizer, base.settings, enable_thinking=False)
+    told = Encoder(base.family, made.tokenizer, base.settings, enable_thinking=False)
     assert told.layout.enable_thinking is False
     assert check_chat_template(base.family, made.tokenizer, told.layout) is True
 
@@ -203,7 +203,7 @@ def test_a_checkpoint_that_thinks_by_default(thinker: Path) -> None:
 @pytest.mark.parametrize("family", [family.name for family in usable()])
 def test_tiny_checkpoints_agree_with_their_templates(tiny, family: str) -> None:
     base = resolve(str(tiny(family)))
-    made = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings)
+    made = Encoder(base.family, load_tokenizer(base.folder), base.settings)
     agrees = check_chat_template(base.family, made.tokenizer, made.layout, made.vocabulary)
     assert agrees == bool(made.tokenizer.chat_template)
     assert made.layout.enable_thinking in (False, None)

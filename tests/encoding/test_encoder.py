@@ -9,7 +9,7 @@ import plain_messages
 import pytest
 import simplejpeg
 import torch
-from golden_tokenizers import tokenizer
+from golden_tokenizers import small_images, tokenizer
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
@@ -22,7 +22,7 @@ from finetune.media import image
 from finetune.media.slicing import SlicePlan, SliceSpec
 from finetune.readers import read
 from finetune.sample import DataError, Media, Message, Sample, Source, Text
-from finetune.templates.rendering import Layout, Rendered
+from finetune.templates.rendering import Rendered
 from finetune.utils.errors import UserError
 
 SOURCE = Source("data.json", 5, "q")
@@ -32,8 +32,7 @@ BOTH = pytest.mark.parametrize("family", NAMES)
 
 def encoder(family: str | Family, **options: Any) -> Encoder:
     chosen = by_name(family) if isinstance(family, str) else family
-    defaults = {"layout": Layout(query_num=4), "slicing": SliceSpec(9, 112, 14), "max_length": None}
-    return Encoder(chosen, tokenizer(NAMES[chosen.name]), **{**defaults, **options})
+    return Encoder(chosen, tokenizer(NAMES[chosen.name]), small_images(side=112), **options)
 
 
 def sample(*media: Media, reply: str = "A dog.", text: str = "What?", train: bool = True) -> Sample:
@@ -187,13 +186,13 @@ def test_pixel_limit_is_passed_on() -> None:
 
 
 @BOTH
-def test_from_config(family: str) -> None:
+def test_settings_and_options(family: str) -> None:
     config = {"query_num": 8, "max_slice_nums": 4, "slice_config": {"max_slice_nums": 4}, "patch_size": 14}
     chosen = by_name(family)
-    made = Encoder.from_config(chosen, tokenizer(NAMES[family]), config)
+    made = Encoder(chosen, tokenizer(NAMES[family]), config)
     assert (made.layout.query_num, made.slicing, made.max_length) == (8, SliceSpec(4, 448, 14), None)
     assert made.max_pixels == image.MAX_PIXELS
-    made = Encoder.from_config(chosen, tokenizer(NAMES[family]), config, max_slice_nums=1, max_length=9, max_pixels=5)
+    made = Encoder(chosen, tokenizer(NAMES[family]), config, max_slice_nums=1, max_length=9, max_pixels=5)
     assert (made.slicing.max_slice_nums, made.max_length, made.max_pixels) == (1, 9, 5)
 
 
@@ -226,12 +225,12 @@ def test_alignment_of_ids(change: Callable[[Rendered], None], message: str) -> N
 
 
 def test_alignment_of_patches(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = image.cut
+    whole = image.slice_image
 
     def missing(opened: Image.Image, cuts: SlicePlan) -> list[np.ndarray]:
         return whole(opened, cuts)[:-1]
 
-    monkeypatch.setattr(image, "cut", missing)
+    monkeypatch.setattr(image, "slice_image", missing)
     with pytest.raises(AlignmentError, match=r"items of \[\] patches, the image headers give"):
         encoder("v2_0").encode(sample(picture(20, 20)))
 
@@ -295,7 +294,7 @@ def test_fast_backend_refuses_what_pillow_refuses(zoo: Path, kind: str) -> None:
 
 def test_published_processors_keep_their_own_way() -> None:
     with pytest.raises(UserError, match=r"--image_backend fast: not supported by MiniCPM-V 4.6"):
-        Encoder.from_config(by_name("v4_6"), tokenizer("llama3"), {}, image_backend="fast")
+        Encoder(by_name("v4_6"), tokenizer("llama3"), {}, image_backend="fast")
 
 
 def test_survives_a_worker_process() -> None:

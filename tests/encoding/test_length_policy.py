@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import pytest
-from golden_tokenizers import tokenizer
+from golden_tokenizers import small_images, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -9,9 +9,8 @@ from PIL import Image
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import POLICIES, LengthPolicy, OverlongError
 from finetune.families import by_name
-from finetune.media.slicing import SlicePlan, SliceSpec
+from finetune.media.slicing import SlicePlan
 from finetune.sample import DataError, Media, Message, Part, Sample, Source, Text
-from finetune.templates.rendering import Layout
 
 SOURCE = Source("data.json", 5, "q")
 NAMES = {"v2_0": "minicpm", "llama3_v2_5": "llama3"}
@@ -23,13 +22,7 @@ MADE: dict[str, Encoder] = {}
 def encoder(family: str, max_length: int | None = None) -> Encoder:
     """One vocabulary per family, which takes a while to make; only the limit differs."""
     if family not in MADE:
-        MADE[family] = Encoder(
-            by_name(family),
-            tokenizer(NAMES[family]),
-            layout=Layout(query_num=QUERIES),
-            slicing=SliceSpec(9, 56, 14),
-            max_length=None,
-        )
+        MADE[family] = Encoder(by_name(family), tokenizer(NAMES[family]), small_images(QUERIES))
     made = MADE[family]
     made.max_length = max_length
     return made

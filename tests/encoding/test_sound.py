@@ -50,7 +50,7 @@ def ready(tiny) -> Callable[[str], tuple[MiniCPMO, Encoder]]:
             base = resolve(str(tiny(family)))
             model = load_model(base.folder)
             assert isinstance(model, MiniCPMO)
-            made[family] = model.eval(), Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings)
+            made[family] = model.eval(), Encoder(base.family, load_tokenizer(base.folder), base.settings)
         return made[family]
 
     return make
@@ -106,6 +106,54 @@ def test_frames_are_those_of_the_published_extractor() -> None:
     for clip, piece in zip(found, (samples[:480_000], samples[480_000:]), strict=True):
         given = WhisperFeatureExtractor()(piece, sampling_rate=16_000, return_attention_mask=True, return_tensors="pt")
         assert torch.equal(clip, given["input_features"][0][:, : given["attention_mask"].sum()])
+
+
+def noise(samples: int) -> np.ndarray:
+    return np.random.default_rng(samples).normal(0, 0.1, samples).astype(np.float32)
+
+
+def loud_end(samples: int) -> np.ndarray:
+    """Quiet but for the last samples, whose frames the clip does not have alone."""
+    return np.where(np.arange(samples) < samples - 30, 1e-4, 0.9).astype(np.float32)
+
+
+def silence(samples: int) -> np.ndarray:
+    return np.zeros(samples, np.float32)
+
+
+ODD = [801, 960, 1_281, 2_399, 2_400, 4_001, 15_999, 16_000, 16_160, 160_037]
+NEARLY_FULL = [479_199, 479_200, 479_201, 479_440, 479_599, 479_680, 479_841, 479_999, 480_000]
+
+
+@pytest.mark.parametrize("family", OMNI)
+@pytest.mark.parametrize("sound", [noise, loud_end, silence, lambda samples: tone(samples / 16_000)])
+def test_short_padding_gives_the_bits_of_the_full_one(family: str, sound: Callable[[int], np.ndarray]) -> None:
+    """Clips of every length, the last pieces of longer ones, and those that the padding just fills."""
+    from transformers import WhisperFeatureExtractor
+
+    spec, published = HEARING[family], WhisperFeatureExtractor()
+    for samples in (*ODD, *NEARLY_FULL, 480_000 + 1_700):
+        if samples < spec.shortest:
+            continue
+        wave = sound(samples)
+        pieces = [wave[start : start + 480_000] for start in range(0, samples, 480_000)]
+        given = published(pieces, sampling_rate=16_000, return_tensors="pt")["input_features"]
+        found = log_mel(wave, spec)
+        assert len(found) == len(pieces)
+        for clip, full, piece in zip(found, given, pieces, strict=True):
+            assert torch.equal(clip, full[:, : spec.frames(len(piece))]), (samples, len(piece))
+
+
+def test_short_padding_with_other_frames() -> None:
+    """Checkpoints may have another hop and window, and pieces that are no multiple of them."""
+    from transformers import WhisperFeatureExtractor
+
+    for hop, window, seconds in ((80, 400, 2), (160, 256, 3), (237, 400, 2), (300, 320, 2)):
+        spec = AudioSpec(pool_step=2, bins=40, hop=hop, window=window, chunk_seconds=seconds)
+        published = WhisperFeatureExtractor(40, hop_length=hop, chunk_length=seconds, n_fft=window)
+        for samples in (spec.shortest, 1_999, 9_000, 16_000 * seconds - window, 16_000 * seconds - 1):
+            full = published(noise(samples), sampling_rate=16_000, return_tensors="pt")["input_features"][0]
+            assert torch.equal(log_mel(noise(samples), spec)[0], full[:, : spec.frames(samples)]), (hop, samples)
 
 
 def rows() -> list[Sample]:
@@ -182,7 +230,7 @@ def test_measured_without_the_network(ready, family: str) -> None:
 @pytest.mark.parametrize("family", [family.name for family in usable() if family.audio_spec is None])
 def test_the_others_say_who_hears(family: str, tiny) -> None:
     base = resolve(str(tiny(family)))
-    encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings)
+    encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings)
     with pytest.raises(DataError, match=r"no audio; use a model that does \(MiniCPM-o 2.6, MiniCPM-o 4.5\)"):
         encoder.measure(talk(tone(0.5), "What?"))
 
@@ -206,14 +254,8 @@ def test_too_long_samples_lose_turns_with_their_sound(ready) -> None:
     second = talk(tone(1.0, pitch=600), "And?").messages[0]
     sample = Sample("x", Source("data.json", 0), (voice, first, answer, second, answer))
     full = encoder.measure(sample).tokens
-    limited = Encoder(
-        encoder.family,
-        encoder.tokenizer,
-        layout=encoder.layout,
-        slicing=encoder.slicing,
-        audio_spec=encoder.audio_spec,
-        max_length=full - 10,
-    )
+    limited = copy.copy(encoder)
+    limited.max_length = full - 10
     example, outcome = LengthPolicy(limited, "shrink").encode(sample)
     assert outcome == "turns dropped"
     assert [clip.shape[1] for clip in example.audio] == [30, 100]

@@ -26,8 +26,8 @@ from finetune.families import by_name
 from finetune.media.slicing import MERGES, SliceSpec
 from finetune.media.transformers_processor import check_videos
 from finetune.media.video_sampling import VideoOptions
+from finetune.model_folders.downsample_mode import write_mode
 from finetune.models import load_model, load_tokenizer
-from finetune.models.downsample_mode import write_mode
 from finetune.sample import DataError, Media, Message, Part, Sample, Source, Text
 from finetune.utils.errors import UserError
 from finetune.utils.log_once import warn_once
@@ -56,7 +56,7 @@ def video(folder: Path, name: str = "clip.mp4") -> Media:
 
 def encoder(model: Path, video: VideoOptions | None = None, **options: Any) -> Encoder:
     base = resolve(str(model))
-    return Encoder.from_config(base.family, load_tokenizer(model), base.settings, video=video, **options)
+    return Encoder(base.family, load_tokenizer(model), base.settings, video=video, **options)
 
 
 def prompt(made: Encoder, example: Example) -> str:
@@ -148,9 +148,7 @@ def test_batch_is_the_one_of_the_published_processor(
     model = shutil.copytree(tiny(family), tmp_path / "model")
     write_mode(model, by_name(family), mode)
     made = encoder(model)
-    with video_frames.video.Decoder(
-        video_frames.video.probe(video(folder, "wide.mp4"), Source("", 0)), Source("", 0)
-    ) as decoder:
+    with video_frames.video.Decoder(video_frames.video.probe(video(folder, "wide.mp4"))) as decoder:
         frames = torch.stack([torch.tensor(list(decoder.take(index).tobytes())) for index in range(12)])
     frames = frames.to(torch.uint8).reshape(12, 112, 240, 3).permute(0, 3, 1, 2)
     image = Image.open(folder / "image.png")

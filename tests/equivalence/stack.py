@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,11 +14,15 @@ from variants import VARIANTS
 
 from dataset import make_supervised_data_module
 from finetune.arguments.parse import parse_arguments
+from finetune.arguments.preference import options_of
 from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.run_identity import reference_key
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
 from finetune.runtime import distributed
 from finetune.training.freezing import adapt
+from finetune.training.gradient_norms import PREFIX
+from preference_trainer import PreferenceTrainer
 from trainer import CPMTrainer
 
 RATE = 2e-4
@@ -31,6 +36,8 @@ LORA = ("--use_lora", "true", "--lora_r", "8", "--tune_vision", "true")
 FAMILIES = ("v2_0", "llama3_v2_5")
 OTHERS = tuple(name for name in VARIANTS if name not in FAMILIES)
 KINDS = {"full": (), "lora": LORA}
+# Preference training, with both kinds of reference.
+PAIRED = {"dpo": ("--stage", "dpo"), "dpolora": (*LORA, "--stage", "dpo", "--pref_reference", "adapter_off")}
 # Adapters on the experts of a mixture and on its routers too.
 EXPERTS = (*LORA, "--lora_target_parameters", "experts.gate_up_proj,experts.down_proj,mlp.gate.weight")
 
@@ -41,6 +48,7 @@ class Step:
 
     loss: float
     grad_norm: float
+    parts: dict[str, float]
 
 
 def flags(base: Path, data: Path, output: Path, *more: str) -> list[str]:
@@ -58,16 +66,24 @@ def build(argv: Sequence[str]) -> CPMTrainer:
     tokenizer = load_tokenizer(base.folder)
     model = load_model(base.folder, dtype=torch.float32)
     model = adapt(model, base.family, args.training, args.lora)
-    encoder = Encoder.from_config(base.family, tokenizer, base.settings, max_slice_nums=args.data.max_slice_nums)
+    encoder = Encoder(base.family, tokenizer, base.settings, max_slice_nums=args.data.max_slice_nums)
     rates = args.training.part_learning_rates
     data = make_supervised_data_module(args.data, encoder)
-    return CPMTrainer(model=model, args=args.training, base=base, part_learning_rates=rates, **data)
+    made = partial(
+        PreferenceTrainer,
+        preference=options_of(args.training),
+        reference_key=reference_key(args, base),
+        base_is_start=args.training.use_lora,
+    )
+    of_stage = CPMTrainer if args.data.stage == "sft" else made
+    return of_stage(model=model, args=args.training, base=base, part_learning_rates=rates, **data)
 
 
 def steps(trainer: CPMTrainer) -> list[Step]:
-    """Loss and gradient norm of every step that was logged."""
+    """Loss and gradient norms of every step that was logged."""
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    return [Step(entry["loss"], float(entry["grad_norm"])) for entry in logs]
+    parts = [{name: norm for name, norm in entry.items() if name.startswith(PREFIX)} for entry in logs]
+    return [Step(entry["loss"], float(entry["grad_norm"]), own) for entry, own in zip(logs, parts, strict=True)]
 
 
 def unwrapped(trainer: CPMTrainer) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,10 @@ import torch
 from safetensors.torch import load_file
 from stack import LORA, build, flags, unwrapped
 from torch import nn
+from transformers import TrainerCallback
 
-from finetune.checkpoints import checkpoint_manager, disk_space
+from finetune.checkpoints import checkpoint_manager, disk_space, manifest
+from finetune.checkpoints.background_manifest import BackgroundManifest
 from finetune.checkpoints.disk_space import SpaceError, check_space, checkpoint_size, write_fault
 from finetune.checkpoints.manifest import checkpoints, read
 from finetune.checkpoints.resume import choose_checkpoint
@@ -230,7 +233,52 @@ def test_rotation_waits_for_the_first_finite_step(make, monkeypatch):
     seen = []
     original = checkpoint_manager.rotate
     monkeypatch.setattr(checkpoint_manager, "rotate", lambda *args: (seen.append(left(trainer)), original(*args))[1])
+    monkeypatch.setattr(BackgroundManifest, "busy", False)  # removed at once, which waits for the manifest
     trainer = make("--save_total_limit", "1", "--max_steps", "3")
     trainer.train()
     assert seen == [[1], [1, 2], [2, 3]]
     assert left(trainer) == [3]
+
+
+def test_training_goes_on_while_a_checkpoint_is_completed(make, monkeypatch):
+    """Two steps are done before the hashes are; the older checkpoint stays until the newer one is complete."""
+    first, second = threading.Event(), threading.Event()
+    original, seen = manifest.write, []
+
+    def write(folder: Path, step: int, layout: dict[str, Any]) -> None:
+        if step == 2:
+            assert first.wait(60), "training waits for the manifest"
+        original(folder, step, layout)
+        second.set()
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append((state.global_step, 2 in left(trainer)))
+            if state.global_step == 4:
+                second.clear()
+                first.set()
+                assert second.wait(60)
+
+    monkeypatch.setattr(manifest, "write", write)
+    trainer = make("--save_total_limit", "1", "--save_steps", "2", "--max_steps", "5")
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert seen[:4] == [(1, False), (2, False), (3, False), (4, False)]
+    assert left(trainer) == [5]
+
+
+def test_a_manifest_that_cannot_be_written_is_said(make, monkeypatch, caplog):
+    original = manifest.write
+
+    def write(folder: Path, step: int, layout: dict[str, Any]) -> None:
+        if step == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(folder, step, layout)
+
+    monkeypatch.setattr(manifest, "write", write)
+    trainer = make("--max_steps", "2", "--save_steps", "1")
+    trainer.train()
+    assert "checkpoint-2 is not complete and will be skipped: no space left on the device" in caplog.text
+    error = trainer.checkpoint_manager.final_error(trainer.args)
+    assert isinstance(error, NotSavedError)
+    assert "checkpoint-2 is not complete" in str(error)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_records import write_records
 from peft import PeftModel
-from records import write_records
 from stack import FAMILIES, KINDS, OTHERS, build, flags, near, steps, trained, unwrapped
 
 from dataset import DataCollator, SupervisedDataset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from records import EVALUATED, STEPS, write_media_records, write_records
+from made_records import EVALUATED, STEPS, write_media_records, write_records
 from safetensors.torch import load_file
 from stack import FAMILIES, KINDS, OTHERS, near
 from variants import MIXTURE
@@ -21,6 +22,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 WORKER = Path(__file__).with_name("worker.py")
 # Measured: losses 2e-6, gradient norms 2e-6.
 LOSS, NORM = 1e-5, 2e-5
+PART = 1e-4
 BRIEF_RUNS = [*((family, "full") for family in OTHERS), ("o4_5", "lora"), ("v4_7", "lora"), (MIXTURE, "experts")]
 ADAPTED = [family for family, kind in BRIEF_RUNS if kind != "full"]
 WEIGHTS = {"full": "model*.safetensors", "lora": "adapter_model.safetensors", "experts": "adapter_model.safetensors"}
@@ -57,7 +59,7 @@ def media_runs(tiny, tmp_path_factory) -> Path:
     (folder / "models").mkdir()
     for family, (sound, length) in MEDIA.items():
         (folder / "models" / family).symlink_to(tiny(family))
-        data = write_media_records(folder / f"data-{family}", sound=sound)
+        data = write_media_records(folder / f"data-{family}", sound=sound, timelines=sound)
         paths = ["--checkpoints", str(folder / "models"), "--data", str(data), "--out", str(folder)]
         paths += ["--families", family, "--kinds", "full", "--steps"]
         alone = [*paths, str(length), "--", "alone"]
@@ -80,10 +82,15 @@ def prepare(folder: Path, families: Sequence[str], tiny: Callable[[str], Path]) 
     return [*where, "--families", *families]
 
 
-def launch(*commands: list[str]) -> None:
-    """Runs commands side by side until all have ended well."""
+def launch(*commands: list[str], **more: str) -> None:
+    """Runs commands side by side until all have ended well.
+
+    Args:
+        *commands: what to run.
+        **more: further variables of their environment.
+    """
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", **more}
     started = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for command in commands
@@ -102,6 +109,17 @@ def result(runs: Path, mode: str, family: str, kind: str) -> dict:
     return json.loads((runs / f"results-{mode}-{family}-{kind}.json").read_text())
 
 
+def assert_alike(ours: dict, other: dict, length: int) -> None:
+    """Losses and gradient norms of every step; those of the parts are together the total norm."""
+    assert len(ours["steps"]) == length
+    for number, (step, expected) in enumerate(zip(ours["steps"], other["steps"][:length], strict=True), 1):
+        assert step[0] == pytest.approx(expected[0], abs=LOSS), f"loss of step {number}"
+        assert step[1] == pytest.approx(expected[1], rel=NORM), f"gradient norm of step {number}"
+        assert len(step[2]) >= 2, f"norms per part of step {number}"
+        assert math.hypot(*step[2].values()) == pytest.approx(step[1], rel=PART), f"parts of step {number}"
+        assert step[2] == pytest.approx(expected[2], rel=PART, abs=NORM * step[1]), f"parts of step {number}"
+
+
 def weights(runs: Path, mode: str, family: str, kind: str) -> dict[str, torch.Tensor]:
     files = (runs / f"{mode}-{family}-{kind}").glob(WEIGHTS[kind])
     return {name: tensor for path in files for name, tensor in load_file(path).items()}
@@ -112,10 +130,8 @@ def weights(runs: Path, mode: str, family: str, kind: str) -> dict[str, torch.Te
 @pytest.mark.parametrize("mode", MODES)
 def test_mode_equals_one_process(runs, mode, family, kind):
     ours, alone = result(runs, mode, family, kind), result(runs, "alone", family, kind)
-    assert len(ours["steps"]) == len(alone["steps"]) == (STEPS if kind == "full" else SHORT)
-    for number, (step, expected) in enumerate(zip(ours["steps"], alone["steps"], strict=True), 1):
-        assert step[0] == pytest.approx(expected[0], abs=LOSS), f"loss of step {number}"
-        assert step[1] == pytest.approx(expected[1], rel=NORM), f"gradient norm of step {number}"
+    assert len(alone["steps"]) == (length := STEPS if kind == "full" else SHORT)
+    assert_alike(ours, alone, length)
     loss, tokens = alone["eval"]
     assert ours["eval"][1] == tokens, f"{EVALUATED} samples: what pads the last batch is counted once"
     assert ours["eval"][0] == pytest.approx(loss, abs=LOSS)
@@ -126,10 +142,8 @@ def test_mode_equals_one_process(runs, mode, family, kind):
 @pytest.mark.parametrize("family", MEDIA)
 def test_mixed_media_train_alike_in_every_mode(media_runs, mode, family):
     ours, alone = result(media_runs, mode, family, "full"), result(media_runs, "alone", family, "full")
-    assert len(ours["steps"]) == len(alone["steps"]) == MEDIA[family][1]
-    for number, (step, expected) in enumerate(zip(ours["steps"], alone["steps"], strict=True), 1):
-        assert step[0] == pytest.approx(expected[0], abs=LOSS), f"loss of step {number}"
-        assert step[1] == pytest.approx(expected[1], rel=NORM), f"gradient norm of step {number}"
+    assert len(alone["steps"]) == MEDIA[family][1]
+    assert_alike(ours, alone, MEDIA[family][1])
     assert ours["eval"] == pytest.approx(alone["eval"], abs=LOSS)
 
 
@@ -137,19 +151,14 @@ def test_mixed_media_train_alike_in_every_mode(media_runs, mode, family):
 @pytest.mark.parametrize("family", MEDIA)
 def test_packed_and_balanced_they_train_alike_too(media_runs, mode, family):
     ours, alone = result(media_runs, mode, family, "full"), result(media_runs, "alone", family, "full")
-    assert len(ours["steps"]) == BRIEF
-    for number, (step, expected) in enumerate(zip(ours["steps"], alone["steps"][:BRIEF], strict=True), 1):
-        assert step[0] == pytest.approx(expected[0], abs=LOSS), f"loss of step {number}"
-        assert step[1] == pytest.approx(expected[1], rel=NORM), f"gradient norm of step {number}"
+    assert_alike(ours, alone, BRIEF)
 
 
 @pytest.mark.parametrize(("family", "kind"), BRIEF_RUNS)
 def test_zero3_equals_ddp_in_every_generation(brief_runs, family, kind):
     ours, ddp = result(brief_runs, "zero3-0", family, kind), result(brief_runs, "ddp", family, kind)
-    assert len(ours["steps"]) == len(ddp["steps"]) == BRIEF
-    for number, (step, expected) in enumerate(zip(ours["steps"], ddp["steps"], strict=True), 1):
-        assert step[0] == pytest.approx(expected[0], abs=LOSS), f"loss of step {number}"
-        assert step[1] == pytest.approx(expected[1], rel=NORM), f"gradient norm of step {number}"
+    assert len(ddp["steps"]) == BRIEF
+    assert_alike(ours, ddp, BRIEF)
     assert ours["eval"] == pytest.approx(ddp["eval"], abs=LOSS)
     assert ours["partitioned"] > 0
     assert ours["leaves"] == (2 if family == MIXTURE else 0), "blocks of experts that ZeRO-3 takes for one module"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from linear_kernels import put_in_place
-from records import write_records
+from made_records import write_records
 from stack import KINDS, LORA, build, flags, unwrapped
 from test_in_process import FOUR, assert_equal
 from transformers import PreTrainedModel

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from records import write_records
+from made_records import write_records
 from watchdog_worker import FAMILY, FAULTS_BY_MODE
 
 MODES = ("ddp", "zero2", "zero3")

@@ -18,8 +18,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
 import torch  # noqa: E402
-from records import PER_RANK, STEPS  # noqa: E402
-from stack import EXPERTS, FAMILIES, KINDS, build, flags, steps, unwrapped  # noqa: E402
+from made_records import PER_RANK, STEPS  # noqa: E402
+from stack import EXPERTS, FAMILIES, KINDS, PAIRED, build, flags, steps, unwrapped  # noqa: E402
 from variants import MIXTURE  # noqa: E402
 
 from finetune.runtime.outcome import exit_process  # noqa: E402
@@ -82,7 +82,7 @@ def main() -> None:
         for family in given.families:
             # Adapters on experts for the mixture, on linear layers for the others.
             for kind in (kind for kind in given.kinds if (kind == "experts") <= (family == MIXTURE)):
-                chosen = EXPERTS if kind == "experts" else KINDS[kind]
+                chosen = {**KINDS, **PAIRED, "experts": EXPERTS}[kind]
                 name = f"{mode}-{family}-{kind}"
                 batch = str(PER_RANK * 2 // world)
                 length = str(given.steps or (BRIEF if family not in FAMILIES else STEPS if kind == "full" else SHORT))

@@ -33,7 +33,7 @@ def make_trainer(base, data, output, *flags) -> CPMTrainer:
     checkpoint = resolve(str(base))
     torch.manual_seed(0)
     model = adapt(load_model(base, dtype=torch.float32), checkpoint.family, args.training, args.lora)
-    encoder = Encoder.from_config(checkpoint.family, load_tokenizer(base), checkpoint.settings, max_length=2048)
+    encoder = Encoder(checkpoint.family, load_tokenizer(base), checkpoint.settings, max_length=2048)
     return CPMTrainer(
         model=model,
         args=args.training,
@@ -57,7 +57,7 @@ def test_the_metric_is_logged_and_chooses_the_best(tiny, demo_data, tmp_path):
     assert [line["eval_cer"] for line in lines if "eval_cer" in line] == values
     samples = read(demo_data / "eval.json")
     pairs = [split_answer(samples[place * len(samples) // 4]) for place in range(4)]
-    encoder = Encoder.from_config(made.base.family, load_tokenizer(made.base.folder), made.base.settings)
+    encoder = Encoder(made.base.family, load_tokenizer(made.base.folder), made.base.settings)
     model = made.accelerator.unwrap_model(made.model)
     assert isinstance(model, torch.nn.Module)
     answers = generate_answers(model, encoder.tokenizer, encoder, [prompt for prompt, _ in pairs], max_new_tokens=5)
@@ -68,7 +68,7 @@ def test_the_metric_is_logged_and_chooses_the_best(tiny, demo_data, tmp_path):
 
 def test_the_same_on_every_number_of_ranks(tiny, demo_data, monkeypatch):
     base = resolve(str(tiny("v2_0")))
-    encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings, max_length=30)
+    encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings, max_length=30)
     model = load_model(base.folder, dtype=torch.float32).train()
     samples = read(demo_data / "eval.json")
     asked = GeneratedMetric(samples, encoder, count=5, metric="cer", max_new_tokens=4, batch_size=2)
@@ -99,7 +99,7 @@ def test_the_same_on_every_number_of_ranks(tiny, demo_data, monkeypatch):
 
 def test_the_first_and_the_newest_answers_are_kept(tiny, demo_data, monkeypatch):
     base = resolve(str(tiny("v2_0")))
-    encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings)
+    encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings)
     asked = GeneratedMetric(read(demo_data / "eval.json"), encoder, count=3, metric="cer", batch_size=2)
     for step in (0, 10, 20):
         said = [f"{step} {number}" for number in (0, 1)]
@@ -117,7 +117,7 @@ def test_what_cannot_be_asked_is_told_before_training(tiny, demo_data, tmp_path,
     with pytest.raises(ArgumentError, match="give --eval_data_path"):
         parse_arguments(["--model_name_or_path", "m", "--data_path", "d", "--eval_generate", "2"])
     base = resolve(str(tiny("v2_0")))
-    encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings)
+    encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings)
     (tmp_path / "empty.png").write_bytes(b"")
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     records = [{"image": "empty.png", "conversations": turns}, {"conversations": turns}]

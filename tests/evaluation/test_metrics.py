@@ -89,7 +89,7 @@ def test_error_rates_are_pooled_over_the_data_set():
     assert cer.score("abc", [""])["cer"] == 3
     scores = [wer.score("x", ["a"]), wer.score("a b c", ["a b c"])]
     assert wer.combine(scores)["wer"] == pytest.approx(1 / 4)
-    assert sorted(scores, key=wer.badness)[-1]["wer"] == 1
+    assert sorted(scores, key=wer.sort_key)[-1]["wer"] == 1
 
 
 def test_boxes_are_read_in_every_form():

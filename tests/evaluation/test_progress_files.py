@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -35,7 +36,7 @@ def test_the_log_has_a_line_per_event_and_goes_on_after_a_resume(tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     callback = ProgressCallback()
     begin(callback, arguments, 0)
-    log(callback, arguments, 1, loss=2.0, learning_rate=1e-4, grad_norm=math.nan, tokens_per_second=5.0)
+    log(callback, arguments, 1, loss=2.0, learning_rate=1e-4, grad_norm=math.nan, grad_norm_llm=3.0, mfu=0.5)
     log(callback, arguments, 2, eval_loss=1.5, eval_runtime=3)
     log(callback, arguments, 2, something_else=1)
     log(callback, arguments, 3, loss=math.inf)
@@ -49,7 +50,8 @@ def test_the_log_has_a_line_per_event_and_goes_on_after_a_resume(tmp_path):
         "loss": 2.0,
         "lr": 1e-4,
         "grad_norm": None,
-        "tokens_per_second": 5.0,
+        "grad_norm_llm": 3.0,
+        "mfu": 0.5,
     }
     assert (second["step"], second["eval_loss"]) == (2, 1.5)
     assert third["loss"] is None
@@ -82,13 +84,17 @@ def test_the_plot_is_drawn_also_with_numbers_that_are_not_finite(tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are drawn, as they are when they are written."""
-    from matplotlib import pyplot as plt
+    from matplotlib import figure
 
     figures = []
-    monkeypatch.setattr(plt, "close", figures.append)
-    yield figures
-    monkeypatch.undo()
-    plt.close("all")
+
+    class Kept(figure.Figure):
+        def savefig(self, *args, **kwargs) -> None:
+            super().savefig(*args, **kwargs)
+            figures.append(self)
+
+    monkeypatch.setattr(figure, "Figure", Kept)
+    return figures
 
 
 def run_of(values: list[float], **more: float) -> list[dict]:
@@ -111,6 +117,7 @@ def test_nothing_is_clipped_whatever_the_name_and_the_numbers(tmp_path, drawn):
     history = run_of(values, grad_norm=123456.789) + [{"step": 200, "eval_loss": 3.0, "eval_anls": 0.5}]
     plot_loss(history, folder / "loss.png")
     (figure,) = drawn
+    FigureCanvasAgg(figure)
     width, height = figure.canvas.get_width_height()
     renderer = figure.canvas.get_renderer()
     boxes = [figure.get_tightbbox(renderer).transformed(figure.dpi_scale_trans)]
@@ -134,3 +141,19 @@ def test_few_points_are_not_smoothed(tmp_path, drawn):
     (line,) = drawn[0].axes[0].lines
     assert list(line.get_ydata()) == [3.0, 1.0, 2.0]
     assert plots.points([{"step": 1, "loss": math.nan}, {"step": 2, "loss": 1.0}], "loss") == [(2, 1.0)]
+
+
+def test_figures_of_pairs_are_logged_and_drawn_and_are_no_answers(tmp_path, monkeypatch):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    callback, named = ProgressCallback(), {"rewards/accuracies": 0.5, "rewards/margins": -0.1, "length/chosen": 7.0}
+    begin(callback, arguments, 0)
+    log(callback, arguments, 1, loss=0.7, **named)
+    log(callback, arguments, 2, eval_loss=0.6, **{f"eval_{name}": value for name, value in named.items()})
+    first, second = lines(arguments)
+    assert named.items() <= first.items()
+    assert {f"eval_{name}": value for name, value in named.items()}.items() <= second.items()
+    assert plots.metric_names(second) == []
+    drawn = []
+    monkeypatch.setattr(plots, "_curve", lambda axes, history, key, *_, **__: drawn.append(key))
+    plot_loss([{"step": 1, **first}, {"step": 2, **second}], tmp_path / "loss.png")
+    assert {"rewards/accuracies", "eval_rewards/accuracies"} <= set(drawn)

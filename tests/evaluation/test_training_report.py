@@ -60,8 +60,30 @@ def test_everything_that_was_logged_is_drawn(tmp_path):
     assert text.count('class="chart"') == 8
     assert "Character error rate" in seen.text
     assert "eval_" not in seen.text
+    assert "language model 21" in seen.text
+    assert "all trained parts 21" in seen.text
     assert "1 h 2 min" in seen.text
     assert "25 %" in seen.text, "of the parameters"
+
+
+def test_figures_of_pairs_have_charts_of_their_own(tmp_path):
+    names = ("accuracies", "margins", "chosen", "rejected")
+    rewards = {f"{side}rewards/{name}": 0.5 for side in ("", "eval_") for name in names}
+    text, seen = page([{"step": 1, "loss": 0.7, "length/chosen": 3.0, **rewards}], tmp_path)
+    assert text.count('class="chart"') == 5
+    assert "Share of pairs whose better answer is preferred" in seen.text
+    assert "training 0.5, evaluation 0.5 at step 1" in text
+    assert "chosen, training 0.5, rejected, training 0.5" in text
+
+
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("measured", [True, False])
+def test_norms_that_could_not_be_measured_are_missing_in_words(both, measured, tmp_path):
+    """Of one trained part there is nothing to tell: its norm is the total."""
+    parts = [("vision", "full", 100, 100 * both, 1e-4), ("llm", "full", 300, 100, 1e-4)]
+    history = [{"step": 1, "loss": 1.0, "grad_norm": 2.0, **({"grad_norm_llm": 1.0} if measured else {})}]
+    _, seen = page(history, tmp_path, parts=parts)
+    assert ("could not be measured part by part" in seen.text) == (both and not measured)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +116,16 @@ def test_answers_before_and_after(tmp_path):
     assert "--eval_on_start" in page([], tmp_path, answered({20: "red"}))[1].text
 
 
+def test_long_answers_are_folded_and_huge_ones_counted(tmp_path):
+    text, seen = page([], tmp_path, answered({0: "word " * 1000, 20: "line " * 2_000_000}))
+    assert "Show all: 4,000 more characters here" in seen.text
+    assert re.search(
+        r"Show all: [\d,]+ more characters here, and [\d,]+ characters that are not on this page", seen.text
+    )
+    assert seen.text.count("word ") == 1000
+    assert len(text) < 5_000_000
+
+
 @pytest.mark.parametrize("adapter", [True, False])
 def test_commands_are_taken_as_they_stand(adapter, tmp_path):
     """Also from a folder whose name a shell would take apart."""
@@ -102,7 +134,7 @@ def test_commands_are_taken_as_they_stand(adapter, tmp_path):
     lines = [line for line in seen.text.splitlines() if line.startswith("python -m finetune")]
     commands = {shlex.split(line)[3]: shlex.split(line)[4:] for line in lines}
     assert set(commands) == {"chat", "evaluate", *(["export"] if adapter else [])}
-    parsers = {"chat": chat._parser, "evaluate": evaluate._parser, "export": export._parser}
+    parsers = {"chat": chat.build_parser, "evaluate": evaluate.build_parser, "export": export.build_parser}
     for command, words in commands.items():
         given = vars(parsers[command]().parse_args(words))
         assert str(tmp_path / name) in [each[0] if isinstance(each, list) and each else each for each in given.values()]

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from packed_folders import write_packed  # noqa: E402
 from variants import MIXTURE, family_name  # noqa: E402
 
 from finetune.families import by_name  # noqa: E402
@@ -48,21 +49,35 @@ EXAMPLES = {
     "three_24gb": "v2_0",
     "multi_node": "v4_5",
     "guicourse": "v2_0",
+    "dpo": "v2_6",
+    "duplex": "o4_5",
 }
+# Their data, where a conversation with an image would not do.
+DATA_OF_EXAMPLES = {"dpo": "pairs", "duplex": "timelines"}
 FLAGS = (
     "--max_steps 2 --per_device_train_batch_size 2 --save_strategy no --report_to none --disable_tqdm true "
     "--dataloader_num_workers 0 --max_slice_nums 4 --learning_rate 1e-3 --check off --do_eval true --use_cpu true"
 )
 
 
+# Preference training: on pairs of answers, with adapters everywhere and in full for one of each kind of network.
+PAIRS = "pairs"
+PREFERENCE = {"dpo": (*KINDS["lora"], "--stage", "dpo"), "dpofull": ("--stage", "dpo")}
+IN_FULL = ("llama3_v2_5", "o2_6", "v4_6")
+
+
 def kinds_of(variant: str) -> dict[str, tuple[str, ...]]:
     """The ways in which a checkpoint is trained."""
-    return {**KINDS, "experts": (*KINDS["lora"], *EXPERTS)} if variant == MIXTURE else KINDS
+    pairs = {kind: flags for kind, flags in PREFERENCE.items() if kind == "dpo" or variant in IN_FULL}
+    own = {"experts": (*KINDS["lora"], *EXPERTS)} if variant == MIXTURE else {"int4": KINDS["lora"]}
+    return {**KINDS, **own, **pairs}
 
 
-def data_of(variant: str) -> tuple[str, ...]:
-    """The kinds of data that it is trained on; a mixture sees them as its dense sister does."""
-    if variant == MIXTURE:
+def data_of(variant: str, kind: str) -> tuple[str, ...]:
+    """The kinds of data that it is trained on; a mixture, and a folder in 4 bit, see them as the other one does."""
+    if kind in PREFERENCE:
+        return (PAIRS,)
+    if variant == MIXTURE or kind == "int4":
         return ("image",)
     family = variant
     return (*DATA, *(records for records, taken in MORE.items() if taken(family)))
@@ -79,13 +94,16 @@ def train(families: list[str], models: Path, data: Path, out: Path) -> None:
 
     references: list[Path] = []
     # Its process is the one that reloads everything.
-    verification.verify_in_fresh_process = lambda _, reference: references.append(reference) or 0
+    verification.verify_in_fresh_process = lambda _, reference, verifier: references.append(reference) or 0
     runs, examples = {}, {}
     for family in families:
         for kind, chosen in kinds_of(family).items():
-            for records in data_of(family):
+            stored = models / family
+            if kind == "int4":
+                stored = write_packed(stored, out / f"{family}_int4")
+            for records in data_of(family, kind):
                 name = f"{family}-{kind}-{records}"
-                argv = ["--model_name_or_path", str(models / family), "--output_dir", str(out / name)]
+                argv = ["--model_name_or_path", str(stored), "--output_dir", str(out / name)]
                 argv += [
                     "--data_path",
                     str(data / f"{records}.json"),
@@ -100,7 +118,8 @@ def train(families: list[str], models: Path, data: Path, out: Path) -> None:
                 (out / "runs.json").write_text(json.dumps(runs))
     for name, family in EXAMPLES.items():
         argv = [str(ROOT / "examples" / f"{name}.yaml"), "--model_name_or_path", str(models / family)]
-        argv += ["--data_path", str(data / "image.json"), "--eval_data_path", str(data / "image.json")]
+        records = str(data / f"{DATA_OF_EXAMPLES.get(name, 'image')}.json")
+        argv += ["--data_path", records, "--eval_data_path", records]
         argv += ["--output_dir", str(out / name), "--deepspeed", "none", "--verify_adapter", "off", *FLAGS.split()]
         examples[name] = run(launched, [*argv, "--max_steps", "1"])
         (out / "examples.json").write_text(json.dumps(examples))
@@ -135,8 +154,9 @@ def reload(models: Path, data: Path, out: Path) -> None:
             status = verify.main([str(out / name), "--reference", run["reference"], "--device", "cpu"])
         base = resolve(str(models / family))
         model, tokenizer = load_model(out / name).eval(), load_tokenizer(out / name)
-        encoder = Encoder.from_config(base.family, tokenizer, base.settings, max_slice_nums=4)
-        prompts = [split_answer(sample)[0] for sample in read(data / f"{records}.json")][:2]
+        encoder = Encoder(base.family, tokenizer, base.settings, max_slice_nums=4)
+        file = data / f"{records}.json"
+        prompts = [split_answer(sample)[0] for sample in read(file, pairs=records == PAIRS)][:2]
         answers = generate_answers(model, tokenizer, encoder, prompts, max_new_tokens=4)  # pyright: ignore[reportArgumentType]
         found[name] = {"status": status, "said": said.getvalue(), "answers": answers}
         if records == "image":

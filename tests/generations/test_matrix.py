@@ -1,4 +1,4 @@
-"""Every generation, full and LoRA, on every kind of data it takes: two steps, saved, loaded anew, asked."""
+"""Every generation, full, LoRA and LoRA in 4 bit, on every kind of data: two steps, saved, loaded anew, asked."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from clips import write_clip
-from matrix_worker import DATA, EXAMPLES, MORE, data_of, kinds_of
+from matrix_worker import DATA, EXAMPLES, MORE, PAIRS, data_of, kinds_of
 from PIL import Image
 from safetensors import safe_open
 from sounds import write_wav
 from variants import NAMES, VARIANTS
 
 WORKER = Path(__file__).with_name("matrix_worker.py")
-RUNS = [f"{name}-{kind}-{records}" for name in VARIANTS for kind in kinds_of(name) for records in data_of(name)]
+RUNS = [f"{name}-{kind}-{records}" for name in VARIANTS for kind in kinds_of(name) for records in data_of(name, kind)]
 
 
 def write_data(folder: Path) -> Path:
@@ -26,7 +26,7 @@ def write_data(folder: Path) -> Path:
     folder.mkdir()
     for index, size in enumerate(((224, 112), (112, 112), (60, 150))):
         Image.effect_noise(size, 80).convert("RGB").save(folder / f"{index}.png")
-    records: dict[str, list[dict]] = {name: [] for name in (*DATA, *MORE)}
+    records: dict[str, list[dict]] = {name: [] for name in (*DATA, *MORE, PAIRS, "timelines")}
     write_clip(folder / "0.mp4", 12, fps=6, size=(112, 64))
     write_clip(folder / "1.gif", 8, fps=4, size=(60, 112))
     for index in range(3):
@@ -47,6 +47,10 @@ def write_data(folder: Path) -> Path:
         seen = [{"video": "0.mp4"}, {"video": ["1.gif", "0.mp4"], "image": "1.png"}, {"video": "1.gif"}, {}][index]
         records["video"].append({"id": str(index), **seen, "conversations": plain})
         records["several"].append({"id": str(index), "image": several, "conversations": both})
+        timeline = {"user": [{"audio": "2.wav", "start": 0}], "assistant": [{"text": "Now.", "start": index + 0.5}]}
+        records["timelines"].append({"id": str(index), "duplex": timeline})
+        worse = {"rejected_response": "I would say that it is a letter."}
+        records[PAIRS].append({**records[("image", "text", "several", "image")[index]][-1], **worse})
     for name, content in records.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder

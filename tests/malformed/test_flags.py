@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import fields
@@ -13,9 +13,9 @@ import pytest
 from transformers.training_args import OptimizerNames
 
 from finetune.__main__ import COMMANDS
+from finetune.arguments.flag_rules import OPTIMIZERS, TRACKERS
 from finetune.arguments.parse import GROUPS, parse_arguments
 from finetune.arguments.ranges import EXEMPT, RANGES
-from finetune.arguments.requirements import LOGGERS, OPTIMIZERS
 from finetune.utils.errors import ArgumentError
 
 REQUIRED = ["--model_name_or_path", "m", "--data_path", "d", "--use_cpu", "true"]
@@ -88,13 +88,13 @@ def test_every_number_has_a_range() -> None:
     assert numbers - known == set()
 
 
-def test_every_logger_and_optimizer_is_known() -> None:
+def test_every_tracker_and_optimizer_is_known() -> None:
     import re
 
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     own = {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
-    assert set(INTEGRATION_TO_CALLBACK) <= set(LOGGERS)
+    assert set(INTEGRATION_TO_CALLBACK) <= set(TRACKERS)
     others = {name.value for name in OptimizerNames} - own
     assert [name for name in others if not any(re.fullmatch(row[0], name) for row in OPTIMIZERS)] == []
 
@@ -136,7 +136,7 @@ def test_every_logger_and_optimizer_is_known() -> None:
         ("--eval_strategy steps --eval_steps 1", "none of --eval_data_path"),
         ("--eval_generate 4", "give --eval_data_path"),
         ("--eval_data_path e --val_size 0.1", "both define the evaluation data"),
-        ("--dataset a", "both are given"),
+        ("--dataset a", "are both given"),
         ("--tf32 true", "Ampere"),
         ("--push_to_hub true", "--hub_model_id OWNER/NAME"),
         ("--push_to_hub true --hub_model_id a/b", "HF_HUB_OFFLINE"),
@@ -166,7 +166,8 @@ def test_flags(flags: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("finetune.arguments.requirements.get_available_reporting_integrations", lambda: ["tensorboard"])
     monkeypatch.setattr("finetune.arguments.training.is_torch_cuda_available", lambda: False)
-    monkeypatch.setattr("finetune.arguments.requirements.importlib.util.find_spec", lambda name: None)
+    there, find = {"tensorboard", "transformers"}, importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: find(name) if name in there else None)
     assert said in refusal(*flags.split())
 
 
@@ -283,7 +284,7 @@ COMMAND_LINES = [
     ("export --export_dir x --export_size 0", "--export_size 0.0"),
     ("export --export_dir x --export_size inf", "--export_size inf"),
     ("export --export_dir x", "needs --model_name_or_path"),
-    ("export --export_dir x --format gguf", "invalid choice: 'gguf'"),
+    ("export --export_dir x --format onnx", "invalid choice: 'onnx'"),
     ("consolidate a b --export_size -1", "--export_size -1.0"),
     ("selfcheck m --max_new_tokens 0", "--max_new_tokens 0"),
     ("verify", "required: folder"),

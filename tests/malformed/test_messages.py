@@ -14,7 +14,7 @@ from finetune.arguments.model import LoraArguments, ModelArguments
 from finetune.arguments.training import TrainingArguments
 from finetune.sample import DataError, Media, Source
 from finetune.utils.errors import UserError
-from finetune.utils.quoting import cut, plain, shown, words_of
+from finetune.utils.quoting import plain, shown, truncate_middle, words_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [*sorted((ROOT / "finetune").rglob("*.py")), *ROOT.glob("*.py")]
@@ -31,6 +31,9 @@ FOREIGN = {
 }
 # Of DeepSpeed's converter.
 FOREIGN |= {"shm-size", "ipc", "no-build-isolation"}
+# Of the scripts and programs of llama.cpp, of cmake, and of hf upload.
+FOREIGN |= {"build", "target", "jinja", "chat-template-kwargs", "mmproj", "no-mtp", "outfile", "outtype", "output-dir"}
+FOREIGN |= {"image-mean", "image-std", "use-f32", "minicpmv-projector", "minicpmv_version", "exclude"}
 FOREIGN |= {"input_folder", "output_folder", "inject_missing_state", "num_extract_workers", "num_merge_workers"}
 
 
@@ -95,7 +98,7 @@ def test_what_records_hold_never_steers_a_terminal() -> None:
     assert len(str(Source("a.json", 0, "x" * 10**6))) < 300
     assert len(str(Media("image", Path("x" * 10**4)))) < 500
     assert len(words_of(["x" * 1000] * 1000)) < 1500
-    assert cut("a" * 300) == "a" * 300
+    assert truncate_middle("a" * 300) == "a" * 300
 
 
 @pytest.mark.parametrize("value", [[[[[[[[[]]]]]]]], {"a": {"b": "c" * 1000}}, 10**1000, "x" * 1000])

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from golden_tokenizers import tokenizer
+from golden_tokenizers import SMALL_IMAGES, tokenizer
 from malformed_inputs import VALUES, changed, guarded, json_texts, places, records, replaced
 
 from finetune.data_check.check_records import check
@@ -17,11 +17,9 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import LengthPolicy
 from finetune.encoding.sample_policy import SamplePolicy
 from finetune.families import by_name
-from finetune.media.slicing import SliceSpec
 from finetune.readers import read
 from finetune.readers.record_reader import SampleFile
 from finetune.sample import DataError
-from finetune.templates.rendering import Layout
 from finetune.utils.errors import UserError
 
 CHANGES = 400
@@ -39,13 +37,7 @@ ACCEPTED = {
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    made = Encoder(
-        by_name("llama3_v2_5"),
-        tokenizer("llama3"),
-        layout=Layout(query_num=4),
-        slicing=SliceSpec(9, 56, 14),
-        max_length=400,
-    )
+    made = Encoder(by_name("llama3_v2_5"), tokenizer("llama3"), SMALL_IMAGES, max_length=400)
     made.vocabulary.fixed("assistant")
     return made
 

@@ -11,20 +11,18 @@ from PIL import Image
 from sounds import CODECS, tone, write_coded, write_wav
 
 from finetune.media import audio
-from finetune.sample import DataError, Media, Source
+from finetune.sample import DataError, Media
 from finetune.utils.errors import UserError
-
-SOURCE = Source("data.json", 3, "clip")
 
 
 def load(data: Path | bytes | np.ndarray) -> np.ndarray:
-    return audio.load(Media("audio", data), SOURCE)
+    return audio.load(Media("audio", data))
 
 
 def refusal(data: Path | bytes | np.ndarray) -> str:
     with pytest.raises(DataError) as caught:
         load(data)
-    assert str(caught.value).startswith("data.json, record 3 (id 'clip'): audio ")
+    assert str(caught.value).startswith("audio ")
     return str(caught.value)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from finetune.media import fast_image, image
 from finetune.media.patches import patchify
 from finetune.media.slicing import SlicePlan, SliceSpec, plan
-from finetune.sample import DataError, Media, Source
+from finetune.sample import DataError, Media
 
 SPEC = SliceSpec(9, 448, 14)
 
@@ -29,7 +29,7 @@ def photo(width: int, height: int) -> Image.Image:
 
 def levels(picture: Image.Image, cuts: SlicePlan) -> np.ndarray:
     """By how many levels the bytes of all items differ."""
-    pairs = list(zip(fast_image.cut(picture, cuts), image.cut(picture, cuts), strict=True))
+    pairs = list(zip(fast_image.slice_image(picture, cuts), image.slice_image(picture, cuts), strict=True))
     assert all(ours.shape == theirs.shape and ours.dtype == np.uint8 for ours, theirs in pairs)
     return np.concatenate([np.abs(ours.astype(int) - theirs)[..., :3].reshape(-1) for ours, theirs in pairs])
 
@@ -93,11 +93,11 @@ def test_memory_in_other_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (5, 7000), (13, 600), (448, 448)])
-@pytest.mark.parametrize("cut", [image.cut, fast_image.cut])
+@pytest.mark.parametrize("slice_image", [image.slice_image, fast_image.slice_image])
 def test_thin_pictures_become_patches_too(
-    cut: Callable[[Image.Image, SlicePlan], list[np.ndarray]], size: tuple[int, int]
+    slice_image: Callable[[Image.Image, SlicePlan], list[np.ndarray]], size: tuple[int, int]
 ) -> None:
-    items = cut(noise(*size), plan(*size, SPEC))
+    items = slice_image(noise(*size), plan(*size, SPEC))
     patches = patchify(items, 14)
     last = items[-1][-14:, -14:, :3]
     assert (patches[-1].reshape(3, 14, 14) == last.transpose(2, 0, 1)).all()
@@ -106,8 +106,8 @@ def test_thin_pictures_become_patches_too(
 
 def both(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """A file decoded by the fast backend and by Pillow."""
-    media, source = Media("image", path), Source("data.json", 0)
-    fast_one, pillow = (image.load(media, source, read=read) for read in (fast_image.read, image.left_to_pillow))
+    media = Media("image", path)
+    fast_one, pillow = (image.load(media, read=read) for read in (fast_image.read, image.left_to_pillow))
     assert fast_one.mode == pillow.mode == "RGB"
     return np.asarray(fast_one), np.asarray(pillow)
 
@@ -165,7 +165,7 @@ def test_pillow_says_what_is_wrong(tmp_path: Path) -> None:
     photo(300, 200).save(whole)
     cut.write_bytes(whole.read_bytes()[:3000])
     with pytest.raises(DataError, match="cut.jpg cannot be decoded .*truncated"):
-        image.load(Media("image", cut), Source("data.json", 0), read=fast_image.read)
+        image.load(Media("image", cut), read=fast_image.read)
 
 
 def test_without_simplejpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,5 +179,5 @@ def test_a_picture_that_was_changed_after_it_was_opened_is_not_read_again(tmp_pa
     with Image.open(tmp_path / "1.jpg") as picture:
         picture.load()
         picture.paste((255, 0, 0), (0, 0, 60, 40))
-        found = image.load(Media("image", picture), Source("data.json", 0), read=fast_image.read)
+        found = image.load(Media("image", picture), read=fast_image.read)
     assert (np.asarray(found) == (255, 0, 0)).all()

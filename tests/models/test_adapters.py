@@ -120,6 +120,12 @@ def test_base_beside_the_adapter(adapter: Path, tiny: Callable[[str], Path]) -> 
     assert isinstance(load_model(adapter), PeftModel)
 
 
+def test_two_sets_of_weights(adapter: Path) -> None:
+    (adapter / "adapter_model.bin").touch()
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors and adapter_model\.bin, which may differ"):
+        load_model(adapter)
+
+
 def edit_adapter_config(adapter: Path, **values) -> None:
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from visual_batch import Row, gradients, make_batch, small_model
 
 from finetune.models import lm_head_loss as heads
-from finetune.models.lm_head_loss import LMHeadLoss, linear_nll, rows_at_once, supervised_loss
+from finetune.models.lm_head_loss import LMHeadLoss, linear_nll, rows_at_once, supervised_loss, token_nll
 
 ROWS: list[Row] = [(3, [(4, 6)], 5), (6, [], 4), (2, [(3, 3)], 6)]
 M, V, E = 11, 37, 8
@@ -48,6 +48,28 @@ def test_equals_plain_cross_entropy(rows: int | None, scaling: float) -> None:
     assert not nll.requires_grad
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(grad_of(a), grad_of(b), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 9.0])
+@pytest.mark.parametrize("rows", [1, 4, 100, None])
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
+def test_tokens_with_different_weights_equal_plain_cross_entropy(
+    trained: tuple[bool, bool], rows: int | None, scaling: float
+) -> None:
+    hidden, weight, targets = made()
+    factors = torch.linspace(-1, 2, M)
+    ours, theirs = (
+        [each.clone().requires_grad_(wanted) for each, wanted in zip((hidden, weight), trained, strict=True)]
+        for _ in range(2)
+    )
+    nll = token_nll(ours[0], ours[1], targets, scaling, rows)
+    expected = F.cross_entropy(theirs[0] @ theirs[1].T / scaling, targets, reduction="none")
+    (nll * factors).sum().backward()
+    (expected * factors).sum().backward()
+    assert torch.allclose(nll, expected, rtol=1e-5)
+    for a, b, wanted in zip(ours, theirs, trained, strict=True):
+        assert (a.grad is not None) == wanted
+        assert not wanted or torch.allclose(grad_of(a), grad_of(b), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight", "neither", "no grad"])

@@ -122,6 +122,25 @@ def test_folders_that_are_no_checkpoint(copy_of: Callable, loader: Callable) -> 
         loader(folder)
 
 
+@pytest.mark.parametrize("loader", [MiniCPMV.from_pretrained, AutoModel.from_pretrained, load_model])
+@pytest.mark.parametrize(
+    ("files", "second"),
+    [
+        (("model.safetensors", "model.safetensors.index.json"), r"model\.safetensors\.index\.json"),
+        (("model.safetensors", "pytorch_model.bin"), r"pytorch_model\.bin"),
+        (("model.safetensors", "pytorch_model.bin.index.json"), r"pytorch_model\.bin\.index\.json"),
+    ],
+)
+def test_two_sets_of_weights(copy_of: Callable, loader: Callable, files: tuple[str, str], second: str) -> None:
+    """As two saves into one folder leave them: transformers would take one, and the user may mean the other."""
+    folder = copy_of("v2_0")
+    (folder / files[1]).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"two sets of weights, model\.safetensors and {second}, which may"):
+        loader(folder)
+    (folder / files[1]).unlink()
+    MiniCPMV.from_pretrained(folder)
+
+
 def test_what_load_model_says_about_wrong_paths(tmp_path: Path, copy_of: Callable) -> None:
     with pytest.raises(CheckpointError, match="absent: no such folder"):
         load_model(tmp_path / "absent")
@@ -138,7 +157,7 @@ def test_what_load_model_says_about_wrong_paths(tmp_path: Path, copy_of: Callabl
 
 
 def test_hub_ids_only_from_the_cache_when_offline() -> None:
-    with pytest.raises(CheckpointError, match="is not a folder"):
+    with pytest.raises(CheckpointError, match="is no folder in"):
         load_model("nobody/nothing-of-this-name")
 
 

@@ -14,8 +14,13 @@ from visual_batch import GOLDEN
 
 from finetune.families import by_name
 from finetune.models import CheckpointError, load_tokenizer
-from finetune.models.sentencepiece_tokenizer import from_sentencepiece
-from finetune.models.tokenization import MiniCPMOTokenizerFast, MiniCPMVTokenizer, MiniCPMVTokenizerFast, check_tokens
+from finetune.tokenizers.sentencepiece_tokenizer import from_sentencepiece
+from finetune.tokenizers.tokenization import (
+    MiniCPMOTokenizerFast,
+    MiniCPMVTokenizer,
+    MiniCPMVTokenizerFast,
+    check_tokens,
+)
 
 TOKENIZERS = GOLDEN / "encode" / "tokenizers"
 INDEX = json.loads((TOKENIZERS / "index.json").read_text())["tokenizers"]

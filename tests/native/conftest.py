@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from finetune.families import by_name
+from finetune.families import FAMILIES, by_name
 from finetune.families.settings import DOWNSAMPLE_MODE
-from finetune.models.downsample_mode import write_mode
-from finetune.tiny.native_folders import NATIVE, write_native
+from finetune.model_folders.downsample_mode import write_mode
+from finetune.tiny.native_folders import write_native
 
 Native = Callable[..., Path]
 
 
-@pytest.fixture(params=NATIVE)
+@pytest.fixture(params=[family.name for family in FAMILIES if family.network is None])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -38,7 +38,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Native:
 
 def _write(family: str, mode: str, folder: Path) -> Path:
     folder.mkdir()
-    write_native(family, folder)
+    write_native(by_name(family), folder)
     write_mode(folder, by_name(family), mode)
     path = folder / "config.json"
     as_written = path.read_bytes()

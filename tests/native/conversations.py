@@ -72,4 +72,4 @@ def as_published(messages: Sequence[Message]) -> list[Any]:
 
 def encoder(folder: Path, **options: Any) -> Encoder:
     base = resolve(str(folder))
-    return Encoder.from_config(base.family, load_tokenizer(folder), base.settings, **options)
+    return Encoder(base.family, load_tokenizer(folder), base.settings, **options)

@@ -78,12 +78,13 @@ def _case(folder: Path, model: Any, name: str) -> dict[str, Any]:
 
 def record(*families: str) -> None:
     """Writes the folders and the figures of these families."""
+    from finetune.families import by_name
     from finetune.tiny.native_folders import write_native
 
     for family in families:
         folder = GOLDEN / family
         folder.mkdir(parents=True, exist_ok=True)
-        write_native(family, folder)
+        write_native(by_name(family), folder)
         config = transformers.AutoConfig.from_pretrained(folder)
         model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
         fill(model)

@@ -34,8 +34,8 @@ from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import LengthPolicy
 from finetune.families import FAMILIES, by_name
+from finetune.model_folders.downsample_mode import VARIABLE, decide, saved_with, write_mode
 from finetune.models import add_adapter, load_model, load_tokenizer
-from finetune.models.downsample_mode import VARIABLE, decide, saved_with, write_mode
 from finetune.planning.memory_estimate import MemoryEstimator
 from finetune.planning.training_setup import SampleShape, TrainingSetup
 from finetune.sample import as_sample_set
@@ -50,7 +50,7 @@ WITHOUT = [family.name for family in FAMILIES if "downsample_mode" not in family
 
 
 def encoder(base: Checkpoint) -> Encoder:
-    return Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings)
+    return Encoder(base.family, load_tokenizer(base.folder), base.settings)
 
 
 def batch_of(base: Checkpoint, *, generate: bool = False) -> dict[str, torch.Tensor]:
@@ -277,7 +277,7 @@ def test_every_voice_of_a_chat_has_its_own_mode(native, lora: Path, tmp_path: Pa
     other = shutil.copytree(lora, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoint-*"))
     put(other / "adapter_config.json", lambda content: content["auto_mapping"].update(downsample_mode="16x"))
     session = ChatSession(None, [f"first={lora}", f"second={other}"], device="cpu")
-    names = {name: mode and mode.name for name, mode in session.modes.items()}
+    names = {name: each.downsample_mode for name, each in session.checkpoints.items()}
     assert names == {"first": "4x", "second": "16x", OFF: "16x"}
     asked, greedy = sample(CONVERSATIONS["several"][:1]), SamplingOptions(sampling=False, max_new_tokens=4)
     for name, mode in names.items():
@@ -322,7 +322,7 @@ def test_evaluate_and_export_use_the_mode_of_the_adapter(
     assert load_model(target).config.downsample_mode == "4x"
     other = shutil.copytree(lora, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoint-*"))
     put(other / "adapter_config.json", lambda content: content["auto_mapping"].update(downsample_mode="16x"))
-    with pytest.raises(UserError, match="a model has one mode"):
+    with pytest.raises(UserError, match="a model has one; choose it with --downsample_mode"):
         export.resolve_sources(None, f"{lora},{other}")
     assert export.resolve_sources(None, f"{lora},{other}", "4x").base.downsample_mode == "4x"
 
@@ -419,7 +419,7 @@ def test_lengths_and_plans_follow(native, tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize(("flags", "tokens", "items"), [((), 3072, 10), (("--length", "1024"), 1024, 4)])
 def test_a_plan_without_data_has_room_for_its_images(flags: tuple[str, ...], tokens: int, items: int) -> None:
-    given = plan._parser().parse_args(["v4_6", "--downsample_mode", "4x", *flags])
+    given = plan.build_parser().parse_args(["v4_6", "--downsample_mode", "4x", *flags])
     config, settings, _, mode = plan._model(given)
     assert config["downsample_mode"] == "4x"
     assert str(mode) == "downsample_mode 4x (--downsample_mode; config.json says 16x)"

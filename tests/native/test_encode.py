@@ -135,7 +135,7 @@ def test_the_prompt_follows_the_template_of_the_checkpoint(native, family: str, 
         head = "{%- if messages[0].role != 'system' -%}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' -}}{%- endif -%}"
         template = head + template
     tokenizer.chat_template = template
-    made = Encoder.from_config(base.family, tokenizer, base.settings)
+    made = Encoder(base.family, tokenizer, base.settings)
     messages = CONVERSATIONS[name][:-1]
     prompt = made.encode(sample(messages), generate=True)
     wanted = str(tokenizer.apply_chat_template(as_published(messages), tokenize=False, add_generation_prompt=True))

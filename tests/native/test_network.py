@@ -15,10 +15,10 @@ from conversations import CONVERSATIONS, encoder, sample
 from safetensors.torch import load_file, save_file
 
 from finetune.encoding.collate import pad
+from finetune.families import by_name
 from finetune.models import load_model
 from finetune.models.kv_cache import CACHE, NAMES
 from finetune.models.minicpmv4_6 import NATIVE_MODELS
-from finetune.tiny.native_folders import NATIVE
 from finetune.utils.errors import CheckpointError
 
 Batch = dict[str, torch.Tensor]
@@ -224,7 +224,7 @@ def test_canvas_positions_matter(native) -> None:
 
 def test_forward_takes_every_input_by_name(family: str) -> None:
     """``generate`` looks at the names to decide what it prepares."""
-    network = NATIVE_MODELS[NATIVE[family][1]]
+    network = NATIVE_MODELS[by_name(family).published.config["model_type"]]
     parent = next(base for base in network.__mro__ if base.__module__.startswith("transformers.models"))
     wanted = inspect.signature(parent.forward).parameters  # type: ignore[attr-defined]
     assert network.__name__ == parent.__name__

@@ -18,8 +18,8 @@ from finetune.arguments.parse import parse_arguments
 from finetune.checkpoints.base_checkpoint import resolve
 from finetune.checkpoints.verification import compare, take_reference
 from finetune.encoding.collate import pad
+from finetune.families import by_name
 from finetune.models import load_model
-from finetune.tiny.native_folders import NATIVE
 from finetune.training.freezing import adapt, part_of
 from trainer import CPMTrainer
 
@@ -103,7 +103,7 @@ def test_an_adapter_is_the_trained_network(native, demo_data: Path, family: str,
     assert torch.equal(logits(anywhere, batch), wanted)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     name = type(network(made).get_base_model()).__name__
-    kind = NATIVE[family][1]
+    kind = by_name(family).published.config["model_type"]
     module = f"transformers.models.{kind}.modeling_{kind}"
     mode = "4x" if family == "ocr1_0" else "16x"
     assert written["auto_mapping"] == {"base_model_class": name, "parent_library": module, "downsample_mode": mode}

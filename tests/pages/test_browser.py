@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clips import write_clip
 from PIL import Image
 from transformers import TrainerState, TrainingArguments
 from zoo import gradient
@@ -43,9 +44,17 @@ def pages(tiny, tmp_path_factory) -> dict[str, Path]:
     gradient(1344, 1008).save(folder / "a.png")
     turns = [{"role": "user", "content": f"<image>{LONG}"}, {"role": "assistant", "content": f"{LONG} {LONG}"}]
     records = [{"id": f"{LONG}{n}", "image": str(folder / "a.png"), "conversations": turns} for n in range(3)]
+    long = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "word " * 1000}]
+    moving = [{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "A."}]
+    write_clip(folder / "a.mp4", 8, fps=4, size=(320, 160))
+    records += [
+        {"id": "long", "conversations": long},
+        {"id": "clip", "video": str(folder / "a.mp4"), "conversations": moving},
+    ]
     records += [{"id": "gone", "image": "gone.png", "conversations": turns}]
     (folder / "data.json").write_text(json.dumps(records))
     command = ["--model", str(tiny("v2_6")), "--data", str(folder / "data.json"), "--model_max_length", "4096"]
+    command += ["--video_max_slice_nums", "4"]
     check([*command, "--html", str(folder / "preview.html")])
     parts = (Media("image", Image.new("RGB", (640, 480), "red")), Text(LONG))
     samples = {
@@ -60,7 +69,8 @@ def pages(tiny, tmp_path_factory) -> dict[str, Path]:
         LONG, "MiniCPM-V 2.6", True, [("llm", LONG, 10**10, 10**9, 1e-4)], [("data_path", LONG, LONG)], 10**7
     )
     state = TrainerState(global_step=90, max_steps=90, epoch=1.0)
-    state.log_history = [{"step": step, "loss": 100 / step, "grad_norm": 1.0} for step in range(1, 91)]
+    norms = {f"grad_norm_{part}": 0.5 for part in ("vision", "resampler", "llm", "audio")}
+    state.log_history = [{"step": step, "loss": 100 / step, "grad_norm": 1.0, **norms} for step in range(1, 91)]
     text = build_run(facts, TrainingArguments(output_dir=str(folder / ("o" * 200)), use_cpu=True), state, (), 9.0)
     (folder / "training.html").write_text(text)
     return {name: folder / f"{name}.html" for name in ("preview", "evaluation", "training")}
@@ -149,6 +159,30 @@ def test_every_control_is_reached_by_the_keyboard(browser, pages):
         .filter(each => !each.checkVisibility()).length"""
     )
     assert len(reached) >= wanted - hidden
+    page.close()
+
+
+def test_a_long_conversation_unfolds_by_keys(browser, pages):
+    page, _ = opened(browser, pages["preview"], viewport={"width": 390, "height": 844})
+    folded = page.locator(".tokens details").first
+    before = folded.bounding_box()["height"]
+    folded.locator("summary").focus()
+    page.keyboard.press("Enter")
+    assert folded.bounding_box()["height"] > 3 * before
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.close()
+
+
+def test_a_frame_with_its_slices_is_as_wide_as_they_are_and_enlarges(browser, pages):
+    page, _ = opened(browser, pages["preview"], viewport={"width": 1280, "height": 844})
+    figure = page.locator(".frames.sliced > figure").first
+    frame, row = figure.locator("> .zoom img").bounding_box(), figure.locator(".tilesrow").first.bounding_box()
+    assert abs(frame["width"] - row["width"]) <= 2
+    assert row["y"] >= frame["y"] + frame["height"]
+    figure.locator("> .zoom > summary").click()
+    large = figure.locator("> .zoom img").bounding_box()
+    assert large["width"] > 1.5 * frame["width"]
+    assert abs(large["x"] + large["width"] / 2 - 640) <= 20, "in the middle"
     page.close()
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,13 @@ from finetune.data_check.check_records import check
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import LengthPolicy
 from finetune.media import image
+from finetune.media.video_sampling import VideoOptions
 from finetune.models import load_tokenizer
 from finetune.pages import data_preview
 from finetune.pages.data_preview import write_preview
 from finetune.pages.decoded_prompt import prompt_parts
 from finetune.pages.model_view import see
+from finetune.pages.prompt_sections import prompt_sections
 from finetune.pages.record_survey import RecordSurvey, SurveyedRecord, choose
 from finetune.readers.mixture import open_data
 
@@ -42,7 +47,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def encoder_of(tiny: Callable[[str], Path]) -> Callable[..., Encoder]:
     def make(name: str, max_length: int | None = None) -> Encoder:
         base = resolve(str(tiny(name)))
-        return Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings, max_length=max_length)
+        return Encoder(base.family, load_tokenizer(base.folder), base.settings, max_length=max_length)
 
     return make
 
@@ -80,7 +85,8 @@ def test_the_conversation_is_that_of_the_ids(family, encoder_of, tmp_path):
     assert ids[: len(before)] == before
     assert ids[-len(behind) :] == behind
     (first, _), (_, last) = fitted.rendered.image_bounds[0], fitted.rendered.image_bounds[-1]
-    assert (len(before), len(ids) - len(behind)) == (first - 1, last + 1)
+    closing = 2 if family in ("v2_0", "llama3_v2_5") else 1  # </image></slice>, or </slice>
+    assert (len(before), len(ids) - len(behind)) == (first - 1, last + closing)
     tokens = sum(end - start for start, end in fitted.rendered.image_bounds)
     slices = len(fitted.rendered.image_bounds) - 1
     assert shown[medium].text == f"[image 1344x1008: 1 + {slices} slices, {tokens} tokens]"
@@ -92,6 +98,25 @@ def test_the_conversation_is_that_of_the_ids(family, encoder_of, tmp_path):
     assert "Was zeigt 你好 das  Bild\n\n🙂?" in "".join(piece.text for piece in shown)
 
 
+def test_a_full_duplex_record_is_a_timeline(encoder_of, tmp_path):
+    write_wav(tmp_path / "a.wav", 3)
+    gradient(60, 60).save(tmp_path / "a.png")
+    spoken = {"text": "One <b>two</b>.", "start": 1.5, "words": [["One", 0], ["<b>two</b>.", 1]]}
+    given = {"user": [{"audio": "a.wav", "start": 0}], "assistant": [spoken]}
+    given["images"] = [{"image": "a.png", "start": 2}]
+    part = surveyed(tmp_path / "data.json", [{"id": "a", "duplex": given}], encoder_of("o4_5"))
+    text, seen = page_of(tmp_path, part)
+    assert [each["class"] for each in seen.of("div") if each.get("class") in ("listen", "speak")] == [
+        "listen",
+        "speak",
+        "speak",
+    ]
+    words = "".join(seen.text.split())
+    assert "0slistens1sbeginsOne2sgoesonandends1picture<b>two</b>." in words
+    assert seen.text.count("[user audio 1 to 2 s: 10 tokens]") == 2  # conversation and its ids
+    assert len(seen.of("polygon")) == 2  # timeline and media
+
+
 @pytest.mark.parametrize("family", ["v2_6", "v4_6"])
 def test_pictures_are_those_of_the_tensors(family, encoder_of, tmp_path):
     gradient(900, 500).save(tmp_path / "a.png")
@@ -101,7 +126,7 @@ def test_pictures_are_those_of_the_tensors(family, encoder_of, tmp_path):
     (seen,) = see(encoder, fitted)
     plan: Any = fitted.plans[0]
     assert seen.grid == plan.grid
-    wanted = image.cut(gradient(900, 500), plan)
+    wanted = image.slice_image(gradient(900, 500), plan)
     assert len(seen.items) == len(wanted) == plan.items > 1
     for shown, cut in zip(seen.items, wanted, strict=True):
         # The published processors resize by rules of their own.
@@ -206,14 +231,99 @@ def test_the_page_keeps_to_its_size(encoder_of, tmp_path, monkeypatch):
     given = [record(str(n), f"<image>{n}", "word " * 500, image=str(tmp_path / "a.png")) for n in range(3)]
     part = surveyed(tmp_path / "data.json", given, encoder_of("v2_6"))
     sizes = []
-    for room in (4_600_000, 150_000, 30_000):
+    for room in (4_600_000, 150_000, 30_000, 6_000):
         monkeypatch.setattr(data_preview, "_ROOM", room)
-        sizes.append(len(page_of(tmp_path, part)[0]))
+        text, seen = page_of(tmp_path, part)
+        sizes.append(len(text))
+        assert (seen.text.count("word") >= 1500) == (room > 6_000), "pictures give way before text does"
+        assert ("not on this page, to keep it small" in seen.text) == (room == 6_000)
     assert sizes[2] < sizes[1] < sizes[0] / 3
     assert sizes[1] < 200_000
-    seen = page_of(tmp_path, part)[1]
-    assert seen.text.count("word ") >= 1500, "text is never cut"
     assert "more not shown, to keep this page small" in seen.text
+
+
+def test_a_huge_text_is_shortened_and_the_rest_counted(encoder_of, tmp_path):
+    """Both ends are visible, more unfolds, and what is not on the page is told."""
+    huge = "".join(f"line {n} <&> " for n in range(80_000))
+    given = [record("a", "BEGIN " + huge, huge + " END"), *(record(str(n), "What?", "It.") for n in range(49))]
+    text, seen = page_of(tmp_path, surveyed(tmp_path / "data.json", given, encoder_of("llama3_v2_5")))
+    assert len(text.encode()) < 500_000 < len(huge)
+    told = re.search(r"Show all: ([\d,]+) more tokens here, and ([\d,]+) tokens that are not on this page", seen.text)
+    assert told is not None
+    hidden, gone = (int(each.replace(",", "")) for each in told.groups())
+    assert gone > 500_000 > hidden > 1000
+    assert f"[{told[2]} tokens not shown]" in seen.text
+    assert "BEGIN" in seen.text
+    assert " END" in seen.text
+
+
+def test_of_ten_megabytes_both_ends_are_decoded(encoder_of, tmp_path):
+    """Tokens of 10 MB, not made from text, which would take long: each is on the page or counted, none is both."""
+    encoder = encoder_of("llama3_v2_5")
+    part = surveyed(tmp_path / "data.json", [record("a", "What <is> & it?", "That.\n")], encoder)
+    fitted = part.length_policy.fit(part.records[0])
+    once, times = fitted.rendered, 10_000_000 // len("What <is> & it?That.\n")
+    ids, labels = once.input_ids * times, once.labels * times
+    fitted = replace(fitted, rendered=replace(once, input_ids=ids, labels=labels))
+    made = prompt_sections(encoder, fitted, 46_000)
+    assert 40_000 < made.spent <= 46_000
+    shown = [piece for runs in made.sections for _, pieces in runs for piece in pieces]
+    assert sum(piece.tokens for piece in shown) + made.left_out == len(ids)
+    (gap,) = [one for one, other in itertools.pairwise(shown) if other.first != one.first + one.tokens]
+    before = gap.first + gap.tokens
+    seen = [number for piece in shown for number in piece.ids]
+    assert seen == [*ids[:before], *ids[before + made.left_out :]]
+
+
+def test_a_long_text_is_folded_and_complete(encoder_of, tmp_path):
+    long = " ".join(f"w{n}" for n in range(1500))
+    part = surveyed(tmp_path / "data.json", [record("a", "?", long)], encoder_of("llama3_v2_5"))
+    text, seen = page_of(tmp_path, part)
+    assert "Show all: " in seen.text
+    assert "not on this page" not in seen.text
+    inside = text.partition('<details class="more"><summary>Show all')[2].partition("</details>")[0]
+    assert 0 < len(inside) < len(text)
+    assert "w1499" not in inside
+    words = re.sub(
+        r"<summary>.*</summary>|<[^>]*>", "", text.partition('<div class="tokens"')[2].partition("</div>")[0]
+    )
+    assert [f"w{n}" for n in range(1500) if not re.search(rf"w{n}(?!\d)", words)] == []
+
+
+def test_removed_text_is_shortened_too(encoder_of, tmp_path):
+    encoder = encoder_of("llama3_v2_5", 400)
+    turns = ["x " * 400_000, "Yes."] + ["Why?", "So."]
+    text, seen = page_of(tmp_path, surveyed(tmp_path / "data.json", [record("a", *turns)] * 8, encoder))
+    assert "turn dropped from the beginning" in seen.text or "turns dropped from the beginning" in seen.text
+    assert "more characters not shown, to keep this page small" in seen.text
+    assert len(text) < 5_000_000
+
+
+@pytest.mark.parametrize("family", ["v2_6", "v4_5", "v4_6"])
+def test_a_frame_that_is_cut_has_its_slices(family, encoder_of, tmp_path, tiny):
+    """In groups too, where the model gets the frames of a group first and then their slices."""
+    write_clip(tmp_path / "a.mp4", 8, fps=4, size=(320, 160))
+    base = resolve(str(tiny(family)))
+    options = VideoOptions(max_slice_nums=4, max_frames=3)
+    encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings, video=options)
+    turns = [{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "A."}]
+    part = surveyed(tmp_path / "data.json", [{"messages": turns, "videos": [str(tmp_path / "a.mp4")]}], encoder)
+    (seen,) = see(encoder, part.length_policy.fit(part.records[0]))
+    assert seen.grid is not None
+    columns, rows = seen.grid
+    assert len(seen.frames) > 1
+    for frame in seen.frames:
+        assert len(frame.slices) == columns * rows > 1
+        # Together they are the frame: alike once they have the same size.
+        width, height = frame.slices[0].size
+        whole = Image.new("RGB", (columns * width, rows * height))
+        for place, each in enumerate(frame.slices):
+            whole.paste(each, (place % columns * width, place // columns * height))
+        small = [np.asarray(each.resize((32, 16), Image.Resampling.BOX)).astype(int) for each in (whole, frame.picture)]
+        assert np.abs(small[0] - small[1]).mean() < 6
+    text, page = page_of(tmp_path, part)
+    assert text.count("Slice of the frame at") == columns * rows * len(seen.frames)
+    assert "each frame as a whole and in slices" in page.text
 
 
 def test_the_command_writes_it(tiny, tmp_path, capsys):

@@ -1,9 +1,9 @@
 """Configurations of small models, with which a step on the CPU takes a second."""
 
-from finetune.planning.published_shapes import CONFIGS
+from finetune.families import by_name
 
 SMALL = {
-    **CONFIGS["v4_5"],
+    **by_name("v4_5").published.config,
     "head_dim": 32,
     "hidden_size": 256,
     "intermediate_size": 768,
@@ -13,7 +13,7 @@ SMALL = {
     "query_num": 16,
     "vocab_size": 2000,
     "vision_config": {
-        **CONFIGS["v4_5"]["vision_config"],
+        **by_name("v4_5").published.config["vision_config"],
         "hidden_size": 128,
         "intermediate_size": 512,
         "num_attention_heads": 4,
@@ -23,11 +23,11 @@ SMALL = {
 
 # Its language model is a mixture: every token goes through 2 of 8 experts and the shared one.
 SMALL_MIXTURE = {
-    **CONFIGS["v4_7"],
+    **by_name("v4_7").published.config,
     "image_token_id": 5,
     "insert_layer_id": 1,
     "text_config": {
-        **CONFIGS["v4_7"]["text_config"],
+        **by_name("v4_7").published.config["text_config"],
         "head_dim": 32,
         "hidden_size": 256,
         "layer_types": ["linear_attention", "full_attention"] * 2,
@@ -42,14 +42,17 @@ SMALL_MIXTURE = {
         "num_experts_per_tok": 2,
         "num_hidden_layers": 4,
         "num_key_value_heads": 2,
-        "rope_parameters": {**CONFIGS["v4_7"]["text_config"]["rope_parameters"], "mrope_section": [2, 1, 1]},
+        "rope_parameters": {
+            **by_name("v4_7").published.config["text_config"]["rope_parameters"],
+            "mrope_section": [2, 1, 1],
+        },
         "shared_expert_intermediate_size": 128,
         "tie_word_embeddings": False,
         "vocab_size": 2000,
     },
     "tie_word_embeddings": False,
     "vision_config": {
-        **CONFIGS["v4_7"]["vision_config"],
+        **by_name("v4_7").published.config["vision_config"],
         "hidden_size": 128,
         "intermediate_size": 512,
         "num_attention_heads": 4,

@@ -16,14 +16,13 @@ from small_network import SMALL, SMALL_MIXTURE
 from finetune.__main__ import main
 from finetune.arguments.model import LoraArguments
 from finetune.arguments.training import TrainingArguments
-from finetune.families import FAMILIES
+from finetune.families import FAMILIES, by_name
 from finetune.planning.memory_estimate import GIB, MemoryEstimator
 from finetune.planning.meta_model import adapt_meta_model, build_meta_model
-from finetune.planning.published_shapes import CONFIGS
 from finetune.planning.settings_search import cheapest, gpus_needed
 from finetune.planning.training_setup import SampleShape, TrainingSetup
 from tools.measured_peak import measured
-from tools.memory_doc import HEAD, TAIL, family_row, fitting_row
+from tools.memory_doc import HEAD, MIXTURE, MIXTURE_COLUMNS, TAIL, family_row, fitting_row, mixture_row
 
 ROOT = Path(__file__).resolve().parents[2]
 # Bytes of the published weights in 16 bit, from their index files.
@@ -33,18 +32,17 @@ TEXT = SampleShape(tokens=256, items=0)
 
 @cache
 def planner(name: str = "v4_5") -> MemoryEstimator:
-    return MemoryEstimator(SMALL if name == "small" else CONFIGS[name])
+    return MemoryEstimator(SMALL if name == "small" else by_name(name).published.config)
 
 
 def test_every_family_has_sizes() -> None:
-    assert list(CONFIGS) == [family.name for family in FAMILIES]
     for family in FAMILIES:
-        assert family.matches(CONFIGS[family.name])
+        assert family.matches(by_name(family.name).published.config)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES])
 def test_parameters_are_the_published_ones(name: str) -> None:
-    model = build_meta_model(CONFIGS[name])
+    model = build_meta_model(by_name(name).published.config)
     assert {tensor.device.type for tensor in model.parameters()} == {"meta"}
     count = sum(parameter.numel() for parameter in model.parameters())
     known = {"v2_0": 3434965792, "v4_0": 4059533040, "v4_6": 1300659440, "v4_7": 1300659440}
@@ -175,6 +173,15 @@ def test_within_a_fifth_of_a_real_step(config: dict[str, Any], recipe: TrainingS
     assert ours.total - ours.weights - ours.optimizer == pytest.approx(moving, rel=0.2)
 
 
+@pytest.mark.parametrize("family", ["llama3_v2_5", "v4_6"])
+@pytest.mark.parametrize("recipe", [TrainingSetup(method="lora", stage=0), TrainingSetup(method="full", stage=2)])
+def test_layers_alike_have_the_figures_of_a_trace_of_each(family, recipe, monkeypatch) -> None:
+    shape = SampleShape(batch=2, tokens=256, items=2, patches=256)
+    some = MemoryEstimator(by_name(family).published.config).blocks(recipe, shape)
+    monkeypatch.setattr("finetune.planning.alike_layers._TRACED", 1000)
+    assert MemoryEstimator(by_name(family).published.config).blocks(recipe, shape) == some
+
+
 def test_the_page_is_what_is_generated() -> None:
     """One family of it, as all take a minute; ``python -m tools.memory_doc`` writes it anew."""
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
@@ -182,6 +189,17 @@ def test_the_page_is_what_is_generated() -> None:
         assert row in page, f"{row}\nis not in docs/memory.md: write it anew"
     assert page.startswith(HEAD)
     assert page.endswith(TAIL)
+
+
+def test_the_page_has_the_mixture_of_experts() -> None:
+    """LoRA alone, as tracing full training takes a while; weights of all experts by hand."""
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    estimator, lora = MemoryEstimator(MIXTURE), MIXTURE_COLUMNS["LoRA"]
+    assert mixture_row(estimator, [lora]).removesuffix("|") in page
+    experts = 40 * 256 * 3 * 512 * 2048
+    rest = estimator.parameters() - experts
+    assert 2e9 < rest < 4e9
+    assert estimator.resting(lora).weights * 8 == pytest.approx(2 * (experts + rest), rel=0.02)
 
 
 def test_command_with_a_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def data(tiny: Callable[[str], Path], tmp_path: Path) -> Data:
         records.append({"id": str(number), "conversations": said} | ({"image": image} if image else {}))
     (tmp_path / "data.json").write_text(json.dumps(records), encoding="utf-8")
     base = resolve(str(tiny("v2_6")))
-    encoder = Encoder.from_config(base.family, load_tokenizer(base.folder), base.settings, max_length=2048)
+    encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings, max_length=2048)
     return base.settings, LengthPolicy(encoder, "error"), open_data(tmp_path / "data.json", None)
 
 

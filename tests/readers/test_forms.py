@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from golden_tokenizers import tokenizer
+from golden_tokenizers import SMALL_IMAGES, tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from finetune.encoding.encoder import Encoder
 from finetune.families import by_name
-from finetune.media.slicing import SliceSpec
 from finetune.readers import read
 from finetune.sample import DataError, Media, Sample, Text
-from finetune.templates.rendering import Layout
+from finetune.templates import turn_order
 
 Record = dict[str, Any]
 FILES = ("a.png", "b.png")
@@ -41,8 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def encoder() -> Encoder:
-    layout, slicing = Layout(query_num=4), SliceSpec(9, 56, 14)
-    return Encoder(by_name("llama3_v2_5"), tokenizer("llama3"), layout=layout, slicing=slicing, max_length=None)
+    return Encoder(by_name("llama3_v2_5"), tokenizer("llama3"), SMALL_IMAGES)
 
 
 def write(folder: Path, *records: Any, name: str = "data.json") -> Path:
@@ -232,7 +230,7 @@ def test_a_system_column_alone_makes_it_sharegpt(folder: Path) -> None:
             [{"instruction": "a", "output": "b", "image": "a.png"}],
             "alpaca format .* have 'image', .* name it 'images' and put",
         ),
-        ([{"messages": CHAT, "kto_tag": True}], "'kto_tag': preference data is not supported, only supervised"),
+        ([{"messages": CHAT, "kto_tag": True}], "'kto_tag': preference data; --stage dpo trains on pairs"),
     ],
 )
 def test_records_of_no_form_or_two(folder: Path, records: list, message: str) -> None:
@@ -407,7 +405,6 @@ BAD: list[tuple[str, Any, str]] = [
         {"messages": [{"role": "user", "content": None}]},
         "turn 0: 'content' is null; it must be text or a list",
     ),
-    ("alpaca", {"instruction": "a", "response": "b"}, r"'output' is missing \(found 'id', 'instruction', 'response'\)"),
     ("alpaca", {"instruction": "a", "output": None}, "'output' is null; it must be the answer"),
     ("alpaca", {"output": "b"}, "'instruction' and 'input' for the prompt: empty or missing"),
     ("alpaca", {"instruction": 3, "output": "b"}, "'instruction' is a number; it must be a string"),
@@ -419,6 +416,14 @@ BAD: list[tuple[str, Any, str]] = [
     ),
     ("alpaca", {"instruction": "<image>", "output": "b"}, "1 <image> in the user turns of 'instruction', 0 files"),
 ]
+
+
+def test_an_alpaca_record_without_an_answer_can_be_asked_not_trained(folder: Path) -> None:
+    sample = read(write(folder, {"instruction": "Why?", "ouput": "b"}))[0]
+    assert [(message.role, message.text) for message in sample.messages] == [("user", "Why?")]
+    assert len(turn_order.turns(sample, ("user", "assistant"), generate=True)) == 1
+    with pytest.raises(DataError, match=r"no answer: the last turn \(0\) is user.*'ouput'.*did you mean 'output'"):
+        turn_order.turns(sample, ("user", "assistant"), generate=False)
 
 
 @pytest.mark.parametrize(("form", "record", "message"), BAD)

@@ -12,7 +12,7 @@ from PIL import Image
 from finetune.media import image_files
 from finetune.media.image import size
 from finetune.readers import read
-from finetune.sample import DataError, Media, Sample, Source
+from finetune.sample import DataError, Media, Sample
 
 FORMS = ("official", "sharegpt", "openai", "alpaca")
 BOX = [100, 50, 300, 150]  # of an image of 400 x 200
@@ -107,7 +107,7 @@ def test_pixels_are_those_of_the_upright_image(folder: Path) -> None:
     """The size that the encoder sees too; said in a note, since some tools count before they turn it."""
     sample = one(folder, {"bbox": [[50, 100, 150, 300]]}, "<bbox>", images=("turned.jpg",))
     assert sample.messages[1].text == MARKED
-    assert size(Media("image", folder / "turned.jpg"), Source("a", 0)) == (200, 400)
+    assert size(Media("image", folder / "turned.jpg")) == (200, 400)
     assert [note[:15] for note in sample.notes] == ["boxes in pixels"]
     with pytest.raises(DataError, match="box 0 .* is not within image 0, upright 200 x 400 pixels"):
         one(folder, {"bbox": [[100, 50, 300, 150]]}, "<bbox>", images=("turned.jpg",))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from golden_tokenizers import tokenizer
+from golden_tokenizers import SMALL_IMAGES, tokenizer
 from PIL import Image
 
 from dataset import make_supervised_data_module
@@ -18,11 +18,9 @@ from finetune.data_check.check_records import CheckError, check, check_before_tr
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import LengthPolicy
 from finetune.families import by_name
-from finetune.media.slicing import SliceSpec
 from finetune.readers import read
 from finetune.readers.mixture import Mixture, parse_names, read_named
 from finetune.sample import DataError
-from finetune.templates.rendering import Layout
 
 SIZES = {"a": 10, "b": 20, "c": 3}
 
@@ -50,8 +48,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    layout, slicing = Layout(query_num=4), SliceSpec(9, 56, 14)
-    return Encoder(by_name("llama3_v2_5"), tokenizer("llama3"), layout=layout, slicing=slicing, max_length=None)
+    return Encoder(by_name("llama3_v2_5"), tokenizer("llama3"), SMALL_IMAGES)
 
 
 def ids(samples: Any) -> list[str]:

@@ -135,7 +135,7 @@ def test_files_of_turns_beside_those_of_the_record(folder: Path) -> None:
 @pytest.mark.parametrize("form", ["auto", *FORMS])
 def test_answers_that_are_compared(folder: Path, form: str, name: str) -> None:
     value = True if name == "kto_tag" else "worse"
-    with pytest.raises(DataError, match=rf"'{name}': preference data is not supported, only supervised finetuning"):
+    with pytest.raises(DataError, match=rf"'{name}': preference data; --stage dpo trains on pairs"):
         one(folder, talk(**{name: value}), form)
     late = [talk()] * 61 + [talk(**{name: value})] + [talk()] * 60
     (folder / "late.json").write_text(json.dumps(late))

@@ -205,7 +205,8 @@ def test_the_tables_name_what_is_read(folder: Path, name: Any, monkeypatch: pyte
         for part in parts:
             assert part.asked <= record_keys.part_keys(part["type"].removesuffix("_url"))
     elsewhere = {record_keys.IDENTITY, record_keys.ANSWERS} & record_keys.record_keys(form)  # by Source and by evaluate
-    assert asked - set(record_keys.COMPARED) | elsewhere == record_keys.record_keys(form)
+    others = {*record_keys.COMPARED, *(() if name == "duplex" else (record_keys.DUPLEX,))}
+    assert asked - others | elsewhere == record_keys.record_keys(form)
     if name != "alpaca":
         assert of_turns == record_keys.turn_keys(form)
 
@@ -230,6 +231,7 @@ def test_the_table_of_the_documentation_names_every_key() -> None:
     table = text.split("### Keys")[1].split("### Tools")[0]
     named = {
         record_keys.IDENTITY,
+        record_keys.DUPLEX,
         record_keys.ANSWERS,
         record_keys.RESULT_OF,
         *record_keys.SYSTEM,
@@ -240,3 +242,10 @@ def test_the_table_of_the_documentation_names_every_key() -> None:
     named |= {*record_keys.CALLS, *record_keys.MEDIA_OF_TURNS}
     cells = "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
     assert named == set(re.findall(r"`(\w+)`", cells)) - {"rejected"}
+
+
+def test_a_misspelled_key_is_named_where_its_absence_is_the_error(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A dog."}]
+    (tmp_path / "data.json").write_text(json.dumps([{"id": "0", "imgae": "0.jpg", "conversations": turns}]))
+    with pytest.raises(DataError, match=r"the key 'imgae' is not read: did you mean 'image'\?"):
+        read(tmp_path / "data.json")[0]

@@ -98,9 +98,9 @@ def test_the_way_out_is_there_before_torch(program):
     """Exit handlers run in reverse order: those of torch come before ours only if torch is imported after it."""
     imports = [node for node in ast.parse((ROOT / program).read_text()).body if isinstance(node, ast.ImportFrom)]
     ours = [node for node in imports if (node.module or "").partition(".")[0] not in sys.stdlib_module_names]
-    assert [(node.module, [alias.name for alias in node.names]) for node in ours[:1]] == [
-        ("finetune.runtime", ["outcome"])
-    ]
+    ours = [node for node in ours if node.module != "finetune.commands.command_list"]  # a table that imports nothing
+    assert ours[0].module == "finetune.runtime"
+    assert "outcome" in [alias.name for alias in ours[0].names]
     heavy = "import sys, finetune.runtime.outcome; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, check=True)
 
@@ -134,7 +134,7 @@ def test_mean_train_loss_weights_by_steps():
 
 
 def test_messages_of_loader_processes_lose_their_traceback():
-    text = "Caught DataError in DataLoader worker process 0.\nTraceback ...\nfinetune.sample.DataError: bad record"
+    text = "Caught DataError in DataLoader worker process 0.\nTraceback ...\nfinetune.sample.DataError: bad record\n"
     assert outcome.message_of(UserError(text)) == "bad record"
     assert outcome.message_of(UserError("plain")) == "plain"
 

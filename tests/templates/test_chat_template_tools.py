@@ -23,7 +23,7 @@ from finetune.sample import DataError, Sample
 from finetune.templates.rendering import IGNORE
 from finetune.tiny import chatml_tokenizers, native_folders
 
-WITH_TOOLS = ("o2_6", "v4_5", "o4_5", *native_folders.NATIVE)
+WITH_TOOLS = ("o2_6", "v4_5", "o4_5", *(family.name for family in FAMILIES if family.network is None))
 WITHOUT = ("v2_0", "llama3_v2_5", "v2_6", "v4_0")
 EVERY = pytest.mark.parametrize("family", WITH_TOOLS)
 
@@ -35,11 +35,11 @@ def encoder(family: str) -> Encoder:
         return chatml_encoder(family)
     if family in WITHOUT:
         recorded = tokenizer({"v2_0": "minicpm", "llama3_v2_5": "llama3"}[family])
-        return Encoder.from_config(by_name(family), recorded, {"query_num": 4})
+        return Encoder(by_name(family), recorded, {"query_num": 4})
     with tempfile.TemporaryDirectory() as folder:
-        native_folders.write_native(family, Path(folder))
+        native_folders.write_native(by_name(family), Path(folder))
         config = json.loads((Path(folder) / "config.json").read_text())
-        return Encoder.from_config(by_name(family), AutoTokenizer.from_pretrained(folder), config)
+        return Encoder(by_name(family), AutoTokenizer.from_pretrained(folder), config)
 
 
 WEATHER = {
@@ -206,7 +206,7 @@ def changed(family: str, old: str, new: str) -> Encoder:
     """An encoder whose chat template has this in the place of that."""
     own = pickle.loads(pickle.dumps(encoder(family).tokenizer))
     own.chat_template = str(own.chat_template).replace(old, new)
-    return Encoder.from_config(by_name(family), own, {"query_num": 4})
+    return Encoder(by_name(family), own, {"query_num": 4})
 
 
 def test_the_template_of_the_checkpoint_decides(tmp_path: Path) -> None:

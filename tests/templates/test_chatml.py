@@ -140,7 +140,7 @@ def test_every_way_to_name_images_gives_the_same_ids(family: str, tmp_path: Path
 @ALL
 def test_without_numbers(family: str) -> None:
     chosen = encoder(family)
-    plain = type(chosen).from_config(chosen.family, chosen.tokenizer, {"query_num": 4, "use_image_id": False})
+    plain = type(chosen)(chosen.family, chosen.tokenizer, {"query_num": 4, "use_image_id": False})
     assert "<image_id>" not in text(family, plain.render(talk(turn("user", IMAGE), "b"), (WHOLE,)))
 
 
@@ -149,7 +149,7 @@ def small(family: str) -> Encoder:
     if family in CHATML:
         return encoder(family)
     recorded = tokenizer({"v2_0": "minicpm", "llama3_v2_5": "llama3"}[family])
-    return Encoder.from_config(by_name(family), recorded, {"query_num": 4})
+    return Encoder(by_name(family), recorded, {"query_num": 4})
 
 
 @pytest.mark.parametrize("family", ["v2_0", "llama3_v2_5", *CHATML])

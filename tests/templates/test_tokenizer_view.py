@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from finetune.templates.tokenizer_view import GROUNDING, MissingTokenError, TextError, TokenizerView
+from finetune.templates.tokenizer_view import GROUNDING, DataError, MissingTokenError, TokenizerView
 
 NAMES = ("llama3", "minicpm", "qwen")
 CONTROL = {
@@ -127,15 +127,15 @@ def unknowing() -> PreTrainedTokenizerFast:
 def test_unknown_character_is_refused_not_a_placeholder() -> None:
     assert unknowing().backend_tokenizer.encode("a☃", add_special_tokens=False).ids[-1] == 0
     words = TokenizerView(unknowing(), ("<unk>",))
-    with pytest.raises(TextError, match=r"'☃' \(character 5 of 'snow ☃'.*the control token <unk>; remove"):
+    with pytest.raises(DataError, match=r"'☃' \(character 5 of 'snow ☃'.*the control token <unk>; remove"):
         words.text("snow ☃")
-    with pytest.raises(TextError, match="☃"):
+    with pytest.raises(DataError, match="☃"):
         words.continuation("☃")
     assert 0 not in vocabulary("minicpm").text("snow ☃")
 
 
 def test_text_with_our_hidden_names_is_refused() -> None:
-    with pytest.raises(TextError, match="would become the control token <image>"):
+    with pytest.raises(DataError, match="would become the control token <image>"):
         vocabulary("llama3").text("\U0010ffff710\U0010ffff")
 
 

@@ -112,7 +112,7 @@ def test_published_log_of_v2_0(tmp_path):
 
     folder = tmp_path / "config"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(V2_0_CONFIG))
+    (folder / "config.json").write_text(json.dumps({**by_name("v2_0").published.config, "torch_dtype": "bfloat16"}))
     with torch.device("meta"):
         model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
         training = arguments(tmp_path, use_lora=True, tune_vision=True)
@@ -216,38 +216,6 @@ def test_adapter_off_is_the_base(tiny, tmp_path):
     assert torch.equal(off, expected)
 
 
-V2_0_CONFIG = {
-    "model_type": "minicpmv",
-    "architectures": ["MiniCPMV"],
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "dim_model_base": 256,
-    "drop_vision_last_layer": True,
-    "hidden_act": "silu",
-    "hidden_size": 2304,
-    "image_size": 448,
-    "intermediate_size": 5760,
-    "max_position_embeddings": 4096,
-    "max_slice_nums": 9,
-    "num_attention_heads": 36,
-    "num_hidden_layers": 40,
-    "num_key_value_heads": 36,
-    "patch_size": 14,
-    "query_num": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "scale_depth": 1.4,
-    "scale_emb": 12,
-    "scale_resolution": 448,
-    "slice_mode": True,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vision_encoder": "vit_so400m_patch14_siglip_384.webli",
-    "vocab_size": 122753,
-}
-
-
 @pytest.mark.parametrize(
     ("family", "prefix"), [("v2_0", "llm.model.layers."), ("v4_6", "model.language_model.layers.")]
 )
@@ -281,3 +249,33 @@ def test_names_are_targets_in_the_adapted_parts_alone(tiny, tmp_path):
 
 def names_of_adapters(model) -> list[str]:
     return [name for name, _ in model.named_parameters() if ".lora_" in name]
+
+
+def test_biases_are_named(tiny, tmp_path, caplog):
+    """peft trains the biases of frozen parts with ``all``: the table and a warning say so."""
+    training = arguments(tmp_path, use_lora=True, tune_vision=False, tune_resampler=False)
+    rows = {}
+    for bias in ("all", "lora_only", "none"):
+        caplog.clear()
+        model = adapt(load_model(tiny("v2_6")), by_name("v2_6"), training, LoraArguments(lora_r=4, lora_bias=bias))
+        rows[bias] = {row.part: row.mode for row in part_rows(model, OWN_PARTS, training.part_learning_rates)}
+        assert ("frozen otherwise: resampler, vision." in caplog.text) == (bias == "all")
+    assert rows == {
+        "all": {"vision": "biases", "resampler": "biases", "llm": "LoRA r=4 + biases"},
+        "lora_only": {"vision": "frozen", "resampler": "frozen", "llm": "LoRA r=4 + biases"},
+        "none": {"vision": "frozen", "resampler": "frozen", "llm": "LoRA r=4"},
+    }
+
+
+def test_tied_ends_that_part_are_named(tiny, tmp_path, caplog, recwarn):
+    training = arguments(tmp_path, use_lora=True, tune_vision=False, tune_resampler=False)
+    for family, saved, said in (
+        ("v4_6", "embed_tokens", True),
+        ("v4_6", "embed_tokens,lm_head", False),
+        ("v2_6", "embed_tokens", False),
+    ):
+        caplog.clear()
+        lora = LoraArguments(lora_r=4, lora_modules_to_save=saved)
+        adapt(load_model(tiny(family)), by_name(family), training, lora)
+        assert ("embed_tokens: it is one tensor with lm_head in this checkpoint" in caplog.text) == said
+    assert not [warning for warning in recwarn if "ensure_weight_tying" in str(warning.message)]

@@ -127,9 +127,9 @@ def test_q_lora_quantises_the_llm_alone_and_trains(tiny):
     tuned = add_lora(model, FAMILY, ["resampler"], LoraArguments(lora_r=4))
     rates = {"llm": 1e-4, "vision": 1e-4, "resampler": 1e-4}
     added = sum(p.numel() for name, p in tuned.named_parameters() if ".lora_" in name)
-    assert sum(row.total for row in part_rows(tuned, FAMILY.parts, rates)) == full + added, (
-        "packed weights are counted by elements"
-    )
+    rows = part_rows(tuned, FAMILY.parts, rates)
+    assert sum(row.total for row in rows) == full + added, "packed weights are counted by elements"
+    assert {row.part: row.mode for row in rows} == {"vision": "frozen", "resampler": "full", "llm": "QLoRA r=4"}
     ids = torch.arange(10, 30)[None]
     tuned.train()
     tuned(input_ids=ids, labels=ids.clone()).loss.backward()

@@ -26,7 +26,7 @@ from finetune.utils.errors import ArgumentError, UnusableResultError
 @pytest.fixture(scope="module")
 def encoder(tiny: Callable[[str], Path]) -> Encoder:
     checkpoint = resolve(str(tiny("v2_0")))
-    return Encoder.from_config(checkpoint.family, load_tokenizer(tiny("v2_0")), checkpoint.config, max_length=60)
+    return Encoder(checkpoint.family, load_tokenizer(tiny("v2_0")), checkpoint.config, max_length=60)
 
 
 def make(folder: Path, encoder: Encoder, good: int, bad: int, long: int = 0, **options: Any) -> SamplePolicy:

@@ -51,7 +51,7 @@ def arguments(chosen: dict[str, str], output: Path, *, bf16: bool) -> TrainingAr
 
 def batch_of(folder: Path, family: Family) -> dict[str, torch.Tensor]:
     """A row of text and an image, with audio for models that take it."""
-    encoder = Encoder.from_config(family, load_tokenizer(folder), resolve(str(folder)).settings, max_slice_nums=1)
+    encoder = Encoder(family, load_tokenizer(folder), resolve(str(folder)).settings, max_slice_nums=1)
     noise = np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8)
     parts = [Media("image", Image.fromarray(noise)), Text("What?")]
     if family.audio_spec is not None:

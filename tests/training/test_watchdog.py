@@ -43,7 +43,7 @@ def make(tiny, demo_data, tmp_path) -> Make:
         model = adapt(load_model(base, dtype=torch.float32), checkpoint.family, args.training, args.lora)
         if frozen:
             model.get_submodule(frozen).requires_grad_(False)
-        encoder = Encoder.from_config(checkpoint.family, load_tokenizer(base), checkpoint.config, max_slice_nums=1)
+        encoder = Encoder(checkpoint.family, load_tokenizer(base), checkpoint.config, max_slice_nums=1)
         return CPMTrainer(
             model=model,
             args=args.training,

@@ -46,7 +46,7 @@ class Metric:
         """The values of an answer; a thinking block at its beginning is removed first."""
         return dict(self.score(_answered(prediction), [_answered(reference) for reference in references]))
 
-    def badness(self, score: Mapping[str, float]) -> float:
+    def sort_key(self, score: Mapping[str, float]) -> float:
         """Sort key: largest for the worst sample."""
         return -score[self.name] if self.higher else score[self.name]
 

@@ -7,18 +7,13 @@ finetuning guides, else of the files.
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from finetune.families import FAMILIES
 from finetune.families.common import merge_of
@@ -31,9 +26,13 @@ from finetune.model_folders.checkpoint_folder import (
     read_adapter_config,
     read_settings,
 )
+from finetune.model_folders.setting_files import write_setting
 from finetune.utils.errors import ArgumentError, CheckpointError
 from finetune.utils.json_objects import read_object
 from finetune.utils.log_once import warn_once
+
+if TYPE_CHECKING:
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,6 @@ FLAG = f"--{DOWNSAMPLE_MODE}"
 VARIABLE = "DOWNSAMPLE_MODE"
 _ENVIRONMENT = f"environment variable {VARIABLE}"
 _COUNTING: tuple[Processor, ...] = ("image_processor", "video_processor")
-_VALUE = re.compile(rf'("{DOWNSAMPLE_MODE}"\s*:\s*)"[^"\\]*"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,26 +154,7 @@ def write_mode(folder: Path, family: Family, name: str) -> None:
     for processor in _COUNTING:
         for file, key in PROCESSORS[processor]:
             parts.setdefault(file, set()).add(key)
-    default = family.settings[DOWNSAMPLE_MODE].default
-    for file, keys in parts.items():
-        if (path := folder / file).is_file():
-            before = path.read_bytes()
-            if (after := _changed(before.decode(), keys, name, default).encode()) != before:
-                path.write_bytes(after)
-
-
-def _changed(text: str, keys: set[str], name: str, default: str) -> str:
-    """The text of a JSON file with another mode in some sections ("" is the top level), otherwise byte for byte."""
-    values: dict[str, Any] = json.loads(text)
-    wanted = copy.deepcopy(values)
-    for part in (wanted.get(key) if key else wanted for key in keys):
-        if isinstance(part, dict) and part.get(DOWNSAMPLE_MODE, default) != name:
-            part[DOWNSAMPLE_MODE] = name
-    if wanted == values:
-        return text
-    edited = _VALUE.sub(rf'\g<1>"{name}"', text)
-    # If the key is missing, or is in other sections too, the file is serialised again.
-    return edited if json.loads(edited) == wanted else json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
+    write_setting(folder, DOWNSAMPLE_MODE, name, parts, family.settings[DOWNSAMPLE_MODE].default)
 
 
 def _refuse_or_warn(family: Family, wish: str | None, variable: str | None) -> None:

@@ -40,11 +40,14 @@ def write_records(folder: Path) -> Path:
     return folder
 
 
-def write_media_records(folder: Path, *, sound: bool) -> Path:
-    """train.json and eval.json in which two ranks nearly never have the same media at a step."""
+def write_media_records(folder: Path, *, sound: bool, timelines: bool = False) -> Path:
+    """train.json and eval.json in which two ranks nearly never have the same media at a step.
+
+    With ``timelines`` some records are full-duplex ones.
+    """
     draw = random.Random(1)
     folder.mkdir(parents=True)
-    media = ("text", "image", "video", *(("audio",) if sound else ()))
+    media = ("text", "image", "video", *(("audio",) if sound else ()), *(("duplex",) if timelines else ()))
     orders = [(first, second) for first in media for second in media if first != second]
     train = []
     for step in range(STEPS):
@@ -60,6 +63,8 @@ def write_media_records(folder: Path, *, sound: bool) -> Path:
 def _media_record(folder: Path, name: str, kind: str, draw: random.Random) -> dict[str, Any]:
     if kind in ("text", "image"):
         return _record(folder, name, int(kind == "image"), draw)
+    if kind == "duplex":
+        return _timeline(folder, name, draw)
     record = _record(folder, name, 0, draw)
     if kind == "video":
         path = write_clip(folder / f"{name}.mp4", draw.randint(2, 8), fps=2)
@@ -67,6 +72,18 @@ def _media_record(folder: Path, name: str, kind: str, draw: random.Random) -> di
         path = write_sound(folder / f"{name}.wav", draw.randint(2_000, 30_000), draw)
     record["conversations"][0]["content"] = f"<{kind}>\n" + record["conversations"][0]["content"]
     return {**record, kind: path.name}
+
+
+def _timeline(folder: Path, name: str, draw: random.Random) -> dict[str, Any]:
+    """User audio of up to two seconds, sometimes a picture, and a turn of the model."""
+    path = write_sound(folder / f"{name}.wav", draw.randint(2_000, 30_000), draw)
+    turn = {"text": " ".join(draw.choices(WORDS, k=draw.randint(1, 4))), "start": draw.choice((0.5, 1.5))}
+    timeline: dict[str, Any] = {"user": [{"audio": path.name, "start": 0}], "assistant": [turn]}
+    if draw.random() < 0.5:
+        picture = folder / f"{name}.png"
+        Image.frombytes("RGB", (112, 112), draw.randbytes(3 * 112 * 112)).save(picture)
+        timeline["images"] = [{"image": picture.name, "start": 1}]
+    return {"id": name, "duplex": timeline}
 
 
 def write_sound(path: Path, samples: int, draw: random.Random) -> Path:
@@ -92,3 +109,16 @@ def _record(folder: Path, name: str, pictures: int, draw: random.Random) -> dict
     question = "\n".join([*marks, question])
     record["conversations"] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return record
+
+
+def write_pairs(folder: Path, *, sound: bool = False) -> Path:
+    """train.json and eval.json of preference pairs: the media records with a second, worse answer."""
+    write_media_records(folder, sound=sound)
+    draw = random.Random(2)
+    for name in ("train", "eval"):
+        path = folder / f"{name}.json"
+        records = json.loads(path.read_text())
+        for record in records:
+            record["rejected_response"] = " ".join(draw.choices(WORDS, k=draw.randint(1, 8)))
+        path.write_text(json.dumps(records))
+    return folder

@@ -13,8 +13,8 @@ from finetune.families.common import IMAGE_PAD, VIDEO_PAD
 from finetune.families.family import Family
 from finetune.model_folders import file_schemas
 from finetune.model_folders.checkpoint_folder import check_side_files
-from finetune.models.byte_bpe_tokenizer import from_vocabulary
-from finetune.models.sentencepiece_tokenizer import from_sentencepiece
+from finetune.tokenizers.byte_bpe_tokenizer import from_vocabulary
+from finetune.tokenizers.sentencepiece_tokenizer import from_sentencepiece
 from finetune.utils.errors import CheckpointError, UserError
 from finetune.utils.json_objects import read_object, shown
 

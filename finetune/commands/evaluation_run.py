@@ -1,0 +1,278 @@
+"""Helpers of the ``evaluate`` command: load model and data, generate answers with a local model, write the results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from finetune.commands.questions import Questions, read_questions
+from finetune.commands.shared_flags import data_arguments
+from finetune.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from finetune.checkpoints.base_checkpoint import Checkpoint
+    from finetune.encoding.encoder import Encoder
+    from finetune.evaluation.predictions import Predictions
+    from finetune.readers.mixture import Mixture
+
+
+REPORT_ROWS = 300
+
+
+class _Thinking(TypedDict, total=False):
+    enable_thinking: bool
+
+
+def read_all(
+    given: argparse.Namespace, samples: Mixture, encoder: Callable[[], Encoder]
+) -> tuple[Questions, list[str]]:
+    """The questions of the data, and what is wrong with each record that was skipped."""
+    return read_questions(
+        samples,
+        given.limit,
+        encoder,
+        skip_bad=given.on_bad_sample == "skip",
+        max_bad_share=given.max_bad_share,
+        answered=not given.predict_only,
+    )
+
+
+def out_folder(given: argparse.Namespace) -> Path:
+    """The folder of the results."""
+    folder = Path(given.data).stem if given.data else "-".join(re.findall(r"[\w.]+", given.dataset))
+    return Path(given.out) if given.out else Path("output") / f"evaluate-{folder}"
+
+
+def write_results(
+    given: argparse.Namespace, metric: Any, questions: Questions, store: Predictions, facts: dict[str, str]
+) -> None:
+    """Writes the final files and prints the metrics; without a metric the answers alone."""
+    if metric is None:
+        _write_predictions(given, questions, store)
+    else:
+        _finish(given, metric, questions, store, facts)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """The model to evaluate, and the one to compare it with.
+
+    Attributes:
+        base: the checkpoint, with the downsample_mode and image ids of the model.
+        adapter: folder of its adapter.
+        other: the checkpoint to compare with: the base without adapter, or another one.
+    """
+
+    base: Checkpoint
+    adapter: Path | None
+    other: Checkpoint | None
+
+    @property
+    def modes(self) -> list[str]:
+        """Mode and image ids of the model, as far as they are to be said, and of the other one where it differs."""
+        said = self.base.choices
+        others = [] if self.other is None else [line for line in self.other.choices if line not in said]
+        return [*said, *(f"{line}, of the model to compare with" for line in others)]
+
+
+def source_of(given: argparse.Namespace) -> ModelSource:
+    """The checkpoints, from a model and an adapter or from an adapter alone, which names its base.
+
+    Raises:
+        UserError: a folder is missing, or --compare base without an adapter.
+    """
+    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.model_folders.checkpoint_folder import has_adapter, is_adapter, local_folder
+    from finetune.models import base_of
+
+    folder, adapter, mode = local_folder(given.model), given.adapter, given.downsample_mode
+    if is_adapter(folder):
+        if adapter is not None:
+            raise UserError(
+                f"--model {given.model} is an adapter, and --adapter {adapter} another one; give one of them"
+            )
+        adapter, folder = str(folder), base_of(folder)
+    if adapter is not None and not has_adapter(Path(adapter)):
+        raise UserError(f"--adapter {adapter}: no adapter_config.json there; give the folder that training wrote")
+    if given.compare == "base" and adapter is None:
+        raise UserError("--compare base means the model without its adapter: give --adapter, or --compare FOLDER")
+    trained = None if adapter is None else Path(adapter).resolve()
+    other = None if given.compare is None else folder if given.compare == "base" else local_folder(given.compare)
+    base = resolve(str(folder), mode, use_image_id=given.use_image_id, trained=trained)
+    return ModelSource(base, trained, other and resolve(str(other), mode, use_image_id=given.use_image_id))
+
+
+def make_encoder(given: argparse.Namespace, checkpoint: Checkpoint) -> Encoder:
+    """The encoder of the prompts, by the command line."""
+    from finetune.encoding.encoder import Encoder
+    from finetune.models import load_tokenizer
+
+    asked = given.enable_thinking
+    # None is a valid value too: when absent, the default of the family is used.
+    thinking: _Thinking = {} if asked is None else {"enable_thinking": asked == "true"}
+    return Encoder(
+        checkpoint.family,
+        load_tokenizer(checkpoint.folder),
+        checkpoint.settings,
+        **data_arguments(given).encoding,
+        **thinking,
+    )
+
+
+def open_samples(given: argparse.Namespace) -> Mixture:
+    """The data of the command line."""
+    from finetune.readers.mixture import open_data
+
+    return open_data(given.data, given.dataset, **data_arguments(given).reading)
+
+
+def settings_of(given: argparse.Namespace, source: ModelSource, samples: Mixture) -> dict[str, Any]:
+    """Settings that the answers depend on; a resumed evaluation must have the same."""
+    from finetune.evaluation.predictions import fingerprint
+
+    other = None if source.other is None or given.compare == "base" else source.other.folder
+    folders = {"model": source.base.folder, "adapter": source.adapter, "compared_with": other}
+    mode = source.base.mode
+    return {
+        **{name: None if path is None else str(path) for name, path in folders.items()},
+        "data": str(Path(given.data).resolve()) if given.data else samples.fingerprint,
+        "max_new_tokens": given.max_new_tokens,
+        "max_slice_nums": given.max_slice_nums,
+        "image_max_pixels": given.image_max_pixels,
+        "video": data_arguments(given).video_options.given,
+        # A mode read from files is part of their fingerprint.
+        "downsample_mode": mode.name if mode is not None and mode.chosen else None,
+        "use_image_id": given.use_image_id,
+        "enable_thinking": given.enable_thinking,
+        "dtype": given.dtype,
+        "states": [fingerprint(path) for path in (*folders.values(), *samples.files) if path is not None],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerGenerator:
+    """Generates answers on one rank.
+
+    Attributes:
+        given: parsed command line.
+        questions: those of all ranks.
+        store: the answers on disk.
+        rank: of this process.
+        world: number of processes.
+    """
+
+    given: argparse.Namespace
+    questions: Questions
+    store: Predictions
+    rank: int
+    world: int
+
+    def everything(self, source: ModelSource) -> None:
+        """Generates the missing answers, of the model and of the one to compare with."""
+        from finetune.evaluation.predictions import MAIN
+        from finetune.evaluation.scoring import BASE
+
+        adapter_off = self.given.compare == "base"
+        main = self.store.missing(self.questions)
+        base = self.store.missing(self.questions, BASE) if self.given.compare is not None else []
+        if main or (adapter_off and base):
+            model = self.load(source.base, source.adapter)
+            self.ask(model, make_encoder(self.given, source.base), main, MAIN, "answers")
+            if adapter_off and source.other is not None:
+                with model.disable_adapter():  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues]
+                    self.ask(model, make_encoder(self.given, source.other), base, BASE, "answers of the base")
+            del model
+        if source.other is not None and not adapter_off and base:
+            self.ask(
+                self.load(source.other, None), make_encoder(self.given, source.other), base, BASE, "answers to compare"
+            )
+
+    def load(self, checkpoint: Checkpoint, adapter: Path | None) -> nn.Module:
+        """A model, with its adapter."""
+        from finetune.models import load_model
+
+        options: dict[str, Any] = {"dtype": self.given.dtype, "device_map": {"": _device(self.given.device)}}
+        options["downsample_mode"] = checkpoint.downsample_mode
+        if adapter is None:
+            return load_model(checkpoint.folder, **options)
+        return load_model(adapter, base=checkpoint.folder, **options)
+
+    def ask(self, model: nn.Module, encoder: Encoder, wanted: Sequence[int], key: str, what: str) -> None:
+        """Generates the answers to some questions and stores them under a key."""
+        from tqdm.auto import tqdm
+
+        from finetune.evaluation.batched_generation import answer_batch, batches_by_length
+
+        prompts = [self.questions[index][0] for index in wanted]
+        # Strided over the ranks: batches are sorted by length, so every rank gets as many long ones as short ones.
+        batches = batches_by_length(encoder, prompts, self.given.batch_size)[self.rank :: self.world]
+        longest = self.given.max_new_tokens
+        with tqdm(total=sum(map(len, batches)), desc=what, unit="sample", disable=self.rank > 0) as bar:
+            for batch in batches:
+                chosen = [prompts[place] for place in batch]
+                texts = answer_batch(model, encoder.tokenizer, encoder, chosen, max_new_tokens=longest)
+                self.store.add([wanted[place] for place in batch], texts, key)
+                bar.update(len(batch))
+
+
+def _write_predictions(given: argparse.Namespace, questions: Questions, store: Predictions) -> None:
+    """Writes predictions.jsonl without scores."""
+    from finetune.evaluation.scoring import BASE, Prediction
+
+    indices = list(questions)
+    answers = store.collect(indices)
+    base = store.collect(indices, BASE) if given.compare is not None else [None] * len(indices)
+    rows = zip(indices, answers, base, strict=True)
+    store.replace(Prediction(index, questions[index][0], answer, other).as_json() for index, answer, other in rows)
+    print(f"written    {store.folder / 'predictions.jsonl'}, {len(indices)} answers without scores")
+
+
+def _finish(
+    given: argparse.Namespace, metric: Any, questions: Questions, store: Predictions, facts: dict[str, str]
+) -> None:
+    """Scores, writes the three files and prints the metrics."""
+    from finetune.evaluation.evaluation_report import build, headline
+    from finetune.evaluation.scoring import BASE, make_rows, summarise
+    from finetune.media.image import MAX_PIXELS
+    from finetune.runtime.outcome import plain_numbers
+
+    answers = store.collect(list(questions))
+    base = store.collect(list(questions), BASE) if given.compare is not None else None
+    rows = make_rows(metric, questions, answers, base)
+    summary = {**summarise(metric, rows), **facts}
+    out = store.folder
+    written = json.dumps(plain_numbers(summary), indent=2, ensure_ascii=False)
+    (out / "metrics.json").write_text(written + "\n", encoding="utf-8")
+    page = build(
+        metric,
+        rows,
+        summary,
+        title=headline(Path(given.data).name if given.data else given.dataset, len(rows)),
+        most=REPORT_ROWS if given.report_rows is None else given.report_rows,
+        max_pixels=MAX_PIXELS,
+    )
+    (out / "report.html").write_text(page, encoding="utf-8")
+    store.replace(row.as_json() for row in rows)
+    for name, value in summary["scores"].items():
+        print(f"{name:<12} {value:.4f}" + (f"   base {summary['base'][name]:.4f}" if base is not None else ""))
+    if base is not None:
+        print(f"{summary['better']} better, {summary['worse']} worse, {summary['other_answer']} answers differ")
+    print(f"written    {out / 'predictions.jsonl'}, metrics.json, report.html")
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    if asked != "auto":
+        return asked
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,46 @@
+"""Decisions of full-duplex records: how often the model listens, speaks and yields, and seconds with too much text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from finetune.templates.duplex import MOST_TOKENS, DecidedUnit, decided_units
+from finetune.templates.rendering import Rendered, Vocabulary
+
+# Below this share of a kind of decision the report says that it is rare.
+_RARE = 0.1
+
+Decisions = tuple[int, int, int, int]
+"""Number of units, of those that speak, of turns, and of units that listen right after a turn."""
+
+
+def rendered_units(rendered: Rendered, vocabulary: Vocabulary) -> list[DecidedUnit]:
+    """The units of a rendered full-duplex record."""
+    return decided_units(rendered.input_ids, rendered.labels, vocabulary)
+
+
+def counted(units: Sequence[DecidedUnit]) -> Decisions:
+    """The decisions of some units."""
+    return (len(units), *(sum(getattr(unit, name) for unit in units) for name in ("speaks", "begins", "yields")))  # pyright: ignore[reportReturnType]
+
+
+def too_many_tokens(units: Sequence[DecidedUnit]) -> Iterator[str]:
+    """A note about units that the published inference would cut."""
+    if any(len(unit.ids) > MOST_TOKENS for unit in units):
+        yield (
+            f"a unit with more than {MOST_TOKENS} tokens, where the published inference stops; give word times that "
+            "spread the text"
+        )
+
+
+def describe_decisions(decisions: Decisions, records: int) -> Iterator[str]:
+    """Lines of the report: the decisions of all full-duplex records, and which kind is rare."""
+    units, speaking, turns, yielding = decisions
+    yield (
+        f"full duplex: {records} records of {units} units: {units - speaking} listen ({yielding} of them right after a "
+        f"turn), {speaking} speak ({turns} turns)"
+    )
+    kinds = {"listening": units - speaking, "speaking": speaking, "listening right after a turn": yielding}
+    rare = [f"{kind} ({100 * count / units:.1f} %)" for kind, count in kinds.items() if count < _RARE * units]
+    if rare:
+        yield f"full duplex: few units are of {' and '.join(rare)}, which more records of that kind would teach better"

@@ -1,0 +1,56 @@
+"""Faster imports of large libraries: garbage collection runs rarely, optional libraries wait until they are used."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# peft and transformers import these where they find them, for 4 and 8 bit weights and for their own data sets. Together
+# they take more than a second; what needs them imports them itself.
+_OPTIONAL = ("bitsandbytes", "datasets")
+# Importing creates about a million objects, nearly all of which stay: by default a fifth of the time goes into looking
+# for garbage among them.
+_THRESHOLD = (50_000, 20, 100)
+# What this program has put off.
+_put_off: set[str] = set()
+
+
+def collect_rarely() -> None:
+    """Lets the garbage collector of this process run rarely; for programs that end soon."""
+    gc.set_threshold(*_THRESHOLD)
+
+
+def import_at_start(*modules: str) -> None:
+    """Imports the modules that a program needs in any case, before it does anything else.
+
+    Libraries that are only wanted where installed are put off until something imports them. What was imported is not
+    searched for garbage again.
+    """
+    before = gc.get_threshold()
+    collect_rarely()
+    _put_off.update(name for name in _OPTIONAL if name not in sys.modules)
+    with without_put_off():
+        for module in modules:
+            importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*before)
+
+
+@contextmanager
+def without_put_off(*, but: bool = False) -> Iterator[None]:
+    """Within, libraries that were put off and not imported since are not found: by Python's rule for None in modules.
+
+    Args:
+        but: whether they are needed after all; then nothing changes.
+    """
+    hidden = [] if but else [name for name in _put_off if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]

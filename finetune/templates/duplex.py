@@ -1,0 +1,143 @@
+"""Full-duplex prompt of MiniCPM-o 4.5: one unit per second, as published inference feeds and generates it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from finetune.media.audio_layout import AudioPlan
+from finetune.media.slicing import SlicePlan
+from finetune.sample import Media, Message, Sample, Text
+from finetune.templates.placeholders import new_schema
+from finetune.templates.rendering import IGNORE, Layout, Rendered, Vocabulary
+from finetune.timeline import SpokenTurn, Timeline
+
+LISTEN, SPEAK, TURN_END, UNIT_END = "<|listen|>", "<|speak|>", "<|turn_eos|>", "<|chunk_eos|>"
+UNIT = ("<unit>", "</unit>")
+TOKENS = (*UNIT, LISTEN, SPEAK, TURN_END, UNIT_END)
+"""The control tokens of a unit."""
+MOST_TOKENS = 20
+"""Tokens of a unit, control tokens included, at which published inference stops (max_new_speak_tokens_per_chunk)."""
+DEFAULT_SYSTEM = "Streaming Duplex Conversation! You are a helpful assistant."
+"""System text of the published example (README of MiniCPM-o 4.5), for records without one."""
+
+
+def render_timeline(
+    sample: Sample, plans: Sequence[SlicePlan | AudioPlan], vocabulary: Vocabulary, layout: Layout
+) -> Rendered:
+    """The system turn, then per second <unit>, pictures, the second of user audio, the decision, </unit>.
+
+    The decision is <|listen|>, or <|speak|>, the text of the unit, <|turn_eos|> at the end of a turn, and
+    <|chunk_eos|>. Its tokens have labels. A second inside of a turn without a word is <|speak|><|chunk_eos|>: the
+    published decoding does not listen before a turn has ended. The text of a turn is tokenized as a whole; a token
+    belongs to the unit of its first character. Reference audio stands between <|audio_start|> and <|audio_end|>, user
+    audio between no tokens.
+
+    Args:
+        sample: a sample with a timeline.
+        plans: slice plan of every picture, placeholders of every audio clip, in reading order; the user audio has one
+            run per second.
+        vocabulary: the tokenizer.
+        layout: prompt layout, without image numbers.
+    """
+    assert sample.timeline is not None
+    rendered = Rendered()
+    left = iter(plans)
+    _system(rendered, sample.messages[0], left, vocabulary, layout)
+    *pictures, heard = left
+    assert isinstance(heard, AudioPlan)
+    said = decisions(sample.timeline, len(heard.runs), vocabulary)
+    for unit, (run, ids) in enumerate(zip(heard.runs, said, strict=True)):
+        rendered.add([vocabulary.control(UNIT[0])])
+        for number, plan in enumerate(pictures):
+            if sample.timeline.picture_units[number] == unit:
+                assert isinstance(plan, SlicePlan)
+                rendered.add_items(*new_schema(plan, number, layout, vocabulary))
+        rendered.add_run(run, vocabulary.control(layout.placeholder))
+        rendered.add(ids, train=True)
+        rendered.add([vocabulary.control(UNIT[1])])
+    return rendered
+
+
+def _system(
+    rendered: Rendered,
+    first: Message,
+    plans: Iterator[SlicePlan | AudioPlan],
+    vocabulary: Vocabulary,
+    layout: Layout,
+) -> None:
+    parts = first.parts if first.role == "system" else ()
+    text = "".join(part.text for part in parts if isinstance(part, Text)) or DEFAULT_SYSTEM
+    reference = any(isinstance(part, Media) for part in parts)
+    rendered.add(
+        [vocabulary.control("<|im_start|>"), *vocabulary.text(f"system\n{text}" + ("\n" if reference else ""))]
+    )
+    if reference:
+        plan = next(plans)
+        assert isinstance(plan, AudioPlan)
+        rendered.add([vocabulary.control("<|audio_start|>")])
+        for run in plan.runs:
+            rendered.add_run(run, vocabulary.control(layout.placeholder))
+        rendered.add([vocabulary.control("<|audio_end|>")])
+    rendered.add([vocabulary.control("<|im_end|>")])
+
+
+def decisions(timeline: Timeline, units: int, vocabulary: Vocabulary) -> list[list[int]]:
+    """The ids that the model generates in each of a number of units."""
+    listen, speak, turn_end, unit_end = map(vocabulary.control, (LISTEN, SPEAK, TURN_END, UNIT_END))
+    found = [[listen] for _ in range(units)]
+    for turn in timeline.turns:
+        ids = text_ids(turn, vocabulary)
+        for unit in range(turn.first_unit, turn.last_unit + 1):
+            end = [turn_end] if unit == turn.last_unit else []
+            found[unit] = [speak, *ids.get(unit, []), *end, unit_end]
+    return found
+
+
+def text_ids(turn: SpokenTurn, vocabulary: Vocabulary) -> dict[int, list[int]]:
+    """The ids of a turn's text by the unit of their first character."""
+    starts = turn.starts()
+    ids: dict[int, list[int]] = {}
+    place = 0
+    for token, (first, _) in zip(*vocabulary.spans(turn.text), strict=True):
+        while place + 1 < len(starts) and starts[place + 1][0] <= first:
+            place += 1
+        ids.setdefault(starts[place][1], []).append(token)
+    return ids
+
+
+class DecidedUnit(NamedTuple):
+    """One unit of a rendered full-duplex record.
+
+    Attributes:
+        first: position of its decision, <|listen|> or <|speak|>.
+        ids: decision, text and end marks: what the model generates.
+        speaks: whether it speaks.
+        begins: whether a turn begins in it.
+        ends: whether a turn ends in it.
+        yields: whether it listens right after a turn has ended.
+    """
+
+    first: int
+    ids: tuple[int, ...]
+    speaks: bool
+    begins: bool = False
+    ends: bool = False
+    yields: bool = False
+
+
+def decided_units(ids: Sequence[int], labels: Sequence[int], vocabulary: Vocabulary) -> list[DecidedUnit]:
+    """The units of a rendered full-duplex record, from its ids and labels."""
+    speak, turn_end, close = map(vocabulary.control, (SPEAK, TURN_END, UNIT[1]))
+    found: list[DecidedUnit] = []
+    first, speaking = None, False
+    for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        if first is None and label != IGNORE:
+            first = position
+        elif first is not None and token == close:
+            own = tuple(ids[first:position])
+            speaks, ends = own[0] == speak, turn_end in own
+            after_turn = bool(found) and found[-1].ends
+            found.append(DecidedUnit(first, own, speaks, speaks and not speaking, ends, not speaks and after_turn))
+            first, speaking = None, speaks and not ends
+    return found

@@ -1,0 +1,1 @@
+"""Tokenizers of model folders, built without remote code."""
