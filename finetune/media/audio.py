@@ -22,6 +22,9 @@ RATE = 16_000
 """Sampling rate of every waveform, in Hz."""
 MAX_CHANNELS = 8
 """Maximum number of channels (7.1). Files with more are refused by their header: FFmpeg may crash on them."""
+RATES = (1_000, 768_000)
+"""Lowest and highest sampling rate that is read, in Hz. FFmpeg's filter for much higher ones, which only a
+damaged header has, takes a minute to build."""
 MAX_SECONDS = 1800
 """Longest clip that is decoded; at 10 to 25 tokens per second it exceeds any context length."""
 
@@ -139,6 +142,7 @@ def _decode(file: Path | bytes) -> np.ndarray:
             # None after the last packet flushes the resampler.
             for frame in [None] if packet is None else packet.decode():
                 if frame is not None:
+                    _check_rate(frame.sample_rate)
                     end = max(end, (frame.time or 0.0) + frame.samples / frame.sample_rate)
                     frame.pts = None  # gaps and jumps in time are not filled
                 for resampled in resampler.resample(frame):
@@ -185,6 +189,7 @@ def _opened(file: str | io.BytesIO) -> Iterator[tuple[Any, Any]]:
             if stream.codec_context is None:
                 raise _UnusableError("has audio in a codec that FFmpeg does not support; save it as WAV")
             _check_channels(stream.codec_context.channels)
+            _check_rate(stream.codec_context.sample_rate)
             yield container, stream
     except (library.FFmpegError, ValueError, EOFError, IndexError) as error:
         raise _UnusableError(
@@ -220,6 +225,16 @@ def _has_size(file: Path | bytes, container: Any) -> bool:
 def _check_channels(count: int | None) -> None:
     if count is not None and count > MAX_CHANNELS:
         raise _UnusableError(f"has {count} channels, and at most {MAX_CHANNELS} are read; mix it down to one or two")
+
+
+def _check_rate(rate: int) -> None:
+    """Some decoders know the rate of their stream only from its first frame; until then it is 0."""
+    low, high = RATES
+    if rate and not low <= rate <= high:
+        raise _UnusableError(
+            f"has a sampling rate of {rate} Hz, and {low} to {high} Hz are read: its header is damaged; save it "
+            "again as WAV, replace it or remove the record"
+        )
 
 
 def _channels(head: bytes) -> int | None:

@@ -40,6 +40,15 @@ def test_other_rates_are_resampled_and_channels_averaged(tmp_path: Path, rate: i
     assert np.abs(found - tone(1.0))[middle].max() < 1e-3
 
 
+@pytest.mark.parametrize(("rate", "read"), [(999, False), (1_000, True), (767_999, True), (768_001, False)])
+def test_a_rate_that_only_a_damaged_header_has(tmp_path: Path, rate: int, read: bool) -> None:
+    file = write_wav(tmp_path / "a.wav", 0.2, rate=rate)
+    if read:
+        assert len(load(file)) == pytest.approx(3200, abs=20)
+    else:
+        assert f"sampling rate of {rate} Hz" in refusal(file)
+
+
 @pytest.mark.parametrize("suffix", CODECS)
 def test_coded_files(tmp_path: Path, suffix: str) -> None:
     found = load(write_coded(tmp_path / f"a{suffix}", 1.5))
