@@ -136,17 +136,17 @@ def _notes(report: CheckReport) -> Iterator[str]:
     used = report.usable
     yield from (f"  {'warning' if is_warning(line) else 'note'}: {line}" for line in _note_lines(report.notes, used))
     if report.repeated:
-        yield f"  warning: {report.repeated} records are duplicates: the same text and media as an earlier one"
+        yield f"  warning: {report.repeated} of {used} records: duplicates, the same text and media as an earlier one"
     for answer, count in report.answers.most_common(1):
         if is_common(report, count):
             yield f"  warning: {count} of {used} records have the same last answer, {shown(answer, 60)}"
     if report.lost_images:
-        yield f"  warning: {report.lost_images} images are in dropped turns; later answers may refer to them"
+        yield f"  warning: images in dropped turns: {report.lost_images}; later answers may refer to them"
     if report.duplicates:
         first = ", ".join(
             f"{shown(identity, 60)} ({count})" for identity, count in list(report.duplicates.items())[:_SHOWN]
         )
-        yield f"  warning: {len(report.duplicates)} ids occur more than once: {first}{_more(report.duplicates)}"
+        yield f"  warning: ids that occur more than once: {first}{_more(report.duplicates)}"
 
 
 def is_warning(note: str) -> bool:

@@ -18,7 +18,7 @@ class Repeated:
     Attributes:
         places: dataset and record number of each.
         across: whether they are in several datasets.
-        text: beginning of their first question.
+        text: beginning of their first question, or of what the model says where nobody asks.
     """
 
     places: tuple[str, ...]
@@ -34,6 +34,13 @@ def find(parts: Sequence[SurveyedRecord]) -> list[Repeated]:
 
 def _repeated(parts: Sequence[SurveyedRecord], group: Sequence[Place]) -> Repeated:
     samples = [parts[part].records[index] for part, index in group]
-    text = next((message.text for message in samples[0].messages if message.role == "user"), "")
+    asked = [message.text for message in samples[0].messages if message.role == "user"]
+    timeline = samples[0].timeline
+    said = (
+        [message.text for message in samples[0].messages]
+        if timeline is None
+        else [turn.text for turn in timeline.turns]
+    )
+    text = next((text for text in (*asked, *said) if text.strip()), "no text")
     across = len({part for part, _ in group}) > 1
     return Repeated(tuple(str(each.source) for each in samples), across, text.strip()[:_LETTERS])

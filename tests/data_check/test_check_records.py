@@ -113,14 +113,14 @@ def test_dropped_images_are_named(write_records: Write, make_encoder: Make, zoo:
     path = write_records({"image": str(zoo / "good.png"), "conversations": turns})
     report = look(path, make_encoder(45))
     assert (report.outcomes, report.lost_images) == ({"turns dropped": 1}, 1)
-    assert "warning: 1 images are in dropped turns" in str(report)
+    assert "warning: images in dropped turns: 1; later" in str(report)
 
 
 def test_duplicate_ids_are_a_warning(write_records: Write, make_encoder: Make) -> None:
     report = look(write_records(*[None] * 8, id="x"), make_encoder())
     assert report.duplicates == {"x": 8}
     assert not report.problems
-    assert "warning: 1 ids occur more than once: 'x' (8)" in str(report)
+    assert "warning: ids that occur more than once: 'x' (8)" in str(report)
     assert not look(write_records(*[None] * 8, id=None), make_encoder()).duplicates
 
 
@@ -295,7 +295,7 @@ def test_repeated_records_are_told_by_what_they_hold(
     evaluation = write_records("cmyk.jpg", answered("A cat."), name="eval.json")
     reports = [look(path, make_encoder()) for path in (train, evaluation)]
     assert [report.repeated for report in reports] == [1, 0]
-    assert "warning: 1 records are duplicates" in str(reports[0])
+    assert "warning: 1 of 6 records: duplicates" in str(reports[0])
     sample_policies = [sample_policy(path, make_encoder()) for path in (train, evaluation)]
     (line,) = overlap(sample_policies, reports)
     assert line == f"1 records have the same text and media in {train} and in {evaluation}"

@@ -225,6 +225,15 @@ def test_records_that_are_alike(encoder_of, tmp_path):
     assert "1 group is in several data sets" in seen.text
 
 
+def test_a_duplicate_without_a_question_is_named_by_what_the_model_says(encoder_of, tmp_path):
+    write_wav(tmp_path / "a.wav", 2)
+    spoken = {"user": [{"audio": str(tmp_path / "a.wav"), "start": 0}], "assistant": [{"text": "Hello.", "start": 1}]}
+    later = {**spoken, "assistant": [{"text": "Hello.", "start": 3}]}
+    records = [{"id": name, "duplex": value} for name, value in (("1", spoken), ("2", spoken), ("3", later))]
+    [found] = data_preview.duplicates.find([surveyed(tmp_path / "train.json", records, encoder_of("o4_5"))])
+    assert (len(found.places), found.text) == (2, "Hello.")
+
+
 def test_the_page_keeps_to_its_size(encoder_of, tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 255, (700, 900, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
