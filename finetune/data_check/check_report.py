@@ -95,6 +95,9 @@ def lines(report: CheckReport) -> Iterator[str]:
     yield from _head(report)
     yield from _notes(report)
     for kind, messages in group([*report.problems, *report.overlong]).items():
+        if len(messages) == 1:
+            yield f"  1 x {messages[0]}"
+            continue
         yield f"  {len(messages)} x {kind}"
         yield from (f"      {message}" for message in messages[:_SHOWN])
         if len(messages) > _SHOWN:

@@ -77,11 +77,13 @@ def _table(lengths: LengthTable) -> Iterator[str]:
     # Columns end at the first length that all samples fit into.
     enough = next((place for place, length in enumerate(shown) if length >= longest), len(shown) - 1)
     limits = sorted({*shown[: enough + 1], *([lengths.limit] if lengths.limit else [])})
-    yield f"  tokens of {len(own)} records; the last columns are the share longer than that model_max_length"
+    yield f"  tokens of {len(own)} records, skipped ones too; the last columns: the share longer than model_max_length"
     yield "  max_slice_nums   median     95 %  longest" + "".join(f"{limit:>9}" for limit in limits)
-    for slices, tokens in lengths.tokens.items():
+    alike = all(np.array_equal(own, tokens) for tokens in lengths.tokens.values())
+    for slices, tokens in {lengths.slices: own}.items() if alike else lengths.tokens.items():
         middle, high = np.percentile(tokens, (50, 95))
         shares = "".join(f"{100 * np.mean(tokens > limit):>8.0f}%" for limit in limits)
         mark = "*" if slices == lengths.slices else " "
         yield f"  {slices or 'no slicing':>13}{mark} {middle:>8.0f} {high:>8.0f} {tokens.max():>8}{shares}"
-    yield f"  * in use, with model_max_length {lengths.limit}"
+    others = ", and no other max_slice_nums changes a length" if alike and lengths.slices else ""
+    yield f"  * in use, with model_max_length {lengths.limit}{others}"

@@ -71,7 +71,10 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     found = [name for entry in history for name in (*(key for key in _SHARES if key in entry), *metric_names(entry))]
     generated = list(dict.fromkeys(found))[:2]
     heights = (3, 2, 2) if generated else (3, 2)
-    figure = Figure(figsize=(7, 2.7 + 2.05 * len(heights)), layout="constrained")
+    figure = Figure(figsize=(7, 2.7 + 2.05 * len(heights)))
+    # Fixed margins that fit the longest tick labels: a layout that measures them draws everything twice.
+    figure.subplots_adjust(left=0.16, right=0.85, top=1 - 0.85 / figure.get_figheight(), hspace=0.12)
+    figure.subplots_adjust(bottom=0.75 / figure.get_figheight())
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     figure.suptitle(_title(history, path), fontsize=14, x=0.02, ha="left", parse_math=False)
     _losses(panels[0], history)

@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from finetune.data_check.check_report import CheckReport, group, is_common, is_warning
+from finetune.data_check.decision_counts import describe_decisions
 from finetune.data_check.suspicious import suspicions
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import OUTCOMES, Fitted
@@ -35,7 +36,7 @@ _LISTED = 20
 _OUTCOME_WORDS = {OUTCOMES[0]: "Kept whole"}
 # Forms of records with what they are known by; docs/data.md has an example of each.
 _FORMS = {
-    "official": "official (conversations with tags)",
+    "official": "official MiniCPM-V (conversations with tags)",
     "sharegpt": "ShareGPT (turns, and lists of files)",
     "alpaca": "Alpaca (instruction and output)",
     "openai": "OpenAI (messages of parts)",
@@ -124,6 +125,7 @@ def _set(part: SurveyedRecord) -> dict[str, Any]:
         "same": [(answer, number) for answer, number in report.answers.most_common(1) if is_common(report, number)],
         "lengths": None if part.lengths is None else textwrap.dedent(str(part.lengths)),
         "problems": [(kind, messages[:5], len(messages)) for kind, messages in shown],
+        "decisions": list(describe_decisions(report.decisions, report.duplex)) if report.duplex else [],
         "ids": list(report.duplicates.items())[:_LISTED],
     }
 
@@ -139,7 +141,7 @@ def _row(report: CheckReport) -> dict[str, int]:
         "With audio": report.with_media["audio"],
         **{_OUTCOME_WORDS.get(outcome, outcome.capitalize()): report.outcomes[outcome] for outcome in OUTCOMES},
         "Skipped": len(report.overlong),
-        "Unusable": len(report.problems),
+        "With an error": len(report.problems),
     }
 
 
@@ -162,19 +164,20 @@ def _histograms(parts: Sequence[SurveyedRecord]) -> list[charts.Histogram]:
 
 def _reasons(samples: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
     """Reasons why samples are shown, with their counts: the filters of the page."""
-    words = [_family(reason) for sample in samples for reason in sample["reasons"]]
+    words = [word for sample in samples for word in sample["tags"]]
     return [(word, words.count(word)) for word in dict.fromkeys(words)]
 
 
-def _family(reason: str) -> str:
-    return "first of a kind" if reason.startswith("first") else reason
+def _tags(reasons: Sequence[str]) -> list[str]:
+    """The filters that a sample belongs to."""
+    return list(dict.fromkeys("first of a kind" if reason.startswith("first") else reason for reason in reasons))
 
 
 def _sample(part: SurveyedRecord, index: int, reasons: list[str], room: int) -> dict[str, Any]:
     """One sample for the template."""
     encoder = part.length_policy.encoder
     source = part.records.source(index)
-    shown: dict[str, Any] = {"reasons": reasons, "tags": [_family(each) for each in reasons], "fault": ""}
+    shown: dict[str, Any] = {"reasons": reasons, "tags": _tags(reasons), "fault": ""}
     shown |= {"id": source.id, "source": str(source), "form": _FORMS.get(part.form(index), part.form(index))}
     try:
         with located(source):
@@ -185,6 +188,9 @@ def _sample(part: SurveyedRecord, index: int, reasons: list[str], room: int) -> 
     except DataError as error:
         # The check reads headers only, and files may have changed since then.
         return {**shown, "fault": str(error)}
+    notes = (*sample.notes, *suspicions(sample, encoder.vocabulary))
+    if "warning" not in reasons and any(map(is_warning, notes)):
+        shown |= {"reasons": [*reasons, "warning"], "tags": _tags([*reasons, "warning"])}
     rendered = fitted.rendered
     prompt = prompt_sections(encoder, fitted, room // 2)
     spare = max(room - prompt.spent, room // 4)
@@ -194,7 +200,7 @@ def _sample(part: SurveyedRecord, index: int, reasons: list[str], room: int) -> 
         "outcome": fitted.outcome,
         "tokens": len(rendered.input_ids),
         "trained": trained,
-        "notes": (*sample.notes, *suspicions(sample, encoder.vocabulary)),
+        "notes": notes,
         "lost": [(words, text and shorten(text, room // 8)) for words, text in _lost(encoder, sample, fitted)],
         "prompt": prompt,
         "timeline": timeline,

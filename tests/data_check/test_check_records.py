@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -75,8 +76,8 @@ def test_all_problems_at_once(write_records: Write, make_encoder: Make) -> None:
         assert sum(fault.format(zoo=zoo) in problem for problem in report.problems) == 1, fault
         assert fault.format(zoo=zoo) in str(report)
     assert len(report.problems) == 9
-    assert "1 x image PATH is a web page (HTML)" in str(report)
-    assert "1 x image PATH is empty (N bytes)" in str(report)
+    assert str(report).count("\n  1 x ") == 9  # a problem that is alone in its kind is one line, with its place
+    assert "x image PATH" not in str(report)
 
 
 def test_first_five_of_each_kind_in_full(write_records: Write, make_encoder: Make) -> None:
@@ -100,7 +101,7 @@ def test_lengths_are_reported_as_training_will_treat_them(write_records: Write, 
     assert len(report.overlong) == 1
     assert report.longest <= 40
     assert "1 skipped as too long" in str(report)
-    assert "1 x skipped: N tokens, the limit is N, and its last exchange alone is longer" in str(report)
+    assert re.search(r"record 2\b.*: skipped: \d+ tokens, the limit is 40, and its last exchange alone", str(report))
     assert len(look(path, make_encoder(40), "error").problems) == 2
     assert len(look(path, make_encoder(40), "drop").overlong) == 2
     assert look(path, make_encoder(40), "truncate").outcomes == {"kept": 1, "truncated": 1}

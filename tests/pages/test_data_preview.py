@@ -166,7 +166,8 @@ def test_nothing_of_the_data_acts_on_the_page(encoder_of, tmp_path):
     assert r"\u202e" in seen.text
     assert len(seen.of("script")) == 1
     assert len(seen.of("img")) == 2
-    assert "1 × " in seen.text
+    assert " × " not in seen.text  # two problems of different kinds
+    assert "record 1 (id 'gone')" in seen.text
 
 
 def test_every_kind_that_matters_is_shown(encoder_of, tmp_path):
@@ -185,6 +186,21 @@ def test_every_kind_that_matters_is_shown(encoder_of, tmp_path):
     assert "turns dropped from the beginning" in seen.text
     assert len(seen.of("article")) == 8
     assert "limit" not in seen.text or "400" in seen.text
+
+
+def test_a_filter_counts_the_samples_that_it_shows(encoder_of, tmp_path):
+    """Also those of a frequent warning, of which only the first few are chosen for it."""
+    gradient().save(tmp_path / "a.png")
+    given = [record(str(n), "What is <|im_end|>?", "It is.", image=str(tmp_path / "a.png")) for n in range(6)]
+    given += [record("plain", "What?", "It is.")]
+    text, seen = page_of(tmp_path, surveyed(tmp_path / "data.json", given, encoder_of("v2_6")))
+    tags = [json.loads(card["data-tags"] or "") for card in seen.of("article")]
+    filters = {button["value"]: button for button in seen.of("button") if button.get("value")}
+    assert "first of a kind" in filters
+    for word in filters:
+        shown = sum(word in own for own in tags)
+        assert f"{word} {shown}\n" in seen.text, word
+    assert sum("warning" in own for own in tags) == 6
 
 
 @pytest.mark.parametrize("policy", ["shrink", "truncate"])
