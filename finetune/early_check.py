@@ -83,13 +83,13 @@ def _check_model(name: str, *, use_lora: bool) -> Family | None:
 
 
 def _check_output(flags: Flags) -> None:
-    from finetune.model_folders.output_contents import refuse_used, usable
+    from finetune.model_folders.output_contents import check_unused, os_errors_named
 
     folder = Path(flags.get("output_dir", "output")).absolute()
     resume = resume_choice(flags.get("resume_from_checkpoint"))
     if resume is None and not flags.get("overwrite_output_dir"):
-        with usable(folder):
-            refuse_used(folder)
+        with os_errors_named(folder):
+            check_unused(folder)
     elif resume not in (None, "auto") and not expand(Path(resume)).is_dir():
         raise ArgumentError(
             f"--resume_from_checkpoint {resume}: no such folder; give OUTPUT_DIR/checkpoint-N, auto or none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune.families import FAMILIES
-from finetune.families.settings import Place, Setting, Table
+from finetune.families.settings import ConfigKey, Setting, Table
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 _NAMES = {
@@ -43,7 +43,7 @@ def _table(table: Table) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _place(place: Place) -> str:
+def _place(place: ConfigKey) -> str:
     default = "" if place.default is None else f" (else {_shown(place.default)})"
     return f"{_NAMES[place.file]} `{place.key}`{default}"
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune.checkpoints.manifest import checkpoints
 from finetune.checkpoints.output_lock import OutputLock
-from finetune.model_folders.output_contents import LOGS, RUN, STATE_FOLDER, OutputError, refuse_used, usable
+from finetune.model_folders.output_contents import LOGS, RUN, STATE_FOLDER, OutputError, check_unused, os_errors_named
 from finetune.runtime import outcome
 from finetune.utils.json_objects import read_object
 
@@ -99,12 +99,12 @@ class OutputFolder:
         self._use_lora, self._resuming, self._side_files = use_lora, resuming, list(side_files)
         for given in inputs:
             self._check_apart(given)
-        with usable(self.folder):
+        with os_errors_named(self.folder):
             self._check_contents(resuming=resuming, overwrite=overwrite)
 
     def _check_contents(self, *, resuming: bool, overwrite: bool) -> None:
         if self.folder.is_file() or not (resuming or overwrite):
-            refuse_used(self.folder)
+            check_unused(self.folder)
         ours = self._written()
         unknown = sorted(path.name for path in self._would_write() if path.name not in ours)
         if unknown:
@@ -125,13 +125,13 @@ class OutputFolder:
         Raises:
             OutputInUseError: another run writes to it.
         """
-        with usable(self.folder):
+        with os_errors_named(self.folder):
             self._lock = OutputLock(self._records)
         outcome.register_cleanup(self.release)
 
     def open(self) -> None:
         """Moves the files of a previous run aside, unless it is resumed; lists the files that this run will write."""
-        with usable(self.folder):
+        with os_errors_named(self.folder):
             ours = self._written()
             if not self._resuming:
                 self._move_aside(ours)

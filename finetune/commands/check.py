@@ -25,7 +25,7 @@ from finetune.utils.terminal import in_colour
 if TYPE_CHECKING:
     from finetune.encoding.encoder import Encoder
     from finetune.encoding.sample_policy import SamplePolicy
-    from finetune.pages.record_survey import SurveyedRecord
+    from finetune.pages.record_survey import CheckedDataset
     from finetune.readers.mixture import Mixture
 
 _SHORT = {"model": "model_name_or_path", "data": "data_path"}
@@ -63,21 +63,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _checked(sample_policy: SamplePolicy, given: argparse.Namespace, data: DataArguments) -> SurveyedRecord:
+def _checked(sample_policy: SamplePolicy, given: argparse.Namespace, data: DataArguments) -> CheckedDataset:
     """A data set with its report, which is printed with the table of lengths and the first samples."""
     from finetune.data_check.check_records import check
     from finetune.data_check.length_table import measure_lengths
-    from finetune.pages.record_survey import RecordSurvey, SurveyedRecord
+    from finetune.pages.record_survey import CheckedDataset, RecordSurvey
     from finetune.pages.terminal_preview import show
 
     samples, length_policy, survey = sample_policy.samples, sample_policy.length_policy, RecordSurvey()
-    report = check(samples, length_policy, data.check or "full", rebuild=data.overwrite_cache, seen=survey.see)
+    report = check(samples, length_policy, data.check or "full", rebuild=data.overwrite_cache, seen=survey.update)
     print(report)
     if (lengths := measure_lengths(samples, length_policy.encoder)) is not None:
         print(lengths)
     for text in show(samples, length_policy, given.show, colour=in_colour(sys.stdout)):
         print(text)
-    return SurveyedRecord(samples, length_policy, report, survey, lengths)
+    return CheckedDataset(samples, length_policy, report, survey, lengths)
 
 
 def _encoder(given: argparse.Namespace, data: DataArguments) -> Encoder:

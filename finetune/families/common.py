@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from finetune.families.family import Config, Video
-from finetune.families.settings import DOWNSAMPLE_MODE, NUMBERED, TRANSFORMERS, Table, value_of
+from finetune.families.settings import DOWNSAMPLE_MODE, TRANSFORMERS, WITH_IMAGE_IDS, Table, value_of
 from finetune.media.audio_layout import AudioSpec
 from finetune.media.slicing import MERGES, SliceSpec
 from finetune.media.video_sampling import PACKED, PER_SECOND, VideoOptions, packed, per_second, processor_sampling
@@ -89,7 +89,8 @@ def audio_spec(table: Table, config: Config) -> AudioSpec:
 def numbered_layout(config: Config) -> Layout:
     """2.6 and later: a fixed number of placeholders per item, and numbered images."""
     return Layout(
-        query_num=value_of(config, NUMBERED["query_num"]), image_ids=value_of(config, NUMBERED["use_image_id"])
+        query_num=value_of(config, WITH_IMAGE_IDS["query_num"]),
+        image_ids=value_of(config, WITH_IMAGE_IDS["use_image_id"]),
     )
 
 

@@ -21,14 +21,14 @@ from finetune.families.common import (
 )
 from finetune.families.family import Config, Family, LlamaCpp, Network
 from finetune.families.published import NAVIT, NUMBERED_PIXELS, OMNI, QWEN3_8B, Published
-from finetune.families.settings import NUMBERED, O4_5_AUDIO
+from finetune.families.settings import O4_5_AUDIO, WITH_IMAGE_IDS
 from finetune.templates import duplex
 from finetune.templates.chatml_thinking import ROLES, render
 from finetune.templates.duplex import render_timeline
 from finetune.templates.rendering import Layout
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
-_SETTINGS = {**NUMBERED, **O4_5_AUDIO}
+_SETTINGS = {**WITH_IMAGE_IDS, **O4_5_AUDIO}
 
 
 def _matches(config: Config) -> bool:

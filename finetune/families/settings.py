@@ -1,4 +1,4 @@
-"""Checkpoint settings for prompts and pixels: per family, from which files and keys each value is read."""
+"""Settings of preprocessing and prompt in a checkpoint: which file and key each value is read from, per family."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FILES = "setting_files"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ConfigKey:
     """A file and key that may have a value.
 
     Attributes:
@@ -57,7 +57,7 @@ class Setting:
         source: how the published code reads it, for docs/settings.md.
     """
 
-    places: tuple[Place, ...] = ()
+    places: tuple[ConfigKey, ...] = ()
     default: Any = None
     agree: bool = False
     only: Any = None
@@ -155,12 +155,12 @@ def _at(settings: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _processor(key: str, default: Any = None) -> Place:
-    return Place("image_processor", key, default)
+def _processor(key: str, default: Any = None) -> ConfigKey:
+    return ConfigKey("image_processor", key, default)
 
 
-def _config(key: str, default: Any = None) -> Place:
-    return Place("config.json", key, default)
+def _config(key: str, default: Any = None) -> ConfigKey:
+    return ConfigKey("config.json", key, default)
 
 
 _HALVES = [0.5, 0.5, 0.5]
@@ -195,7 +195,7 @@ PROCESSOR_FIRST: Table = {
 }
 """2.5: preprocessor_config.json if there is one (later revisions), else config.json."""
 
-NUMBERED: Table = {
+WITH_IMAGE_IDS: Table = {
     **PROCESSOR_FIRST,
     "use_image_id": Setting(
         places=(_processor("use_image_id", False), _config("use_image_id", True)),
@@ -206,11 +206,13 @@ NUMBERED: Table = {
 
 _MEL: Table = {
     "mel_bins": Setting(
-        places=(Place("audio_processor", "feature_size"), _config("audio_config.num_mel_bins")), default=80, agree=True
+        places=(ConfigKey("audio_processor", "feature_size"), _config("audio_config.num_mel_bins")),
+        default=80,
+        agree=True,
     ),
-    "hop_length": Setting(places=(Place("audio_processor", "hop_length", 160),), default=160),
-    "n_fft": Setting(places=(Place("audio_processor", "n_fft", 400),), default=400),
-    "chunk_seconds": Setting(places=(Place("audio_processor", "chunk_length", 30),), default=30),
+    "hop_length": Setting(places=(ConfigKey("audio_processor", "hop_length", 160),), default=160),
+    "n_fft": Setting(places=(ConfigKey("audio_processor", "n_fft", 400),), default=400),
+    "chunk_seconds": Setting(places=(ConfigKey("audio_processor", "chunk_length", 30),), default=30),
 }
 # Whisper's log-mel frames.
 O2_6_AUDIO: Table = {
@@ -229,7 +231,7 @@ O4_5_AUDIO: Table = {
 
 def _both(key: str, default: Any, only: Any = None) -> Setting:
     """A setting that must be equal in the image and video processors, as in every published checkpoint."""
-    places = (_processor(key, default), Place("video_processor", key))
+    places = (_processor(key, default), ConfigKey("video_processor", key))
     return Setting(places=places, default=default, agree=True, only=only)
 
 
@@ -240,7 +242,7 @@ TRANSFORMERS: Table = {
     "patch_size": Setting(
         places=(
             _processor("patch_size", 14),
-            Place("video_processor", "patch_size"),
+            ConfigKey("video_processor", "patch_size"),
             _config("vision_config.patch_size"),
         ),
         default=14,
@@ -259,15 +261,15 @@ TRANSFORMERS: Table = {
         places=(
             _config(DOWNSAMPLE_MODE),
             _processor(DOWNSAMPLE_MODE),
-            Place("video_processor", DOWNSAMPLE_MODE),
+            ConfigKey("video_processor", DOWNSAMPLE_MODE),
         ),
         default="16x",
         source="the model merges by config.json, the processors count placeholders by their own files, and images "
         "fail if these differ; here one value is used for both",
     ),
-    "video_max_slice_nums": Setting(places=(Place("video_processor", "max_slice_nums", 9),), default=9),
-    "video_slice_mode": Setting(places=(Place("video_processor", "slice_mode", True),), default=True),
-    "video_max_frames": Setting(places=(Place("video_processor", "max_num_frames", 128),), default=128),
+    "video_max_slice_nums": Setting(places=(ConfigKey("video_processor", "max_slice_nums", 9),), default=9),
+    "video_slice_mode": Setting(places=(ConfigKey("video_processor", "slice_mode", True),), default=True),
+    "video_max_frames": Setting(places=(ConfigKey("video_processor", "max_num_frames", 128),), default=128),
 }
 """4.6 and later: the processors of transformers, which do not read config.json."""
 

@@ -18,7 +18,7 @@ from finetune.families.common import (
 )
 from finetune.families.family import Config, Family, LlamaCpp, Network
 from finetune.families.published import NAVIT, NUMBERED_PIXELS, QWEN2_7B, Published
-from finetune.families.settings import NUMBERED
+from finetune.families.settings import WITH_IMAGE_IDS
 from finetune.templates.chatml import ROLES, render
 from finetune.templates.rendering import Layout
 
@@ -45,8 +45,8 @@ V2_6 = Family(
     matches=_matches,
     network=Network(vision="navit_siglip", positions="grid", resampler="plain", language="qwen2"),
     video=SINGLE_FRAMES,
-    settings=NUMBERED,
-    slice_spec=partial(slicing, NUMBERED),
+    settings=WITH_IMAGE_IDS,
+    slice_spec=partial(slicing, WITH_IMAGE_IDS),
     layout=_layout,
     render=render,
     roles=ROLES,

@@ -17,7 +17,7 @@ from finetune.families.common import (
 )
 from finetune.families.family import Config, Family, LlamaCpp, Network
 from finetune.families.published import NAVIT, NUMBERED_PIXELS, QWEN3_8B, Published
-from finetune.families.settings import NUMBERED
+from finetune.families.settings import WITH_IMAGE_IDS
 from finetune.templates.chatml_thinking import ROLES, render
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
@@ -39,8 +39,8 @@ V4_5 = Family(
     matches=_matches,
     network=Network(vision="navit_siglip", positions="grid", resampler="temporal", language="qwen3"),
     video=PACKED_FRAMES,
-    settings=NUMBERED,
-    slice_spec=partial(slicing, NUMBERED),
+    settings=WITH_IMAGE_IDS,
+    slice_spec=partial(slicing, WITH_IMAGE_IDS),
     layout=numbered_layout,
     render=render,
     roles=ROLES,

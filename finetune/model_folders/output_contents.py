@@ -23,7 +23,7 @@ class OutputError(UserError):
     """An output folder that must not be written to."""
 
 
-def refuse_used(folder: Path) -> None:
+def check_unused(folder: Path) -> None:
     """Refuses an output folder that has contents, for a run that neither resumes nor overwrites.
 
     Raises:
@@ -39,7 +39,7 @@ def refuse_used(folder: Path) -> None:
 
 
 @contextmanager
-def usable(folder: Path) -> Iterator[None]:
+def os_errors_named(folder: Path) -> Iterator[None]:
     """Turns an error of the file system into one of the output folder.
 
     Raises:

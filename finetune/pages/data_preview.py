@@ -20,7 +20,7 @@ from finetune.pages.html_page import PageError, count, render, write
 from finetune.pages.long_text import shorten
 from finetune.pages.model_view import ModelView, see
 from finetune.pages.prompt_sections import prompt_sections
-from finetune.pages.record_survey import SurveyedRecord, choose, image_sides
+from finetune.pages.record_survey import CheckedDataset, choose, image_sides
 from finetune.pages.thumbnails import Detail, EmbeddedImage, jpeg, weight, within
 from finetune.pages.timeline_view import timeline_view
 from finetune.sample import DataError, Sample, Text
@@ -72,38 +72,38 @@ class MediumView:
         return [*first, *(frame.picture for frame in self.frames), *(each for row in rows for each in row)]
 
 
-def write_preview(path: Path, parts: Sequence[SurveyedRecord], *, most: int = SAMPLES, seed: int = 42) -> None:
+def write_preview(path: Path, datasets: Sequence[CheckedDataset], *, most: int = SAMPLES, seed: int = 42) -> None:
     """Writes the page.
 
     Args:
         path: file of the page; an existing one is replaced.
-        parts: the checked datasets, all with the same encoder.
+        datasets: the checked datasets, all with the same encoder.
         most: maximum number of samples shown.
         seed: seed of the random choice of samples.
 
     Raises:
         PageError: it cannot be written.
     """
-    chosen = choose(parts, most, seed)
+    chosen = choose(datasets, most, seed)
     room = _ROOM // max(len(chosen), 1)
     # Threads: decoding and compression release the GIL.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        samples = list(pool.map(lambda each: _sample(parts[each[0][0]], each[0][1], each[1], room), chosen.items()))
+        samples = list(pool.map(lambda each: _sample(datasets[each[0][0]], each[0][1], each[1], room), chosen.items()))
     page = render(
         "preview",
-        encoder=parts[0].length_policy.encoder,
-        policy=parts[0].length_policy.policy,
+        encoder=datasets[0].length_policy.encoder,
+        policy=datasets[0].length_policy.policy,
         is_warning=is_warning,
-        sets=[_set(part) for part in parts],
-        names=[PurePath(part.report.file).name for part in parts],
-        columns=[word for word in _row(parts[0].report) if any(_row(part.report)[word] for part in parts)],
-        histograms=_histograms(parts),
-        repeated=(repeated := duplicates.find(parts))[:_LISTED],
+        sets=[_set(part) for part in datasets],
+        names=[PurePath(part.report.file).name for part in datasets],
+        columns=[word for word in _row(datasets[0].report) if any(_row(part.report)[word] for part in datasets)],
+        histograms=_histograms(datasets),
+        repeated=(repeated := duplicates.find(datasets))[:_LISTED],
         repeated_count=len(repeated),
         across=sum(each.across for each in repeated),
         samples=samples,
         reasons=_reasons(samples),
-        used=sum(len(part.survey.indices) for part in parts),
+        used=sum(len(part.survey.indices) for part in datasets),
         seed=seed,
     )
     try:
@@ -114,7 +114,7 @@ def write_preview(path: Path, parts: Sequence[SurveyedRecord], *, most: int = SA
         ) from error
 
 
-def _set(part: SurveyedRecord) -> dict[str, Any]:
+def _set(part: CheckedDataset) -> dict[str, Any]:
     """Check results of a dataset for the tables of the page."""
     report = part.report
     shown = list(group([*report.problems, *report.overlong]).items())
@@ -145,9 +145,9 @@ def _row(report: CheckReport) -> dict[str, int]:
     }
 
 
-def _histograms(parts: Sequence[SurveyedRecord]) -> list[charts.Histogram]:
-    surveys = [part.survey for part in parts]
-    limit = parts[0].length_policy.encoder.max_length
+def _histograms(datasets: Sequence[CheckedDataset]) -> list[charts.Histogram]:
+    surveys = [part.survey for part in datasets]
+    limit = datasets[0].length_policy.encoder.max_length
 
     def values(name: str) -> list[int]:
         return [value for survey in surveys for value in getattr(survey, name)]
@@ -157,7 +157,7 @@ def _histograms(parts: Sequence[SurveyedRecord]) -> list[charts.Histogram]:
         charts.histogram("Length of samples in tokens", values("tokens"), "tokens", limit=limit),
         charts.histogram("Trained tokens per sample", values("trained"), "tokens"),
         charts.histogram("Slices and frames per sample", items, "slices") if any(items) else None,
-        charts.histogram("Longer side of images in pixels", image_sides(parts), "pixels"),
+        charts.histogram("Longer side of images in pixels", image_sides(datasets), "pixels"),
     ]
     return [chart for chart in made if chart is not None]
 
@@ -173,7 +173,7 @@ def _tags(reasons: Sequence[str]) -> list[str]:
     return list(dict.fromkeys("first of a kind" if reason.startswith("first") else reason for reason in reasons))
 
 
-def _sample(part: SurveyedRecord, index: int, reasons: list[str], room: int) -> dict[str, Any]:
+def _sample(part: CheckedDataset, index: int, reasons: list[str], room: int) -> dict[str, Any]:
     """One sample for the template."""
     encoder = part.length_policy.encoder
     source = part.records.source(index)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetune.data_check.sample_hash import Place, repeated
-from finetune.pages.record_survey import SurveyedRecord
+from finetune.pages.record_survey import CheckedDataset
 
 _LETTERS = 200
 
@@ -26,14 +26,16 @@ class Repeated:
     text: str
 
 
-def find(parts: Sequence[SurveyedRecord]) -> list[Repeated]:
+def find(datasets: Sequence[CheckedDataset]) -> list[Repeated]:
     """Groups of records that are alike, those of several data sets first, then the largest."""
-    groups = repeated([(part.records, part.report.content_keys) for part in parts])
-    return sorted((_repeated(parts, group) for group in groups), key=lambda each: (not each.across, -len(each.places)))
+    groups = repeated([(part.records, part.report.content_keys) for part in datasets])
+    return sorted(
+        (_repeated(datasets, group) for group in groups), key=lambda each: (not each.across, -len(each.places))
+    )
 
 
-def _repeated(parts: Sequence[SurveyedRecord], group: Sequence[Place]) -> Repeated:
-    samples = [parts[part].records[index] for part, index in group]
+def _repeated(datasets: Sequence[CheckedDataset], group: Sequence[Place]) -> Repeated:
+    samples = [datasets[part].records[index] for part, index in group]
     asked = [message.text for message in samples[0].messages if message.role == "user"]
     timeline = samples[0].timeline
     said = (

@@ -26,7 +26,7 @@ _MEASURED = 1_000
 
 @dataclass(slots=True)
 class RecordSurvey:
-    """Statistics of the records of one dataset; pass ``see`` to ``check`` as its callback.
+    """Statistics of the records of one dataset; pass ``update`` to ``check`` as its callback.
 
     Attributes:
         indices: indices of the valid records.
@@ -44,7 +44,7 @@ class RecordSurvey:
     noted: dict[str, list[int]] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
 
-    def see(self, index: int, result: CachedCheck | DataError) -> None:
+    def update(self, index: int, result: CachedCheck | DataError) -> None:
         """Records the result of a record."""
         if isinstance(result, DataError):
             return
@@ -62,7 +62,7 @@ class RecordSurvey:
 
 
 @dataclass(frozen=True)
-class SurveyedRecord:
+class CheckedDataset:
     """A checked dataset.
 
     Attributes:
@@ -93,15 +93,15 @@ Chosen = Mapping[tuple[int, int], list[str]]
 """Reasons why each record is shown, by dataset index and record index."""
 
 
-def choose(parts: Sequence[SurveyedRecord], most: int, seed: int) -> Chosen:
+def choose(datasets: Sequence[CheckedDataset], most: int, seed: int) -> Chosen:
     """At most ``most`` records: first of each kind, those with warnings, extremes, and random ones for the rest."""
     chosen: dict[tuple[int, int], list[str]] = {}
-    for part, index, reason in _wanted(parts):
+    for part, index, reason in _wanted(datasets):
         if (part, index) in chosen or len(chosen) < most:
             reasons = chosen.setdefault((part, index), [])
             if reason not in reasons:
                 reasons.append(reason)
-    left = [(part, each) for part, found in enumerate(parts) for each in found.survey.indices]
+    left = [(part, each) for part, found in enumerate(datasets) for each in found.survey.indices]
     draw = random.Random(seed)
     for key in draw.sample(left, min(len(left), most)):
         if len(chosen) >= most:
@@ -110,24 +110,24 @@ def choose(parts: Sequence[SurveyedRecord], most: int, seed: int) -> Chosen:
     return dict(sorted(chosen.items()))
 
 
-def _wanted(parts: Sequence[SurveyedRecord]) -> Iterator[tuple[int, int, str]]:
+def _wanted(datasets: Sequence[CheckedDataset]) -> Iterator[tuple[int, int, str]]:
     """Records to show, most important first; rare kinds come before further ones of a frequent kind."""
-    for part, found in enumerate(parts):
+    for part, found in enumerate(datasets):
         yield from ((part, index, reason) for index, reason in _firsts(found))
     for rank in range(_KEPT):
-        for part, found in enumerate(parts):
+        for part, found in enumerate(datasets):
             for word, indices in found.survey.noted.items():
                 if rank < len(indices):
                     yield part, indices[rank], word if word in OUTCOMES else "warning"
-    for part, found in enumerate(parts):
+    for part, found in enumerate(datasets):
         for words, index in found.survey.kinds.items():
             yield part, index, f"first with {words}"
-    extremes = [(part, *each) for part, found in enumerate(parts) for each in _extremes(found.survey)]
+    extremes = [(part, *each) for part, found in enumerate(datasets) for each in _extremes(found.survey)]
     for rank in range(_EXTREMES):
         yield from ((part, order[rank], reason) for part, order, reason in extremes if rank < len(order))
 
 
-def _firsts(found: SurveyedRecord) -> Iterator[tuple[int, str]]:
+def _firsts(found: CheckedDataset) -> Iterator[tuple[int, str]]:
     forms: dict[str, int] = {}
     for index in found.survey.indices:
         forms.setdefault(found.form(index), index)
@@ -146,10 +146,10 @@ def _extremes(survey: RecordSurvey) -> Iterator[tuple[list[int], str]]:
         yield [survey.indices[place] for place in order if values[place]], reason
 
 
-def image_sides(parts: Sequence[SurveyedRecord]) -> list[int]:
+def image_sides(datasets: Sequence[CheckedDataset]) -> list[int]:
     """The longer side in pixels of every image of about 1000 evenly spaced records, or of all where there are fewer."""
-    places = chain.from_iterable(zip(repeat(found), found.survey.indices) for found in parts)
-    step = max(sum(len(found.survey.indices) for found in parts) // _MEASURED, 1)
+    places = chain.from_iterable(zip(repeat(found), found.survey.indices) for found in datasets)
+    step = max(sum(len(found.survey.indices) for found in datasets) // _MEASURED, 1)
     sides = []
     for found, index in islice(places, 0, None, step):
         try:

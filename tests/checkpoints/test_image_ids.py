@@ -30,7 +30,7 @@ from finetune.models import load_model, load_tokenizer
 from finetune.sample import Media, Message, Sample, Source, Text, as_sample_set
 from finetune.utils.errors import ArgumentError, CheckpointError, UserError
 
-NUMBERED = [family.name for family in FAMILIES if "use_image_id" in family.settings]
+WITH_IMAGE_IDS = [family.name for family in FAMILIES if "use_image_id" in family.settings]
 OTHERS = [family.name for family in FAMILIES if "use_image_id" not in family.settings]
 PROCESSOR = "preprocessor_config.json"
 
@@ -51,7 +51,7 @@ def prompt(made: Encoder) -> str:
     return text
 
 
-@pytest.mark.parametrize("family", [name for name in ("v2_6", "v4_5", "o2_6", "v4_6") if name in NUMBERED])
+@pytest.mark.parametrize("family", [name for name in ("v2_6", "v4_5", "o2_6", "v4_6") if name in WITH_IMAGE_IDS])
 def test_the_flag_takes_the_numbers_out_and_a_result_keeps_it(tiny, tmp_path: Path, family: str) -> None:
     folder = tiny(family)
     base, without = resolve(str(folder)), resolve(str(folder), use_image_id=False)

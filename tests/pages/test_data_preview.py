@@ -31,7 +31,7 @@ from finetune.pages.data_preview import write_preview
 from finetune.pages.decoded_prompt import prompt_parts
 from finetune.pages.model_view import see
 from finetune.pages.prompt_sections import prompt_sections
-from finetune.pages.record_survey import RecordSurvey, SurveyedRecord, choose
+from finetune.pages.record_survey import CheckedDataset, RecordSurvey, choose
 from finetune.readers.mixture import open_data
 
 EVIL = "<script>alert('x')</script>&\"<img src=http://example.com/x.png onerror=a()>'\x1b[31m\u202e\x07\x00</style>"
@@ -57,13 +57,13 @@ def record(id: str, *turns: str, **more: Any) -> dict[str, Any]:
     return {"id": id, "conversations": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)], **more}
 
 
-def surveyed(path: Path, records: list[dict[str, Any]], encoder: Encoder, policy: str = "shrink") -> SurveyedRecord:
+def surveyed(path: Path, records: list[dict[str, Any]], encoder: Encoder, policy: str = "shrink") -> CheckedDataset:
     path.write_text(json.dumps(records))
     samples, length_policy, survey = open_data(path, None), LengthPolicy(encoder, policy), RecordSurvey()
-    return SurveyedRecord(samples, length_policy, check(samples, length_policy, "full", seen=survey.see), survey)
+    return CheckedDataset(samples, length_policy, check(samples, length_policy, "full", seen=survey.update), survey)
 
 
-def page_of(tmp_path: Path, *parts: SurveyedRecord, most: int = 50) -> tuple[str, Page]:
+def page_of(tmp_path: Path, *parts: CheckedDataset, most: int = 50) -> tuple[str, Page]:
     write_preview(tmp_path / "page.html", parts, most=most)
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     return text, assert_safe(text)
