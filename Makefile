@@ -2,7 +2,7 @@
 # make test          runs the tests
 # make test-lowest   runs them with the oldest supported packages, in .venv-lowest
 # make test-web      runs the tests of the chat page and of the reports in headless Chromium, in .venv-web
-# make test-extras   runs the notebook, the trackers of --report_to and lmms-eval, in .venv-extras
+# make test-extras   runs the notebook, the trackers of --report_to, lmms-eval and minicpm-o5-sdk, in .venv-extras
 # make test-peers    exchanges adapters with LLaMA-Factory, ms-swift and the published code (VENDOR_CODE=DIR: a folder of its
 #                    files per family), each in an environment of its own; 20 GB
 # make test-serving  serves models by vLLM and llama.cpp on the CPU, compares them and writes the table of docs/export.md
@@ -85,7 +85,7 @@ audit: install-dev .venv-audit/installed
 	.venv-audit/bin/pip-audit --skip-editable --path "$$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 .venv-extras/installed: requirements.txt pyproject.toml | .venv-extras/bin/python
-	.venv-extras/bin/python $(PIP_INSTALL) --editable '.[wandb,swanlab,trackio,mlflow,lmms-eval,extras-tests]'
+	.venv-extras/bin/python $(PIP_INSTALL) --editable '.[wandb,swanlab,trackio,mlflow,lmms-eval,duplex,extras-tests]'
 	touch $@
 
 # The published code files that llamafactory loads run with transformers 4 only.

@@ -111,11 +111,16 @@ def make_encoder(args: Arguments, base: Checkpoint) -> Encoder:
 
     check_kernels(args.training, base.family, from_hub=args.model.use_hub_kernels)
     set_seed(args.training.seed)
-    tokenizer = load_tokenizer(base.folder)
+    tokenizer = load_tokenizer(base.folder, duplex_prompt=base.duplex_name)
     if args.data.thinking != "keep" and "<think>" not in tokenizer.get_vocab():
         logger.warning("--thinking %s has no effect: %s has no thinking mode", args.data.thinking, base.family.title)
     encoder = Encoder(
-        base.family, tokenizer, base.settings, max_length=args.training.model_max_length, **args.data.encoding
+        base.family,
+        tokenizer,
+        base.settings,
+        max_length=args.training.model_max_length,
+        duplex=base.duplex_name,
+        **args.data.encoding,
     )
     check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
     return encoder
@@ -165,6 +170,7 @@ def out_of_memory_report(args: Arguments, base: Checkpoint, data: DataModule) ->
 def make_model(args: Arguments, base: Checkpoint) -> tuple[Any, list[PartRow]]:
     """The loaded model, frozen or wrapped with adapters by the flags, and the table of what trains per part."""
     from finetune.models import load_model
+    from finetune.models.duplex_rows import add_duplex_rows
     from finetune.training.freezing import adapt, describe_parameters, format_table, part_rows
     from finetune.training.lora import quantisation
 
@@ -179,6 +185,8 @@ def make_model(args: Arguments, base: Checkpoint) -> tuple[Any, list[PartRow]]:
         downsample_mode=base.downsample_mode,
         **quantised,
     )
+    if base.duplex is not None:
+        add_duplex_rows(model)
     with without_put_off(but=args.lora.q_lora or base.in_4bit):  # peft looks for layers of bitsandbytes
         model = adapt(model, base.family, args.training, args.lora)
     rows = part_rows(model, base.family.parts, args.training.part_learning_rates)

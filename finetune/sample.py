@@ -112,14 +112,16 @@ class Track:
     """User audio of a full-duplex record: clips with silence between them; overlapping clips are added.
 
     Attributes:
-        clips: (start in milliseconds, clip) each.
+        clips: (first sample at 16 kHz, clip) each.
         seconds: length in seconds.
         fixed: whether a clip that ends after ``seconds`` is an error; else the length grows to whole seconds.
+        samples: number of samples that each clip must have; empty for any.
     """
 
     clips: tuple[tuple[int, Media], ...]
     seconds: int
     fixed: bool
+    samples: tuple[int, ...] = ()
 
 
 Part = Text | Media

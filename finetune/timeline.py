@@ -13,6 +13,8 @@ UNIT_MS = 1000
 """Length of a unit in milliseconds."""
 LOOK_AHEAD_MS = 300
 """A word belongs to the unit that ends at most this long before the word is spoken."""
+SDK_VERSION = "0.0.6"
+"""Version of minicpm-o5-sdk that reads its records; 0.0.5 gives other ids for every record."""
 
 
 def unit_of_word(milliseconds: int) -> int:
@@ -66,16 +68,34 @@ class SpokenTurn:
 
 
 @dataclass(frozen=True, slots=True)
+class PreparedIds:
+    """Ids and labels of a record in the prompt o45_fc, as minicpm-o5-sdk gives them.
+
+    Attributes:
+        ids: token ids of the published vocabulary and of the 24 tokens behind it; no places for audio of the system
+            turn.
+        labels: as many, not shifted, -100 where there is no loss.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Timeline:
     """The timeline of a full-duplex record.
 
     Attributes:
         turns: the turns of the model, in order; the units of two turns do not overlap.
         picture_units: the unit of every picture, in order.
+        prepared: ids and labels of the prompt o45_fc; None for a record without them.
+        beyond: what the native prompt has no place for, in words.
     """
 
     turns: tuple[SpokenTurn, ...]
     picture_units: tuple[int, ...] = ()
+    prepared: PreparedIds | None = None
+    beyond: tuple[str, ...] = ()
 
 
 def least_units(turns: Sequence[SpokenTurn], picture_units: Sequence[int]) -> int:

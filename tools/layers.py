@@ -9,6 +9,8 @@ TABLE: dict[str, set[str]] = {
     "utils": set(),
     "timeline": set(),
     "sample": {"utils", "timeline"},
+    # placing records by an installed package
+    "duplex_sdk": {"utils", "timeline", "sample"},
     "runtime": {"utils"},
     "media.slicing": set(),
     "media.audio_layout": set(),
@@ -17,13 +19,13 @@ TABLE: dict[str, set[str]] = {
     "arguments": {"utils", "runtime", "media.video_sampling"},
     "data_files": {"utils", "sample"},
     # of media only where Pillow opens an image
-    "readers": {"utils", "timeline", "sample", "data_files", "media.image_files"},
+    "readers": {"utils", "timeline", "sample", "duplex_sdk", "data_files", "media.image_files"},
     "templates": {"utils", "timeline", "sample", "media.slicing", "media.audio_layout", "media.video_sampling"},
     "families": {"utils", "sample", "media.slicing", "media.audio_layout", "media.video_sampling", "templates"},
-    "encoding": {"utils", "sample", "media", "templates", "families"},
-    "model_folders": {"utils", "families"},
-    "tokenizers": {"utils", "families", "model_folders"},
-    "models": {"utils", "families", "model_folders", "tokenizers"},
+    "encoding": {"utils", "timeline", "sample", "media", "templates", "families"},
+    "model_folders": {"utils", "timeline", "templates.duplex_fc", "templates.rendering", "families"},
+    "tokenizers": {"utils", "families", "model_folders", "templates.duplex_fc"},
+    "models": {"utils", "families", "model_folders", "templates.duplex_fc", "tokenizers"},
     "tiny": {"families", "models"},
     "data_check": {"utils", "sample", "templates", "encoding"},
     "batching": {"utils", "sample", "arguments", "families", "encoding", "data_check"},
@@ -34,6 +36,7 @@ TABLE: dict[str, set[str]] = {
     "run": {"utils", "arguments.argv", "early_check"},
     "training": {
         *("utils", "sample", "runtime", "media", "arguments", "families", "encoding", "model_folders", "models"),
+        "templates.duplex_fc",
     },
     # how pages look, whatever they show
     "pages.long_text": {"utils"},
@@ -47,7 +50,10 @@ TABLE: dict[str, set[str]] = {
     },
     # only the rules of boxes and words
     "guicourse": {"utils", "sample", "media.image_files", "evaluation.metrics"},
-    "checkpoints": {"utils", "runtime", "arguments", "families", "encoding", "model_folders", "models", "training"},
+    "checkpoints": {
+        *("utils", "runtime", "arguments", "families", "encoding", "model_folders", "models", "training"),
+        *("templates.duplex_fc", "templates.rendering"),
+    },
     "chat": {
         "utils",
         "sample",
@@ -61,7 +67,17 @@ TABLE: dict[str, set[str]] = {
         "evaluation",
         "checkpoints",
     },
-    "export": {"utils", "sample", "families", "encoding", "model_folders", "tokenizers", "models", "checkpoints"},
+    "export": {
+        "utils",
+        "sample",
+        "templates.duplex_fc",
+        "families",
+        "encoding",
+        "model_folders",
+        "tokenizers",
+        "models",
+        "checkpoints",
+    },
     "planning": {
         *("utils", "sample", "runtime", "arguments", "families", "encoding", "model_folders", "models", "training"),
         "checkpoints",

@@ -55,6 +55,13 @@ class ModelArguments:
             "prompt that llama.cpp writes. Default: the adapter's or the checkpoint's value."
         },
     )
+    duplex_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt of full-duplex records: native, that of the published inference, or o45_fc, that of "
+            "minicpm-o5-sdk with 24 new tokens (docs/duplex.md). Default: the checkpoint's, else native."
+        },
+    )
     check_base_loss: str = field(
         default="auto",
         metadata={

@@ -16,9 +16,18 @@ from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.model_folders import checkpoint_folder
 from finetune.model_folders.checkpoint_folder import local_folder, read_settings, refuse_adapter
 from finetune.model_folders.downsample_mode import Mode, decide, with_mode, write_mode
+from finetune.model_folders.duplex_prompt import (
+    O45_FC,
+    DuplexPrompt,
+    decide_duplex_prompt,
+    recorded_as,
+    write_duplex_prompt,
+)
 from finetune.model_folders.image_ids import USE_IMAGE_ID, ImageIds, decide_image_ids, with_image_ids, write_image_ids
 from finetune.model_folders.stored_4bit import stored_in_4bit
 from finetune.model_folders.weight_headers import check_quantisation
+from finetune.templates.duplex_fc import LAST_ID
+from finetune.templates.rendering import DuplexName
 from finetune.utils.paths import expand
 
 # Tokenizer, processor and generation settings: copied byte for byte, never re-serialised.
@@ -51,6 +60,7 @@ class Checkpoint:
         family: the generation it belongs to.
         mode: downsample_mode of this run; None for families without one.
         image_ids: whether images are numbered in this run; None for families that never do.
+        duplex: the prompt o45_fc for full-duplex records; None for the native one.
     """
 
     folder: Path
@@ -60,6 +70,7 @@ class Checkpoint:
     family: Family
     mode: Mode | None = None
     image_ids: ImageIds | None = None
+    duplex: DuplexPrompt | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -78,16 +89,16 @@ class Checkpoint:
 
     @property
     def auto_mapping_extra(self) -> dict[str, str | bool]:
-        """The mode, and image ids that differ from the base, as keys of auto_mapping that AutoPeftModel ignores."""
+        """Mode, changed image ids and duplex prompt, as keys of auto_mapping that AutoPeftModel ignores."""
         extra: dict[str, str | bool] = {} if self.mode is None else {DOWNSAMPLE_MODE: self.mode.name}
         if self.image_ids is not None and self.image_ids.changed:
             extra[USE_IMAGE_ID] = self.image_ids.used
-        return extra
+        return extra if self.duplex is None else {**extra, **recorded_as()}
 
     @property
     def choices(self) -> list[str]:
-        """What is said of the run beside its flags: the mode, and image ids that differ from the base."""
-        said = [] if self.mode is None else [str(self.mode)]
+        """What is said of the run beside its flags: mode, duplex prompt, and image ids that differ from the base."""
+        said = [str(each) for each in (self.mode, self.duplex) if each is not None]
         return [*said, str(self.image_ids)] if self.image_ids is not None and self.image_ids.changed else said
 
     @property
@@ -97,8 +108,18 @@ class Checkpoint:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding table."""
-        return vocab_size(self.config)
+        """Rows of the embedding table of the run."""
+        return vocab_size(self.config) if self.duplex is None else LAST_ID
+
+    @property
+    def grown(self) -> bool:
+        """Whether the model of the run has rows that the weight files of the base do not have."""
+        return self.duplex is not None and self.duplex.grown
+
+    @property
+    def duplex_name(self) -> DuplexName:
+        """Name of the prompt of full-duplex records."""
+        return "native" if self.duplex is None else O45_FC
 
 
 def resolve(
@@ -106,6 +127,7 @@ def resolve(
     downsample_mode: str | None = None,
     *,
     use_image_id: bool | None = None,
+    duplex_prompt: str | None = None,
     trained: Path | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Checkpoint:
@@ -115,7 +137,8 @@ def resolve(
         model_name_or_path: folder or hub id.
         downsample_mode: value of the flag, None if it is not given; see ``model_folders.downsample_mode.decide``.
         use_image_id: value of the flag, None if it is not given; see ``model_folders.image_ids``.
-        trained: adapter or checkpoint trained on it, whose values of both take precedence over those of the base.
+        duplex_prompt: value of the flag, None if it is not given; see ``model_folders.duplex_prompt``.
+        trained: adapter or checkpoint trained on it, whose values of these take precedence over those of the base.
         environment: environment variables, one of which may set the mode.
 
     Raises:
@@ -133,7 +156,8 @@ def resolve(
     family = detect(config)
     mode = decide(family, config, folder, downsample_mode, trained=trained, environment=environment)
     image_ids = decide_image_ids(family, read_settings(folder, config), folder, use_image_id, trained)
-    return Checkpoint(folder, name, revision, config, family, mode, image_ids)
+    duplex = decide_duplex_prompt(family, config, folder, duplex_prompt, trained)
+    return Checkpoint(folder, name, revision, config, family, mode, image_ids, duplex)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -153,12 +177,14 @@ def side_files(base: Checkpoint, *, use_lora: bool) -> list[str]:
 
 
 def copy_base_files(base: Checkpoint, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copies files of the base byte for byte; only downsample_mode and use_image_id are set to those of the run."""
+    """Copies files of the base byte for byte but for downsample_mode, use_image_id and duplex prompt of the run."""
     copy_files(base.folder, target, patterns)
     if base.mode is not None:
         write_mode(target, base.family, base.mode.name)
     if base.image_ids is not None and base.image_ids.changed:
         write_image_ids(target, base.family, base.image_ids.used)
+    if base.duplex is not None:
+        write_duplex_prompt(target)
 
 
 def changes_note(base: Checkpoint) -> str:
@@ -169,6 +195,8 @@ def changes_note(base: Checkpoint) -> str:
     if base.image_ids is not None and base.image_ids.changed:
         used, before = (str(value).lower() for value in (base.image_ids.used, base.image_ids.base))
         changes.append(f"{USE_IMAGE_ID} {used} in place of {before}")
+    if base.duplex is not None:
+        changes.append(f"the {LAST_ID} rows and the tokens of {base.duplex}")
     return f", with {' and '.join(changes)}" if changes else ""
 
 

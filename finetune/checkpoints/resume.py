@@ -15,6 +15,7 @@ from finetune.checkpoints.resumable import why_not_resumable
 from finetune.checkpoints.resume_rules import compare
 from finetune.checkpoints.run_identity import RunIdentity
 from finetune.model_folders.downsample_mode import saved_with
+from finetune.model_folders.duplex_prompt import prompt_of
 from finetune.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -203,6 +204,7 @@ def _check_fits(training: TrainingArguments, folder: Path, manifest: Manifest, m
             f"{folder} was trained with downsample_mode {saved}, this run has {mode}: give --downsample_mode {saved}. "
             f"{weights}"
         )
+    prompt_of(folder)  # refuses records of another version of minicpm-o5-sdk
     _warn_of_order(folder, manifest, now)
 
 

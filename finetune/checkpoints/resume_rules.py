@@ -44,7 +44,7 @@ RULES = (
         Decision.REFUSED,
         "the weights and the optimizer state of the checkpoint belong to other parameters",
         "tune_vision tune_resampler tune_audio tune_llm tune_llm_layers lora_parts lora_r lora_target_modules "
-        "lora_target_parameters lora_bias lora_modules_to_save lora_weight_path lora_layers_to_transform "
+        "duplex_prompt lora_target_parameters lora_bias lora_modules_to_save lora_weight_path lora_layers_to_transform "
         "lora_layers_pattern lora_layer_replication use_dora q_lora",
     ),
     FlagRule(Decision.REFUSED, "the adapters were trained with another scale", "lora_alpha use_rslora"),

@@ -20,7 +20,7 @@ from finetune.utils.cache import signature
 from finetune.utils.errors import CheckpointError
 from finetune.utils.paths import expand
 
-_LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "numpy")
+_LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "numpy", "minicpm-o5-sdk")
 # A secret, and an object that transformers derives from other flags.
 _NOT_RECORDED = ("hub_token", "accelerator_config")
 # Files of a base, beside its weights, that go into its digest.

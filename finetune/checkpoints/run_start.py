@@ -32,11 +32,34 @@ def find_base(args: Arguments) -> Checkpoint:
     adapter = args.lora.lora_weight_path if args.training.use_lora else None
     trained = None if adapter is None else Path(adapter)
     model = args.model
-    base = resolve(model.model_name_or_path, model.downsample_mode, use_image_id=model.use_image_id, trained=trained)
+    wished = {"use_image_id": model.use_image_id, "duplex_prompt": model.duplex_prompt}
+    base = resolve(model.model_name_or_path, model.downsample_mode, **wished, trained=trained)
+    _check_trains_rows(args, base)
     _check_names(args, base.family)
     if base.in_4bit:
         _check_4bit(args, base)
     return base
+
+
+def _check_trains_rows(args: Arguments, base: Checkpoint) -> None:
+    """Refuses to add rows that this run would not train.
+
+    Raises:
+        ArgumentError: with the flags that train them.
+    """
+    training = args.training
+    if base.duplex is None:
+        return
+    if training.use_lora and zero_stage(training.deepspeed) == 3:
+        raise ArgumentError(
+            f"--duplex_prompt {base.duplex_name} with LoRA and ZeRO-3: peft cannot train single rows of partitioned "
+            "weights; use DS_CONFIG ds_config_zero2.json, or full finetuning"
+        )
+    if not training.use_lora and (not training.tune_llm or training.tune_llm_layers is not None):
+        raise ArgumentError(
+            f"--duplex_prompt {base.duplex_name}: its rows lie in embeddings and output layer, which these flags "
+            "freeze; use --tune_llm true without --tune_llm_layers, or --use_lora true"
+        )
 
 
 def _check_4bit(args: Arguments, base: Checkpoint) -> None:

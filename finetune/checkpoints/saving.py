@@ -29,6 +29,7 @@ from finetune.checkpoints.base_checkpoint import (
 from finetune.checkpoints.model_card import adapter_card, full_card, with_code_note
 from finetune.checkpoints.passthrough_tensors import copy_passthrough_tensors
 from finetune.families.settings import DOWNSAMPLE_MODE
+from finetune.model_folders.duplex_prompt import recorded_as
 
 # Weights of a previous result, which are removed before a new one is moved into place.
 _WEIGHT_FILES = ("adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json")
@@ -42,6 +43,8 @@ def write_run(args: Arguments, base: Checkpoint, folder: Path) -> None:
         if base.mode.chosen:  # recorded as a flag: it may come from an environment variable
             model = replace(args.model, downsample_mode=base.mode.name)
             args = args._replace(model=model, origins={DOWNSAMPLE_MODE: base.mode.origin, **args.origins})
+    if base.duplex is not None:
+        described |= recorded_as()
     run = {
         "base": described,
         "versions": {

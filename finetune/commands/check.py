@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.arguments.data import DataArguments
 from finetune.arguments.model import ModelArguments
@@ -87,11 +87,13 @@ def _encoder(given: argparse.Namespace, data: DataArguments) -> Encoder:
     from finetune.encoding.encoder import Encoder
     from finetune.tokenizers.tokenization import load_tokenizer
 
-    base = resolve(given.model_name_or_path, given.downsample_mode, use_image_id=given.use_image_id)
+    wished = {"use_image_id": given.use_image_id, "duplex_prompt": given.duplex_prompt}
+    base = resolve(given.model_name_or_path, given.downsample_mode, **wished)
     for line in base.choices:
         print(line)
-    tokenizer = load_tokenizer(base.folder)
-    encoder = Encoder(base.family, tokenizer, base.settings, max_length=given.model_max_length, **data.encoding)
+    tokenizer = load_tokenizer(base.folder, duplex_prompt=base.duplex_name)
+    options: dict[str, Any] = {"max_length": given.model_max_length, "duplex": base.duplex_name, **data.encoding}
+    encoder = Encoder(base.family, tokenizer, base.settings, **options)
     check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
     return encoder
 
@@ -168,7 +170,7 @@ def build_parser() -> CommandParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     model = parser.add_argument_group("model")
-    add_flags(model, ModelArguments, ["model_name_or_path", *PROMPT_FLAGS])
+    add_flags(model, ModelArguments, ["model_name_or_path", *PROMPT_FLAGS, "duplex_prompt"])
     data = parser.add_argument_group("data (--model and --data are short for the names that training has)")
     data.add_argument("--data_path", nargs="+", default=[], metavar="FILE", help="data files, each checked by itself")
     names = {entry.name for entry in fields(DataArguments)} - {"data_path"}

@@ -19,6 +19,7 @@ from functools import cache, partial
 from typing import Any
 
 from finetune.arguments.data import DataArguments
+from finetune.arguments.model import ModelArguments
 from finetune.commands import evaluate_duplex, evaluate_served
 from finetune.commands.evaluation_run import (
     REPORT_ROWS,
@@ -162,6 +163,7 @@ def build_parser() -> CommandParser:
         help="thinking mode, for models that have it (default: the family's)",
     )
     add_prompt_flags(parser)
+    add_flags(parser, ModelArguments, ["duplex_prompt"])
     evaluate_served.add_server_flags(parser)
     add_video_flags(parser)
     parser.add_argument(

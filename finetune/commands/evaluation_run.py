@@ -106,8 +106,9 @@ def source_of(given: argparse.Namespace) -> ModelSource:
         raise UserError("--compare base means the model without its adapter: give --adapter, or --compare FOLDER")
     trained = None if adapter is None else Path(adapter).resolve()
     other = None if given.compare is None else folder if given.compare == "base" else local_folder(given.compare)
-    base = resolve(str(folder), mode, use_image_id=given.use_image_id, trained=trained)
-    return ModelSource(base, trained, other and resolve(str(other), mode, use_image_id=given.use_image_id))
+    wished = {"use_image_id": given.use_image_id, "duplex_prompt": given.duplex_prompt}
+    base = resolve(str(folder), mode, **wished, trained=trained)
+    return ModelSource(base, trained, other and resolve(str(other), mode, **wished))
 
 
 def make_encoder(given: argparse.Namespace, checkpoint: Checkpoint) -> Encoder:
@@ -120,8 +121,9 @@ def make_encoder(given: argparse.Namespace, checkpoint: Checkpoint) -> Encoder:
     thinking: _Thinking = {} if asked is None else {"enable_thinking": asked == "true"}
     return Encoder(
         checkpoint.family,
-        load_tokenizer(checkpoint.folder),
+        load_tokenizer(checkpoint.folder, duplex_prompt=checkpoint.duplex_name),
         checkpoint.settings,
+        duplex=checkpoint.duplex_name,
         **data_arguments(given).encoding,
         **thinking,
     )
@@ -151,6 +153,7 @@ def settings_of(given: argparse.Namespace, source: ModelSource, samples: Mixture
         # A mode read from files is part of their fingerprint.
         "downsample_mode": mode.name if mode is not None and mode.chosen else None,
         "use_image_id": given.use_image_id,
+        "duplex_prompt": given.duplex_prompt,
         "enable_thinking": given.enable_thinking,
         "dtype": given.dtype,
         "states": [fingerprint(path) for path in (*folders.values(), *samples.files) if path is not None],
@@ -198,11 +201,15 @@ class AnswerGenerator:
     def load(self, checkpoint: Checkpoint, adapter: Path | None) -> nn.Module:
         """A model, with its adapter."""
         from finetune.models import load_model
+        from finetune.models.duplex_rows import add_duplex_rows
 
         options: dict[str, Any] = {"dtype": self.given.dtype, "device_map": {"": _device(self.given.device)}}
         options["downsample_mode"] = checkpoint.downsample_mode
         if adapter is None:
-            return load_model(checkpoint.folder, **options)
+            model = load_model(checkpoint.folder, **options)
+            if checkpoint.duplex is not None:
+                add_duplex_rows(model)
+            return model
         return load_model(adapter, base=checkpoint.folder, **options)
 
     def ask(self, model: nn.Module, encoder: Encoder, wanted: Sequence[int], key: str, what: str) -> None:

@@ -242,15 +242,21 @@ def _weights(given: argparse.Namespace, sources: Sources) -> Base | Merged:
     from finetune.export.vllm_layout import check_servable, stays
 
     base, device = sources.base, _device(given.export_device)
-    weights: Base | Merged = Base(base.folder)
+    weights: Base | Merged = Base(base.folder, grown=base.grown)
     if given.format == "vllm":
         if len(sources.adapters) != 1:
             raise UserError("--format vllm needs exactly one adapter; merge the earlier ones first")
-        served = Merged(weights, empty_model(base.folder), sources.adapters[0], device=device, keep=stays(base.family))
+        served = Merged(
+            weights,
+            empty_model(base.folder, grown=base.grown),
+            sources.adapters[0],
+            device=device,
+            keep=stays(base.family),
+        )
         check_servable(sources.adapters[0], served.config)
         return served
     for adapter in sources.adapters:
-        weights = Merged(weights, empty_model(base.folder), adapter, device=device)
+        weights = Merged(weights, empty_model(base.folder, grown=base.grown), adapter, device=device)
         if weights.overridden:
             print(_overridden(adapter, weights.overridden))
     return weights

@@ -131,9 +131,9 @@ def _measured(given: argparse.Namespace, shape: SampleShape) -> SampleShape:
     base = resolve(given.model, given.downsample_mode, use_image_id=given.use_image_id)
     data = data_arguments(given)
     data.max_slice_nums = given.slices or None
-    encoder = Encoder(
-        base.family, load_tokenizer(base.folder), base.settings, max_length=given.length or 2048, **data.encoding
-    )
+    tokenizer = load_tokenizer(base.folder, duplex_prompt=base.duplex_name)
+    options: dict[str, Any] = {"max_length": given.length or 2048, "duplex": base.duplex_name, **data.encoding}
+    encoder = Encoder(base.family, tokenizer, base.settings, **options)
     samples = open_data(given.data, data.dataset, **data.reading)
     if (found := measured_shape(LengthPolicy(encoder, data.overlong), samples, shape)) is None:
         raise ArgumentError(f"{samples.title}: none of its records can be used; python -m finetune check tells why")

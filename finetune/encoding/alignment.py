@@ -23,14 +23,16 @@ class Spans:
     Attributes:
         layout: prompt layout.
         patch: side of a patch in pixels.
-        placeholder: token id that image and audio features replace.
+        placeholder: token id that image features replace.
         video_placeholder: token id that features of video frames replace.
+        audio_placeholder: token id that audio features replace.
     """
 
     layout: Layout
     patch: int
     placeholder: int
     video_placeholder: int
+    audio_placeholder: int
 
     def faults(self, rendered: Rendered, items: FrameItems, audio_plans: Sequence[AudioPlan]) -> Iterator[str]:
         """Visual items and clips without their placeholder run, and placeholders outside of any run."""
@@ -44,10 +46,10 @@ class Spans:
         if runs != [[token] * count for token, count in zip(tokens, expected, strict=True)]:
             yield f"placeholder runs whose lengths are not {expected}"
         audio_runs = [ids[first:last] for first, last in rendered.audio_bounds]
-        if audio_runs != [[self.placeholder] * count for plan in audio_plans for count in plan.runs]:
+        if audio_runs != [[self.audio_placeholder] * count for plan in audio_plans for count in plan.runs]:
             yield f"audio placeholder runs whose lengths are not {[plan.runs for plan in audio_plans]}"
         total = sum(expected) + sum(map(len, audio_runs))
-        if (found := sum(map(ids.count, {self.placeholder, self.video_placeholder}))) != total:
+        if (found := sum(map(ids.count, {self.placeholder, self.video_placeholder, self.audio_placeholder}))) != total:
             yield f"{found} placeholder tokens, {total} of them in runs"
         if len(rendered.labels) != len(ids) or rendered.labels[0] != IGNORE:
             yield "labels that do not match input_ids"

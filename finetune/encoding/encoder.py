@@ -20,6 +20,7 @@ from finetune.encoding.log_mel import log_mel
 from finetune.encoding.media_sizes import MediaPlan, MediaSize, PictureSize, TrackLength
 from finetune.encoding.pixel_inputs import INPUTS, Backend, ImageBackend
 from finetune.encoding.text_inputs import text_tensors
+from finetune.encoding.timeline_prompt import check_timeline, plan_track, waves_of
 from finetune.encoding.video_frames import (
     ExpandedSample,
     VideoFrames,
@@ -39,7 +40,8 @@ from finetune.media.slicing import MERGES, SliceSpec, plan
 from finetune.media.small_print import SmallPrint, check_installed
 from finetune.media.video_sampling import VideoOptions
 from finetune.sample import DataError, Media, Sample, Track
-from finetune.templates.rendering import IGNORE, Rendered, Spoken, Thinking
+from finetune.templates.duplex_fc import AUDIO_PLACE
+from finetune.templates.rendering import IGNORE, DuplexName, Rendered, Spoken, Thinking
 from finetune.templates.rendering import Vocabulary as Spelling
 from finetune.templates.tokenizer_view import TokenizerView
 from finetune.utils.errors import UserError, located
@@ -55,6 +57,7 @@ class PromptOptions(TypedDict, total=False):
     enable_thinking: bool | None
     image_ids: bool
     spoken: Spoken
+    duplex: DuplexName
 
 
 class Encoder:
@@ -135,6 +138,7 @@ class Encoder:
         # Options set by the user are not read from the checkpoint's chat template.
         layout = replace(layout, assumed=tuple(name for name in layout.assumed if name not in prompt))
         self.layout = complete_layout(family, layout, tokenizer)
+        self._alone = self.layout.duplex == "o45_fc"  # whether each second of user audio is encoded alone
         self.tools = ToolWriter(family, tokenizer, self.layout, FAMILIES)
         self._set_tokens()
 
@@ -168,6 +172,7 @@ class Encoder:
             DataError: a medium that cannot be read, or that this family does not support.
         """
         with located(sample.source):
+            check_timeline(sample.timeline, self.layout.duplex)
             sizes = tuple(self._media_size(media) for media in sample.media())
         if sample.timeline is None:
             return sizes
@@ -181,7 +186,7 @@ class Encoder:
         if media.kind == "audio" and self.audio_spec is not None:
             samples = len(audio.load(media))
             if isinstance(media.data, Track):
-                return TrackLength(samples)
+                return TrackLength(samples, self._alone)
             if samples < self.audio_spec.shortest:
                 raise DataError(
                     f"{media} lasts {1000 * samples / self.audio_spec.rate:.0f} ms, and "
@@ -204,7 +209,7 @@ class Encoder:
             return plan_video(size, slicing, self.video)
         if isinstance(size, TrackLength):
             assert self.audio_spec is not None  # ``sizes`` gives one only with it
-            return plan_audio(size.samples, replace(self.audio_spec, run_seconds=1.0))
+            return plan_track(size, self.audio_spec)
         if isinstance(size, PictureSize):
             return plan(*size, replace(slicing, max_slice_nums=1))
         if isinstance(size, int):
@@ -304,7 +309,8 @@ class Encoder:
         items = items_of(expanded, self.slicing.patch_size)
         log_mels = self._log_mels(sample)
         audio_plans = [found for found in plans if isinstance(found, AudioPlan)]
-        spans = Spans(self.layout, self.slicing.patch_size, self._placeholder, self._video_placeholder)
+        audio_place = AUDIO_PLACE if self._alone and sample.timeline is not None else self._placeholder
+        spans = Spans(self.layout, self.slicing.patch_size, self._placeholder, self._video_placeholder, audio_place)
         if faults := [*spans.faults(rendered, items, audio_plans), *media_faults(items, grids, audio_plans, log_mels)]:
             raise AlignmentError(f"{sample.source}: {'; '.join(faults)}; please report this record")
         separate_videos = bool(self.layout.video_placeholder) and any(items.video)
@@ -324,8 +330,8 @@ class Encoder:
         """Log-mel chunks of all audio clips."""
         if self.audio_spec is None:
             return ()
-        waves = (audio.load(media) for media in sample.media("audio"))
-        return tuple(chunk for wave in waves for chunk in log_mel(wave, self.audio_spec))
+        waves = (waves_of(media, alone=self._alone) for media in sample.media("audio"))
+        return tuple(chunk for each in waves for wave in each for chunk in log_mel(wave, self.audio_spec))
 
     def _image(self, media: Media) -> Image.Image:
         """A decoded image, downscaled by ``shrink_pixels``."""

@@ -20,9 +20,15 @@ class PictureSize(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TrackLength:
-    """Number of audio samples of the user audio of a full-duplex record, which has one placeholder run per second."""
+    """Number of audio samples of the user audio of a full-duplex record, which has one placeholder run per second.
+
+    Attributes:
+        samples: number of samples.
+        alone: whether every second is encoded alone.
+    """
 
     samples: int
+    alone: bool = False
 
 
 MediaSize = tuple[int, int] | PictureSize | SmallPrint | int | TrackLength | VideoFrames

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -31,12 +32,15 @@ from finetune.models.adapters import (
     stored_shapes,
     trained_beside,
 )
+from finetune.models.duplex_rows import add_duplex_rows, grow
 from finetune.models.loading import MODEL_CLASSES
 from finetune.models.strict_loading import check_folder
+from finetune.templates.duplex_fc import LAST_ID
 from finetune.utils.errors import CheckpointError
 
 _NAME = "default"
 _SAVED = f".modules_to_save.{_NAME}."
+_ROWS = ".token_adapter."
 
 
 class Weights(Protocol):
@@ -62,21 +66,24 @@ class Weights(Protocol):
 
 
 class Base:
-    """The unchanged tensors of a model folder."""
+    """The tensors of a model folder, unchanged but for the rows of the duplex prompt o45_fc if it is ``grown``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, grown: bool = False) -> None:
         check_folder(folder)
         for path in (files := weight_files(folder)):
             check_not_truncated(path)
-        self.stored: Mapping[str, StoredTensor] = stored_in(files)
-        self.changed: set[str] = set()
+        self._in_files = stored_in(files)
+        grows = {name: _with_new_rows(each) for name, each in self._in_files.items() if grown and _is_end(name)}
+        self.stored: Mapping[str, StoredTensor] = {**self._in_files, **grows}
+        self.changed: set[str] = set(grows)
         self.untied = False
         self.whole: set[str] = set()
         self.overridden: set[str] = set()
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, as it is stored."""
-        return read_tensor(self.stored[name])
+        """One tensor, as it is stored, or with the new rows."""
+        tensor = read_tensor(self._in_files[name])
+        return grow(tensor) if name in self.changed else tensor
 
 
 class Merged:
@@ -124,8 +131,9 @@ class Merged:
                     self._layers |= {f"{own}.{name}": (path, module) for name in tensors}
         inside = tuple(f"{path}." for path, module in self._model.named_modules() if isinstance(module, LoraLayer))
         outside = {name: key for name, key in self._keys.items() if not name.startswith(inside)}
-        self._replaced = {_own(name): key for name, key in outside.items()}
-        own = {_own(name) for name in self._keys if ".lora_" not in name}
+        self._rows = {_row_owner(name): key for name, key in outside.items() if _ROWS in name}
+        self._replaced = {_own(name): key for name, key in outside.items() if _ROWS not in name}
+        own = {_row_owner(name) for name in self._keys if ".lora_" not in name}
         self.whole, self.overridden = below.whole | own, below.whole & own
         self._ready: dict[str, torch.Tensor] = {}
         split = [names for names in ties if len({self._change(name) for name in names}) > 1]
@@ -135,7 +143,7 @@ class Merged:
             **below.stored,
             **{name: below.stored[where] for name, where in self._tied.items()},
         }
-        self.changed = below.changed | set(self._layers) | set(self._replaced) | set(self._tied)
+        self.changed = below.changed | set(self._layers) | set(self._replaced) | set(self._rows) | set(self._tied)
         if lost := sorted(self.changed - set(self.stored)):
             unfused = any(re.search(r"\.experts\.\d+\.", name) for name in self.stored)
             remedy = "; they store every expert separately: load_model(BASE).save_pretrained(OUT) stores fused experts"
@@ -156,6 +164,11 @@ class Merged:
             return self._ready.pop(name)
         if name in self._replaced:
             return self._from_adapter(self._replaced[name])
+        if name in self._rows:
+            indices: Any = self.config.trainable_token_indices
+            rows = indices[name.split(".")[-2]]
+            whole, trained = self._read_below(name), self._from_adapter(self._rows[name])
+            return whole.index_copy(0, torch.tensor(rows), trained.to(whole.dtype))
         return self._read_below(name)
 
     def adapter_tensor(self, module: str, part: str) -> torch.Tensor:
@@ -177,7 +190,7 @@ class Merged:
 
     def _change(self, name: str) -> str | None:
         """An identifier of the change that the adapter makes to a tensor; None for none."""
-        return self._layers[name][0] if name in self._layers else self._replaced.get(name)
+        return self._layers[name][0] if name in self._layers else self._replaced.get(name, self._rows.get(name))
 
     def _absent(self, split: list[list[str]]) -> dict[str, str]:
         """Tied tensors that the base stores only under another name -> that name."""
@@ -222,11 +235,31 @@ class Merged:
         return self._beside[key] if key in self._beside else read_tensor(self._in_file[key])
 
 
-def empty_model(folder: Path) -> PreTrainedModel:
-    """The model of config.json on the meta device."""
+def empty_model(folder: Path, *, grown: bool = False) -> PreTrainedModel:
+    """The model of config.json on the meta device, with the rows of the duplex prompt o45_fc if it is ``grown``."""
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        return MODEL_CLASSES[config.model_type](config)
+        model = MODEL_CLASSES[config.model_type](config)
+        if grown:
+            add_duplex_rows(model)
+    return model
+
+
+def _is_end(name: str) -> bool:
+    """Whether a tensor is the embeddings or the output layer."""
+    return name.endswith((".embed_tokens.weight", ".lm_head.weight"))
+
+
+def _with_new_rows(stored: StoredTensor) -> StoredTensor:
+    """The entry of a tensor that gets the new rows."""
+    rows, *rest = stored.shape
+    return replace(stored, shape=[LAST_ID, *rest], size=stored.size // rows * LAST_ID)
+
+
+def _row_owner(name: str) -> str:
+    """The tensor in the base model that a tensor of the meta model replaces, as a whole or some rows of it."""
+    module, rows, _ = name.partition(_ROWS)
+    return f"{_own(module)}.weight" if rows else _own(name)
 
 
 def adapter_names(model: PreTrainedModel, folder: Path, beside: Mapping[str, torch.Tensor]) -> dict[str, str]:

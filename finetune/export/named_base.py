@@ -23,7 +23,8 @@ def check_named_base(adapter: Path, trained_on: Path, base: Checkpoint) -> None:
         CheckpointError: naming the first token or tensor that differs.
     """
     if (adapter / "tokenizer_config.json").is_file():
-        own, other = (load_tokenizer(folder).get_vocab() for folder in (adapter, base.folder))
+        own = load_tokenizer(adapter).get_vocab()
+        other = load_tokenizer(base.folder, duplex_prompt=base.duplex_name).get_vocab()
         if differing := sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token)):
             first = differing[0]
             raise CheckpointError(

@@ -37,8 +37,8 @@ class Gathered:
     """
 
     def __init__(self, base: Checkpoint, state: Mapping[str, Any]) -> None:
-        model = empty_model(base.folder)
-        self._base, self._state = Base(base.folder), state
+        model = empty_model(base.folder, grown=base.grown)
+        self._base, self._state = Base(base.folder, grown=base.grown), state
         self.stored: Mapping[str, StoredTensor] = self._base.stored
         aliases = {name for names in tied_names(model) for name in names if name not in self.stored}
         wanted = {name for name in self.stored if not name.startswith(PASSTHROUGH_PREFIXES)} & set(model.state_dict())
@@ -115,7 +115,7 @@ def write_adapter(folder: Path, checkpoint: Path, base: Checkpoint, state: Mappi
     Raises:
         CheckpointError: the shards are not of the adapter that adapter_config.json describes.
     """
-    names = adapter_names(empty_model(base.folder), checkpoint, trained_beside(checkpoint))
+    names = adapter_names(empty_model(base.folder, grown=base.grown), checkpoint, trained_beside(checkpoint))
     if missing := sorted(set(names) - set(state)):
         raise CheckpointError(
             f"the ZeRO shards in {checkpoint} lack {len(missing)} tensors of the adapter: {some(missing)}"

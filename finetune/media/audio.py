@@ -104,7 +104,13 @@ def _of_file(path: Path, size: int, *_: int) -> np.ndarray:
 
 def _mixed(track: Track) -> np.ndarray:
     """The waveform of a full-duplex record: whole seconds, its clips added to silence."""
-    waves = [(start * RATE // 1000, load(clip)) for start, clip in track.clips]
+    waves = [(start, load(clip)) for start, clip in track.clips]
+    for (_, clip), (_, wave), stated in zip(track.clips, waves, track.samples, strict=False):
+        if len(wave) != stated:
+            raise DataError(
+                f"{clip} has {len(wave)} samples at 16 kHz, and the record says {stated} (duration_sec); give the "
+                "file that the record describes, at 16 kHz, or correct the duration"
+            )
     end = max(start + len(wave) for start, wave in waves)
     samples = track.seconds * RATE
     if track.fixed and end > samples:

@@ -23,6 +23,7 @@ from finetune.families.family import Family
 from finetune.model_folders.checkpoint_folder import ADAPTER_CONFIG, read_adapter_config
 from finetune.model_folders.weight_headers import check_not_truncated
 from finetune.models.adapter_biases import PeftModelWithBiases, biases, is_base_bias, trains_biases
+from finetune.models.duplex_rows import rows_for
 from finetune.models.finite_weights import check_file, check_types, finite
 from finetune.models.strict_loading import some
 from finetune.utils.errors import CheckpointError, UserError
@@ -58,6 +59,7 @@ def put_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "d
     """
     if isinstance(model, PeftModel) and name in model.peft_config:
         raise CheckpointError(f"{folder}: there is an adapter called {name!r} already; give it another name")
+    rows_for(model, folder)
     taken = {part for path, _ in base_model_of(model).named_modules() for part in path.split(".")}
     if not name or "." in name or name in taken:  # peft searches adapter names in the parts of module paths
         raise CheckpointError(f"{folder}: {name!r} cannot be the name of an adapter; give another")

@@ -23,6 +23,8 @@ _RATE, _RATE_CJK = 15.0, 4.5
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _WORD = re.compile(rf"\s*(?:[{_CJK}]|[^\s{_CJK}]+)")
 _ONE_CJK = re.compile(rf"[{_CJK}]")
+SAMPLES_PER_MS = 16
+"""Audio samples per millisecond, at 16 kHz."""
 MOST_CHARACTERS = 28
 """Characters per unit at which the published inference cuts the text of a unit (MiniCPM-o-Demo, o 4.5)."""
 UNTIMED = (
@@ -62,7 +64,11 @@ def read_timeline(record: Mapping[str, Any], where: Places) -> tuple[tuple[Messa
         raise DataError("'user' has no clip; the model listens every second: give user audio, which may be silence")
     units = tuple(start // UNIT_MS for start, _ in pictures)
     timeline = Timeline(turns, units)
-    track = Track(clips, _seconds(given, turns, units), given.get("seconds") is not None)
+    track = Track(
+        tuple((start * SAMPLES_PER_MS, clip) for start, clip in clips),
+        _seconds(given, turns, units),
+        given.get("seconds") is not None,
+    )
     heard = Message("user", (*(medium for _, medium in pictures), Media("audio", track)))
     said = Message("assistant", tuple(Text(turn.text) for turn in turns), train=True)
     return (*_system(record, given, where), heard, said), timeline, tuple(_notes(given, turns))

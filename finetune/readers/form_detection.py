@@ -116,9 +116,10 @@ def _by_signs(records: Sequence[Mapping[str, Any]], where: str, inspected: int) 
     for record in records:
         if compared := record_keys.compared(record):
             raise DataError(f"{where}: records have {compared}")
-    conversations = [record for record in records if record.get(record_keys.DUPLEX) is None]
+    conversations = [record for record in records if not record_keys.is_timeline(record)]
     if records and not conversations:
-        return "duplex", f"the records have {record_keys.DUPLEX!r}"
+        sign = record_keys.DUPLEX if records[0].get(record_keys.DUPLEX) is not None else "tracks"
+        return "duplex", f"the records have {sign!r}"
     records = conversations  # a full-duplex record among them is read as one
     plain = next((key for record in records for key in _CONVERSATION if record.get(key) is not None), None)
     signs = _first(sign for record in records for sign in _signs(record))

@@ -33,6 +33,8 @@ IN_TURN: Mapping[MediaKind, tuple[str, ...]] = {kind: (kind, many) for kind, man
 MEDIA_OF_TURNS = frozenset(name for names in IN_TURN.values() for name in names)
 DUPLEX = "duplex"
 """Key that makes a record a full-duplex one."""
+SDK_KEYS = ("data_id", "system", "unit_policy", "tracks")
+"""Keys of a record of minicpm-o5-sdk."""
 OBJECTS = "objects"
 """Key of the grounding names and boxes, read in every format."""
 UNPAIRED = ("kto_tag", "rejected_responses", "rejected_images", "non_preferred_output")
@@ -42,6 +44,16 @@ COMPARED = ("chosen", "rejected", "rejected_response", "rejected_messages", *UNP
 
 TURN_LISTS = ("conversations", "messages")
 _VOCABULARIES = (("role", "content"), ("from", "value"))
+
+
+def is_timeline(record: Mapping[str, Any]) -> bool:
+    """Whether a record is a full-duplex one."""
+    return record.get(DUPLEX) is not None or is_of_sdk(record)
+
+
+def is_of_sdk(record: Mapping[str, Any]) -> bool:
+    """Whether a record is one of minicpm-o5-sdk."""
+    return isinstance(record.get("tracks"), (dict, str)) and record.get("unit_policy") is not None
 
 
 def system_keys(form: Form) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from finetune.readers import (
     official,
     openai,
     record_keys,
+    sdk_record,
     sharegpt,
 )
 from finetune.readers.conversation import TRAIN_ON, TrainOn
@@ -68,10 +69,13 @@ class RecordReader:
 
     def _sample(self, record: Mapping[str, Any], source: Source) -> Sample:
         name = self.form.name
-        if record.get(record_keys.DUPLEX) is not None:  # also in a file of conversations
+        if record_keys.is_timeline(record):  # also in a file of conversations
             return self._timeline(record, source)
         if name == "duplex":
-            raise DataError(f"has no {record_keys.DUPLEX!r}, and the file is read in the duplex format")
+            raise DataError(
+                f"has neither {record_keys.DUPLEX!r} nor 'tracks' and 'unit_policy', and the file is read in the "
+                "duplex format"
+            )
         try:
             if name == "official":
                 messages, tools = official.conversation(record, self.where, self.train_on)
@@ -88,10 +92,12 @@ class RecordReader:
         return replace(sample, notes=(*sample.notes, *notes)) if notes else sample
 
     def _timeline(self, record: Mapping[str, Any], source: Source) -> Sample:
-        messages, timeline, notes = duplex_record.read_timeline(record, self.where)
+        of_sdk = record_keys.is_of_sdk(record)
+        read = sdk_record.read_record if of_sdk else duplex_record.read_timeline
+        messages, timeline, notes = read(record, self.where)
         sample = Sample(source.id or str(source.index), source, messages, notes, timeline=timeline)
         check_texts(sample)
-        return replace(sample, notes=(*notes, *unread_notes(record, sample, _DUPLEX, self.where)))
+        return sample if of_sdk else replace(sample, notes=(*notes, *unread_notes(record, sample, _DUPLEX, self.where)))
 
     @property
     def fingerprint(self) -> str:
@@ -181,6 +187,8 @@ class SampleFile(SampleSet):
 def identity(record: Any) -> str:
     """The id of a record as text, empty if it has none; it may have any type."""
     given = record.get("id") if isinstance(record, dict) else None
+    if given is None and isinstance(record, dict) and record_keys.is_of_sdk(record):
+        given = record.get("data_id")
     if given is None:
         return ""
     return given if isinstance(given, str) else shown(given) if isinstance(given, (dict, list)) else str(given)

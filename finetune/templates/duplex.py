@@ -8,6 +8,7 @@ from typing import NamedTuple
 from finetune.media.audio_layout import AudioPlan
 from finetune.media.slicing import SlicePlan
 from finetune.sample import Media, Message, Sample, Text
+from finetune.templates.duplex_fc import SPOKEN_SLOT, render_prepared
 from finetune.templates.placeholders import new_schema
 from finetune.templates.rendering import IGNORE, Layout, Rendered, Vocabulary
 from finetune.timeline import SpokenTurn, Timeline
@@ -27,6 +28,8 @@ def render_timeline(
 ) -> Rendered:
     """The system turn, then per second <unit>, pictures, the second of user audio, the decision, </unit>.
 
+    Or the prompt o45_fc, by the layout (``duplex_fc``).
+
     The decision is <|listen|>, or <|speak|>, the text of the unit, <|turn_eos|> at the end of a turn, and
     <|chunk_eos|>. Its tokens have labels. A second inside of a turn without a word is <|speak|><|chunk_eos|>: the
     published decoding does not listen before a turn has ended. The text of a turn is tokenized as a whole; a token
@@ -41,6 +44,8 @@ def render_timeline(
         layout: prompt layout, without image numbers.
     """
     assert sample.timeline is not None
+    if layout.duplex == "o45_fc":
+        return render_prepared(sample, [plan for plan in plans if isinstance(plan, AudioPlan)])
     rendered = Rendered()
     left = iter(plans)
     _system(rendered, sample.messages[0], left, vocabulary, layout)
@@ -127,12 +132,14 @@ class DecidedUnit(NamedTuple):
 
 
 def decided_units(ids: Sequence[int], labels: Sequence[int], vocabulary: Vocabulary) -> list[DecidedUnit]:
-    """The units of a rendered full-duplex record, from its ids and labels."""
+    """The units of a rendered full-duplex record in either prompt, from its ids and labels."""
     speak, turn_end, close = map(vocabulary.control, (SPEAK, TURN_END, UNIT[1]))
+    in_slots = SPOKEN_SLOT[0] in ids
+    close = SPOKEN_SLOT[1] if in_slots else close
     found: list[DecidedUnit] = []
     first, speaking = None, False
     for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
-        if first is None and label != IGNORE:
+        if first is None and label != IGNORE and (not in_slots or ids[position - 1] == SPOKEN_SLOT[0]):
             first = position
         elif first is not None and token == close:
             own = tuple(ids[first:position])

@@ -13,6 +13,7 @@ IGNORE = -100
 
 Thinking = Literal["keep", "mask", "strip"]
 Spoken = Literal["never", "with audio", "always"]
+DuplexName = Literal["native", "o45_fc"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class Layout:
         speech: control tokens after the header of a spoken last answer; such a conversation has no default system turn.
         speech_end: control token that ends the text of a spoken answer; empty for none.
         spoken: which conversations have a spoken answer: "never", "with audio" (input), or "always".
+        duplex: prompt of full-duplex records.
         assumed: fields to be read from the checkpoint's own files; see ``chat_template_check.complete_layout``.
     """
 
@@ -59,6 +61,7 @@ class Layout:
     speech: tuple[str, ...] = ()
     speech_end: str = ""
     spoken: Spoken = "never"
+    duplex: DuplexName = "native"
     assumed: tuple[str, ...] = ()
 
     def item_tokens(self, width: int, height: int) -> int:

@@ -7,18 +7,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from finetune.families.common import IMAGE_PAD, VIDEO_PAD
 from finetune.families.family import Family
 from finetune.model_folders import file_schemas
 from finetune.model_folders.checkpoint_folder import check_side_files
+from finetune.model_folders.duplex_prompt import NATIVE, O45_FC, check_published_ids
+from finetune.templates.duplex_fc import NEW_TOKENS
 from finetune.tokenizers.byte_bpe_tokenizer import from_vocabulary
 from finetune.tokenizers.sentencepiece_tokenizer import from_sentencepiece
 from finetune.utils.errors import CheckpointError, UserError
 from finetune.utils.json_objects import read_object, shown
 
 _PLACEHOLDERS = {"image_token_id": IMAGE_PAD, "video_token_id": VIDEO_PAD}
+_QWEN2_DEFAULTS = ("unk_token", "eos_token", "pad_token")
 # Any of these is a tokenizer.
 _FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
 
@@ -55,7 +59,18 @@ class MiniCPMVTokenizerFast(PreTrainedTokenizerFast):
 
 
 class MiniCPMOTokenizerFast(MiniCPMVTokenizerFast):
-    """The same under the name that the o models use."""
+    """The same under the name that the o models use.
+
+    The published class derives from Qwen2's, which takes <|endoftext|> where the files name no special token at all, as
+    those of minicpm-o5-sdk: this class is registered under its name, so that it loads them too.
+    """
+
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """As the base class, with those tokens."""
+        if not any(kwargs.get(name) for name in ("bos_token", *_QWEN2_DEFAULTS)):
+            kwargs |= dict.fromkeys(_QWEN2_DEFAULTS, "<|endoftext|>")
+        return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
 
 
 class MiniCPMVTokenizer(MiniCPMVTokenizerFast):
@@ -88,11 +103,12 @@ def register() -> None:
     AutoTokenizer.register(_OmniTokenizerOnly, fast_tokenizer_class=MiniCPMOTokenizerFast)
 
 
-def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | Path, *, duplex_prompt: str = NATIVE, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a model or adapter folder, or of a hub id.
 
     Args:
         folder: local folder with tokenizer.json, vocab.json and merges.txt, or tokenizer.model; or a hub id.
+        duplex_prompt: "o45_fc" also gives it the tokens of that prompt.
         **kwargs: passed to ``from_pretrained`` (revision, cache_dir, ...).
 
     Raises:
@@ -104,7 +120,11 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
         raise CheckpointError(f"{path} has no tokenizer: it needs one of {forms}")
     with tokenizer_errors(path):
         named = _declared_class(path) if path.is_dir() else ""
-        return _CLASSES.get(named, MiniCPMVTokenizerFast).from_pretrained(folder, **kwargs)
+        tokenizer = _CLASSES.get(named, MiniCPMVTokenizerFast).from_pretrained(folder, **kwargs)
+    if duplex_prompt == O45_FC:
+        check_published_ids(tokenizer.get_vocab(), str(folder))
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in NEW_TOKENS])
+    return tokenizer
 
 
 @contextmanager

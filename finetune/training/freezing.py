@@ -235,7 +235,9 @@ def _mode(model: nn.Module, trained: list[str]) -> str:
     assert isinstance(model, PeftModel)
     config = model.peft_config[model.active_adapter]  # pyright: ignore[reportArgumentType]
     saved = {name.split(".modules_to_save.")[0].rpartition(".")[2] for name in trained if ".modules_to_save." in name}
-    return " + ".join([f"LoRA r={getattr(config, 'r', '?')}", *sorted(saved), *["biases"][: len(biases)]])
+    rows = len(next(iter((getattr(config, "trainable_token_indices", None) or {}).values()), ()))
+    single = [f"{rows} rows"] if any(".token_adapter." in name for name in trained) else []
+    return " + ".join([f"LoRA r={getattr(config, 'r', '?')}", *sorted(saved), *single, *["biases"][: len(biases)]])
 
 
 def format_table(rows: list[PartRow]) -> str:

@@ -18,8 +18,10 @@ from transformers import BitsAndBytesConfig
 from finetune.arguments.model import LoraArguments
 from finetune.families.family import Family
 from finetune.model_folders.checkpoint_folder import has_adapter, nearest_folders
+from finetune.model_folders.duplex_prompt import DUPLEX_PROMPT
 from finetune.models.adapters import ADAPTER_WEIGHTS, check_adapter, check_fit, peft_errors, stored_shapes
 from finetune.models.experts import expert_names
+from finetune.templates.duplex_fc import FIRST_ID, LAST_ID
 from finetune.utils.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ def add_lora(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"(?s).*tied")  # names a setting of peft that no flag sets
             adapted: Any = get_peft_model(base, config, autocast_adapter_dtype=in_fp32)
-        return adapted
+        return _only_new_rows(adapted)
     except ValueError as error:
         if "layers attribute" in str(error):
             raise ArgumentError(
@@ -165,7 +167,21 @@ def lora_config(
         layer_replication=_replication(lora.lora_layer_replication),
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
+        trainable_token_indices=_new_rows(model, [*saved, *extra]),
     )
+
+
+def _new_rows(model: Any, saved: Sequence[str]) -> dict[str, list[int]] | None:
+    """The rows of the full-duplex prompt o45_fc, by module; None for a model without them.
+
+    A module that is trained in full trains them anyway.
+    """
+    if getattr(model.config, DUPLEX_PROMPT, None) is None:
+        return None
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name.rpartition(".")[2] for end in ends for name, module in model.named_modules() if module is end]
+    rows = list(range(FIRST_ID, LAST_ID))
+    return {name: rows for name in names if name not in saved} or None
 
 
 def target_parameters(model: nn.Module, family: Family, parts: Sequence[str], lora: LoraArguments) -> list[str] | None:
@@ -300,13 +316,31 @@ def _continue(model: nn.Module, wanted: LoraConfig, folder: Path, in_fp32: bool)
             f"--lora_weight_path {folder} saves {_names(found.modules_to_save)} in full, the flags train "
             f"{_names(wanted.modules_to_save)}; set --tune_vision, --tune_resampler and --lora_modules_to_save alike"
         )
+    if found.trainable_token_indices != wanted.trainable_token_indices:
+        raise ArgumentError(
+            f"--lora_weight_path {folder} was trained without the rows of --duplex_prompt o45_fc, which this run adds; "
+            "train a new adapter"
+        )
     for name in _DECISIVE:
         here, there = getattr(wanted, name), getattr(found, name)
         if name != "modules_to_save" and _comparable(here) != _comparable(there):
             logger.warning("--lora_weight_path %s: its %s %s is used, not %s of the flags", folder, name, there, here)
     base: Any = model
     with peft_errors(folder):
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=True, autocast_adapter_dtype=in_fp32)
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True, autocast_adapter_dtype=in_fp32)
+    return _only_new_rows(model)
+
+
+def _only_new_rows(model: PeftModel) -> PeftModel:
+    """A model whose checkpoints have the added rows alone, not all of the embeddings.
+
+    peft saves all where the base that an adapter names has fewer rows than the model. What is saved names the base
+    (``checkpoints.saving.finish_adapter``).
+    """
+    config: Any = model.peft_config[model.active_adapter]  # pyright: ignore[reportArgumentType]
+    if config.trainable_token_indices is not None:
+        config.base_model_name_or_path = ""
+    return model
 
 
 def _comparable(value: Any) -> Any:

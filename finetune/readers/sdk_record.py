@@ -1,0 +1,65 @@
+"""Full-duplex records of minicpm-o5-sdk: the package places them, this module finds their files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from finetune import duplex_sdk
+from finetune.duplex_sdk import PlacedClip, PlacedRecord
+from finetune.readers import record_keys
+from finetune.readers.record_media import Places, find, json_cell
+from finetune.sample import DataError, Media, Message, Part, Text, Track
+from finetune.timeline import Timeline
+from finetune.utils.quoting import shown, words_of
+
+
+def read_record(record: Mapping[str, Any], where: Places) -> tuple[tuple[Message, ...], Timeline, tuple[str, ...]]:
+    """Messages, timeline and notes of a record of minicpm-o5-sdk.
+
+    The record is what ``O5DuplexTrainingData.dump_structure`` gives, with 'id' allowed beside it; paths are relative
+    as in other formats. Its timeline has the turns for the native prompt, and the ids for the prompt o45_fc.
+
+    Raises:
+        DataError: an unknown key, a record that the package refuses, or a missing file.
+        UserError: the package is missing, or of another version.
+    """
+    known = (record_keys.IDENTITY, *record_keys.SDK_KEYS)
+    if unknown := [key for key in record if key not in known]:
+        raise DataError(
+            f"has the key {shown(unknown[0], 60)}, which is not read in a record of {duplex_sdk.PACKAGE}; known are "
+            f"{words_of(known)}: remove it"
+        )
+    placed = duplex_sdk.place({key: json_cell(record[key]) for key in record_keys.SDK_KEYS if key in record})
+    system = tuple(_system(placed, where))
+    track = Track(
+        tuple((clip.start, _media(clip, where)) for clip in placed.user),
+        placed.units,
+        fixed=True,
+        samples=tuple(clip.samples for clip in placed.user),
+    )
+    heard: tuple[Part, ...] = (Media("audio", track),) if track.clips else ()
+    said = Message("assistant", tuple(Text(turn.text) for turn in placed.turns), train=True)
+    messages = (*([Message("system", system)] if system else ()), Message("user", heard), said)
+    return messages, Timeline(placed.turns, prepared=placed.prepared, beyond=_beyond(placed, system, heard)), ()
+
+
+def _beyond(placed: PlacedRecord, system: tuple[Part, ...], heard: tuple[Part, ...]) -> tuple[str, ...]:
+    """What the native prompt has no place for."""
+    found = list(placed.beyond)
+    if not heard:
+        found.append("no user audio")
+    if sum(isinstance(part, Media) for part in system) > 1 or any(isinstance(part, Media) for part in system[:-1]):
+        found.append("audio in the system turn before text or other audio")
+    return tuple(found)
+
+
+def _system(placed: PlacedRecord, where: Places) -> Iterator[Part]:
+    for part in placed.system:
+        yield Text(part) if isinstance(part, str) else _media(part, where)
+
+
+def _media(clip: PlacedClip, where: Places) -> Media:
+    if not clip.path:
+        raise DataError(f"{clip.where} has no file_path; give the path of its audio file")
+    return Media("audio", find(clip.path, "audio", where))

@@ -1,0 +1,195 @@
+"""Records of minicpm-o5-sdk: its own cases token by token, what it refuses, its tokenizers, and a whole run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import minicpm_o5_sdk as sdk
+import pytest
+from minicpm_o5_sdk.tokenizers import load_builtin_tokenizer
+
+import finetune.models  # noqa: F401  first: it registers a tokenizer under the name that the package loads
+from finetune import duplex_sdk
+from finetune.encoding.encoder import Encoder
+from finetune.readers import read
+from finetune.sample import DataError, Sample
+from finetune.templates.duplex_fc import FIRST_ID, NEW_TOKENS, PUBLISHED_IDS
+from finetune.tokenizers.tokenization import load_tokenizer
+from finetune.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+from published_vocabulary import write_published_size  # noqa: E402
+from sounds import write_wav  # noqa: E402
+
+GOLDEN = ROOT / "tests" / "golden" / "duplex"
+CASES = Path(str(resources.files("minicpm_o5_sdk"))) / "visualizers" / "duplex" / "guidebook" / "cases" / "exported"
+
+
+def variants() -> Iterator[tuple[Any, str]]:
+    for case in sdk.list_case_ids():
+        for variant in sdk.list_case_variants(case):
+            yield case, variant.variant_id
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny o 4.5 with the published vocabulary."""
+    from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
+
+    place = tmp_path_factory.mktemp("model")
+    return write_published_size(write_tiny_checkpoint("o4_5", place / "tiny"), place / "o4_5")
+
+
+@pytest.fixture(scope="module")
+def encoders(folder: Path) -> dict[str, Encoder]:
+    from finetune.checkpoints.base_checkpoint import resolve
+
+    base = resolve(str(folder))
+    return {
+        name: Encoder(base.family, load_tokenizer(folder, duplex_prompt=name), base.settings, duplex=name)
+        for name in ("native", "o45_fc")
+    }
+
+
+def read_one(record: Any, place: Path) -> Sample:
+    (place / "d.json").write_text(json.dumps([record]))
+    return read(place / "d.json", image_root=CASES)[0]
+
+
+def test_every_built_in_case_token_by_token(encoders: dict[str, Encoder], tmp_path: Path) -> None:
+    """With the package's own tokenizer, loaded after finetune.models."""
+    count = native = 0
+    for case, variant in variants():
+        wanted = sdk.load_case(case, variant_id=variant).prepare_training_material(tokenizer_id="o45_fc").llm
+        sample = read_one(sdk.load_case_structure(case, variant_id=variant), tmp_path)
+        example = encoders["o45_fc"].encode(sample)
+        assert example.input_ids.tolist() == wanted.input_ids
+        assert example.labels.tolist() == wanted.labels
+        assert [mel.shape[1] for mel in example.audio] == [100] * len(wanted.unit_spans)
+        count += 1
+        assert sample.timeline is not None
+        if sample.timeline.beyond:
+            with pytest.raises(DataError, match="--duplex_prompt o45_fc"):
+                encoders["native"].encode(sample)
+        else:
+            encoders["native"].encode(sample)
+            native += 1
+    assert (count, native) == (38, 17)
+
+
+def test_user_audio_lies_where_the_package_puts_it(tmp_path: Path) -> None:
+    from finetune.media import audio
+
+    for case, variant in [("case_1_01", "unit_front_boundary"), ("case_1_05", "canonical")]:
+        wanted = sdk.load_case(case, variant_id=variant).build_user_audio_tensor(tokenizer_id="o45_fc")
+        (track,) = read_one(sdk.load_case_structure(case, variant_id=variant), tmp_path).media("audio")
+        heard = audio.load(track)
+        assert len(heard) == wanted.samples.numel()
+        # Another decoder of Opus: the same sound, not the same samples.
+        assert ((heard - wanted.samples.numpy()) ** 2).mean() < 0.02 * (wanted.samples.numpy() ** 2).mean()
+
+
+def test_the_stored_records_are_what_the_package_gives() -> None:
+    records, stored = (json.loads((GOLDEN / name).read_text()) for name in ("records.json", "o45_fc.json"))
+    for record, wanted in zip(records, stored, strict=True):
+        placed = duplex_sdk.place(record)
+        assert list(placed.prepared.ids) == wanted["ids"]
+        assert list(placed.prepared.labels) == wanted["labels"]
+        assert placed.units == wanted["units"]
+        assert [[turn.text, [list(word) for word in turn.words]] for turn in placed.turns] == wanted["turns"]
+
+
+def test_its_tokens_are_ours() -> None:
+    tokenizer = load_builtin_tokenizer("o45_fc")
+    assert [tokenizer.id_to_token(FIRST_ID + number) for number in range(len(NEW_TOKENS))] == list(NEW_TOKENS)
+    names = {"<unk>": "<|image_placeholder|>", "<|audio|>": "<|audio_placeholder|>"}
+    names |= {"<|turn_eos|>": "<|spoken_turn_eos|>", "<|chunk_eos|>": "<|spoken_slot_eos|>"}
+    for token, number in PUBLISHED_IDS.items():
+        assert tokenizer.token_to_id(names.get(token, token)) == number
+
+
+def test_no_remote_code_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("remote code")
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.get_class_from_dynamic_module", refuse)
+    monkeypatch.setattr("transformers.models.auto.tokenization_auto.get_class_from_dynamic_module", refuse)
+    duplex_sdk._tokenizer.cache_clear()
+    assert duplex_sdk.place(json.loads((GOLDEN / "records.json").read_text())[0]).units == 4
+
+
+def test_its_other_target_does_not_load() -> None:
+    """The reason that --duplex_prompt o5 gives; with a transformers that loads it, the reason has to go."""
+    major, minor, *_ = metadata.version("transformers").split(".")
+    assert (int(major), int(minor)) >= (5, 23)
+    with pytest.raises(ValueError, match="Qwen3_5Tokenizer"):
+        load_builtin_tokenizer("o5")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r["tracks"].update(speed=1), r"tracks.speed: Extra inputs are not permitted"),
+        (lambda r: spoken(r).pop("alignment"), r"tracks.ai_spoken.segments.0.alignment: Field required"),
+        (lambda r: spoken(r).update(text="No."), r"tracks.ai_spoken.segments.0: values that disagree"),
+        (lambda r: spoken(r)["start_trigger"]["refs"][0].update(segment_index=9), r"ai_spoken\[0\]..*user_audio\[9\]"),
+        (lambda r: spoken(r)["audio"].update(duration_sec=-1), "audio must have a duration above 0"),
+        (lambda r: r["system"]["segments"][0].update(text="<|endoftext|>"), "<|endoftext|>"),
+        (lambda r: r["unit_policy"].update(unit_sec=0.5), "refuses the record|only units of 1.0 second"),
+        (lambda r: r.update(speed=1), "has the key 'speed', which is not read in a record of minicpm-o5-sdk"),
+        (lambda r: heard(r)["audio"].update(file_path="missing.wav"), "audio 'missing.wav' does not exist"),
+        (lambda r: heard(r)["audio"].pop("file_path"), r"tracks.user_audio.segments\[0\] has no file_path"),
+    ],
+)
+def test_mistakes_name_record_and_place(change: Callable[[Any], Any], said: str, tmp_path: Path) -> None:
+    record = json.loads((GOLDEN / "records.json").read_text())[0]
+    write_wav(tmp_path / "ask.wav", 1.5)
+    change(record)
+    with pytest.raises(DataError, match=said) as caught:
+        read_one(record, tmp_path)
+    assert "d.json, record 0 (id 'made-up-1')" in str(caught.value)
+
+
+def spoken(record: Any) -> Any:
+    return record["tracks"]["ai_spoken"]["segments"][0]
+
+
+def heard(record: Any) -> Any:
+    return record["tracks"]["user_audio"]["segments"][0]
+
+
+def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplex_sdk.metadata, "version", lambda _: "0.0.5")
+    duplex_sdk._package.cache_clear()
+    with pytest.raises(UserError, match=r"0.0.5 is installed, and 0.0.6 is needed: versions give other ids"):
+        duplex_sdk._package()
+    monkeypatch.undo()
+    duplex_sdk._package.cache_clear()
+
+
+def test_a_run_from_records_to_a_verified_adapter(folder: Path, tmp_path: Path) -> None:
+    """Training reads the records by the package, adds the rows, and verifies what it saved in a new process."""
+    for name, seconds in {"ask.wav": 1.5, "say.wav": 2.5, "voice.wav": 1.0}.items():
+        write_wav(tmp_path / name, seconds)
+    records = json.loads((GOLDEN / "records.json").read_text())
+    (tmp_path / "d.json").write_text(json.dumps(records * 2))
+    flags = {"model_name_or_path": folder, "data_path": tmp_path / "d.json", "output_dir": tmp_path / "out"}
+    flags |= {"duplex_prompt": "o45_fc", "use_lora": "true", "lora_r": 4, "max_steps": 2, "learning_rate": 1e-3}
+    flags |= {"per_device_train_batch_size": 2, "report_to": "none", "use_cpu": "true", "model_max_length": 1024}
+    flags |= {"save_strategy": "steps", "save_steps": 1, "check_base_loss": "off"}
+    command = [sys.executable, "finetune.py", *(f"--{name}={value}" for name, value in flags.items())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "verified=true" in done.stdout + done.stderr
+    assert "24 rows added" in done.stderr + done.stdout
+    assert "<|no_action|>" in done.stderr + done.stdout
+    assert "duplex_sdk: 0.0.6" in (tmp_path / "out" / "run.yaml").read_text()
+    size = (tmp_path / "out" / "checkpoint-1" / "adapter_model.safetensors").stat().st_size
+    assert size < 1_000_000  # not all of the embeddings
