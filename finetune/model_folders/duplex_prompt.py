@@ -70,7 +70,11 @@ def decide_duplex_prompt(
         raise ArgumentError(f"{FLAG} {wish}: known are {NATIVE} and {O45_FC}{reason}")
     if wish is not None and family.render_timeline is None:
         raise ArgumentError(f"{FLAG} {wish}: {family.title} has no full-duplex prompt; omit the flag")
-    before = next((place for place in (trained, folder) if place and prompt_of(place) == O45_FC), None)
+    if family.render_timeline is None:
+        return None
+    before = trained if trained is not None and prompt_of(trained) == O45_FC else None
+    if before is None and _checked(config, folder / CONFIG) == O45_FC:
+        before = folder
     if before is not None and wish == NATIVE:
         raise ArgumentError(f"{FLAG} {NATIVE}: {before} was trained in the prompt {O45_FC}; omit the flag")
     if before is None and wish != O45_FC:
@@ -90,7 +94,12 @@ def prompt_of(folder: Path) -> str | None:
     Raises:
         CheckpointError: it was trained by another version of minicpm-o5-sdk.
     """
-    values, file = _recorded(folder)
+    if has_adapter(folder):
+        return _checked(read_adapter_config(folder).get("auto_mapping") or {}, folder / ADAPTER_CONFIG)
+    return _checked(read_object(folder / CONFIG), folder / CONFIG) if (folder / CONFIG).is_file() else None
+
+
+def _checked(values: Mapping[str, Any], file: Path) -> str | None:
     if (prompt := values.get(DUPLEX_PROMPT)) is not None and values.get(DUPLEX_SDK) != SDK_VERSION:
         raise CheckpointError(
             f"{file}: trained on records as minicpm-o5-sdk {values.get(DUPLEX_SDK)} writes them, and this version "
@@ -98,12 +107,6 @@ def prompt_of(folder: Path) -> str | None:
             "trained it"
         )
     return prompt
-
-
-def _recorded(folder: Path) -> tuple[Mapping[str, Any], Path]:
-    if has_adapter(folder):
-        return read_adapter_config(folder).get("auto_mapping") or {}, folder / ADAPTER_CONFIG
-    return (read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}), folder / CONFIG
 
 
 def recorded_as() -> dict[str, str]:

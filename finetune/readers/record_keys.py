@@ -53,7 +53,7 @@ def is_timeline(record: Mapping[str, Any]) -> bool:
 
 def is_of_sdk(record: Mapping[str, Any]) -> bool:
     """Whether a record is one of minicpm-o5-sdk."""
-    return isinstance(record.get("tracks"), (dict, str)) and record.get("unit_policy") is not None
+    return "unit_policy" in record and isinstance(record.get("tracks"), (dict, str))
 
 
 def system_keys(form: Form) -> tuple[str, ...]:
