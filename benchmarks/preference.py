@@ -5,11 +5,16 @@
 Both train LoRA on a tiny MiniCPM-V 2.6 on a CPU. The supervised step has both answers of every pair as two samples with
 an image each; that of preference training has the reference from the cache, or runs the model once more without its
 adapter. Goals: at most 1.1 times a supervised step with the cache, 1.55 times without.
+
+The last cases are a step of a small 4.6 with the vocabulary of the published one, against the way of TRL 1.16 on the
+class of transformers: both answers as rows with pixels of their own, the logits of every token, and the reference in
+every step with the adapter off. Goal: 1.6 times its speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 import time
@@ -25,6 +30,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from results import Row, append
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, MiniCPMV4_6ForConditionalGeneration
 
 from dataset import DataCollator
 from finetune.arguments.preference import PreferenceOptions
@@ -38,6 +44,7 @@ from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
 from finetune.training.preference_loss import pair_figures
 
 FAMILY = "v2_6"
+STOCK, VOCABULARY = "v4_6", 248_320
 ROUNDS = 5
 WORDS = 40
 
@@ -84,6 +91,55 @@ def steps(model: Any, examples: Sequence[Example], pad_id: int) -> dict[str, Cal
     }
 
 
+def way_of_trl(model: Any, examples: Sequence[Example], pad_id: int) -> Callable[[], None]:
+    """Forward and backward pass as TRL 1.16 does them: rows of all better answers, then of all worse ones."""
+    rows = [replace(each, rejected=None) for each in examples]
+    rows += [replace(each.rejected, borrows_media=False) for each in examples if each.rejected is not None]
+    batch = DataCollator(pad_id)(rows)
+    labels = batch.pop("labels")[:, 1:]
+    batch.pop("sources")
+
+    def logps() -> torch.Tensor:
+        logits = model(**batch).logits[:, :-1].float()
+        found = torch.gather(logits.log_softmax(-1), 2, labels.clamp(min=0)[..., None])[..., 0]
+        return (found * (labels >= 0)).sum(1)
+
+    def step() -> None:
+        with torch.no_grad(), model.disable_adapter():
+            reference = logps().view(2, -1)
+        (better, worse), (known, other) = logps().view(2, -1), reference
+        (-torch.nn.functional.logsigmoid(0.1 * ((better - known) - (worse - other)))).mean().backward()
+
+    return step
+
+
+def against_trl(folder: Path, pairs: int) -> list[Row]:
+    """The cases of a vocabulary of the published size."""
+    tiny = write_tiny_checkpoint(STOCK, folder / "small")
+    base = resolve(str(tiny))
+    config = AutoConfig.from_pretrained(tiny)
+    config.text_config.vocab_size = VOCABULARY
+    torch.manual_seed(0)
+    stock = MiniCPMV4_6ForConditionalGeneration(config)  # pyright: ignore[reportArgumentType]
+    stock.float()
+    stock.save_pretrained(folder / "stock")
+    for file in tiny.iterdir():
+        if file.suffix != ".safetensors" and not (folder / "stock" / file.name).exists():
+            shutil.copy(file, folder / "stock")
+    encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings)
+    settings = LoraConfig(r=8, target_modules=base.family.lora_targets["llm"])
+    examples = examples_of(encoder, pairs, image=True)
+    theirs = seconds(way_of_trl(get_peft_model(stock, settings).train(), examples, encoder.pad_id))
+    model = get_peft_model(load_model(folder / "stock", dtype=torch.float32), settings).train()  # pyright: ignore
+    made, rows = steps(model, examples, encoder.pad_id), []
+    for name in ("cached", "adapter_off"):
+        ours = seconds(made[name])
+        case = f"step of preference training, {name}, {STOCK} of {VOCABULARY} tokens, TRL's way"
+        rows.append((case, ours, theirs, theirs / ours, "CPU seconds, theirs / ours"))
+        print(f"{case:<84} {theirs / ours:6.2f}")
+    return rows
+
+
 def operations(step: Callable[[], None]) -> float:
     """Operations of a step."""
     with FlopCounterMode(display=False) as counter:
@@ -119,7 +175,8 @@ def main(*, dry: bool, pairs: int) -> None:
                     ratio = found[name] / found["supervised"]
                     case = f"step of preference training, {name}, {what}, {unit}"
                     rows.append((case, found[name], found["supervised"], ratio, f"{unit}, preference / supervised"))
-                    print(f"{case:<72} {ratio:6.2f}")
+                    print(f"{case:<84} {ratio:6.2f}")
+        rows += against_trl(Path(folder), pairs)
     if not dry:
         append("preference", rows, ("torch", "transformers", "peft"))
 

@@ -107,9 +107,9 @@ def test_adapter_bytes(script, capsys):
 
 
 def test_preference(script, capsys):
-    script("preference", ROUNDS=1, WORDS=8).main(dry=True, pairs=2)
+    script("preference", ROUNDS=1, WORDS=8, VOCABULARY=5_000).main(dry=True, pairs=2)
     ratios = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if line.startswith("step of")]
-    assert len(ratios) == 8
+    assert len(ratios) == 10
     assert all(ratio > 0 for ratio in ratios)
     operations = ratios[:2] + ratios[4:6]
     assert operations[0] <= operations[2] <= 1.1, "answers that share their image cost less than the same without"
