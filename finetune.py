@@ -130,11 +130,14 @@ def make_data(args: Arguments, encoder: Encoder, output: Path) -> DataModule:
     """Training and evaluation set; every record is checked before a device is used."""
     from dataset import make_supervised_data_module
     from finetune.data_check.check_records import check_before_training
+    from finetune.data_check.decision_counts import check_weighted
+    from finetune.sample import as_sample_set
     from finetune.training.step_summary import describe_steps
 
     seed = args.training.seed if args.training.data_seed is None else args.training.data_seed
     data = make_supervised_data_module(args.data, encoder, output, seed)
     train, evaluation = data["train_dataset"], data["eval_dataset"]
+    check_weighted(as_sample_set(train.samples), encoder.unit_weights)
     if distributed.is_main_process():
         check_before_training([part.sample_policy for part in (train, evaluation) if part is not None], args.data.check)
     logger.info("%s", describe_steps(args.training, train.samples, train.sample_policy.length_policy))

@@ -267,6 +267,11 @@ class SampleSet(Sequence[Sample]):
         return None
 
     @property
+    def has_timelines(self) -> bool:
+        """Whether some record is a full-duplex one."""
+        return any(sample.timeline is not None for sample in self)
+
+    @property
     def unique(self) -> SampleSet:
         """The data set without repetitions of a record."""
         return self

@@ -23,6 +23,7 @@ from finetune.data_check.decision_counts import counted
 from finetune.encoding.collate import pack, pad
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
+from finetune.evaluation.duplex_results import RecordResult, results_of, scores_of
 from finetune.media import audio
 from finetune.model_folders.duplex_prompt import prompt_of
 from finetune.models import load_model
@@ -141,6 +142,26 @@ def test_decisions_are_those_of_the_spoken_slot(encoder: Encoder, examples: list
     assert len(decided_units(examples[1].input_ids.tolist(), examples[1].labels.tolist(), encoder.vocabulary)) == 7
 
 
+def test_only_decisions_are_evaluated(
+    folder: Path, encoder: Encoder, samples: list[Sample], examples: list[Example]
+) -> None:
+    model = load_model(folder)
+    add_duplex_rows(model)
+    results = list(results_of(model, encoder, samples, 20))
+    assert [len(result.decisions) for result in results] == [4, 7]
+    assert [result.played for result in results] == [None, None]
+    assert RecordResult.from_text(results[0].to_text()) == results[0]
+    scores = scores_of(samples, results)
+    assert {"decision_accuracy", "start_margin", "turn_end_accuracy"} <= set(scores)
+    assert "cer" not in scores
+    # Weights of decisions are those of the spoken slot.
+    weighted = Encoder(
+        encoder.family, encoder.tokenizer, resolve(str(folder)).settings, duplex="o45_fc", unit_weights={"speak": 3.0}
+    ).encode(samples[0])
+    assert weighted.loss_weights is not None
+    assert weighted.input_ids[weighted.loss_weights == 3].tolist() == [encoder.vocabulary.control("<|speak|>")] * 3
+
+
 def test_the_native_prompt_takes_records_of_speech_alone(folder: Path, samples: list[Sample]) -> None:
     base = resolve(str(folder))
     native = Encoder(base.family, load_tokenizer(base.folder), base.settings)
@@ -239,6 +260,23 @@ def test_an_adapter_loads(
 ) -> None:
     out, logits = adapter
     torch.testing.assert_close(_logits(loader(str(out)), batch), logits)
+
+
+def test_training_goes_on_from_an_adapter(
+    adapter: tuple[Path, torch.Tensor], base: Checkpoint, batch: dict[str, torch.Tensor]
+) -> None:
+    out, logits = adapter
+    again = resolve(str(base.folder), trained=out)
+    assert (again.duplex_name, again.grown) == ("o45_fc", True)
+    model: Any = load_model(base.folder)
+    lora = LoraArguments(lora_r=4, lora_weight_path=str(out))
+    with pytest.raises(UserError, match="--lora_weight_path .* was trained with the rows"):
+        add_lora(model, base.family, [], lora)
+    add_duplex_rows(model)
+    adapted = add_lora(model, base.family, [], lora)
+    torch.testing.assert_close(_logits(adapted, batch), logits)
+    _step(adapted.train(), batch)
+    assert not torch.equal(_logits(adapted, batch), logits)
 
 
 def test_a_merged_model_has_the_rows(

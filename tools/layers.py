@@ -86,6 +86,7 @@ TABLE: dict[str, set[str]] = {
     "commands": {
         *(
             "utils",
+            "timeline",
             "sample",
             "runtime",
             "media",

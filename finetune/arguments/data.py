@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
+from finetune.arguments.unit_weights import parse_unit_weights
 from finetune.media.video_sampling import VideoOptions
 from finetune.utils.errors import ArgumentError
 
@@ -52,6 +53,7 @@ class EncodingOptions(TypedDict):
     image_backend: Literal["pillow", "fast"]
     video: VideoOptions
     thinking: Thinking
+    unit_weights: dict[str, float] | None
 
 
 class PolicyOptions(TypedDict):
@@ -127,6 +129,13 @@ class DataArguments:
         metadata={
             "help": "Treatment of <think>...</think> in answers, for models with a thinking mode: keep (train on it), "
             "mask (keep it without loss) or strip. An empty block never has loss.",
+        },
+    )
+    unit_loss_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the decisions of full-duplex records in the loss, such as listen=1,speak=1,yield=5; "
+            "yield is to listen right after an own turn. Default: all 1."
         },
     )
     max_slice_nums: int | None = field(
@@ -215,6 +224,10 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad_share <= 1:
             raise ArgumentError(f"--max_bad_share {self.max_bad_share}: it is a share, from 0 to 1")
+        if parse_unit_weights(self.unit_loss_weights) is not None and self.stage == "dpo":
+            raise ArgumentError(
+                "--unit_loss_weights weighs decisions of full-duplex records, which --stage dpo has none of"
+            )
         default = DataArguments.__dataclass_fields__["max_bad_share"].default
         if self.on_bad_sample != "skip" and self.max_bad_share != default:
             logger.warning("--max_bad_share %g: no effect without --on_bad_sample skip", self.max_bad_share)
@@ -244,6 +257,7 @@ class DataArguments:
             image_backend=self.image_backend,
             video=self.video_options,
             thinking=self.thinking,
+            unit_weights=parse_unit_weights(self.unit_loss_weights),
         )
 
     @property

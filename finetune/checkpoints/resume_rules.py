@@ -87,7 +87,7 @@ RULES = (
     FlagRule(
         Decision.ACCEPTED,
         "applies from here on",
-        "pref_beta pref_loss pref_ftx dpo_label_smoothing simpo_gamma pref_reference "
+        "unit_loss_weights pref_beta pref_loss pref_ftx dpo_label_smoothing simpo_gamma pref_reference "
         "max_grad_norm label_smoothing_factor neftune_noise_alpha lora_dropout average_tokens_across_devices "
         "max_nonfinite_steps attn_implementation use_hub_kernels tf32 torch_compile torch_compile_backend "
         "torch_compile_mode gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "

@@ -66,11 +66,13 @@ def main(argv: list[str]) -> int:
 def _checked(sample_policy: SamplePolicy, given: argparse.Namespace, data: DataArguments) -> CheckedDataset:
     """A data set with its report, which is printed with the table of lengths and the first samples."""
     from finetune.data_check.check_records import check
+    from finetune.data_check.decision_counts import check_weighted
     from finetune.data_check.length_table import measure_lengths
     from finetune.pages.record_survey import CheckedDataset, RecordSurvey
     from finetune.pages.terminal_preview import show
 
     samples, length_policy, survey = sample_policy.samples, sample_policy.length_policy, RecordSurvey()
+    check_weighted(samples, length_policy.encoder.unit_weights)
     report = check(samples, length_policy, data.check or "full", rebuild=data.overwrite_cache, seen=survey.update)
     print(report)
     if (lengths := measure_lengths(samples, length_policy.encoder)) is not None:

@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from typing import Any
 
 from finetune.arguments.data import DataArguments
 from finetune.arguments.model import ModelArguments
@@ -27,9 +25,11 @@ from finetune.commands.evaluation_run import (
     make_encoder,
     open_samples,
     out_folder,
+    processes,
     read_all,
     settings_of,
     source_of,
+    wait_for_all,
     write_results,
 )
 from finetune.commands.parser import CommandParser
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     if not given.predict_only:
         metric, why = resolve_metric(given.metric, [references for _, references in questions.values()])
     out = out_folder(given)
-    with _processes(world):
+    with processes(world):
         if rank == 0:
             start_folder(out, settings_of(given, source, samples), overwrite=given.overwrite)
             print(f"metric     {metric.name if metric else 'none'} ({why}); {len(questions)} questions of {title}")
@@ -75,13 +75,13 @@ def main(argv: list[str]) -> int:
                 print(f"mode       {line}")
             for message in skipped:
                 print(f"skipped    {message}")
-        _wait(world)
+        wait_for_all(world)
         store = Predictions(out, rank)
-        _wait(world)
+        wait_for_all(world)
         start = time.monotonic()
         with explaining(lambda: _smaller(given), "the answers so far are kept: the same command continues"):
             AnswerGenerator(given, questions, store, rank, world).everything(source)
-        _wait(world)
+        wait_for_all(world)
         if rank == 0:
             facts = {"why": why, "model": str(source.base.folder), "adapter": str(source.adapter or ""), "data": title}
             facts |= {"left_out": str(len(skipped))} if skipped else {}
@@ -103,34 +103,6 @@ def _smaller(given: argparse.Namespace) -> list[str]:
     flags += ["--dtype bfloat16"] if given.dtype == "float32" else []
     flags += [fewer_slices(given.max_slice_nums)] if given.max_slice_nums != 1 else []
     return flags
-
-
-def _processes(world: int) -> AbstractContextManager[None]:
-    """Process group of torchrun; only barriers are needed, so gloo is enough."""
-    if world == 1:
-        return nullcontext()
-    from contextlib import contextmanager
-    from datetime import timedelta
-
-    import torch.distributed as dist
-
-    @contextmanager
-    def connected() -> Any:
-        # A rank may take much longer than the others.
-        dist.init_process_group("gloo", timeout=timedelta(days=2))
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
-
-    return connected()
-
-
-def _wait(world: int) -> None:
-    if world > 1:
-        import torch.distributed as dist
-
-        dist.barrier()
 
 
 def build_parser() -> CommandParser:

@@ -6,15 +6,27 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetune.commands.evaluation_run import AnswerGenerator, ModelSource, make_encoder, out_folder, settings_of
+from finetune.commands.evaluation_run import (
+    REPORT_ROWS,
+    AnswerGenerator,
+    ModelSource,
+    make_encoder,
+    out_folder,
+    processes,
+    settings_of,
+    wait_for_all,
+)
+from finetune.runtime.out_of_memory import explaining
 from finetune.utils.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from finetune.encoding.encoder import Encoder
+    from finetune.checkpoints.base_checkpoint import Checkpoint
+    from finetune.evaluation.predictions import Predictions
     from finetune.readers.mixture import Mixture
     from finetune.sample import Sample
 
@@ -31,63 +43,133 @@ def is_duplex(samples: Mixture) -> bool:
 
 
 def run(given: argparse.Namespace, source: ModelSource, samples: Mixture) -> int:
-    """Scores the records, writes predictions.jsonl and metrics.json, prints the scores; returns 0.
+    """Scores the records; writes predictions.jsonl, metrics.json and report.html, prints the scores; returns 0.
+
+    Results are written batch by batch, so that an interrupted evaluation goes on; under torchrun records are divided
+    among the processes.
 
     Raises:
         UserError: a flag without effect here, or a record that cannot be used.
     """
-    from finetune.evaluation.predictions import PREDICTIONS, start_folder
-    from finetune.runtime.outcome import plain_numbers
+    from finetune.evaluation.predictions import Predictions, start_folder
 
     _check(given)
-    encoder = make_encoder(given, source.base)
-    chosen = [samples[index] for index in range(min(len(samples), given.limit or len(samples)))]
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = samples.first(given.limit)
     out = out_folder(given)
-    start_folder(out, settings_of(given, source, samples), overwrite=given.overwrite)
-    print(f"full duplex: {len(chosen)} records of {given.data or given.dataset}")
-    model = AnswerGenerator(given, {}, None, 0, 1).load(source.base, source.adapter)  # pyright: ignore[reportArgumentType]
-    scores, rows = _scored(given, model, encoder, chosen)
-    base: dict[str, float] = {}
-    if given.compare == "base":
-        with model.disable_adapter():  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues]
-            base, _ = _scored(given, model, encoder, chosen)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (out / PREDICTIONS).write_text("".join(lines), encoding="utf-8")
-    facts = {"model": str(source.base.folder), "adapter": str(source.adapter or ""), "records": len(chosen)}
-    summary = plain_numbers({"scores": scores, **({"base": base} if base else {}), **facts})
-    (out / "metrics.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, value in scores.items():
-        print(f"{name:<18} {value:>8.4f}" + (f"   base {base[name]:.4f}" if name in base else ""))
-    print(f"written    {out / PREDICTIONS}, metrics.json")
+    with processes(world):
+        if rank == 0:
+            start_folder(out, settings_of(given, source, samples), overwrite=given.overwrite)
+            print(f"full duplex: {len(chosen)} records of {given.data or given.dataset}")
+            for line in source.modes:
+                print(f"mode       {line}")
+        wait_for_all(world)
+        store = Predictions(out, rank)
+        wait_for_all(world)
+        with explaining(lambda: _smaller(given), "the results so far are kept: the same command continues"):
+            _Evaluation(given, chosen, store, rank, world).everything(source)
+        wait_for_all(world)
+        if rank == 0:
+            _finish(given, source, chosen, store)
     return 0
 
 
 def _check(given: argparse.Namespace) -> None:
-    fixed = {"--metric": given.metric != "auto", "--predict_only": given.predict_only}
-    fixed |= {"--report_rows": given.report_rows is not None, "--compare FOLDER": given.compare not in (None, "base")}
-    if useless := [flag for flag, set_ in fixed.items() if set_]:
-        raise UserError(f"{', '.join(useless)} has no effect on full-duplex records; remove it (--compare base works)")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("full-duplex records are evaluated by one process; start the command without torchrun")
+    useless = [
+        flag
+        for flag, set_ in {"--metric": given.metric != "auto", "--predict_only": given.predict_only}.items()
+        if set_
+    ]
+    if useless:
+        raise UserError(f"{', '.join(useless)} has no effect on full-duplex records; remove it")
 
 
-def _scored(
-    given: argparse.Namespace, model: nn.Module, encoder: Encoder, samples: Sequence[Sample]
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The scores of a model, and a line of predictions per record."""
-    from tqdm.auto import tqdm
+def _smaller(given: argparse.Namespace) -> list[str]:
+    """Flags that need less memory."""
+    flags = [f"--batch_size {given.batch_size // 2}"] if given.batch_size > 1 else []
+    return flags + (["--dtype bfloat16"] if given.dtype == "float32" else [])
 
-    from finetune.evaluation.duplex_decisions import decision_scores, decisions_of
-    from finetune.evaluation.duplex_generation import play
-    from finetune.evaluation.duplex_scores import as_json, played_scores
 
-    found = tqdm(decisions_of(model, encoder, samples, given.batch_size), desc="decisions", total=len(samples))
-    scores = decision_scores([each for row in found for each in row])
-    played = []
-    with tqdm(desc="playing", total=len(samples), unit="record") as bar:
-        for start in range(0, len(samples), given.batch_size):
-            batch = samples[start : start + given.batch_size]
-            played += play(model, encoder, batch, max_new_tokens=given.max_new_tokens)
-            bar.update(len(batch))
-    rows = [as_json(index, *each) for index, each in enumerate(zip(samples, played, strict=True))]
-    return scores | played_scores(samples, played), rows
+@dataclass(frozen=True, slots=True)
+class _Evaluation:
+    """The part of one process.
+
+    Attributes:
+        given: parsed command line.
+        samples: the records of all processes.
+        store: the results on disk.
+        rank: of this process.
+        world: number of processes.
+    """
+
+    given: argparse.Namespace
+    samples: Mixture
+    store: Predictions
+    rank: int
+    world: int
+
+    def everything(self, source: ModelSource) -> None:
+        """The missing results, of the model and of the one to compare with."""
+        from finetune.evaluation.duplex_results import BASE_RESULT, RESULT
+
+        given, numbers = self.given, range(len(self.samples))
+        main = self.store.missing(numbers, RESULT)
+        base = self.store.missing(numbers, BASE_RESULT) if source.other is not None else []
+        adapter_off = given.compare == "base"
+        if main or (adapter_off and base):
+            model = self._load(source.base, source.adapter)
+            self._play(model, source.base, main, RESULT, "records")
+            if adapter_off:
+                with model.disable_adapter():  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues]
+                    self._play(model, source.base, base, BASE_RESULT, "records of the base")
+            del model
+        if source.other is not None and not adapter_off and base:
+            self._play(self._load(source.other, None), source.other, base, BASE_RESULT, "records to compare")
+
+    def _load(self, checkpoint: Checkpoint, adapter: Any) -> nn.Module:
+        return AnswerGenerator(self.given, {}, self.store, self.rank, self.world).load(checkpoint, adapter)
+
+    def _play(self, model: nn.Module, checkpoint: Checkpoint, wanted: Sequence[int], key: str, what: str) -> None:
+        from tqdm.auto import tqdm
+
+        from finetune.evaluation.duplex_results import results_of
+
+        encoder = make_encoder(self.given, checkpoint)
+        size = self.given.batch_size
+        batches = [wanted[start : start + size] for start in range(0, len(wanted), size)][self.rank :: self.world]
+        with tqdm(total=sum(map(len, batches)), desc=what, unit="record", disable=self.rank > 0) as bar:
+            for batch in batches:
+                chosen = [self.samples[index] for index in batch]
+                found = results_of(model, encoder, chosen, self.given.max_new_tokens)
+                self.store.add(batch, [each.to_text() for each in found], key)
+                bar.update(len(batch))
+
+
+def _finish(given: argparse.Namespace, source: ModelSource, chosen: Mixture, store: Predictions) -> None:
+    """Scores the results of all processes, writes the three files and prints the scores."""
+    from finetune.evaluation.duplex_report import build_duplex
+    from finetune.evaluation.duplex_results import BASE_RESULT, RESULT, RecordResult, as_row, scores_of
+    from finetune.runtime.outcome import plain_numbers
+    from finetune.timeline import SDK_VERSION
+
+    samples: list[Sample] = list(chosen)
+    numbers = range(len(samples))
+    results = [RecordResult.from_text(text) for text in store.collect(numbers, RESULT)]
+    others: list[Any] = [None] * len(samples)
+    if source.other is not None:
+        others = [RecordResult.from_text(text) for text in store.collect(numbers, BASE_RESULT)]
+    scores, base = scores_of(samples, results), scores_of(samples, others) if source.other is not None else {}
+    facts = {"model": str(source.base.folder), "adapter": str(source.adapter or ""), "prompt": source.base.duplex_name}
+    facts |= {"minicpm_o5_sdk": SDK_VERSION} if source.base.duplex is not None else {}
+    facts |= {"compared_with": given.compare or ""}
+    summary = {"scores": scores, **({"base": base} if base else {}), **facts, "records": len(samples)}
+    written = json.dumps(plain_numbers(summary), indent=2, ensure_ascii=False)
+    (store.folder / "metrics.json").write_text(written + "\n", encoding="utf-8")
+    most = REPORT_ROWS if given.report_rows is None else given.report_rows
+    title = os.path.basename(given.data) if given.data else given.dataset
+    page = build_duplex(samples, results, scores, base, facts, title=title, most=most)
+    (store.folder / "report.html").write_text(page, encoding="utf-8")
+    store.replace(as_row(*each) for each in zip(numbers, samples, results, others, strict=True))
+    for name, value in scores.items():
+        print(f"{name:<18} {value:>8.4f}" + (f"   base {base[name]:.4f}" if name in base else ""))
+    print(f"written    {store.folder / 'predictions.jsonl'}, metrics.json, report.html")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -158,6 +159,35 @@ def settings_of(given: argparse.Namespace, source: ModelSource, samples: Mixture
         "dtype": given.dtype,
         "states": [fingerprint(path) for path in (*folders.values(), *samples.files) if path is not None],
     }
+
+
+def processes(world: int) -> AbstractContextManager[None]:
+    """Process group of torchrun; only barriers are needed, so gloo is enough."""
+    if world == 1:
+        return nullcontext()
+    from contextlib import contextmanager
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    @contextmanager
+    def connected() -> Any:
+        # A rank may take much longer than the others.
+        dist.init_process_group("gloo", timeout=timedelta(days=2))
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    return connected()
+
+
+def wait_for_all(world: int) -> None:
+    """Waits until every process is here."""
+    if world > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
 
 
 @dataclass(frozen=True, slots=True)

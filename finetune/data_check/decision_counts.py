@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from finetune.sample import DataError, SampleSet
 from finetune.templates.duplex import MOST_TOKENS, DecidedUnit, decided_units
 from finetune.templates.rendering import Rendered, Vocabulary
 
@@ -30,6 +31,19 @@ def too_many_tokens(units: Sequence[DecidedUnit]) -> Iterator[str]:
         yield (
             f"a unit with more than {MOST_TOKENS} tokens, where the published inference stops; give word times that "
             "spread the text"
+        )
+
+
+def check_weighted(samples: SampleSet, weights: Mapping[str, float] | None) -> None:
+    """Refuses weights of decisions for data that have none.
+
+    Raises:
+        DataError: no record is a full-duplex one.
+    """
+    if weights is not None and not samples.has_timelines:
+        raise DataError(
+            f"{samples.title}: none of its records is a full-duplex one, and --unit_loss_weights weighs their "
+            "decisions: remove the flag, or give such records"
         )
 
 

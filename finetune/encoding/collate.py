@@ -49,7 +49,8 @@ def pad(examples: Sequence[Example], pad_id: int, side: Literal["right", "left"]
 
     Returns:
         input_ids, attention_mask, labels: (B, T) int64, padding is 0 in the mask and -100 in labels. input_ids comes
-        first: the HF Trainer takes the batch size from the first tensor. The other keys depend on the ``inputs`` of the
+        first: the HF Trainer takes the batch size from the first tensor. If an example has label weights,
+        loss_weights: (B, T) float32, 1 elsewhere. The other keys depend on the ``inputs`` of the
         examples:
 
         * "patches": position_ids: (B, T) int64, padding 0; patches: (N, 3*P*P) uint8, all items of the batch;
@@ -83,6 +84,10 @@ def pad(examples: Sequence[Example], pad_id: int, side: Literal["right", "left"]
         batch["input_ids"][row, place] = example.input_ids
         batch["attention_mask"][row, place] = 1
         batch["labels"][row, place] = example.labels
+    if _weighted(examples):  # no name with "label", by which the Trainer takes an input for labels
+        batch["loss_weights"] = torch.ones(shape)
+        for (row, start), example in zip(places, examples, strict=True):
+            batch["loss_weights"][row, start : start + len(example.input_ids)] = _weights_of(example)
     return batch | INPUTS[examples[0].inputs].collect(examples, places, shape)
 
 
@@ -110,6 +115,7 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
     batch = {
         "input_ids": torch.cat([example.input_ids for example in examples])[None],
         "labels": torch.cat([example.labels for example in examples])[None],
+        **({"loss_weights": torch.cat(list(map(_weights_of, examples)))[None]} if _weighted(examples) else {}),
         **INPUTS[examples[0].inputs].collect(examples, places, (1, ends[-1])),
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
@@ -142,6 +148,15 @@ def pairs_of(examples: Sequence[Example]) -> tuple[list[Example], dict[str, Any]
     if any(example.reference is not None for example in examples):
         more["reference_logps"] = torch.tensor([example.reference or (0.0, 0.0) for example in examples])
     return [*examples, *worse], more
+
+
+def _weighted(examples: Sequence[Example]) -> bool:
+    return any(example.loss_weights is not None for example in examples)
+
+
+def _weights_of(example: Example) -> torch.Tensor:
+    """The weights of an example's labels, (L,) float32."""
+    return torch.ones(len(example.input_ids)) if example.loss_weights is None else example.loss_weights
 
 
 def _check_first_label(example: Example) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypedDict, Unpack
 
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from finetune.encoding import encoder_settings
 from finetune.encoding.alignment import AlignmentError, Spans, media_faults
 from finetune.encoding.chat_template_check import complete_layout
 from finetune.encoding.chat_template_tools import ToolWriter
@@ -18,7 +19,7 @@ from finetune.encoding.example import Example, empty_example
 from finetune.encoding.example_size import ExampleSize
 from finetune.encoding.log_mel import log_mel
 from finetune.encoding.media_sizes import MediaPlan, MediaSize, PictureSize, TrackLength
-from finetune.encoding.pixel_inputs import INPUTS, Backend, ImageBackend
+from finetune.encoding.pixel_inputs import INPUTS, ImageBackend
 from finetune.encoding.text_inputs import text_tensors
 from finetune.encoding.timeline_prompt import check_timeline, plan_track, waves_of
 from finetune.encoding.video_frames import (
@@ -35,16 +36,17 @@ from finetune.families import FAMILIES, no_timeline, unsupported
 from finetune.families.family import Config, Family
 from finetune.families.settings import DOWNSAMPLE_MODE, disagreements
 from finetune.media import audio, image, transformers_processor
-from finetune.media.audio_layout import AudioPlan, AudioSpec, plan_audio
+from finetune.media.audio_layout import AudioPlan, plan_audio
 from finetune.media.slicing import MERGES, SliceSpec, plan
-from finetune.media.small_print import SmallPrint, check_installed
+from finetune.media.small_print import SmallPrint
 from finetune.media.video_sampling import VideoOptions
 from finetune.sample import DataError, Media, Sample, Track
+from finetune.templates.decision_weights import decision_weights
 from finetune.templates.duplex_fc import AUDIO_PLACE
 from finetune.templates.rendering import IGNORE, DuplexName, Rendered, Spoken, Thinking
 from finetune.templates.rendering import Vocabulary as Spelling
 from finetune.templates.tokenizer_view import TokenizerView
-from finetune.utils.errors import UserError, located
+from finetune.utils.errors import located
 from finetune.utils.log_once import warn_once
 
 logger = logging.getLogger(__name__)
@@ -94,6 +96,7 @@ class Encoder:
         video: video sampling options.
         run_seconds: seconds of audio per run of placeholders.
         image_backend: image decoding and resizing: "pillow", or "fast" with a few pixel values off by one.
+        unit_weights: weights of decisions of full-duplex records in the loss (``templates.decision_weights``).
         prompt: fields of the prompt layout.
 
     Raises:
@@ -116,6 +119,7 @@ class Encoder:
         video: VideoOptions | None = None,
         run_seconds: float | None = None,
         image_backend: ImageBackend = "pillow",
+        unit_weights: Mapping[str, float] | None = None,
         **prompt: Unpack[PromptOptions],
     ) -> None:
         self.family = family
@@ -123,10 +127,11 @@ class Encoder:
         self.max_length = max_length
         self.max_pixels = image.MAX_PIXELS if max_pixels is None else max_pixels
         self.shrink_pixels = shrink_pixels
+        self.unit_weights = unit_weights
         self._inputs = INPUTS[family.inputs]
-        self._backend = _backend(family, image_backend)
-        self.slicing = _slicing(family, config, max_slice_nums)
-        self.audio_spec = _audio_spec(family, config, run_seconds)
+        self._backend = encoder_settings.image_backend(family, image_backend)
+        self.slicing = encoder_settings.slicing_of(family, config, max_slice_nums)
+        self.audio_spec = encoder_settings.audio_of(family, config, run_seconds)
         self.video = video_options(family, config, video)
         # The prompt options count as flags under their names in the checkpoint's files.
         flags = {"max_slice_nums": max_slice_nums, "use_image_id": prompt.get("image_ids")}
@@ -322,6 +327,7 @@ class Encoder:
             group_sizes=torch.tensor(items.groups) if any(size > 1 for size in items.groups) else None,
             from_video=torch.tensor(items.video) if separate_videos else None,
             audio=log_mels,
+            loss_weights=self._loss_weights(sample, rendered),
             source=str(sample.source),
             inputs=self.family.inputs,
         )
@@ -332,6 +338,13 @@ class Encoder:
             return ()
         waves = (waves_of(media, alone=self._alone) for media in sample.media("audio"))
         return tuple(chunk for each in waves for wave in each for chunk in log_mel(wave, self.audio_spec))
+
+    def _loss_weights(self, sample: Sample, rendered: Rendered) -> torch.Tensor | None:
+        """Weights of the labels of a full-duplex record, if decisions have some."""
+        if self.unit_weights is None or sample.timeline is None:
+            return None
+        ids, labels = rendered.input_ids, rendered.labels
+        return torch.tensor(decision_weights(ids, labels, self.vocabulary, self.unit_weights))
 
     def _image(self, media: Media) -> Image.Image:
         """A decoded image, downscaled by ``shrink_pixels``."""
@@ -372,29 +385,3 @@ class Encoder:
                 f"{sample.source}: {tokens} tokens ({visual} of them for {items} image slices{also}), the limit is "
                 f"{self.max_length}; raise model_max_length, lower {lower}, or shorten or split the record"
             )
-
-
-def _backend(family: Family, name: ImageBackend) -> Backend:
-    """The image backend of that name.
-
-    Raises:
-        UserError: the family does not support it.
-    """
-    if name not in INPUTS[family.inputs].backends:
-        raise UserError(
-            f"--image_backend {name}: not supported by {family.title}, which uses the image processor of transformers; "
-            "remove the option"
-        )
-    return INPUTS[family.inputs].backends[name]
-
-
-def _slicing(family: Family, config: Config, max_slice_nums: int | None) -> SliceSpec:
-    spec = family.slice_spec(config)
-    if spec.enlarge == "adaptive":
-        check_installed()
-    return spec if max_slice_nums is None else replace(spec, max_slice_nums=max_slice_nums)
-
-
-def _audio_spec(family: Family, config: Config, run_seconds: float | None) -> AudioSpec | None:
-    spec = family.audio_spec and family.audio_spec(config)
-    return spec if spec is None or run_seconds is None else replace(spec, run_seconds=run_seconds)

@@ -28,6 +28,7 @@ class Example:
         temporal_ids: (n,) int64, time index of a packed video frame, -1 for a still image.
         group_sizes: (g,) int64, items per group; None when every item is its own group.
         from_video: (n,) bool, whether an item comes from a video, for models with separate video inputs; else None.
+        loss_weights: (L,) float32, weight of every label in the loss; None for 1.
         audio: log-mel features, (bins, T) float32 per chunk; long clips have several chunks, in order.
         audio_bound: (m, 2) int64, half-open token range of each audio placeholder run; the chunks fill the runs in
             order.
@@ -46,6 +47,7 @@ class Example:
     image_bound: torch.Tensor
     temporal_ids: torch.Tensor
     source: str
+    loss_weights: torch.Tensor | None = None
     audio: tuple[torch.Tensor, ...] = ()
     audio_bound: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int64))
     group_sizes: torch.Tensor | None = None

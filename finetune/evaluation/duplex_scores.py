@@ -52,14 +52,13 @@ def begins(played: Played) -> list[int]:
     return found
 
 
-def as_json(index: int, sample: Sample, played: Played) -> dict[str, Any]:
-    """A line of predictions.jsonl: what the model did in each second, and what the record does."""
+def units_of(sample: Sample, played: Played) -> list[dict[str, Any]]:
+    """Per second what the model did, and under "reference" the text of the record; None where the record listens."""
     assert sample.timeline is not None
     wanted: dict[int, str] = {}
     for turn in sample.timeline.turns:
         wanted |= dict.fromkeys(range(turn.first_unit, turn.last_unit + 1), "") | turn.texts()
-    units = [
+    return [
         {"speaks": len(ids) > 1, "text": text, "ends_turn": ends, "reference": wanted.get(unit)}
         for unit, (ids, text, ends) in enumerate(zip(played.units, played.texts, played.ends, strict=True))
     ]
-    return {"index": index, "id": sample.id, "prediction": played.text, "units": units}

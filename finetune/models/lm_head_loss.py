@@ -31,17 +31,23 @@ class LMHeadLoss(nn.Linear):
         self.register_parameter("bias", None)
 
     def forward(
-        self, input: torch.Tensor, targets: torch.Tensor | None = None, scaling: float = 1.0, *, by_token: bool = False
+        self,
+        input: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        scaling: float = 1.0,
+        *,
+        by_token: bool = False,
+        factors: torch.Tensor | None = None,
     ) -> Any:
         """Logits (..., V) of hidden states (..., E); with targets (M,) the loss of (M, E).
 
-        That is ``linear_nll``, or with ``by_token`` ``token_nll``.
+        That is ``linear_nll``, with the ``factors`` of the tokens, or with ``by_token`` ``token_nll``.
         """
         if targets is None:
             return super().forward(input)
         if by_token:
             return token_nll(input, self.weight, targets, scaling)
-        return linear_nll(input, self.weight, targets, scaling)
+        return linear_nll(input, self.weight, targets, scaling, factors=factors)
 
 
 def put_head(owner: Any) -> None:
@@ -52,7 +58,13 @@ def put_head(owner: Any) -> None:
 
 
 def nll_of(
-    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, scaling: float, *, by_token: bool = False
+    head: nn.Module,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    scaling: float,
+    *,
+    by_token: bool = False,
+    factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log likelihoods by one call of an output layer: a ``LMHeadLoss`` or a replacement (adapters, 4 bit).
 
@@ -62,22 +74,31 @@ def nll_of(
         targets: (M,) int64.
         scaling: what logits are divided by.
         by_token: give each of them a graph, and their sum none.
+        factors: (M,) float32, what each is multiplied with in the sum; None for 1.
 
     Returns:
-        Their sum, and each of them, (M,) float32 without a graph.
+        Their sum, and each of them without its factor, (M,) float32 without a graph.
     """
     if isinstance(head, LMHeadLoss) and not by_token:
-        return head(hidden, targets, scaling)
+        return head(hidden, targets, scaling, factors=factors)
     if isinstance(head, LMHeadLoss):
         nll = head(hidden, targets, scaling, by_token=True)
     else:
         logits = (head(hidden) / scaling).float()
         nll = F.cross_entropy(logits, targets.to(logits.device), reduction="none")
-    return (nll.detach().sum(), nll) if by_token else (nll.sum(), nll.detach())
+    if by_token:
+        return nll.detach().sum(), nll
+    return (nll if factors is None else nll * factors).sum(), nll.detach()
 
 
 def linear_nll(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scaling: float = 1.0, rows: int | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    scaling: float = 1.0,
+    rows: int | None = None,
+    *,
+    factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log likelihoods of a linear layer in float32, computed in chunks of at most ``rows`` tokens.
 
@@ -87,15 +108,20 @@ def linear_nll(
         targets: (M,) int64.
         scaling: what logits are divided by.
         rows: tokens per chunk; None for ``rows_at_once``.
+        factors: (M,) float32, what each is multiplied with in the sum; None for 1.
 
     Returns:
-        Their sum, with a graph for one backward pass, and each of them, (M,) float32 without one.
+        Their sum, with a graph for one backward pass, and each of them without its factor, (M,) float32 without one.
     """
     rows = rows or rows_at_once(len(hidden), weight)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearNll.apply(hidden, weight, targets, scaling, rows)  # pyright: ignore[reportReturnType]
+        return _LinearNll.apply(hidden, weight, targets, scaling, rows, factors)  # pyright: ignore[reportReturnType]
     nll, _, _ = _by_chunks(hidden, weight, targets, scaling, rows, (False, False))
-    return nll.sum(), nll
+    return _sum(nll, factors), nll
+
+
+def _sum(nll: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
+    return nll.sum() if factors is None else (nll * factors).sum()
 
 
 def token_nll(
@@ -129,19 +155,26 @@ class _LinearNll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scaling: float, rows: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        scaling: float,
+        rows: int,
+        factors: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        nll, *gradients = _by_chunks(hidden, weight, targets, scaling, rows, ctx.needs_input_grad[:2])
+        wanted = ctx.needs_input_grad[:2]
+        nll, *gradients = _by_chunks(hidden, weight, targets, scaling, rows, wanted, factors=factors)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(nll)
         ctx.dtype = weight.dtype
-        return nll.sum(), nll
+        return _sum(nll, factors), nll
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
         # In place, as they may be large; torch then refuses a second backward pass, as for any freed graph.
         hidden, weight = (None if tensor is None else tensor.mul_(outputs[0]) for tensor in ctx.saved_tensors)
-        return hidden, None if weight is None else weight.to(ctx.dtype), None, None, None
+        return hidden, None if weight is None else weight.to(ctx.dtype), None, None, None, None
 
 
 class _TokenNll(torch.autograd.Function):
@@ -238,6 +271,7 @@ def supervised_loss(
     scaling: float = 1.0,
     bounds: torch.Tensor | None = None,
     row_graph: bool = False,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Next-token cross entropy in float32.
 
@@ -249,17 +283,19 @@ def supervised_loss(
         scaling: what logits are divided by.
         bounds: (s + 1,) boundaries of the segments of ONE packed row; None for rows that are not packed.
         row_graph: give the sums per row a graph, and the loss none.
+        weights: (B, T) float32, weight of every label in the loss; None for 1. The divisor stays the number of labels.
 
     Returns:
-        The loss, and per row the sum of negative log likelihoods and the number of labelled tokens, (B, 2) float32;
-        with ``bounds`` per segment, (s, 2). A batch without labels has loss 0, connected to the graph.
+        The loss, and per row the sum of unweighted negative log likelihoods and the number of labelled tokens, (B, 2)
+        float32; with ``bounds`` per segment, (s, 2). A batch without labels has loss 0, connected to the graph.
     """
     labels = labels.to(hidden.device)
     rows, places, count = _labelled(labels, bounds)
     if bounds is None:
         places = places + rows * labels.shape[1]
     chosen = hidden.flatten(0, 1).index_select(0, places - 1)
-    total, nll = nll_of(head, chosen, labels.flatten()[places], scaling, by_token=row_graph)
+    factors = None if weights is None else weights.to(labels.device).flatten()[places]
+    total, nll = nll_of(head, chosen, labels.flatten()[places], scaling, by_token=row_graph, factors=factors)
     per_row = torch.zeros(count, 2, dtype=nll.dtype, device=nll.device)
     per_row = per_row.index_add(0, rows.to(nll.device), torch.stack([nll, torch.ones_like(nll)], dim=1))
     # The Trainer's count is 0 as well for a batch without labels.

@@ -112,6 +112,7 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
         num_items_in_batch: torch.Tensor | int | None = None,
         media_copies: int = 1,
         row_graph: bool = False,
+        loss_weights: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> MiniCPMVOutput:
@@ -147,6 +148,7 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
             media_copies: how often the features of all media are repeated: image_bound and audio_bound name the
                 placeholders of the first copy, then of the next. 2 for rows of two answers to the same media.
             row_graph: give ``row_loss`` a graph, instead of the loss.
+            loss_weights: (B, T) float32, weight of every label in the loss; None for 1.
             logits_to_keep: number of last positions, or their indices; 0 keeps all. Only without labels.
             **kwargs: passed to the language model (output_attentions, ...).
 
@@ -181,6 +183,7 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
             scaling=scaling,
             bounds=cu_seq_lens_q,
             row_graph=row_graph,
+            weights=loss_weights,
         )
         return _output(out, loss=loss, row_loss=row_loss)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from finetune.data_check.decision_counts import rendered_units
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import Fitted
 from finetune.media import audio
 from finetune.pages import charts
+from finetune.sample import Track
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ def timeline_view(encoder: Encoder, fitted: Fitted) -> TimelineView | None:
     timeline = fitted.sample.timeline
     if timeline is None:
         return None
-    *_, track = fitted.sample.media("audio")
+    heard = [media for media in fitted.sample.media("audio") if isinstance(media.data, Track)]
     said: dict[int, str] = {}
     for turn in timeline.turns:
         said |= turn.texts()
@@ -66,4 +69,5 @@ def timeline_view(encoder: Encoder, fitted: Fitted) -> TimelineView | None:
                 timeline.picture_units.count(number),
             )
         )
-    return TimelineView(charts.waveform(audio.load(track)), views)
+    waves = [audio.load(track) for track in heard] or [np.zeros(len(views), np.float32)]
+    return TimelineView(charts.waveform(waves[0]), views)

@@ -18,6 +18,7 @@ from finetune.readers import read
 from finetune.readers.conversation import TrainOn
 from finetune.readers.dataset_info import find_entry, open_entry
 from finetune.readers.form_detection import DataFormat
+from finetune.readers.record_keys import is_timeline
 from finetune.readers.record_reader import SampleFile
 from finetune.sample import DataError, Sample, SampleSet, Source
 
@@ -87,6 +88,14 @@ class Mixture(SampleSet):
         """Text that changes when the selection of records or the way they are read changes."""
         state = 0 if self._order is None else zlib.crc32(self._order.tobytes())
         return json.dumps([[str(file.path), file.fingerprint] for file in self._files] + [[len(self), state]])
+
+    @property
+    def has_timelines(self) -> bool:
+        """Whether some record is a full-duplex one; the records are not read as samples."""
+        if any(file.reading.form.name == "duplex" for file in self._files):
+            return True
+        records = (self.record(index) for index in range(len(self)))
+        return any(isinstance(record, dict) and is_timeline(record) for record in records)
 
     @property
     def title(self) -> str:

@@ -26,6 +26,7 @@ from finetune.readers.forms import Form
 from finetune.readers.record_media import Places, json_type
 from finetune.readers.unread_keys import misspelled, unread_notes
 from finetune.sample import DataError, Sample, SampleSet, Source, Text
+from finetune.timeline import SDK_VERSION
 from finetune.utils.errors import located
 from finetune.utils.quoting import shown
 
@@ -108,6 +109,7 @@ class RecordReader:
                 [str(folder) for folder in self.where.folders],
                 self.where.allowed is not None,
                 *filter(None, [self.pairs]),
+                SDK_VERSION,
             ]
         )
 

@@ -317,9 +317,10 @@ def _continue(model: nn.Module, wanted: LoraConfig, folder: Path, in_fp32: bool)
             f"{_names(wanted.modules_to_save)}; set --tune_vision, --tune_resampler and --lora_modules_to_save alike"
         )
     if found.trainable_token_indices != wanted.trainable_token_indices:
+        these = ("with", "has not") if found.trainable_token_indices else ("without", "adds")
         raise ArgumentError(
-            f"--lora_weight_path {folder} was trained without the rows of --duplex_prompt o45_fc, which this run adds; "
-            "train a new adapter"
+            f"--lora_weight_path {folder} was trained {these[0]} the rows of --duplex_prompt o45_fc, which this run "
+            f"{these[1]}; set the flag alike, or train a new adapter"
         )
     for name in _DECISIVE:
         here, there = getattr(wanted, name), getattr(found, name)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sounds import write_wav
 
 from finetune.commands.evaluate import main
+from finetune.evaluation import duplex_results
+from finetune.evaluation.duplex_results import RecordResult
 from finetune.utils.errors import UserError
 
 
@@ -38,7 +45,73 @@ def test_scores_and_seconds(tiny: Callable[[str], Path], data: Path, tmp_path: P
     assert "decision_accuracy" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [["--metric", "cer"], ["--predict_only"], ["--report_rows", "3"]])
+def test_the_page_shows_the_seconds(tiny: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--model", str(tiny("o4_5")), "--data", str(data), "--out", str(out), "--report_rows", "1"]
+    assert main(flags) == 0
+    page = (out / "report.html").read_text()
+    assert "2 full-duplex records of timelines.json" in page
+    assert "The 1 worst records" in page
+    assert page.count("<article") == 1
+    assert "The model, playing freely" in page
+    assert "decision accuracy" in page
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["prompt"], metrics["records"]) == ("native", 2)
+
+
+def test_an_interrupted_evaluation_goes_on(
+    tiny: Callable[[str], Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = ["--model", str(tiny("o4_5")), "--data", str(data), "--batch_size", "1", "--out"]
+    assert main([*flags, str(whole)]) == 0
+    real, played = duplex_results.play, []
+
+    def play_once(*given: Any, **options: Any) -> Any:
+        if played:
+            raise KeyboardInterrupt
+        played.append(1)
+        return real(*given, **options)
+
+    monkeypatch.setattr(duplex_results, "play", play_once)
+    with pytest.raises(KeyboardInterrupt):
+        main([*flags, str(cut)])
+    assert len((cut / "predictions.jsonl").read_text().splitlines()) == 1
+    monkeypatch.setattr(duplex_results, "play", real)
+    assert main([*flags, str(cut)]) == 0
+    for name in ("predictions.jsonl", "metrics.json"):
+        assert (cut / name).read_text() == (whole / name).read_text()
+    # A finished one plays nothing again.
+    monkeypatch.setattr(duplex_results, "play", play_once)
+    assert main([*flags, str(cut)]) == 0
+
+
+def test_two_processes_give_the_scores_of_one(tiny: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = ["--model", str(tiny("o4_5")), "--data", str(data), "--batch_size", "1", "--out"]
+    assert main([*flags, str(one)]) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "finetune", "evaluate", *flags, str(two)]
+    ranks = [subprocess.Popen(command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    ours, theirs = (json.loads((folder / "metrics.json").read_text())["scores"] for folder in (one, two))
+    assert theirs == pytest.approx(ours, rel=1e-5)
+    assert not list(two.glob("predictions.rank*"))
+
+
+def test_another_model_is_compared(tiny: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    out, model = tmp_path / "out", str(tiny("o4_5"))
+    assert main(["--model", model, "--data", str(data), "--out", str(out), "--compare", model]) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["base"] == metrics["scores"]
+    row = json.loads((out / "predictions.jsonl").read_text().splitlines()[0])
+    assert RecordResult.from_text(row["prediction_played"]) == RecordResult.from_text(row["prediction_played_base"])
+
+
+@pytest.mark.parametrize("flags", [["--metric", "cer"], ["--predict_only"]])
 def test_flags_without_effect_are_refused(
     tiny: Callable[[str], Path], data: Path, flags: list[str], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from minicpm_o5_sdk.tokenizers import load_builtin_tokenizer
 
 import finetune.models  # noqa: F401  first: it registers a tokenizer under the name that the package loads
 from finetune import duplex_sdk
+from finetune.commands.check import main as check
+from finetune.commands.evaluate import main as evaluate
 from finetune.encoding.encoder import Encoder
 from finetune.readers import read
 from finetune.sample import DataError, Sample
@@ -191,5 +194,15 @@ def test_a_run_from_records_to_a_verified_adapter(folder: Path, tmp_path: Path) 
     assert "24 rows added" in done.stderr + done.stdout
     assert "<|no_action|>" in done.stderr + done.stdout
     assert "duplex_sdk: 0.0.6" in (tmp_path / "out" / "run.yaml").read_text()
+    scores = tmp_path / "scores"
+    data = ["--data", str(tmp_path / "d.json"), "--out", str(scores), "--dtype", "float32", "--device", "cpu"]
+    assert evaluate(["--model", str(tmp_path / "out"), "--compare", "base", *data]) == 0
+    metrics = json.loads((scores / "metrics.json").read_text())
+    assert (metrics["prompt"], metrics["minicpm_o5_sdk"]) == ("o45_fc", "0.0.6")
+    assert "decision_accuracy" in metrics["base"]
+    page = tmp_path / "page.html"
+    checked = ["--data", str(tmp_path / "d.json"), "--duplex_prompt", "o45_fc", "--html", str(page)]
+    assert check(["--model", str(folder), *checked]) == 0
+    assert "<ai_non_spoken_slot>" in html.unescape(page.read_text())
     size = (tmp_path / "out" / "checkpoint-1" / "adapter_model.safetensors").stat().st_size
     assert size < 1_000_000  # not all of the embeddings

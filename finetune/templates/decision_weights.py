@@ -1,0 +1,28 @@
+"""Weights of decisions in the loss of full-duplex records: listen, speak, and listen right after an own turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from finetune.templates.duplex import decided_units
+from finetune.templates.rendering import Vocabulary
+
+WEIGHTED = ("listen", "speak", "yield")
+"""The decisions; "yield" is a listen right after the model has ended a turn."""
+
+
+def decision_weights(
+    ids: Sequence[int], labels: Sequence[int], vocabulary: Vocabulary, weights: Mapping[str, float]
+) -> list[float]:
+    """The weight of every token of a rendered full-duplex record: 1, but for the decisions.
+
+    Args:
+        ids: token ids, in either prompt.
+        labels: labels.
+        vocabulary: the tokenizer.
+        weights: by name, of WEIGHTED; 1 for a name that is missing.
+    """
+    found = [1.0] * len(ids)
+    for unit in decided_units(ids, labels, vocabulary):
+        found[unit.first] = weights.get("speak" if unit.speaks else "yield" if unit.yields else "listen", 1.0)
+    return found
