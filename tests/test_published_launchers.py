@@ -116,13 +116,15 @@ def free_port() -> int:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_flags_run_unchanged(name, tiny, demo_data, tmp_path):
     family, llm_type, flags = PUBLISHED[name]
+    # The vendor's own two as they are launched; the flags of the others mean the same to every number of ranks.
+    ranks = "2" if name.startswith("OpenBMB/MiniCPM-V ") else "1"
     paths = ["--model_name_or_path", str(tiny(family)), "--llm_type", llm_type]
     paths += ["--data_path", str(demo_data / "train.json"), "--eval_data_path", str(demo_data / "eval.json")]
     # The last of two equal flags counts; nothing of the published list is left out.
     short = "--max_steps 2 --eval_steps 2 --save_steps 2 --gradient_accumulation_steps 1 --verify_adapter off"
     command = [
         str(Path(sys.executable).parent / "torchrun"),
-        *("--nproc_per_node", "2", "--nnodes", "1", "--node_rank", "0"),
+        *("--nproc_per_node", ranks, "--nnodes", "1", "--node_rank", "0"),
         *("--master_addr", "localhost", "--master_port", str(free_port()), "--", str(ROOT / "finetune.py")),
         *paths,
         *shlex.split(COMMON + flags),
