@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from made_records import write_pairs
 from peft import PeftModel
 from stack import KINDS, build, flags, near, steps, trained, unwrapped
@@ -186,3 +187,27 @@ def test_two_and_two_steps_are_four(make, tmp_path, kind):
     assert steps(resumed) == steps(whole)
     expected = trained(whole)
     assert [name for name, value in trained(resumed).items() if not torch.equal(value, expected[name])] == []
+
+
+def test_a_batch_of_4_6_has_the_log_probabilities_of_the_class_of_transformers(tiny, data, tmp_path):
+    """As TRL computes them: a row and pixels of its own for every answer, logits of every token. What becomes of them
+    is compared with TRL's figures in tests/training/test_preference_loss.py."""
+    trainer = build(flags(tiny("v4_6"), data, tmp_path / "out", "--stage", "dpo"))
+    dataset, collator = trainer.train_dataset, trainer.data_collator
+    assert isinstance(dataset, SupervisedDataset)
+    assert isinstance(collator, DataCollator)
+    examples = [dataset[index] for index in range(8)]
+    batch = collator(examples)
+    del batch["sources"], batch["pair_weights"]
+    rows = [replace(example, rejected=None) for example in examples]
+    rows += [replace(each.rejected, borrows_media=False) for each in examples if each.rejected is not None]
+    separate = DataCollator(collator.pad_id)(rows)
+    labels = separate.pop("labels")[:, 1:]
+    del separate["sources"]
+    stock = transformers.MiniCPMV4_6ForConditionalGeneration.from_pretrained(tiny("v4_6"), dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = unwrapped(trainer).eval()(**batch).row_loss
+        likely = stock(**separate).logits[:, :-1].log_softmax(-1)
+    picked = likely.gather(2, labels.clamp(min=0)[..., None])[..., 0] * (labels >= 0)
+    assert torch.equal(found[:, 1], (labels >= 0).sum(1).float())
+    assert torch.allclose(-found[:, 0], picked.sum(1), rtol=1e-5, atol=1e-5)
