@@ -53,7 +53,9 @@ EXAMPLES = {
     "duplex": "o4_5",
 }
 # Their data, where a conversation with an image would not do.
-DATA_OF_EXAMPLES = {"dpo": "pairs", "duplex": "timelines"}
+DATA_OF_EXAMPLES = {"dpo": "columns", "duplex": "timelines"}
+# The report has the answers before and after.
+FLAGS_OF_EXAMPLES = {"dpo": ("--eval_generate", "2", "--eval_on_start", "true")}
 FLAGS = (
     "--max_steps 2 --per_device_train_batch_size 2 --save_strategy no --report_to none --disable_tqdm true "
     "--dataloader_num_workers 0 --max_slice_nums 4 --learning_rate 1e-3 --check off --do_eval true --use_cpu true"
@@ -124,7 +126,7 @@ def train(families: list[str], models: Path, data: Path, out: Path) -> None:
         records = str(data / f"{DATA_OF_EXAMPLES.get(name, 'image')}.json")
         argv += ["--data_path", records, "--eval_data_path", records]
         argv += ["--output_dir", str(out / name), "--deepspeed", "none", "--verify_adapter", "off", *FLAGS.split()]
-        examples[name] = run(launched, [*argv, "--max_steps", "1"])
+        examples[name] = run(launched, [*argv, "--max_steps", "1", *FLAGS_OF_EXAMPLES.get(name, ())])
         (out / "examples.json").write_text(json.dumps(examples))
 
 

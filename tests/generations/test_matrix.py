@@ -26,7 +26,7 @@ def write_data(folder: Path) -> Path:
     folder.mkdir()
     for index, size in enumerate(((224, 112), (112, 112), (60, 150))):
         Image.effect_noise(size, 80).convert("RGB").save(folder / f"{index}.png")
-    records: dict[str, list[dict]] = {name: [] for name in (*DATA, *MORE, PAIRS, "timelines")}
+    records: dict[str, list[dict]] = {name: [] for name in (*DATA, *MORE, PAIRS, "columns", "timelines")}
     write_clip(folder / "0.mp4", 12, fps=6, size=(112, 64))
     write_clip(folder / "1.gif", 8, fps=4, size=(60, 112))
     for index in range(3):
@@ -48,6 +48,9 @@ def write_data(folder: Path) -> Path:
         records["video"].append({"id": str(index), **seen, "conversations": plain})
         records["several"].append({"id": str(index), "image": several, "conversations": both})
         timeline = {"user": [{"audio": "2.wav", "start": 0}], "assistant": [{"text": "Now.", "start": index + 0.5}]}
+        # RLAIF-V's columns.
+        texts = {"question": "Which number?", "chosen": f"It is number {index}.", "rejected": "It is a letter."}
+        records["columns"].append({"image": f"{index % 3}.png", **texts})
         records["timelines"].append({"id": str(index), "duplex": timeline})
         worse = {"rejected_response": "I would say that it is a letter."}
         records[PAIRS].append({**records[("image", "text", "several", "image")[index]][-1], **worse})
@@ -93,6 +96,13 @@ def test_example_makes_a_step(matrix, name):
     """Those with LoRA for a family are runs of the matrix."""
     result = json.loads((matrix / "examples.json").read_text())[name]
     assert (result["status"], result["steps"]) == ("ok", 1)
+
+
+def test_preference_training_on_columns_ends_in_a_report_with_answers_before_and_after(matrix):
+    page = (matrix / "dpo" / "report.html").read_text()
+    for words in ("Which number?", "It is number 0.", "Answer before training", "Answer at step 1"):
+        assert page.count(words) >= 1, words
+    assert page.count("data:image/jpeg;base64,") == 2
 
 
 def test_there_are_no_other_examples():
