@@ -3,6 +3,9 @@
 ``--help``, ``check`` of 128 small records with nothing cached, one LoRA step of a tiny 2.6 with and without
 verification, and finetune_lora.sh on two CPU processes. The CPU seconds of all processes of a command are counted, one
 thread each; both sides in turn, the median of five. Figures go to benchmarks/results.csv.
+
+The older commit does not train with transformers 5.24, whose generation it does not know. Both sides run with another
+version in a folder of its own: ``pip install --no-deps --target DIR transformers==5.23.0``, then --packages DIR.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from results import append
+from results import Row, append
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"only these of: {', '.join(CASES)}")
     parser.add_argument("--before", default=BEFORE, help="commit, or folder of a checkout (default: %(default)s)")
+    parser.add_argument(
+        "--packages", type=Path, metavar="DIR", help="packages that both sides prefer to installed ones"
+    )
     parser.add_argument("--runs", type=int, default=5, help="runs of either side (default: 5)")
     parser.add_argument("--dry", action="store_true", help="append nothing to results.csv")
     given = parser.parse_args(argv)
@@ -52,16 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
     from finetune.tiny.demo_dataset import write_demo_dataset
 
-    rows = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name, checkout(given.before) as before:
         folder = Path(name)
         base = write_tiny_checkpoint("v2_6", folder / "base")
         data = write_demo_dataset(folder / "data", train=128, eval=1) / "train.json"
+        own = {"MODEL": str(base), "DATA": str(data), "PACKAGES": str(given.packages or "")}
         for chosen in given.cases or CASES:
             case, command = CASES[chosen]
             words = {"python": sys.executable, "base": str(base), "data": str(data), "out": str(folder / "out")}
             sides = [command.format(**words).split()] * 2
-            figures = interleaved(sides, (ROOT, before), given.runs, folder, {"MODEL": str(base), "DATA": str(data)})
+            figures = interleaved(sides, (ROOT, before), given.runs, folder, own)
             ours, theirs = map(statistics.median, figures)
             rows.append((f"CPU time, {case}", ours, theirs, theirs / ours, f"CPU s, {BEFORE} / now"))
             print(f"{rows[-1][0]:<70} {ours:>8.2f} {theirs:>8.2f} {theirs / ours:>6.2f}", flush=True)
@@ -106,7 +113,8 @@ def cpu_seconds(command: Sequence[str], side: Path, more: Mapping[str, str]) -> 
     Raises:
         SystemExit: it failed; with the end of what it printed.
     """
-    environment = {**os.environ, "PYTHONPATH": str(side), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    path = os.pathsep.join(filter(None, [str(side), more.get("PACKAGES")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
     environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **more}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, cwd=side, env=environment, capture_output=True, text=True, check=False)
