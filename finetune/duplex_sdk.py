@@ -54,6 +54,7 @@ class PlacedRecord:
         turns: turns of the model; the words of a unit have one time, which belongs to that unit.
         prepared: its ids and labels.
         beyond: what the native prompt has no place for, in words.
+        notes: what the package says of a record that it takes.
     """
 
     units: int
@@ -62,6 +63,7 @@ class PlacedRecord:
     turns: tuple[SpokenTurn, ...]
     prepared: PreparedIds
     beyond: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def place(record: Mapping[str, Any]) -> PlacedRecord:
@@ -95,6 +97,7 @@ def _placed(text: str) -> PlacedRecord:
         tuple(_turns(result.arrangement.tracks)),
         PreparedIds(tuple(tokens.input_ids), tuple(tokens.labels)),
         tuple(_beyond(data)),
+        tuple(dict.fromkeys(f"{PACKAGE} reports {issue.code}" for issue in tokens.validation_report.issues)),
     )
 
 

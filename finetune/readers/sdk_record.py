@@ -41,7 +41,8 @@ def read_record(record: Mapping[str, Any], where: Places) -> tuple[tuple[Message
     heard: tuple[Part, ...] = (Media("audio", track),) if track.clips else ()
     said = Message("assistant", tuple(Text(turn.text) for turn in placed.turns), train=True)
     messages = (*([Message("system", system)] if system else ()), Message("user", heard), said)
-    return messages, Timeline(placed.turns, prepared=placed.prepared, beyond=_beyond(placed, system, heard)), ()
+    timeline = Timeline(placed.turns, prepared=placed.prepared, beyond=_beyond(placed, system, heard))
+    return messages, timeline, placed.notes
 
 
 def _beyond(placed: PlacedRecord, system: tuple[Part, ...], heard: tuple[Part, ...]) -> tuple[str, ...]:

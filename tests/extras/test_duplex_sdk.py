@@ -13,7 +13,9 @@ from typing import Any
 
 import minicpm_o5_sdk as sdk
 import pytest
+import torch
 from minicpm_o5_sdk.tokenizers import load_builtin_tokenizer
+from safetensors.torch import load_file
 
 import finetune.models  # noqa: F401  first: it registers a tokenizer under the name that the package loads
 from finetune import duplex_sdk
@@ -160,6 +162,14 @@ def test_mistakes_name_record_and_place(change: Callable[[Any], Any], said: str,
     assert "d.json, record 0 (id 'made-up-1')" in str(caught.value)
 
 
+def test_what_the_package_only_reports_is_a_note(tmp_path: Path) -> None:
+    record = json.loads((GOLDEN / "records.json").read_text())[1]
+    for name in ("ask.wav", "voice.wav"):
+        write_wav(tmp_path / name, 1.5)
+    record["tracks"]["ai_non_spoken"]["segments"][0]["content"]["text"] = "Then <|listen|>."
+    assert any("minicpm-o5-sdk reports payload_contains" in note for note in read_one(record, tmp_path).notes)
+
+
 def spoken(record: Any) -> Any:
     return record["tracks"]["ai_spoken"]["segments"][0]
 
@@ -177,32 +187,85 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     duplex_sdk._package.cache_clear()
 
 
-def test_a_run_from_records_to_a_verified_adapter(folder: Path, tmp_path: Path) -> None:
-    """Training reads the records by the package, adds the rows, and verifies what it saved in a new process."""
-    for name, seconds in {"ask.wav": 1.5, "say.wav": 2.5, "voice.wav": 1.0}.items():
-        write_wav(tmp_path / name, seconds)
+@pytest.fixture(scope="module")
+def flags(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Flags of a run on eight records."""
+    place = tmp_path_factory.mktemp("data")
+    for name, seconds in {"ask.wav": 1.5, "voice.wav": 1.0}.items():
+        write_wav(place / name, seconds)
     records = json.loads((GOLDEN / "records.json").read_text())
-    (tmp_path / "d.json").write_text(json.dumps(records * 2))
-    flags = {"model_name_or_path": folder, "data_path": tmp_path / "d.json", "output_dir": tmp_path / "out"}
-    flags |= {"duplex_prompt": "o45_fc", "use_lora": "true", "lora_r": 4, "max_steps": 2, "learning_rate": 1e-3}
-    flags |= {"per_device_train_batch_size": 2, "report_to": "none", "use_cpu": "true", "model_max_length": 1024}
-    flags |= {"save_strategy": "steps", "save_steps": 1, "check_base_loss": "off"}
-    command = [sys.executable, "finetune.py", *(f"--{name}={value}" for name, value in flags.items())]
+    (place / "d.json").write_text(json.dumps(records * 4))
+    given = {"model_name_or_path": folder, "data_path": place / "d.json", "duplex_prompt": "o45_fc", "max_steps": 3}
+    given |= {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "report_to": "none", "use_cpu": "true"}
+    given |= {"model_max_length": 1024, "check_base_loss": "off", "train_sampling_strategy": "sequential"}
+    return given | {"dataloader_num_workers": 0, "unit_loss_weights": "yield=5", "per_device_train_batch_size": 2}
+
+
+LORA = {"use_lora": "true", "lora_r": 4, "lora_dropout": 0}
+FULL = {"tune_llm": "true", "tune_vision": "false", "tune_resampler": "false"}
+
+
+def train(out: Path, flags: dict[str, Any], processes: int = 1) -> str:
+    """Runs finetune.py; returns what it printed, with the verdict of the process that verified."""
+    several = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    given = [f"--{name}={value}" for name, value in {**flags, "output_dir": out}.items()]
+    command = [sys.executable, *several, "finetune.py", *given]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "verified=true" in done.stdout + done.stderr
-    assert "24 rows added" in done.stderr + done.stdout
-    assert "<|no_action|>" in done.stderr + done.stdout
-    assert "duplex_sdk: 0.0.6" in (tmp_path / "out" / "run.yaml").read_text()
-    scores = tmp_path / "scores"
-    data = ["--data", str(tmp_path / "d.json"), "--out", str(scores), "--dtype", "float32", "--device", "cpu"]
-    assert evaluate(["--model", str(tmp_path / "out"), "--compare", "base", *data]) == 0
-    metrics = json.loads((scores / "metrics.json").read_text())
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An adapter with its checkpoints, and what its run printed."""
+    out = tmp_path_factory.mktemp("out")
+    return out, train(out, {**flags, **LORA, "save_steps": 1})
+
+
+def test_a_run_from_records_to_a_verified_adapter(
+    trained: tuple[Path, str], flags: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    """Training reads the records by the package, adds the rows, and verifies what it saved in a new process."""
+    out, printed = trained
+    assert "24 rows added" in printed
+    assert "<|no_action|>" in printed
+    assert "duplex_sdk: 0.0.6" in (out / "run.yaml").read_text()
+    size = (out / "checkpoint-1" / "adapter_model.safetensors").stat().st_size
+    assert size < 1_000_000  # not all of the embeddings
+    data = ["--data", str(flags["data_path"])]
+    words = ["--model", str(out), "--compare", "base", *data, "--out", str(tmp_path), "--limit", "2"]
+    assert evaluate([*words, "--dtype", "float32", "--device", "cpu"]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["prompt"], metrics["minicpm_o5_sdk"]) == ("o45_fc", "0.0.6")
     assert "decision_accuracy" in metrics["base"]
     page = tmp_path / "page.html"
-    checked = ["--data", str(tmp_path / "d.json"), "--duplex_prompt", "o45_fc", "--html", str(page)]
-    assert check(["--model", str(folder), *checked]) == 0
+    assert check(["--model", str(folder), *data, "--duplex_prompt", "o45_fc", "--html", str(page)]) == 0
     assert "<ai_non_spoken_slot>" in html.unescape(page.read_text())
-    size = (tmp_path / "out" / "checkpoint-1" / "adapter_model.safetensors").stat().st_size
-    assert size < 1_000_000  # not all of the embeddings
+
+
+def test_resumed_and_zero_2_are_one_run(trained: tuple[Path, str], flags: dict[str, Any], tmp_path: Path) -> None:
+    expected = load_file(trained[0] / "adapter_model.safetensors")
+    again = {**flags, **LORA, "resume_from_checkpoint": trained[0] / "checkpoint-1", "save_strategy": "no"}
+    train(tmp_path / "resumed", again)
+    resumed = load_file(tmp_path / "resumed" / "adapter_model.safetensors")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+    halved = {"per_device_train_batch_size": 1, "save_strategy": "no", "deepspeed": "ds_config_zero2.json"}
+    train(tmp_path / "zero2", {**flags, **LORA, **halved}, processes=2)
+    zero2 = load_file(tmp_path / "zero2" / "adapter_model.safetensors")
+    assert expected.keys() == zero2.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(zero2[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_zero_3_in_full_is_one_process(flags: dict[str, Any], tmp_path: Path) -> None:
+    losses = []
+    for name, more, processes in (
+        ("one", {}, 1),
+        ("zero3", {"per_device_train_batch_size": 1, "deepspeed": "ds_config_zero3.json"}, 2),
+    ):
+        train(tmp_path / name, {**flags, **FULL, **more, "save_strategy": "no", "logging_steps": 1}, processes)
+        log = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        losses.append([entry["loss"] for entry in log if "loss" in entry])
+        assert json.loads((tmp_path / name / "config.json").read_text())["vocab_size"] == 151_772
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
