@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import metadata
@@ -73,22 +74,24 @@ def place(record: Mapping[str, Any]) -> PlacedRecord:
         DataError: the package refuses the record, with the place in it; or it has video, or units of another length.
         UserError: the package is missing, or of another version.
     """
-    return _placed(json.dumps(record))
+    try:
+        text = json.dumps(record)
+    except TypeError as error:
+        raise DataError(f"has a value that no JSON of {PACKAGE} has ({error}); give paths of files") from error
+    return _placed(text)
 
 
 @lru_cache(maxsize=_KEPT)
 def _placed(text: str) -> PlacedRecord:
     package, tokenizer = _package(), _tokenizer()
-    record = json.loads(text)
-    try:
-        data = package.O5DuplexTrainingData.load_structure(record)
-        if data.tracks.user_video is not None and data.tracks.user_video.segments:
-            raise DataError("tracks.user_video has segments, whose files the package does not decode; remove them")
-        if data.unit_policy.unit_sec != 1.0:
-            raise DataError(f"unit_policy.unit_sec is {data.unit_policy.unit_sec:g}; only units of 1.0 second are read")
+    with _refused():
+        data = package.O5DuplexTrainingData.load_structure(json.loads(text))
+    if data.tracks.user_video is not None and data.tracks.user_video.segments:
+        raise DataError("tracks.user_video has segments, whose files the package does not decode; remove them")
+    if data.unit_policy.unit_sec != 1.0:
+        raise DataError(f"unit_policy.unit_sec is {data.unit_policy.unit_sec:g}; only units of 1.0 second are read")
+    with _refused():
         result = data.tokenize(tokenizer=tokenizer)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(_refusal(error)) from error
     tokens = result.tokenized_data
     return PlacedRecord(
         len(tokens.unit_spans),
@@ -141,6 +144,19 @@ def _tokenizer() -> Any:
     made = tokenizers.MiniCPMO45FcTokenizer(bundle_path=bundle, manifest=manifest, base_adapter=adapter)
     made.validate_bundle()
     return made
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Turns what the package raises about a record into one line.
+
+    Raises:
+        DataError: with it.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+        raise DataError(_refusal(error)) from error
 
 
 def _refusal(error: Exception) -> str:

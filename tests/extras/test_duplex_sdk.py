@@ -37,6 +37,16 @@ GOLDEN = ROOT / "tests" / "golden" / "duplex"
 CASES = Path(str(resources.files("minicpm_o5_sdk"))) / "visualizers" / "duplex" / "guidebook" / "cases" / "exported"
 
 
+VIDEO = {
+    "segments": [
+        {
+            "video": {"__class__": "O5LazyVideo", "duration_sec": 1.0, "file_path": "a.mp4"},
+            "start_trigger": {"refs": [{"type": "global", "offset_sec": 0.0}], "mode": "immediate"},
+        }
+    ]
+}
+
+
 def variants() -> Iterator[tuple[Any, str]]:
     for case in sdk.list_case_ids():
         for variant in sdk.list_case_variants(case):
@@ -147,7 +157,9 @@ def test_its_other_target_does_not_load() -> None:
         (lambda r: spoken(r)["start_trigger"]["refs"][0].update(segment_index=9), r"ai_spoken\[0\]..*user_audio\[9\]"),
         (lambda r: spoken(r)["audio"].update(duration_sec=-1), "audio must have a duration above 0"),
         (lambda r: r["system"]["segments"][0].update(text="<|endoftext|>"), "<|endoftext|>"),
-        (lambda r: r["unit_policy"].update(unit_sec=0.5), "refuses the record|only units of 1.0 second"),
+        (lambda r: r["unit_policy"].update(unit_sec=0.5), r": unit_policy.unit_sec is 0.5; only units of 1.0 second"),
+        (lambda r: r["tracks"].update(user_video=VIDEO), r": tracks.user_video has segments, whose files"),
+        (lambda r: r["tracks"].update(user_audio=b"RIFF"), "has a value that no JSON of minicpm-o5-sdk has"),
         (lambda r: r.update(speed=1), "has the key 'speed', which is not read in a record of minicpm-o5-sdk"),
         (lambda r: heard(r)["audio"].update(file_path="missing.wav"), "audio 'missing.wav' does not exist"),
         (lambda r: heard(r)["audio"].pop("file_path"), r"tracks.user_audio.segments\[0\] has no file_path"),
@@ -157,8 +169,9 @@ def test_mistakes_name_record_and_place(change: Callable[[Any], Any], said: str,
     record = json.loads((GOLDEN / "records.json").read_text())[0]
     write_wav(tmp_path / "ask.wav", 1.5)
     change(record)
+    (tmp_path / "d.json").write_text("[{}]")
     with pytest.raises(DataError, match=said) as caught:
-        read_one(record, tmp_path)
+        read(tmp_path / "d.json", records=[record], data_format="duplex", image_root=CASES)[0]
     assert "d.json, record 0 (id 'made-up-1')" in str(caught.value)
 
 
