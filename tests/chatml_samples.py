@@ -9,7 +9,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.families import by_name
 from finetune.media.slicing import SlicePlan
 from finetune.sample import Media, Message, Part, Sample, Source, Text
-from finetune.templates.rendering import IGNORE, Rendered
+from finetune.templates.rendering import IGNORE, TokenizedPrompt
 
 CHATML = ("v2_6", "o2_6", "v4_0", "v4_5", "o4_5")
 THINKING = ("v4_5", "o4_5")
@@ -36,16 +36,16 @@ def encoder(family: str, **options: Any) -> Encoder:
     return Encoder(by_name(family), written(family), {"query_num": 4, "slice_config": {"max_slice_nums": 9}}, **options)
 
 
-def render(family: str, sample: Sample, *plans: SlicePlan, generate: bool = False, **options: Any) -> Rendered:
+def render(family: str, sample: Sample, *plans: SlicePlan, generate: bool = False, **options: Any) -> TokenizedPrompt:
     return encoder(family, **options).render(sample, plans, generate)
 
 
-def text(family: str, rendered: Rendered) -> str:
+def text(family: str, rendered: TokenizedPrompt) -> str:
     """The prompt, a run of placeholders as one question mark."""
     return str(written(family).decode(rendered.input_ids, skip_special_tokens=False)).replace("<unk>" * 4, "?")
 
 
-def trained(family: str, rendered: Rendered) -> list[str]:
+def trained(family: str, rendered: TokenizedPrompt) -> list[str]:
     """The text of every run of labels; every label is the id at its place."""
     runs: list[list[int]] = [[]]
     for label, number in zip(rendered.labels, rendered.input_ids, strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from finetune.sample import DataError, SampleSet
 from finetune.templates.duplex import MOST_TOKENS, DecidedUnit, decided_units
-from finetune.templates.rendering import Rendered, Vocabulary
+from finetune.templates.rendering import PromptTokenizer, TokenizedPrompt
 
 # Below this share of a kind of decision the report says that it is rare.
 _RARE = 0.1
@@ -15,7 +15,7 @@ Decisions = tuple[int, int, int, int]
 """Number of units, of those that speak, of turns, and of units that listen right after a turn."""
 
 
-def rendered_units(rendered: Rendered, vocabulary: Vocabulary) -> list[DecidedUnit]:
+def rendered_units(rendered: TokenizedPrompt, vocabulary: PromptTokenizer) -> list[DecidedUnit]:
     """The units of a rendered full-duplex record."""
     return decided_units(rendered.input_ids, rendered.labels, vocabulary)
 

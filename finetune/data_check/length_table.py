@@ -9,7 +9,7 @@ import numpy as np
 
 from finetune.encoding.encoder import Encoder
 from finetune.sample import DataError, Sample
-from finetune.templates.rendering import CachedVocabulary
+from finetune.templates.rendering import CachedPromptTokenizer
 
 MEASURED = 300
 """Number of records that are measured, evenly spaced."""
@@ -59,7 +59,7 @@ def measure_lengths(samples: Sequence[Sample], encoder: Encoder) -> LengthTable 
 
 
 def _row(sample: Sample, encoder: Encoder, candidates: Sequence[int]) -> list[int]:
-    sizes, vocabulary = encoder.sizes(sample), CachedVocabulary(encoder.vocabulary)
+    sizes, vocabulary = encoder.sizes(sample), CachedPromptTokenizer(encoder.vocabulary)
     row, known = [], {}
     for slices in candidates:
         plans = encoder.plans(sizes, slices or None)

@@ -9,7 +9,7 @@ import torch
 
 from finetune.encoding.video_frames import FrameItems
 from finetune.media.audio_layout import AudioPlan
-from finetune.templates.rendering import IGNORE, Layout, Rendered
+from finetune.templates.rendering import IGNORE, PromptLayout, TokenizedPrompt
 
 
 class AlignmentError(RuntimeError):
@@ -28,13 +28,13 @@ class Spans:
         audio_placeholder: token id that audio features replace.
     """
 
-    layout: Layout
+    layout: PromptLayout
     patch: int
     placeholder: int
     video_placeholder: int
     audio_placeholder: int
 
-    def faults(self, rendered: Rendered, items: FrameItems, audio_plans: Sequence[AudioPlan]) -> Iterator[str]:
+    def faults(self, rendered: TokenizedPrompt, items: FrameItems, audio_plans: Sequence[AudioPlan]) -> Iterator[str]:
         """Visual items and clips without their placeholder run, and placeholders outside of any run."""
         ids = rendered.input_ids
         runs = [ids[first:last] for first, last in rendered.image_bounds]

@@ -11,7 +11,7 @@ import jinja2
 
 from finetune.families.family import Family
 from finetune.sample import Message, Sample, Source, Text
-from finetune.templates.rendering import Layout
+from finetune.templates.rendering import PromptLayout
 from finetune.templates.tokenizer_view import TokenizerView
 from finetune.utils.errors import UserError
 from finetune.utils.log_once import warn_once
@@ -38,7 +38,7 @@ class TemplateMismatchError(UserError):
     """The checkpoint's chat template and ours give different prompts."""
 
 
-def complete_layout(family: Family, layout: Layout, tokenizer: PreTrainedTokenizerBase) -> Layout:
+def complete_layout(family: Family, layout: PromptLayout, tokenizer: PreTrainedTokenizerBase) -> PromptLayout:
     """The layout with the fields listed in ``assumed`` read from the checkpoint's own files.
 
     The chat template gives the default system turn, bos, trimming and thinking; the tokenizer gives bos. A field that
@@ -86,7 +86,7 @@ def complete_layout(family: Family, layout: Layout, tokenizer: PreTrainedTokeniz
 def check_chat_template(
     family: Family,
     tokenizer: PreTrainedTokenizerBase,
-    layout: Layout | None = None,
+    layout: PromptLayout | None = None,
     vocabulary: TokenizerView | None = None,
 ) -> bool:
     """Renders a short conversation with the tokenizer's chat template and with ours, and compares the token ids.
@@ -127,7 +127,7 @@ def check_chat_template(
 
 
 def _apply(
-    family: Family, tokenizer: PreTrainedTokenizerBase, turns: tuple[tuple[str, str], ...], layout: Layout
+    family: Family, tokenizer: PreTrainedTokenizerBase, turns: tuple[tuple[str, str], ...], layout: PromptLayout
 ) -> str:
     """The conversation rendered by the tokenizer's chat template, with the generation prompt."""
     conversation = [{"role": role, "content": text} for role, text in turns]
@@ -146,7 +146,7 @@ def _head(family: Family, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The text that the chat template writes before the first user turn; None without a template."""
     if not tokenizer.chat_template:
         return None
-    written = _apply(family, tokenizer, _TURNS[:1], Layout())
+    written = _apply(family, tokenizer, _TURNS[:1], PromptLayout())
     before, turn, _ = written.partition(FIRST_TURN + _TURNS[0][1])
     # Without such a turn the whole prompts differ; ``check_chat_template`` reports the difference.
     return before if turn else ""
@@ -154,7 +154,7 @@ def _head(family: Family, tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _thinks(family: Family, tokenizer: PreTrainedTokenizerBase) -> bool | None:
     """The template's default for ``enable_thinking``; None if its generation prompt has no think block."""
-    opening = _apply(family, tokenizer, _TURNS[:1], Layout(enable_thinking=None)).rpartition("assistant\n")[2]
+    opening = _apply(family, tokenizer, _TURNS[:1], PromptLayout(enable_thinking=None)).rpartition("assistant\n")[2]
     return "</think>" not in opening if "<think>" in opening else None
 
 

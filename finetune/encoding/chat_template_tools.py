@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.encoding.chat_template_check import FIRST_TURN, SYSTEM_TURN, TEMPLATE_FAULTS, TemplateMismatchError
 from finetune.families.family import Family
 from finetune.sample import Call, DataError, Message, Part, Sample, Text, Tool
-from finetune.templates.rendering import Layout
+from finetune.templates.rendering import PromptLayout
 from finetune.templates.turn_order import trimmed
 from finetune.utils.errors import located
 
@@ -40,7 +40,7 @@ class ToolWriter:
     """
 
     def __init__(
-        self, family: Family, tokenizer: PreTrainedTokenizerBase, layout: Layout, families: Sequence[Family]
+        self, family: Family, tokenizer: PreTrainedTokenizerBase, layout: PromptLayout, families: Sequence[Family]
     ) -> None:
         self._family = family
         self._tokenizer = tokenizer

@@ -43,8 +43,8 @@ from finetune.media.video_sampling import VideoOptions
 from finetune.sample import DataError, Media, Sample, Track
 from finetune.templates.decision_weights import decision_weights
 from finetune.templates.duplex_fc import AUDIO_PLACE
-from finetune.templates.rendering import IGNORE, DuplexName, Rendered, Spoken, Thinking
-from finetune.templates.rendering import Vocabulary as Spelling
+from finetune.templates.rendering import IGNORE, DuplexName, Spoken, Thinking, TokenizedPrompt
+from finetune.templates.rendering import PromptTokenizer as Spelling
 from finetune.templates.tokenizer_view import TokenizerView
 from finetune.utils.errors import located
 from finetune.utils.log_once import warn_once
@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 class PromptOptions(TypedDict, total=False):
-    """Prompt options that the user can set; see ``Layout``."""
+    """Prompt options that the user can set; see ``PromptLayout``."""
 
     thinking: Thinking
     enable_thinking: bool | None
@@ -242,7 +242,7 @@ class Encoder:
             generate = sample.messages[-1].role != "assistant"
         return self.size_of(sample, plans, self.render(sample, plans, generate))
 
-    def size_of(self, sample: Sample, plans: Sequence[MediaPlan], rendered: Rendered) -> ExampleSize:
+    def size_of(self, sample: Sample, plans: Sequence[MediaPlan], rendered: TokenizedPrompt) -> ExampleSize:
         """Size of a rendered sample."""
         sizes = items_of(self._expanded(sample, plans), self.slicing.patch_size).grids
         frames = sum(sum(clip.frames) for clip in plans if isinstance(clip, AudioPlan))
@@ -274,14 +274,14 @@ class Encoder:
         generate: bool = False,
         *,
         vocabulary: Spelling | None = None,
-    ) -> Rendered:
+    ) -> TokenizedPrompt:
         """Token ids and labels of a sample, with the placeholders of ``plans``.
 
         Args:
             sample: the conversation.
             plans: one per medium.
             generate: as in ``encode``.
-            vocabulary: this encoder's, as a ``CachedVocabulary`` where a sample is rendered several times.
+            vocabulary: this encoder's, as a ``CachedPromptTokenizer`` where a sample is rendered several times.
 
         Raises:
             DataError: text the tokenizer cannot represent, or turns the template does not support.
@@ -297,7 +297,7 @@ class Encoder:
                 return self.family.render_timeline(*expanded, vocabulary or self.vocabulary, layout)
             return self.family.render(*expanded, vocabulary or self.vocabulary, layout, generate)
 
-    def assemble(self, sample: Sample, plans: Sequence[MediaPlan], rendered: Rendered) -> Example:
+    def assemble(self, sample: Sample, plans: Sequence[MediaPlan], rendered: TokenizedPrompt) -> Example:
         """The tensors of a rendered sample; its media are decoded here.
 
         Raises:
@@ -307,7 +307,7 @@ class Encoder:
         with located(sample.source):
             return self._assembled(sample, plans, rendered)
 
-    def _assembled(self, sample: Sample, plans: Sequence[MediaPlan], rendered: Rendered) -> Example:
+    def _assembled(self, sample: Sample, plans: Sequence[MediaPlan], rendered: TokenizedPrompt) -> Example:
         expanded = self._expanded(sample, plans)
         images = decoded(expanded, self._image, self.video.max_pixels)
         patches, grids = self._backend.cut(images, self.slicing)
@@ -339,7 +339,7 @@ class Encoder:
         waves = (waves_of(media, alone=self._alone) for media in sample.media("audio"))
         return tuple(chunk for each in waves for wave in each for chunk in log_mel(wave, self.audio_spec))
 
-    def _loss_weights(self, sample: Sample, rendered: Rendered) -> torch.Tensor | None:
+    def _loss_weights(self, sample: Sample, rendered: TokenizedPrompt) -> torch.Tensor | None:
         """Weights of the labels of a full-duplex record, if decisions have some."""
         if self.unit_weights is None or sample.timeline is None:
             return None
@@ -356,11 +356,11 @@ class Encoder:
         patches = torch.zeros(0, 3 * self.slicing.patch_size**2, dtype=self._inputs.dtype)
         return empty_example(self.pad_id, patches, source, self.family.inputs)
 
-    def fits(self, rendered: Rendered) -> bool:
+    def fits(self, rendered: TokenizedPrompt) -> bool:
         """Whether the number of tokens is within max_length."""
         return self.max_length is None or len(rendered.input_ids) <= self.max_length
 
-    def check_labels(self, sample: Sample, rendered: Rendered) -> None:
+    def check_labels(self, sample: Sample, rendered: TokenizedPrompt) -> None:
         """Refuses a sample without labels.
 
         Raises:
@@ -369,7 +369,7 @@ class Encoder:
         if rendered.labels.count(IGNORE) == len(rendered.labels):
             raise DataError(f"{sample.source}: no token has a label; train at least one answer or remove the record")
 
-    def check_length(self, sample: Sample, rendered: Rendered) -> None:
+    def check_length(self, sample: Sample, rendered: TokenizedPrompt) -> None:
         """Refuses a sample above max_length.
 
         Raises:

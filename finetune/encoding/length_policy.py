@@ -15,7 +15,7 @@ from finetune.encoding.example import Example, with_rejected
 from finetune.encoding.example_size import ExampleSize
 from finetune.encoding.text_inputs import text_tensors
 from finetune.sample import DataError, Media, Message, Part, Sample, Text
-from finetune.templates.rendering import IGNORE, CachedVocabulary, Rendered
+from finetune.templates.rendering import IGNORE, CachedPromptTokenizer, TokenizedPrompt
 
 POLICIES = ("shrink", "drop", "truncate", "error")
 Outcome = Literal["kept", "shrunk", "turns dropped", "truncated"]
@@ -23,7 +23,7 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Sizes = Sequence[MediaSize]
 # Texts up to this many characters are tokenized even if they cannot fit, so that the error has the number of tokens.
 _TOKENIZED = 1 << 16
-Draft = tuple[Sample, tuple[MediaPlan, ...], Rendered]
+Draft = tuple[Sample, tuple[MediaPlan, ...], TokenizedPrompt]
 
 
 class OverlongError(DataError):
@@ -45,10 +45,10 @@ class Fitted:
 
     sample: Sample
     plans: tuple[MediaPlan, ...]
-    rendered: Rendered
+    rendered: TokenizedPrompt
     outcome: Outcome
     lost_images: int = 0
-    rejected: Rendered | None = None
+    rejected: TokenizedPrompt | None = None
 
     @property
     def worse(self) -> Fitted | None:
@@ -129,7 +129,7 @@ class LengthPolicy:
             fitted, sample=replace(fitted.sample, messages=messages), rendered=shorter, rejected=fitted.rendered
         )
 
-    def _answered(self, fitted: Fitted, answer: Message) -> Rendered:
+    def _answered(self, fitted: Fitted, answer: Message) -> TokenizedPrompt:
         """The fitted sample with another last answer."""
         sample = replace(fitted.sample, messages=(*fitted.sample.messages[:-1], answer))
         rendered = self.encoder.render(sample, fitted.plans)
@@ -233,7 +233,7 @@ class _Attempt:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._vocabulary = CachedVocabulary(encoder.vocabulary)
+        self._vocabulary = CachedPromptTokenizer(encoder.vocabulary)
 
     def draft(self, sample: Sample, sizes: Sizes, slices: int | None = None) -> Draft:
         plans = self._encoder.plans(sizes, slices)

@@ -8,7 +8,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 
-from finetune.templates.rendering import Rendered
+from finetune.templates.rendering import TokenizedPrompt
 
 
 class TextTensors(TypedDict):
@@ -21,7 +21,7 @@ class TextTensors(TypedDict):
     audio_bound: torch.Tensor
 
 
-def text_tensors(rendered: Rendered) -> TextTensors:
+def text_tensors(rendered: TokenizedPrompt) -> TextTensors:
     """The ids and labels, (L,) int64, positions from 0, and bounds, (m, 2) int64, half open."""
     return {
         "input_ids": _int64(rendered.input_ids),

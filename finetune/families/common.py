@@ -10,7 +10,7 @@ from finetune.families.settings import DOWNSAMPLE_MODE, TRANSFORMERS, WITH_IMAGE
 from finetune.media.audio_layout import AudioSpec
 from finetune.media.slicing import MERGES, SliceSpec
 from finetune.media.video_sampling import PACKED, PER_SECOND, VideoOptions, packed, per_second, processor_sampling
-from finetune.templates.rendering import Layout
+from finetune.templates.rendering import PromptLayout
 from finetune.utils.errors import CheckpointError
 
 # Part of the model -> its modules.
@@ -86,9 +86,9 @@ def audio_spec(table: Table, config: Config) -> AudioSpec:
     )
 
 
-def numbered_layout(config: Config) -> Layout:
+def numbered_layout(config: Config) -> PromptLayout:
     """2.6 and later: a fixed number of placeholders per item, and numbered images."""
-    return Layout(
+    return PromptLayout(
         query_num=value_of(config, WITH_IMAGE_IDS["query_num"]),
         image_ids=value_of(config, WITH_IMAGE_IDS["use_image_id"]),
     )
@@ -137,10 +137,10 @@ def merged_slicing(table: Table, config: Config) -> SliceSpec:
     return replace(slicing(table, config), merge=_merge(table, config))
 
 
-def merged_layout(table: Table, config: Config) -> Layout:
+def merged_layout(table: Table, config: Config) -> PromptLayout:
     """4.6 and later: placeholders by item size, numbered images, turns in the format of Qwen3.5."""
     side = value_of(config, table["patch_size"]) * _merge(table, config)
-    return Layout(
+    return PromptLayout(
         pixels_per_token=side * side,
         placeholder=IMAGE_PAD,
         video_placeholder=VIDEO_PAD,

@@ -12,7 +12,7 @@ from finetune.media.audio_layout import AudioPlan, AudioSpec
 from finetune.media.slicing import SlicePlan, SliceSpec
 from finetune.media.video_sampling import Group, Length, VideoOptions
 from finetune.sample import Sample
-from finetune.templates.rendering import Layout, Rendered, Vocabulary
+from finetune.templates.rendering import PromptLayout, PromptTokenizer, TokenizedPrompt
 
 Config = Mapping[str, Any]
 
@@ -115,9 +115,11 @@ class Family:
     network: Network | None = None
     settings: Table
     slice_spec: Callable[[Config], SliceSpec]
-    layout: Callable[[Config], Layout]
-    render: Callable[[Sample, Sequence[SlicePlan | AudioPlan], Vocabulary, Layout, bool], Rendered]
-    render_timeline: Callable[[Sample, Sequence[SlicePlan | AudioPlan], Vocabulary, Layout], Rendered] | None = None
+    layout: Callable[[Config], PromptLayout]
+    render: Callable[[Sample, Sequence[SlicePlan | AudioPlan], PromptTokenizer, PromptLayout, bool], TokenizedPrompt]
+    render_timeline: (
+        Callable[[Sample, Sequence[SlicePlan | AudioPlan], PromptTokenizer, PromptLayout], TokenizedPrompt] | None
+    ) = None
     roles: tuple[str, ...]
     control_tokens: tuple[str, ...]
     required_tokens: tuple[str, ...]

@@ -9,7 +9,7 @@ from finetune.families.family import Config, Family, LlamaCpp, Network
 from finetune.families.published import NAVIT, PIXELS, SIGLIP, Published
 from finetune.families.settings import PROCESSOR_FIRST, value_of
 from finetune.templates.llama3 import ROLES, render
-from finetune.templates.rendering import Layout
+from finetune.templates.rendering import PromptLayout
 
 _TURN_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _INFERENCE_TEMPLATE = (
@@ -27,8 +27,8 @@ def _matches(config: Config) -> bool:
     return str(config.get("version", "2.5")) == "2.5"
 
 
-def _layout(config: Config) -> Layout:
-    return Layout(query_num=value_of(config, PROCESSOR_FIRST["query_num"]))
+def _layout(config: Config) -> PromptLayout:
+    return PromptLayout(query_num=value_of(config, PROCESSOR_FIRST["query_num"]))
 
 
 LLAMA3_V2_5 = Family(

@@ -23,7 +23,7 @@ from finetune.families.family import Config, Family, LlamaCpp, Network
 from finetune.families.published import NAVIT, NUMBERED_PIXELS, OMNI, QWEN2_7B, Published
 from finetune.families.settings import O2_6_AUDIO, WITH_IMAGE_IDS
 from finetune.templates.chatml import ROLES, render
-from finetune.templates.rendering import Layout
+from finetune.templates.rendering import PromptLayout
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
 _SETTINGS = {**WITH_IMAGE_IDS, **O2_6_AUDIO}
@@ -33,7 +33,7 @@ def _matches(config: Config) -> bool:
     return published_as(config, "minicpmo", "2.6")
 
 
-def _layout(config: Config) -> Layout:
+def _layout(config: Config) -> PromptLayout:
     # Default from reports; the checkpoint's own chat template decides.
     system = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     return replace(

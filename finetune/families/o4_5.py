@@ -25,7 +25,7 @@ from finetune.families.settings import O4_5_AUDIO, WITH_IMAGE_IDS
 from finetune.templates import duplex
 from finetune.templates.chatml_thinking import ROLES, render
 from finetune.templates.duplex import render_timeline
-from finetune.templates.rendering import Layout
+from finetune.templates.rendering import PromptLayout
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
 _SETTINGS = {**WITH_IMAGE_IDS, **O4_5_AUDIO}
@@ -35,7 +35,7 @@ def _matches(config: Config) -> bool:
     return published_as(config, "minicpmo", "4.5")
 
 
-def _layout(config: Config) -> Layout:
+def _layout(config: Config) -> PromptLayout:
     return replace(
         numbered_layout(config),
         thinking_prefill=False,

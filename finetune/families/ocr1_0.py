@@ -23,7 +23,7 @@ from finetune.families.published import Published, native_config
 from finetune.families.settings import OCR, value_of
 from finetune.media.slicing import Enlarging, SliceSpec
 from finetune.templates.chatml_thinking import ROLES, render
-from finetune.templates.rendering import Layout
+from finetune.templates.rendering import PromptLayout
 from finetune.utils.errors import UserError
 
 _TOKENS = (*MARK_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS, IMAGE_PAD)
@@ -41,7 +41,7 @@ def _slice_spec(config: Config) -> SliceSpec:
     return replace(merged_slicing(OCR, config), enlarge=given)
 
 
-def _layout(config: Config) -> Layout:
+def _layout(config: Config) -> PromptLayout:
     layout = merged_layout(OCR, config)
     return replace(layout, video_ids=layout.image_ids)
 

@@ -9,7 +9,7 @@ from finetune.families.family import Config, Family, Network
 from finetune.families.published import Published
 from finetune.families.settings import CONFIG_FIRST, value_of
 from finetune.templates.minicpm import ROLES, render
-from finetune.templates.rendering import Layout
+from finetune.templates.rendering import PromptLayout
 
 
 # Named functions, because families are pickled for worker processes.
@@ -20,8 +20,8 @@ def _matches(config: Config) -> bool:
     return "vision_encoder" in config and "slice_mode" in config
 
 
-def _layout(config: Config) -> Layout:
-    return Layout(query_num=value_of(config, CONFIG_FIRST["query_num"]))
+def _layout(config: Config) -> PromptLayout:
+    return PromptLayout(query_num=value_of(config, CONFIG_FIRST["query_num"]))
 
 
 V2_0 = Family(

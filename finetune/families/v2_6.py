@@ -20,7 +20,7 @@ from finetune.families.family import Config, Family, LlamaCpp, Network
 from finetune.families.published import NAVIT, NUMBERED_PIXELS, QWEN2_7B, Published
 from finetune.families.settings import WITH_IMAGE_IDS
 from finetune.templates.chatml import ROLES, render
-from finetune.templates.rendering import Layout
+from finetune.templates.rendering import PromptLayout
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
 
@@ -29,7 +29,7 @@ def _matches(config: Config) -> bool:
     return published_as(config, "minicpmv", "2.6")
 
 
-def _layout(config: Config) -> Layout:
+def _layout(config: Config) -> PromptLayout:
     return replace(numbered_layout(config), default_system="You are a helpful assistant.")
 
 

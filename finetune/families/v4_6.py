@@ -22,7 +22,7 @@ from finetune.families.family import Config, Family, LlamaCpp
 from finetune.families.published import Published, native_config
 from finetune.families.settings import TRANSFORMERS
 from finetune.templates.chatml_thinking import ROLES, render
-from finetune.templates.rendering import Layout
+from finetune.templates.rendering import PromptLayout
 
 _TOKENS = (*MARK_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS, IMAGE_PAD)
 
@@ -31,7 +31,7 @@ def _matches(config: Config) -> bool:
     return config.get("model_type") == "minicpmv4_6"
 
 
-def _layout(config: Config) -> Layout:
+def _layout(config: Config) -> PromptLayout:
     layout = merged_layout(TRANSFORMERS, config)
     return replace(layout, video_ids=layout.image_ids)
 

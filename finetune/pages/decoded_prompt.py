@@ -14,7 +14,7 @@ from finetune.media.slicing import SlicePlan
 from finetune.media.video_sampling import Frames
 from finetune.pages.html_page import count
 from finetune.sample import Media, Sample
-from finetune.templates.rendering import IGNORE, Rendered
+from finetune.templates.rendering import IGNORE, TokenizedPrompt
 
 _UNFINISHED = "\ufffd"
 
@@ -115,7 +115,7 @@ def places(encoder: Encoder, fitted: Fitted) -> list[MediaPlace]:
     return [_with_grid_end(encoder, rendered, place) for place in placed]
 
 
-def _with_grid_end(encoder: Encoder, rendered: Rendered, place: MediaPlace) -> MediaPlace:
+def _with_grid_end(encoder: Encoder, rendered: TokenizedPrompt, place: MediaPlace) -> MediaPlace:
     """The place with the end tag of the grid that follows the last slice in MiniCPM-V 2.0 and 2.5."""
     behind = rendered.input_ids[place.last : place.last + 1]
     closes = [encoder.tokenizer.convert_ids_to_tokens(token) for token in behind] == ["</slice>"]
@@ -161,7 +161,7 @@ def _slices(plan: SlicePlan) -> str:
     return "1 slice" if plan.grid is None else f"1 + {count(plan.items - 1, 'slice')}"
 
 
-def _texts(encoder: Encoder, rendered: Rendered, first: int, last: int) -> Iterator[PromptPart]:
+def _texts(encoder: Encoder, rendered: TokenizedPrompt, first: int, last: int) -> Iterator[PromptPart]:
     """The tokens of a range without media."""
     start = first
     for position in range(first, last):
@@ -173,7 +173,7 @@ def _texts(encoder: Encoder, rendered: Rendered, first: int, last: int) -> Itera
     yield from _run(encoder, rendered, start, last)
 
 
-def _run(encoder: Encoder, rendered: Rendered, first: int, last: int) -> Iterator[PromptPart]:
+def _run(encoder: Encoder, rendered: TokenizedPrompt, first: int, last: int) -> Iterator[PromptPart]:
     """Tokens of plain text; tokens that form one character are joined.
 
     Each is decoded after its predecessors, as some tokenizers decode the first token of a text differently.
@@ -191,7 +191,7 @@ def _run(encoder: Encoder, rendered: Rendered, first: int, last: int) -> Iterato
             before, start = start, position + 1
 
 
-def _prompt_part(text: str, rendered: Rendered, first: int, last: int) -> PromptPart:
+def _prompt_part(text: str, rendered: TokenizedPrompt, first: int, last: int) -> PromptPart:
     ids, labels = tuple(rendered.input_ids[first:last]), tuple(rendered.labels[first:last])
     trained = any(label != IGNORE for label in labels)
     own = labels if trained and labels != ids else ()

@@ -10,7 +10,7 @@ from finetune.data_files.json_values import written
 from finetune.readers import foreign_placeholders, record_keys, tool_calls
 from finetune.readers.forms import Form
 from finetune.readers.record_media import Places, json_type, listed
-from finetune.readers.turns import Slot, Turn
+from finetune.readers.turns import MediaPlaceholder, Turn
 from finetune.sample import MEDIA_COLUMNS, DataError, Media, MediaKind, Message, Part, Text, Tool
 
 TrainOn = Literal["all", "last"]
@@ -96,7 +96,7 @@ def joined(turns: Sequence[Turn]) -> list[Turn]:
     return result
 
 
-def own_placed(turn: Turn, number: int, *, tags: bool = True) -> tuple[Part | Slot, ...]:
+def own_placed(turn: Turn, number: int, *, tags: bool = True) -> tuple[Part | MediaPlaceholder, ...]:
     """The content of a turn with its own files at its tags, or before its text if it has no tags.
 
     Args:
@@ -107,7 +107,9 @@ def own_placed(turn: Turn, number: int, *, tags: bool = True) -> tuple[Part | Sl
     Raises:
         DataError: the numbers of tags and files differ.
     """
-    parts: tuple[Part | Slot, ...] = (Text(turn.content),) if isinstance(turn.content, str) else turn.content
+    parts: tuple[Part | MediaPlaceholder, ...] = (
+        (Text(turn.content),) if isinstance(turn.content, str) else turn.content
+    )
     front: list[Part] = []
     for kind, files in turn.files.items():
         tag = f"<{kind}>"
@@ -137,36 +139,38 @@ def _at_tags(part: Text, tag: str, files: Iterator[Media]) -> Iterator[Part]:
             yield Text(text)
 
 
-def _slots(role: str, parts: tuple[Part | Slot, ...], explicit: bool) -> tuple[Part | Slot, ...]:
+def _slots(
+    role: str, parts: tuple[Part | MediaPlaceholder, ...], explicit: bool
+) -> tuple[Part | MediaPlaceholder, ...]:
     if role != "user" or explicit:
         return parts
     return tuple(each for part in parts for each in (_split(part.text) if isinstance(part, Text) else [part]))
 
 
-def _split(text: str) -> Iterator[Part | Slot]:
+def _split(text: str) -> Iterator[Part | MediaPlaceholder]:
     """Text with its tags replaced by slots; empty text is dropped."""
     for number, part in enumerate(_TAG.split(text)):
         if number % 2:
-            yield Slot(part)  # pyright: ignore[reportArgumentType]
+            yield MediaPlaceholder(part)  # pyright: ignore[reportArgumentType]
         elif part:
             yield Text(part)
 
 
-def _filled(parts: Sequence[Part | Slot], queues: Mapping[MediaKind, Iterator[Media]]) -> Iterator[Part]:
+def _filled(parts: Sequence[Part | MediaPlaceholder], queues: Mapping[MediaKind, Iterator[Media]]) -> Iterator[Part]:
     for part in parts:
-        yield next(queues[part.kind]) if isinstance(part, Slot) else part
+        yield next(queues[part.kind]) if isinstance(part, MediaPlaceholder) else part
 
 
 def _check_counts(
     kind: MediaKind,
-    slotted: Sequence[tuple[Part | Slot, ...]],
+    slotted: Sequence[tuple[Part | MediaPlaceholder, ...]],
     turns: Sequence[Turn],
     files: Sequence[Media],
     form: Form,
     explicit: bool,
 ) -> None:
     """Checks that the numbers of placeholders and files of a kind are equal."""
-    count = sum(isinstance(part, Slot) and part.kind == kind for parts in slotted for part in parts)
+    count = sum(isinstance(part, MediaPlaceholder) and part.kind == kind for parts in slotted for part in parts)
     if count == len(files):
         return
     columns = form.columns

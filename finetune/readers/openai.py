@@ -10,7 +10,7 @@ from finetune.readers.conversation import Conversation, TrainOn, build
 from finetune.readers.forms import Form, Tags
 from finetune.readers.record_media import Places, json_type, one
 from finetune.readers.sharegpt import role_of
-from finetune.readers.turns import Slot, Turn, complete, text_of, turn_list
+from finetune.readers.turns import MediaPlaceholder, Turn, complete, text_of, turn_list
 from finetune.sample import MEDIA_COLUMNS, DataError, Media, MediaKind, Part, Text
 from finetune.utils.quoting import shown
 
@@ -39,7 +39,7 @@ def _turn(turn: Mapping[str, Any], number: int, tags: Tags, where: Places) -> Tu
     return complete(turn, role, parts, number, where)
 
 
-def _part(part: Any, number: int, where: Places) -> Part | Slot:
+def _part(part: Any, number: int, where: Places) -> Part | MediaPlaceholder:
     """One part of a content list; Parquet fills the keys of other parts with null."""
     if not isinstance(part, dict):
         raise DataError(f"turn {number} has {json_type(part)} among its parts; parts are objects with 'type'")
@@ -56,10 +56,10 @@ def _part(part: Any, number: int, where: Places) -> Part | Slot:
     return _medium(part, medium, number, where)  # pyright: ignore[reportArgumentType]
 
 
-def _medium(part: Mapping[str, Any], kind: MediaKind, number: int, where: Places) -> Media | Slot:
+def _medium(part: Mapping[str, Any], kind: MediaKind, number: int, where: Places) -> Media | MediaPlaceholder:
     found = record_keys.alone(part, record_keys.file_keys(kind), f"turn {number}, a part of type {kind!r}: ")
     if found is None:
-        return Slot(kind)
+        return MediaPlaceholder(kind)
     given = found[1]
     if isinstance(given, dict) and "url" in given:
         given = given["url"]

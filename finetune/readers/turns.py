@@ -1,4 +1,4 @@
-"""``Turn``: a turn of a record with text, loss, thinking, tool calls and own media; shared by all formats."""
+"""``Turn``: a turn of a record with its text, loss flag, thinking, tool calls and own media; shared by all formats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.utils.quoting import words_of
 _NO_FILES: Mapping[MediaKind, tuple[Media, ...]] = {}
 
 
-class Slot(NamedTuple):
+class MediaPlaceholder(NamedTuple):
     """Placeholder of the next file of a kind."""
 
     kind: MediaKind
@@ -33,7 +33,7 @@ class Turn(NamedTuple):
     """
 
     role: str
-    content: str | tuple[Part | Slot, ...]
+    content: str | tuple[Part | MediaPlaceholder, ...]
     loss: bool = True
     thought: str = ""
     files: Mapping[MediaKind, tuple[Media, ...]] = _NO_FILES
@@ -84,7 +84,7 @@ def state(turn: Mapping[str, Any], key: str) -> str:
 def complete(
     given: Mapping[str, Any],
     role: str,
-    content: str | tuple[Part | Slot, ...],
+    content: str | tuple[Part | MediaPlaceholder, ...],
     number: int,
     where: Places,
 ) -> Turn:

@@ -10,15 +10,19 @@ from finetune.media.slicing import SlicePlan
 from finetune.media.video_sampling import Frames
 from finetune.sample import Media, Message, Sample, Text
 from finetune.templates.placeholders import frame_schema, new_schema
-from finetune.templates.rendering import Layout, Rendered, Vocabulary
+from finetune.templates.rendering import PromptLayout, PromptTokenizer, TokenizedPrompt
 from finetune.templates.turn_order import merged, turns
 
 ROLES = ("system", "user", "assistant")
 
 
 def render(
-    sample: Sample, plans: Sequence[SlicePlan | AudioPlan], vocabulary: Vocabulary, layout: Layout, generate: bool
-) -> Rendered:
+    sample: Sample,
+    plans: Sequence[SlicePlan | AudioPlan],
+    vocabulary: PromptTokenizer,
+    layout: PromptLayout,
+    generate: bool,
+) -> TokenizedPrompt:
     """Role, unmodified content and <|im_end|> per turn, after the bos token and the default system turn, if any.
 
     Labels are every trained answer and its <|im_end|>; the newline after <|im_end|> has no label.
@@ -33,7 +37,7 @@ def render(
     Raises:
         DataError: turns that the template does not support.
     """
-    rendered = Rendered()
+    rendered = TokenizedPrompt()
     media = numbered(sample, plans)
     messages = turns(sample, (*ROLES, "tool") if layout.tools else ROLES, generate)
     speech = speech_of(messages, layout)
@@ -60,13 +64,15 @@ def numbered(sample: Sample, plans: Sequence[SlicePlan | AudioPlan]) -> Iterator
         images += media.kind == "image"
 
 
-def speech_of(messages: Sequence[Message], layout: Layout) -> tuple[str, ...]:
+def speech_of(messages: Sequence[Message], layout: PromptLayout) -> tuple[str, ...]:
     """The speech tokens after the header of the last answer; none unless the answer is spoken."""
     has_audio = any(isinstance(part, Media) and part.kind == "audio" for message in messages for part in message.parts)
     return layout.speech if layout.spoken == "always" or (has_audio and layout.spoken == "with audio") else ()
 
 
-def begin(rendered: Rendered, messages: Sequence[Message], vocabulary: Vocabulary, layout: Layout) -> None:
+def begin(
+    rendered: TokenizedPrompt, messages: Sequence[Message], vocabulary: PromptTokenizer, layout: PromptLayout
+) -> None:
     """Adds the bos token, and the default system turn if the conversation has none."""
     if layout.bos:
         rendered.add([vocabulary.control(layout.bos)])
@@ -75,11 +81,11 @@ def begin(rendered: Rendered, messages: Sequence[Message], vocabulary: Vocabular
 
 
 def add_prompt(
-    rendered: Rendered,
+    rendered: TokenizedPrompt,
     message: Message,
     media: Iterator[tuple[int, SlicePlan | AudioPlan]],
-    vocabulary: Vocabulary,
-    layout: Layout,
+    vocabulary: PromptTokenizer,
+    layout: PromptLayout,
 ) -> None:
     """Adds a system or user turn; ``media`` yields number and plan of the remaining media."""
     rendered.add([vocabulary.control("<|im_start|>")])
@@ -102,7 +108,7 @@ def add_prompt(
     close_turn(rendered, vocabulary)
 
 
-def add_results(rendered: Rendered, messages: Sequence[Message], turn: int, vocabulary: Vocabulary) -> None:
+def add_results(rendered: TokenizedPrompt, messages: Sequence[Message], turn: int, vocabulary: PromptTokenizer) -> None:
     """Adds consecutive tool turns from ``turn`` on as one user turn; nothing if ``turn`` is not the first of them."""
     if messages[turn - 1].role == "tool":
         return
@@ -113,13 +119,13 @@ def add_results(rendered: Rendered, messages: Sequence[Message], turn: int, voca
     close_turn(rendered, vocabulary)
 
 
-def open_answer(rendered: Rendered, vocabulary: Vocabulary, speech: Sequence[str] = ()) -> None:
+def open_answer(rendered: TokenizedPrompt, vocabulary: PromptTokenizer, speech: Sequence[str] = ()) -> None:
     """Adds the header of an answer; tokenized on its own, as in a generation prompt."""
     rendered.add([vocabulary.control("<|im_start|>"), *vocabulary.fixed("assistant\n")])
     rendered.add([vocabulary.control(token) for token in speech])
 
 
-def close_turn(rendered: Rendered, vocabulary: Vocabulary, *, train: bool = False) -> None:
+def close_turn(rendered: TokenizedPrompt, vocabulary: PromptTokenizer, *, train: bool = False) -> None:
     """Adds <|im_end|>, a label when ``train``, and a newline, never a label."""
     rendered.add([vocabulary.control("<|im_end|>")], train=train)
     rendered.add(vocabulary.fixed("\n"))

@@ -9,7 +9,7 @@ from finetune.media.audio_layout import AudioPlan
 from finetune.media.slicing import SlicePlan
 from finetune.sample import DataError, Message, Sample, Text
 from finetune.templates.chatml import add_prompt, add_results, begin, close_turn, numbered, open_answer, speech_of
-from finetune.templates.rendering import Layout, Rendered, Vocabulary
+from finetune.templates.rendering import PromptLayout, PromptTokenizer, TokenizedPrompt
 from finetune.templates.turn_order import turns
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -19,8 +19,12 @@ _THOUGHT = re.compile(r"\s*<think>(.*?)</think>|((?:(?!<think>).)*?)</think>", r
 
 
 def render(
-    sample: Sample, plans: Sequence[SlicePlan | AudioPlan], vocabulary: Vocabulary, layout: Layout, generate: bool
-) -> Rendered:
+    sample: Sample,
+    plans: Sequence[SlicePlan | AudioPlan],
+    vocabulary: PromptTokenizer,
+    layout: PromptLayout,
+    generate: bool,
+) -> TokenizedPrompt:
     """Role, content and <|im_end|> per turn; the last answer has a think block, empty if it has no thinking.
 
     The thinking of answers before the last user question is dropped. Answers after it that call tools have a think
@@ -38,7 +42,7 @@ def render(
     Raises:
         DataError: turns that the template does not support, or a trained answer that is only thinking.
     """
-    rendered = Rendered()
+    rendered = TokenizedPrompt()
     media = numbered(sample, plans)
     messages = turns(sample, ROLES, generate, trim=layout.trim, thinks=True)
     speech = [vocabulary.control(token) for token in speech_of(messages, layout)]
@@ -68,7 +72,7 @@ def render(
     return rendered
 
 
-def _open_last(rendered: Rendered, vocabulary: Vocabulary, layout: Layout) -> None:
+def _open_last(rendered: TokenizedPrompt, vocabulary: PromptTokenizer, layout: PromptLayout) -> None:
     """Adds the generation prompt."""
     open_answer(rendered, vocabulary)
     if layout.enable_thinking is False:
@@ -104,13 +108,15 @@ def _split(sample: Sample, turn: int, message: Message) -> tuple[str, str]:
     return thought.strip("\n"), answer
 
 
-def _think(rendered: Rendered, thought: str, vocabulary: Vocabulary, *, train: bool) -> None:
+def _think(rendered: TokenizedPrompt, thought: str, vocabulary: PromptTokenizer, *, train: bool) -> None:
     # <think> is tokenized on its own: a generation prompt may end with it.
     rendered.add(vocabulary.fixed(_OPEN), train=train)
     rendered.add(vocabulary.continuation(f"{thought}\n</think>\n\n"), train=train)
 
 
-def _think_nothing(rendered: Rendered, vocabulary: Vocabulary, layout: Layout, *, train: bool) -> None:
+def _think_nothing(
+    rendered: TokenizedPrompt, vocabulary: PromptTokenizer, layout: PromptLayout, *, train: bool
+) -> None:
     """Adds an empty think block without labels; after a prompt that ends with <think>, its rest is a label."""
     if layout.enable_thinking and layout.thinking_prefill:
         rendered.add(vocabulary.fixed(_OPEN))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from finetune.templates.duplex import decided_units
-from finetune.templates.rendering import Vocabulary
+from finetune.templates.rendering import PromptTokenizer
 
 WEIGHTED = ("listen", "speak", "yield")
 """The decisions; "yield" is a listen right after the model has ended a turn."""
 
 
 def decision_weights(
-    ids: Sequence[int], labels: Sequence[int], vocabulary: Vocabulary, weights: Mapping[str, float]
+    ids: Sequence[int], labels: Sequence[int], vocabulary: PromptTokenizer, weights: Mapping[str, float]
 ) -> list[float]:
     """The weight of every token of a rendered full-duplex record: 1, but for the decisions.
 

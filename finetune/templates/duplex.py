@@ -10,7 +10,7 @@ from finetune.media.slicing import SlicePlan
 from finetune.sample import Media, Message, Sample, Text
 from finetune.templates.duplex_fc import SPOKEN_SLOT, render_prepared
 from finetune.templates.placeholders import new_schema
-from finetune.templates.rendering import IGNORE, Layout, Rendered, Vocabulary
+from finetune.templates.rendering import IGNORE, PromptLayout, PromptTokenizer, TokenizedPrompt
 from finetune.timeline import SpokenTurn, Timeline
 
 LISTEN, SPEAK, TURN_END, UNIT_END = "<|listen|>", "<|speak|>", "<|turn_eos|>", "<|chunk_eos|>"
@@ -24,8 +24,8 @@ DEFAULT_SYSTEM = "Streaming Duplex Conversation! You are a helpful assistant."
 
 
 def render_timeline(
-    sample: Sample, plans: Sequence[SlicePlan | AudioPlan], vocabulary: Vocabulary, layout: Layout
-) -> Rendered:
+    sample: Sample, plans: Sequence[SlicePlan | AudioPlan], vocabulary: PromptTokenizer, layout: PromptLayout
+) -> TokenizedPrompt:
     """The system turn, then per second <unit>, pictures, the second of user audio, the decision, </unit>.
 
     Or the prompt o45_fc, by the layout (``duplex_fc``).
@@ -46,7 +46,7 @@ def render_timeline(
     assert sample.timeline is not None
     if layout.duplex == "o45_fc":
         return render_prepared(sample, [plan for plan in plans if isinstance(plan, AudioPlan)])
-    rendered = Rendered()
+    rendered = TokenizedPrompt()
     left = iter(plans)
     _system(rendered, sample.messages[0], left, vocabulary, layout)
     *pictures, heard = left
@@ -65,11 +65,11 @@ def render_timeline(
 
 
 def _system(
-    rendered: Rendered,
+    rendered: TokenizedPrompt,
     first: Message,
     plans: Iterator[SlicePlan | AudioPlan],
-    vocabulary: Vocabulary,
-    layout: Layout,
+    vocabulary: PromptTokenizer,
+    layout: PromptLayout,
 ) -> None:
     parts = first.parts if first.role == "system" else ()
     text = "".join(part.text for part in parts if isinstance(part, Text)) or DEFAULT_SYSTEM
@@ -87,7 +87,7 @@ def _system(
     rendered.add([vocabulary.control("<|im_end|>")])
 
 
-def decisions(timeline: Timeline, units: int, vocabulary: Vocabulary) -> list[list[int]]:
+def decisions(timeline: Timeline, units: int, vocabulary: PromptTokenizer) -> list[list[int]]:
     """The ids that the model generates in each of a number of units."""
     listen, speak, turn_end, unit_end = map(vocabulary.control, (LISTEN, SPEAK, TURN_END, UNIT_END))
     found = [[listen] for _ in range(units)]
@@ -99,7 +99,7 @@ def decisions(timeline: Timeline, units: int, vocabulary: Vocabulary) -> list[li
     return found
 
 
-def text_ids(turn: SpokenTurn, vocabulary: Vocabulary) -> dict[int, list[int]]:
+def text_ids(turn: SpokenTurn, vocabulary: PromptTokenizer) -> dict[int, list[int]]:
     """The ids of a turn's text by the unit of their first character."""
     starts = turn.starts()
     ids: dict[int, list[int]] = {}
@@ -131,7 +131,7 @@ class DecidedUnit(NamedTuple):
     yields: bool = False
 
 
-def decided_units(ids: Sequence[int], labels: Sequence[int], vocabulary: Vocabulary) -> list[DecidedUnit]:
+def decided_units(ids: Sequence[int], labels: Sequence[int], vocabulary: PromptTokenizer) -> list[DecidedUnit]:
     """The units of a rendered full-duplex record in either prompt, from its ids and labels."""
     speak, turn_end, close = map(vocabulary.control, (SPEAK, TURN_END, UNIT[1]))
     in_slots = SPOKEN_SLOT[0] in ids

@@ -11,7 +11,7 @@ from itertools import groupby
 
 from finetune.media.audio_layout import AudioPlan
 from finetune.sample import Media, Sample
-from finetune.templates.rendering import Rendered
+from finetune.templates.rendering import TokenizedPrompt
 
 FIRST_ID = 151_748
 """Rows of the published embedding table; the id of the first new token."""
@@ -59,7 +59,7 @@ AUDIO_PLACE = PUBLISHED_IDS["<|audio|>"]
 _OPEN = PUBLISHED_IDS["<|audio_start|>"]
 
 
-def render_prepared(sample: Sample, plans: Sequence[AudioPlan]) -> Rendered:
+def render_prepared(sample: Sample, plans: Sequence[AudioPlan]) -> TokenizedPrompt:
     """The ids and labels of the package; audio of the system turn gets as many places as the audio tower gives tokens.
 
     Args:
@@ -71,7 +71,7 @@ def render_prepared(sample: Sample, plans: Sequence[AudioPlan]) -> Rendered:
     assert sample.timeline.prepared is not None
     first = sample.messages[0]
     references = sum(isinstance(part, Media) for part in first.parts) if first.role == "system" else 0
-    rendered = Rendered()
+    rendered = TokenizedPrompt()
     inside = iter(plans[:references])
     prepared = sample.timeline.prepared
     for token, label in zip(prepared.ids, prepared.labels, strict=True):

@@ -8,15 +8,19 @@ from finetune.media.audio_layout import AudioPlan
 from finetune.media.slicing import SlicePlan
 from finetune.sample import Sample
 from finetune.templates.placeholders import old_schema
-from finetune.templates.rendering import Layout, Rendered, Vocabulary
+from finetune.templates.rendering import PromptLayout, PromptTokenizer, TokenizedPrompt
 from finetune.templates.turn_order import merged, turns
 
 ROLES = ("system", "user", "assistant")
 
 
 def render(
-    sample: Sample, plans: Sequence[SlicePlan | AudioPlan], vocabulary: Vocabulary, layout: Layout, generate: bool
-) -> Rendered:
+    sample: Sample,
+    plans: Sequence[SlicePlan | AudioPlan],
+    vocabulary: PromptTokenizer,
+    layout: PromptLayout,
+    generate: bool,
+) -> TokenizedPrompt:
     """Header, trimmed content and <|eot_id|> per turn, as in the published inference template.
 
     Labels are every trained answer and its <|eot_id|>.
@@ -31,7 +35,7 @@ def render(
     Raises:
         DataError: turns that the template does not support.
     """
-    rendered = Rendered()
+    rendered = TokenizedPrompt()
     left = (plan for plan in plans if isinstance(plan, SlicePlan))
     end = [vocabulary.control("<|eot_id|>")]
     rendered.add([vocabulary.control("<|begin_of_text|>")])
@@ -51,6 +55,6 @@ def render(
     return rendered
 
 
-def _header(role: str, vocabulary: Vocabulary) -> list[int]:
+def _header(role: str, vocabulary: PromptTokenizer) -> list[int]:
     start, end = vocabulary.control("<|start_header_id|>"), vocabulary.control("<|end_header_id|>")
     return [start, *vocabulary.fixed(role), end, *vocabulary.fixed("\n\n")]

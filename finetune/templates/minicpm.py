@@ -9,7 +9,7 @@ from finetune.media.audio_layout import AudioPlan
 from finetune.media.slicing import SlicePlan
 from finetune.sample import Sample
 from finetune.templates.placeholders import old_schema
-from finetune.templates.rendering import Layout, Rendered, Vocabulary
+from finetune.templates.rendering import PromptLayout, PromptTokenizer, TokenizedPrompt
 from finetune.templates.turn_order import merged, turns
 
 ROLES = ("user", "assistant")
@@ -17,8 +17,12 @@ _MARK = {"user": "<用户>", "assistant": "<AI>"}
 
 
 def render(
-    sample: Sample, plans: Sequence[SlicePlan | AudioPlan], vocabulary: Vocabulary, layout: Layout, generate: bool
-) -> Rendered:
+    sample: Sample,
+    plans: Sequence[SlicePlan | AudioPlan],
+    vocabulary: PromptTokenizer,
+    layout: PromptLayout,
+    generate: bool,
+) -> TokenizedPrompt:
     """Turn markers and contents as one text, split only at images and tokenized as in the published inference code.
 
     The turn markers are plain text, and </s> follows only the last answer. After an earlier answer the input is the
@@ -34,7 +38,7 @@ def render(
     Raises:
         DataError: turns that the template does not support.
     """
-    rendered = Rendered()
+    rendered = TokenizedPrompt()
     left = (plan for plan in plans if isinstance(plan, SlicePlan))
     end = vocabulary.control("</s>")
     rendered.add([vocabulary.control("<s>")])
@@ -64,7 +68,7 @@ def render(
 class _Run:
     """Text between two images, tokenized at once; the labels of answers follow from their character ranges."""
 
-    def __init__(self, rendered: Rendered, vocabulary: Vocabulary, end: int) -> None:
+    def __init__(self, rendered: TokenizedPrompt, vocabulary: PromptTokenizer, end: int) -> None:
         self._rendered = rendered
         self._vocabulary = vocabulary
         self._end = end

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from finetune.media.slicing import SlicePlan, item_sizes
 from finetune.media.video_sampling import Frames
-from finetune.templates.rendering import Layout, Vocabulary
+from finetune.templates.rendering import PromptLayout, PromptTokenizer
 
 
 class PlaceholderBlock(NamedTuple):
@@ -22,7 +22,7 @@ class PlaceholderBlock(NamedTuple):
     bounds: list[tuple[int, int]]
 
 
-def old_schema(plan: SlicePlan, layout: Layout, vocabulary: Vocabulary) -> PlaceholderBlock:
+def old_schema(plan: SlicePlan, layout: PromptLayout, vocabulary: PromptTokenizer) -> PlaceholderBlock:
     """MiniCPM-V 2.0 and 2.5: <image>...</image> per item, the grid inside <slice>...</slice>.
 
     Rows of the grid are separated by a newline.
@@ -47,7 +47,7 @@ def old_schema(plan: SlicePlan, layout: Layout, vocabulary: Vocabulary) -> Place
     return PlaceholderBlock(ids, [(start, start + query_num) for start in starts])
 
 
-def new_schema(plan: SlicePlan, number: int, layout: Layout, vocabulary: Vocabulary) -> PlaceholderBlock:
+def new_schema(plan: SlicePlan, number: int, layout: PromptLayout, vocabulary: PromptTokenizer) -> PlaceholderBlock:
     """MiniCPM-V 2.6 and later: <image_id>, <image> for the thumbnail, <slice> per slice; newlines between grid rows.
 
     With ``image_ids`` every image has a number, sliced or not, as in the published inference code.
@@ -74,7 +74,9 @@ def new_schema(plan: SlicePlan, number: int, layout: Layout, vocabulary: Vocabul
     return block
 
 
-def frame_schema(plan: SlicePlan, frames: Frames, layout: Layout, vocabulary: Vocabulary) -> PlaceholderBlock:
+def frame_schema(
+    plan: SlicePlan, frames: Frames, layout: PromptLayout, vocabulary: PromptTokenizer
+) -> PlaceholderBlock:
     """As ``new_schema`` for a group of video frames, which share placeholders.
 
     With ``video_ids`` the number of the video precedes its first frame.

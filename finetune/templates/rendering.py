@@ -1,4 +1,4 @@
-"""Types of the templates: ``Layout`` (prompt options), ``Vocabulary`` (tokenizer), ``Rendered`` (ids and labels)."""
+"""What chat templates work with: prompt options, the tokenizer as they see it, token ids with their labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DuplexName = Literal["native", "o45_fc"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class PromptLayout:
     """Prompt options of a checkpoint.
 
     Attributes:
@@ -69,7 +69,7 @@ class Layout:
         return self.query_num or width * height // self.pixels_per_token
 
 
-class Vocabulary(Protocol):
+class PromptTokenizer(Protocol):
     """The tokenizer interface of the templates: in text, grounding tags are tokens and control tokens are not."""
 
     def control(self, token: str) -> int:
@@ -93,21 +93,21 @@ class Vocabulary(Protocol):
         ...
 
 
-class CachedVocabulary:
+class CachedPromptTokenizer:
     """A vocabulary that caches the ids of every text; do not modify the returned lists.
 
     Args:
         vocabulary: the vocabulary to cache.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: PromptTokenizer) -> None:
         self.control, self.fixed = vocabulary.control, vocabulary.fixed
         self.text, self.continuation = cache(vocabulary.text), cache(vocabulary.continuation)
         self.spans = cache(vocabulary.spans)
 
 
 @dataclass(slots=True)
-class Rendered:
+class TokenizedPrompt:
     """Token ids and labels of one conversation, appended together.
 
     Attributes:
@@ -133,7 +133,7 @@ class Rendered:
         self.add(ids)
         self.image_bounds.extend((start + first, start + last) for first, last in bounds)
 
-    def add_audio(self, plan: AudioPlan, vocabulary: Vocabulary) -> None:
+    def add_audio(self, plan: AudioPlan, vocabulary: PromptTokenizer) -> None:
         """Appends the placeholders of an audio clip, every run between <|audio_start|> and <|audio_end|>."""
         opening, unknown, closing = (
             vocabulary.control(token) for token in ("<|audio_start|>", "<unk>", "<|audio_end|>")

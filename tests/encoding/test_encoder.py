@@ -22,7 +22,7 @@ from finetune.media import image
 from finetune.media.slicing import SlicePlan, SliceSpec
 from finetune.readers import read
 from finetune.sample import DataError, Media, Message, Sample, Source, Text
-from finetune.templates.rendering import Rendered
+from finetune.templates.rendering import TokenizedPrompt
 from finetune.utils.errors import UserError
 
 SOURCE = Source("data.json", 5, "q")
@@ -196,11 +196,11 @@ def test_settings_and_options(family: str) -> None:
     assert (made.slicing.max_slice_nums, made.max_length, made.max_pixels) == (1, 9, 5)
 
 
-def faulty(change: Callable[[Rendered], None]) -> Family:
+def faulty(change: Callable[[TokenizedPrompt], None]) -> Family:
     """V-2.0 with a template that makes a mistake."""
     family = by_name("v2_0")
 
-    def render(*args: Any) -> Rendered:
+    def render(*args: Any) -> TokenizedPrompt:
         rendered = family.render(*args)
         change(rendered)
         return rendered
@@ -208,7 +208,7 @@ def faulty(change: Callable[[Rendered], None]) -> Family:
     return replace(family, render=render)
 
 
-FAULTS: list[tuple[Callable[[Rendered], Any], str]] = [
+FAULTS: list[tuple[Callable[[TokenizedPrompt], Any], str]] = [
     (lambda rendered: rendered.image_bounds.pop(), "0 placeholder runs for 1 visual items"),
     (lambda rendered: rendered.image_bounds.__setitem__(0, (4, 8)), "placeholder runs whose lengths are not"),
     (lambda rendered: rendered.add([0]), "5 placeholder tokens, 4 of them in runs"),
@@ -218,7 +218,7 @@ FAULTS: list[tuple[Callable[[Rendered], Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), FAULTS)
-def test_alignment_of_ids(change: Callable[[Rendered], None], message: str) -> None:
+def test_alignment_of_ids(change: Callable[[TokenizedPrompt], None], message: str) -> None:
     with pytest.raises(AlignmentError, match=rf"^data.json, record 5 \(id 'q'\): .*{message}.*; please report"):
         encoder(faulty(change)).encode(sample(picture(20, 20)))
     encoder(faulty(lambda rendered: None)).encode(sample(picture(20, 20)))

@@ -8,7 +8,7 @@ from golden_tokenizers import tokenizer, vocabulary
 from finetune.families import by_name
 from finetune.media.slicing import SlicePlan
 from finetune.sample import DataError, Media, Message, Part, Sample, Source, Text
-from finetune.templates.rendering import IGNORE, Layout, Rendered
+from finetune.templates.rendering import IGNORE, PromptLayout, TokenizedPrompt
 
 SOURCE = Source("data.json", 3)
 NAMES = {"v2_0": "minicpm", "llama3_v2_5": "llama3"}
@@ -28,11 +28,13 @@ def sample(*messages: Message) -> Sample:
     return Sample(id="x", source=SOURCE, messages=messages)
 
 
-def render(family: str, conversation: Sample, generate: bool = False, plans: tuple[SlicePlan, ...] = ()) -> Rendered:
-    return by_name(family).render(conversation, plans, vocabulary(NAMES[family]), Layout(query_num=4), generate)
+def render(
+    family: str, conversation: Sample, generate: bool = False, plans: tuple[SlicePlan, ...] = ()
+) -> TokenizedPrompt:
+    return by_name(family).render(conversation, plans, vocabulary(NAMES[family]), PromptLayout(query_num=4), generate)
 
 
-def labelled(family: str, rendered: Rendered) -> list[tuple[str, str]]:
+def labelled(family: str, rendered: TokenizedPrompt) -> list[tuple[str, str]]:
     """(label, input) of every labelled position, as tokens."""
     words = tokenizer(NAMES[family]).convert_ids_to_tokens
     pairs = zip(rendered.labels, rendered.input_ids, strict=True)
@@ -125,7 +127,7 @@ def test_v2_0_label_where_a_token_spans_the_border() -> None:
             return [500 + first for first, _ in ranges], ranges
 
     conversation = sample(user("Hi"), answer("Yes."), user("b"), answer("No"))
-    rendered = by_name("v2_0").render(conversation, (), Fused(), Layout(), False)  # pyright: ignore[reportArgumentType]
+    rendered = by_name("v2_0").render(conversation, (), Fused(), PromptLayout(), False)  # pyright: ignore[reportArgumentType]
     start = 1 + len("<用户>Hi<AI>")
     expected = [IGNORE] * start + rendered.input_ids[start : start + 3]
     tail = len(vocabulary("minicpm").continuation("No")) + 1
