@@ -97,6 +97,10 @@ GOALS = (
             ("our model.chat", "our `model.chat`"),
         )
     ),
+    *(
+        Goal("preference", f"step of preference training, {name}, v4_6 of 248320 tokens", what, "TRL's way", "1.6")
+        for name, what in (("cached", "a step of DPO, reference cached"), ("adapter_off", "the same, adapter off"))
+    ),
     Goal("merge_memory", "peak memory", "peak memory of a merge", "`merge_and_unload`", "above 1"),
 )
 

@@ -51,10 +51,11 @@ def describe_decisions(decisions: Decisions, records: int) -> Iterator[str]:
     """Lines of the report: the decisions of all full-duplex records, and which kind is rare."""
     units, speaking, turns, yielding = decisions
     yield (
-        f"full duplex: {records} records of {units} units: {units - speaking} listen ({yielding} of them right after a "
-        f"turn), {speaking} speak ({turns} turns)"
+        f"full duplex: {records} records, {units} units (seconds) in all: {units - speaking} listen ({yielding} of "
+        f"them right after a turn), {speaking} speak ({turns} turns)"
     )
     kinds = {"listening": units - speaking, "speaking": speaking, "listening right after a turn": yielding}
     rare = [f"{kind} ({100 * count / units:.1f} %)" for kind, count in kinds.items() if count < _RARE * units]
     if rare:
-        yield f"full duplex: few units are of {' and '.join(rare)}, which more records of that kind would teach better"
+        remedy = "more records with them, or --unit_loss_weights, teach them better"
+        yield f"full duplex: rare decisions: {' and '.join(rare)}; {remedy}"

@@ -28,8 +28,8 @@ SAMPLES_PER_MS = 16
 MOST_CHARACTERS = 28
 """Characters per unit at which the published inference cuts the text of a unit (MiniCPM-o-Demo, o 4.5)."""
 UNTIMED = (
-    f"text of the model without word times, placed at {_RATE:g} characters per second ({_RATE_CJK:g} for Chinese, "
-    "Japanese and Korean)"
+    f"text of the model without word times ('words'), spread from its start at {_RATE:g} characters per second "
+    f"({_RATE_CJK:g} for Chinese, Japanese and Korean)"
 )
 TOO_DENSE = f"a unit with more than {MOST_CHARACTERS} characters, which the published inference never says in a second"
 
