@@ -1,4 +1,4 @@
-"""Records of minicpm-o5-sdk (extra ``duplex``): that package places them on units, and tokenizes them for o45_fc.
+"""Wraps minicpm-o5-sdk: aligns a full-duplex record to one-second units, or tokenizes it (prompt o45_fc).
 
 The package loads the files of its tokenizer with remote code on. Here they are loaded by the tokenizer class of
 transformers that the remote code derives from, and the package checks the result against its own fingerprints.
@@ -28,7 +28,7 @@ _KEPT = 64
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedClip:
+class TimedClip:
     """An audio file of a record.
 
     Attributes:
@@ -45,7 +45,7 @@ class PlacedClip:
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedRecord:
+class AlignedRecord:
     """A record as the package places it.
 
     Attributes:
@@ -59,15 +59,15 @@ class PlacedRecord:
     """
 
     units: int
-    system: tuple[str | PlacedClip, ...]
-    user: tuple[PlacedClip, ...]
+    system: tuple[str | TimedClip, ...]
+    user: tuple[TimedClip, ...]
     turns: tuple[SpokenTurn, ...]
     prepared: PreparedIds
     beyond: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-def place(record: Mapping[str, Any]) -> PlacedRecord:
+def place(record: Mapping[str, Any]) -> AlignedRecord:
     """Places a record of the package; no media file is opened.
 
     Raises:
@@ -82,7 +82,7 @@ def place(record: Mapping[str, Any]) -> PlacedRecord:
 
 
 @lru_cache(maxsize=_KEPT)
-def _placed(text: str) -> PlacedRecord:
+def _placed(text: str) -> AlignedRecord:
     package, tokenizer = _package(), _tokenizer()
     with _refused():
         data = package.O5DuplexTrainingData.load_structure(json.loads(text))
@@ -93,7 +93,7 @@ def _placed(text: str) -> PlacedRecord:
     with _refused():
         result = data.tokenize(tokenizer=tokenizer)
     tokens = result.tokenized_data
-    return PlacedRecord(
+    return AlignedRecord(
         len(tokens.unit_spans),
         tuple(_system(data)),
         tuple(_user(result.arrangement.tracks)),
@@ -175,16 +175,16 @@ def _refusal(error: Exception) -> str:
     )
 
 
-def _clip(audio: Any, where: str, start: float = 0.0) -> PlacedClip:
-    return PlacedClip(where, audio.file_path, round(audio.duration_sec * 16_000), round(start * 16_000))
+def _clip(audio: Any, where: str, start: float = 0.0) -> TimedClip:
+    return TimedClip(where, audio.file_path, round(audio.duration_sec * 16_000), round(start * 16_000))
 
 
-def _system(data: Any) -> Iterator[str | PlacedClip]:
+def _system(data: Any) -> Iterator[str | TimedClip]:
     for number, segment in enumerate(data.system.segments if data.system else ()):
         yield segment.text if segment.kind == "text" else _clip(segment.audio, f"system.segments[{number}]")
 
 
-def _user(tracks: Any) -> Iterator[PlacedClip]:
+def _user(tracks: Any) -> Iterator[TimedClip]:
     for number, segment in enumerate(tracks.user_audio.segments if tracks.user_audio else ()):
         yield _clip(segment.audio, f"tracks.user_audio.segments[{number}]", segment.timeline.timeline_start_sec)
 

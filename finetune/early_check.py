@@ -17,7 +17,7 @@ from finetune.readers.record_reader import SampleFile
 from finetune.sample import DataError
 from finetune.templates.turn_order import turns
 from finetune.utils.errors import ArgumentError, CheckpointError, located
-from finetune.utils.paths import expand, nearest
+from finetune.utils.paths import did_you_mean, expand
 
 # Most bytes of a data file whose records are looked at here; a larger one is indexed when training starts.
 _LARGE_FILE = 64 * 2**20
@@ -102,7 +102,7 @@ def _check_file(flag: str, path: Path, flags: Flags, family: Family | None) -> N
 
     file = expand(path)
     if not file.exists():
-        raise ArgumentError(f"{flag} {path}: no such file{nearest(file)} (looked in {Path.cwd()})")
+        raise ArgumentError(f"{flag} {path}: no such file{did_you_mean(file)} (looked in {Path.cwd()})")
     if _size(data_files(file)) <= _LARGE_FILE:
         options = {
             name: flags[name] for name in ("image_root", "train_on", "data_format", "strict_paths") if name in flags

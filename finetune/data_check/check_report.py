@@ -184,7 +184,7 @@ def group(messages: Sequence[str]) -> dict[str, list[str]]:
     """Messages by ``shape`` (equal except for files, records, numbers and quotations), the most frequent first."""
     kinds: dict[str, list[str]] = {}
     for message in messages:
-        kinds.setdefault(shape(message), []).append(message)
+        kinds.setdefault(normalized_message(message), []).append(message)
     return dict(sorted(kinds.items(), key=lambda item: -len(item[1])))
 
 
@@ -195,12 +195,12 @@ _KEY = r"\b(?:the key|call it) '[\w .-]{1,40}'"
 _QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 
 
-def shape(message: str) -> str:
+def normalized_message(message: str) -> str:
     """A message without the parts that differ between records.
 
-    >>> shape("d/a.json, record 3 (id 'x'): image /i/7.png has 5 x 5 = 25 pixels, the limit is 9")
+    >>> normalized_message("d/a.json, record 3 (id 'x'): image /i/7.png has 5 x 5 = 25 pixels, the limit is 9")
     'image PATH has N x N = N pixels, the limit is N'
-    >>> shape("d/a.json, record 3: MiniCPM-V 4.6 takes 2 of them, and no answer is behind </think>")
+    >>> normalized_message("d/a.json, record 3: MiniCPM-V 4.6 takes 2 of them, and no answer is behind </think>")
     'MiniCPM-V 4.6 takes N of them, and no answer is behind </think>'
     """
     text = re.sub(rf"^.*?, record \d+(?: \(id (?:{_QUOTED})\))?: ", "", message, flags=re.S)

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from finetune.sample import DataError
 from finetune.utils.file_types import told
-from finetune.utils.paths import nearest
+from finetune.utils.paths import did_you_mean
 from finetune.utils.quoting import reason
 
 # Bytes around an error that are inspected.
@@ -98,7 +98,7 @@ def not_utf8(path: Path, at: int, file: BinaryIO) -> DataError:
 def unreadable(path: Path, error: OSError | ValueError) -> DataError:
     """The error for a file that does not exist or cannot be opened."""
     if isinstance(error, FileNotFoundError):
-        return DataError(f"{path}: no such data file{nearest(path)} (looked in {Path.cwd()}); correct the path")
+        return DataError(f"{path}: no such data file{did_you_mean(path)} (looked in {Path.cwd()}); correct the path")
     return DataError(f"{path}: cannot be read ({reason(error)}); give a readable data file")
 
 

@@ -53,4 +53,4 @@ def waves_of(media: Media, *, alone: bool) -> list[np.ndarray]:
     """
     wave = audio.load(media)
     split = alone and isinstance(media.data, Track)
-    return np.split(wave, range(audio.RATE, len(wave), audio.RATE)) if split else [wave]
+    return np.split(wave, range(audio.SAMPLING_RATE, len(wave), audio.SAMPLING_RATE)) if split else [wave]

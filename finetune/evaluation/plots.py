@@ -30,13 +30,17 @@ _COUNTS += ("eval_model_preparation_time",)
 
 
 _SHARES = {"rewards/accuracies": "training", "eval_rewards/accuracies": "evaluation"}
-PAIRS = ("rewards/", "length/", "eval_rewards/", "eval_length/")
+PREFERENCE_PREFIXES = ("rewards/", "length/", "eval_rewards/", "eval_length/")
 """How the figures of preference training begin."""
 
 
 def metric_names(entry: Mapping[str, Any]) -> list[str]:
     """The keys of a log entry that come from --eval_generate."""
-    return [key for key in entry if key.startswith("eval_") and not key.startswith(PAIRS) and key not in _COUNTS]
+    return [
+        key
+        for key in entry
+        if key.startswith("eval_") and not key.startswith(PREFERENCE_PREFIXES) and key not in _COUNTS
+    ]
 
 
 def points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
@@ -50,7 +54,7 @@ def plotted(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, f
     return {key: points(history, key) for key in ("loss", "eval_loss", "learning_rate", "grad_norm", *keys)}
 
 
-def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Losses above, learning rate and gradient norm below, over optimizer steps; a PNG that is readable when small.
 
     Between them, if logged, the share of right pairs of preference training, or the first two metrics of

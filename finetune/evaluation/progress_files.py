@@ -13,7 +13,7 @@ import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.evaluation.generated_metric import Answered
-from finetune.evaluation.plots import PAIRS, metric_names, plot_loss, plotted
+from finetune.evaluation.plots import PREFERENCE_PREFIXES, metric_names, plot_training_curves, plotted
 from finetune.evaluation.training_report import RunFacts, build_run
 from finetune.pages.html_page import write
 from finetune.runtime.outcome import plain_numbers
@@ -86,7 +86,9 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         """One line per log event."""
         figures = {ours: logs[theirs] for theirs, ours in _FIGURES.items() if logs and theirs in logs}
-        figures |= {name: value for name, value in (logs or {}).items() if name.startswith(("grad_norm_", *PAIRS))}
+        figures |= {
+            name: value for name, value in (logs or {}).items() if name.startswith(("grad_norm_", *PREFERENCE_PREFIXES))
+        }
         figures |= {name: logs[name] for name in metric_names(logs or {}) if logs}
         if not figures or not state.is_world_process_zero:
             return
@@ -110,7 +112,7 @@ class ProgressCallback(TrainerCallback):
             return
         path = _folder(args) / PLOT_NAME
         if (curves := plotted(state.log_history)) != self._plotted or not path.is_file():
-            self._try(path, lambda: plot_loss(state.log_history, path))
+            self._try(path, lambda: plot_training_curves(state.log_history, path))
             self._plotted = curves
         facts = self._facts
         if facts is not None:

@@ -18,11 +18,11 @@ from finetune.utils.errors import UserError
 from finetune.utils.file_types import told
 from finetune.utils.quoting import reason
 
-RATE = 16_000
+SAMPLING_RATE = 16_000
 """Sampling rate of every waveform, in Hz."""
 MAX_CHANNELS = 8
 """Maximum number of channels (7.1). Files with more are refused by their header: FFmpeg may crash on them."""
-RATES = (1_000, 768_000)
+ACCEPTED_SAMPLING_RATES = (1_000, 768_000)
 """Lowest and highest sampling rate that is read, in Hz. FFmpeg's filter for much higher ones, which only a
 damaged header has, takes a minute to build."""
 MAX_SECONDS = 1800
@@ -112,14 +112,14 @@ def _mixed(track: Track) -> np.ndarray:
                 "file that the record describes, at 16 kHz, or correct the duration"
             )
     end = max(start + len(wave) for start, wave in waves)
-    samples = track.seconds * RATE
+    samples = track.seconds * SAMPLING_RATE
     if track.fixed and end > samples:
         raise DataError(
-            f"its user audio ends after {end / RATE:.2f} seconds, and 'seconds' is {track.seconds}; raise 'seconds' or "
-            "remove it"
+            f"its user audio ends after {end / SAMPLING_RATE:.2f} seconds, and 'seconds' is {track.seconds}; raise "
+            "'seconds' or remove it"
         )
-    mixed = np.zeros(max(samples, -(-end // RATE) * RATE), np.float32)
-    if len(mixed) > MAX_SECONDS * RATE:
+    mixed = np.zeros(max(samples, -(-end // SAMPLING_RATE) * SAMPLING_RATE), np.float32)
+    if len(mixed) > MAX_SECONDS * SAMPLING_RATE:
         raise _UnusableError(_too_long())
     for start, wave in waves:
         mixed[start : start + len(wave)] += wave
@@ -142,7 +142,7 @@ def _decode(file: Path | bytes) -> np.ndarray:
     with _opened(str(file) if isinstance(file, Path) else io.BytesIO(file)) as (container, stream):
         # Channels are averaged below, since swresample would sum them. The format is interleaved, because PyAV fails
         # on planar audio with 8 or more channels.
-        resampler = av().AudioResampler(format="flt", rate=RATE)
+        resampler = av().AudioResampler(format="flt", rate=SAMPLING_RATE)
         for packet in chain(container.demux(stream), [None]):
             short |= packet is not None and packet.is_corrupt
             # None after the last packet flushes the resampler.
@@ -155,7 +155,7 @@ def _decode(file: Path | bytes) -> np.ndarray:
                     planes = resampled.to_ndarray().reshape(resampled.samples, -1).T
                     chunks.append(np.ascontiguousarray(planes).mean(axis=0))
                     total += len(chunks[-1])
-            if total > MAX_SECONDS * RATE:
+            if total > MAX_SECONDS * SAMPLING_RATE:
                 raise _UnusableError(_too_long())
         expected = _expected_end(file, container, stream)
     if (expected is not None and end < expected - _SLACK) or (short and _has_size(file, container)):
@@ -170,7 +170,7 @@ def _decode(file: Path | bytes) -> np.ndarray:
 def _checked(samples: np.ndarray) -> np.ndarray:
     if not len(samples):
         raise _UnusableError("has no audio in it (0 samples); replace it or remove the record")
-    if len(samples) > MAX_SECONDS * RATE:
+    if len(samples) > MAX_SECONDS * SAMPLING_RATE:
         raise _UnusableError(_too_long())
     if not np.isfinite(samples).all():
         raise _UnusableError("has samples that are not finite (NaN or infinity); replace it or remove the record")
@@ -235,7 +235,7 @@ def _check_channels(count: int | None) -> None:
 
 def _check_rate(rate: int) -> None:
     """Some decoders know the rate of their stream only from its first frame; until then it is 0."""
-    low, high = RATES
+    low, high = ACCEPTED_SAMPLING_RATES
     if rate and not low <= rate <= high:
         raise _UnusableError(
             f"has a sampling rate of {rate} Hz, and {low} to {high} Hz are read: its header is damaged; save it "

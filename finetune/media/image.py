@@ -12,8 +12,8 @@ import pyarrow as pa
 from PIL import Image
 
 from finetune.media.bit_depth import is_deep, to_grey
-from finetune.media.image_files import UnreadableError, check_end, open_image, orientation, reading, upright
-from finetune.media.resample import PILLOW_13, Size, lowered, narrowed, vertical_first
+from finetune.media.image_files import UnreadableError, check_end, open_image, orientation, reading, upright_size
+from finetune.media.resample import PILLOW_13, Size, resize_height, resize_width, vertical_first
 from finetune.media.slicing import SlicePlan, crop_boxes
 from finetune.sample import DataError, Media
 from finetune.utils.errors import UserError
@@ -45,7 +45,7 @@ def size(media: Media, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
         DataError: no such file, not an image, or more than ``max_pixels``.
     """
     with _opened(media, max_pixels) as image:
-        return upright(image)[0]
+        return upright_size(image)[0]
 
 
 def shrunk(size: tuple[int, int], most: int | None) -> tuple[int, int]:
@@ -95,10 +95,12 @@ def resized(image: Image.Image, sizes: Sequence[Size]) -> list[np.ndarray]:
     for band in bands(image) if sideways else ():
         part = array(band, image.width)
         for (width, _), into in narrow.items():
-            narrowed(part, width, into[top : top + len(part)])
+            resize_width(part, width, into[top : top + len(part)])
         top += len(part)
     return [
-        lowered(narrow[size], size[1]) if size in narrow else narrowed(lowered(pixels(image), size[1]), size[0])
+        resize_height(narrow[size], size[1])
+        if size in narrow
+        else resize_width(resize_height(pixels(image), size[1]), size[0])
         for size in sizes
     ]
 

@@ -24,7 +24,7 @@ FORMATS = (
 """Supported formats by Pillow's names. Excluded: EPS and WMF (rendered by other programs), stubs without a decoder
 (BUFR, GRIB, HDF5, MPEG), and rare formats whose decoders are little used. TGA has no signature and is tried last."""
 
-DAMAGED = (
+DECODER_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -41,7 +41,7 @@ DAMAGED = (
 )
 """Exceptions that Pillow's decoders raise for damaged data."""
 
-BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+BOMB_ERRORS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 """What Pillow raises above its own pixel limit."""
 
 _ORIENTATION = 0x0112
@@ -102,12 +102,12 @@ def orientation(image: Image.Image) -> int:
     try:
         # The method of the base class: that of PNG decodes all pixels to find EXIF data after them.
         value = Image.Image.getexif(image).get(_ORIENTATION, 1)
-    except DAMAGED:
+    except DECODER_ERRORS:
         return 1
     return value if value in range(1, 9) else 1
 
 
-def upright(image: Image.Image) -> tuple[tuple[int, int], bool]:
+def upright_size(image: Image.Image) -> tuple[tuple[int, int], bool]:
     """(width, height) with the EXIF orientation applied, and whether the orientation changes the image."""
     turn = orientation(image)
     width, height = image.size
@@ -128,11 +128,11 @@ def reading() -> Iterator[None]:
         raise UnreadableError(
             "is not an image in a supported format; save it as PNG or JPEG, or remove the record"
         ) from error
-    except BOMB as error:
+    except BOMB_ERRORS as error:
         raise UnreadableError(
             f"has too many pixels for Pillow whatever --max_image_pixels is ({error}); shrink it or remove the record"
         ) from error
-    except DAMAGED as error:
+    except DECODER_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise UnreadableError(

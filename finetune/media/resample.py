@@ -31,7 +31,7 @@ def vertical_first(old: Size, new: Size) -> bool:
     return old[1] - new[1] > 2 * (old[0] - new[0]) if PILLOW_13 else old[1] > 100 * old[0]
 
 
-def narrowed(pixels: np.ndarray, width: int, into: np.ndarray | None = None) -> np.ndarray:
+def resize_width(pixels: np.ndarray, width: int, into: np.ndarray | None = None) -> np.ndarray:
     """Horizontal resize of (height, old width, 4) uint8 to (height, width, 4), written to ``into`` if given."""
     if width == pixels.shape[1] and into is None:
         return pixels
@@ -41,7 +41,7 @@ def narrowed(pixels: np.ndarray, width: int, into: np.ndarray | None = None) -> 
     return found
 
 
-def lowered(pixels: np.ndarray, height: int) -> np.ndarray:
+def resize_height(pixels: np.ndarray, height: int) -> np.ndarray:
     """Vertical resize of (old height, width, 4) uint8 to (height, width, 4)."""
     if height == len(pixels):
         return pixels

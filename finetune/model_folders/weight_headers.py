@@ -1,4 +1,4 @@
-"""Checks weight files by their headers, without reading weights: whole files, not quantised or by bitsandbytes."""
+"""Refuses truncated safetensors and quantised weights other than bitsandbytes 4 bit, without reading tensors."""
 
 from __future__ import annotations
 

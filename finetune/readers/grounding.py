@@ -223,10 +223,10 @@ def _size(sample: Sample, number: int) -> tuple[tuple[int, int], bool]:
         )
     data = images[number].data
     if isinstance(data, Image.Image):
-        return image_files.upright(data)
+        return image_files.upright_size(data)
     assert isinstance(data, Path)
     try:
         with image_files.open_image(data) as image:
-            return image_files.upright(image)
+            return image_files.upright_size(image)
     except (image_files.UnreadableError, OSError) as error:
         raise DataError(f"image {shown(str(data))}: its size cannot be read ({error})") from error

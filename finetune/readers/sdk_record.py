@@ -1,4 +1,4 @@
-"""Full-duplex records of minicpm-o5-sdk: the package places them, this module finds their files."""
+"""Reads a full-duplex record of minicpm-o5-sdk into messages and a timeline, and finds its audio files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from finetune import duplex_sdk
-from finetune.duplex_sdk import PlacedClip, PlacedRecord
+from finetune.duplex_sdk import AlignedRecord, TimedClip
 from finetune.readers import record_keys
 from finetune.readers.record_media import Places, find, json_cell
 from finetune.sample import DataError, Media, Message, Part, Text, Track
@@ -45,7 +45,7 @@ def read_record(record: Mapping[str, Any], where: Places) -> tuple[tuple[Message
     return messages, timeline, placed.notes
 
 
-def _beyond(placed: PlacedRecord, system: tuple[Part, ...], heard: tuple[Part, ...]) -> tuple[str, ...]:
+def _beyond(placed: AlignedRecord, system: tuple[Part, ...], heard: tuple[Part, ...]) -> tuple[str, ...]:
     """What the native prompt has no place for."""
     found = list(placed.beyond)
     if not heard:
@@ -55,12 +55,12 @@ def _beyond(placed: PlacedRecord, system: tuple[Part, ...], heard: tuple[Part, .
     return tuple(found)
 
 
-def _system(placed: PlacedRecord, where: Places) -> Iterator[Part]:
+def _system(placed: AlignedRecord, where: Places) -> Iterator[Part]:
     for part in placed.system:
         yield Text(part) if isinstance(part, str) else _media(part, where)
 
 
-def _media(clip: PlacedClip, where: Places) -> Media:
+def _media(clip: TimedClip, where: Places) -> Media:
     if not clip.path:
         raise DataError(f"{clip.where} has no file_path; give the path of its audio file")
     return Media("audio", find(clip.path, "audio", where))

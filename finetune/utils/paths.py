@@ -28,7 +28,7 @@ def expand(path: str | Path) -> Path:
         raise ArgumentError(f"{path}: there is no home folder for ~; set HOME, or write the whole path") from error
 
 
-def nearest(missing: Path) -> str:
+def did_you_mean(missing: Path) -> str:
     """A hint with the name beside a missing file that is most like it; empty where there is none."""
     beside = [path.name for path in missing.parent.iterdir()] if missing.parent.is_dir() else []
     close = difflib.get_close_matches(missing.name, beside, n=1)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from finetune.data_check import check_records as checking
 from finetune.data_check.check_records import CheckError, check, check_before_training, overlap
-from finetune.data_check.check_report import CheckReport, shape
+from finetune.data_check.check_report import CheckReport, normalized_message
 from finetune.data_check.length_table import measure_lengths
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import LengthPolicy
@@ -241,16 +241,20 @@ def test_an_interrupt_passes(write_records: Write, make_encoder: Make, monkeypat
     ],
 )
 def test_shape(one: str, other: str) -> None:
-    assert shape(one) == shape(other)
+    assert normalized_message(one) == normalized_message(other)
 
 
 def test_shape_keeps_names_and_tags() -> None:
-    assert shape("a, record 3: MiniCPM-V 4.6 takes 2 of 3") == "MiniCPM-V 4.6 takes N of N"
-    assert shape("a, record 3: no answer behind </think> in d/x.png") == "no answer behind </think> in PATH"
+    assert normalized_message("a, record 3: MiniCPM-V 4.6 takes 2 of 3") == "MiniCPM-V 4.6 takes N of N"
+    assert (
+        normalized_message("a, record 3: no answer behind </think> in d/x.png") == "no answer behind </think> in PATH"
+    )
     unread = "a, record 3: the key '{}' is not read, but contains 'd/x.png'; call it 'image'"
-    assert shape(unread.format("img_2")) == "the key 'img_N' is not read, but contains '...'; call it 'image'"
-    assert shape(unread.format("picture")) != shape(unread.format("photo"))
-    assert shape("a, record 3: <|im_end|> and <image/> stay") == "<|im_end|> and <image/> stay"
+    assert (
+        normalized_message(unread.format("img_2")) == "the key 'img_N' is not read, but contains '...'; call it 'image'"
+    )
+    assert normalized_message(unread.format("picture")) != normalized_message(unread.format("photo"))
+    assert normalized_message("a, record 3: <|im_end|> and <image/> stay") == "<|im_end|> and <image/> stay"
 
 
 def answered(text: str, **record: Any) -> dict[str, Any]:

@@ -220,7 +220,7 @@ def test_reports_that_cannot_be_written_end_nothing(make, monkeypatch, caplog):
 
     trainer = make("--report_to", "tensorboard", "--max_steps", "3")
     trainer.add_callback(ProgressCallback())
-    monkeypatch.setattr(progress_files, "plot_loss", refuse)
+    monkeypatch.setattr(progress_files, "plot_training_curves", refuse)
     monkeypatch.setattr(progress_files, "_append", refuse)
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", refuse)
     trainer.train()

@@ -16,7 +16,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.evaluation.batched_generation import generate_answers, split_answer
 from finetune.evaluation.generated_metric import GeneratedMetric
 from finetune.evaluation.metrics import METRICS, MetricError
-from finetune.evaluation.plots import plot_loss
+from finetune.evaluation.plots import plot_training_curves
 from finetune.evaluation.progress_files import ProgressCallback
 from finetune.models import load_model, load_tokenizer
 from finetune.readers import read
@@ -133,8 +133,8 @@ def test_what_cannot_be_asked_is_told_before_training(tiny, demo_data, tmp_path,
 
 def test_the_plot_has_a_panel_for_it(tmp_path):
     history = [{"step": 1, "loss": 2.0, "learning_rate": 1e-4}, {"step": 1, "eval_loss": 2.5}]
-    plot_loss(history, tmp_path / "without.png")
+    plot_training_curves(history, tmp_path / "without.png")
     figures = {"eval_box_iou": 0.5, "eval_acc@0.2": 1.0, "eval_runtime": 3.0, "eval_tokens": 9}
-    plot_loss([*history, {"step": 1, "eval_loss": 2.0, **figures}], tmp_path / "with.png")
+    plot_training_curves([*history, {"step": 1, "eval_loss": 2.0, **figures}], tmp_path / "with.png")
     with Image.open(tmp_path / "without.png") as before, Image.open(tmp_path / "with.png") as after:
         assert after.height > before.height

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from finetune.evaluation import plots
-from finetune.evaluation.plots import plot_loss
+from finetune.evaluation.plots import plot_training_curves
 from finetune.evaluation.progress_files import ProgressCallback
 
 
@@ -67,14 +67,14 @@ def test_the_log_has_a_line_per_event_and_goes_on_after_a_resume(tmp_path):
 
 def test_the_plot_is_drawn_also_with_numbers_that_are_not_finite(tmp_path):
     path = tmp_path / "loss.png"
-    plot_loss([{"step": 1, "train_loss": 1.0}], path)
+    plot_training_curves([{"step": 1, "train_loss": 1.0}], path)
     assert not path.exists(), "nothing to draw"
     history = [
         {"step": 1, "loss": math.nan, "learning_rate": 1e-4, "grad_norm": math.inf},
         {"step": 2, "loss": 2.0, "learning_rate": 1e-4, "grad_norm": 1.0},
         {"step": 2, "eval_loss": 2.5},
     ]
-    plot_loss(history, path)
+    plot_training_curves(history, path)
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
     with Image.open(path) as image:
         assert image.width > image.height > 400
@@ -106,7 +106,7 @@ def run_of(values: list[float], **more: float) -> list[dict]:
     [([2.0, 1.0, 0.5], "linear"), ([4.0, 1.0, 0.05], "log"), ([4.0, 0.0, 0.05], "linear"), ([1e-6] * 3, "linear")],
 )
 def test_the_axis_is_logarithmic_where_the_range_asks_for_it(values, scale, tmp_path, drawn):
-    plot_loss(run_of(values, grad_norm=1.0), tmp_path / "loss.png")
+    plot_training_curves(run_of(values, grad_norm=1.0), tmp_path / "loss.png")
     assert drawn[0].axes[0].get_yscale() == scale
 
 
@@ -115,7 +115,7 @@ def test_nothing_is_clipped_whatever_the_name_and_the_numbers(tmp_path, drawn):
     folder.mkdir()
     values = [5 * 0.97**step + (100 if step == 50 else 0) for step in range(200)]
     history = run_of(values, grad_norm=123456.789) + [{"step": 200, "eval_loss": 3.0, "eval_anls": 0.5}]
-    plot_loss(history, folder / "loss.png")
+    plot_training_curves(history, folder / "loss.png")
     (figure,) = drawn
     FigureCanvasAgg(figure)
     width, height = figure.canvas.get_width_height()
@@ -137,7 +137,7 @@ def test_nothing_is_clipped_whatever_the_name_and_the_numbers(tmp_path, drawn):
 
 
 def test_few_points_are_not_smoothed(tmp_path, drawn):
-    plot_loss(run_of([3.0, 1.0, 2.0]), tmp_path / "loss.png")
+    plot_training_curves(run_of([3.0, 1.0, 2.0]), tmp_path / "loss.png")
     (line,) = drawn[0].axes[0].lines
     assert list(line.get_ydata()) == [3.0, 1.0, 2.0]
     assert plots.points([{"step": 1, "loss": math.nan}, {"step": 2, "loss": 1.0}], "loss") == [(2, 1.0)]
@@ -155,5 +155,5 @@ def test_figures_of_pairs_are_logged_and_drawn_and_are_no_answers(tmp_path, monk
     assert plots.metric_names(second) == []
     drawn = []
     monkeypatch.setattr(plots, "_curve", lambda axes, history, key, *_, **__: drawn.append(key))
-    plot_loss([{"step": 1, **first}, {"step": 2, **second}], tmp_path / "loss.png")
+    plot_training_curves([{"step": 1, **first}, {"step": 2, **second}], tmp_path / "loss.png")
     assert {"rewards/accuracies", "eval_rewards/accuracies"} <= set(drawn)

@@ -96,7 +96,7 @@ def train(families: list[str], models: Path, data: Path, out: Path) -> None:
     from finetune.evaluation import progress_files
 
     # tests/evaluation/ looks at plots; here they would be a third of the time.
-    progress_files.plot_loss = lambda *_: None
+    progress_files.plot_training_curves = lambda *_: None
     references: list[Path] = []
     # Its process is the one that reloads everything.
     verification.verify_in_fresh_process = lambda _, reference, verifier: references.append(reference) or 0

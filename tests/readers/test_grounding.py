@@ -174,4 +174,4 @@ def test_columns_of_a_table(folder: Path) -> None:
 def test_upright(turn: int) -> None:
     image = Image.new("RGB", (4, 2))
     image.getexif()[0x0112] = turn
-    assert image_files.upright(image) == ((2, 4) if turn > 4 else (4, 2), turn > 1)
+    assert image_files.upright_size(image) == ((2, 4) if turn > 4 else (4, 2), turn > 1)
