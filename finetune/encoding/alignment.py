@@ -4,16 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.encoding.video_frames import FrameItems
 from finetune.media.audio_layout import AudioPlan
 from finetune.templates.rendering import IGNORE, PromptLayout, TokenizedPrompt
 
+if TYPE_CHECKING:
+    import torch
+
+    from finetune.encoding.pixel_inputs import Patches
+
 
 class AlignmentError(RuntimeError):
     """Placeholders and media inputs of a sample disagree: a bug in this program, not in the data."""
+
+
+class DecodedMedia(NamedTuple):
+    """The decoded media of a sample.
+
+    Attributes:
+        items: visual items and their sizes by the media headers.
+        patches: (N, 3*P*P), of numpy or torch.
+        log_mels: log-mel chunks of all audio clips.
+    """
+
+    items: FrameItems
+    patches: Patches
+    log_mels: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)

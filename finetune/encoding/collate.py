@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from finetune.encoding.example import Example
-from finetune.encoding.pixel_inputs import INPUTS
+from finetune.encoding.media_collation import COLLATION
 from finetune.templates.rendering import IGNORE
 
 _SMALL = 1 << 18
@@ -88,7 +88,7 @@ def pad(examples: Sequence[Example], pad_id: int, side: Literal["right", "left"]
         batch["loss_weights"] = torch.ones(shape)
         for (row, start), example in zip(places, examples, strict=True):
             batch["loss_weights"][row, start : start + len(example.input_ids)] = _weights_of(example)
-    return batch | INPUTS[examples[0].inputs].collect(examples, places, shape)
+    return batch | COLLATION[examples[0].inputs](examples, places, shape)
 
 
 def pack(examples: Sequence[Example]) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
         "input_ids": torch.cat([example.input_ids for example in examples])[None],
         "labels": torch.cat([example.labels for example in examples])[None],
         **({"loss_weights": torch.cat(list(map(_weights_of, examples)))[None]} if _weighted(examples) else {}),
-        **INPUTS[examples[0].inputs].collect(examples, places, (1, ends[-1])),
+        **COLLATION[examples[0].inputs](examples, places, (1, ends[-1])),
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
         "max_length_q": longest,

@@ -5,22 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
-import torch
+import numpy as np
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
 
 from finetune.encoding import encoder_settings
-from finetune.encoding.alignment import AlignmentError, Spans, media_faults
+from finetune.encoding.alignment import AlignmentError, DecodedMedia, Spans, media_faults
 from finetune.encoding.chat_template_check import complete_layout
 from finetune.encoding.chat_template_tools import ToolWriter
-from finetune.encoding.example import Example, empty_example
+from finetune.encoding.example import Example, empty_example, example_of
 from finetune.encoding.example_size import ExampleSize
 from finetune.encoding.log_mel import log_mel
 from finetune.encoding.media_sizes import MediaPlan, MediaSize, PictureSize, TrackLength
 from finetune.encoding.pixel_inputs import INPUTS, ImageBackend
-from finetune.encoding.text_inputs import text_tensors
 from finetune.encoding.timeline_prompt import check_timeline, plan_track, waves_of
 from finetune.encoding.video_frames import (
     ExpandedSample,
@@ -48,6 +46,10 @@ from finetune.templates.rendering import PromptTokenizer as Spelling
 from finetune.templates.tokenizer_view import TokenizerView
 from finetune.utils.errors import located
 from finetune.utils.log_once import warn_once
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -304,10 +306,27 @@ class Encoder:
             DataError: a medium that cannot be decoded.
             AlignmentError: placeholders and media inputs disagree.
         """
-        with located(sample.source):
-            return self._assembled(sample, plans, rendered)
+        media = self.decode(sample, plans, rendered)
+        return example_of(
+            rendered,
+            media,
+            loss_weights=self._loss_weights(sample, rendered),
+            from_video=bool(self.layout.video_placeholder) and any(media.items.video),
+            source=str(sample.source),
+            inputs=self.family.inputs,
+        )
 
-    def _assembled(self, sample: Sample, plans: Sequence[MediaPlan], rendered: TokenizedPrompt) -> Example:
+    def decode(self, sample: Sample, plans: Sequence[MediaPlan], rendered: TokenizedPrompt) -> DecodedMedia:
+        """The decoded media of a rendered sample, which its placeholders match.
+
+        Raises:
+            DataError: a medium that cannot be decoded.
+            AlignmentError: placeholders and media inputs disagree.
+        """
+        with located(sample.source):
+            return self._decoded(sample, plans, rendered)
+
+    def _decoded(self, sample: Sample, plans: Sequence[MediaPlan], rendered: TokenizedPrompt) -> DecodedMedia:
         expanded = self._expanded(sample, plans)
         images = decoded(expanded, self._image, self.video.max_pixels)
         patches, grids = self._backend.cut(images, self.slicing)
@@ -318,19 +337,7 @@ class Encoder:
         spans = Spans(self.layout, self.slicing.patch_size, self._placeholder, self._video_placeholder, audio_place)
         if faults := [*spans.faults(rendered, items, audio_plans), *media_faults(items, grids, audio_plans, log_mels)]:
             raise AlignmentError(f"{sample.source}: {'; '.join(faults)}; please report this record")
-        separate_videos = bool(self.layout.video_placeholder) and any(items.video)
-        return Example(
-            **text_tensors(rendered),
-            patches=patches,
-            tgt_sizes=torch.tensor(items.grids, dtype=torch.int64).reshape(-1, 2),
-            temporal_ids=torch.tensor(items.times, dtype=torch.int64),
-            group_sizes=torch.tensor(items.groups) if any(size > 1 for size in items.groups) else None,
-            from_video=torch.tensor(items.video) if separate_videos else None,
-            audio=log_mels,
-            loss_weights=self._loss_weights(sample, rendered),
-            source=str(sample.source),
-            inputs=self.family.inputs,
-        )
+        return DecodedMedia(items, patches, log_mels)
 
     def _log_mels(self, sample: Sample) -> tuple[torch.Tensor, ...]:
         """Log-mel chunks of all audio clips."""
@@ -339,12 +346,12 @@ class Encoder:
         waves = (waves_of(media, alone=self._alone) for media in sample.media("audio"))
         return tuple(chunk for each in waves for wave in each for chunk in log_mel(wave, self.audio_spec))
 
-    def _loss_weights(self, sample: Sample, rendered: TokenizedPrompt) -> torch.Tensor | None:
+    def _loss_weights(self, sample: Sample, rendered: TokenizedPrompt) -> list[float] | None:
         """Weights of the labels of a full-duplex record, if decisions have some."""
         if self.unit_weights is None or sample.timeline is None:
             return None
         ids, labels = rendered.input_ids, rendered.labels
-        return torch.tensor(decision_weights(ids, labels, self.vocabulary, self.unit_weights))
+        return decision_weights(ids, labels, self.vocabulary, self.unit_weights)
 
     def _image(self, media: Media) -> Image.Image:
         """A decoded image, downscaled by ``shrink_pixels``."""
@@ -353,7 +360,7 @@ class Encoder:
 
     def empty(self, source: str) -> Example:
         """An example of one padding token without label or image, in place of a skipped sample."""
-        patches = torch.zeros(0, 3 * self.slicing.patch_size**2, dtype=self._inputs.dtype)
+        patches = np.zeros((0, 3 * self.slicing.patch_size**2), self._inputs.dtype)
         return empty_example(self.pad_id, patches, source, self.family.inputs)
 
     def fits(self, rendered: TokenizedPrompt) -> bool:

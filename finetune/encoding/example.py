@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-import torch
+from finetune.encoding.text_inputs import TextTensors, text_tensors
 
-from finetune.encoding.text_inputs import TextTensors
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    import torch
+
+    from finetune.encoding.alignment import DecodedMedia
+    from finetune.templates.rendering import TokenizedPrompt
+
+
+def _no_bounds() -> torch.Tensor:
+    import torch  # not at the top: a check of data makes no tensor
+
+    return torch.zeros(0, 2, dtype=torch.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +63,7 @@ class Example:
     source: str
     loss_weights: torch.Tensor | None = None
     audio: tuple[torch.Tensor, ...] = ()
-    audio_bound: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.int64))
+    audio_bound: torch.Tensor = field(default_factory=_no_bounds)
     group_sizes: torch.Tensor | None = None
     from_video: torch.Tensor | None = None
     inputs: str = "patches"
@@ -58,12 +72,48 @@ class Example:
     reference: tuple[float, float] | None = None
 
 
+def example_of(
+    rendered: TokenizedPrompt,
+    media: DecodedMedia,
+    *,
+    loss_weights: Sequence[float] | None,
+    from_video: bool,
+    source: str,
+    inputs: str,
+) -> Example:
+    """The tensors of a rendered sample and its decoded media.
+
+    Args:
+        rendered: token ids, labels and placeholder bounds.
+        media: the decoded media.
+        loss_weights: one per label, None for 1.
+        from_video: whether the example has that field.
+        source: as in ``Example``.
+        inputs: as in ``Example``.
+    """
+    import torch  # not at the top: a check of data makes no tensor
+
+    items = media.items
+    return Example(
+        **text_tensors(rendered),
+        patches=torch.as_tensor(media.patches),
+        tgt_sizes=torch.tensor(items.grids, dtype=torch.int64).reshape(-1, 2),
+        temporal_ids=torch.tensor(items.times, dtype=torch.int64),
+        group_sizes=torch.tensor(items.groups) if any(size > 1 for size in items.groups) else None,
+        from_video=torch.tensor(items.video) if from_video else None,
+        audio=media.log_mels,
+        loss_weights=None if loss_weights is None else torch.tensor(loss_weights),
+        source=source,
+        inputs=inputs,
+    )
+
+
 def with_rejected(example: Example, answer: TextTensors) -> Example:
     """The example as the better one of a pair with ``answer``, the tensors of the same prompt with the worse answer."""
     return replace(example, rejected=replace(example, **answer, borrows_media=True))
 
 
-def empty_example(pad_id: int, patches: torch.Tensor, source: str, inputs: str) -> Example:
+def empty_example(pad_id: int, patches: np.ndarray, source: str, inputs: str) -> Example:
     """An example of one padding token without label or media.
 
     Args:
@@ -72,11 +122,13 @@ def empty_example(pad_id: int, patches: torch.Tensor, source: str, inputs: str) 
         source: as in ``Example``.
         inputs: as in ``Example``.
     """
+    import torch
+
     return Example(
         input_ids=torch.tensor([pad_id]),
         labels=torch.tensor([-100]),
         position_ids=torch.zeros(1, dtype=torch.int64),
-        patches=patches,
+        patches=torch.from_numpy(patches),
         tgt_sizes=torch.zeros(0, 2, dtype=torch.int64),
         image_bound=torch.zeros(0, 2, dtype=torch.int64),
         temporal_ids=torch.zeros(0, dtype=torch.int64),

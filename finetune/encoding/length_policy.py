@@ -101,6 +101,15 @@ class LengthPolicy:
             example = with_rejected(example, text_tensors(fitted.rejected))
         return example, fitted.outcome
 
+    def check(self, sample: Sample) -> None:
+        """Raises what ``encode`` would, without making a tensor.
+
+        Raises:
+            DataError: as ``encode``.
+        """
+        fitted = self.fit(sample)
+        self.encoder.decode(fitted.sample, fitted.plans, fitted.rendered)
+
     def size_of(self, fitted: Fitted) -> ExampleSize:
         """Size of a fitted sample, of a pair with the tokens of both answers; its media count once."""
         size = self.encoder.size_of(fitted.sample, fitted.plans, fitted.rendered)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from finetune.media.audio_layout import AudioSpec, audio_chunks
+
+if TYPE_CHECKING:
+    import torch
 
 # Frames.
 _BLOCK = 16

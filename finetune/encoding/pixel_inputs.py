@@ -1,28 +1,29 @@
-"""Pixel inputs by model type (``INPUTS``): slicing to patches with an image backend, and batch collation."""
+"""Pixel inputs by model type (``INPUTS``): images to patches, with an image backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from PIL.Image import Image
 
-from finetune.encoding.example import Example
 from finetune.encoding.video_frames import DecodedGroup
 from finetune.media import fast_image, image, transformers_processor
 from finetune.media.patches import patchify
 from finetune.media.slicing import SlicePlan, SliceSpec
 
+if TYPE_CHECKING:
+    import torch
+
+    Patches = np.ndarray | torch.Tensor
+
 DecodedImages = Iterable[DecodedGroup]
 Grids = list[tuple[int, int]]
 ImageBackend = Literal["pillow", "fast"]
 """Image decoding and resizing; families with an image processor in transformers use its resizing."""
-Tensors = dict[str, torch.Tensor]
-Place = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,11 @@ class Backend:
     """Image decoding and slicing.
 
     Attributes:
-        cut: decoded images to patches (N, 3*P*P) and the (rows, columns) of patches of every item.
+        cut: decoded images to patches (N, 3*P*P), of numpy or torch, and the (rows, columns) of patches of every item.
         read: decodes image files.
     """
 
-    cut: Callable[[DecodedImages, SliceSpec], tuple[torch.Tensor, Grids]]
+    cut: Callable[[DecodedImages, SliceSpec], tuple[Patches, Grids]]
     read: image.Reader = image.left_to_pillow
 
 
@@ -45,26 +46,23 @@ class PixelInputs:
     Attributes:
         dtype: dtype of the patches.
         backends: image backends by the value of --image_backend.
-        collect: the batch entries besides input_ids, attention_mask and labels, from the examples, the (batch row,
-            first position) of each, and the shape (B, T).
     """
 
-    dtype: torch.dtype
+    dtype: Literal["uint8", "float32"]
     backends: Mapping[ImageBackend, Backend]
-    collect: Callable[[Sequence[Example], Sequence[Place], tuple[int, int]], Tensors]
 
 
-def _by_pillow(images: DecodedImages, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
+def _by_pillow(images: DecodedImages, spec: SliceSpec) -> tuple[Patches, Grids]:
     return _patches(images, spec, image.slice_image)
 
 
-def _by_torch(images: DecodedImages, spec: SliceSpec) -> tuple[torch.Tensor, Grids]:
+def _by_torch(images: DecodedImages, spec: SliceSpec) -> tuple[Patches, Grids]:
     return _patches(images, spec, fast_image.slice_image)
 
 
 def _patches(
     images: DecodedImages, spec: SliceSpec, cut_one: Callable[[Image, SlicePlan], list[np.ndarray]]
-) -> tuple[torch.Tensor, Grids]:
+) -> tuple[Patches, Grids]:
     items = []
     for group in images:
         cut = [cut_one(frame, group.cuts) for frame in group.images]
@@ -72,121 +70,25 @@ def _patches(
         items += [item for alike in zip(*cut, strict=True) for item in alike]
     side = spec.patch_size
     grids = [(item.shape[0] // side, item.shape[1] // side) for item in items]
-    return torch.from_numpy(patchify(items, side)), grids
+    return patchify(items, side), grids
 
 
-def _by_processor(images: DecodedImages, spec: SliceSpec, maker: str = "MiniCPMV4_6") -> tuple[torch.Tensor, Grids]:
+def _by_processor(images: DecodedImages, spec: SliceSpec, maker: str = "MiniCPMV4_6") -> tuple[Patches, Grids]:
     cut = [
         transformers_processor.patch_rows(frame, group.cuts, spec, maker=maker, video=group.video)
         for group in images
         for frame in group.images
     ]
     if not cut:
-        return torch.zeros(0, 3 * spec.patch_size**2), []
+        return np.zeros((0, 3 * spec.patch_size**2), np.float32), []
+    import torch  # as the processor; not at the top, since a check of data makes no tensor
+
     return torch.cat([rows for rows, _ in cut]), [size for _, grids in cut for size in grids]
 
 
-def _bounded(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Tensors:
-    """Patches one after another, and the placeholder bounds of each item or group."""
-    positions = torch.zeros(shape, dtype=torch.int64)
-    image_bounds, audio_bounds = [], []
-    for example, (row, start) in zip(examples, places, strict=True):
-        positions[row, start : start + len(example.position_ids)] = example.position_ids
-        image_bounds.append(_of_row(row, example.image_bound + start))
-        audio_bounds.append(_of_row(row, example.audio_bound + start))
-    owners = _owners(examples)
-    return {
-        "position_ids": positions,
-        "patches": _joined([example.patches for example in owners]),
-        "tgt_sizes": torch.cat([example.tgt_sizes for example in owners]),
-        "image_bound": torch.cat(image_bounds),
-        "temporal_ids": torch.cat([example.temporal_ids for example in owners]),
-        **_groups(owners),
-        **_audio([chunk for example in owners for chunk in example.audio], torch.cat(audio_bounds)),
-    }
-
-
-def _owners(examples: Sequence[Example]) -> list[Example]:
-    """The examples whose media are collated."""
-    return [example for example in examples if not example.borrows_media]
-
-
-def _joined(patches: list[torch.Tensor]) -> torch.Tensor:
-    """All patches one after another; those of a single example are not copied."""
-    return patches[0] if len(patches) == 1 else torch.cat(patches)
-
-
-def _groups(examples: Sequence[Example]) -> Tensors:
-    """Items per placeholder run; nothing where every item has its own run."""
-    if all(example.group_sizes is None for example in examples):
-        return {}
-    return {"group_sizes": torch.cat([_sizes(example) for example in examples])}
-
-
-def _sizes(example: Example) -> torch.Tensor:
-    given = example.group_sizes
-    return torch.ones(len(example.image_bound), dtype=torch.int64) if given is None else given
-
-
-def _of_row(row: int, bounds: torch.Tensor) -> torch.Tensor:
-    """Bounds (m, 2) with the batch row as first column, (m, 3)."""
-    return torch.cat([torch.full((len(bounds), 1), row, dtype=torch.int64), bounds], dim=1)
-
-
-def _audio(chunks: Sequence[torch.Tensor], bounds: torch.Tensor) -> Tensors:
-    """The log-mel chunks of the batch, padded with 0 to the longest; nothing without audio."""
-    if not chunks:
-        return {}
-    frames = [chunk.shape[1] for chunk in chunks]
-    features = torch.zeros(len(chunks), chunks[0].shape[0], max(frames))
-    for chunk, into in zip(chunks, features, strict=True):
-        into[:, : chunk.shape[1]] = chunk
-    return {"audio_features": features, "audio_lengths": torch.tensor(frames), "audio_bound": bounds}
-
-
-def _packed(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Tensors:
-    """All image patches of the batch side by side, and all video patches, in the layout of transformers."""
-    examples = _owners(examples)
-    sizes = torch.cat([example.tgt_sizes for example in examples])
-    patches = _joined([example.patches for example in examples])
-    from_video = torch.cat([_from_video(example) for example in examples])
-    owners = from_video.repeat_interleave(sizes.prod(1))
-    return {
-        **_side_by_side(patches[~owners], sizes[~from_video], ""),
-        **_side_by_side(patches[owners], sizes[from_video], "_videos"),
-    }
-
-
-def _side_by_side(patches: torch.Tensor, sizes: torch.Tensor, suffix: str) -> Tensors:
-    if not len(patches):
-        return {}
-    side = round((patches.shape[1] / 3) ** 0.5)
-    pixels = patches.reshape(-1, 3, side, side).permute(1, 2, 0, 3).reshape(1, 3, side, -1)
-    return {f"pixel_values{suffix}": pixels, f"target_sizes{suffix}": sizes}
-
-
-def _from_video(example: Example) -> torch.Tensor:
-    """(n,) whether an item comes from a video."""
-    given = example.from_video
-    return torch.zeros(len(example.tgt_sizes), dtype=torch.bool) if given is None else given
-
-
-def _typed(examples: Sequence[Example], places: Sequence[Place], shape: tuple[int, int]) -> Tensors:
-    """As packed, and mm_token_type_ids, from which the model computes position ids."""
-    types = torch.zeros(shape, dtype=torch.int64)
-    for example, (row, start) in zip(examples, places, strict=True):
-        for (first, last), is_video in zip(example.image_bound.tolist(), _from_video(example).tolist(), strict=True):
-            types[row, start + first : start + last] = 2 if is_video else 1
-    return {"mm_token_type_ids": types, **_packed(examples, places, shape)}
-
-
 INPUTS = {
-    "patches": PixelInputs(
-        torch.uint8, {"pillow": Backend(_by_pillow), "fast": Backend(_by_torch, fast_image.read)}, _bounded
-    ),
-    "packed": PixelInputs(torch.float32, {"pillow": Backend(_by_processor)}, _packed),
-    "canvas": PixelInputs(torch.float32, {"pillow": Backend(_by_processor)}, _typed),
-    "packed_print": PixelInputs(
-        torch.float32, {"pillow": Backend(partial(_by_processor, maker="MiniCPMOcr"))}, _packed
-    ),
+    "patches": PixelInputs("uint8", {"pillow": Backend(_by_pillow), "fast": Backend(_by_torch, fast_image.read)}),
+    "packed": PixelInputs("float32", {"pillow": Backend(_by_processor)}),
+    "canvas": PixelInputs("float32", {"pillow": Backend(_by_processor)}),
+    "packed_print": PixelInputs("float32", {"pillow": Backend(partial(_by_processor, maker="MiniCPMOcr"))}),
 }

@@ -119,7 +119,7 @@ class SamplePolicy:
         tried = min(_PROBED, len(self.samples))
         for index in range(tried):
             try:
-                self.length_policy.encode(self.samples[index])
+                self.length_policy.check(self.samples[index])
             except DataError as error:
                 if not self.skips(error):
                     return  # encoding this sample ends the run

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
-import torch
 
 from finetune.templates.rendering import TokenizedPrompt
+
+if TYPE_CHECKING:
+    import torch
 
 
 class TextTensors(TypedDict):
@@ -23,6 +25,8 @@ class TextTensors(TypedDict):
 
 def text_tensors(rendered: TokenizedPrompt) -> TextTensors:
     """The ids and labels, (L,) int64, positions from 0, and bounds, (m, 2) int64, half open."""
+    import torch  # not at the top: a check of data makes no tensor
+
     return {
         "input_ids": _int64(rendered.input_ids),
         "labels": _int64(rendered.labels),
@@ -33,5 +37,7 @@ def text_tensors(rendered: TokenizedPrompt) -> TextTensors:
 
 
 def _int64(values: Sequence[int] | Sequence[tuple[int, int]]) -> torch.Tensor:
+    import torch
+
     # Via numpy: torch takes several times as long to convert a list.
     return torch.from_numpy(np.array(values, np.int64))

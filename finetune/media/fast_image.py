@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import torch
 from PIL import Image
 
 from finetune.media import image as exact
 from finetune.media.image import bands, from_pixels
 from finetune.media.resample import Size, vertical_first
 from finetune.media.slicing import SlicePlan
+
+if TYPE_CHECKING:
+    import torch
 
 try:
     import simplejpeg
@@ -49,6 +52,8 @@ def _resized(image: Image.Image, sizes: Sequence[Size]) -> list[np.ndarray]:
 
 
 def _in_order(parts: list[torch.Tensor], old: Size, new: Size) -> np.ndarray:
+    import torch  # not at the top: most runs use Pillow
+
     if vertical_first(old, new):
         pixels = _interpolated(_interpolated(torch.cat(parts, 2), (old[0], new[1])), new)
     elif len(parts) == 1:
@@ -62,8 +67,12 @@ def _in_order(parts: list[torch.Tensor], old: Size, new: Size) -> np.ndarray:
 
 def _tensor(band: pa.UInt8Array, width: int) -> torch.Tensor:
     """(1, 4, rows, width) uint8, channels last; the fourth channel is unused."""
+    import torch
+
     return torch.from_dlpack(band).view(1, -1, width, 4).permute(0, 3, 1, 2)
 
 
 def _interpolated(pixels: torch.Tensor, size: Size) -> torch.Tensor:
+    import torch
+
     return torch.nn.functional.interpolate(pixels, size=(size[1], size[0]), mode="bicubic", antialias=True)

@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 
 import psutil
-from torch.utils.data import get_worker_info
 
 from finetune.runtime.processes import end_with_rank
 
@@ -43,6 +42,10 @@ def configure_worker(sample: str = "") -> None:
     Args:
         sample: name of the current sample, for ``worker_report``.
     """
+    if "torch" not in sys.modules:  # a check of data; every dataloader worker has it
+        return
+    from torch.utils.data import get_worker_info
+
     if (worker := get_worker_info()) is not None:
         end_with_rank()
         keep_freed_memory()

@@ -41,7 +41,7 @@ def packed_weights(files: Iterable[Path]) -> list[str]:
     """
     names: set[str] = set()
     for path in files:
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(str(path), framework="np") as file:
             names.update(file.keys())
     packed = sorted({name.partition(_STATE)[0] for name in names if _STATE in name})
     for weight in packed:

@@ -50,7 +50,7 @@ def _quantised(folder: Path, config: dict[str, Any]) -> str | None:
         return f"its weights are {packed[0]}"
     for path in weights:
         check_not_truncated(path)
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(str(path), framework="np") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                 if name.endswith(_QUANTISED_TENSORS) or ".quant_state." in name:
                     return f"{path.name} has {name}"
@@ -72,7 +72,7 @@ def check_not_truncated(path: Path) -> None:
         CheckpointError: it is truncated, or not a safetensors file (a Git LFS pointer, an HTML page).
     """
     try:
-        with safe_open(str(path), framework="pt"):
+        with safe_open(str(path), framework="np"):  # "pt" would import torch
             pass
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error

@@ -8,7 +8,8 @@ from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
 from finetune.models.loading import add_adapter, base_of, load_model
 from finetune.models.minicpmo import MiniCPMO
 from finetune.models.minicpmv import MiniCPMV, MiniCPMVOutput
-from finetune.tokenizers.tokenization import load_tokenizer, register
+from finetune.tokenizers.registration import register
+from finetune.tokenizers.tokenization import load_tokenizer
 from finetune.utils.errors import CheckpointError
 
 for _config, _model in ((MiniCPMVConfig, MiniCPMV), (MiniCPMOConfig, MiniCPMO)):

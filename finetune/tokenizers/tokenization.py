@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from finetune.families.common import IMAGE_PAD, VIDEO_PAD
 from finetune.families.family import Family
@@ -78,29 +78,6 @@ class MiniCPMVTokenizer(MiniCPMVTokenizerFast):
 
 
 _CLASSES = {chosen.__name__: chosen for chosen in (MiniCPMVTokenizerFast, MiniCPMOTokenizerFast, MiniCPMVTokenizer)}
-
-
-class _TokenizerOnly(PretrainedConfig):
-    """Configuration class for the registration of the tokenizers.
-
-    If they were registered for MiniCPMVConfig, ``trust_remote_code=True`` would load the code of the folder.
-    """
-
-    model_type: ClassVar[str] = "minicpmv_tokenizer_only"
-
-
-class _OmniTokenizerOnly(_TokenizerOnly):
-    """A second one, as a configuration can have two tokenizer classes at most."""
-
-    model_type: ClassVar[str] = "minicpmo_tokenizer_only"
-
-
-def register() -> None:
-    """Registers the classes with AutoTokenizer by name, for model and adapter folders."""
-    AutoTokenizer.register(
-        _TokenizerOnly, slow_tokenizer_class=MiniCPMVTokenizer, fast_tokenizer_class=MiniCPMVTokenizerFast
-    )
-    AutoTokenizer.register(_OmniTokenizerOnly, fast_tokenizer_class=MiniCPMOTokenizerFast)
 
 
 def load_tokenizer(folder: str | Path, *, duplex_prompt: str = NATIVE, **kwargs: Any) -> PreTrainedTokenizerBase:
