@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.runtime import distributed, outcome
-from finetune.runtime.imports import import_at_start, without_put_off
+from finetune.runtime.imports import TRAINING_MODULES, import_at_start, without_put_off
 from finetune.runtime.waiting_process import WaitingProcess
 from finetune.utils.errors import UserError, silence_unactionable_warnings
 
@@ -55,7 +55,7 @@ def prepare() -> WaitingProcess | None:
 
     On a GPU a process of its own is started at the end: CUDA does not survive a fork.
     """
-    import_at_start("torch", "trainer", "finetune.arguments.parse", "finetune.checkpoints.run_start")
+    import_at_start(*TRAINING_MODULES)
     import torch
 
     from finetune.__main__ import main as run_command

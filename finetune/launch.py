@@ -5,14 +5,17 @@
 - flags, model folder and data format are checked before any process starts, without importing torch;
 - it exits with the status of the run (see ``finetune.runtime.outcome``) instead of always 1;
 - SIGUSR1 is passed on to the ranks like SIGTERM, and they get the time they ask for to save;
+- without GPUs the ranks are forked from this process, which has imported what they need: every rank would import it;
 - the ranks keep temporary files in a folder of the run, which is removed with it; the folder of a run whose launcher
   was killed too is removed when the next run starts.
 """
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import getpass
+import io
 import json
 import logging
 import os
@@ -27,7 +30,7 @@ from typing import IO
 
 from finetune.early_check import check_early
 from finetune.runtime import outcome
-from finetune.runtime.imports import collect_rarely
+from finetune.runtime.imports import TRAINING_MODULES, collect_rarely, import_at_start
 from finetune.runtime.processes import ABOVE, PROCESSES, RUN_FOLDER
 from finetune.utils.errors import UserError, silence_unactionable_warnings
 
@@ -79,7 +82,10 @@ def _run(arguments: Sequence[str]) -> int:
     options.shutdown_timeout = _SHUTDOWN_TIMEOUT
     silence_unactionable_warnings()
     # torchrun's table of failures and its traceback add nothing to our result line.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if _can_fork(options):
+        _prepare_fork(options)
     with run_folder() as folder:
         try:
             run.run(options)
@@ -89,6 +95,34 @@ def _run(arguments: Sequence[str]) -> int:
         except SignalException as error:
             return _result(folder) or 128 + error.sigval
     return outcome.OK
+
+
+def _can_fork(options: argparse.Namespace) -> bool:
+    """Whether the ranks can be forked: CUDA survives no fork, and neither do threads of OpenMP."""
+    import torch
+
+    another_program = options.module or options.no_python or Path(options.training_script).name != _SCRIPT
+    return not another_program and not torch.accelerator.is_available() and os.environ.get("OMP_NUM_THREADS") == "1"
+
+
+def _prepare_fork(options: argparse.Namespace) -> None:
+    """Imports what training needs and has torchrun fork this process for every rank."""
+    sys.path.insert(0, str(Path(options.training_script).resolve().parent))  # as for a script that is started
+    deepspeed = "--deepspeed" in options.training_script_args and os.environ.get("DS_ACCELERATOR") == "cpu"
+    import_at_start(*TRAINING_MODULES, *(["deepspeed"] if deepspeed else []))
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(write_through=True)  # as python -u, by which torchrun starts ranks
+    launcher = os.getpid()
+    os.register_at_fork(after_in_child=lambda: _reset_signals() if os.getppid() == launcher else None)
+    options.run_path, options.start_method = True, "fork"
+
+
+def _reset_signals() -> None:
+    """Python's own handlers, instead of those with which torchrun ends its ranks."""
+    for name in _SIGNALS.split(","):
+        signal.signal(signal.Signals[name], signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _status_of(rank: int, pid: int, code: int) -> int:

@@ -14,6 +14,14 @@ _OPTIONAL = ("bitsandbytes", "datasets")
 # Importing creates about a million objects, nearly all of which stay: by default a fifth of the time goes into looking
 # for garbage among them.
 _THRESHOLD = (50_000, 20, 100)
+TRAINING_MODULES = (
+    "torch",
+    "trainer",
+    "finetune.arguments.parse",
+    "finetune.checkpoints.run_start",
+    "finetune.__main__",
+)
+"""What finetune.py needs in any case."""
 # What this program has put off.
 _put_off: set[str] = set()
 
