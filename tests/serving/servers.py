@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 VLLM_PYTHON = ROOT / ".venv-serving-vllm" / "bin" / "python"
 LLAMA_PYTHON = ROOT / ".venv-serving-llama" / "bin" / "python"
+LLAMA_PYTHON_OF_O2_6 = ROOT / ".venv-serving-llama-o2_6" / "bin" / "python"
 LLAMA_CPP = ROOT / "build" / "llama.cpp"
 _MINUTES = 10
 

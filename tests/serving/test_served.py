@@ -19,8 +19,8 @@ from served_rows import Cell, Row
 
 APART = ("llama3_v2_5", "v2_6", "o2_6", "v4_0", "v4_5", "o4_5")
 FAMILIES = (*APART, *networks.NATIVE)
-# llama.cpp at the tested commit knows no 4.7; the code of o 2.6 needs an older transformers than that of the others.
-CONVERTED = (*(family for family in APART if family != "o2_6"), "v4_6")
+# llama.cpp at the tested commit knows no 4.7.
+CONVERTED = (*APART, "v4_6")
 # vLLM on CPU computes the linear attention of these in bfloat16 only.
 HALF = networks.NATIVE
 
@@ -67,7 +67,10 @@ def test_vllm_with_an_adapter(family: str, adapter, compare, tmp_path: Path) -> 
 
 def converted(model: Path, out: Path, family: str, *more: str) -> list[str]:
     """Converts a model folder by the documented command; gives what its server needs besides the files."""
-    python = servers.LLAMA_PYTHON if family in APART else servers.ROOT / ".venv" / "bin" / "python"
+    own = servers.ROOT / ".venv" / "bin" / "python"
+    python = servers.LLAMA_PYTHON if family in APART else own
+    # Its code imports what only an older transformers has.
+    python = servers.LLAMA_PYTHON_OF_O2_6 if family == "o2_6" else python
     words = ["--model_name_or_path", model, "--export_dir", out, "--format", "gguf", "--llama_cpp", servers.LLAMA_CPP]
     words += ["--llama_cpp_python", python, "--trust_remote_code", "true", "--infer_dtype", "float32"]
     said = command("export", *words, "--verify", "off", *more)
