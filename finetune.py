@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.runtime import distributed, outcome
-from finetune.runtime.imports import TRAINING_MODULES, import_at_start, without_put_off
+from finetune.runtime.imports import TRAINING_MODULES, import_at_start, optional_libraries_hidden
 from finetune.runtime.waiting_process import WaitingProcess
 from finetune.utils.errors import UserError, silence_unactionable_warnings
 
@@ -190,7 +190,7 @@ def make_model(args: Arguments, base: Checkpoint) -> tuple[Any, list[PartRow]]:
     )
     if base.duplex is not None:
         add_duplex_rows(model)
-    with without_put_off(but=args.lora.q_lora or base.in_4bit):  # peft looks for layers of bitsandbytes
+    with optional_libraries_hidden(unless=args.lora.q_lora or base.in_4bit):  # peft looks for layers of bitsandbytes
         model = adapt(model, base.family, args.training, args.lora)
     rows = part_rows(model, base.family.parts, args.training.part_learning_rates)
     logger.info("%s", format_table(rows))
@@ -280,7 +280,8 @@ def run_facts(args: Arguments, base: Checkpoint, rows: Sequence[PartRow]) -> Run
 def finish(args: Arguments, trainer: CPMTrainer, progress: ProgressCallback, data: DataModule) -> dict[str, Any]:
     """Evaluates and writes logs and state of the run; returns the values of the ``result=`` line."""
     from finetune.checkpoints.model_card import add_training, code_note
-    from finetune.encoding.sample_policy import BAD_SAMPLES
+    from finetune.encoding.sample_policy import BAD_SAMPLES, count_bad_samples
+    from finetune.training.log_history import last_eval_loss, mean_train_loss
 
     output = Path(args.training.output_dir or "output").absolute()
     if data["eval_dataset"] is not None:
@@ -294,9 +295,9 @@ def finish(args: Arguments, trainer: CPMTrainer, progress: ProgressCallback, dat
     result = {
         "output_dir": str(output),
         "steps": trainer.state.global_step,
-        "train_loss": outcome.mean_train_loss(history),
-        "eval_loss": outcome.last_eval_loss(history),
-        "skipped_samples": outcome.distinct_lines(output / BAD_SAMPLES),
+        "train_loss": mean_train_loss(history),
+        "eval_loss": last_eval_loss(history),
+        "skipped_samples": count_bad_samples(output / BAD_SAMPLES),
     }
     if distributed.is_main_process():
         samples = None if args.data.streaming else len(data["train_dataset"].samples)
@@ -372,7 +373,7 @@ if __name__ == "__main__":
     if (text := asked_help(sys.argv[1:])) is not None:
         print(text)
         sys.exit(outcome.OK)
-    outcome.install()  # before torch, whose import takes seconds in which the launcher may end
+    outcome.install_exit_handlers()  # before torch, whose import takes seconds in which the launcher may end
     silence_unactionable_warnings()  # before the libraries that warn while they are imported
     try:
         status = main(verifier=prepare())
@@ -380,4 +381,4 @@ if __name__ == "__main__":
         status = error.exit_code
         message = outcome.print_error(error)
         outcome.report("stopped" if status == outcome.STOPPED else "error", exit_code=status, message=message)
-    outcome.exit_process(status)
+    outcome.exit_after_handlers(status)

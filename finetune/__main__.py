@@ -60,7 +60,7 @@ def console_script() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit goes nowhere
         status = 128 + signal.SIGPIPE
-    outcome.exit_process(status)
+    outcome.exit_after_handlers(status)
 
 
 if __name__ == "__main__":

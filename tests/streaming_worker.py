@@ -18,7 +18,7 @@ from finetune.arguments.parse import parse_arguments
 from finetune.checkpoints.base_checkpoint import resolve
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
-from finetune.runtime.outcome import exit_process
+from finetune.runtime.outcome import exit_after_handlers
 from finetune.training.freezing import adapt
 from trainer import CPMTrainer
 
@@ -71,4 +71,4 @@ def main(report: Path, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    exit_process(main(Path(sys.argv[1]), sys.argv[2:]))
+    exit_after_handlers(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -18,7 +18,13 @@ from dataset import DataCollator, SupervisedDataset, make_supervised_data_module
 from finetune.arguments.data import DataArguments
 from finetune.checkpoints.base_checkpoint import resolve
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.sample_policy import BAD_SAMPLES, SamplePolicy, describe_bad_samples, describe_counts
+from finetune.encoding.sample_policy import (
+    BAD_SAMPLES,
+    SamplePolicy,
+    count_bad_samples,
+    describe_bad_samples,
+    describe_counts,
+)
 from finetune.media import image
 from finetune.models import load_tokenizer
 from finetune.sample import DataError, Media, Sample
@@ -217,3 +223,10 @@ def test_steps_of_nothing_but_empty_rows(tiny: Callable[[str], Path], zoo: Path,
     metrics = made.evaluate()
     assert np.isfinite(metrics["eval_loss"])
     assert metrics["eval_tokens"] == int((made.eval_dataset[2].labels != -100).sum())  # pyright: ignore
+
+
+def test_the_number_of_bad_samples_is_that_of_distinct_lines(tmp_path):
+    path = tmp_path / BAD_SAMPLES
+    assert count_bad_samples(path) == 0
+    path.write_text("a\nb\na\n")
+    assert count_bad_samples(path) == 2

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANK = """
 import os, pathlib, sys, tempfile, time
 from finetune.runtime import outcome
-outcome.install()
+outcome.install_exit_handlers()
 rank = os.environ["RANK"]
 (pathlib.Path(tempfile.gettempdir()) / ("left-by-" + rank)).touch()
 {body}
@@ -34,7 +34,7 @@ print("ready", flush=True)
 while outcome.watch.request is None: time.sleep(0.01)
 outcome.watch.saved()
 outcome.report("stopped", exit_code=outcome.STOPPED)
-outcome.exit_process(outcome.STOPPED)
+outcome.exit_after_handlers(outcome.STOPPED)
 """
 
 
@@ -64,7 +64,7 @@ def left(folder: Path) -> list[str]:
 
 
 ENDS = [
-    ("outcome.exit_process(5)", 5, ""),
+    ("outcome.exit_after_handlers(5)", 5, ""),
     ("os.kill(os.getpid(), 9) if rank == '1' else time.sleep(60)", 137, "rank 1 (process"),
 ]
 
@@ -110,7 +110,7 @@ def test_killed_as_a_whole(folder, monkeypatch):
     for path in (tensor, foreign):
         path.touch()
     try:
-        second = start(folder, "outcome.exit_process(0)")
+        second = start(folder, "outcome.exit_after_handlers(0)")
         second.communicate(timeout=60)
         assert second.returncode == 0
         assert left(folder) == [other.name]

@@ -45,7 +45,7 @@ TABLE: dict[str, set[str]] = {
     "pages.charts": set(),
     "pages": {"utils", "sample", "media", "templates", "encoding", "data_check"},
     "evaluation": {
-        *("utils", "sample", "runtime", "media", "templates", "encoding", "model_folders"),
+        *("utils", "sample", "media", "templates", "encoding", "model_folders"),
         *("pages.html_page", "pages.thumbnails", "pages.charts"),
     },
     # only the rules of boxes and words

@@ -149,8 +149,8 @@ def _finish(given: argparse.Namespace, source: ModelSource, chosen: Mixture, sto
     """Scores the results of all processes, writes the three files and prints the scores."""
     from finetune.evaluation.duplex_report import build_duplex
     from finetune.evaluation.duplex_results import BASE_RESULT, RESULT, RecordResult, as_row, scores_of
-    from finetune.runtime.outcome import plain_numbers
     from finetune.timeline import SDK_VERSION
+    from finetune.utils.json_objects import nonfinite_as_null
 
     samples: list[Sample] = list(chosen)
     numbers = range(len(samples))
@@ -163,7 +163,7 @@ def _finish(given: argparse.Namespace, source: ModelSource, chosen: Mixture, sto
     facts |= {"minicpm_o5_sdk": SDK_VERSION} if source.base.duplex is not None else {}
     facts |= {"compared_with": given.compare or ""}
     summary = {"scores": scores, **({"base": base} if base else {}), **facts, "records": len(samples)}
-    written = json.dumps(plain_numbers(summary), indent=2, ensure_ascii=False)
+    written = json.dumps(nonfinite_as_null(summary), indent=2, ensure_ascii=False)
     (store.folder / "metrics.json").write_text(written + "\n", encoding="utf-8")
     most = REPORT_ROWS if given.report_rows is None else given.report_rows
     title = os.path.basename(given.data) if given.data else given.dataset

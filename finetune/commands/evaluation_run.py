@@ -279,14 +279,14 @@ def _finish(
     from finetune.evaluation.evaluation_report import build, headline
     from finetune.evaluation.scoring import BASE, make_rows, summarise
     from finetune.media.image import MAX_PIXELS
-    from finetune.runtime.outcome import plain_numbers
+    from finetune.utils.json_objects import nonfinite_as_null
 
     answers = store.collect(list(questions))
     base = store.collect(list(questions), BASE) if given.compare is not None else None
     rows = make_rows(metric, questions, answers, base)
     summary = {**summarise(metric, rows), **facts}
     out = store.folder
-    written = json.dumps(plain_numbers(summary), indent=2, ensure_ascii=False)
+    written = json.dumps(nonfinite_as_null(summary), indent=2, ensure_ascii=False)
     (out / "metrics.json").write_text(written + "\n", encoding="utf-8")
     page = build(
         metric,

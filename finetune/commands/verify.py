@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.commands.parser import CommandParser
-from finetune.runtime.imports import without_put_off
+from finetune.runtime.imports import optional_libraries_hidden
 from finetune.runtime.out_of_memory import explaining
 from finetune.runtime.outcome import NOT_VERIFIED, OK, UNUSABLE_RESULT
 from finetune.utils.number_format import significant
@@ -47,7 +47,7 @@ def _verify(args: argparse.Namespace) -> int:
     # The downsample_mode it was saved with, not that of the environment: the reference has that many placeholders.
     base = resolve(str(base_of(args.folder) if adapter else args.folder), trained=args.folder, environment={})
     loader = AutoPeftModel.from_pretrained if adapter else load_model
-    with peft_errors(folder), without_put_off(but=origin.quantised or base.in_4bit):
+    with peft_errors(folder), optional_libraries_hidden(unless=origin.quantised or base.in_4bit):
         model = loader(str(args.folder), dtype=origin.dtype, device_map={"": device}, **options).eval()
     with tokenizer_errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(str(args.folder))

@@ -172,3 +172,8 @@ def describe_bad_samples(report: Path) -> str | None:
             kinds[line["file"], line["record"]] = line["exception"]
     counts = ", ".join(f"{count} {name}" for name, count in Counter(kinds.values()).most_common())
     return f"{len(kinds)} records were skipped ({counts}); {report} lists them"
+
+
+def count_bad_samples(report: Path) -> int:
+    """Number of distinct lines of the report, to which several processes may write the same record; 0 without one."""
+    return len(set(report.read_text(encoding="utf-8").splitlines())) if report.is_file() else 0

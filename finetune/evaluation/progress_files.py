@@ -16,8 +16,8 @@ from finetune.evaluation.generated_metric import Answered
 from finetune.evaluation.plots import PREFERENCE_PREFIXES, metric_names, plot_training_curves, plotted
 from finetune.evaluation.training_report import RunFacts, build_run
 from finetune.pages.html_page import write
-from finetune.runtime.outcome import plain_numbers
 from finetune.utils.errors import UserError
+from finetune.utils.json_objects import nonfinite_as_null
 from finetune.utils.number_format import significant
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class ProgressCallback(TrainerCallback):
             "eta": None if eta is None else round(eta, 1),
         }
         path = _folder(args) / LOG_NAME
-        self._try(path, lambda: _append(path, json.dumps(plain_numbers(line), allow_nan=False)))
+        self._try(path, lambda: _append(path, json.dumps(nonfinite_as_null(line), allow_nan=False)))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes loss.png and report.html."""

@@ -1,4 +1,7 @@
-"""Faster imports of large libraries: garbage collection runs rarely, optional libraries wait until they are used."""
+"""Faster imports of large libraries: garbage collection runs rarely; bitsandbytes and datasets are hidden.
+
+Transformers and peft do not find those two until something of ours imports them.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ TRAINING_MODULES = (
     "finetune.__main__",
 )
 """What finetune.py needs in any case."""
-# What this program has put off.
-_put_off: set[str] = set()
+# Those that this program hides.
+_hidden: set[str] = set()
 
 
 def collect_rarely() -> None:
@@ -34,13 +37,13 @@ def collect_rarely() -> None:
 def import_at_start(*modules: str) -> None:
     """Imports the modules that a program needs in any case, before it does anything else.
 
-    Libraries that are only wanted where installed are put off until something imports them. What was imported is not
+    Libraries that are only wanted where installed are hidden until something imports them. What was imported is not
     searched for garbage again.
     """
     before = gc.get_threshold()
     collect_rarely()
-    _put_off.update(name for name in _OPTIONAL if name not in sys.modules)
-    with without_put_off():
+    _hidden.update(name for name in _OPTIONAL if name not in sys.modules)
+    with optional_libraries_hidden():
         for module in modules:
             importlib.import_module(module)
     gc.collect()
@@ -49,13 +52,13 @@ def import_at_start(*modules: str) -> None:
 
 
 @contextmanager
-def without_put_off(*, but: bool = False) -> Iterator[None]:
-    """Within, libraries that were put off and not imported since are not found: by Python's rule for None in modules.
+def optional_libraries_hidden(*, unless: bool = False) -> Iterator[None]:
+    """Within, the hidden libraries that nothing has imported since are not found: Python's rule for None in modules.
 
     Args:
-        but: whether they are needed after all; then nothing changes.
+        unless: whether they are needed after all; then nothing changes.
     """
-    hidden = [] if but else [name for name in _put_off if name not in sys.modules]
+    hidden = [] if unless else [name for name in _hidden if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # pyright: ignore[reportArgumentType, reportCallIssue]
     try:
         yield

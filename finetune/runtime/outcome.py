@@ -1,4 +1,4 @@
-"""Exit codes, the machine-readable ``result=`` line, and the exit of a process.
+"""How a process ends: exit codes, the ``result=`` line, error messages once for all ranks, excepthook, signal handlers.
 
 A program imports this before torch: exit handlers run in reverse order, so that the one here runs last.
 """
@@ -9,11 +9,10 @@ import atexit
 import hashlib
 import json
 import logging
-import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -21,6 +20,7 @@ from typing import Any, NoReturn
 from finetune.runtime.processes import RUN_FOLDER, any_rank_died, end_children, end_with_launcher
 from finetune.runtime.signals import SignalWatch
 from finetune.utils.errors import UserError
+from finetune.utils.json_objects import nonfinite_as_null
 
 OK = 0
 FAILED = 1
@@ -41,47 +41,17 @@ RESULT = "result.json"
 # The first error that a rank printed, there.
 _ERROR = "error.json"
 
-# The exit status that ``exit_process`` was given.
+# The exit status that ``exit_after_handlers`` was given.
 _leaving: int | None = None
 # Called before the process ends.
 _cleanups: list[Callable[[], object]] = []
-
-
-def plain_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with null in place of numbers that are not finite: NaN and Infinity are not JSON."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
-    }
-
-
-def mean_train_loss(history: Iterable[Mapping[str, Any]]) -> float | None:
-    """Mean training loss over all logged steps that were finite, those before a resume included; None without any."""
-    total, steps, last = 0.0, 0, 0
-    for entry in history:
-        if "loss" in entry:
-            if math.isfinite(entry["loss"]):
-                total += entry["loss"] * (entry["step"] - last)
-                steps += entry["step"] - last
-            last = entry["step"]
-    return total / steps if steps else None
-
-
-def last_eval_loss(history: Iterable[Mapping[str, Any]]) -> float | None:
-    """The latest evaluation loss; None when nothing was evaluated."""
-    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    return losses[-1] if losses else None
-
-
-def distinct_lines(path: Path) -> int:
-    """Number of distinct lines of a file, to which several processes may write the same record; 0 without the file."""
-    return len(set(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else 0
 
 
 def report(status: str, **fields: Any) -> None:
     """Prints the last line of a run, ``result={...}``, with 6 significant digits; on rank 0 alone."""
     if _is_main_process():
         rounded = {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in fields.items()}
-        fields = plain_numbers({"status": status, **rounded})
+        fields = nonfinite_as_null({"status": status, **rounded})
         result = json.dumps(fields, ensure_ascii=False, allow_nan=False)
         if (folder := os.environ.get(RUN_FOLDER)) is not None:
             (Path(folder) / RESULT).write_text(result, encoding="utf-8")
@@ -98,7 +68,7 @@ def message_of(error: UserError) -> str:
     return message.rpartition("Error: ")[2].rstrip() if message.startswith("Caught ") else message
 
 
-def exit_process(status: int) -> NoReturn:
+def exit_after_handlers(status: int) -> NoReturn:
     """Ends the process after its threads and exit handlers, without destroying C++ objects.
 
     torch 2.15.0 can abort while its C++ objects are destroyed after a distributed run; a launcher would then report a
@@ -119,7 +89,7 @@ def _leave() -> None:
         _end(_leaving)
 
 
-def install() -> None:
+def install_exit_handlers() -> None:
     """Installs excepthook and signal handlers, so that every exit has its message, result line and exit code."""
     sys.excepthook = _excepthook
     end_with_launcher()
@@ -207,4 +177,4 @@ def _end(status: int) -> NoReturn:
 
 
 watch = SignalWatch(_interrupted)
-"""Handles the signals of this process, from ``install`` on."""
+"""Handles the signals of this process, from ``install_exit_handlers`` on."""

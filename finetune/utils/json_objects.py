@@ -1,9 +1,11 @@
-"""Reads JSON files that hold an object; every error is one line that names the file."""
+"""Reads JSON files that hold an object (every error is one line that names the file); numbers that JSON can hold."""
 
 from __future__ import annotations
 
 import codecs
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +85,10 @@ def shown(value: Any) -> str:
     """A JSON value for a message, truncated to 60 characters."""
     text = json.dumps(value, ensure_ascii=True)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def nonfinite_as_null(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with null in place of numbers that are not finite: NaN and Infinity are not JSON."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }

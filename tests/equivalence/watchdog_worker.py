@@ -21,7 +21,7 @@ from transformers import TrainerCallback  # noqa: E402
 from worker import deepspeed_configs  # noqa: E402
 
 from finetune.checkpoints.manifest import checkpoints, read  # noqa: E402
-from finetune.runtime.outcome import exit_process  # noqa: E402
+from finetune.runtime.outcome import exit_after_handlers  # noqa: E402
 from finetune.utils.errors import UserError  # noqa: E402
 from trainer import CPMTrainer  # noqa: E402
 
@@ -145,4 +145,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    exit_process(0)
+    exit_after_handlers(0)

@@ -22,7 +22,7 @@ from made_records import PER_RANK, STEPS  # noqa: E402
 from stack import EXPERTS, FAMILIES, KINDS, PAIRED, build, flags, steps, unwrapped  # noqa: E402
 from variants import MIXTURE  # noqa: E402
 
-from finetune.runtime.outcome import exit_process  # noqa: E402
+from finetune.runtime.outcome import exit_after_handlers  # noqa: E402
 
 ROOT = HERE.parents[1]
 MODES = ("ddp", "zero2", "zero3", "zero3-0")
@@ -102,4 +102,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    exit_process(0)
+    exit_after_handlers(0)

@@ -22,7 +22,7 @@ from sound_batch import add_clips  # noqa: E402
 from visual_batch import Row, make_batch, pack_rows, small_model  # noqa: E402
 
 from finetune.models import MiniCPMO, MiniCPMV  # noqa: E402
-from finetune.runtime.outcome import exit_process  # noqa: E402
+from finetune.runtime.outcome import exit_after_handlers  # noqa: E402
 
 # Every vision tower and resampler; the audio tower with audio on one rank only.
 FAMILIES = ("v2_0", "llama3_v2_5", "v4_5", "o2_6")
@@ -134,4 +134,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    exit_process(0)
+    exit_after_handlers(0)

@@ -1,4 +1,4 @@
-"""Imports at the start of a program: what is put off is there as soon as something needs it."""
+"""Imports at the start of a program: what is hidden is there as soon as something needs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILES = {
     "library": "try:\n    import bitsandbytes\nexcept ImportError:\n    bitsandbytes = None\n",
     "later": "import importlib.util\ndef found(): return importlib.util.find_spec('bitsandbytes') is not None\n",
 }
-START = "import sys; from finetune.runtime.imports import import_at_start, without_put_off; "
+START = "import sys; from finetune.runtime.imports import import_at_start, optional_libraries_hidden; "
 
 
 def run(folder: Path, code: str) -> str:
@@ -27,7 +27,7 @@ def run(folder: Path, code: str) -> str:
     return done.stdout.strip()
 
 
-def test_an_optional_library_is_put_off_until_it_is_imported(tmp_path):
+def test_an_optional_library_is_hidden_until_it_is_imported(tmp_path):
     code = "import_at_start('library', 'later'); import library, later; "
     shown = "print(library.bitsandbytes, 'bitsandbytes' in sys.modules, later.found()); "
     assert run(tmp_path, code + shown + "import bitsandbytes; print(bitsandbytes.__name__)").splitlines() == [
@@ -36,15 +36,15 @@ def test_an_optional_library_is_put_off_until_it_is_imported(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("given", "found"), [("", "False"), ("but=True", "True")])
-def test_what_is_put_off_is_not_found_where_nothing_needs_it(tmp_path, given, found):
-    code = f"import_at_start('later'); import later\nwith without_put_off({given}): print(later.found())\n"
+@pytest.mark.parametrize(("given", "found"), [("", "False"), ("unless=True", "True")])
+def test_what_is_hidden_is_not_found_where_nothing_needs_it(tmp_path, given, found):
+    code = f"import_at_start('later'); import later\nwith optional_libraries_hidden({given}): print(later.found())\n"
     assert run(tmp_path, code) == found
 
 
 @pytest.mark.parametrize("before", ["import bitsandbytes, later", "import later"])
-def test_nothing_is_hidden_from_a_program_that_put_nothing_off(tmp_path, before):
-    assert run(tmp_path, f"{before}\nwith without_put_off(): print(later.found())") == "True"
+def test_nothing_is_hidden_from_a_program_that_hid_nothing(tmp_path, before):
+    assert run(tmp_path, f"{before}\nwith optional_libraries_hidden(): print(later.found())") == "True"
 
 
 def test_the_collector_is_as_before(tmp_path):

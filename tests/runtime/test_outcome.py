@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SLEEP = """
 import hashlib, time
 from finetune.runtime import outcome
-outcome.install()
+outcome.install_exit_handlers()
 print("ready", flush=True)
 {wait}
 """
@@ -58,7 +58,9 @@ def test_interrupted(number, wait):
 
 
 def test_a_crash_keeps_its_traceback():
-    code = "from finetune.runtime import outcome; outcome.install(); raise RuntimeError('broken: \\u00fc')"
+    code = (
+        "from finetune.runtime import outcome; outcome.install_exit_handlers(); raise RuntimeError('broken: \\u00fc')"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == outcome.FAILED == 1
     assert "Traceback" in done.stderr
@@ -81,8 +83,8 @@ threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
 @pytest.mark.parametrize(
     ("last", "status", "ends"),
     [
-        ("outcome.exit_process(3)", 3, []),
-        ("outcome.install(); raise RuntimeError('broken')", 1, []),
+        ("outcome.exit_after_handlers(3)", 3, []),
+        ("outcome.install_exit_handlers(); raise RuntimeError('broken')", 1, []),
         ("sys.exit(3)", 3, ["taken apart"]),
     ],
 )
@@ -126,21 +128,7 @@ def test_report(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
-def test_mean_train_loss_weights_by_steps():
-    history = [{"step": 2, "loss": 4.0}, {"step": 2, "eval_loss": 9.0}, {"step": 8, "loss": 2.0}, {"step": 8, "x": 1}]
-    assert outcome.mean_train_loss(history) == pytest.approx(2.5)
-    assert outcome.last_eval_loss(history) == 9.0
-    assert outcome.mean_train_loss([]) is outcome.last_eval_loss([]) is None
-
-
 def test_messages_of_loader_processes_lose_their_traceback():
     text = "Caught DataError in DataLoader worker process 0.\nTraceback ...\nfinetune.sample.DataError: bad record\n"
     assert outcome.message_of(UserError(text)) == "bad record"
     assert outcome.message_of(UserError("plain")) == "plain"
-
-
-def test_distinct_lines(tmp_path):
-    path = tmp_path / "bad.jsonl"
-    assert outcome.distinct_lines(path) == 0
-    path.write_text("a\nb\na\n")
-    assert outcome.distinct_lines(path) == 2

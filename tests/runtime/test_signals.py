@@ -15,14 +15,14 @@ ROOT = Path(__file__).resolve().parents[2]
 CODE = """
 import os, sys, time
 from finetune.runtime import outcome
-outcome.install()
+outcome.install_exit_handlers()
 {setup}
 print("ready", flush=True)
 while outcome.watch.request is None: time.sleep(0.01)
 print(outcome.watch.request, flush=True)
 {saving}
 outcome.watch.saved()
-outcome.exit_process(outcome.STOPPED)
+outcome.exit_after_handlers(outcome.STOPPED)
 """
 CAN_SAVE = "outcome.watch.can_save({seconds}, lambda: {failed})"
 

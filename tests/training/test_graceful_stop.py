@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from finetune.media import worker_process
 from finetune.training import graceful_stop
-outcome.install()
+outcome.install_exit_handlers()
 graceful_stop._POLL_SECONDS, graceful_stop._GATHER = 0.1, 0.5
 class Stuck(Dataset):
     def __len__(self): return 4
