@@ -68,7 +68,7 @@ class OfficialSamples:
         items, grid = cut(picture, self.resolution)
         pixels: list[torch.Tensor] = [torch.as_tensor(TRANSFORM(item)) for item in items]
         made = conversation_to_ids(with_placeholders(record["conversations"], grid, self.queries), self.tokenizer)
-        patches = [_patches(each) for each in pixels]
+        patches = [unfolded(each) for each in pixels]
         sizes = torch.tensor([(each.shape[1] // PATCH, each.shape[2] // PATCH) for each in pixels], dtype=torch.int32)
         mask = torch.ones_like(made["input_ids"], dtype=torch.bool)
         return {**made, "attention_mask": mask, "pixel_values": patches, "tgt_sizes": sizes}
@@ -95,15 +95,15 @@ def cut(picture: Image.Image, resolution: int = RESOLUTION) -> tuple[list[Image.
     width, height = picture.size
     count = min(math.ceil(width * height / resolution**2), SLICES)
     if count <= 1:
-        return [picture.resize(_fitted(width, height, resolution), Image.Resampling.BICUBIC)], None
-    thumbnail = picture.copy().resize(_fitted(width, height, resolution), Image.Resampling.BICUBIC)
+        return [picture.resize(fitted(width, height, resolution), Image.Resampling.BICUBIC)], None
+    thumbnail = picture.copy().resize(fitted(width, height, resolution), Image.Resampling.BICUBIC)
     numbers = [number for number in (count - 1, count, count + 1) if 1 < number <= SLICES]
     grids = [
         (columns, number // columns) for number in numbers for columns in range(1, number + 1) if number % columns == 0
     ]
     wanted = math.log(width / height)
     columns, rows = min(grids, key=lambda grid: abs(wanted - math.log(grid[0] / grid[1])))
-    cell = _fitted(_multiple(width, columns) / columns, _multiple(height, rows) / rows, resolution)
+    cell = fitted(_multiple(width, columns) / columns, _multiple(height, rows) / rows, resolution)
     refined = picture.resize((cell[0] * columns, cell[1] * rows), Image.Resampling.BICUBIC)
     corners = [(column * cell[0], row * cell[1]) for row in range(rows) for column in range(columns)]
     return [thumbnail, *(refined.crop((x, y, x + cell[0], y + cell[1])) for x, y in corners)], (columns, rows)
@@ -163,13 +163,14 @@ def _id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     return found
 
 
-def _patches(values: torch.Tensor) -> torch.Tensor:
+def unfolded(values: torch.Tensor) -> torch.Tensor:
     """(3, H, W) to (3, P, H * W / P), the patches side by side."""
     columns = torch.nn.functional.unfold(values, (PATCH, PATCH), stride=(PATCH, PATCH))
     return columns.reshape(3, PATCH, PATCH, -1).permute(0, 1, 3, 2).reshape(3, PATCH, -1)
 
 
-def _fitted(width: float, height: float, resolution: int) -> tuple[int, int]:
+def fitted(width: float, height: float, resolution: int) -> tuple[int, int]:
+    """Width and height in whole patches of about the area of a square, with the shape of a picture."""
     aspect = width / height
     tall = int(resolution / math.sqrt(aspect))
     return _multiple(int(tall * aspect), PATCH), _multiple(tall, PATCH)

@@ -56,6 +56,11 @@ GOALS = (
     ),
     Goal("llamafactory_samples", "sample preparation, mix, --image_backend fast", "`--image_backend fast`", _LF, "6"),
     Goal("log_mel", "log-mel features of 1 s", "features of a sound of 1 s, same bits", "padded to 30 s", "10"),
+    *(
+        Goal("video", f"{what}, v2_6, against {way}", name, whom, "3")
+        for way, whom in (("sequential", "LLaMA-Factory's way"), ("decord", "the model card's way"))
+        for what, name in (("CPU time", "64 frames of 60 s in 1080p to patches"), ("wall time", "the same, wall time"))
+    ),
     Goal("transport", "transport of a 10-slice sample", "worker to training process, 10 slices", "fp32 patches", "3"),
     Goal("step", "training step, 8 layers, vocabulary 4008", "training step, small vocabulary", _VENDOR, "1.9"),
     Goal("step", "training step, vocabulary 128256", "training step, large vocabulary", _VENDOR, "6"),

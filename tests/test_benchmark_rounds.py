@@ -84,6 +84,24 @@ def test_transport(script, few_pictures, capsys):
     assert len(figures(capsys.readouterr().out)) == 1
 
 
+def test_video(script, monkeypatch, capsys):
+    """Both sides that need nothing more, in this process; the script itself compares the pixels."""
+    module = script("video", SIZE=(320, 192), SECONDS=4, RATE=10, KEY_FRAMES=15, FRAMES=8)
+    options = {name: replace(given, fps=2.0, max_frames=8) for name, given in module.FAMILIES.items()}
+
+    class Side:
+        def __init__(self, way: str, clip: Path) -> None:
+            self.way, self.clip = way, clip
+
+        def once(self, family: str, file: str = "") -> dict[str, float]:
+            return module.once(self.way, self.clip, family, file)
+
+    script("video", Side=Side, FAMILIES=options).main(["--rounds", "1", "--dry"])
+    printed = capsys.readouterr().out
+    assert printed.count("sequential: 0.0000 levels apart, 0 at most") == 2
+    assert len(figures(printed)) == 4
+
+
 def test_step(script, capsys):
     """Loss and gradients of both sides are compared by the script itself."""
     sizes = {"small": SMALL, "large": SMALL | {"vocab_size": 900}}

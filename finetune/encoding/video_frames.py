@@ -210,6 +210,12 @@ def decoded(
                 continue
             if decoder is None or frames.opens:
                 opened.close()
-                decoder = opened.enter_context(video.Decoder(frames.clip))
+                decoder = opened.enter_context(video.Decoder(frames.clip, _indices(expanded, frames.video)))
             images = [image.shrink(decoder.take(index), max_pixels) for index in frames.indices]
             yield DecodedGroup(images, cuts, True)
+
+
+def _indices(expanded: ExpandedSample, number: int) -> list[int]:
+    """All sampled frames of a video of the conversation, by its number."""
+    groups = (media.data for media, _ in expanded.visual() if isinstance(media.data, Frames))
+    return [index for group in groups if group.video == number for index in group.indices]
