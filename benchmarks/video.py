@@ -55,7 +55,9 @@ FAMILIES = {
     "v4_5": VideoOptions(fps=FRAMES / SECONDS, max_frames=FRAMES // 2, max_slice_nums=1),
 }
 
-Prepared = tuple[torch.Tensor | list[torch.Tensor], Sequence[int]]
+Patches = np.ndarray | torch.Tensor | list[torch.Tensor]
+"""Bytes (n, 3 * P * P); or, of the other sides, a tensor (3, P, n * P) of normalised values per frame."""
+Prepared = tuple[Patches, Sequence[int]]
 """Patches, and the numbers of the frames that they are of."""
 
 
@@ -156,10 +158,10 @@ def once(way: str, clip: Path, family: str, file: str = "") -> dict[str, float]:
     return taken
 
 
-def _pixels(made: torch.Tensor | list[torch.Tensor]) -> np.ndarray:
-    """Patches (n, 3 * P * P) as bytes, whichever side made them."""
-    if isinstance(made, torch.Tensor):
-        return made.numpy()
+def _pixels(made: Patches) -> np.ndarray:
+    """The patches as bytes (n, 3 * P * P), whichever side made them."""
+    if not isinstance(made, list):
+        return np.asarray(made)
     strips = torch.cat(made, dim=2).reshape(3, PATCH, -1, PATCH).permute(2, 0, 1, 3)
     return strips.mul(0.5).add(0.5).mul(255).round().to(torch.uint8).reshape(-1, 3 * PATCH**2).numpy()
 
