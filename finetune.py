@@ -375,10 +375,11 @@ if __name__ == "__main__":
         sys.exit(outcome.OK)
     outcome.install_exit_handlers()  # before torch, whose import takes seconds in which the launcher may end
     silence_unactionable_warnings()  # before the libraries that warn while they are imported
-    try:
-        status = main(verifier=prepare())
-    except UserError as error:
-        status = error.exit_code
-        message = outcome.print_error(error)
-        outcome.report("stopped" if status == outcome.STOPPED else "error", exit_code=status, message=message)
+    with outcome.ReportedErrors():
+        try:
+            status = main(verifier=prepare())
+        except UserError as error:
+            status = error.exit_code
+            message = outcome.print_error(error)
+            outcome.report("stopped" if status == outcome.STOPPED else "error", exit_code=status, message=message)
     outcome.exit_after_handlers(status)

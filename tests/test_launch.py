@@ -45,10 +45,11 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def start(folder: Path, body: str) -> subprocess.Popen[str]:
-    script = folder / "rank.py"
+def start(folder: Path, body: str, name: str = "rank.py") -> subprocess.Popen[str]:
+    script = folder / name
     script.write_text(RANK.format(body=body))
-    words = ["--nproc_per_node", "2", "--standalone", "--", str(script)]
+    # With --help the flags of a finetune.py are not looked at.
+    words = ["--nproc_per_node", "2", "--standalone", "--", str(script), "--help"]
     return subprocess.Popen(
         [sys.executable, "-m", "finetune.launch", *words],
         cwd=ROOT,
@@ -60,7 +61,10 @@ def start(folder: Path, body: str) -> subprocess.Popen[str]:
 
 
 def left(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.name != "rank.py"]
+    """What a run left there, besides its script and the cache of compiled kernels, which all runs share."""
+    return [
+        path.name for path in folder.iterdir() if path.suffix != ".py" and not path.name.startswith("torchinductor_")
+    ]
 
 
 ENDS = [
@@ -69,9 +73,14 @@ ENDS = [
 ]
 
 
+# Ranks of a finetune.py are forked from the launcher; other scripts are started.
+SCRIPTS = ("rank.py", "finetune.py")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize(("body", "status", "said"), ENDS)
-def test_status(folder, body, status, said):
-    process = start(folder, body)
+def test_status(folder, body, status, said, name):
+    process = start(folder, body, name)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     assert said in err
@@ -79,8 +88,29 @@ def test_status(folder, body, status, said):
     assert left(folder) == []
 
 
-def test_a_signal_is_passed_on_and_ranks_may_save(folder):
-    process = start(folder, SAVES)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_error_that_nobody_expects(folder, name):
+    """It has its traceback and a result line, and nobody else's beside it."""
+    process = start(folder, "with outcome.ReportedErrors(): (1 / 0 if rank == '0' else time.sleep(60))", name)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == outcome.FAILED, err
+    assert json.loads(out.removeprefix("result="))["message"] == "ZeroDivisionError: division by zero"
+    assert err.count("Traceback") == 1
+    assert left(folder) == []
+
+
+def test_forked_ranks_import_nothing_again(folder):
+    """They find what training needs, as the launcher has it, in a process that is not the launcher's program."""
+    body = "print('trainer' in sys.modules, __name__, sys.argv[1:], [bool(os.getppid() in (0, 1))], flush=True)"
+    process = start(folder, body, "finetune.py")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out.splitlines() == ["True __main__ ['--help'] [False]"] * 2
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_signal_is_passed_on_and_ranks_may_save(folder, name):
+    process = start(folder, SAVES, name)
     assert process.stdout is not None
     assert [process.stdout.readline(), process.stdout.readline()] == ["ready\n"] * 2
     process.send_signal(signal.SIGUSR1)

@@ -9,6 +9,7 @@ import atexit
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import traceback
@@ -77,6 +78,8 @@ def exit_after_handlers(status: int) -> NoReturn:
     global _leaving
     _leaving = status
     end_children()
+    if multiprocessing.parent_process() is not None:  # forked by the launcher: exit handlers do not run there
+        _clean_up()
     sys.exit(status)
 
 
@@ -94,6 +97,22 @@ def install_exit_handlers() -> None:
     sys.excepthook = _excepthook
     end_with_launcher()
     watch.install()
+
+
+class ReportedErrors:
+    """Within, an error that nobody handles ends this process with its message and its result line.
+
+    As the excepthook does, which torchrun does not call in ranks that it forks.
+    """
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and error is not None and not isinstance(error, SystemExit):
+            _excepthook(kind, error, trace)
+            exit_after_handlers(FAILED)
 
 
 def _is_main_process() -> bool:
@@ -171,9 +190,13 @@ def register_cleanup(cleanup: Callable[[], object]) -> None:
 
 
 def _end(status: int) -> NoReturn:
+    _clean_up()
+    os._exit(status)
+
+
+def _clean_up() -> None:
     while _cleanups:
         _cleanups.pop()()
-    os._exit(status)
 
 
 watch = SignalWatch(_interrupted)
