@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.runtime import distributed, outcome
-from finetune.runtime.imports import TRAINING_MODULES, import_at_start, optional_libraries_hidden
+from finetune.runtime.imports import TRAINING_MODULES, import_at_start, libraries_hidden, optional_libraries_hidden
 from finetune.runtime.waiting_process import WaitingProcess
 from finetune.utils.errors import UserError, silence_unactionable_warnings
 
@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None, verifier: WaitingProcess | None = No
     from finetune.checkpoints.output_folder import OutputFolder
 
     args = parse_arguments(argv)
-    with OutputFolder(Path(args.training.output_dir or "output").absolute()) as output:
+    # accelerate imports DeepSpeed where it finds it, to ask whether the model is one of its engines.
+    unused = () if args.training.deepspeed else ("deepspeed",)
+    with libraries_hidden(*unused), OutputFolder(Path(args.training.output_dir or "output").absolute()) as output:
         return train(args, output, verifier)
 
 

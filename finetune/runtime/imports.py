@@ -53,12 +53,20 @@ def import_at_start(*modules: str) -> None:
 
 @contextmanager
 def optional_libraries_hidden(*, unless: bool = False) -> Iterator[None]:
-    """Within, the hidden libraries that nothing has imported since are not found: Python's rule for None in modules.
+    """Within, the hidden libraries that nothing has imported since are not found.
 
     Args:
         unless: whether they are needed after all; then nothing changes.
     """
-    hidden = [] if unless else [name for name in _hidden if name not in sys.modules]
+    with libraries_hidden(*() if unless else _hidden):
+        yield
+
+
+@contextmanager
+def libraries_hidden(*names: str) -> Iterator[None]:
+    """Within, those of these libraries that are not imported yet are not found."""
+    hidden = [name for name in names if name not in sys.modules]
+    # Python's rule for None in modules.
     sys.modules.update(dict.fromkeys(hidden))  # pyright: ignore[reportArgumentType, reportCallIssue]
     try:
         yield
