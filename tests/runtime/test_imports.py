@@ -47,6 +47,13 @@ def test_nothing_is_hidden_from_a_program_that_hid_nothing(tmp_path, before):
     assert run(tmp_path, f"{before}\nwith optional_libraries_hidden(): print(later.found())") == "True"
 
 
+def test_a_named_library_is_hidden_for_a_while(tmp_path):
+    code = "import later\nfrom finetune.runtime.imports import libraries_hidden\n"
+    code += "with libraries_hidden('bitsandbytes'): print(later.found())\nprint(later.found())\nimport bitsandbytes\n"
+    code += "with libraries_hidden('bitsandbytes'): print(bitsandbytes is sys.modules['bitsandbytes'])"
+    assert run(tmp_path, code).split() == ["False", "True", "True"]
+
+
 def test_the_collector_is_as_before(tmp_path):
     code = "import gc; before = gc.get_threshold(); import_at_start('library'); "
     shown = "print(gc.get_threshold() == before, gc.isenabled(), gc.get_freeze_count() > 1000)"
