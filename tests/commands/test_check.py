@@ -44,13 +44,13 @@ def data(tmp_path: Path) -> Callable[..., str]:
     ("broken", "flags", "status", "said"),
     [
         ((), [], outcome.OK, ""),
-        ((1,), [], outcome.USER_ERROR, "1 records cannot be used"),
+        ((1,), [], outcome.USER_ERROR, "1 record cannot be used"),
         ((1,), ["--on_bad_sample", "skip"], outcome.OK, ""),
         ((1, 2, 3), ["--on_bad_sample", "skip"], outcome.UNUSABLE_RESULT, "more than --max_bad_share 0.1"),
         ((1, 2, 3), ["--on_bad_sample", "skip", "--max_bad_share", "0.5"], outcome.OK, ""),
         ((), ["--model_max_length", "10"], outcome.USER_ERROR, "none of 20 records can be used"),
         ((), ["--model_max_length", "10", "--overlong", "error"], outcome.USER_ERROR, "20 records cannot be used"),
-        ((), ["--eval_data_path", "EVAL"], outcome.USER_ERROR, "1 records cannot be used"),
+        ((), ["--eval_data_path", "EVAL"], outcome.USER_ERROR, "1 record cannot be used"),
     ],
 )
 def test_the_status_of_training(
