@@ -105,9 +105,9 @@ def require_usable(sample_policies: Sequence[SamplePolicy], reports: Sequence[Ch
     fatal = [report for sample_policy, report in checked if report.problems and sample_policy.on_bad_sample == "error"]
     if fatal:
         count = sum(len(report.problems) for report in fatal)
-        records = "1 record" if count == 1 else f"{count} records"
+        told = "1 record cannot be used:" if count == 1 else f"{count} records cannot be used, the first:"
         raise CheckError(
-            f"{records} cannot be used, the first: {fatal[0].problems[0]} (--on_bad_sample skip skips such records, "
+            f"{told} {fatal[0].problems[0]} (--on_bad_sample skip skips such records, "
             "--check off starts without this check)",
             fatal[0].problems[0],
         )
