@@ -6,6 +6,8 @@ from importlib.metadata import version
 
 import pytest
 
+from finetune.encoding.media_collation import COLLATION
+from finetune.encoding.pixel_inputs import INPUTS
 from finetune.families import FAMILIES, UnknownFamilyError, by_name, check_transformers, detect, usable
 
 OCR = by_name("ocr1_0")
@@ -55,3 +57,7 @@ def test_detection_asks_for_the_installed_one() -> None:
     else:
         with pytest.raises(UnknownFamilyError, match="needs transformers 5.23"):
             detect(config)
+
+
+def test_every_pixel_input_has_its_collation():
+    assert set(COLLATION) == set(INPUTS) >= {family.inputs for family in FAMILIES}
