@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -73,8 +75,8 @@ def build(
         max_pixels: maximum pixels of an image to decode.
     """
     shown = sorted(rows, key=lambda row: (-metric.sort_key(row.scores), change(metric, row), row.index))[:most]
-    room = _ROOM // max(len(shown), 1)
-    cards = [_card(metric, row, max_pixels, room) for row in shown]
+    thumbnails = _Thumbnails(max_pixels, _ROOM // max(len(shown), 1))
+    cards = [_card(metric, row, thumbnails) for row in shown]
     tags = [tag for card in cards for tag in card["tags"]]
     return render(
         "evaluation",
@@ -124,12 +126,38 @@ def _direction(metric: Metric) -> str:
     return "higher is better" if metric.higher else "lower is better"
 
 
-def _card(metric: Metric, row: ScoreRow, max_pixels: int, room: int) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Thumbnails:
+    """The thumbnails of a page; questions about the same files share them.
+
+    Attributes:
+        max_pixels: maximum pixels of an image to decode.
+        room: bytes for those of one question.
+        made: those so far, by their files.
+    """
+
+    max_pixels: int
+    room: int
+    made: dict[tuple[Path, ...], list[EmbeddedImage]] = field(default_factory=dict)
+
+    def of(self, sample: Sample) -> list[EmbeddedImage]:
+        """Those of a conversation."""
+        data = [medium.data for medium in sample.media()]
+        files = tuple(each for each in data if isinstance(each, Path))
+        if len(files) == len(data) and files in self.made:
+            return self.made[files]
+        sources = list(pictures_of(sample, self.max_pixels))
+        made = within(self.room, lambda detail: _shown(sources, detail), weight)
+        if len(files) == len(data):
+            self.made[files] = made
+        return made
+
+
+def _card(metric: Metric, row: ScoreRow, thumbnails: _Thumbnails) -> dict[str, Any]:
     moved = change(metric, row)
     compared = row.base is not None
     changed = [] if not compared else ["unchanged" if row.base == row.prediction else "changed"]
     verdict = ["better"] if moved > 0 else ["worse"] if moved < 0 else []
-    sources = list(pictures_of(row.prompt, max_pixels))
     drawing = _drawing(row) if sum(1 for _ in row.prompt.media()) == 1 else []
     return {
         "id": row.prompt.id,
@@ -143,7 +171,7 @@ def _card(metric: Metric, row: ScoreRow, max_pixels: int, room: int) -> dict[str
         "references": list(dict.fromkeys(row.references)),
         "prediction": row.prediction,
         "base": row.base,
-        "pictures": within(room, lambda detail: _shown(sources, detail), weight),
+        "pictures": thumbnails.of(row.prompt),
         "more": max(sum(medium.kind != "audio" for medium in row.prompt.media()) - _MOST_IMAGES, 0),
         "sounds": sum(1 for _ in row.prompt.media("audio")),
         "drawn": drawing,

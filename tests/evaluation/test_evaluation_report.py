@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from clips import number, write_clip
@@ -15,6 +16,7 @@ from PIL import Image
 from finetune.evaluation.evaluation_report import build
 from finetune.evaluation.metrics import METRICS
 from finetune.evaluation.scoring import make_rows, summarise
+from finetune.media import image as images
 from finetune.sample import Media, Message, Sample, Source, Text
 
 EVIL = "<script>alert('x')</script>&\"<img src=http://example.com/x.png>"
@@ -92,6 +94,26 @@ def test_what_can_be_filtered_is_counted():
         number = sum(word in each for each in tags) if word else 6
         assert f"{word or 'all'} {number}" in seen.text
     assert [sum(word in each for each in tags) for word in ("better", "worse", "changed")] == [2, 1, 3]
+
+
+def test_a_file_asked_about_twice_is_decoded_once(tmp_path, monkeypatch):
+    """Each question still has its own pictures."""
+    metric, paths = METRICS["exact"], [tmp_path / name for name in ("a.png", "b.png")]
+    for path, colour in zip(paths, ("red", "blue"), strict=True):
+        Image.new("RGB", (64, 48), colour).save(path)
+    samples = {}
+    for number, path in enumerate((*paths, *paths)):
+        asked = Message("user", (Media("image", path), Text("What?")))
+        samples[number] = (Sample(id=str(number), source=Source("data.json", number), messages=(asked,)), ["a"])
+    decoded: list[Path] = []
+    load = images.load
+    monkeypatch.setattr(images, "load", lambda media, *rest: decoded.append(media.data) or load(media, *rest))
+    rows = make_rows(metric, samples, ["a"] * 4)
+    seen = assert_safe(build(metric, rows, summarise(metric, rows), title="t", max_pixels=10**7))
+    assert sorted(decoded) == paths
+    shown = [each["src"] for each in seen.of("img")]
+    assert len(set(shown[:2])) == 2
+    assert shown == shown[:2] * 2
 
 
 def test_the_page_stays_small():
