@@ -102,9 +102,9 @@ def test_a_file_asked_about_twice_is_decoded_once(tmp_path, monkeypatch):
     for path, colour in zip(paths, ("red", "blue"), strict=True):
         Image.new("RGB", (64, 48), colour).save(path)
     samples = {}
-    for number, path in enumerate((*paths, *paths)):
+    for index, path in enumerate((*paths, *paths)):
         asked = Message("user", (Media("image", path), Text("What?")))
-        samples[number] = (Sample(id=str(number), source=Source("data.json", number), messages=(asked,)), ["a"])
+        samples[index] = (Sample(id=str(index), source=Source("data.json", index), messages=(asked,)), ["a"])
     decoded: list[Path] = []
     load = images.load
     monkeypatch.setattr(images, "load", lambda media, *rest: decoded.append(media.data) or load(media, *rest))
