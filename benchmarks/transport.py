@@ -35,7 +35,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.families import by_name
 from finetune.readers.mixture import open_data
 
-CASE, GOAL = "transport of a 10-slice sample", 3.0
+CASE, GOAL = "transport of a 10-slice sample", 6.0
 _CLASS = "1344x1344 jpg"
 _BATCHES, _WARM = 16, 4
 

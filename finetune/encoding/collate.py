@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from finetune.encoding.example import Example
 from finetune.encoding.media_collation import COLLATION
+from finetune.encoding.worker_transfer import Lent, borrowed, lend
 from finetune.templates.rendering import IGNORE
 
 _SMALL = 1 << 18
@@ -20,23 +22,30 @@ _SMALL = 1 << 18
 class Batch(dict[str, Any]):
     """A collated batch: model inputs by name.
 
-    When a dataloader worker sends it to the trainer, only large tensors go through shared memory: each shared tensor
-    costs a file descriptor and a message, which is more than copying a small one.
+    When a dataloader worker sends it to the trainer, only large tensors go through shared memory, in blocks that are
+    used again (``worker_transfer``); copying a small one costs less.
     """
 
-    def __reduce__(self) -> tuple[Callable[[Mapping[str, Any]], Batch], tuple[dict[str, Any]]]:
-        small = {name: value.numpy() for name, value in self.items() if _is_small(value)}
-        return _received, ({**self, **small},)
+
+def _sent(batch: Batch) -> tuple[Callable[..., Batch], tuple[dict[str, Any], Lent | None]]:
+    """How a batch goes to another process."""
+    tensors = {name: value for name, value in batch.items() if _on_cpu(value)}
+    small = {name: value.numpy() for name, value in tensors.items() if value.nbytes <= _SMALL}
+    lent = lend({name: value for name, value in tensors.items() if name not in small})
+    in_block = () if lent is None else [name for name, *_ in lent.layout]
+    return _received, ({**batch, **small, **dict.fromkeys(in_block)}, lent)
 
 
-def _is_small(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.nbytes <= _SMALL
+ForkingPickler.register(Batch, _sent)
 
 
-def _received(sent: Mapping[str, Any]) -> Batch:
-    return Batch(
-        {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in sent.items()}
-    )
+def _on_cpu(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu"
+
+
+def _received(sent: Mapping[str, Any], lent: Lent | None) -> Batch:
+    found = {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in sent.items()}
+    return Batch(found if lent is None else found | borrowed(lent))
 
 
 def pad(examples: Sequence[Example], pad_id: int, side: Literal["right", "left"] = "right") -> dict[str, torch.Tensor]:
