@@ -61,7 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = outcome.print_error(error)
         outcome.report("error", exit_code=error.exit_code, message=message)
         return error.exit_code
-    return _run(arguments)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:  # before there are ranks: what ends those is another exception
+        message = "interrupted before training started"
+        sys.stderr.write(f"{message}\n")
+        outcome.report("interrupted", exit_code=outcome.INTERRUPTED, message=message)
+        return outcome.INTERRUPTED
 
 
 def _training_flags(arguments: Sequence[str]) -> Sequence[str] | None:
@@ -109,7 +115,10 @@ def _prepare_fork(options: argparse.Namespace) -> None:
     """Imports what training needs and has torchrun fork this process for every rank."""
     sys.path.insert(0, str(Path(options.training_script).resolve().parent))  # as for a script that is started
     deepspeed = "--deepspeed" in options.training_script_args and os.environ.get("DS_ACCELERATOR") == "cpu"
-    import_at_start(*TRAINING_MODULES, *(["deepspeed"] if deepspeed else []))
+    try:
+        import_at_start(*TRAINING_MODULES, *(["deepspeed"] if deepspeed else []))
+    except ImportError:  # the ranks meet it too, and report it
+        return
     for stream in (sys.stdout, sys.stderr):
         assert isinstance(stream, io.TextIOWrapper)
         stream.reconfigure(write_through=True)  # as python -u, by which torchrun starts ranks

@@ -99,6 +99,20 @@ def test_an_error_that_nobody_expects(folder, name):
     assert left(folder) == []
 
 
+def test_interrupted_while_it_imports(folder):
+    """Ctrl-C before there are ranks is no traceback."""
+    process = start(folder, "", "finetune.py")
+    imports = psutil.Process(process.pid)
+    while not any("torch" in mapped.path for mapped in imports.memory_maps()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == outcome.INTERRUPTED, err
+    assert json.loads(out.removeprefix("result="))["status"] == "interrupted"
+    assert err == "interrupted before training started\n"
+    assert left(folder) == []
+
+
 def test_forked_ranks_import_nothing_again(folder):
     """They find what training needs, as the launcher has it, in a process that is not the launcher's program."""
     body = "print('trainer' in sys.modules, __name__, sys.argv[1:], [bool(os.getppid() in (0, 1))], flush=True)"
