@@ -22,7 +22,7 @@ from finetune.utils.errors import UserError, silence_unactionable_warnings
 if TYPE_CHECKING:
     from dataset import DataModule
     from finetune.arguments.parse import Arguments
-    from finetune.checkpoints.base_checkpoint import Checkpoint
+    from finetune.checkpoints.base_checkpoint import BaseCheckpoint
     from finetune.checkpoints.hub_upload import HubUpload
     from finetune.checkpoints.output_folder import OutputFolder
     from finetune.checkpoints.run_identity import RunIdentity
@@ -102,7 +102,7 @@ def train(args: Arguments, output: OutputFolder, verifier: WaitingProcess | None
     return end(output, status, result, unsaved, upload)
 
 
-def make_encoder(args: Arguments, base: Checkpoint) -> Encoder:
+def make_encoder(args: Arguments, base: BaseCheckpoint) -> Encoder:
     """The encoder of the checkpoint (tokenizer, chat template, image settings), which turns samples into tensors."""
     from transformers import set_seed
 
@@ -146,7 +146,7 @@ def make_data(args: Arguments, encoder: Encoder, output: Path) -> DataModule:
     return data
 
 
-def choose_recomputed_parts(args: Arguments, base: Checkpoint, data: DataModule) -> None:
+def choose_recomputed_parts(args: Arguments, base: BaseCheckpoint, data: DataModule) -> None:
     """Chooses the parts whose layers are recomputed, by the memory of the GPU and the largest micro-batch."""
     if args.training.checkpoint_parts is None:
         return
@@ -165,14 +165,14 @@ def largest_step(args: Arguments, data: DataModule) -> Callable[[], SampleShape]
     )
 
 
-def out_of_memory_report(args: Arguments, base: Checkpoint, data: DataModule) -> OutOfMemoryReport:
+def out_of_memory_report(args: Arguments, base: BaseCheckpoint, data: DataModule) -> OutOfMemoryReport:
     """Adds to an error of GPU memory the flags with which a step fits, by the memory estimate."""
     from finetune.planning.out_of_memory_report import OutOfMemoryReport
 
     return OutOfMemoryReport(base.settings, args.training, args.lora, largest_step(args, data))
 
 
-def make_model(args: Arguments, base: Checkpoint) -> tuple[Any, list[PartRow]]:
+def make_model(args: Arguments, base: BaseCheckpoint) -> tuple[Any, list[PartRow]]:
     """The loaded model, frozen or wrapped with adapters by the flags, and the table of what trains per part."""
     from finetune.models import load_model
     from finetune.models.duplex_rows import add_duplex_rows
@@ -213,7 +213,7 @@ def make_upload(args: Arguments) -> HubUpload | None:
 
 def make_trainer(
     args: Arguments,
-    base: Checkpoint,
+    base: BaseCheckpoint,
     data: DataModule,
     output: OutputFolder,
     identity: RunIdentity | None,
@@ -246,7 +246,7 @@ def make_trainer(
     return trainer, progress
 
 
-def trainer_class(args: Arguments, base: Checkpoint) -> Callable[..., CPMTrainer]:
+def trainer_class(args: Arguments, base: BaseCheckpoint) -> Callable[..., CPMTrainer]:
     """The Trainer of the stage, for preference training with its loss and the name of its reference model."""
     from trainer import CPMTrainer
 
@@ -264,7 +264,7 @@ def trainer_class(args: Arguments, base: Checkpoint) -> Callable[..., CPMTrainer
     )
 
 
-def run_facts(args: Arguments, base: Checkpoint, rows: Sequence[PartRow]) -> RunFacts:
+def run_facts(args: Arguments, base: BaseCheckpoint, rows: Sequence[PartRow]) -> RunFacts:
     """The facts about the run in report.html."""
     from finetune.evaluation.training_report import RunFacts
     from finetune.media.image import MAX_PIXELS

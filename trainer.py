@@ -23,7 +23,7 @@ from dataset import PackingCollator, StreamedDataset
 from finetune.batching.dataloaders import is_planned, loader_options, planned_loader
 from finetune.batching.samplers import CompactRandomSampler, SamplerEpochCallback
 from finetune.checkpoints import stream_resume
-from finetune.checkpoints.base_checkpoint import Checkpoint
+from finetune.checkpoints.base_checkpoint import BaseCheckpoint
 from finetune.checkpoints.checkpoint_manager import CheckpointManager, raise_if_any_failed, write_failure
 from finetune.checkpoints.manifest import zero_stage
 from finetune.checkpoints.output_folder import OutputFolder
@@ -79,7 +79,7 @@ class CPMTrainer(Trainer):
     def __init__(
         self,
         *,
-        base: Checkpoint,
+        base: BaseCheckpoint,
         part_learning_rates: dict[str, float],
         check_base_loss: bool = True,
         checkpoint_manager: CheckpointManager | None = None,

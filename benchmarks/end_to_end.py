@@ -134,13 +134,13 @@ def our_trainer(args: Any, clock: Clock) -> Any:
     import torch
 
     from dataset import make_supervised_data_module
-    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.checkpoints.base_checkpoint import resolve_base
     from finetune.encoding.encoder import Encoder
     from finetune.models import load_model, load_tokenizer
     from finetune.training.freezing import adapt
     from trainer import CPMTrainer
 
-    base = resolve(args.model.model_name_or_path)
+    base = resolve_base(args.model.model_name_or_path)
     model = adapt(load_model(base.folder, dtype=torch.float32), base.family, args.training, args.lora)
     encoder = Encoder(
         base.family,

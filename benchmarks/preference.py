@@ -34,7 +34,7 @@ from transformers import AutoConfig, MiniCPMV4_6ForConditionalGeneration
 
 from dataset import DataCollator
 from finetune.arguments.preference import PreferenceOptions
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.example import Example
 from finetune.encoding.length_policy import LengthPolicy
@@ -117,7 +117,7 @@ def way_of_trl(model: Any, examples: Sequence[Example], pad_id: int) -> Callable
 def against_trl(folder: Path, pairs: int) -> list[Row]:
     """The cases of a vocabulary of the published size."""
     tiny = write_tiny_checkpoint(STOCK, folder / "small")
-    base = resolve(str(tiny))
+    base = resolve_base(str(tiny))
     config = AutoConfig.from_pretrained(tiny)
     config.text_config.vocab_size = VOCABULARY
     torch.manual_seed(0)
@@ -164,7 +164,7 @@ def main(*, dry: bool, pairs: int) -> None:
     torch.set_num_threads(1)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        base = resolve(str(write_tiny_checkpoint(FAMILY, Path(folder) / "model")))
+        base = resolve_base(str(write_tiny_checkpoint(FAMILY, Path(folder) / "model")))
         encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings)
         settings = LoraConfig(r=8, target_modules=base.family.lora_targets["llm"])
         model = get_peft_model(load_model(base.folder, dtype=torch.float32), settings).train()  # pyright: ignore

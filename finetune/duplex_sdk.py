@@ -1,4 +1,4 @@
-"""Wraps minicpm-o5-sdk: aligns a full-duplex record to one-second units, or tokenizes it (prompt o45_fc).
+"""Wraps minicpm-o5-sdk: aligns a full-duplex record to one-second units and tokenizes it with prompt o45_fc.
 
 The package loads the files of its tokenizer with remote code on. Here they are loaded by the tokenizer class of
 transformers that the remote code derives from, and the package checks the result against its own fingerprints.
@@ -46,7 +46,7 @@ class TimedClip:
 
 @dataclass(frozen=True, slots=True)
 class AlignedRecord:
-    """A record as the package places it.
+    """A record as the package aligns it.
 
     Attributes:
         units: number of one-second units.
@@ -54,7 +54,7 @@ class AlignedRecord:
         user: clips of user audio.
         turns: turns of the model; the words of a unit have one time, which belongs to that unit.
         prepared: its ids and labels.
-        beyond: what the native prompt has no place for, in words.
+        unsupported: what the native prompt has no place for, in words.
         notes: what the package says of a record that it takes.
     """
 
@@ -63,12 +63,12 @@ class AlignedRecord:
     user: tuple[TimedClip, ...]
     turns: tuple[SpokenTurn, ...]
     prepared: PreparedIds
-    beyond: tuple[str, ...]
+    unsupported: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-def place(record: Mapping[str, Any]) -> AlignedRecord:
-    """Places a record of the package; no media file is opened.
+def align_record(record: Mapping[str, Any]) -> AlignedRecord:
+    """Aligns a record of the package; no media file is opened.
 
     Raises:
         DataError: the package refuses the record, with the place in it; or it has video, or units of another length.
@@ -78,11 +78,11 @@ def place(record: Mapping[str, Any]) -> AlignedRecord:
         text = json.dumps(record)
     except TypeError as error:
         raise DataError(f"has a value that no JSON of {PACKAGE} has ({error}); give paths of files") from error
-    return _placed(text)
+    return _aligned(text)
 
 
 @lru_cache(maxsize=_KEPT)
-def _placed(text: str) -> AlignedRecord:
+def _aligned(text: str) -> AlignedRecord:
     package, tokenizer = _package(), _tokenizer()
     with _refused():
         data = package.O5DuplexTrainingData.load_structure(json.loads(text))
@@ -99,7 +99,7 @@ def _placed(text: str) -> AlignedRecord:
         tuple(_user(result.arrangement.tracks)),
         tuple(_turns(result.arrangement.tracks)),
         PreparedIds(tuple(tokens.input_ids), tuple(tokens.labels)),
-        tuple(_beyond(data)),
+        tuple(_unsupported(data)),
         tuple(dict.fromkeys(f"{PACKAGE} reports {issue.code}" for issue in tokens.validation_report.issues)),
     )
 
@@ -202,7 +202,7 @@ def _turns(tracks: Any) -> Iterator[SpokenTurn]:
             yield SpokenTurn(text, tuple(words))
 
 
-def _beyond(data: Any) -> Iterator[str]:
+def _unsupported(data: Any) -> Iterator[str]:
     if data.system and data.system.tools:
         yield "tools"
     if data.tracks.input_event.segments:

@@ -61,8 +61,8 @@ def _check_model(name: str, *, use_lora: bool) -> Family | None:
     from finetune.model_folders.checkpoint_folder import (
         CONFIG,
         existing_folder,
-        refuse_absent,
         refuse_adapter,
+        refuse_uncached_offline,
         weight_files,
     )
     from finetune.model_folders.stored_4bit import check_adapters_only, stored_in_4bit
@@ -70,7 +70,7 @@ def _check_model(name: str, *, use_lora: bool) -> Family | None:
 
     folder = existing_folder(name)
     if folder is None:
-        refuse_absent(name)
+        refuse_uncached_offline(name)
         return None
     refuse_adapter(folder)
     if not (folder / CONFIG).is_file():

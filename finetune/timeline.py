@@ -89,13 +89,13 @@ class Timeline:
         turns: the turns of the model, in order; the units of two turns do not overlap.
         picture_units: the unit of every picture, in order.
         prepared: ids and labels of the prompt o45_fc; None for a record without them.
-        beyond: what the native prompt has no place for, in words.
+        unsupported: what the native prompt has no place for, in words.
     """
 
     turns: tuple[SpokenTurn, ...]
     picture_units: tuple[int, ...] = ()
     prepared: PreparedIds | None = None
-    beyond: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
 
 
 def least_units(turns: Sequence[SpokenTurn], picture_units: Sequence[int]) -> int:

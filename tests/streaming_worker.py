@@ -15,7 +15,7 @@ import torch
 import trainer
 from dataset import make_supervised_data_module
 from finetune.arguments.parse import parse_arguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
 from finetune.runtime.outcome import exit_after_handlers
@@ -40,7 +40,7 @@ def run(base: Path, data: Path, output: Path, *flags: str, resume: Path | None =
     paths = ["--model_name_or_path", str(base), "--data_path", str(data), "--output_dir", str(output)]
     quiet = ["--report_to", "none", "--disable_tqdm", "true", "--streaming", "true", "--tune_vision", "false"]
     args = parse_arguments([*paths, *quiet, *flags])
-    checkpoint = resolve(str(base))
+    checkpoint = resolve_base(str(base))
     torch.manual_seed(0)
     model = adapt(load_model(base, dtype=torch.float32), checkpoint.family, args.training, args.lora)
     tokenizer = load_tokenizer(base)

@@ -16,7 +16,7 @@ from zoo import gradient, write_zoo
 
 from dataset import DataCollator, SupervisedDataset, make_supervised_data_module
 from finetune.arguments.data import DataArguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.sample_policy import (
     BAD_SAMPLES,
@@ -50,7 +50,7 @@ def write(folder: Path, zoo: Path, names: Sequence[str | None], file: str = "tra
 
 
 def encoder(base: Path, max_length: int = 2048) -> Encoder:
-    checkpoint = resolve(str(base))
+    checkpoint = resolve_base(str(base))
     return Encoder(checkpoint.family, load_tokenizer(base), checkpoint.config, max_length=max_length)
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from sounds import write_wav
 
 from finetune.arguments.model import LoraArguments
-from finetune.checkpoints.base_checkpoint import Checkpoint, resolve
+from finetune.checkpoints.base_checkpoint import BaseCheckpoint, resolve_base
 from finetune.checkpoints.saving import finish_adapter, finish_full
 from finetune.commands.export import main as export
 from finetune.data_check.decision_counts import counted
@@ -47,12 +47,12 @@ def folder(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
-def base(folder: Path) -> Checkpoint:
-    return resolve(str(folder), duplex_prompt="o45_fc")
+def base(folder: Path) -> BaseCheckpoint:
+    return resolve_base(str(folder), duplex_prompt="o45_fc")
 
 
 @pytest.fixture(scope="module")
-def encoder(base: Checkpoint) -> Encoder:
+def encoder(base: BaseCheckpoint) -> Encoder:
     tokenizer = load_tokenizer(base.folder, duplex_prompt=base.duplex_name)
     return Encoder(base.family, tokenizer, base.settings, duplex=base.duplex_name)
 
@@ -81,7 +81,7 @@ def _sample(number: int, given: dict[str, Any], ask: Path, voice: Path) -> Sampl
         Message("user", (Media("audio", track),)),
         Message("assistant", tuple(Text(turn.text) for turn in turns), train=True),
     )
-    timeline = Timeline(turns, prepared=prepared, beyond=tuple(given["beyond"]))
+    timeline = Timeline(turns, prepared=prepared, unsupported=tuple(given["beyond"]))
     return Sample(str(number), Source("made.json", number), messages, timeline=timeline)
 
 
@@ -156,14 +156,18 @@ def test_only_decisions_are_evaluated(
     assert "cer" not in scores
     # Weights of decisions are those of the spoken slot.
     weighted = Encoder(
-        encoder.family, encoder.tokenizer, resolve(str(folder)).settings, duplex="o45_fc", unit_weights={"speak": 3.0}
+        encoder.family,
+        encoder.tokenizer,
+        resolve_base(str(folder)).settings,
+        duplex="o45_fc",
+        unit_weights={"speak": 3.0},
     ).encode(samples[0])
     assert weighted.loss_weights is not None
     assert weighted.input_ids[weighted.loss_weights == 3].tolist() == [encoder.vocabulary.control("<|speak|>")] * 3
 
 
 def test_the_native_prompt_takes_records_of_speech_alone(folder: Path, samples: list[Sample]) -> None:
-    base = resolve(str(folder))
+    base = resolve_base(str(folder))
     native = Encoder(base.family, load_tokenizer(base.folder), base.settings)
     example = native.encode(samples[0])
     text = native.tokenizer.decode(example.labels[example.labels >= 0])
@@ -179,13 +183,13 @@ def test_plain_timelines_and_other_vocabularies_are_refused(
     with pytest.raises(DataError, match=r"record 0: is a timeline of seconds .* takes records of minicpm-o5-sdk alone"):
         encoder.encode(plain)
     with pytest.raises(CheckpointError, match="published vocabulary of 151748 rows, .* has vocab_size 640"):
-        resolve(str(tiny("o4_5")), duplex_prompt="o45_fc")
+        resolve_base(str(tiny("o4_5")), duplex_prompt="o45_fc")
     with pytest.raises(CheckpointError, match="<unk> must have id 128244"):
         load_tokenizer(tiny("o4_5"), duplex_prompt="o45_fc")
     with pytest.raises(UserError, match="--duplex_prompt o5: known are native and o45_fc: its network"):
-        resolve(str(tiny("o4_5")), duplex_prompt="o5")
+        resolve_base(str(tiny("o4_5")), duplex_prompt="o5")
     with pytest.raises(UserError, match="MiniCPM-V 2.6 has no full-duplex prompt"):
-        resolve(str(tiny("v2_6")), duplex_prompt="o45_fc")
+        resolve_base(str(tiny("v2_6")), duplex_prompt="o45_fc")
 
 
 def test_audio_of_another_length_than_the_record_says(encoder: Encoder, samples: list[Sample]) -> None:
@@ -218,7 +222,7 @@ def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def adapter(
-    base: Checkpoint, batch: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory
+    base: BaseCheckpoint, batch: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, torch.Tensor]:
     """A trained adapter, and the logits of the model that was trained."""
     model: Any = load_model(base.folder)
@@ -265,11 +269,11 @@ def test_an_adapter_loads(
 
 
 def test_training_goes_on_from_an_adapter(
-    adapter: tuple[Path, torch.Tensor], base: Checkpoint, batch: dict[str, torch.Tensor]
+    adapter: tuple[Path, torch.Tensor], base: BaseCheckpoint, batch: dict[str, torch.Tensor]
 ) -> None:
     out, logits = adapter
-    again = resolve(str(base.folder), trained=out)
-    assert (again.duplex_name, again.grown) == ("o45_fc", True)
+    again = resolve_base(str(base.folder), trained=out)
+    assert (again.duplex_name, again.adds_duplex_rows) == ("o45_fc", True)
     model: Any = load_model(base.folder)
     lora = LoraArguments(lora_r=4, lora_weight_path=str(out))
     with pytest.raises(UserError, match="--lora_weight_path .* was trained with the rows"):
@@ -290,14 +294,14 @@ def test_a_merged_model_has_the_rows(
     assert "merged=" in capsys.readouterr().out
     config = json.loads((merged / "config.json").read_text())
     assert (config["vocab_size"], config["duplex_prompt"], config["duplex_sdk"]) == (LAST_ID, "o45_fc", "0.0.6")
-    again = resolve(str(merged))
+    again = resolve_base(str(merged))
     assert again.duplex is not None
-    assert not again.grown
+    assert not again.adds_duplex_rows
     torch.testing.assert_close(_logits(load_model(merged), batch), logits, rtol=1e-4, atol=1e-4)
     assert len(load_tokenizer(merged)) == LAST_ID
 
 
-def test_a_full_result_has_the_rows(base: Checkpoint, batch: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_a_full_result_has_the_rows(base: BaseCheckpoint, batch: dict[str, torch.Tensor], tmp_path: Path) -> None:
     model: Any = load_model(base.folder)
     add_duplex_rows(model)
     _step(model, batch)
@@ -305,17 +309,17 @@ def test_a_full_result_has_the_rows(base: Checkpoint, batch: dict[str, torch.Ten
     finish_full(tmp_path, base)
     loaded = load_model(tmp_path)
     torch.testing.assert_close(_logits(loaded, batch), _logits(model, batch))
-    assert resolve(str(tmp_path)).duplex_name == "o45_fc"
+    assert resolve_base(str(tmp_path)).duplex_name == "o45_fc"
     with pytest.raises(UserError, match="was trained in the prompt o45_fc; omit the flag"):
-        resolve(str(tmp_path), duplex_prompt="native")
+        resolve_base(str(tmp_path), duplex_prompt="native")
 
 
 def test_results_of_another_version_of_the_package_are_refused(
-    adapter: tuple[Path, torch.Tensor], base: Checkpoint, tmp_path: Path
+    adapter: tuple[Path, torch.Tensor], base: BaseCheckpoint, tmp_path: Path
 ) -> None:
     settings = json.loads((adapter[0] / "adapter_config.json").read_text())
     assert settings["auto_mapping"]["duplex_sdk"] == "0.0.6"
     settings["auto_mapping"]["duplex_sdk"] = "0.0.5"
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=r"as minicpm-o5-sdk 0.0.5 writes them, .* reads them by 0.0.6"):
-        resolve(str(base.folder), trained=tmp_path)
+        resolve_base(str(base.folder), trained=tmp_path)

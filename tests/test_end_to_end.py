@@ -140,13 +140,13 @@ def leave_reference(adapter: Path, base: Path, data: Path, reference: Path) -> N
     """What a run leaves to its verification: a batch with an image, and the logits of the trained network."""
     from dataset import make_supervised_data_module
     from finetune.arguments.data import DataArguments
-    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.checkpoints.base_checkpoint import resolve_base
     from finetune.checkpoints.verification import Origin, write_reference
     from finetune.encoding.collate import pad
     from finetune.encoding.encoder import Encoder
     from finetune.models import load_model, load_tokenizer
 
-    found = resolve(str(base))
+    found = resolve_base(str(base))
     encoder = Encoder(found.family, load_tokenizer(base), found.settings)
     train = make_supervised_data_module(DataArguments(data_path=str(data / "train.json")), encoder)["train_dataset"]
     batch = pad([train.first_usable()], encoder.pad_id)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from finetune.arguments.model import LoraArguments
 from finetune.arguments.parse import parse_arguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.run_start import describe_training, find_base
 from finetune.checkpoints.saving import finish_adapter
 from finetune.commands import export, plan, selfcheck
@@ -46,7 +46,7 @@ def adapter(folder, tmp_path_factory) -> Path:
             if ".lora_B" in name:
                 value.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
     model.save_pretrained(str(out))
-    finish_adapter(model, out, resolve(str(folder)))
+    finish_adapter(model, out, resolve_base(str(folder)))
     return out
 
 

@@ -12,7 +12,7 @@ from sounds import write_coded
 
 from dataset import make_supervised_data_module
 from finetune.arguments.parse import parse_arguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
 from finetune.training.freezing import adapt
@@ -90,7 +90,7 @@ def test_sound_and_video_train(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "openbmb/MiniCPM-o-2_6").symlink_to(tiny("o2_6"))
     monkeypatch.chdir(tmp_path)
     args = parse_arguments(["lora.yaml", "--use_cpu", "true"])
-    base = resolve(args.model.model_name_or_path)
+    base = resolve_base(args.model.model_name_or_path)
     encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings)
     data = make_supervised_data_module(args.data, encoder)
     batch = data["data_collator"]([data["train_dataset"][index] for index in range(3)])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import MiniCPMV4_6ImageProcessor, MiniCPMV4_6VideoProcessor
 
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.encoder import Encoder
 from finetune.families import FAMILIES, by_name
 from finetune.families.settings import FILES, disagreements, value_of
@@ -134,7 +134,7 @@ def test_the_files_that_transformers_reads(tiny, tmp_path: Path) -> None:
     ]
     for file, content, wanted in steps:
         (tmp_path / file).write_text(json.dumps(content), encoding="utf-8")
-        base = resolve(str(tmp_path))
+        base = resolve_base(str(tmp_path))
         assert base.family.video is not None
         video = base.family.video.defaults(base.settings)
         ours = base.family.slice_spec(base.settings).max_slice_nums, video.max_slice_nums, video.max_frames
@@ -146,7 +146,7 @@ def test_the_files_that_transformers_reads(tiny, tmp_path: Path) -> None:
 def test_the_tiny_checkpoint_disagrees_as_the_published_one_does(tiny, caplog: pytest.LogCaptureFixture) -> None:
     warn_once.cache_clear()
     caplog.set_level(logging.WARNING)
-    base = resolve(str(tiny("o4_5")))
+    base = resolve_base(str(tiny("o4_5")))
     assert (base.config["slice_config"]["max_slice_nums"], base.config["stream_input"]) == (1, True)
     tokenizer = load_tokenizer(base.folder)
     for _ in range(2):

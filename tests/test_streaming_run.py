@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from dataset import StreamedDataset
 from finetune.arguments.parse import parse_arguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.resume import ResumeError
 from finetune.checkpoints.stream_resume import assignment, batches_seen
 from finetune.data_files.streaming import Stream
@@ -142,7 +142,7 @@ def test_a_bad_line_leaves_an_empty_row(tiny: Tiny, tmp_path: Path) -> None:
     good = {"conversations": turns}
     path = tmp_path / "a.jsonl"
     path.write_text(f"{json.dumps(good)}\n{{'bad': 1}}\n")
-    checkpoint = resolve(str(tiny("llama3_v2_5")))
+    checkpoint = resolve_base(str(tiny("llama3_v2_5")))
     encoder = Encoder(checkpoint.family, load_tokenizer(checkpoint.folder), checkpoint.config)
     streamed = StreamedSamples(Stream([path], seed=0), [read(path, records=[good])])
     report = tmp_path / "bad.jsonl"
@@ -159,7 +159,7 @@ def test_a_bad_line_leaves_an_empty_row(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_batches_that_were_trained_before_are_empty_rows(lines: Path, tiny: Tiny) -> None:
     """Cheap to pass over; what follows them is what would have followed."""
-    checkpoint = resolve(str(tiny("llama3_v2_5")))
+    checkpoint = resolve_base(str(tiny("llama3_v2_5")))
     encoder = Encoder(checkpoint.family, load_tokenizer(checkpoint.folder), checkpoint.config)
     streamed = StreamedSamples(Stream([lines], seed=0), [read(lines)])
     dataset = StreamedDataset(streamed, SamplePolicy(streamed.head, encoder))

@@ -11,7 +11,7 @@ import torch
 
 from dataset import DataCollator, SupervisedDataset, make_supervised_data_module
 from finetune.arguments.parse import parse_arguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
 from finetune.training import base_loss
@@ -26,7 +26,7 @@ def make_trainer(base: Path, data: Path, output: Path, *flags: str) -> CPMTraine
     paths += ["--eval_data_path", str(data / "eval.json"), "--output_dir", str(output)]
     quiet = ["--dataloader_num_workers", "0", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true"]
     args = parse_arguments([*paths, *quiet, *flags])
-    checkpoint = resolve(str(base))
+    checkpoint = resolve_base(str(base))
     tokenizer = load_tokenizer(base)
     torch.manual_seed(0)
     model = load_model(base, dtype=torch.float32)

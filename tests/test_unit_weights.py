@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from finetune.arguments.parse import parse_arguments
 from finetune.arguments.unit_weights import parse_unit_weights
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.commands.check import main as check
 from finetune.encoding.collate import pack, pad
 from finetune.encoding.encoder import Encoder
@@ -46,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def make(tiny: Callable[[str], Path], data: Path) -> Callable[..., list[Example]]:
-    base = resolve(str(tiny("o4_5")))
+    base = resolve_base(str(tiny("o4_5")))
     tokenizer, samples = load_tokenizer(base.folder), read(data / "mixed.json")
 
     def made(weights: dict[str, float] | None) -> list[Example]:

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from finetune.chat.minicpmv_chat import best_device
 from finetune.chat.pipeline import ChatPipeline, ChatPromptOptions, SamplingOptions
-from finetune.checkpoints.base_checkpoint import resolve
-from finetune.model_folders.checkpoint_folder import is_adapter, local_folder
+from finetune.checkpoints.base_checkpoint import resolve_base
+from finetune.model_folders.checkpoint_folder import is_adapter, resolve_folder
 from finetune.models import base_of, load_model
 from finetune.models.adapters import put_adapter
 from finetune.sample import Sample
@@ -64,10 +64,10 @@ class ChatSession:
         if model is None and not adapters:
             raise ArgumentError("no model: give --model, or --adapter, whose adapter_config.json names its base")
         options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device or best_device()}}
-        folders = {name: local_folder(folder) for name, folder in self.adapters.items()}
+        folders = {name: resolve_folder(folder) for name, folder in self.adapters.items()}
         base = str(model or base_of(next(iter(folders.values()))))
         self.checkpoints = {
-            name: resolve(base, downsample_mode, use_image_id=use_image_id, trained=path)
+            name: resolve_base(base, downsample_mode, use_image_id=use_image_id, trained=path)
             for name, path in [*folders.items(), (OFF, None)]
         }
         own = self.checkpoints[OFF]

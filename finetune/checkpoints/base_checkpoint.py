@@ -14,7 +14,7 @@ from finetune.families.common import vocab_size
 from finetune.families.family import Family
 from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.model_folders import checkpoint_folder
-from finetune.model_folders.checkpoint_folder import local_folder, read_settings, refuse_adapter
+from finetune.model_folders.checkpoint_folder import read_settings, refuse_adapter, resolve_folder
 from finetune.model_folders.downsample_mode import Mode, decide, with_mode, write_mode
 from finetune.model_folders.duplex_prompt import (
     O45_FC,
@@ -49,7 +49,7 @@ FULL_FILES = (*SIDE_FILES, "config.json", "*.py")
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class BaseCheckpoint:
     """A base checkpoint on this machine.
 
     Attributes:
@@ -112,9 +112,9 @@ class Checkpoint:
         return vocab_size(self.config) if self.duplex is None else LAST_ID
 
     @property
-    def grown(self) -> bool:
+    def adds_duplex_rows(self) -> bool:
         """Whether the model of the run has rows that the weight files of the base do not have."""
-        return self.duplex is not None and self.duplex.grown
+        return self.duplex is not None and self.duplex.adds_rows
 
     @property
     def duplex_name(self) -> DuplexName:
@@ -122,7 +122,7 @@ class Checkpoint:
         return "native" if self.duplex is None else O45_FC
 
 
-def resolve(
+def resolve_base(
     model_name_or_path: str,
     downsample_mode: str | None = None,
     *,
@@ -130,7 +130,7 @@ def resolve(
     duplex_prompt: str | None = None,
     trained: Path | None = None,
     environment: Mapping[str, str] = os.environ,
-) -> Checkpoint:
+) -> BaseCheckpoint:
     """Finds the checkpoint; a hub id (no such folder, form "owner/name") is downloaded.
 
     Args:
@@ -147,7 +147,7 @@ def resolve(
         ArgumentError: a mode or image ids that the family does not have.
         UnknownFamilyError: a config.json of none of the supported generations.
     """
-    folder = local_folder(model_name_or_path)
+    folder = resolve_folder(model_name_or_path)
     hub = not expand(model_name_or_path).is_dir()
     # A downloaded snapshot lies in a folder named after its commit.
     name, revision = (model_name_or_path, folder.name) if hub else (str(folder), None)
@@ -157,7 +157,7 @@ def resolve(
     mode = decide(family, config, folder, downsample_mode, trained=trained, environment=environment)
     image_ids = decide_image_ids(family, read_settings(folder, config), folder, use_image_id, trained)
     duplex = decide_duplex_prompt(family, config, folder, duplex_prompt, trained)
-    return Checkpoint(folder, name, revision, config, family, mode, image_ids, duplex)
+    return BaseCheckpoint(folder, name, revision, config, family, mode, image_ids, duplex)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -171,12 +171,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return checkpoint_folder.read_config(folder)
 
 
-def side_files(base: Checkpoint, *, use_lora: bool) -> list[str]:
+def side_files(base: BaseCheckpoint, *, use_lora: bool) -> list[str]:
     """Names of the files that are copied from the base into a result."""
     return _matching(base.folder, SIDE_FILES if use_lora else FULL_FILES)
 
 
-def copy_base_files(base: Checkpoint, target: Path, patterns: tuple[str, ...]) -> None:
+def copy_base_files(base: BaseCheckpoint, target: Path, patterns: tuple[str, ...]) -> None:
     """Copies files of the base byte for byte but for downsample_mode, use_image_id and duplex prompt of the run."""
     copy_files(base.folder, target, patterns)
     if base.mode is not None:
@@ -187,7 +187,7 @@ def copy_base_files(base: Checkpoint, target: Path, patterns: tuple[str, ...]) -
         write_duplex_prompt(target)
 
 
-def changes_note(base: Checkpoint) -> str:
+def changes_note(base: BaseCheckpoint) -> str:
     """What the files of a result say otherwise than those of the base, for model cards; empty if nothing."""
     changes = []
     if base.mode is not None and base.mode.name != base.mode.base:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.arguments.parse import DERIVED
-from finetune.checkpoints.base_checkpoint import Checkpoint, changes_note
+from finetune.checkpoints.base_checkpoint import BaseCheckpoint, changes_note
 from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.model_folders.image_ids import USE_IMAGE_ID
 from finetune.utils.number_format import significant
@@ -24,7 +24,7 @@ _WORDS = {
 _LEFT_OUT = ("_path", "_dir", "_root", "dataset", "deepspeed", "hub_", "push_to_hub", "report_to", "run_name")
 
 
-def adapter_card(base: Checkpoint) -> str:
+def adapter_card(base: BaseCheckpoint) -> str:
     """README.md of an adapter: its base and how it loads."""
     revision = f" (revision {base.revision})" if base.revision else ""
     option = note = ""
@@ -56,7 +56,7 @@ model = AutoPeftModel.from_pretrained("path/to/this/folder", device_map="auto").
 {note}"""
 
 
-def full_card(base: Checkpoint) -> str:
+def full_card(base: BaseCheckpoint) -> str:
     """README.md of a full model: what it was made of and how it loads."""
     return f"""---
 {_base_line(base)}library_name: transformers
@@ -97,7 +97,7 @@ def with_code_note(card: str, folder: Path) -> str:
     return card if note is None else f"{card}\n{note[0].upper()}{note[1:]}.\n"
 
 
-def _base_line(base: Checkpoint) -> str:
+def _base_line(base: BaseCheckpoint) -> str:
     """The base as the hub's metadata have it: a hub id; a folder of this machine is none."""
     return f"base_model: {base.name}\n" if base.revision else ""
 

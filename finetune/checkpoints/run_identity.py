@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import finetune
 from finetune.arguments.parse import Arguments
-from finetune.checkpoints.base_checkpoint import Checkpoint
+from finetune.checkpoints.base_checkpoint import BaseCheckpoint
 from finetune.checkpoints.manifest import Manifest
 from finetune.utils.cache import signature
 from finetune.utils.errors import CheckpointError
@@ -61,7 +61,7 @@ class RunIdentity:
         return {name: getattr(self, name) for name in ("run", "attempt", "base", "data", "flags", "versions")}
 
 
-def identify(args: Arguments, base: Checkpoint, data_files: Sequence[Path]) -> RunIdentity:
+def identify(args: Arguments, base: BaseCheckpoint, data_files: Sequence[Path]) -> RunIdentity:
     """The identity of a run that is about to start.
 
     Raises:
@@ -70,7 +70,7 @@ def identify(args: Arguments, base: Checkpoint, data_files: Sequence[Path]) -> R
     return RunIdentity(base=base_of(base), data=data_of(data_files), flags=flags_of(args), versions=versions())
 
 
-def base_of(base: Checkpoint) -> dict[str, Any]:
+def base_of(base: BaseCheckpoint) -> dict[str, Any]:
     """Name and family of a base, and a digest of its configuration and of headers and blocks of its weight files."""
     digest = hashlib.sha256()
     described = [base.folder / name for name in _DESCRIBED if (base.folder / name).is_file()]
@@ -110,7 +110,7 @@ def flags_of(args: Arguments) -> dict[str, Any]:
     return {name: json.loads(json.dumps(value, default=str)) for name, value in named if name not in _NOT_RECORDED}
 
 
-def reference_key(args: Arguments, base: Checkpoint) -> str:
+def reference_key(args: Arguments, base: BaseCheckpoint) -> str:
     """Text that changes with the model that a run starts from and with the way it computes, as far as it matters."""
     adapter = args.lora.lora_weight_path
     files = [] if adapter is None else sorted(expand(Path(adapter)).glob("adapter_*"))

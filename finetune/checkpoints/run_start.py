@@ -1,4 +1,7 @@
-"""Start of a run: finds the base checkpoint, locks the output folder, chooses the checkpoint to resume from."""
+"""Start of a run: base checkpoint, output folder, process group, and the checkpoint to resume from.
+
+Finds the base and checks the flags against it, locks the output folder, starts the process group, and chooses.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 from finetune.arguments.legacy import LLM_TYPES
 from finetune.arguments.parse import Arguments
 from finetune.arguments.requirements import check_quantised_stage
-from finetune.checkpoints.base_checkpoint import Checkpoint, resolve, side_files
+from finetune.checkpoints.base_checkpoint import BaseCheckpoint, resolve_base, side_files
 from finetune.checkpoints.manifest import zero_stage
 from finetune.checkpoints.output_folder import Input, OutputFolder
 from finetune.checkpoints.resume import choose_checkpoint
@@ -27,21 +30,21 @@ from finetune.utils.paths import expand
 logger = logging.getLogger(__name__)
 
 
-def find_base(args: Arguments) -> Checkpoint:
+def find_base(args: Arguments) -> BaseCheckpoint:
     """The base checkpoint; its downsample_mode and image ids may come from the adapter of --lora_weight_path."""
     adapter = args.lora.lora_weight_path if args.training.use_lora else None
     trained = None if adapter is None else Path(adapter)
     model = args.model
     wished = {"use_image_id": model.use_image_id, "duplex_prompt": model.duplex_prompt}
-    base = resolve(model.model_name_or_path, model.downsample_mode, **wished, trained=trained)
+    base = resolve_base(model.model_name_or_path, model.downsample_mode, **wished, trained=trained)
     _check_trains_rows(args, base)
-    _check_names(args, base.family)
+    _correct_llm_type(args, base.family)
     if base.in_4bit:
         _check_4bit(args, base)
     return base
 
 
-def _check_trains_rows(args: Arguments, base: Checkpoint) -> None:
+def _check_trains_rows(args: Arguments, base: BaseCheckpoint) -> None:
     """Refuses to add rows that this run would not train.
 
     Raises:
@@ -62,7 +65,7 @@ def _check_trains_rows(args: Arguments, base: Checkpoint) -> None:
         )
 
 
-def _check_4bit(args: Arguments, base: Checkpoint) -> None:
+def _check_4bit(args: Arguments, base: BaseCheckpoint) -> None:
     """Refuses what weights that are stored in 4 bit cannot do: train in full, be partitioned, be quantised again.
 
     Raises:
@@ -78,7 +81,7 @@ def _check_4bit(args: Arguments, base: Checkpoint) -> None:
 
 
 def start_run(
-    args: Arguments, base: Checkpoint, output: OutputFolder, data: Sequence[Path]
+    args: Arguments, base: BaseCheckpoint, output: OutputFolder, data: Sequence[Path]
 ) -> tuple[str | None, RunIdentity | None]:
     """Locks the output folder, initialises the process group, and chooses the checkpoint to resume from.
 
@@ -98,14 +101,14 @@ def start_run(
     """
     resume, identity = _prepare_output(args, base, output, data) if distributed.is_main_process() else (None, None)
     distributed.start(args.training)
-    _check_modes(base.downsample_mode)
+    _check_same_downsample_mode(base.downsample_mode)
     resume_from = distributed.from_main_process(resume and str(resume))
     set_load_universal(args.training, resume_from)
     return resume_from, identity
 
 
 def _prepare_output(
-    args: Arguments, base: Checkpoint, output: OutputFolder, data: Sequence[Path]
+    args: Arguments, base: BaseCheckpoint, output: OutputFolder, data: Sequence[Path]
 ) -> tuple[Path | None, RunIdentity]:
     """Checks and locks the output folder, and chooses the checkpoint; on rank 0."""
     training = args.training
@@ -123,7 +126,7 @@ def _prepare_output(
     return convert_for_world_size(resume, output.folder), identity
 
 
-def describe_training(args: Arguments, base: Checkpoint) -> str:
+def describe_training(args: Arguments, base: BaseCheckpoint) -> str:
     """What is trained of which model, by the flags, as one line."""
     training, lora = args.training, args.lora
     rank = f"LoRA r={lora.lora_r}" if lora.lora_weight_path is None else f"LoRA from {lora.lora_weight_path}"
@@ -140,7 +143,7 @@ def describe_training(args: Arguments, base: Checkpoint) -> str:
     return f"training {base.family.title}: {', '.join(details)}"
 
 
-def _inputs_of(args: Arguments, base: Checkpoint) -> list[Input]:
+def _inputs_of(args: Arguments, base: BaseCheckpoint) -> list[Input]:
     """The local files and folders that the run reads."""
     given = {"--model_name_or_path": str(base.folder), "--lora_weight_path": args.lora.lora_weight_path}
     given |= {"--data_path": args.data.data_path, "--eval_data_path": args.data.eval_data_path}
@@ -150,7 +153,7 @@ def _inputs_of(args: Arguments, base: Checkpoint) -> list[Input]:
     return [Input(flag, path) for flag, path in paths.items() if path.exists()]
 
 
-def _check_modes(mode: str | None) -> None:
+def _check_same_downsample_mode(mode: str | None) -> None:
     """Checks that all ranks have the same downsample_mode, which may come from the environment of their machines.
 
     Raises:
@@ -164,7 +167,7 @@ def _check_modes(mode: str | None) -> None:
         )
 
 
-def _check_names(args: Arguments, family: Family) -> None:
+def _correct_llm_type(args: Arguments, family: Family) -> None:
     """Corrects a wrong --llm_type or --template with a warning; the family is read from the checkpoint."""
     if args.model.template is not None and args.model.template not in family.llamafactory_templates:
         logger.warning(

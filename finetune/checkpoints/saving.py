@@ -22,7 +22,7 @@ from finetune.arguments.parse import Arguments
 from finetune.checkpoints.base_checkpoint import (
     FULL_FILES,
     SIDE_FILES,
-    Checkpoint,
+    BaseCheckpoint,
     copy_base_files,
     read_config,
 )
@@ -35,7 +35,7 @@ from finetune.model_folders.duplex_prompt import recorded_as
 _WEIGHT_FILES = ("adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json")
 
 
-def write_run(args: Arguments, base: Checkpoint, folder: Path) -> None:
+def write_run(args: Arguments, base: BaseCheckpoint, folder: Path) -> None:
     """Writes run.yaml, with which finetune.py repeats the run: non-default flags, base checkpoint, versions."""
     described: dict[str, Any] = {"name": base.name, "revision": base.revision, "family": base.family.name}
     if base.mode is not None:
@@ -58,7 +58,7 @@ def write_run(args: Arguments, base: Checkpoint, folder: Path) -> None:
     (folder / "run.yaml").write_text(text, encoding="utf-8")
 
 
-def finish_adapter(model: PeftModel, folder: Path, base: Checkpoint) -> None:
+def finish_adapter(model: PeftModel, folder: Path, base: BaseCheckpoint) -> None:
     """Adds to a saved adapter what AutoPeftModel needs, the base, and tokenizer and processor files of the base."""
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
@@ -73,7 +73,7 @@ def finish_adapter(model: PeftModel, folder: Path, base: Checkpoint) -> None:
     _tidy(folder)
 
 
-def finish_full(folder: Path, base: Checkpoint) -> None:
+def finish_full(folder: Path, base: BaseCheckpoint) -> None:
     """Adds to a saved full model config.json, tokenizer, processor and code files of the base.
 
     Tensors of the base that the model does not build (the speech output of MiniCPM-o) are added to the weights.

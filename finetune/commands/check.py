@@ -84,13 +84,13 @@ def _checked(sample_policy: SamplePolicy, given: argparse.Namespace, data: DataA
 
 def _encoder(given: argparse.Namespace, data: DataArguments) -> Encoder:
     """The encoder that training would use."""
-    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.checkpoints.base_checkpoint import resolve_base
     from finetune.encoding.chat_template_check import check_chat_template
     from finetune.encoding.encoder import Encoder
     from finetune.tokenizers.tokenization import load_tokenizer
 
     wished = {"use_image_id": given.use_image_id, "duplex_prompt": given.duplex_prompt}
-    base = resolve(given.model_name_or_path, given.downsample_mode, **wished)
+    base = resolve_base(given.model_name_or_path, given.downsample_mode, **wished)
     for line in base.choices:
         print(line)
     tokenizer = load_tokenizer(base.folder, duplex_prompt=base.duplex_name)

@@ -16,7 +16,7 @@ from finetune.utils.errors import UserError
 from finetune.utils.paths import expand
 
 if TYPE_CHECKING:
-    from finetune.checkpoints.base_checkpoint import Checkpoint
+    from finetune.checkpoints.base_checkpoint import BaseCheckpoint
 
 _DTYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -30,10 +30,10 @@ def main(argv: list[str]) -> int:
 
     import torch
 
-    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.checkpoints.base_checkpoint import resolve_base
     from finetune.export.result_folder import check_target, model_card, unfinished, write_model, write_record
     from finetune.export.sharded_writer import WeightFiles
-    from finetune.export.zero_consolidation import Gathered, base_named_by, read_shards, write_adapter
+    from finetune.export.zero_consolidation import ConsolidatedTensors, base_named_by, read_shards, write_adapter
     from finetune.model_folders.checkpoint_folder import has_adapter
     from finetune.models import load_model
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     if name is None:
         raise UserError(f"{checkpoint} does not name its base: give --model_name_or_path")
     # The downsample_mode of the run, not that of the current environment.
-    base = resolve(name, trained=checkpoint, environment={})
+    base = resolve_base(name, trained=checkpoint, environment={})
     lora = has_adapter(checkpoint)
     sources = [base.folder, checkpoint]
     check_target(out, sources, overwrite=given.overwrite_output_dir == "true")
@@ -53,7 +53,9 @@ def main(argv: list[str]) -> int:
             count = write_adapter(folder, checkpoint, base, state)
         else:
             dtype = None if given.infer_dtype == "auto" else getattr(torch, given.infer_dtype)
-            files = WeightFiles(Gathered(base, state), dtype=dtype, shard_size=round(given.export_size * 1e9))
+            files = WeightFiles(
+                ConsolidatedTensors(base, state), dtype=dtype, shard_size=round(given.export_size * 1e9)
+            )
             write_model(folder, base, files, dtype=dtype, card=model_card(base, []))
             count = len(state)
         del state
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _record(base: Checkpoint, checkpoint: Path) -> dict[str, Any]:
+def _record(base: BaseCheckpoint, checkpoint: Path) -> dict[str, Any]:
     return {
         "base": {"name": base.name, "revision": base.revision, "family": base.family.name},
         "parts": str(checkpoint),

@@ -65,7 +65,7 @@ def report(adapter: Path, data: Path) -> tuple[float, float]:
     """Prints base and adapter side by side; returns the adapter's exact match, with images and blanked."""
     from peft import PeftModel
 
-    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.checkpoints.base_checkpoint import resolve_base
     from finetune.encoding.encoder import Encoder
     from finetune.evaluation.batched_generation import generate_answers, split_answer
     from finetune.models import load_model, load_tokenizer
@@ -73,7 +73,7 @@ def report(adapter: Path, data: Path) -> tuple[float, float]:
 
     model = load_model(adapter).eval()
     assert isinstance(model, PeftModel)
-    base = resolve(model.peft_config["default"].base_model_name_or_path or "")
+    base = resolve_base(model.peft_config["default"].base_model_name_or_path or "")
     tokenizer = load_tokenizer(adapter)
 
     def answer(file: str, what: str, slices: int | None = None) -> list[str]:

@@ -25,7 +25,7 @@ from finetune.utils.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from finetune.checkpoints.base_checkpoint import Checkpoint
+    from finetune.checkpoints.base_checkpoint import BaseCheckpoint
     from finetune.evaluation.predictions import Predictions
     from finetune.readers.mixture import Mixture
     from finetune.sample import Sample
@@ -126,10 +126,10 @@ class _Evaluation:
         if source.other is not None and not adapter_off and base:
             self._play(self._load(source.other, None), source.other, base, BASE_RESULT, "records to compare")
 
-    def _load(self, checkpoint: Checkpoint, adapter: Any) -> nn.Module:
+    def _load(self, checkpoint: BaseCheckpoint, adapter: Any) -> nn.Module:
         return AnswerGenerator(self.given, {}, self.store, self.rank, self.world).load(checkpoint, adapter)
 
-    def _play(self, model: nn.Module, checkpoint: Checkpoint, wanted: Sequence[int], key: str, what: str) -> None:
+    def _play(self, model: nn.Module, checkpoint: BaseCheckpoint, wanted: Sequence[int], key: str, what: str) -> None:
         from tqdm.auto import tqdm
 
         from finetune.evaluation.duplex_results import results_of

@@ -19,7 +19,7 @@ from finetune.utils.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from finetune.checkpoints.base_checkpoint import Checkpoint
+    from finetune.checkpoints.base_checkpoint import BaseCheckpoint
     from finetune.encoding.encoder import Encoder
     from finetune.evaluation.predictions import Predictions
     from finetune.readers.mixture import Mixture
@@ -72,9 +72,9 @@ class ModelSource:
         other: the checkpoint to compare with: the base without adapter, or another one.
     """
 
-    base: Checkpoint
+    base: BaseCheckpoint
     adapter: Path | None
-    other: Checkpoint | None
+    other: BaseCheckpoint | None
 
     @property
     def modes(self) -> list[str]:
@@ -90,11 +90,11 @@ def source_of(given: argparse.Namespace) -> ModelSource:
     Raises:
         UserError: a folder is missing, or --compare base without an adapter.
     """
-    from finetune.checkpoints.base_checkpoint import resolve
-    from finetune.model_folders.checkpoint_folder import has_adapter, is_adapter, local_folder
+    from finetune.checkpoints.base_checkpoint import resolve_base
+    from finetune.model_folders.checkpoint_folder import has_adapter, is_adapter, resolve_folder
     from finetune.models import base_of
 
-    folder, adapter, mode = local_folder(given.model), given.adapter, given.downsample_mode
+    folder, adapter, mode = resolve_folder(given.model), given.adapter, given.downsample_mode
     if is_adapter(folder):
         if adapter is not None:
             raise UserError(
@@ -106,13 +106,13 @@ def source_of(given: argparse.Namespace) -> ModelSource:
     if given.compare == "base" and adapter is None:
         raise UserError("--compare base means the model without its adapter: give --adapter, or --compare FOLDER")
     trained = None if adapter is None else Path(adapter).resolve()
-    other = None if given.compare is None else folder if given.compare == "base" else local_folder(given.compare)
+    other = None if given.compare is None else folder if given.compare == "base" else resolve_folder(given.compare)
     wished = {"use_image_id": given.use_image_id, "duplex_prompt": given.duplex_prompt}
-    base = resolve(str(folder), mode, **wished, trained=trained)
-    return ModelSource(base, trained, other and resolve(str(other), mode, **wished))
+    base = resolve_base(str(folder), mode, **wished, trained=trained)
+    return ModelSource(base, trained, other and resolve_base(str(other), mode, **wished))
 
 
-def make_encoder(given: argparse.Namespace, checkpoint: Checkpoint) -> Encoder:
+def make_encoder(given: argparse.Namespace, checkpoint: BaseCheckpoint) -> Encoder:
     """The encoder of the prompts, by the command line."""
     from finetune.encoding.encoder import Encoder
     from finetune.models import load_tokenizer
@@ -228,7 +228,7 @@ class AnswerGenerator:
                 self.load(source.other, None), make_encoder(self.given, source.other), base, BASE, "answers to compare"
             )
 
-    def load(self, checkpoint: Checkpoint, adapter: Path | None) -> nn.Module:
+    def load(self, checkpoint: BaseCheckpoint, adapter: Path | None) -> nn.Module:
         """A model, with its adapter."""
         from finetune.models import load_model
         from finetune.models.duplex_rows import add_duplex_rows

@@ -24,9 +24,9 @@ from finetune.utils.paths import expand
 from finetune.utils.terminal import red
 
 if TYPE_CHECKING:
-    from finetune.checkpoints.base_checkpoint import Checkpoint
+    from finetune.checkpoints.base_checkpoint import BaseCheckpoint
     from finetune.export.llama_cpp import Checkout
-    from finetune.export.lora_merge import Base, Merged
+    from finetune.export.lora_merge import BaseTensors, MergedTensors
     from finetune.export.merge_check import Agreement
 
 _DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -85,7 +85,7 @@ def expand_yaml(argv: list[str]) -> list[str]:
 class Sources:
     """Inputs of an export: the base, the adapters in merge order, and notes to print about them."""
 
-    base: Checkpoint
+    base: BaseCheckpoint
     adapters: list[Path]
     notes: list[str]
 
@@ -103,22 +103,23 @@ def resolve_sources(
     Raises:
         UserError: neither is given, or a folder is missing; or adapters were trained with different modes or image ids.
     """
-    from finetune.model_folders.checkpoint_folder import has_adapter, is_adapter, local_folder
+    from finetune.model_folders.checkpoint_folder import has_adapter, is_adapter, resolve_folder
 
     names = [name.strip() for name in (adapters or "").split(",") if name.strip()]
-    folders = [local_folder(name) for name in names]
-    if model is not None and is_adapter(found := local_folder(model)):
+    folders = [resolve_folder(name) for name in names]
+    if model is not None and is_adapter(found := resolve_folder(model)):
         folders, model = [found, *folders], None
     if model is None and not folders:
         raise UserError("export needs --model_name_or_path, --adapter_name_or_path or both")
     if wrong := next((folder for folder in folders if not has_adapter(folder)), None):
         raise UserError(f"--adapter_name_or_path {wrong}: no adapter_config.json there; give the folder of an adapter")
-    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.checkpoints.base_checkpoint import resolve_base
     from finetune.models import base_of
 
     name = str(base_of(folders[0])) if model is None else model
     base, *others = [
-        resolve(name, downsample_mode, use_image_id=use_image_id, trained=folder) for folder in folders[::-1] or [None]
+        resolve_base(name, downsample_mode, use_image_id=use_image_id, trained=folder)
+        for folder in folders[::-1] or [None]
     ]
     if base.in_4bit:
         raise UserError(
@@ -133,7 +134,7 @@ def resolve_sources(
     return Sources(base, folders, notes)
 
 
-def _check_alike(last: Path, base: Checkpoint, folder: Path, own: Checkpoint) -> None:
+def _check_alike(last: Path, base: BaseCheckpoint, folder: Path, own: BaseCheckpoint) -> None:
     """Refuses two adapters whose prompts differ."""
     ids = [each.image_ids and str(each.image_ids.used).lower() for each in (base, own)]
     modes = [base.downsample_mode, own.downsample_mode]
@@ -144,7 +145,7 @@ def _check_alike(last: Path, base: Checkpoint, folder: Path, own: Checkpoint) ->
             )
 
 
-def _notes(adapter: Path, base: Checkpoint) -> list[str]:
+def _notes(adapter: Path, base: BaseCheckpoint) -> list[str]:
     """Notes for the user about an adapter on this base.
 
     Raises:
@@ -213,7 +214,7 @@ def _export(
     return agreement
 
 
-def _write_weights(given: argparse.Namespace, sources: Sources, model: Path) -> Base | Merged:
+def _write_weights(given: argparse.Namespace, sources: Sources, model: Path) -> BaseTensors | MergedTensors:
     """Writes the model folder; returns its tensors."""
     import torch
 
@@ -236,19 +237,19 @@ def _write_weights(given: argparse.Namespace, sources: Sources, model: Path) -> 
     return weights
 
 
-def _weights(given: argparse.Namespace, sources: Sources) -> Base | Merged:
+def _weights(given: argparse.Namespace, sources: Sources) -> BaseTensors | MergedTensors:
     """The tensors of the result, computed lazily."""
-    from finetune.export.lora_merge import Base, Merged, empty_model
+    from finetune.export.lora_merge import BaseTensors, MergedTensors, empty_model
     from finetune.export.vllm_layout import check_servable, stays
 
     base, device = sources.base, _device(given.export_device)
-    weights: Base | Merged = Base(base.folder, grown=base.grown)
+    weights: BaseTensors | MergedTensors = BaseTensors(base.folder, duplex_rows=base.adds_duplex_rows)
     if given.format == "vllm":
         if len(sources.adapters) != 1:
             raise UserError("--format vllm needs exactly one adapter; merge the earlier ones first")
-        served = Merged(
+        served = MergedTensors(
             weights,
-            empty_model(base.folder, grown=base.grown),
+            empty_model(base.folder, duplex_rows=base.adds_duplex_rows),
             sources.adapters[0],
             device=device,
             keep=stays(base.family),
@@ -256,7 +257,9 @@ def _weights(given: argparse.Namespace, sources: Sources) -> Base | Merged:
         check_servable(sources.adapters[0], served.config)
         return served
     for adapter in sources.adapters:
-        weights = Merged(weights, empty_model(base.folder, grown=base.grown), adapter, device=device)
+        weights = MergedTensors(
+            weights, empty_model(base.folder, duplex_rows=base.adds_duplex_rows), adapter, device=device
+        )
         if weights.overridden:
             print(_overridden(adapter, weights.overridden))
     return weights
@@ -272,11 +275,11 @@ def _overridden(adapter: Path, names: Collection[str]) -> str:
     )
 
 
-def _write_served(weights: Base | Merged, base: Checkpoint, folder: Path, out: Path) -> None:
-    from finetune.export.lora_merge import Merged
+def _write_served(weights: BaseTensors | MergedTensors, base: BaseCheckpoint, folder: Path, out: Path) -> None:
+    from finetune.export.lora_merge import MergedTensors
     from finetune.export.vllm_layout import max_lora_rank, write_served_adapter
 
-    assert isinstance(weights, Merged)
+    assert isinstance(weights, MergedTensors)
     folder.mkdir()
     rank = write_served_adapter(folder, weights, base, str(out / "base"))
     print(
@@ -300,7 +303,7 @@ def _record(given: argparse.Namespace, sources: Sources) -> dict[str, Any]:
 
 
 def _verify(given: argparse.Namespace, sources: Sources, model: Path, left: list[Path]) -> Agreement:
-    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.checkpoints.base_checkpoint import resolve_base
     from finetune.export.merge_check import compare, logits_of, make_prompts, one_bar
 
     prompts = make_prompts(sources.base)
@@ -308,7 +311,7 @@ def _verify(given: argparse.Namespace, sources: Sources, model: Path, left: list
     base = sources.base
     adapted = logits_of(base, sources.adapters, prompts, dtype=given.infer_dtype, device=device)
     # With the downsample_mode of its own files, as users will load it.
-    result = resolve(str(model), trained=left[0] if left else None, environment={})
+    result = resolve_base(str(model), trained=left[0] if left else None, environment={})
     with one_bar():
         return compare(adapted, logits_of(result, left, prompts, dtype="auto", device=device))
 

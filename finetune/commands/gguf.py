@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from finetune.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from finetune.checkpoints.base_checkpoint import Checkpoint
+    from finetune.checkpoints.base_checkpoint import BaseCheckpoint
     from finetune.export.llama_cpp import Checkout
     from finetune.export.sharded_writer import WeightFiles
 
@@ -36,7 +36,7 @@ def add_gguf_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_gguf(given: argparse.Namespace, base: Checkpoint) -> Checkout | None:
+def check_gguf(given: argparse.Namespace, base: BaseCheckpoint) -> Checkout | None:
     """The checkout for --format gguf, before anything is written; None for other formats.
 
     Raises:
@@ -58,7 +58,7 @@ def check_gguf(given: argparse.Namespace, base: Checkpoint) -> Checkout | None:
     )
 
 
-def check_gguf_space(given: argparse.Namespace, base: Checkpoint, files: WeightFiles, folder: Path) -> None:
+def check_gguf_space(given: argparse.Namespace, base: BaseCheckpoint, files: WeightFiles, folder: Path) -> None:
     """Checks that the disk has space for the merged model and everything that its conversion writes.
 
     Raises:
@@ -73,7 +73,7 @@ def check_gguf_space(given: argparse.Namespace, base: Checkpoint, files: WeightF
 
 
 def convert_to_gguf(
-    given: argparse.Namespace, base: Checkpoint, checkout: Checkout, model: Path, folder: Path, out: Path
+    given: argparse.Namespace, base: BaseCheckpoint, checkout: Checkout, model: Path, folder: Path, out: Path
 ) -> None:
     """Converts a merged model folder, which is removed, and prints how the files are served.
 

@@ -72,7 +72,7 @@ def _plan(given: argparse.Namespace) -> int:
 
 def _model(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], str, Mode | None]:
     """config.json and settings of a folder, a hub id or a family, its name for the command line, and its mode."""
-    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.checkpoints.base_checkpoint import resolve_base
     from finetune.families import FAMILIES, by_name
     from finetune.model_folders.downsample_mode import decide, with_mode
     from finetune.model_folders.image_ids import decide_image_ids
@@ -84,7 +84,7 @@ def _model(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], s
         mode = decide(family, known, None, given.downsample_mode)
         decide_image_ids(family, known, None, given.use_image_id)  # refuses a flag without effect
         return with_mode(family.published.config, mode), with_mode(known, mode), family.hub_id, mode
-    base = resolve(model, given.downsample_mode, use_image_id=given.use_image_id)
+    base = resolve_base(model, given.downsample_mode, use_image_id=given.use_image_id)
     return with_mode(base.config, base.mode), base.settings, model, base.mode
 
 
@@ -121,14 +121,14 @@ def _families() -> tuple[str, ...]:
 
 def _measured(given: argparse.Namespace, shape: SampleShape) -> SampleShape:
     """The shape of the longest record and of the one with the most patches."""
-    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.checkpoints.base_checkpoint import resolve_base
     from finetune.encoding.encoder import Encoder
     from finetune.encoding.length_policy import LengthPolicy
     from finetune.planning.recompute_choice import measured_shape
     from finetune.readers.mixture import open_data
     from finetune.tokenizers.tokenization import load_tokenizer
 
-    base = resolve(given.model, given.downsample_mode, use_image_id=given.use_image_id)
+    base = resolve_base(given.model, given.downsample_mode, use_image_id=given.use_image_id)
     data = data_arguments(given)
     data.max_slice_nums = given.slices or None
     tokenizer = load_tokenizer(base.folder, duplex_prompt=base.duplex_name)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from finetune.checkpoints.base_checkpoint import Checkpoint
+    from finetune.checkpoints.base_checkpoint import BaseCheckpoint
     from finetune.encoding.encoder import Encoder
 
 QUESTION = "What is in the picture?"
@@ -34,14 +34,14 @@ def main(argv: list[str]) -> int:
     """Runs every check; returns 0 when all ran, raises UserError for an invalid checkpoint."""
     args = build_parser().parse_args(argv)
 
-    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.checkpoints.base_checkpoint import resolve_base
     from finetune.encoding.chat_template_check import check_chat_template
     from finetune.encoding.encoder import Encoder
     from finetune.evaluation.batched_generation import generate_answers
     from finetune.models import load_tokenizer
 
     trained = args.adapter and Path(args.adapter)
-    base = resolve(args.model, args.downsample_mode, use_image_id=args.use_image_id, trained=trained)
+    base = resolve_base(args.model, args.downsample_mode, use_image_id=args.use_image_id, trained=trained)
     model = _loaded(args, base)
     tokenizer = load_tokenizer(base.folder)
     encoder = Encoder(base.family, tokenizer, base.settings)
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _loaded(args: argparse.Namespace, base: Checkpoint) -> torch.nn.Module:
+def _loaded(args: argparse.Namespace, base: BaseCheckpoint) -> torch.nn.Module:
     """The model, described on the terminal."""
     import torch
 

@@ -28,16 +28,16 @@ def _verify(args: argparse.Namespace) -> int:
     from transformers import AutoTokenizer
 
     from finetune.checkpoints.adapter_effect import no_effect
-    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.checkpoints.base_checkpoint import resolve_base
     from finetune.checkpoints.verification import Origin, origin_of
-    from finetune.model_folders.checkpoint_folder import check_side_files, has_adapter, local_folder
+    from finetune.model_folders.checkpoint_folder import check_side_files, has_adapter, resolve_folder
     from finetune.models import base_of, load_model
     from finetune.models.adapters import check_adapter, peft_errors
     from finetune.models.packed_4bit import set_types
     from finetune.tokenizers.tokenization import tokenizer_errors
     from finetune.training.lora import quantisation
 
-    adapter = has_adapter(folder := local_folder(str(args.folder)))
+    adapter = has_adapter(folder := resolve_folder(str(args.folder)))
     if adapter:
         check_adapter(folder)
         check_side_files(folder)
@@ -45,7 +45,7 @@ def _verify(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {"quantization_config": quantisation(origin.dtype)} if origin.quantised else {}
     device = _device(args.folder, adapter) if args.device == "auto" else args.device
     # The downsample_mode it was saved with, not that of the environment: the reference has that many placeholders.
-    base = resolve(str(base_of(args.folder) if adapter else args.folder), trained=args.folder, environment={})
+    base = resolve_base(str(base_of(args.folder) if adapter else args.folder), trained=args.folder, environment={})
     loader = AutoPeftModel.from_pretrained if adapter else load_model
     with peft_errors(folder), optional_libraries_hidden(unless=origin.quantised or base.in_4bit):
         model = loader(str(args.folder), dtype=origin.dtype, device_map={"": device}, **options).eval()

@@ -89,8 +89,8 @@ class Encoder:
     Args:
         family: model family.
         tokenizer: the checkpoint's fast tokenizer; it is not modified.
-        config: the checkpoint's settings (``Checkpoint.settings``). Where its files have different values, the value in
-            use is logged once.
+        config: the checkpoint's settings (``BaseCheckpoint.settings``). Where its files have different values, the
+            value in use is logged once.
         max_slice_nums: slices per image.
         max_length: maximum number of tokens of a sample, None for no limit; nothing is truncated.
         max_pixels: maximum number of pixels of an image.

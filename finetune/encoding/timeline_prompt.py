@@ -29,10 +29,10 @@ def check_timeline(timeline: Timeline | None, prompt: DuplexName) -> None:
             f"is a timeline of seconds ('duplex'), and {DUPLEX_FLAG} o45_fc takes records of minicpm-o5-sdk alone: "
             "leave the flag out, or write the record with the package"
         )
-    if prompt == "native" and timeline.beyond:
+    if prompt == "native" and timeline.unsupported:
         raise DataError(
-            f"has {', '.join(timeline.beyond)}, which the native prompt has no place for: remove it, or train in the "
-            f"prompt that has ({DUPLEX_FLAG} o45_fc)"
+            f"has {', '.join(timeline.unsupported)}, which the native prompt has no place for: remove it, or train "
+            f"in the prompt that has ({DUPLEX_FLAG} o45_fc)"
         )
 
 

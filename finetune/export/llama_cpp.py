@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints.base_checkpoint import Checkpoint
+from finetune.checkpoints.base_checkpoint import BaseCheckpoint
 from finetune.families import FAMILIES
 from finetune.families.family import Family
 from finetune.utils.errors import UserError
@@ -62,7 +62,7 @@ class Step:
     answers: str = ""
 
 
-def check_family(base: Checkpoint, *, trust_remote_code: bool) -> None:
+def check_family(base: BaseCheckpoint, *, trust_remote_code: bool) -> None:
     """Refuses what llama.cpp cannot take, and code files that must be run without having been allowed.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Merges LoRA adapters into their base layer by layer, with at most one layer in memory.
+"""Reads the tensors of a base with an adapter merged in (LoRA, modules_to_save, token rows), one layer at a time.
 
-Model and adapter are built on the meta device; peft maps the tensors of the adapter file to layers and computes the
-merge of every layer, in float32.
+Nothing is written here. Model and adapter are built on the meta device; peft maps the tensors of the adapter file to
+layers and computes the merge of every layer, in float32.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ _SAVED = f".modules_to_save.{_NAME}."
 _ROWS = ".token_adapter."
 
 
-class Weights(Protocol):
+class TensorSource(Protocol):
     """The tensors of a model, read one at a time.
 
     Attributes:
         stored: every tensor by name; for a changed one the original, with its dtype and shape.
         changed: names of the tensors whose values differ from the stored ones.
         untied: whether embeddings and output layer, tied by config.json, have become two tensors.
-        whole: names of the tensors that an adapter brings whole (modules trained in full, biases).
-        overridden: those of ``whole`` that an earlier adapter brought too, and whose values are lost.
+        replaced_in_full: names of the tensors that an adapter has in full (modules trained in full, biases).
+        overridden: those of ``replaced_in_full`` that an earlier adapter had too, and whose values are lost.
     """
 
     stored: Mapping[str, StoredTensor]
     changed: set[str]
     untied: bool
-    whole: set[str]
+    replaced_in_full: set[str]
     overridden: set[str]
 
     def read(self, name: str) -> torch.Tensor:
@@ -65,19 +65,19 @@ class Weights(Protocol):
         ...
 
 
-class Base:
-    """The tensors of a model folder, unchanged but for the rows of the duplex prompt o45_fc if it is ``grown``."""
+class BaseTensors:
+    """The tensors of a model folder, unchanged but for the rows of the duplex prompt o45_fc on request."""
 
-    def __init__(self, folder: Path, *, grown: bool = False) -> None:
+    def __init__(self, folder: Path, *, duplex_rows: bool = False) -> None:
         check_folder(folder)
         for path in (files := weight_files(folder)):
             check_not_truncated(path)
         self._in_files = stored_in(files)
-        grows = {name: _with_new_rows(each) for name, each in self._in_files.items() if grown and _is_end(name)}
+        grows = {name: _with_new_rows(each) for name, each in self._in_files.items() if duplex_rows and _is_end(name)}
         self.stored: Mapping[str, StoredTensor] = {**self._in_files, **grows}
         self.changed: set[str] = set(grows)
         self.untied = False
-        self.whole: set[str] = set()
+        self.replaced_in_full: set[str] = set()
         self.overridden: set[str] = set()
 
     def read(self, name: str) -> torch.Tensor:
@@ -86,7 +86,7 @@ class Base:
         return grow(tensor) if name in self.changed else tensor
 
 
-class Merged:
+class MergedTensors:
     """The tensors of ``below`` with an adapter merged into them.
 
     Args:
@@ -102,7 +102,7 @@ class Merged:
 
     def __init__(
         self,
-        below: Weights,
+        below: TensorSource,
         model: PreTrainedModel,
         folder: Path,
         *,
@@ -123,18 +123,19 @@ class Merged:
         self.kept: dict[str, LoraLayer] = {}
         for path, module in self._model.named_modules():
             if isinstance(module, LoraLayer) and not path.endswith(".base_layer") and ".original_module." not in path:
-                own = _own(path)
-                if keep(own) and not isinstance(module, ParamWrapper):
-                    self.kept[own] = module
+                module_name = _base_name(path)
+                if keep(module_name) and not isinstance(module, ParamWrapper):
+                    self.kept[module_name] = module
                 else:
                     tensors = module.get_base_layer().state_dict()
-                    self._layers |= {f"{own}.{name}": (path, module) for name in tensors}
+                    self._layers |= {f"{module_name}.{name}": (path, module) for name in tensors}
         inside = tuple(f"{path}." for path, module in self._model.named_modules() if isinstance(module, LoraLayer))
         outside = {name: key for name, key in self._keys.items() if not name.startswith(inside)}
         self._rows = {_row_owner(name): key for name, key in outside.items() if _ROWS in name}
-        self._replaced = {_own(name): key for name, key in outside.items() if _ROWS not in name}
-        own = {_row_owner(name) for name in self._keys if ".lora_" not in name}
-        self.whole, self.overridden = below.whole | own, below.whole & own
+        self._replaced = {_base_name(name): key for name, key in outside.items() if _ROWS not in name}
+        in_full = {_row_owner(name) for name in self._keys if ".lora_" not in name}
+        self.replaced_in_full = below.replaced_in_full | in_full
+        self.overridden = below.replaced_in_full & in_full
         self._ready: dict[str, torch.Tensor] = {}
         split = [names for names in ties if len({self._change(name) for name in names}) > 1]
         self.untied = below.untied or bool(split)
@@ -167,8 +168,8 @@ class Merged:
         if name in self._rows:
             indices: Any = self.config.trainable_token_indices
             rows = indices[name.split(".")[-2]]
-            whole, trained = self._read_below(name), self._from_adapter(self._rows[name])
-            return whole.index_copy(0, torch.tensor(rows), trained.to(whole.dtype))
+            table, trained = self._read_below(name), self._from_adapter(self._rows[name])
+            return table.index_copy(0, torch.tensor(rows), trained.to(table.dtype))
         return self._read_below(name)
 
     def adapter_tensor(self, module: str, part: str) -> torch.Tensor:
@@ -207,7 +208,7 @@ class Merged:
         tensors = {}
         for name in module.state_dict():
             key = self._keys.get(f"{path}.{name}")
-            tensors[name] = self._from_adapter(key) if key else self._read_below(_own(f"{path}.{name}"))
+            tensors[name] = self._from_adapter(key) if key else self._read_below(_base_name(f"{path}.{name}"))
         module.to_empty(device=self._device)
         module.load_state_dict(tensors)
         del tensors
@@ -217,9 +218,9 @@ class Merged:
             for wrapper in wrappers:
                 wrapper.merge(safe_merge=False)
         except RuntimeError as error:
-            raise CheckpointError(f"{self._folder}: {_own(path)} cannot be merged: {error}") from error
-        own = _own(path)
-        merged = {f"{own}.{name}": tensor for name, tensor in layer.get_base_layer().state_dict().items()}
+            raise CheckpointError(f"{self._folder}: {_base_name(path)} cannot be merged: {error}") from error
+        module_name = _base_name(path)
+        merged = {f"{module_name}.{name}": tensor for name, tensor in layer.get_base_layer().state_dict().items()}
         for wrapper in wrappers:
             wrapper.merged_adapters.clear()
         module.to(device="meta")
@@ -235,12 +236,12 @@ class Merged:
         return self._beside[key] if key in self._beside else read_tensor(self._in_file[key])
 
 
-def empty_model(folder: Path, *, grown: bool = False) -> PreTrainedModel:
-    """The model of config.json on the meta device, with the rows of the duplex prompt o45_fc if it is ``grown``."""
+def empty_model(folder: Path, *, duplex_rows: bool = False) -> PreTrainedModel:
+    """The model of config.json on the meta device, with the rows of the duplex prompt o45_fc on request."""
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = MODEL_CLASSES[config.model_type](config)
-        if grown:
+        if duplex_rows:
             add_duplex_rows(model)
     return model
 
@@ -259,7 +260,7 @@ def _with_new_rows(stored: StoredTensor) -> StoredTensor:
 def _row_owner(name: str) -> str:
     """The tensor in the base model that a tensor of the meta model replaces, as a whole or some rows of it."""
     module, rows, _ = name.partition(_ROWS)
-    return f"{_own(module)}.weight" if rows else _own(name)
+    return f"{_base_name(module)}.weight" if rows else _base_name(name)
 
 
 def adapter_names(model: PreTrainedModel, folder: Path, beside: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -297,7 +298,7 @@ def tied_names(model: PreTrainedModel) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def _own(path: str) -> str:
+def _base_name(path: str) -> str:
     """The name in the base model of the module or tensor ``path`` of the meta model."""
     return own_name(path.removeprefix(ADAPTER_PREFIX)).replace(_SAVED, ".")
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.utils import logging
 
 from finetune.checkpoints.adapter_effect import no_effect
-from finetune.checkpoints.base_checkpoint import Checkpoint
+from finetune.checkpoints.base_checkpoint import BaseCheckpoint
 from finetune.checkpoints.logit_tolerance import FLOAT32, computing_noise
 from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
@@ -79,7 +79,7 @@ class PromptLogits:
         return None if self.base_logits is None else _distance(self.logits, self.base_logits)
 
 
-def make_prompts(base: Checkpoint) -> list[Batch]:
+def make_prompts(base: BaseCheckpoint) -> list[Batch]:
     """A question without image, and the same with an image of noise, whose patches are all different."""
     encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings, max_slice_nums=1)
     noise = np.random.default_rng(0).integers(0, 256, (_SIDE, _SIDE, 3), dtype=np.uint8)
@@ -91,7 +91,7 @@ def make_prompts(base: Checkpoint) -> list[Batch]:
 
 
 def logits_of(
-    base: Checkpoint, adapters: Sequence[Path], prompts: Sequence[Batch], *, dtype: torch.dtype | str, device: str
+    base: BaseCheckpoint, adapters: Sequence[Path], prompts: Sequence[Batch], *, dtype: torch.dtype | str, device: str
 ) -> PromptLogits:
     """Loads a model with adapters and computes logits; peft merges all adapters but the last.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.checkpoints.base_checkpoint import Checkpoint
+from finetune.checkpoints.base_checkpoint import BaseCheckpoint
 from finetune.export.lora_merge import empty_model
 from finetune.model_folders.checkpoint_folder import CONFIG
 from finetune.tokenizers.tokenization import load_tokenizer
 from finetune.utils.errors import CheckpointError
 
 
-def check_named_base(adapter: Path, trained_on: Path, base: Checkpoint) -> None:
+def check_named_base(adapter: Path, trained_on: Path, base: BaseCheckpoint) -> None:
     """Refuses a base with other ids of tokens than the adapter's, or other shapes than the folder it was trained on.
 
     Args:

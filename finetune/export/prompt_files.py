@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from finetune.checkpoints.base_checkpoint import Checkpoint
+from finetune.checkpoints.base_checkpoint import BaseCheckpoint
 from finetune.encoding.encoder import Encoder
 from finetune.sample import DataError, Media, Message, Sample, Source, Text
 from finetune.tokenizers.tokenization import load_tokenizer
@@ -45,7 +45,7 @@ class PromptPieces:
     generation: str
 
 
-def encoder_of(base: Checkpoint) -> Encoder:
+def encoder_of(base: BaseCheckpoint) -> Encoder:
     """The encoder of a checkpoint."""
     return Encoder(base.family, load_tokenizer(base.folder), base.settings)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from finetune.checkpoints.base_checkpoint import FULL_FILES, Checkpoint, changes_note, copy_base_files, read_config
+from finetune.checkpoints.base_checkpoint import FULL_FILES, BaseCheckpoint, changes_note, copy_base_files, read_config
 from finetune.checkpoints.model_card import with_code_note
 from finetune.export.sharded_writer import WeightFiles, check_export_space
 from finetune.utils.errors import UserError
@@ -82,7 +82,7 @@ def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> N
         )
 
 
-def write_model(folder: Path, base: Checkpoint, files: WeightFiles, *, dtype: torch.dtype | None, card: str) -> int:
+def write_model(folder: Path, base: BaseCheckpoint, files: WeightFiles, *, dtype: torch.dtype | None, card: str) -> int:
     """Writes a model folder: weights, config.json, tokenizer, processor and code files of the base, and a card.
 
     Args:
@@ -120,7 +120,7 @@ def write_record(folder: Path, adapters: Sequence[Path], record: Mapping[str, An
             shutil.copyfile(adapter / "run.yaml", folder / name)
 
 
-def model_card(base: Checkpoint, adapters: Sequence[str]) -> str:
+def model_card(base: BaseCheckpoint, adapters: Sequence[str]) -> str:
     """README.md of a merged or copied model."""
     revision = f" (revision {base.revision})" if base.revision else ""
     parts = "".join(f"\n- adapter merged into it: `{name}`" for name in adapters)

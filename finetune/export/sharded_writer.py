@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from finetune.checkpoints.safetensors_io import DTYPES, copy_tensor, shard_name, write_header
-from finetune.export.lora_merge import Weights
+from finetune.export.lora_merge import TensorSource
 from finetune.model_folders.checkpoint_folder import INDEX, WEIGHTS
 from finetune.models.strict_loading import PASSTHROUGH_PREFIXES
 from finetune.utils.errors import CheckpointError, UserError
@@ -33,7 +33,7 @@ class WeightFiles:
         weights: as given.
     """
 
-    def __init__(self, weights: Weights, *, dtype: torch.dtype | None, shard_size: int) -> None:
+    def __init__(self, weights: TensorSource, *, dtype: torch.dtype | None, shard_size: int) -> None:
         self.weights = weights
         self._dtypes = {name: self._dtype_of(name, dtype) for name in weights.stored}
         self._sizes = {name: self._size_of(name) for name in weights.stored}

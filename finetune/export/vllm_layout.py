@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from finetune.checkpoints.base_checkpoint import SIDE_FILES, Checkpoint, copy_base_files
-from finetune.export.lora_merge import Merged
+from finetune.checkpoints.base_checkpoint import SIDE_FILES, BaseCheckpoint, copy_base_files
+from finetune.export.lora_merge import MergedTensors
 from finetune.families.family import Family
 from finetune.models.adapters import ADAPTER_PREFIX, ADAPTER_WEIGHTS
 from finetune.utils.errors import CheckpointError
@@ -54,7 +54,7 @@ def check_servable(folder: Path, config: LoraConfig) -> None:
         raise CheckpointError(f"{folder} has biases in its LoRA (lora_bias), which vLLM refuses; {merge}")
 
 
-def write_served_adapter(folder: Path, merged: Merged, base: Checkpoint, base_name: str) -> int:
+def write_served_adapter(folder: Path, merged: MergedTensors, base: BaseCheckpoint, base_name: str) -> int:
     """Writes the adapter with the layers that were not merged; returns its rank, for vLLM's --max-lora-rank.
 
     vLLM supports one rank and one scale: smaller ranks are padded with zeros, other scales are multiplied into B.
@@ -103,7 +103,7 @@ def write_served_adapter(folder: Path, merged: Merged, base: Checkpoint, base_na
     return rank
 
 
-def _tensors(merged: Merged, rank: int, factors: Mapping[str, float]) -> dict[str, torch.Tensor]:
+def _tensors(merged: MergedTensors, rank: int, factors: Mapping[str, float]) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, factor in factors.items():
         a, b = (merged.adapter_tensor(name, f"lora_{side}.weight") for side in "AB")

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import yaml
 
-from finetune.checkpoints.base_checkpoint import SIDE_FILES, Checkpoint, copy_base_files, copy_files
+from finetune.checkpoints.base_checkpoint import SIDE_FILES, BaseCheckpoint, copy_base_files, copy_files
 from finetune.checkpoints.pickle_check import DamagedError, check_pickles, pickled_files
 from finetune.checkpoints.resumable import shards_folder
 from finetune.checkpoints.safetensors_io import StoredTensor, write_header
-from finetune.export.lora_merge import Base, adapter_names, empty_model, tied_names
+from finetune.export.lora_merge import BaseTensors, adapter_names, empty_model, tied_names
 from finetune.model_folders.checkpoint_folder import ADAPTER_CONFIG, has_adapter, read_adapter_config
 from finetune.models.adapters import ADAPTER_WEIGHTS, trained_beside
 from finetune.models.strict_loading import PASSTHROUGH_PREFIXES, some
@@ -29,16 +29,16 @@ from finetune.utils.errors import CheckpointError
 _LATEST = "latest"
 
 
-class Gathered:
-    """The tensors of a full training instead of those of its base; see ``Weights``.
+class ConsolidatedTensors:
+    """The tensors of a full training instead of those of its base; see ``TensorSource``.
 
     Raises:
         CheckpointError: the shards belong to another model, or tensors are missing.
     """
 
-    def __init__(self, base: Checkpoint, state: Mapping[str, Any]) -> None:
-        model = empty_model(base.folder, grown=base.grown)
-        self._base, self._state = Base(base.folder, grown=base.grown), state
+    def __init__(self, base: BaseCheckpoint, state: Mapping[str, Any]) -> None:
+        model = empty_model(base.folder, duplex_rows=base.adds_duplex_rows)
+        self._base, self._state = BaseTensors(base.folder, duplex_rows=base.adds_duplex_rows), state
         self.stored: Mapping[str, StoredTensor] = self._base.stored
         aliases = {name for names in tied_names(model) for name in names if name not in self.stored}
         wanted = {name for name in self.stored if not name.startswith(PASSTHROUGH_PREFIXES)} & set(model.state_dict())
@@ -52,7 +52,7 @@ class Gathered:
                 raise CheckpointError(f"{name} is {there} in the ZeRO shards, {here} in {base.name}")
         self.changed = wanted
         self.untied = False
-        self.whole: set[str] = set()
+        self.replaced_in_full: set[str] = set()
         self.overridden: set[str] = set()
 
     def read(self, name: str) -> torch.Tensor:
@@ -109,13 +109,15 @@ def base_named_by(checkpoint: Path) -> str | None:
     return None
 
 
-def write_adapter(folder: Path, checkpoint: Path, base: Checkpoint, state: Mapping[str, Any]) -> int:
+def write_adapter(folder: Path, checkpoint: Path, base: BaseCheckpoint, state: Mapping[str, Any]) -> int:
     """Writes an adapter folder from the trained tensors of a LoRA run; returns the number of tensors.
 
     Raises:
         CheckpointError: the shards are not of the adapter that adapter_config.json describes.
     """
-    names = adapter_names(empty_model(base.folder, grown=base.grown), checkpoint, trained_beside(checkpoint))
+    names = adapter_names(
+        empty_model(base.folder, duplex_rows=base.adds_duplex_rows), checkpoint, trained_beside(checkpoint)
+    )
     if missing := sorted(set(names) - set(state)):
         raise CheckpointError(
             f"the ZeRO shards in {checkpoint} lack {len(missing)} tensors of the adapter: {some(missing)}"

@@ -80,7 +80,7 @@ class Family:
         transformers: oldest version with its model classes; empty if every supported version works.
         network: architecture of our own model classes; None if the model class is in transformers.
         settings: from which files of a checkpoint each prompt or pixel setting is read.
-        slice_spec: reads the slicing settings by that table from ``Checkpoint.settings``.
+        slice_spec: reads the slicing settings by that table from ``BaseCheckpoint.settings``.
         audio_spec: reads the audio settings in the same way; None for families without audio input.
         video: video input; None for families without it.
         layout: reads the prompt layout in the same way.

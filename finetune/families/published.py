@@ -33,7 +33,7 @@ class Published:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """``Checkpoint.settings`` of the published folder."""
+        """``BaseCheckpoint.settings`` of the published folder."""
         return {**self.config, **dict.fromkeys(PROCESSORS, self.preprocessor)} if self.preprocessor else self.config
 
 

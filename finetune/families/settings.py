@@ -26,7 +26,7 @@ PROCESSORS: Mapping[Processor, tuple[tuple[str, str], ...]] = {
 }
 """Processor to the files (and the key inside) of its settings in transformers; the first existing one is used."""
 FILES = "setting_files"
-"""Key of ``Checkpoint.settings`` with the file that each processor was read from."""
+"""Key of ``BaseCheckpoint.settings`` with the file that each processor was read from."""
 
 
 @dataclass(frozen=True, slots=True)

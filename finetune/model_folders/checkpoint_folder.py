@@ -1,4 +1,4 @@
-"""Finds checkpoint and adapter folders (local or on the hub), and reads and checks their JSON files."""
+"""Resolves model and adapter folders (downloads hub ids), checks their JSON files and lists their weight files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
 
 
-def local_folder(name: str, revision: str | None = None) -> Path:
+def resolve_folder(name: str, revision: str | None = None) -> Path:
     """The absolute folder of a path or hub id; only a hub id is downloaded.
 
     Args:
@@ -46,7 +46,7 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     """
     if (folder := existing_folder(name)) is not None:
         return folder
-    refuse_absent(name)
+    refuse_uncached_offline(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -56,7 +56,7 @@ def local_folder(name: str, revision: str | None = None) -> Path:
         raise _not_available(name, str(error).splitlines()[0].rstrip(".")) from error
 
 
-def refuse_absent(name: str) -> None:
+def refuse_uncached_offline(name: str) -> None:
     """Refuses at once, without a network, a hub id that is not in the cache while HF_HUB_OFFLINE is set.
 
     Raises:

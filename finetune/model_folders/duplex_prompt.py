@@ -37,14 +37,14 @@ class DuplexPrompt:
 
     Attributes:
         origin: the flag, or the folder that records it.
-        grown: whether the base has the published rows only, to which 24 are added at load.
+        adds_rows: whether the base has the published rows only, to which 24 are added at load.
     """
 
     origin: str
-    grown: bool
+    adds_rows: bool
 
     def __str__(self) -> str:
-        rows = f", {len(NEW_TOKENS)} rows added: {LAST_ID}" if self.grown else ""
+        rows = f", {len(NEW_TOKENS)} rows added: {LAST_ID}" if self.adds_rows else ""
         return f"{DUPLEX_PROMPT} {O45_FC} by minicpm-o5-sdk {SDK_VERSION} ({self.origin}{rows})"
 
 

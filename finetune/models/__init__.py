@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
-from finetune.models.loading import add_adapter, base_of, load_model
+from finetune.models.loading import base_of, load_adapter, load_model
 from finetune.models.minicpmo import MiniCPMO
 from finetune.models.minicpmv import MiniCPMV, MiniCPMVOutput
 from finetune.tokenizers.registration import register
@@ -25,8 +25,8 @@ __all__ = [
     "MiniCPMV",
     "MiniCPMVConfig",
     "MiniCPMVOutput",
-    "add_adapter",
     "base_of",
+    "load_adapter",
     "load_model",
     "load_tokenizer",
 ]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from finetune.families import detect
 from finetune.families.common import vocab_size
 from finetune.families.settings import DOWNSAMPLE_MODE
-from finetune.model_folders.checkpoint_folder import ADAPTER_CONFIG, is_adapter, local_folder, read_adapter_config
+from finetune.model_folders.checkpoint_folder import ADAPTER_CONFIG, is_adapter, read_adapter_config, resolve_folder
 from finetune.model_folders.downsample_mode import decide, saved_with
 from finetune.models.adapters import put_adapter
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
@@ -63,7 +63,7 @@ def load_model(
         attn_implementation: "sdpa", "eager" or "flash_attention_2"; None lets transformers choose.
         revision: of the hub id.
         base: folder of the base checkpoint of an adapter; None for the one that the adapter names.
-        adapter_name: name of the adapter, for ``set_adapter`` with several adapters (``add_adapter``).
+        adapter_name: name of the adapter, for ``set_adapter`` with several adapters (``load_adapter``).
         tokenizer_required: also check that the tokenizer in the folder has the tokens that the family needs.
         downsample_mode: "16x" or "4x", for families that have it; None for that of the environment, the adapter or the
             checkpoint (``model_folders.downsample_mode.decide``).
@@ -76,37 +76,37 @@ def load_model(
         ArgumentError: a downsample_mode that is unknown, or that the family does not have.
         UnknownFamilyError: a config.json of none of the supported generations.
     """
-    folder = local_folder(str(model), revision)
+    folder = resolve_folder(str(model), revision)
     options = {"dtype": dtype, "device_map": device_map, **kwargs}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    trained = folder if is_adapter(folder) else None
-    if trained is None and base is not None:
+    adapter = folder if is_adapter(folder) else None
+    if adapter is None and base is not None:
         raise CheckpointError(f"{folder} is not an adapter ({ADAPTER_CONFIG} is missing) for the base {base}")
     below = folder
-    if trained is not None:
+    if adapter is not None:
         below = _base_folder(folder, read_adapter_config(folder)) if base is None else Path(base)
-    loaded = _load_full(below, tokenizer_required, downsample_mode, trained, options)
+    loaded = _load_full(below, tokenizer_required, downsample_mode, adapter, options)
     if hub_kernels:
         _use_hub_kernels(loaded)
-    return loaded if trained is None else put_adapter(loaded, trained, adapter_name)
+    return loaded if adapter is None else put_adapter(loaded, adapter, adapter_name)
 
 
-def add_adapter(model: PeftModel, adapter: str | Path, name: str) -> None:
+def load_adapter(model: PeftModel, adapter: str | Path, name: str) -> None:
     """Loads another adapter onto a model; ``model.set_adapter(name)`` activates it.
 
     Raises:
         CheckpointError: as ``load_model``, or an adapter of another family or size.
     """
-    folder = local_folder(str(adapter))
+    folder = resolve_folder(str(adapter))
     put_adapter(model, folder, name)
-    mode, trained = getattr(model.get_base_model().config, DOWNSAMPLE_MODE, None), saved_with(folder)
-    if trained not in (None, mode):
+    mode, saved_mode = getattr(model.get_base_model().config, DOWNSAMPLE_MODE, None), saved_with(folder)
+    if saved_mode not in (None, mode):
         logger.warning(
             "adapter %s was trained with %s %s, the model uses %s: set model.config.%s before using the adapter",
             folder,
             DOWNSAMPLE_MODE,
-            trained,
+            saved_mode,
             mode,
             DOWNSAMPLE_MODE,
         )
@@ -118,7 +118,7 @@ def base_of(adapter: str | Path) -> Path:
     Raises:
         CheckpointError: it is not an adapter, or its base does not exist.
     """
-    folder = local_folder(str(adapter))
+    folder = resolve_folder(str(adapter))
     return _base_folder(folder, read_adapter_config(folder))
 
 
@@ -163,7 +163,7 @@ def _base_folder(adapter: Path, settings: dict[str, Any]) -> Path:
         if place.is_dir():
             return place
     try:
-        return local_folder(name, settings.get("revision"))
+        return resolve_folder(name, settings.get("revision"))
     except CheckpointError as error:
         raise CheckpointError(
             f"the base model {name} of adapter {adapter} is not there. Correct base_model_name_or_path in "

@@ -30,24 +30,24 @@ def read_record(record: Mapping[str, Any], where: Places) -> tuple[tuple[Message
             f"has the key {shown(unknown[0], 60)}, which is not read in a record of {duplex_sdk.PACKAGE}; known are "
             f"{words_of(known)}: remove it"
         )
-    placed = duplex_sdk.place({key: json_cell(record[key]) for key in record_keys.SDK_KEYS if key in record})
-    system = tuple(_system(placed, where))
+    aligned = duplex_sdk.align_record({key: json_cell(record[key]) for key in record_keys.SDK_KEYS if key in record})
+    system = tuple(_system(aligned, where))
     track = Track(
-        tuple((clip.start, _media(clip, where)) for clip in placed.user),
-        placed.units,
+        tuple((clip.start, _media(clip, where)) for clip in aligned.user),
+        aligned.units,
         fixed=True,
-        samples=tuple(clip.samples for clip in placed.user),
+        samples=tuple(clip.samples for clip in aligned.user),
     )
     heard: tuple[Part, ...] = (Media("audio", track),) if track.clips else ()
-    said = Message("assistant", tuple(Text(turn.text) for turn in placed.turns), train=True)
+    said = Message("assistant", tuple(Text(turn.text) for turn in aligned.turns), train=True)
     messages = (*([Message("system", system)] if system else ()), Message("user", heard), said)
-    timeline = Timeline(placed.turns, prepared=placed.prepared, beyond=_beyond(placed, system, heard))
-    return messages, timeline, placed.notes
+    timeline = Timeline(aligned.turns, prepared=aligned.prepared, unsupported=_unsupported(aligned, system, heard))
+    return messages, timeline, aligned.notes
 
 
-def _beyond(placed: AlignedRecord, system: tuple[Part, ...], heard: tuple[Part, ...]) -> tuple[str, ...]:
+def _unsupported(aligned: AlignedRecord, system: tuple[Part, ...], heard: tuple[Part, ...]) -> tuple[str, ...]:
     """What the native prompt has no place for."""
-    found = list(placed.beyond)
+    found = list(aligned.unsupported)
     if not heard:
         found.append("no user audio")
     if sum(isinstance(part, Media) for part in system) > 1 or any(isinstance(part, Media) for part in system[:-1]):
@@ -55,8 +55,8 @@ def _beyond(placed: AlignedRecord, system: tuple[Part, ...], heard: tuple[Part, 
     return tuple(found)
 
 
-def _system(placed: AlignedRecord, where: Places) -> Iterator[Part]:
-    for part in placed.system:
+def _system(aligned: AlignedRecord, where: Places) -> Iterator[Part]:
+    for part in aligned.system:
         yield Text(part) if isinstance(part, str) else _media(part, where)
 
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from zoo import gradient
 
 from chat import MiniCPMVChat
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.saving import finish_adapter
 from finetune.families import by_name
-from finetune.models import CheckpointError, add_adapter, load_model
+from finetune.models import CheckpointError, load_adapter, load_model
 from finetune.models.adapters import own_name
 from finetune.tiny.checkpoint_writer import FAMILIES
 
@@ -48,7 +48,7 @@ def adapter(tiny, tmp_path_factory) -> Callable[..., Path]:
     """A finished adapter folder by family, seed and modules saved in full."""
 
     def make(family: str, seed: int = 1, saved: tuple[str, ...] = ("resampler",), bias: str = "none") -> Path:
-        base = resolve(str(tiny(family)))
+        base = resolve_base(str(tiny(family)))
         targets = by_name(family).lora_targets["llm"]
         settings = LoraConfig(r=4, target_modules=targets, modules_to_save=list(saved) or None, bias=bias)  # pyright: ignore
         model = get_peft_model(load_model(base.folder), settings)
@@ -91,7 +91,7 @@ def test_several_switched_by_name(tiny, adapter):
     plain = say(load_model(tiny("llama3_v2_5")))
     assert len({*alone, plain}) == 3
     model: Any = load_model(first, adapter_name="a")
-    add_adapter(model, second, "b")
+    load_adapter(model, second, "b")
     assert say(model) == alone[0]
     model.set_adapter("b")
     assert say(model) == alone[1]
@@ -100,7 +100,7 @@ def test_several_switched_by_name(tiny, adapter):
     with model.disable_adapter():
         assert say(model) == plain
     with pytest.raises(CheckpointError, match="an adapter called 'b' already"):
-        add_adapter(model, second, "b")
+        load_adapter(model, second, "b")
 
 
 @pytest.mark.parametrize(("bias", "count"), [("all", 24), ("lora_only", 6)])
@@ -127,10 +127,10 @@ def test_trained_biases_go_with_the_adapter(tiny, adapter, bias, count):
     assert changed() == count
     assert say(model) == answer
     with pytest.raises(CheckpointError, match="the adapter 'a' on the model has trained biases"):
-        add_adapter(model, plain, "b")
+        load_adapter(model, plain, "b")
     other: Any = load_model(plain)
     with pytest.raises(CheckpointError, match="beside another adapter: it has trained biases"):
-        add_adapter(other, folder, "b")
+        load_adapter(other, folder, "b")
 
 
 def recipe(model: Any) -> PeftModel:
@@ -233,7 +233,7 @@ def test_another_family_is_refused(tiny, adapter, tmp_path, theirs, ours, known)
     if known:
         model: Any = load_model(adapter(ours, saved=()))
         with pytest.raises(CheckpointError, match="they are different models"):
-            add_adapter(model, folder, "b")
+            load_adapter(model, folder, "b")
         assert list(model.peft_config) == ["default"]
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from chat import MiniCPMVChat, img2base64
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.saving import finish_full
 from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
@@ -47,7 +47,7 @@ def learn(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
 # The network of OCR is the one of 4.6.
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "ocr1_0"])
 def test_what_was_learnt_by_heart_is_answered(tiny, tmp_path, family):
-    base = resolve(str(tiny(family)))
+    base = resolve_base(str(tiny(family)))
     encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings, max_slice_nums=1)
     known = records(tmp_path)
     examples = []

@@ -16,7 +16,7 @@ from made_adapters import make_adapter, save
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from finetune.checkpoints.adapter_effect import no_effect
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.saving import finish_adapter
 from finetune.commands import export, verify
 from finetune.families import by_name
@@ -40,7 +40,7 @@ def adapted(base: Path, target: str, **options: Any) -> PeftModel:
 
 def saved(model: PeftModel, base: Path, folder: Path) -> Path:
     save(model, folder)
-    finish_adapter(model, folder, resolve(str(base)))
+    finish_adapter(model, folder, resolve_base(str(base)))
     return folder
 
 

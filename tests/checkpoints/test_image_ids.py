@@ -17,7 +17,13 @@ from finetune.__main__ import main
 from finetune.arguments.parse import parse_arguments
 from finetune.chat.pipeline import ChatPipeline, ChatPromptOptions
 from finetune.chat.session import OFF, ChatSession
-from finetune.checkpoints.base_checkpoint import FULL_FILES, Checkpoint, changes_note, copy_base_files, resolve
+from finetune.checkpoints.base_checkpoint import (
+    FULL_FILES,
+    BaseCheckpoint,
+    changes_note,
+    copy_base_files,
+    resolve_base,
+)
 from finetune.checkpoints.run_start import describe_training, find_base
 from finetune.checkpoints.saving import finish_adapter, write_run
 from finetune.commands import export
@@ -35,7 +41,7 @@ OTHERS = [family.name for family in FAMILIES if "use_image_id" not in family.set
 PROCESSOR = "preprocessor_config.json"
 
 
-def encoder(base: Checkpoint) -> Encoder:
+def encoder(base: BaseCheckpoint) -> Encoder:
     return Encoder(base.family, load_tokenizer(base.folder), base.settings)
 
 
@@ -54,7 +60,7 @@ def prompt(made: Encoder) -> str:
 @pytest.mark.parametrize("family", [name for name in ("v2_6", "v4_5", "o2_6", "v4_6") if name in WITH_IMAGE_IDS])
 def test_the_flag_takes_the_numbers_out_and_a_result_keeps_it(tiny, tmp_path: Path, family: str) -> None:
     folder = tiny(family)
-    base, without = resolve(str(folder)), resolve(str(folder), use_image_id=False)
+    base, without = resolve_base(str(folder)), resolve_base(str(folder), use_image_id=False)
     assert base.image_ids is not None
     assert base.image_ids.used
     numbered = prompt(encoder(base))
@@ -68,15 +74,15 @@ def test_the_flag_takes_the_numbers_out_and_a_result_keeps_it(tiny, tmp_path: Pa
     for name in changed:
         before = (folder / name).read_text()
         assert (tmp_path / name).read_text() == before.replace('"use_image_id": true', '"use_image_id": false')
-    again = resolve(str(tmp_path))
+    again = resolve_base(str(tmp_path))
     assert prompt(encoder(again)) == plain
     assert changes_note(again) == ""
     assert "use_image_id false in place of true" in changes_note(without)
-    assert prompt(encoder(resolve(str(tmp_path), use_image_id=True))) == numbered
+    assert prompt(encoder(resolve_base(str(tmp_path), use_image_id=True))) == numbered
 
 
 def test_the_processor_of_transformers_reads_what_was_written(tiny, tmp_path: Path) -> None:
-    without = resolve(str(tiny("v4_6")), use_image_id=False)
+    without = resolve_base(str(tiny("v4_6")), use_image_id=False)
     copy_base_files(without, tmp_path, FULL_FILES)
     processor = transformers.AutoProcessor.from_pretrained(tmp_path)
     turns = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (112, 112))}]}]
@@ -90,12 +96,12 @@ def test_a_folder_without_processor_file_keeps_it_in_config_json(tiny, tmp_path:
     folder = linked(tiny("v2_6"), tmp_path / "base")
     (folder / PROCESSOR).unlink()
     put(folder / "config.json", {**json.loads((folder / "config.json").read_text()), "use_image_id": True})
-    without = resolve(str(folder), use_image_id=False)
+    without = resolve_base(str(folder), use_image_id=False)
     (tmp_path / "out").mkdir()
     copy_base_files(without, tmp_path / "out", FULL_FILES)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written == {**json.loads((folder / "config.json").read_text()), "use_image_id": False}
-    assert "<image_id>" not in prompt(encoder(resolve(str(tmp_path / "out"))))
+    assert "<image_id>" not in prompt(encoder(resolve_base(str(tmp_path / "out"))))
 
 
 def test_a_missing_key_means_what_published_inference_takes_it_for(tiny, tmp_path: Path) -> None:
@@ -109,7 +115,7 @@ def test_a_missing_key_means_what_published_inference_takes_it_for(tiny, tmp_pat
         write_image_ids(folder, by_name(family), default)
         assert (folder / file).read_bytes() == before
         write_image_ids(folder, by_name(family), not default)
-        ids = resolve(str(folder)).image_ids
+        ids = resolve_base(str(folder)).image_ids
         assert ids is not None
         assert ids.used is not default
 
@@ -124,7 +130,7 @@ def test_families_without_numbers_refuse_the_flag(tiny, family: str, wish: str) 
 
 
 def test_what_is_remembered_depends_on_it(tiny) -> None:
-    made = [encoder(resolve(str(tiny("v2_6")), use_image_id=used)) for used in (True, False)]
+    made = [encoder(resolve_base(str(tiny("v2_6")), use_image_id=used)) for used in (True, False)]
     assert len({fingerprint(LengthPolicy(each), as_sample_set([])) for each in made}) == 2
 
 
@@ -157,7 +163,7 @@ def test_an_adapter_carries_it(tiny, lora: Path) -> None:
         (lora / "adapter_config.json").read_text().replace('"use_image_id": false', '"use_image_id": "no"'),
     )
     with pytest.raises(CheckpointError, match="auto_mapping has use_image_id 'no'; it is true or false"):
-        resolve(str(tiny("v2_6")), trained=lora)
+        resolve_base(str(tiny("v2_6")), trained=lora)
     put(
         lora / "adapter_config.json",
         (lora / "adapter_config.json").read_text().replace('"use_image_id": "no"', '"use_image_id": false'),

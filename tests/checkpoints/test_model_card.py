@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.model_card import code_note
 from finetune.checkpoints.saving import finish_full
 from finetune.commands.export import main as export
@@ -26,7 +26,7 @@ def test_a_full_result_says_what_its_code_lacks(tiny, tmp_path: Path, capsys, co
     assert code_note(base) is None
     (base / "resampler.py").write_text(code)
     result = shutil.copytree(tiny("v2_6"), tmp_path / "result")
-    finish_full(result, resolve(str(base)))
+    finish_full(result, resolve_base(str(base)))
     words = ["--model_name_or_path", str(base), "--export_dir", str(tmp_path / "out"), "--export_device", "cpu"]
     assert export(words) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note ")]

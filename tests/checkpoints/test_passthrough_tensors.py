@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.passthrough_tensors import copy_passthrough_tensors
 from finetune.checkpoints.saving import finish_full
 from finetune.models import load_model
@@ -53,7 +53,7 @@ def test_a_full_result_has_the_speech_output_of_its_base(base: Path, tmp_path: P
     model = load_model(base, dtype=torch.float32, tokenizer_required=False)
     result = tmp_path / "result"
     model.save_pretrained(str(result), max_shard_size=size)
-    finish_full(result, resolve(str(base)))
+    finish_full(result, resolve_base(str(base)))
     tensors = stored(result)
     assert len(list(result.glob("*.safetensors"))) > (1 if size == "1GB" else 2)
     for name, expected in TTS.items():
@@ -70,9 +70,9 @@ def test_a_result_as_base_and_a_sharded_base(base: Path, tmp_path: Path) -> None
     first, second = tmp_path / "first", tmp_path / "second"
     model = load_model(base, tokenizer_required=False)
     model.save_pretrained(str(first))
-    finish_full(first, resolve(str(base)))
+    finish_full(first, resolve_base(str(base)))
     model.save_pretrained(str(second))
-    finish_full(second, resolve(str(first)))
+    finish_full(second, resolve_base(str(first)))
     assert {name: t.tolist() for name, t in stored(first).items()} == {
         name: t.tolist() for name, t in stored(second).items()
     }
@@ -82,7 +82,7 @@ def test_saved_again_into_the_same_folder(base: Path, tmp_path: Path) -> None:
     model = load_model(base, tokenizer_required=False)
     for _ in range(2):
         model.save_pretrained(str(tmp_path / "result"))
-        finish_full(tmp_path / "result", resolve(str(base)))
+        finish_full(tmp_path / "result", resolve_base(str(base)))
     assert len(stored(tmp_path / "result")) == len(model.state_dict()) + len(TTS)
 
 

@@ -13,7 +13,7 @@ from made_checkpoints import checkpoint, training
 
 from dataset import data_files
 from finetune.arguments.parse import GROUPS, parse_arguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.manifest import Manifest
 from finetune.checkpoints.resume import ResumeError, choose_checkpoint
 from finetune.checkpoints.resume_rules import RULES, Decision, compare
@@ -32,7 +32,7 @@ def test_every_flag_has_one_rule():
 def made(base: Path, data: Path, output: Path, *flags: str) -> RunIdentity:
     words = ["--model_name_or_path", str(base), "--data_path", str(data), "--output_dir", str(output)]
     args = parse_arguments([*words, "--use_lora", "true", "--report_to", "none", *flags])
-    return identify(args, resolve(str(base)), data_files(args.data))
+    return identify(args, resolve_base(str(base)), data_files(args.data))
 
 
 def manifest_of(identity: RunIdentity) -> Manifest:

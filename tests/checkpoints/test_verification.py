@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dataset import make_supervised_data_module
 from finetune.arguments.parse import parse_arguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.verification import (
     LogitComparison,
     Origin,
@@ -43,7 +43,7 @@ def trained(folder: Path, data: Path, output: Path, dtype: str, *flags: str) -> 
     words = ["--model_name_or_path", str(folder), "--data_path", str(data / "train.json"), "--output_dir", str(output)]
     words += ["--max_steps", "2", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true"]
     words += ["--dataloader_num_workers", "0", "--use_cpu", "true", "--bf16", str(dtype == "bfloat16").lower(), *flags]
-    args, base = parse_arguments(words), resolve(str(folder))
+    args, base = parse_arguments(words), resolve_base(str(folder))
     encoder = Encoder(base.family, load_tokenizer(folder), base.settings, max_slice_nums=1)
     data_module = make_supervised_data_module(args.data, encoder)
     made = CPMTrainer(

@@ -18,7 +18,7 @@ from zoo import gradient
 from finetune.__main__ import main
 from finetune.chat.conversation_state import ConversationState
 from finetune.chat.session import ChatSession
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.saving import finish_adapter
 from finetune.families import by_name
 from finetune.models import load_model
@@ -33,7 +33,7 @@ OPTIONS: dict[str, Any] = {"sampling": False, "max_new_tokens": 5, "max_slice_nu
 
 @pytest.fixture(scope="module")
 def adapters(tiny, tmp_path_factory) -> list[Path]:
-    base = resolve(str(tiny(FAMILY)))
+    base = resolve_base(str(tiny(FAMILY)))
     folders = []
     for number in (1, 2):
         torch.manual_seed(number)

@@ -14,7 +14,7 @@ import torch
 from clips import write_clip
 from peft import LoraConfig, get_peft_model
 
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.commands import evaluate
 from finetune.commands.questions import read_questions
 from finetune.encoding.encoder import Encoder
@@ -54,7 +54,7 @@ def adapter(tiny, tmp_path_factory) -> Path:
 
 def test_answers_are_those_of_one_by_one_generation(tiny, demo_data, tmp_path, capsys):
     run("--model", tiny("v2_0"), "--data", demo_data / "eval.json", "--out", tmp_path, "--batch_size", 3)
-    base = resolve(str(tiny("v2_0")))
+    base = resolve_base(str(tiny("v2_0")))
     tokenizer = load_tokenizer(base.folder)
     encoder = Encoder(base.family, tokenizer, base.settings)
     model = load_model(base.folder, dtype=torch.float32)
@@ -223,7 +223,7 @@ def test_records_without_answers(tiny, adapter, tmp_path, capsys):
     assert set(first) == {"index", "id", "question", "prediction", "prediction_base"}
     assert (third["id"], third["question"]) == ("three", "How many?")
     assert first["prediction"] == second["prediction"] != first["prediction_base"]
-    base = resolve(str(tiny("llama3_v2_5")))
+    base = resolve_base(str(tiny("llama3_v2_5")))
     model, tokenizer = load_model(adapter, dtype=torch.float32), load_tokenizer(base.folder)
     encoder = Encoder(base.family, tokenizer, base.settings)
     prompts = list(read(tmp_path / "data.json"))
@@ -258,7 +258,7 @@ def test_videos(tiny, tmp_path):
         2,
     )
     run("--model", tiny("v2_6"), *words)
-    base = resolve(str(tiny("v2_6")))
+    base = resolve_base(str(tiny("v2_6")))
     tokenizer, model = load_tokenizer(base.folder), load_model(base.folder, dtype=torch.float32)
     encoder = Encoder(base.family, tokenizer, base.settings, video=VideoOptions(fps=2.0))
     prompt = split_answer(read(tmp_path / "data.json")[0])[0]

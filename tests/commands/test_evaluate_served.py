@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from finetune.__main__ import main
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.collate import pad
 from finetune.evaluation.batched_generation import answer_batch, split_answer
 from finetune.export.prompt_files import encoder_of
@@ -175,7 +175,7 @@ def test_prompts_are_written_for_the_server(tiny, server: Server, data: Path, tm
 
 def in_process(folder: Path, data: Path) -> Any:
     """A server's answers by the model itself, with ids and log-probabilities as vLLM gives them."""
-    base = resolve(str(folder))
+    base = resolve_base(str(folder))
     model, encoder = load_model(base.folder, dtype=torch.float32).eval(), encoder_of(base)
     prompts = [split_answer(sample)[0] for sample in read(data)]
 

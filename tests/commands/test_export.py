@@ -185,10 +185,10 @@ def test_qlora_is_said(tiny, adapter, tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_result_that_differs_is_not_verified(tiny, adapter, tmp_path, capsys, monkeypatch, dtype):
-    from finetune.export.lora_merge import Merged
+    from finetune.export.lora_merge import MergedTensors
 
-    real = Merged.read
-    monkeypatch.setattr(Merged, "read", lambda self, name: real(self, name) * 1.5)
+    real = MergedTensors.read
+    monkeypatch.setattr(MergedTensors, "read", lambda self, name: real(self, name) * 1.5)
     assert main(flags(tiny("v2_6"), adapter("v2_6"), tmp_path / "out", "--infer_dtype", dtype)) == 3
     said = capsys.readouterr().out
     assert "verified=false" in said

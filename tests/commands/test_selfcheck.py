@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from finetune.__main__ import main
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.commands.selfcheck import CAPTION, caption_loss, draw
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
@@ -32,7 +32,7 @@ def test_a_checkpoint(tiny, capsys, family):
     folder = tiny(family)
     assert main(["selfcheck", str(folder), *QUICK]) == 0
     text = capsys.readouterr().out
-    base = resolve(str(folder))
+    base = resolve_base(str(folder))
     assert f"loaded     {base.family.title}" in text
     assert "runs on    cpu, float32" in text
     ids = re.search(r"(\d+) ids: ([\d ]+)", text)

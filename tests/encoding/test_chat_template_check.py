@@ -10,7 +10,7 @@ from golden_tokenizers import tokenizer, written
 from tokenizers import processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.chat_template_check import TemplateMismatchError, check_chat_template, complete_layout
 from finetune.encoding.encoder import Encoder
 from finetune.families import by_name, usable
@@ -176,7 +176,7 @@ def thinker(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_checkpoint_that_thinks_by_default(thinker: Path) -> None:
-    base = resolve(str(thinker))
+    base = resolve_base(str(thinker))
     made = Encoder(base.family, load_tokenizer(thinker), base.settings)
     assert made.layout.enable_thinking is True
     assert check_chat_template(base.family, made.tokenizer, made.layout, made.vocabulary) is True
@@ -202,7 +202,7 @@ def test_a_checkpoint_that_thinks_by_default(thinker: Path) -> None:
 
 @pytest.mark.parametrize("family", [family.name for family in usable()])
 def test_tiny_checkpoints_agree_with_their_templates(tiny, family: str) -> None:
-    base = resolve(str(tiny(family)))
+    base = resolve_base(str(tiny(family)))
     made = Encoder(base.family, load_tokenizer(base.folder), base.settings)
     agrees = check_chat_template(base.family, made.tokenizer, made.layout, made.vocabulary)
     assert agrees == bool(made.tokenizer.chat_template)

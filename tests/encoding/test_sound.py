@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from sounds import tone, write_wav
 
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import LengthPolicy
@@ -47,7 +47,7 @@ def ready(tiny) -> Callable[[str], tuple[MiniCPMO, Encoder]]:
 
     def make(family: str) -> tuple[MiniCPMO, Encoder]:
         if family not in made:
-            base = resolve(str(tiny(family)))
+            base = resolve_base(str(tiny(family)))
             model = load_model(base.folder)
             assert isinstance(model, MiniCPMO)
             made[family] = model.eval(), Encoder(base.family, load_tokenizer(base.folder), base.settings)
@@ -229,7 +229,7 @@ def test_measured_without_the_network(ready, family: str) -> None:
 
 @pytest.mark.parametrize("family", [family.name for family in usable() if family.audio_spec is None])
 def test_the_others_say_who_hears(family: str, tiny) -> None:
-    base = resolve(str(tiny(family)))
+    base = resolve_base(str(tiny(family)))
     encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings)
     with pytest.raises(DataError, match=r"no audio; use a model that does \(MiniCPM-o 2.6, MiniCPM-o 4.5\)"):
         encoder.measure(talk(tone(0.5), "What?"))

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import AutoProcessor
 from transformers.video_utils import VideoMetadata
 
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding import video_frames
 from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
@@ -55,7 +55,7 @@ def video(folder: Path, name: str = "clip.mp4") -> Media:
 
 
 def encoder(model: Path, video: VideoOptions | None = None, **options: Any) -> Encoder:
-    base = resolve(str(model))
+    base = resolve_base(str(model))
     return Encoder(base.family, load_tokenizer(model), base.settings, video=video, **options)
 
 

@@ -15,7 +15,7 @@ from variants import VARIANTS
 from dataset import make_supervised_data_module
 from finetune.arguments.parse import parse_arguments
 from finetune.arguments.preference import options_of
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.run_identity import reference_key
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
@@ -60,7 +60,7 @@ def flags(base: Path, data: Path, output: Path, *more: str) -> list[str]:
 def build(argv: Sequence[str]) -> CPMTrainer:
     """The trainer of some flags, in the order of finetune.py."""
     args = parse_arguments(argv)
-    base = resolve(args.model.model_name_or_path)
+    base = resolve_base(args.model.model_name_or_path)
     distributed.start(args.training)
     set_seed(0)
     tokenizer = load_tokenizer(base.folder)

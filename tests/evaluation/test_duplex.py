@@ -11,7 +11,7 @@ import pytest
 import torch
 from sounds import write_samples
 
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.collate import pack, pad
 from finetune.encoding.encoder import Encoder
 from finetune.evaluation.batched_generation import split_answer
@@ -46,7 +46,7 @@ def write_beeps(folder: Path, count: int, seed: int, *, silent: bool = False) ->
 
 @pytest.fixture(scope="module")
 def encoder(tiny: Callable[[str], Path]) -> Encoder:
-    base = resolve(str(tiny("o4_5")))
+    base = resolve_base(str(tiny("o4_5")))
     return Encoder(base.family, load_tokenizer(base.folder), base.settings)
 
 

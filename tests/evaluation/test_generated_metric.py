@@ -11,7 +11,7 @@ from PIL import Image
 
 from dataset import make_supervised_data_module
 from finetune.arguments.parse import parse_arguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.encoder import Encoder
 from finetune.evaluation.batched_generation import generate_answers, split_answer
 from finetune.evaluation.generated_metric import GeneratedMetric
@@ -30,7 +30,7 @@ def make_trainer(base, data, output, *flags) -> CPMTrainer:
     words = ["--model_name_or_path", base, "--data_path", data / "train.json", "--eval_data_path", data / "eval.json"]
     words += ["--output_dir", output, "--dataloader_num_workers", "0", "--report_to", "none", "--disable_tqdm", "true"]
     args = parse_arguments([*map(str, words), *flags])
-    checkpoint = resolve(str(base))
+    checkpoint = resolve_base(str(base))
     torch.manual_seed(0)
     model = adapt(load_model(base, dtype=torch.float32), checkpoint.family, args.training, args.lora)
     encoder = Encoder(checkpoint.family, load_tokenizer(base), checkpoint.settings, max_length=2048)
@@ -67,7 +67,7 @@ def test_the_metric_is_logged_and_chooses_the_best(tiny, demo_data, tmp_path):
 
 
 def test_the_same_on_every_number_of_ranks(tiny, demo_data, monkeypatch):
-    base = resolve(str(tiny("v2_0")))
+    base = resolve_base(str(tiny("v2_0")))
     encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings, max_length=30)
     model = load_model(base.folder, dtype=torch.float32).train()
     samples = read(demo_data / "eval.json")
@@ -98,7 +98,7 @@ def test_the_same_on_every_number_of_ranks(tiny, demo_data, monkeypatch):
 
 
 def test_the_first_and_the_newest_answers_are_kept(tiny, demo_data, monkeypatch):
-    base = resolve(str(tiny("v2_0")))
+    base = resolve_base(str(tiny("v2_0")))
     encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings)
     asked = GeneratedMetric(read(demo_data / "eval.json"), encoder, count=3, metric="cer", batch_size=2)
     for step in (0, 10, 20):
@@ -116,7 +116,7 @@ def test_what_cannot_be_asked_is_told_before_training(tiny, demo_data, tmp_path,
         make_trainer(tiny("v2_0"), demo_data, tmp_path, "--eval_generate", "2", "--eval_metric", "nothing")
     with pytest.raises(ArgumentError, match="give --eval_data_path"):
         parse_arguments(["--model_name_or_path", "m", "--data_path", "d", "--eval_generate", "2"])
-    base = resolve(str(tiny("v2_0")))
+    base = resolve_base(str(tiny("v2_0")))
     encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings)
     (tmp_path / "empty.png").write_bytes(b"")
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

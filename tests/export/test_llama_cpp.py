@@ -19,7 +19,7 @@ from made_adapters import make_adapter, save
 from safetensors.torch import load_file
 
 from finetune.__main__ import main
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.export.llama_cpp import COMMIT
 from finetune.export.prompt_files import encoder_of, prompt_pieces, write_prompt_files
 from finetune.families import FAMILIES
@@ -245,7 +245,7 @@ def test_a_failing_step_is_told_with_its_last_lines_and_leaves_nothing(tiny, che
 
 @pytest.mark.parametrize("family", ["llama3_v2_5", "v2_6", "v4_5", "v4_6"])
 def test_the_pieces_of_the_modelfile_are_the_prompt_of_training(tiny, family) -> None:
-    encoder = encoder_of(resolve(str(tiny(family))))
+    encoder = encoder_of(resolve_base(str(tiny(family))))
     pieces = prompt_pieces(encoder)
 
     def prompt(*turns: tuple[str, str]) -> str:
@@ -261,7 +261,7 @@ def test_the_pieces_of_the_modelfile_are_the_prompt_of_training(tiny, family) ->
 
 
 def test_the_modelfile_of_2_6_numbers_the_picture(tiny, tmp_path) -> None:
-    encoder = encoder_of(resolve(str(tiny("v2_6"))))
+    encoder = encoder_of(resolve_base(str(tiny("v2_6"))))
     write_prompt_files(tmp_path, encoder, language="language.gguf", projector="mmproj.gguf")
     turns = (
         '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n{{ else if eq .Role "user" }}'
@@ -278,13 +278,13 @@ def test_the_modelfile_of_2_6_numbers_the_picture(tiny, tmp_path) -> None:
         '<|im_end|>\n<|im_start|>assistant\n"""\n'
         'PARAMETER stop "<|im_end|>"\nPARAMETER stop "<|endoftext|>"\nPARAMETER temperature 0\nPARAMETER num_ctx 4096\n'
     )
-    plain = encoder_of(resolve(str(tiny("v2_6")), use_image_id=False))
+    plain = encoder_of(resolve_base(str(tiny("v2_6")), use_image_id=False))
     write_prompt_files(tmp_path, plain, language="language.gguf", projector="mmproj.gguf")
     assert "image_id" not in (tmp_path / "Modelfile").read_text() + (tmp_path / "prompt_example.md").read_text()
 
 
 def test_the_example_is_the_prompt_and_its_request_types_the_number(tiny, tmp_path) -> None:
-    base = resolve(str(tiny("v4_6")))
+    base = resolve_base(str(tiny("v4_6")))
     out = tmp_path / "out"
     given = ["export", "--model_name_or_path", str(base.folder), "--export_dir", str(out), "--verify", "off"]
     assert main(given) == 0

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from variants import MIXTURE
 
 from finetune.checkpoints.safetensors_io import read_tensor, stored_in
-from finetune.export.lora_merge import Base, Merged, empty_model
+from finetune.export.lora_merge import BaseTensors, MergedTensors, empty_model
 from finetune.export.sharded_writer import WeightFiles
 from finetune.families import by_name
 from finetune.model_folders.checkpoint_folder import weight_files
@@ -52,7 +52,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "recwarn")
 def merge(base: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
     """What an export writes, in several files."""
     out.mkdir()
-    weights = Merged(Base(base), empty_model(base), adapter)
+    weights = MergedTensors(BaseTensors(base), empty_model(base), adapter)
     assert WeightFiles(weights, dtype=None, shard_size=400_000).write(out) > 3
     return {name: read_tensor(stored) for name, stored in stored_in(weight_files(out)).items()}
 
@@ -136,20 +136,20 @@ def test_what_cannot_be_merged_is_refused(tiny, tmp_path, options, message):
     settings = adapter / "adapter_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | options))
     with pytest.raises(CheckpointError, match=message):
-        Merged(Base(base), empty_model(base), adapter)
+        MergedTensors(BaseTensors(base), empty_model(base), adapter)
 
 
 def test_misfits_and_damage_are_named(tiny, tmp_path):
     base = tiny("v2_6")
     adapter = save(make_adapter(base, "v2_6", target_modules=["q_proj"]), tmp_path / "adapter")
     with pytest.raises(CheckpointError, match="does not fit"):
-        Merged(Base(tiny("v2_0")), empty_model(tiny("v2_0")), adapter)
+        MergedTensors(BaseTensors(tiny("v2_0")), empty_model(tiny("v2_0")), adapter)
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     name = next(iter(tensors))
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, file)
     with pytest.raises(CheckpointError, match="lacks tensors"):
-        Merged(Base(base), empty_model(base), adapter)
+        MergedTensors(BaseTensors(base), empty_model(base), adapter)
     save_file({key: tensor * float("nan") for key, tensor in tensors.items()}, file)
     with pytest.raises(CheckpointError, match="not finite"):
         merge(base, adapter, tmp_path / "out")

@@ -90,7 +90,7 @@ def test_every_built_in_case_token_by_token(encoders: dict[str, Encoder], tmp_pa
         assert [mel.shape[1] for mel in example.audio] == [100] * len(wanted.unit_spans)
         count += 1
         assert sample.timeline is not None
-        if sample.timeline.beyond:
+        if sample.timeline.unsupported:
             with pytest.raises(DataError, match="--duplex_prompt o45_fc"):
                 encoders["native"].encode(sample)
         else:
@@ -114,7 +114,7 @@ def test_user_audio_lies_where_the_package_puts_it(tmp_path: Path) -> None:
 def test_the_stored_records_are_what_the_package_gives() -> None:
     records, stored = (json.loads((GOLDEN / name).read_text()) for name in ("records.json", "o45_fc.json"))
     for record, wanted in zip(records, stored, strict=True):
-        placed = duplex_sdk.place(record)
+        placed = duplex_sdk.align_record(record)
         assert list(placed.prepared.ids) == wanted["ids"]
         assert list(placed.prepared.labels) == wanted["labels"]
         assert placed.units == wanted["units"]
@@ -137,7 +137,7 @@ def test_no_remote_code_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.get_class_from_dynamic_module", refuse)
     monkeypatch.setattr("transformers.models.auto.tokenization_auto.get_class_from_dynamic_module", refuse)
     duplex_sdk._tokenizer.cache_clear()
-    assert duplex_sdk.place(json.loads((GOLDEN / "records.json").read_text())[0]).units == 4
+    assert duplex_sdk.align_record(json.loads((GOLDEN / "records.json").read_text())[0]).units == 4
 
 
 def test_its_other_target_does_not_load() -> None:

@@ -144,7 +144,7 @@ def run(launched: ModuleType, argv: list[str]) -> dict[str, Any]:
 def reload(models: Path, data: Path, out: Path) -> None:
     """Loads every result, compares logits with the trained network's and generates; writes reloaded.json."""
     from chat import MiniCPMVChat, img2base64
-    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.checkpoints.base_checkpoint import resolve_base
     from finetune.commands import verify
     from finetune.encoding.encoder import Encoder
     from finetune.evaluation.batched_generation import generate_answers, split_answer
@@ -157,7 +157,7 @@ def reload(models: Path, data: Path, out: Path) -> None:
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             status = verify.main([str(out / name), "--reference", run["reference"], "--device", "cpu"])
-        base = resolve(str(models / family))
+        base = resolve_base(str(models / family))
         model, tokenizer = load_model(out / name).eval(), load_tokenizer(out / name)
         encoder = Encoder(base.family, tokenizer, base.settings, max_slice_nums=4)
         file = data / f"{records}.json"

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from visual_batch import FAMILIES, GOLDEN, OMNI, TINY, Row, make_batch, prompt, small_model
 
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.families import UnknownFamilyError
-from finetune.model_folders.checkpoint_folder import local_folder
+from finetune.model_folders.checkpoint_folder import resolve_folder
 from finetune.models import CheckpointError, MiniCPMO, MiniCPMOConfig, MiniCPMV, MiniCPMVConfig, load_model
 
 ROWS: list[Row] = [(3, [(4, 6)], 5), (6, [], 3), (2, [(3, 3)], 4)]
@@ -308,7 +308,7 @@ def test_resized_embeddings(family: str, tmp_path: Path) -> None:
     ],
     ids=["bitsandbytes", "AWQ", "GGUF", "GPTQ"],
 )
-@pytest.mark.parametrize("loader", [AutoModel.from_pretrained, load_model, lambda folder: resolve(str(folder))])
+@pytest.mark.parametrize("loader", [AutoModel.from_pretrained, load_model, lambda folder: resolve_base(str(folder))])
 def test_quantised_folders_are_refused(copy_of: Callable, loader: Callable, change: Callable, reason: str) -> None:
     folder = copy_of("v2_6")
     change(folder)
@@ -373,6 +373,6 @@ def test_a_folder_that_is_missing_names_the_nearest(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"no such folder .*; the nearest that exist are \S+minicpmv4_5/lora/sft"):
-        local_folder(str(tmp_path / "saves/minicpm_v4_5/lora/sft"))
+        resolve_folder(str(tmp_path / "saves/minicpm_v4_5/lora/sft"))
     with pytest.raises(CheckpointError, match=r"no such folder \(looked in [^;]*$"):
-        local_folder(str(tmp_path / "x/y/z"))
+        resolve_folder(str(tmp_path / "x/y/z"))

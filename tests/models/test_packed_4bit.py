@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from finetune.arguments.model import LoraArguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.saving import finish_adapter
 from finetune.families import by_name
 from finetune.models import CheckpointError, load_model
@@ -111,7 +111,7 @@ def test_an_adapter_loads_on_its_folder_and_on_the_unquantised_base(tiny, packed
                 value.normal_(generator=torch.Generator().manual_seed(1))
     model.eval()
     model.save_pretrained(tmp_path)
-    finish_adapter(model, tmp_path, resolve(str(packed(family))))
+    finish_adapter(model, tmp_path, resolve_base(str(packed(family))))
     auto = AutoPeftModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
         config = PeftConfig.from_pretrained(tmp_path)
@@ -217,4 +217,4 @@ def test_without_bitsandbytes_it_is_said_what_to_install(packed, monkeypatch):
     )
     with pytest.raises(CheckpointError, match=r"needs bitsandbytes: pip install -e '\.\[quant\]'"):
         load_model(packed("v2_6"))
-    assert resolve(str(packed("v2_6"))).in_4bit  # data is checked without it
+    assert resolve_base(str(packed("v2_6"))).in_4bit  # data is checked without it

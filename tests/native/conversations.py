@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_tokenizer
 from finetune.sample import Media, Message, Part, Sample, Source, Text
@@ -71,5 +71,5 @@ def as_published(messages: Sequence[Message]) -> list[Any]:
 
 
 def encoder(folder: Path, **options: Any) -> Encoder:
-    base = resolve(str(folder))
+    base = resolve_base(str(folder))
     return Encoder(base.family, load_tokenizer(folder), base.settings, **options)

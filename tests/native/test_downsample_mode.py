@@ -25,7 +25,7 @@ from finetune.arguments.parse import parse_arguments
 from finetune.chat import MiniCPMVChat
 from finetune.chat.pipeline import ChatPromptOptions, SamplingOptions
 from finetune.chat.session import OFF, ChatSession
-from finetune.checkpoints.base_checkpoint import SIDE_FILES, Checkpoint, resolve
+from finetune.checkpoints.base_checkpoint import SIDE_FILES, BaseCheckpoint, resolve_base
 from finetune.checkpoints.resume import ResumeError, choose_checkpoint
 from finetune.checkpoints.run_start import find_base
 from finetune.commands import export, plan
@@ -35,7 +35,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import LengthPolicy
 from finetune.families import FAMILIES, by_name
 from finetune.model_folders.downsample_mode import VARIABLE, decide, saved_with, write_mode
-from finetune.models import add_adapter, load_model, load_tokenizer
+from finetune.models import load_adapter, load_model, load_tokenizer
 from finetune.planning.memory_estimate import MemoryEstimator
 from finetune.planning.training_setup import SampleShape, TrainingSetup
 from finetune.sample import as_sample_set
@@ -49,11 +49,11 @@ PROCESSOR = "processor_config.json"
 WITHOUT = [family.name for family in FAMILIES if "downsample_mode" not in family.settings]
 
 
-def encoder(base: Checkpoint) -> Encoder:
+def encoder(base: BaseCheckpoint) -> Encoder:
     return Encoder(base.family, load_tokenizer(base.folder), base.settings)
 
 
-def batch_of(base: Checkpoint, *, generate: bool = False) -> dict[str, torch.Tensor]:
+def batch_of(base: BaseCheckpoint, *, generate: bool = False) -> dict[str, torch.Tensor]:
     made = encoder(base)
     batch = pad([made.encode(sample(CONVERSATIONS["several"]), generate=generate)], made.pad_id)
     del batch["labels"]
@@ -105,7 +105,7 @@ def test_the_first_that_says_it_decides(
         (trained := tmp_path / "adapter").mkdir()
         (trained / "adapter_config.json").write_text(json.dumps({"auto_mapping": {"downsample_mode": adapter}}))
     environment = {} if variable is None else {VARIABLE: variable}
-    base = resolve(str(folder), wish, trained=trained, environment=environment)
+    base = resolve_base(str(folder), wish, trained=trained, environment=environment)
     assert base.mode is not None
     assert (base.mode.name, base.mode.base) == (mode, "16x")
     assert base.mode.origin.endswith(origin)
@@ -123,31 +123,31 @@ def test_a_processor_beside_an_adapter_counts_where_it_is_not_the_one_of_the_bas
     (adapter / "adapter_config.json").write_text(json.dumps({"auto_mapping": None}))
     shutil.copy(folder / PROCESSOR, adapter)
     put(folder / "config.json", lambda content: content.update(downsample_mode="4x"))
-    assert resolve(str(folder), trained=adapter).downsample_mode == "4x", "a copy says nothing about the adapter"
+    assert resolve_base(str(folder), trained=adapter).downsample_mode == "4x", "a copy says nothing about the adapter"
     write_mode(folder, by_name("v4_6"), "16x")
     write_mode(adapter, by_name("v4_6"), "4x")
-    assert resolve(str(folder), trained=adapter).downsample_mode == "4x"
+    assert resolve_base(str(folder), trained=adapter).downsample_mode == "4x"
 
 
 @pytest.mark.parametrize("family", ["v4_6", "v4_7"])
 def test_an_unknown_mode_is_refused(native, folder: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     known = "downsample_mode '8x' is unknown; it is 16x or 4x"
     with pytest.raises(ArgumentError, match=f"^--downsample_mode: {known}$"):
-        resolve(str(folder), "8x")
+        resolve_base(str(folder), "8x")
     with pytest.raises(ArgumentError, match=f"^environment variable DOWNSAMPLE_MODE: {known}$"):
-        resolve(str(folder), environment={VARIABLE: "8x"})
+        resolve_base(str(folder), environment={VARIABLE: "8x"})
     model = load_model(native(family))
     model.config.downsample_mode = "8x"
     with pytest.raises(ValueError, match=known):
-        model(**batch_of(resolve(str(native(family)))))
+        model(**batch_of(resolve_base(str(native(family)))))
     put(folder / PROCESSOR, lambda content: content["image_processor"].update(downsample_mode="8x"))
     put(folder / "config.json", lambda content: content.pop("downsample_mode"))
     with pytest.raises(CheckpointError, match=f"{PROCESSOR}, image_processor: {known}"):
-        resolve(str(folder))
+        resolve_base(str(folder))
     for value in ("8x", 4, ["4x"]):
         put(folder / "config.json", lambda content, value=value: content.update(downsample_mode=value))
         with pytest.raises(CheckpointError, match=r"config\.json: downsample_mode .* is unknown"):
-            resolve(str(folder), "4x")
+            resolve_base(str(folder), "4x")
 
 
 @pytest.mark.parametrize("name", WITHOUT)
@@ -166,7 +166,7 @@ def test_files_that_disagree_are_named(folder: Path, caplog: pytest.LogCaptureFi
     def said() -> str:
         warn_once.cache_clear()
         caplog.clear()
-        assert resolve(str(folder)).downsample_mode == "4x"
+        assert resolve_base(str(folder)).downsample_mode == "4x"
         return "\n".join(record.message for record in caplog.records if record.levelno == logging.WARNING)
 
     write_mode(folder, by_name("v4_6"), "4x")
@@ -179,7 +179,7 @@ def test_files_that_disagree_are_named(folder: Path, caplog: pytest.LogCaptureFi
     assert f"{PROCESSOR}, image_processor: downsample_mode is 4x, but 16x, the default, in config.json and" in said()
     caplog.clear()
     warn_once.cache_clear()
-    assert resolve(str(folder), "16x").downsample_mode == "16x"
+    assert resolve_base(str(folder), "16x").downsample_mode == "16x"
     assert not caplog.messages, "the user has decided it"
 
 
@@ -201,7 +201,7 @@ def test_only_the_mode_changes_in_a_file(folder: Path) -> None:
 
 def test_what_is_remembered_depends_on_it(folder: Path) -> None:
     prints = {
-        fingerprint(LengthPolicy(encoder(resolve(str(folder), mode))), as_sample_set([])) for mode in ("16x", "4x")
+        fingerprint(LengthPolicy(encoder(resolve_base(str(folder), mode))), as_sample_set([])) for mode in ("16x", "4x")
     }
     assert len(prints) == 2
 
@@ -240,7 +240,7 @@ def test_an_adapter_carries_its_mode(native, lora: Path) -> None:
     folder = native("v4_6")
     assert saved_with(lora) == "4x"
     assert as_16x(lora / PROCESSOR) == (folder / PROCESSOR).read_bytes()
-    base = resolve(str(folder), trained=lora)
+    base = resolve_base(str(folder), trained=lora)
     batch, model = batch_of(base), load_model(lora)
     assert model.config.downsample_mode == "4x"
     wanted = logits(model, batch)
@@ -285,7 +285,7 @@ def test_every_voice_of_a_chat_has_its_own_mode(native, lora: Path, tmp_path: Pa
         wanted = model.chat(msgs=[{"role": "user", "content": parts(asked)}], sampling=False, max_new_tokens=4)  # pyright: ignore[reportCallIssue]
         assert "".join(session.stream(asked, ChatPromptOptions(), greedy, name)).strip() == wanted, name
     model = load_model(lora)
-    add_adapter(model, other, "second")  # pyright: ignore[reportArgumentType]
+    load_adapter(model, other, "second")  # pyright: ignore[reportArgumentType]
     pipeline = MiniCPMVChat(lora, device="cpu", downsample_mode="16x")
     assert pipeline.model.config.downsample_mode == "16x"
     with pytest.raises(ArgumentError, match="'8x' is unknown"):
@@ -296,9 +296,9 @@ def parts(asked: Any) -> list[Any]:
     return [getattr(part, "text", None) or part.data for part in asked.messages[0].parts]
 
 
-def test_add_adapter_warns_of_another_mode(native, lora: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_load_adapter_warns_of_another_mode(native, lora: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = load_model(lora, downsample_mode="16x")
-    add_adapter(model, lora, "again")  # pyright: ignore[reportArgumentType]
+    load_adapter(model, lora, "again")  # pyright: ignore[reportArgumentType]
     assert any("was trained with downsample_mode 4x, the model uses 16x" in text for text in caplog.messages)
 
 
@@ -332,7 +332,7 @@ def test_a_full_result_works_everywhere_in_its_mode(native, demo_data: Path, tmp
     words = ["--model_name_or_path", str(native(family)), "--data_path", str(demo_data / "train.json"), "--max_steps"]
     words += ["1", "--save_strategy", "no", "--report_to", "none", "--dataloader_num_workers", "0", "--use_cpu", "true"]
     args = parse_arguments([*words, "--output_dir", str(tmp_path), *FLAGS["full"], "--downsample_mode", "4x"])
-    base = resolve(args.model.model_name_or_path, args.model.downsample_mode)
+    base = resolve_base(args.model.model_name_or_path, args.model.downsample_mode)
     model = load_model(base.folder, dtype=torch.float32, downsample_mode=base.downsample_mode)
     rates = args.training.part_learning_rates
     module = make_supervised_data_module(args.data, encoder(base))
@@ -358,7 +358,7 @@ def test_a_full_result_works_everywhere_in_its_mode(native, demo_data: Path, tmp
     theirs = dict(processor.apply_chat_template(as_published(messages), **options))
     stock = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
     wanted = logits(stock, theirs)
-    result = resolve(str(tmp_path), environment={})
+    result = resolve_base(str(tmp_path), environment={})
     assert result.downsample_mode == "4x"
     assert torch.equal(logits(load_model(tmp_path), batch_of(result)), wanted)
     assert torch.equal(logits(made.accelerator.unwrap_model(made.model), batch_of(base)), wanted)
@@ -371,7 +371,7 @@ def test_generation_follows_the_prompt_and_leaves_the_network_as_it_was(native) 
         for mode in ("16x", "4x"):
             stock: Any = transformers.AutoModelForImageTextToText.from_pretrained(native(family))
             stock.config.downsample_mode = mode
-            made = encoder(resolve(str(native(family)), mode))
+            made = encoder(resolve_base(str(native(family)), mode))
             batch = pad([made.encode(sample(CONVERSATIONS["several"]), generate=True)], made.pad_id, side="left")
             length = batch["input_ids"].shape[1]
             given = {key: value for key, value in batch.items() if key != "labels"}
@@ -403,13 +403,13 @@ def test_lengths_and_plans_follow(native, tmp_path: Path, capsys: pytest.Capture
         said = capsys.readouterr().out
         assert f"downsample_mode {mode} (--downsample_mode" in said
         lengths[mode] = int(said.partition("longest ")[2].partition(" ")[0])
-    made = {mode: encoder(resolve(str(native("v4_6")), mode)) for mode in lengths}
+    made = {mode: encoder(resolve_base(str(native("v4_6")), mode)) for mode in lengths}
     asked = sample(CONVERSATIONS["last"])
     tokens = {mode: made[mode].measure(asked).tokens for mode in lengths}
     pads = {mode: int((made[mode].encode(asked).input_ids == made[mode]._placeholder).sum()) for mode in lengths}
     assert tokens["4x"] - tokens["16x"] == pads["4x"] - pads["16x"] == lengths["4x"] - lengths["16x"] > 0
     shape, recipe = SampleShape(tokens=256, items=10, patches=64), TrainingSetup(method="full")
-    planners = {mode: MemoryEstimator(resolve(str(native("v4_6")), mode).settings) for mode in lengths}
+    planners = {mode: MemoryEstimator(resolve_base(str(native("v4_6")), mode).settings) for mode in lengths}
     blocks = {
         mode: [each for each in planners[mode].blocks(recipe, shape) if each.part == "vision"] for mode in lengths
     }

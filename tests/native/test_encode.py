@@ -12,7 +12,7 @@ import torch
 from conversations import CONVERSATIONS, as_published, encoder, sample
 from transformers import AutoProcessor, MiniCPMV4_6ImageProcessor
 
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.chat_template_check import check_chat_template
 from finetune.encoding.collate import pad
 from finetune.encoding.encoder import AlignmentError, Encoder
@@ -119,14 +119,14 @@ def test_several_rows(native, family: str) -> None:
 
 
 def test_the_chat_template_agrees(native, family: str) -> None:
-    base = resolve(str(native(family)))
+    base = resolve_base(str(native(family)))
     assert check_chat_template(base.family, load_tokenizer(base.folder))
 
 
 @pytest.mark.parametrize("change", ["as it is", "no trimming", "default system"])
 @pytest.mark.parametrize("name", ["sliced", "turns", "system", "thinking"])
 def test_the_prompt_follows_the_template_of_the_checkpoint(native, family: str, change: str, name: str) -> None:
-    base = resolve(str(native(family)))
+    base = resolve_base(str(native(family)))
     tokenizer = load_tokenizer(base.folder)
     template = str(tokenizer.chat_template)
     if change == "no trimming":

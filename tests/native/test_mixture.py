@@ -18,7 +18,7 @@ from variants import MIXTURE, family_of
 from finetune.arguments.model import LoraArguments
 from finetune.arguments.parse import parse_arguments
 from finetune.arguments.training import TrainingArguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.saving import finish_adapter
 from finetune.encoding.collate import pad
 from finetune.models import load_model
@@ -160,7 +160,7 @@ def test_what_does_not_go_with_it_is_refused(flags: str, message: str) -> None:
 def test_an_adapter_on_experts_loads_anywhere_and_only_where_it_fits(tiny, batch, tmp_path) -> None:
     model = make_adapter(tiny(MIXTURE), MIXTURE, target_parameters=[*EXPERTS, "mlp.gate.weight"])
     folder = save(model, tmp_path / "adapter")
-    finish_adapter(model, folder, resolve(str(tiny(MIXTURE))))
+    finish_adapter(model, folder, resolve_base(str(tiny(MIXTURE))))
     batch = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with torch.no_grad():
         wanted = model(**batch).logits

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dataset import make_supervised_data_module
 from finetune.arguments.parse import parse_arguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.verification import compare, take_reference
 from finetune.encoding.collate import pad
 from finetune.families import by_name
@@ -36,7 +36,7 @@ def trained(folder: Path, data: Path, output: Path, *flags: str) -> CPMTrainer:
     given += ["--eval_data_path", str(data / "eval.json"), "--max_steps", "3", "--per_device_train_batch_size", "2"]
     given += ["--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", "--dataloader_num_workers", "0"]
     args = parse_arguments([*given, "--use_cpu", "true", *flags])
-    base = resolve(str(folder))
+    base = resolve_base(str(folder))
     model = adapt(load_model(folder, dtype=torch.float32), base.family, args.training, args.lora)
     made = CPMTrainer(
         model=model,

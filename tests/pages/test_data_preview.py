@@ -18,7 +18,7 @@ from PIL import Image
 from sounds import write_wav
 from zoo import gradient
 
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.commands.check import main
 from finetune.data_check.check_records import check
 from finetune.encoding.encoder import Encoder
@@ -46,7 +46,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def encoder_of(tiny: Callable[[str], Path]) -> Callable[..., Encoder]:
     def make(name: str, max_length: int | None = None) -> Encoder:
-        base = resolve(str(tiny(name)))
+        base = resolve_base(str(tiny(name)))
         return Encoder(base.family, load_tokenizer(base.folder), base.settings, max_length=max_length)
 
     return make
@@ -328,7 +328,7 @@ def test_removed_text_is_shortened_too(encoder_of, tmp_path):
 def test_a_frame_that_is_cut_has_its_slices(family, encoder_of, tmp_path, tiny):
     """In groups too, where the model gets the frames of a group first and then their slices."""
     write_clip(tmp_path / "a.mp4", 8, fps=4, size=(320, 160))
-    base = resolve(str(tiny(family)))
+    base = resolve_base(str(tiny(family)))
     options = VideoOptions(max_slice_nums=4, max_frames=3)
     encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings, video=options)
     turns = [{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "A."}]

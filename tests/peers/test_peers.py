@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.saving import finish_adapter
 from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
@@ -171,13 +171,13 @@ def ours(base: Path, family: str, folder: Path) -> Path:
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    finish_adapter(model, folder, resolve(str(base)))
+    finish_adapter(model, folder, resolve_base(str(base)))
     return folder
 
 
 def batches(base: Path, data: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """A question with its image as our model takes it, and as the other side does."""
-    checkpoint = resolve(str(base))
+    checkpoint = resolve_base(str(base))
     encoder = Encoder(checkpoint.family, load_tokenizer(base), checkpoint.settings)
     (sample, *_) = open_data(data, None)
     example = encoder.encode(sample)

@@ -15,7 +15,7 @@ from small_network import SMALL
 
 from finetune.arguments.model import LoraArguments
 from finetune.arguments.training import TrainingArguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import LengthPolicy
 from finetune.models import load_tokenizer
@@ -43,7 +43,7 @@ def data(tiny: Callable[[str], Path], tmp_path: Path) -> Data:
         said = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         records.append({"id": str(number), "conversations": said} | ({"image": image} if image else {}))
     (tmp_path / "data.json").write_text(json.dumps(records), encoding="utf-8")
-    base = resolve(str(tiny("v2_6")))
+    base = resolve_base(str(tiny("v2_6")))
     encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings, max_length=2048)
     return base.settings, LengthPolicy(encoder, "error"), open_data(tmp_path / "data.json", None)
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from sounds import write_wav
 
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import LengthPolicy, OverlongError
 from finetune.media import audio
@@ -27,7 +27,7 @@ START = "<|im_start|>system\nStreaming Duplex Conversation! You are a helpful as
 
 @pytest.fixture(scope="module")
 def encoder(tiny: Callable[[str], Path]) -> Encoder:
-    base = resolve(str(tiny("o4_5")))
+    base = resolve_base(str(tiny("o4_5")))
     return Encoder(base.family, load_tokenizer(base.folder), base.settings)
 
 
@@ -123,7 +123,7 @@ def test_pictures_stand_before_the_audio_of_their_second_in_one_slice(
     encoder: Encoder, read: Callable[..., Sample]
 ) -> None:
     sample = read(images=[{"image": "red.png", "start": 2.9}, {"image": "red.png", "start": 1.0}])
-    settings = resolve(encoder.tokenizer.name_or_path).settings
+    settings = resolve_base(encoder.tokenizer.name_or_path).settings
     large = Encoder(encoder.family, encoder.tokenizer, settings, max_slice_nums=9)
     assert large.encode(sample).tgt_sizes.shape == (2, 2)
     text, _ = written(encoder, sample)
@@ -169,14 +169,19 @@ def test_audio_of_more_than_30_seconds_has_one_run_per_second(encoder: Encoder, 
 
 def test_a_timeline_is_never_shortened(encoder: Encoder, read: Callable[..., Sample]) -> None:
     sample = read(seconds=30)
-    short = Encoder(encoder.family, encoder.tokenizer, resolve(encoder.tokenizer.name_or_path).settings, max_length=100)
+    short = Encoder(
+        encoder.family,
+        encoder.tokenizer,
+        resolve_base(encoder.tokenizer.name_or_path).settings,
+        max_length=100,
+    )
     for policy in ("shrink", "truncate", "drop"):
         with pytest.raises(OverlongError, match="the limit is 100"):
             LengthPolicy(short, policy).fit(sample)
 
 
 def test_other_generations_refuse_it(tiny: Callable[[str], Path], read: Callable[..., Sample]) -> None:
-    base = resolve(str(tiny("o2_6")))
+    base = resolve_base(str(tiny("o2_6")))
     other = Encoder(base.family, load_tokenizer(base.folder), base.settings)
     with pytest.raises(DataError, match=r"MiniCPM-o 2.6 has no prompt for it; .* \(MiniCPM-o 4.5\)"):
         other.encode(read())

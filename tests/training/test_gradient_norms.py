@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dataset import make_supervised_data_module
 from finetune.arguments.parse import parse_arguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
 from finetune.training.freezing import adapt, part_of
@@ -50,7 +50,7 @@ def run(tiny, demo_data, tmp_path, *more: str) -> tuple[list[dict[str, Any]], di
     quiet = ("--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", "--max_steps", "4")
     quiet += ("--per_device_train_batch_size", "2", "--dataloader_num_workers", "0", "--learning_rate", "1e-4")
     args = parse_arguments([*paths, "--data_path", str(demo_data / "train.json"), *quiet, *more])
-    base = resolve(args.model.model_name_or_path)
+    base = resolve_base(args.model.model_name_or_path)
     resolved.parts = base.family.parts
     model = adapt(load_model(base.folder, dtype=torch.float32), base.family, args.training, args.lora)
     encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from finetune.arguments.data import DataArguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.data_check.check_records import check_before_training
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.sample_policy import BAD_SAMPLES, SamplePolicy
@@ -25,7 +25,7 @@ from finetune.utils.errors import ArgumentError, UnusableResultError
 
 @pytest.fixture(scope="module")
 def encoder(tiny: Callable[[str], Path]) -> Encoder:
-    checkpoint = resolve(str(tiny("v2_0")))
+    checkpoint = resolve_base(str(tiny("v2_0")))
     return Encoder(checkpoint.family, load_tokenizer(tiny("v2_0")), checkpoint.config, max_length=60)
 
 

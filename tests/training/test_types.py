@@ -16,7 +16,7 @@ from torch import nn
 
 from finetune.arguments.model import LoraArguments
 from finetune.arguments.training import TrainingArguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.collate import pad
 from finetune.encoding.encoder import Encoder
 from finetune.families import usable
@@ -51,7 +51,7 @@ def arguments(chosen: dict[str, str], output: Path, *, bf16: bool) -> TrainingAr
 
 def batch_of(folder: Path, family: Family) -> dict[str, torch.Tensor]:
     """A row of text and an image, with audio for models that take it."""
-    encoder = Encoder(family, load_tokenizer(folder), resolve(str(folder)).settings, max_slice_nums=1)
+    encoder = Encoder(family, load_tokenizer(folder), resolve_base(str(folder)).settings, max_slice_nums=1)
     noise = np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8)
     parts = [Media("image", Image.fromarray(noise)), Text("What?")]
     if family.audio_spec is not None:

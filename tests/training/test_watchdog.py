@@ -14,7 +14,7 @@ from torch import nn
 
 from dataset import make_supervised_data_module
 from finetune.arguments.parse import parse_arguments
-from finetune.checkpoints.base_checkpoint import resolve
+from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
 from finetune.runtime import outcome
@@ -39,7 +39,7 @@ def make(tiny, demo_data, tmp_path) -> Make:
         quiet = ["--dataloader_num_workers", "0", "--save_strategy", "no", "--report_to", "none"]
         quiet += ["--disable_tqdm", "true", "--learning_rate", "1e-3", "--weight_decay", "0.1"]
         args = parse_arguments([*paths, *quiet, "--max_steps", "4", *flags])
-        checkpoint = resolve(str(base))
+        checkpoint = resolve_base(str(base))
         model = adapt(load_model(base, dtype=torch.float32), checkpoint.family, args.training, args.lora)
         if frozen:
             model.get_submodule(frozen).requires_grad_(False)
