@@ -78,8 +78,8 @@ class SupervisedDataset(Dataset[Example]):
         example = self.sample_policy.example(index)
         if self.references is None:
             return example
-        better, worse = self.references[index].tolist()
-        return replace(example, reference=(better, worse))
+        chosen, rejected = self.references[index].tolist()
+        return replace(example, reference=(chosen, rejected))
 
     def first_usable(self) -> Example:
         """The first example that is not skipped."""

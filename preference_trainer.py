@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class PreferenceTrainer(CPMTrainer):
-    """Trains on preference pairs: a batch of B pairs has 2 B rows, the better answers first, that share their media.
+    """Trains on preference pairs: a batch of B pairs has 2 B rows, the chosen answers first, that share their media.
 
     TRL's trainer makes its batches and calls the model itself, so that it takes neither our encoder nor the loss of our
     output layer; the formulas are its own (``finetune.training.preference_loss``). Overrides ``compute_loss``,

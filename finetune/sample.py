@@ -177,7 +177,7 @@ class Sample:
         tools: descriptions of the tools that may be called.
         timeline: who speaks when in a full-duplex record; None for a conversation. The messages of a full-duplex record
             have its system text and reference audio, its pictures and user audio, and all text of the model.
-        rejected: in a preference pair the worse answer, in place of the last message, which is the better one.
+        rejected: in a preference pair the rejected answer, in place of the last message, which is the chosen one.
 
     Raises:
         DataError: no message, an unknown role, a trained turn that is not the assistant's, a system turn that is
@@ -197,8 +197,8 @@ class Sample:
             self._check()
 
     @property
-    def worse(self) -> Sample | None:
-        """The conversation that ends with the worse answer; None for a sample that is no preference pair."""
+    def with_rejected_answer(self) -> Sample | None:
+        """The conversation that ends with the rejected answer; None for a sample that is no preference pair."""
         if self.rejected is None:
             return None
         return replace(self, messages=(*self.messages[:-1], self.rejected), rejected=None)

@@ -125,7 +125,7 @@ def test_skip_leaves_an_empty_row_and_a_line(tiny: Callable[[str], Path], zoo: P
         assert line["exception"] == "DataError"
         assert name in line["message"]
     assert describe_counts(made.sample_policy.counts()) == (
-        "14 samples encoded: 4 kept, 0 shrunk, 0 turns dropped, 0 truncated, 10 skipped"
+        "14 samples encoded: 4 kept, 0 shrunk, 0 turns removed, 0 truncated, 10 skipped"
     )
     assert describe_counts([0] * 5) is None, "a finished run that is started again"
     assert describe_bad_samples(folder / BAD_SAMPLES) == (

@@ -29,7 +29,7 @@ from finetune.model_folders.duplex_prompt import prompt_of
 from finetune.models import load_model
 from finetune.models.duplex_rows import add_duplex_rows
 from finetune.sample import DataError, Media, Message, Sample, Source, Text, Track
-from finetune.templates.duplex import decided_units
+from finetune.templates.duplex import generated_units
 from finetune.templates.duplex_fc import FIRST_ID, LAST_ID, NEW_TOKENS
 from finetune.timeline import PreparedIds, SpokenTurn, Timeline
 from finetune.tokenizers.tokenization import load_tokenizer
@@ -131,7 +131,7 @@ def test_packed_is_padded(folder: Path, encoder: Encoder, examples: list[Example
 
 
 def test_decisions_are_those_of_the_spoken_slot(encoder: Encoder, examples: list[Example]) -> None:
-    units = decided_units(examples[0].input_ids.tolist(), examples[0].labels.tolist(), encoder.vocabulary)
+    units = generated_units(examples[0].input_ids.tolist(), examples[0].labels.tolist(), encoder.vocabulary)
     assert [(unit.speaks, unit.begins, unit.ends) for unit in units] == [
         (False, False, False),
         (True, True, False),
@@ -139,7 +139,7 @@ def test_decisions_are_those_of_the_spoken_slot(encoder: Encoder, examples: list
         (True, False, True),  # the audio of the turn is longer than its text
     ]
     assert counted(units) == (4, 3, 1, 0)
-    assert len(decided_units(examples[1].input_ids.tolist(), examples[1].labels.tolist(), encoder.vocabulary)) == 7
+    assert len(generated_units(examples[1].input_ids.tolist(), examples[1].labels.tolist(), encoder.vocabulary)) == 7
 
 
 def test_only_decisions_are_evaluated(

@@ -72,8 +72,8 @@ class DataArguments:
     stage: Literal["sft", "dpo"] = field(
         default="sft",
         metadata={
-            "help": "sft trains on conversations, dpo on preference pairs: a better and a worse answer to one prompt "
-            "(docs/preferences.md)."
+            "help": "sft trains on conversations, dpo on preference pairs: a chosen and a rejected answer to one "
+            "prompt (docs/preferences.md)."
         },
     )
     data_path: str | None = field(
@@ -194,8 +194,8 @@ class DataArguments:
     overlong: str = field(
         default="shrink",
         metadata={
-            "help": "Samples above model_max_length: shrink uses fewer slices per image, then drops the oldest "
-            "turns; truncate shortens prompt text, then drops turns; drop skips the sample; error stops.",
+            "help": "Samples above model_max_length: shrink uses fewer slices per image, then removes the oldest "
+            "turns; truncate shortens prompt text, then removes turns; drop skips the sample; error stops.",
             "choices": ["shrink", "drop", "truncate", "error"],
         },
     )

@@ -31,7 +31,7 @@ class PreferenceArguments:
     )
     pref_ftx: float | None = field(
         default=None,
-        metadata={"help": "Weight of the supervised loss of the better answers, added to the loss. Default: 0."},
+        metadata={"help": "Weight of the supervised loss of the chosen answers, added to the loss. Default: 0."},
     )
     dpo_label_smoothing: float | None = field(
         default=None,

@@ -38,7 +38,7 @@ class ReferenceCache:
         self.path = folder() / f"reference-{key.hexdigest()[:32]}.npy"
 
     def read(self) -> np.ndarray | None:
-        """The table (n, 2) float32, of the better and the worse answer; None if it is not cached."""
+        """The table (n, 2) float32, of the chosen and the rejected answer; None if it is not cached."""
         try:
             table = np.load(self.path, allow_pickle=False)
         except (OSError, ValueError):

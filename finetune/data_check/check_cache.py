@@ -24,10 +24,10 @@ class CachedCheck(NamedTuple):
     Attributes:
         outcome: result of ``LengthPolicy``.
         tokens: number of tokens after it.
-        lost_images: number of images in dropped turns.
+        lost_media: number of images, videos and audio clips in removed turns.
         trained: number of tokens with a label.
         items: number of visual items: thumbnails, slices and frames.
-        media: number of images, videos and audio clips of the record, including those in dropped turns.
+        media: number of images, videos and audio clips of the record, including those in removed turns.
         notes: notes of the sample, and what is suspicious in it.
         content_key: equal for possible duplicates; see ``sample_hash.content_key``.
         answer: the last trained answer; a long one as its beginning and a digest.
@@ -37,7 +37,7 @@ class CachedCheck(NamedTuple):
 
     outcome: Outcome
     tokens: int
-    lost_images: int
+    lost_media: int
     trained: int
     items: int
     media: tuple[int, int, int]

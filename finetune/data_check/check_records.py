@@ -230,8 +230,8 @@ def _check_one(
     result = CachedCheck(
         fitted.outcome,
         fitted.longest,
-        fitted.lost_images,
-        trained=fitted.trained,
+        fitted.lost_media,
+        trained=fitted.labelled_tokens,
         items=size.items,
         media=(images, videos, audios),
         notes=(*sample.notes, *suspicions(sample, vocabulary), *too_many_tokens(units)),

@@ -29,7 +29,7 @@ class CheckReport:
         checked: number of records that were checked.
         seconds: duration of the check.
         outcomes: number of usable samples per result of ``LengthPolicy``.
-        lost_images: number of images in dropped turns.
+        lost_media: number of images, videos and audio clips in removed turns.
         longest: largest number of tokens of a usable sample, of a pair with the longer answer.
         pairs: number of preference pairs.
         with_media: number of records with an image, a video, audio, by kind.
@@ -50,7 +50,7 @@ class CheckReport:
     checked: int
     seconds: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
-    lost_images: int = 0
+    lost_media: int = 0
     longest: int = 0
     pairs: int = 0
     with_media: Counter[MediaKind] = field(default_factory=Counter)
@@ -71,7 +71,7 @@ class CheckReport:
     def enter(self, index: int, result: CachedCheck) -> None:
         """Adds the result of usable record ``index``."""
         self.outcomes[result.outcome] += 1
-        self.lost_images += result.lost_images
+        self.lost_media += result.lost_media
         self.longest = max(self.longest, result.tokens)
         self.pairs += result.pair
         self.with_media.update(kind for kind, count in zip(MEDIA_KINDS, result.media, strict=True) if count)
@@ -143,8 +143,9 @@ def _notes(report: CheckReport) -> Iterator[str]:
     for answer, count in report.answers.most_common(1):
         if is_common(report, count):
             yield f"  warning: {count} of {used} records have the same last answer, {shown(answer, 60)}"
-    if report.lost_images:
-        yield f"  warning: images in dropped turns: {report.lost_images}; later answers may refer to them"
+    if report.lost_media:
+        lost = f"images, videos and audio in removed turns: {report.lost_media}"
+        yield f"  warning: {lost}; later answers may refer to them"
     if report.duplicates:
         first = ", ".join(
             f"{shown(identity, 60)} ({count})" for identity, count in list(report.duplicates.items())[:_SHOWN]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from finetune.sample import DataError, SampleSet
-from finetune.templates.duplex import MOST_TOKENS, DecidedUnit, decided_units
+from finetune.templates.duplex import MOST_TOKENS, GeneratedUnit, generated_units
 from finetune.templates.rendering import PromptTokenizer, TokenizedPrompt
 
 # Below this share of a kind of decision the report says that it is rare.
@@ -15,17 +15,17 @@ Decisions = tuple[int, int, int, int]
 """Number of units, of those that speak, of turns, and of units that listen right after a turn."""
 
 
-def rendered_units(rendered: TokenizedPrompt, vocabulary: PromptTokenizer) -> list[DecidedUnit]:
+def rendered_units(rendered: TokenizedPrompt, vocabulary: PromptTokenizer) -> list[GeneratedUnit]:
     """The units of a rendered full-duplex record."""
-    return decided_units(rendered.input_ids, rendered.labels, vocabulary)
+    return generated_units(rendered.input_ids, rendered.labels, vocabulary)
 
 
-def counted(units: Sequence[DecidedUnit]) -> Decisions:
+def counted(units: Sequence[GeneratedUnit]) -> Decisions:
     """The decisions of some units."""
     return (len(units), *(sum(getattr(unit, name) for unit in units) for name in ("speaks", "begins", "yields")))  # pyright: ignore[reportReturnType]
 
 
-def too_many_tokens(units: Sequence[DecidedUnit]) -> Iterator[str]:
+def too_many_tokens(units: Sequence[GeneratedUnit]) -> Iterator[str]:
     """A note about units that the published inference would cut."""
     if any(len(unit.ids) > MOST_TOKENS for unit in units):
         yield (

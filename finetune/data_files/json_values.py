@@ -1,8 +1,9 @@
-"""Strict JSON parsing: duplicate keys, huge integers and deep nesting are refused."""
+"""Strict parsing of JSON values (duplicate keys, huge integers, deep nesting are refused), and names of their types."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from finetune.utils.quoting import shown
@@ -58,3 +59,26 @@ def _integer(digits: str) -> int:
 
 
 _decoder = json.JSONDecoder(object_pairs_hook=_once, parse_int=_integer)
+
+
+def json_cell(value: Any) -> Any:
+    """The list or object of a CSV cell, which is JSON text; other values are unchanged."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return parse(value)
+        except ValueError:
+            return value  # a path may begin like this too
+    return value
+
+
+def json_type(value: Any) -> str:
+    """The JSON type name of a value, with article."""
+    names: Sequence[tuple[type | tuple[type, ...], str]] = (
+        (bool, "a boolean"),
+        ((int, float), "a number"),
+        (str, "a string"),
+        (dict, "an object"),
+        ((list, tuple), "a list"),
+        (type(None), "null"),
+    )
+    return next((name for kind, name in names if isinstance(value, kind)), f"a value of type {type(value).__name__}")

@@ -137,17 +137,17 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def pairs_of(examples: Sequence[Example]) -> tuple[list[Example], dict[str, Any]]:
-    """The rows of preference pairs, those with the better answers first, and further entries of their batch.
+    """The rows of preference pairs, those with the chosen answers first, and further entries of their batch.
 
     Args:
         examples: pairs. One without ``rejected`` stands for a skipped pair and has no labels.
 
     Returns:
         2 B examples for ``pad`` or ``pack``; media_copies: 2, the rows that share the media; pair_weights: (B,)
-        float32, 0 for a skipped pair; with references reference_logps: (B, 2) float32, of the better and the worse
+        float32, 0 for a skipped pair; with references reference_logps: (B, 2) float32, of the chosen and the rejected
         answer.
     """
-    worse = [
+    rejected = [
         replace(example, borrows_media=True) if example.rejected is None else example.rejected for example in examples
     ]
     more: dict[str, Any] = {
@@ -156,7 +156,7 @@ def pairs_of(examples: Sequence[Example]) -> tuple[list[Example], dict[str, Any]
     }
     if any(example.reference is not None for example in examples):
         more["reference_logps"] = torch.tensor([example.reference or (0.0, 0.0) for example in examples])
-    return [*examples, *worse], more
+    return [*examples, *rejected], more
 
 
 def _weighted(examples: Sequence[Example]) -> bool:

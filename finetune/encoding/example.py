@@ -48,8 +48,8 @@ class Example:
             order.
         source: file and record of the sample, for messages.
         inputs: format of the pixel inputs, a key of ``finetune.encoding.pixel_inputs.INPUTS``.
-        rejected: in a preference pair the example with the worse answer. Its media are those of this one.
-        borrows_media: whether its media are collated once, with the example of the better answer.
+        rejected: in a preference pair the example with the rejected answer. Its media are those of this one.
+        borrows_media: whether its media are collated once, with the example of the chosen answer.
         reference: log-probabilities of both answers by the reference model, if they were computed beforehand.
     """
 
@@ -109,7 +109,7 @@ def example_of(
 
 
 def with_rejected(example: Example, answer: TextTensors) -> Example:
-    """The example as the better one of a pair with ``answer``, the tensors of the same prompt with the worse answer."""
+    """The example as the chosen one of a pair with ``answer``: the tensors of its prompt with the rejected answer."""
     return replace(example, rejected=replace(example, **answer, borrows_media=True))
 
 

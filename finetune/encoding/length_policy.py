@@ -1,6 +1,6 @@
 """``LengthPolicy``: what happens to samples above max_length (``--overlong`` shrink, drop, truncate or error).
 
-Works on the conversation and on media headers; no image is decoded.
+``fit`` works on the conversation and on media headers alone; ``encode`` decodes the media.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from finetune.sample import DataError, Media, Message, Part, Sample, Text
 from finetune.templates.rendering import IGNORE, CachedPromptTokenizer, TokenizedPrompt
 
 POLICIES = ("shrink", "drop", "truncate", "error")
-Outcome = Literal["kept", "shrunk", "turns dropped", "truncated"]
+Outcome = Literal["kept", "shrunk", "turns removed", "truncated"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Sizes = Sequence[MediaSize]
 # Texts up to this many characters are tokenized even if they cannot fit, so that the error has the number of tokens.
@@ -38,25 +38,25 @@ class Fitted:
         sample: the conversation that remains.
         plans: placeholders of every medium.
         rendered: token ids and labels.
-        outcome: what was done; "turns dropped" whenever turns were, whatever else was done.
-        lost_images: number of images and other media in dropped turns.
-        rejected: in a preference pair, token ids and labels with the worse answer.
+        outcome: what was done; "turns removed" whenever turns were, whatever else was done.
+        lost_media: number of images and other media in removed turns.
+        rejected: in a preference pair, token ids and labels with the rejected answer.
     """
 
     sample: Sample
     plans: tuple[MediaPlan, ...]
     rendered: TokenizedPrompt
     outcome: Outcome
-    lost_images: int = 0
+    lost_media: int = 0
     rejected: TokenizedPrompt | None = None
 
     @property
-    def worse(self) -> Fitted | None:
-        """The same prompt with the worse answer; None for a sample that is no pair."""
+    def with_rejected_answer(self) -> Fitted | None:
+        """The same prompt with the rejected answer; None for a sample that is no pair."""
         return None if self.rejected is None else replace(self, rendered=self.rejected, rejected=None)
 
     @property
-    def trained(self) -> int:
+    def labelled_tokens(self) -> int:
         """Number of tokens with a label, of a pair in both answers."""
         both = [each for each in (self.rendered, self.rejected) if each is not None]
         return sum(label != IGNORE for each in both for label in each.labels)
@@ -70,10 +70,12 @@ class Fitted:
 class LengthPolicy:
     """Fits samples into ``encoder.max_length``; the last answer is never shortened.
 
-    ``shrink`` drops as few of the oldest turns as possible, often none, then uses the largest max_slice_nums that fits.
+    ``shrink`` removes as few of the oldest turns as possible, often none, then uses the largest max_slice_nums that
+    fits.
     ``truncate`` keeps the slices and removes characters from the start of system and user texts, oldest first; it
-    drops as few of the oldest turns as possible, and the last question is shortened only when it is the only one left.
-    A turn is dropped with its answer and its media; a system turn stays. ``drop`` skips the sample. ``error`` raises.
+    removes as few of the oldest turns as possible, and the last question is shortened only when it is the only one
+    left. A turn is removed with its answer and its media; a system turn stays. ``drop`` skips the sample. ``error``
+    raises.
 
     Args:
         encoder: the encoder of the run.
@@ -126,19 +128,19 @@ class LengthPolicy:
         """
         if sample.rejected is None:
             return self._fit(sample)
-        better = self._fit(replace(sample, rejected=None))
-        worse = self._answered(better, sample.rejected)
-        if self.encoder.fits(worse):
-            return replace(better, rejected=worse)
-        # The worse answer is the longer one: the prompt is fitted to it.
+        chosen = self._fit(replace(sample, rejected=None))
+        rejected = self._with_answer(chosen, sample.rejected)
+        if self.encoder.fits(rejected):
+            return replace(chosen, rejected=rejected)
+        # The rejected answer is the longer one: the prompt is fitted to it.
         fitted = self._fit(replace(sample, messages=(*sample.messages[:-1], sample.rejected), rejected=None))
-        shorter = self._answered(fitted, sample.messages[-1])
+        chosen_prompt = self._with_answer(fitted, sample.messages[-1])
         messages = (*fitted.sample.messages[:-1], sample.messages[-1])
         return replace(
-            fitted, sample=replace(fitted.sample, messages=messages), rendered=shorter, rejected=fitted.rendered
+            fitted, sample=replace(fitted.sample, messages=messages), rendered=chosen_prompt, rejected=fitted.rendered
         )
 
-    def _answered(self, fitted: Fitted, answer: Message) -> TokenizedPrompt:
+    def _with_answer(self, fitted: Fitted, answer: Message) -> TokenizedPrompt:
         """The fitted sample with another last answer."""
         sample = replace(fitted.sample, messages=(*fitted.sample.messages[:-1], answer))
         rendered = self.encoder.render(sample, fitted.plans)
@@ -187,28 +189,28 @@ class LengthPolicy:
             return None
         turns = [index for index, message in enumerate(sample.messages) if message.role == "user"]
 
-        def rest_fits(dropped: int) -> bool:
-            rest, left = self._without(sample, sizes, turns[0], turns[dropped])
+        def rest_fits(removed: int) -> bool:
+            rest, left = self._without(sample, sizes, turns[0], turns[removed])
             if self.policy == "shrink":
                 return attempt.fits(rest, left, 1)
             return attempt.fits(_shortened(rest, _removable(rest)), left)
 
-        # Every dropped turn makes the rest shorter, so the smallest number is found by bisection.
-        dropped = bisect_left(range(len(turns)), True, key=rest_fits)
-        if dropped == len(turns):
+        # Every removed turn makes the rest shorter, so the smallest number is found by bisection.
+        removed = bisect_left(range(len(turns)), True, key=rest_fits)
+        if removed == len(turns):
             return None
-        rest, left = self._without(sample, sizes, turns[0], turns[dropped])
+        rest, left = self._without(sample, sizes, turns[0], turns[removed])
         squeeze = self._fewer_slices if self.policy == "shrink" else self._shorter_texts
         fitted = squeeze(rest, left, attempt)
-        if fitted is None or not dropped:
+        if fitted is None or not removed:
             return fitted
-        return replace(fitted, outcome="turns dropped", lost_images=len(sizes) - len(left))
+        return replace(fitted, outcome="turns removed", lost_media=len(sizes) - len(left))
 
     @staticmethod
     def _without(sample: Sample, sizes: Sizes, first: int, last: int) -> tuple[Sample, Sizes]:
         """The sample without its turns ``first`` to ``last`` (half open), and the sizes of the remaining media."""
         rest = replace(sample, messages=sample.messages[:first] + sample.messages[last:])
-        # Media of a system turn, which stays, and of the turns after the dropped ones.
+        # Media of a system turn, which stays, and of the turns after the removed ones.
         kept = sum(isinstance(part, Media) for message in sample.messages[:first] for part in message.parts)
         return rest, (*sizes[:kept], *sizes[len(sizes) - sum(1 for _ in rest.media()) + kept :])
 
@@ -281,7 +283,7 @@ def _has_media(message: Message) -> bool:
     return any(isinstance(part, Media) for part in message.parts)
 
 
-def _may_shrink(sample: Sample) -> list[bool]:
+def _may_truncate(sample: Sample) -> list[bool]:
     """Per message, whether its text may be truncated: prompts, and the last question only if it is the only one."""
     users = [index for index, message in enumerate(sample.messages) if message.role == "user"]
     spared = users[-1] if len(users) > 1 else -1
@@ -290,13 +292,13 @@ def _may_shrink(sample: Sample) -> list[bool]:
 
 def _removable(sample: Sample) -> int:
     """Number of characters that truncation may remove."""
-    return sum(len(m.text) for m, may in zip(sample.messages, _may_shrink(sample), strict=True) if may)
+    return sum(len(m.text) for m, may in zip(sample.messages, _may_truncate(sample), strict=True) if may)
 
 
 def _shortened(sample: Sample, characters: int) -> Sample:
     """The sample with this many characters removed from its prompts, oldest first, from the start of each text."""
     messages = []
-    for message, may in zip(sample.messages, _may_shrink(sample), strict=True):
+    for message, may in zip(sample.messages, _may_truncate(sample), strict=True):
         parts: list[Part] = []
         for part in message.parts:
             if may and characters and isinstance(part, Text):

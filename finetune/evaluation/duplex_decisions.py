@@ -13,7 +13,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.evaluation.batched_generation import device_of, evaluating
 from finetune.model_folders.downsample_mode import working_in
 from finetune.sample import Sample
-from finetune.templates.duplex import LISTEN, SPEAK, TURN_END, decided_units
+from finetune.templates.duplex import LISTEN, SPEAK, TURN_END, generated_units
 
 KINDS = ("listen", "yield", "start", "continue")
 """Kinds of decisions: listen, listen right after a turn, begin a turn, go on with one."""
@@ -62,7 +62,7 @@ def _decisions(encoder: Encoder, ids: list[int], labels: list[int], logits: torc
     listen, speak, turn_end = map(encoder.vocabulary.control, (LISTEN, SPEAK, TURN_END))
     best = logits.argmax(-1).tolist()
     found = []
-    for unit in decided_units(ids, labels, encoder.vocabulary):
+    for unit in generated_units(ids, labels, encoder.vocabulary):
         before = unit.first - 1  # a position predicts the next token
         own, other = (speak, listen) if unit.speaks else (listen, speak)
         margin = (logits[before, own] - logits[before, other]).item()

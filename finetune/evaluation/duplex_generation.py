@@ -22,7 +22,7 @@ from finetune.encoding.example import Example
 from finetune.evaluation.batched_generation import device_of, evaluating
 from finetune.model_folders.downsample_mode import working_in
 from finetune.sample import Sample
-from finetune.templates.duplex import LISTEN, MOST_TOKENS, SPEAK, TURN_END, UNIT, UNIT_END, decided_units
+from finetune.templates.duplex import LISTEN, MOST_TOKENS, SPEAK, TURN_END, UNIT, UNIT_END, generated_units
 from finetune.templates.rendering import IGNORE
 
 
@@ -54,7 +54,7 @@ class _Listened:
         assert sample.timeline is not None
         self.picture_units = sample.timeline.picture_units
         ids = self.example.input_ids.tolist()
-        units = decided_units(ids, self.example.labels.tolist(), encoder.vocabulary)
+        units = generated_units(ids, self.example.labels.tolist(), encoder.vocabulary)
         open_, close = (encoder.vocabulary.control(token) for token in UNIT)
         start = ids.index(open_)
         self.system, self.given, self.close = ids[:start], [], close

@@ -125,7 +125,7 @@ def _charts(history: Sequence[Mapping[str, Any]]) -> list[Curves]:
         return {f"{key}{name}": f"{word}{side}" for side, key in sides.items() for name, word in named}
 
     plain: list[tuple[str, Mapping[str, str]]] = [
-        ("Share of pairs whose better answer is preferred", of_pairs("rewards/accuracies")),
+        ("Share of pairs whose chosen answer is preferred", of_pairs("rewards/accuracies")),
         ("Margin between the rewards of both answers", of_pairs("rewards/margins")),
         ("Rewards of both answers", of_pairs("rewards/chosen", "rewards/rejected")),
         ("Trained tokens of the answers", of_pairs("length/chosen", "length/rejected")),

@@ -23,11 +23,11 @@ from finetune.model_folders.weight_headers import check_not_truncated
 from finetune.models.adapters import (
     ADAPTER_PREFIX,
     ADAPTER_WEIGHTS,
+    base_model_name,
     check_adapter,
     check_complete,
     check_fit,
     lora_config_of,
-    own_name,
     peft_errors,
     stored_shapes,
     trained_beside,
@@ -300,7 +300,7 @@ def tied_names(model: PreTrainedModel) -> list[list[str]]:
 
 def _base_name(path: str) -> str:
     """The name in the base model of the module or tensor ``path`` of the meta model."""
-    return own_name(path.removeprefix(ADAPTER_PREFIX)).replace(_SAVED, ".")
+    return base_model_name(path.removeprefix(ADAPTER_PREFIX)).replace(_SAVED, ".")
 
 
 def _check_kind(folder: Path, config: LoraConfig) -> None:

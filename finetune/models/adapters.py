@@ -106,7 +106,10 @@ def _with_biases(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
     config.task_type = None  # those of peft have classes of their own
     before = biases(model)
     adapted = PeftModelWithBiases.from_pretrained(model, str(folder), adapter_name=name, config=config)
-    names = {parameter: own_name(parameter.removeprefix(ADAPTER_PREFIX)) for parameter, _ in adapted.named_parameters()}
+    names = {
+        parameter: base_model_name(parameter.removeprefix(ADAPTER_PREFIX))
+        for parameter, _ in adapted.named_parameters()
+    }
     assert isinstance(adapted, PeftModelWithBiases)
     kept = {parameter: before[own] for parameter, own in names.items() if own in before and is_base_bias(parameter)}
     adapted.keep_base_biases(kept)
@@ -285,13 +288,13 @@ def _own_tensors(names: Iterable[str]) -> set[str]:
 def _tensors(base_model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of the base model under their original names, without adapters."""
     return {
-        own_name(name): tensor
+        base_model_name(name): tensor
         for name, tensor in base_model.state_dict().items()
         if ".lora_" not in name and ".modules_to_save." not in name
     }
 
 
-def own_name(name: str) -> str:
+def base_model_name(name: str) -> str:
     """The name of a module or tensor in the base model, without the wrappers of peft."""
     return _WRAPPERS.sub(".", f"{name}.")[:-1]
 
@@ -326,7 +329,7 @@ def check_fit(
 
 def _missing_module(base_model: nn.Module, saved: Sequence[str]) -> str | None:
     """The first of some module names (their last parts) that no module has."""
-    names = [f".{own_name(name)}" for name, _ in base_model.named_modules()]
+    names = [f".{base_model_name(name)}" for name, _ in base_model.named_modules()]
     return next((name for name in saved if not any(known.endswith(f".{name}") for known in names)), None)
 
 
@@ -353,7 +356,7 @@ def _mismatch(base_model: nn.Module, shapes: dict[str, tuple[int, ...]], targets
         shapes: shapes of the adapter's tensors, by name.
         targets: target_parameters of the adapter.
     """
-    modules = {own_name(name): module for name, module in base_model.named_modules()}
+    modules = {base_model_name(name): module for name, module in base_model.named_modules()}
     own = {name: tuple(tensor.shape) for name, tensor in _tensors(base_model).items() if tensor.is_floating_point()}
     for name, shape in sorted(shapes.items()):
         plain = name.removeprefix(ADAPTER_PREFIX)
@@ -362,7 +365,7 @@ def _mismatch(base_model: nn.Module, shapes: dict[str, tuple[int, ...]], targets
             if plain in own and own[plain] != shape:
                 return f"{plain} is {shape} there, {own[plain]} here"
             continue
-        path = own_name(found["module"])
+        path = base_model_name(found["module"])
         module = modules.get(path)
         if module is None:
             return f"it has no {path}"

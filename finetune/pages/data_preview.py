@@ -258,15 +258,15 @@ def _lost(encoder: Encoder, sample: Sample, fitted: Fitted) -> list[tuple[str, s
     """What was removed to fit the maximum length: sentences, each with the removed text."""
     if fitted.outcome == OUTCOMES[0]:
         return []
-    dropped = len(sample.messages) - len(fitted.sample.messages)
+    removed = len(sample.messages) - len(fitted.sample.messages)
     start = next(place for place, message in enumerate(sample.messages) if message.role == "user")
     found = []
-    if dropped:
-        gone = sample.messages[start : start + dropped]
-        media = f" with {count(fitted.lost_images, 'medium', 'media')}" if fitted.lost_images else ""
+    if removed:
+        gone = sample.messages[start : start + removed]
+        media = f" with {count(fitted.lost_media, 'medium', 'media')}" if fitted.lost_media else ""
         text = "\n\n".join(f"{message.role}: {message.text}" for message in gone)
-        found.append((f"{count(dropped, 'turn')}{media} dropped from the beginning", text))
-    kept = sample.messages[:start] + sample.messages[start + dropped :]
+        found.append((f"{count(removed, 'turn')}{media} removed from the beginning", text))
+    kept = sample.messages[:start] + sample.messages[start + removed :]
     for before, after in zip(kept, fitted.sample.messages, strict=True):
         taken = len(before.text) - len(after.text)
         if taken:

@@ -34,10 +34,10 @@ def show(samples: Sequence[Sample], length_policy: LengthPolicy, most: int, *, c
         counts = f"{len(fitted.rendered.input_ids)} tokens, {trained} of them trained"
         yield f"--- {as_sample_set(samples).source(index)}: {counts}, {fitted.outcome}; {marks}"
         yield "".join(_written(list(prompt_parts(length_policy.encoder, fitted)), colour))
-        if (worse := fitted.worse) is not None:
-            start = next(place for place, label in enumerate(worse.rendered.labels) if label >= 0)
-            answer = list(prompt_parts(length_policy.encoder, worse, range(start)))
-            yield f"--- rejected, {len(worse.rendered.input_ids)} tokens with the same prompt:"
+        if (rejected := fitted.with_rejected_answer) is not None:
+            start = next(place for place, label in enumerate(rejected.rendered.labels) if label >= 0)
+            answer = list(prompt_parts(length_policy.encoder, rejected, range(start)))
+            yield f"--- rejected, {len(rejected.rendered.input_ids)} tokens with the same prompt:"
             yield "".join(_written(answer, colour))
 
 

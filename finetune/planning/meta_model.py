@@ -18,7 +18,7 @@ from finetune.arguments.model import LoraArguments
 from finetune.arguments.training import TrainingArguments
 from finetune.families import detect
 from finetune.model_folders.stored_4bit import quantisation_of, stored_in_4bit
-from finetune.models.adapters import ADAPTER_PREFIX, own_name
+from finetune.models.adapters import ADAPTER_PREFIX, base_model_name
 from finetune.models.loading import MODEL_CLASSES
 from finetune.planning.training_setup import TrainingSetup
 from finetune.training.freezing import adapt
@@ -97,7 +97,7 @@ def adapt_meta_model(
 def quantised(model: nn.Module, config: dict[str, Any]) -> set[str]:
     """Names of the weights in 4 bit: those that config.json does not leave whole, or those that QLoRA quantises."""
     names = {
-        f"{name}.weight": own_name(name.removeprefix(ADAPTER_PREFIX))
+        f"{name}.weight": base_model_name(name.removeprefix(ADAPTER_PREFIX))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and ".lora_" not in name
     }

@@ -11,7 +11,7 @@ from finetune.data_files.records import folders_of, open_records
 from finetune.readers.answer_pairs import Comparison
 from finetune.readers.conversation import TRAIN_ON, TrainOn
 from finetune.readers.form_detection import DATA_FORMATS, DataFormat, choose, some_records
-from finetune.readers.record_media import places
+from finetune.readers.record_media import media_folders
 from finetune.readers.record_reader import RecordReader, SampleFile
 
 __all__ = ["DATA_FORMATS", "TRAIN_ON", "DataFormat", "RecordReader", "SampleFile", "TrainOn", "read"]
@@ -54,6 +54,6 @@ def read(
     logger.info("%s: %d records in the %s format (%s)", path, len(records), form.name, why)
     beside = folders_of(file)[: 1 if strict_paths else None]
     reading = RecordReader(
-        form, places(*beside, image_root, strict=strict_paths), train_on, Comparison() if pairs else None
+        form, media_folders(*beside, image_root, strict=strict_paths), train_on, Comparison() if pairs else None
     )
     return SampleFile(records, path, reading)

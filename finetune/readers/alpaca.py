@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from finetune.data_files.json_values import json_cell, json_type
 from finetune.readers.conversation import Conversation, TrainOn, build
 from finetune.readers.forms import Form
-from finetune.readers.record_media import Places, json_cell, json_type
+from finetune.readers.record_media import MediaFolders
 from finetune.readers.turns import Turn
 from finetune.sample import DataError
 from finetune.utils.quoting import shown, words_of
 
 
-def conversation(record: Mapping[str, Any], where: Places, train_on: TrainOn, form: Form) -> Conversation:
+def conversation(record: Mapping[str, Any], where: MediaFolders, train_on: TrainOn, form: Form) -> Conversation:
     """The conversation of a record: history, prompt and query in one turn, the response; all answers are trained.
 
     Raises:

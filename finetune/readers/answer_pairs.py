@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from finetune.data_files.json_values import json_cell, json_type
 from finetune.readers import record_keys
-from finetune.readers.record_media import json_cell, json_type
 from finetune.sample import MEDIA_COLUMNS, DataError, Media, Message, Sample, Text
 
 _PROMPTS = ("prompt", "question")
@@ -25,8 +25,8 @@ class Comparison(NamedTuple):
     """The keys of the two answers in a record.
 
     Attributes:
-        chosen: key of the better answer.
-        rejected: key of the worse answer.
+        chosen: key of the chosen answer.
+        rejected: key of the rejected answer.
         messages: key of the turns.
         response: key of the answer beside an instruction.
     """
@@ -41,7 +41,7 @@ Record = Mapping[str, Any]
 
 
 def split(record: Record, names: Comparison) -> tuple[Record, Record]:
-    """The record with the better answer alone, and with the worse one.
+    """The record with the chosen answer alone, and with the rejected one.
 
     Raises:
         DataError: it has no pair of answers, or one in several or in unsupported spellings.
@@ -51,15 +51,15 @@ def split(record: Record, names: Comparison) -> tuple[Record, Record]:
     given = [key for key in (names.rejected, *_SWIFT) if record.get(key)]
     if not given:
         raise DataError(
-            "has no worse answer, and --stage dpo trains on pairs: give it as 'rejected', or train with --stage sft"
+            "has no rejected answer, and --stage dpo trains on pairs: give it as 'rejected', or train with --stage sft"
         )
     if len(given) > 1:
-        raise DataError(f"has {' and '.join(map(repr, given))}, two names for the worse answer; keep one")
+        raise DataError(f"has {' and '.join(map(repr, given))}, two names for the rejected answer; keep one")
     rest = {key: value for key, value in record.items() if key not in (names.chosen, names.rejected, *_SWIFT)}
     if given[0] == names.rejected:
         return _compared(rest, record.get(names.chosen), record[names.rejected], names)
     if record.get(names.chosen):
-        raise DataError(f"has {names.chosen!r} and {given[0]!r}; the better answer of {given[0]!r} is the last turn")
+        raise DataError(f"has {names.chosen!r} and {given[0]!r}; the chosen answer of {given[0]!r} is the last turn")
     key, turns = _turns(rest, names)
     if given[0] == "rejected_messages":
         return rest, {**rest, key: record["rejected_messages"]}
@@ -72,16 +72,16 @@ def split(record: Record, names: Comparison) -> tuple[Record, Record]:
     return rest, {**rest, key: [*turns[:-1], {**turns[-1], content: record["rejected_response"]}]}
 
 
-def _compared(rest: dict[str, Any], better: Any, worse: Any, names: Comparison) -> tuple[Record, Record]:
+def _compared(rest: dict[str, Any], chosen: Any, rejected: Any, names: Comparison) -> tuple[Record, Record]:
     """Two records for answers under keys of their own."""
-    if not better:
+    if not chosen:
         raise DataError(f"has {names.rejected!r} but no {names.chosen!r}; give both answers")
-    better, worse = _answer(better, names.chosen), _answer(worse, names.rejected)
-    if type(better) is not type(worse):
+    chosen, rejected = _answer(chosen, names.chosen), _answer(rejected, names.rejected)
+    if type(chosen) is not type(rejected):
         raise DataError(
-            f"{names.chosen!r} is {json_type(better)} and {names.rejected!r} is {json_type(worse)}; write both alike"
+            f"{names.chosen!r} is {json_type(chosen)} and {names.rejected!r} is {json_type(rejected)}; write both alike"
         )
-    return _answered(rest, better, names), _answered(rest, worse, names)
+    return _answered(rest, chosen, names), _answered(rest, rejected, names)
 
 
 def _answer(given: Any, key: str) -> str | dict[str, Any] | list[Any]:
@@ -157,30 +157,30 @@ def _official(rest: dict[str, Any], turns: list[Any]) -> Record:
     return {**{one.get(name, name): value for name, value in rest.items()}, key: turns}
 
 
-def pair_of(better: Sample, worse: Sample) -> Sample:
+def pair_of(chosen: Sample, rejected: Sample) -> Sample:
     """The sample of a pair, from the samples of both of its records; only the last answers are trained.
 
     Raises:
         DataError: they differ in more than the last answer.
     """
-    if len(better.messages) != len(worse.messages):
+    if len(chosen.messages) != len(rejected.messages):
         raise DataError(
-            f"the better answer ends a conversation of {len(better.messages)} turns, the worse one of "
-            f"{len(worse.messages)}; both must answer the same turns"
+            f"the chosen answer ends a conversation of {len(chosen.messages)} turns, the rejected one of "
+            f"{len(rejected.messages)}; both must answer the same turns"
         )
-    for number, (one, other) in enumerate(zip(better.messages[:-1], worse.messages[:-1], strict=True)):
+    for number, (one, other) in enumerate(zip(chosen.messages[:-1], rejected.messages[:-1], strict=True)):
         if _content(one) != _content(other):
             raise DataError(f"turn {number} differs between both answers; only the last turn may differ")
-    if better.messages[-1].role != "assistant" or worse.messages[-1].role != "assistant":
+    if chosen.messages[-1].role != "assistant" or rejected.messages[-1].role != "assistant":
         raise DataError("the conversation does not end with an answer; the last turn must be the assistant's")
-    if not better.messages[-1].train or not worse.messages[-1].train:
+    if not chosen.messages[-1].train or not rejected.messages[-1].train:
         raise DataError("the last answer has loss 0; the answers of a pair are what is trained")
-    messages = tuple(_untrained(message) for message in better.messages[:-1])
-    notes = tuple(dict.fromkeys((*better.notes, *worse.notes)))
-    if _content(better.messages[-1]) == _content(worse.messages[-1]):
+    messages = tuple(_untrained(message) for message in chosen.messages[:-1])
+    notes = tuple(dict.fromkeys((*chosen.notes, *rejected.notes)))
+    if _content(chosen.messages[-1]) == _content(rejected.messages[-1]):
         notes = (*notes, SAME)
     return Sample(
-        better.id, better.source, (*messages, better.messages[-1]), notes, better.tools, rejected=worse.messages[-1]
+        chosen.id, chosen.source, (*messages, chosen.messages[-1]), notes, chosen.tools, rejected=rejected.messages[-1]
     )
 
 

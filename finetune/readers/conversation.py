@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from finetune.data_files.json_values import written
+from finetune.data_files.json_values import json_type, written
 from finetune.readers import foreign_placeholders, record_keys, tool_calls
 from finetune.readers.forms import Form
-from finetune.readers.record_media import Places, json_type, listed
+from finetune.readers.record_media import MediaFolders, read_media
 from finetune.readers.turns import MediaPlaceholder, Turn
 from finetune.sample import MEDIA_COLUMNS, DataError, Media, MediaKind, Message, Part, Text, Tool
 
@@ -44,7 +44,7 @@ def assemble(
 
 
 def build(
-    turns: Sequence[Turn], record: Mapping[str, Any], form: Form, where: Places, train_on: TrainOn
+    turns: Sequence[Turn], record: Mapping[str, Any], form: Form, where: MediaFolders, train_on: TrainOn
 ) -> Conversation:
     """The conversation of a record with tags: each tag in a user turn is replaced by the next file of its column.
 
@@ -64,7 +64,7 @@ def build(
     files: dict[MediaKind, list[Media]] = {}
     for kind in MEDIA_COLUMNS:
         column = form.columns.media(kind)
-        files[kind] = [] if column is None else listed(record.get(column), kind, column, where)
+        files[kind] = [] if column is None else read_media(record.get(column), kind, column, where)
     turns = with_system(joined(turns), record, record_keys.system_keys(form))
     if turns and turns[0].role == "system" and not turns[0].content:
         del turns[0]  # an empty system prompt counts as none: the model's default is used
@@ -79,7 +79,7 @@ def build(
         _check_counts(kind, slotted, turns, found, form, explicit)
     queues: dict[MediaKind, Iterator[Media]] = {kind: iter(found) for kind, found in files.items()}
     filled = [tuple(_filled(parts, queues)) for parts in slotted]
-    return assemble(turns, filled, tool_calls.described(record, record_keys.tool_keys(form)), train_on)
+    return assemble(turns, filled, tool_calls.read_tools(record, record_keys.tool_keys(form)), train_on)
 
 
 def joined(turns: Sequence[Turn]) -> list[Turn]:

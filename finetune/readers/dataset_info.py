@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.data_files.json_values import ValueFault, parse, written
+from finetune.data_files.json_values import ValueFault, json_type, parse, written
 from finetune.data_files.records import choose_split, folders_of, is_pattern, open_records, take_split
 from finetune.data_files.tables import TableRecords, undecoded
 from finetune.readers.answer_pairs import Comparison
@@ -29,7 +29,7 @@ from finetune.readers.forms import (
     named_columns,
     named_tags,
 )
-from finetune.readers.record_media import json_type, places
+from finetune.readers.record_media import media_folders
 from finetune.readers.record_reader import RecordReader, SampleFile
 from finetune.sample import DataError
 from finetune.utils.quoting import reason, shown, truncate_middle
@@ -280,7 +280,7 @@ def open_entry(
     names = _comparison(entry) if pairs else None
     form, why = _form(entry, first, names)
     logger.info("data set %s: %d records of %s in the %s format (%s)", entry.name, len(records), path, form.name, why)
-    where = places(media_dir or entry.info.parent, *beside, image_root, flag="--media_dir", strict=strict_paths)
+    where = media_folders(media_dir or entry.info.parent, *beside, image_root, flag="--media_dir", strict=strict_paths)
     return SampleFile(records, path, RecordReader(form, where, train_on, names), entry.name)
 
 

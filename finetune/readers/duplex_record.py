@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from finetune.data_files.json_values import written
+from finetune.data_files.json_values import json_cell, json_type, written
 from finetune.readers import record_keys
-from finetune.readers.record_media import Places, json_cell, json_type, one
+from finetune.readers.record_media import MediaFolders, read_medium
 from finetune.sample import DataError, Media, Message, Part, Text, Track
 from finetune.timeline import UNIT_MS, SpokenTurn, Timeline, least_units
 from finetune.utils.quoting import shown, words_of
@@ -34,7 +34,9 @@ UNTIMED = (
 TOO_DENSE = f"a unit with more than {MOST_CHARACTERS} characters, which the published inference never says in a second"
 
 
-def read_timeline(record: Mapping[str, Any], where: Places) -> tuple[tuple[Message, ...], Timeline, tuple[str, ...]]:
+def read_timeline(
+    record: Mapping[str, Any], where: MediaFolders
+) -> tuple[tuple[Message, ...], Timeline, tuple[str, ...]]:
     """Messages, timeline and notes of a full-duplex record.
 
     ``duplex`` is an object: ``user`` (clips, each ``audio`` and ``start``), ``assistant`` (turns, each ``text``,
@@ -100,23 +102,23 @@ def _milliseconds(value: Any, what: str) -> int:
     return round(value * 1000)
 
 
-def _media(given: Mapping[str, Any], key: str, kind: Any, where: Places) -> Iterator[tuple[int, Media]]:
+def _media(given: Mapping[str, Any], key: str, kind: Any, where: MediaFolders) -> Iterator[tuple[int, Media]]:
     for number, each in enumerate(_objects(given, key)):
         at = f"{key}[{number}]"
         _check_keys(each, (kind, "start"), at)
         if not each.get(kind):
             raise DataError(f"{at} has no {kind!r}; give the path of a file")
-        yield _milliseconds(each.get("start"), f"'start' of {at}"), one(each[kind], kind, kind, where)
+        yield _milliseconds(each.get("start"), f"'start' of {at}"), read_medium(each[kind], kind, kind, where)
 
 
-def _system(record: Mapping[str, Any], given: Mapping[str, Any], where: Places) -> Iterator[Message]:
+def _system(record: Mapping[str, Any], given: Mapping[str, Any], where: MediaFolders) -> Iterator[Message]:
     name, text = record_keys.alone(record, record_keys.SYSTEM, "") or ("", "")
     if not isinstance(text, str):
         raise DataError(f"{name!r} is {json_type(text)}; the system prompt must be a string")
     reference = given.get("reference")
     parts: tuple[Part, ...] = (Text(text),) if text else ()
     if reference:
-        parts = (*parts, one(reference, "audio", "reference", where))
+        parts = (*parts, read_medium(reference, "audio", "reference", where))
     if parts:
         yield Message("system", parts)
 

@@ -1,4 +1,4 @@
-"""Media embedded in records: bytes, base64 text, or ``data:`` URLs."""
+"""Media embedded in records (bytes, base64 text, ``data:`` URLs): recognises them by signature, and opens images."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def kind_of_text(text: str) -> MediaKind | None:
     return None if head is None else kind_of(base64.b64decode(head[0]))
 
 
-def of_text(text: str, kind: MediaKind) -> bytes:
+def bytes_of_base64(text: str, kind: MediaKind) -> bytes:
     """The bytes of base64 text that has the signature of its kind.
 
     Raises:
@@ -70,7 +70,7 @@ def of_text(text: str, kind: MediaKind) -> bytes:
     return _bytes("".join(text.split()), text, kind)
 
 
-def of_address(address: str, kind: MediaKind) -> bytes:
+def bytes_of_data_url(address: str, kind: MediaKind) -> bytes:
     """The bytes of a ``data:`` URL.
 
     Raises:
@@ -82,7 +82,7 @@ def of_address(address: str, kind: MediaKind) -> bytes:
     return _bytes(body, address, kind)
 
 
-def of_value(value: bytes | str, kind: MediaKind) -> bytes:
+def bytes_of_value(value: bytes | str, kind: MediaKind) -> bytes:
     """The bytes of a ``bytes`` value, which is base64 text in JSON.
 
     Raises:
@@ -91,7 +91,7 @@ def of_value(value: bytes | str, kind: MediaKind) -> bytes:
     if isinstance(value, bytes):
         return value
     if value.startswith("data:"):
-        return of_address(value, kind)
+        return bytes_of_data_url(value, kind)
     return _bytes("".join(value.split()), value, kind)
 
 
@@ -105,7 +105,7 @@ def _bytes(body: str, shown: str, kind: MediaKind) -> bytes:
 A_FILE: dict[MediaKind, str] = {"image": "an image", "video": "a video", "audio": "an audio file"}
 
 
-def decoded(data: bytes, kind: MediaKind) -> Image.Image | bytes:
+def opened(data: bytes, kind: MediaKind) -> Image.Image | bytes:
     """An image with its header read, or the bytes of an audio file; the encoder decodes them.
 
     Raises:

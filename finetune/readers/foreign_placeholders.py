@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 from urllib.parse import unquote
 
-from finetune.readers.record_media import Places, is_there, one
+from finetune.readers.record_media import MediaFolders, is_there, read_medium
 from finetune.sample import MEDIA_KINDS, DataError, Media, MediaKind, Sample, Text
 
 _NAMES: dict[MediaKind, str] = {"image": "image|img", "video": "video", "audio": "audio|sound|speech"}
@@ -153,7 +153,7 @@ AnyTurn = TypeVar("AnyTurn", bound=_Turn)
 def to_tags(
     turns: Sequence[AnyTurn],
     files: Mapping[MediaKind, Any],
-    where: Places,
+    where: MediaFolders,
     tag: re.Pattern[str],
 ) -> tuple[list[AnyTurn], dict[MediaKind, Any]]:
     """Turns with placeholders of other tools converted to our tags, and the files of all tags in reading order.
@@ -191,7 +191,7 @@ def _converted(
     asked: Sequence[int],
     kind: MediaKind,
     listed: Any,
-    where: Places,
+    where: MediaFolders,
     tag: re.Pattern[str],
 ) -> Any:
     """The files of a kind for some turns, whose texts are rewritten in ``turns``."""
@@ -223,7 +223,7 @@ def _written(text: str, marks: Sequence[_Mark], kind: MediaKind) -> str:
     return "".join([*parts, text[end:]])
 
 
-def _located(text: str, kind: MediaKind, where: Places, tag: re.Pattern[str]) -> list[_Mark]:
+def _located(text: str, kind: MediaKind, where: MediaFolders, tag: re.Pattern[str]) -> list[_Mark]:
     """The placeholders of a text, with the file of those that have an existing path."""
     found: list[_Mark] = []
     own = f"<{kind}>"
@@ -262,13 +262,13 @@ def _read(
     return kept, [*filter(None, files), *queue]
 
 
-def _file(path: str, kind: MediaKind, where: Places) -> Media | None:
+def _file(path: str, kind: MediaKind, where: MediaFolders) -> Media | None:
     """The file at the path of a placeholder, None if it does not exist."""
     if path.startswith(f"data:{kind}/"):
-        return one(path, kind, "the text", where)
+        return read_medium(path, kind, "the text", where)
     for name in dict.fromkeys((path, unquote(path))):
         if is_there(name, where):
-            return one(name, kind, "the text", where)
+            return read_medium(name, kind, "the text", where)
     return None
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
+from finetune.data_files.json_values import json_cell
 from finetune.readers import record_keys
 from finetune.readers.answer_pairs import Comparison, split
 from finetune.readers.forms import FROM_VALUE, OWN_NAMES, ROLE_CONTENT, WANTED, Columns, Form, FormName, Tags
-from finetune.readers.record_media import json_cell
 from finetune.sample import MEDIA_COLUMNS, DataError, MediaKind
 from finetune.utils.quoting import shown, words_of
 
@@ -77,7 +77,7 @@ def choose(records: Sequence[Any], where: str, asked: DataFormat = "auto", *, pa
 
 
 def better_records(records: Sequence[Mapping[str, Any]], names: Comparison, where: str) -> list[Mapping[str, Any]]:
-    """The records of preference pairs with their better answer alone; others are reported when they are accessed.
+    """The records of preference pairs with their chosen answer alone; others are reported when they are accessed.
 
     Raises:
         DataError: none of them is a pair.

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from finetune.data_files.json_values import written
+from finetune.data_files.json_values import json_cell, json_type, written
 from finetune.media import image_files
 from finetune.readers.record_keys import OBJECTS as KEY
-from finetune.readers.record_media import json_cell, json_type
 from finetune.sample import DataError, Message, Sample, Text
 from finetune.utils.quoting import shown, words_of
 

@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+from finetune.data_files.json_values import json_cell, json_type
 from finetune.readers import foreign_placeholders, record_keys, tool_calls
 from finetune.readers.conversation import Conversation, TrainOn, assemble, joined, own_placed, with_system
 from finetune.readers.embedded_media import A_FILE
 from finetune.readers.forms import CALLING
-from finetune.readers.record_media import Places, is_embedded, json_cell, json_type, one
+from finetune.readers.record_media import MediaFolders, is_embedded, read_medium
 from finetune.readers.turns import Turn, complete, state, text_of, turn_list
 from finetune.sample import MEDIA_COLUMNS, MEDIA_KINDS, DataError, Media, MediaKind, Part, Text
 from finetune.utils.quoting import shown, truncate_middle, words_of
@@ -23,7 +24,7 @@ _Files = dict[str, Media] | list[Media]
 """Files by tag, or in order."""
 
 
-def conversation(record: Mapping[str, Any], where: Places, train_on: TrainOn) -> Conversation:
+def conversation(record: Mapping[str, Any], where: MediaFolders, train_on: TrainOn) -> Conversation:
     """The conversation of a record.
 
     ``image`` is a path (tag ``<image>``), a list of paths (one ``<image>`` per path, in order), a dictionary from
@@ -47,10 +48,10 @@ def conversation(record: Mapping[str, Any], where: Places, train_on: TrainOn) ->
     files: dict[MediaKind, _Files] = {kind: _files(kind, json_cell(record.get(kind)), where) for kind in MEDIA_KINDS}
     turns, files = foreign_placeholders.to_tags(turns, files, where, _TAG)
     placed = _place(turns, files)
-    return assemble(turns, placed, tool_calls.described(record, record_keys.TOOLS), train_on)
+    return assemble(turns, placed, tool_calls.read_tools(record, record_keys.TOOLS), train_on)
 
 
-def _turns(record: Mapping[str, Any], where: Places) -> list[Turn]:
+def _turns(record: Mapping[str, Any], where: MediaFolders) -> list[Turn]:
     """The turns, with validated values."""
     key = "messages" if record.get("conversations") is None and record.get("messages") is not None else "conversations"
     if record.get("conversations") is not None and record.get("messages") is not None:
@@ -70,7 +71,7 @@ def _turns(record: Mapping[str, Any], where: Places) -> list[Turn]:
     return result
 
 
-def _files(kind: MediaKind, given: Any, where: Places) -> _Files:
+def _files(kind: MediaKind, given: Any, where: MediaFolders) -> _Files:
     """The files of a kind, by tag if the record has tags, else in order."""
     if given is None:
         return []
@@ -82,13 +83,13 @@ def _files(kind: MediaKind, given: Any, where: Places) -> _Files:
     return [_medium(kind, path, where) for path in (given if isinstance(given, (list, tuple)) else [given])]
 
 
-def _medium(kind: MediaKind, given: Any, where: Places) -> Media:
+def _medium(kind: MediaKind, given: Any, where: MediaFolders) -> Media:
     frames = kind == "video" and isinstance(given, (list, tuple))
     if not frames and not is_embedded(given) and (not isinstance(given, str) or not given):
         what = "an empty string" if given == "" else json_type(given)
         without = "a text-only record" if kind == "image" else "a record without"
         raise DataError(f"{A_PATH[kind]} is {what}; give a path, or leave {kind!r} out of {without}")
-    return one(given, kind, kind, where)
+    return read_medium(given, kind, kind, where)
 
 
 A_PATH: dict[MediaKind, str] = {"image": "an image path", "video": "a video path", "audio": "an audio path"}

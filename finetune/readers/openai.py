@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from finetune.data_files.json_values import json_type
 from finetune.readers import record_keys
 from finetune.readers.conversation import Conversation, TrainOn, build
 from finetune.readers.forms import Form, Tags
-from finetune.readers.record_media import Places, json_type, one
+from finetune.readers.record_media import MediaFolders, read_medium
 from finetune.readers.sharegpt import role_of
 from finetune.readers.turns import MediaPlaceholder, Turn, complete, text_of, turn_list
 from finetune.sample import MEDIA_COLUMNS, DataError, Media, MediaKind, Part, Text
 from finetune.utils.quoting import shown
 
 
-def conversation(record: Mapping[str, Any], where: Places, train_on: TrainOn, form: Form) -> Conversation:
+def conversation(record: Mapping[str, Any], where: MediaFolders, train_on: TrainOn, form: Form) -> Conversation:
     """The conversation of a record; media are content parts, or tags with the files in a column.
 
     Raises:
@@ -27,7 +28,7 @@ def conversation(record: Mapping[str, Any], where: Places, train_on: TrainOn, fo
     return build(turns, record, form, where, train_on)
 
 
-def _turn(turn: Mapping[str, Any], number: int, tags: Tags, where: Places) -> Turn:
+def _turn(turn: Mapping[str, Any], number: int, tags: Tags, where: MediaFolders) -> Turn:
     role = role_of(turn, number, tags)
     content = turn.get(tags.content_tag)
     if isinstance(content, (list, tuple)):
@@ -39,7 +40,7 @@ def _turn(turn: Mapping[str, Any], number: int, tags: Tags, where: Places) -> Tu
     return complete(turn, role, parts, number, where)
 
 
-def _part(part: Any, number: int, where: Places) -> Part | MediaPlaceholder:
+def _part(part: Any, number: int, where: MediaFolders) -> Part | MediaPlaceholder:
     """One part of a content list; Parquet fills the keys of other parts with null."""
     if not isinstance(part, dict):
         raise DataError(f"turn {number} has {json_type(part)} among its parts; parts are objects with 'type'")
@@ -56,11 +57,11 @@ def _part(part: Any, number: int, where: Places) -> Part | MediaPlaceholder:
     return _medium(part, medium, number, where)  # pyright: ignore[reportArgumentType]
 
 
-def _medium(part: Mapping[str, Any], kind: MediaKind, number: int, where: Places) -> Media | MediaPlaceholder:
+def _medium(part: Mapping[str, Any], kind: MediaKind, number: int, where: MediaFolders) -> Media | MediaPlaceholder:
     found = record_keys.alone(part, record_keys.file_keys(kind), f"turn {number}, a part of type {kind!r}: ")
     if found is None:
         return MediaPlaceholder(kind)
     given = found[1]
     if isinstance(given, dict) and "url" in given:
         given = given["url"]
-    return one(given, kind, f"messages, turn {number}", where)
+    return read_medium(given, kind, f"messages, turn {number}", where)

@@ -1,16 +1,15 @@
-"""Media of records: resolves paths to existing files, and decodes embedded images and audio."""
+"""Reads the media of a record's columns: finds files by their paths, and takes images and bytes it holds itself."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from finetune.data_files.json_values import parse
+from finetune.data_files.json_values import json_cell, json_type
 from finetune.readers import embedded_media
 from finetune.readers.embedded_media import A_FILE
 from finetune.sample import DataError, Media, MediaKind
@@ -21,7 +20,7 @@ _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class MediaFolders:
     """Base folders of relative media paths.
 
     Attributes:
@@ -35,18 +34,18 @@ class Places:
     allowed: tuple[Path, ...] | None = None
 
 
-def places(*folders: str | Path | None, flag: str = "--image_root", strict: bool = False) -> Places:
+def media_folders(*folders: str | Path | None, flag: str = "--image_root", strict: bool = False) -> MediaFolders:
     """The given folders, in order, and the current directory, as absolute paths.
 
     With ``strict`` only the given ones, and files outside of them are refused.
     """
     found = [Path(folder).resolve() for folder in folders if folder is not None]
     if strict:
-        return Places(tuple(dict.fromkeys(found)), flag, tuple(found))
-    return Places(tuple(dict.fromkeys([*found, Path.cwd()])), flag)
+        return MediaFolders(tuple(dict.fromkeys(found)), flag, tuple(found))
+    return MediaFolders(tuple(dict.fromkeys([*found, Path.cwd()])), flag)
 
 
-def find(path: str, kind: MediaKind, where: Places) -> Path:
+def find_media_file(path: str, kind: MediaKind, where: MediaFolders) -> Path:
     """The file of a path.
 
     Raises:
@@ -79,7 +78,7 @@ def find(path: str, kind: MediaKind, where: Places) -> Path:
     raise DataError(f"{kind} {shown(path)} does not exist (looked for {looked}); correct the path or give {where.flag}")
 
 
-def is_there(path: str, where: Places) -> bool:
+def is_there(path: str, where: MediaFolders) -> bool:
     """Whether a file or folder of that path exists in one of the base folders."""
     if not path or _REMOTE.match(path):
         return False
@@ -90,7 +89,7 @@ def is_there(path: str, where: Places) -> bool:
     )
 
 
-def _check_place(found: Path, path: str, kind: MediaKind, where: Places) -> None:
+def _check_place(found: Path, path: str, kind: MediaKind, where: MediaFolders) -> None:
     """Checks with --strict_paths that a file, or the files of a frame folder, are in the allowed folders."""
     if where.allowed is None:
         return
@@ -111,7 +110,7 @@ def is_embedded(value: Any) -> bool:
     )
 
 
-def one(value: Any, kind: MediaKind, column: str, where: Places) -> Media:
+def read_medium(value: Any, kind: MediaKind, column: str, where: MediaFolders) -> Media:
     """A medium from a path, an image, the bytes of a file or base64 text; a video also from a list of frames.
 
     Text is base64 if there is no file of that name and it starts with the signature of a file of its kind.
@@ -133,31 +132,31 @@ def one(value: Any, kind: MediaKind, column: str, where: Places) -> Media:
         data = value.get("bytes")
         if data is not None and not isinstance(data, (bytes, str)):
             raise DataError(f"{column!r} has {json_type(data)} under 'bytes'; give base64 text, or a path")
-        value = value.get("path") if data is None else embedded_media.of_value(data, kind)
+        value = value.get("path") if data is None else embedded_media.bytes_of_value(data, kind)
     if isinstance(value, str) and value.startswith("data:"):
-        value = embedded_media.of_address(value, kind)
+        value = embedded_media.bytes_of_data_url(value, kind)
     elif isinstance(value, str) and embedded_media.is_base64(value) and not is_there(value, where):
-        value = embedded_media.of_text(value, kind)
+        value = embedded_media.bytes_of_base64(value, kind)
     if isinstance(value, bytes):
-        return Media(kind, embedded_media.decoded(value, kind))
+        return Media(kind, embedded_media.opened(value, kind))
     if not isinstance(value, str) or not value:
         what = "an empty string" if value == "" else json_type(value)
         raise DataError(f"{column!r} has {what} where the path of {A_FILE[kind]} belongs; give a path")
-    return Media(kind, find(value, kind, where))
+    return Media(kind, find_media_file(value, kind, where))
 
 
-def _frame(value: Any, column: str, where: Places) -> Path:
+def _frame(value: Any, column: str, where: MediaFolders) -> Path:
     if not isinstance(value, str) or not value:
         what = "an empty string" if value == "" else json_type(value)
         raise DataError(f"{column!r} has {what} among the frames of a video; give the paths of images")
-    return find(value, "image", where)
+    return find_media_file(value, "image", where)
 
 
-def listed(value: Any, kind: MediaKind, column: str, where: Places) -> list[Media]:
+def read_media(value: Any, kind: MediaKind, column: str, where: MediaFolders) -> list[Media]:
     """The media of a column: a path, a list of paths, or nothing.
 
     Raises:
-        DataError: as ``one``, or a nested list that is not the frames of a video.
+        DataError: as ``read_medium``, or a nested list that is not the frames of a video.
     """
     value = json_cell(value)
     if value is None or value == "":
@@ -165,27 +164,4 @@ def listed(value: Any, kind: MediaKind, column: str, where: Places) -> list[Medi
     values = value if isinstance(value, (list, tuple)) else [value]
     if kind != "video" and any(isinstance(each, (list, tuple)) for each in values):
         raise DataError(f"{column!r} has a list in a list; only videos may be lists, of their frames")
-    return [one(each, kind, column, where) for each in values]
-
-
-def json_cell(value: Any) -> Any:
-    """The list or object of a CSV cell, which is JSON text; other values are unchanged."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return parse(value)
-        except ValueError:
-            return value  # a path may begin like this too
-    return value
-
-
-def json_type(value: Any) -> str:
-    """The JSON type name of a value, with article."""
-    names: Sequence[tuple[type | tuple[type, ...], str]] = (
-        (bool, "a boolean"),
-        ((int, float), "a number"),
-        (str, "a string"),
-        (dict, "an object"),
-        ((list, tuple), "a list"),
-        (type(None), "null"),
-    )
-    return next((name for kind, name in names if isinstance(value, kind)), f"a value of type {type(value).__name__}")
+    return [read_medium(each, kind, column, where) for each in values]

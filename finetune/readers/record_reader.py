@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
+from finetune.data_files.json_values import json_type
 from finetune.data_files.records import data_files, is_pattern
 from finetune.readers import (
     alpaca,
@@ -23,7 +24,7 @@ from finetune.readers import (
 )
 from finetune.readers.conversation import TRAIN_ON, TrainOn
 from finetune.readers.forms import Form
-from finetune.readers.record_media import Places, json_type
+from finetune.readers.record_media import MediaFolders
 from finetune.readers.unread_keys import misspelled, unread_notes
 from finetune.sample import DataError, Sample, SampleSet, Source, Text
 from finetune.timeline import SDK_VERSION
@@ -47,7 +48,7 @@ class RecordReader:
     """
 
     form: Form
-    where: Places
+    where: MediaFolders
     train_on: TrainOn
     pairs: answer_pairs.Comparison | None = None
 
@@ -62,8 +63,8 @@ class RecordReader:
                 wanted = _TURNS.get(self.form.name, repr(self.form.columns.messages))
                 raise DataError(f"is {json_type(record)}, not an object with {wanted}")
             if self.pairs is not None:
-                better, worse = (self._sample(each, source) for each in answer_pairs.split(record, self.pairs))
-                return answer_pairs.pair_of(better, worse)
+                chosen, rejected = (self._sample(each, source) for each in answer_pairs.split(record, self.pairs))
+                return answer_pairs.pair_of(chosen, rejected)
             if record_keys.compared(record):
                 raise DataError(f"has {record_keys.compared(record)}")
             return self._sample(record, source)

@@ -6,15 +6,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from finetune import duplex_sdk
+from finetune.data_files.json_values import json_cell
 from finetune.duplex_sdk import AlignedRecord, TimedClip
 from finetune.readers import record_keys
-from finetune.readers.record_media import Places, find, json_cell
+from finetune.readers.record_media import MediaFolders, find_media_file
 from finetune.sample import DataError, Media, Message, Part, Text, Track
 from finetune.timeline import Timeline
 from finetune.utils.quoting import shown, words_of
 
 
-def read_record(record: Mapping[str, Any], where: Places) -> tuple[tuple[Message, ...], Timeline, tuple[str, ...]]:
+def read_record(
+    record: Mapping[str, Any], where: MediaFolders
+) -> tuple[tuple[Message, ...], Timeline, tuple[str, ...]]:
     """Messages, timeline and notes of a record of minicpm-o5-sdk.
 
     The record is what ``O5DuplexTrainingData.dump_structure`` gives, with 'id' allowed beside it; paths are relative
@@ -55,12 +58,12 @@ def _unsupported(aligned: AlignedRecord, system: tuple[Part, ...], heard: tuple[
     return tuple(found)
 
 
-def _system(aligned: AlignedRecord, where: Places) -> Iterator[Part]:
+def _system(aligned: AlignedRecord, where: MediaFolders) -> Iterator[Part]:
     for part in aligned.system:
         yield Text(part) if isinstance(part, str) else _media(part, where)
 
 
-def _media(clip: TimedClip, where: Places) -> Media:
+def _media(clip: TimedClip, where: MediaFolders) -> Media:
     if not clip.path:
         raise DataError(f"{clip.where} has no file_path; give the path of its audio file")
-    return Media("audio", find(clip.path, "audio", where))
+    return Media("audio", find_media_file(clip.path, "audio", where))

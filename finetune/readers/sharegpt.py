@@ -7,13 +7,13 @@ from typing import Any
 
 from finetune.readers.conversation import Conversation, TrainOn, build
 from finetune.readers.forms import Form, Tags
-from finetune.readers.record_media import Places
+from finetune.readers.record_media import MediaFolders
 from finetune.readers.turns import Turn, complete, state, text_of, turn_list
 from finetune.sample import DataError
 from finetune.utils.quoting import shown
 
 
-def conversation(record: Mapping[str, Any], where: Places, train_on: TrainOn, form: Form) -> Conversation:
+def conversation(record: Mapping[str, Any], where: MediaFolders, train_on: TrainOn, form: Form) -> Conversation:
     """The conversation of a record.
 
     Raises:
@@ -25,7 +25,7 @@ def conversation(record: Mapping[str, Any], where: Places, train_on: TrainOn, fo
     return build(turns, record, form, where, train_on)
 
 
-def _turn(turn: Mapping[str, Any], number: int, tags: Tags, where: Places) -> Turn:
+def _turn(turn: Mapping[str, Any], number: int, tags: Tags, where: MediaFolders) -> Turn:
     role = role_of(turn, number, tags)
     return complete(turn, role, text_of(turn, tags.content_tag, number), number, where)
 

@@ -1,4 +1,4 @@
-"""Tool descriptions and tool calls of records, in all common spellings."""
+"""Reads tool schemas and tool calls of records, in all common formats, and checks the order of tool results."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune.data_files.json_values import ValueFault, parse, written
+from finetune.data_files.json_values import ValueFault, json_cell, json_type, parse, written
 from finetune.readers import record_keys
-from finetune.readers.record_media import json_cell, json_type
 from finetune.sample import Call, DataError, Tool
 from finetune.utils.quoting import words_of
 
@@ -16,7 +15,7 @@ _CLOSING = "</think>"
 _WRITTEN = "<tool_call>"
 
 
-def described(record: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Tool, ...]:
+def read_tools(record: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Tool, ...]:
     """The tool descriptions of a record, unmodified.
 
     Args:
@@ -49,7 +48,7 @@ def _tool(tool: Any, where: str) -> Tool:
     return tool
 
 
-def called(given: Mapping[str, Any], role: str, number: int) -> tuple[Call, ...]:
+def read_calls(given: Mapping[str, Any], role: str, number: int) -> tuple[Call, ...]:
     """The tool calls of a turn under their own key.
 
     Raises:
@@ -80,7 +79,7 @@ def split_calls(text: str, number: int) -> tuple[str, tuple[Call, ...]]:
     return before + closing, _calls(_json(rest, where), where)
 
 
-def check_order(turns: Sequence[Mapping[str, Any]]) -> None:
+def check_result_order(turns: Sequence[Mapping[str, Any]]) -> None:
     """Checks that tool results are in the order of their calls, since prompts have no call ids.
 
     Raises:
@@ -106,7 +105,7 @@ def check_order(turns: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def check_once(text: str, number: int) -> None:
+def check_no_call_in_text(text: str, number: int) -> None:
     """Refuses an answer with tool calls both in its text and under a key.
 
     Raises:

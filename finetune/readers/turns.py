@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from finetune.data_files.json_values import written
+from finetune.data_files.json_values import json_cell, json_type, written
 from finetune.readers import record_keys, tool_calls
-from finetune.readers.record_media import Places, json_cell, json_type, listed
+from finetune.readers.record_media import MediaFolders, read_media
 from finetune.sample import Call, DataError, Media, MediaKind, Part
 from finetune.utils.quoting import words_of
 
@@ -56,7 +56,7 @@ def turn_list(record: Mapping[str, Any], column: str | None) -> list[Mapping[str
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise DataError(f"turn {number} is {json_type(turn)}; it must be an object with role and content")
-    tool_calls.check_order(turns)
+    tool_calls.check_result_order(turns)
     return list(turns)
 
 
@@ -86,7 +86,7 @@ def complete(
     role: str,
     content: str | tuple[Part | MediaPlaceholder, ...],
     number: int,
-    where: Places,
+    where: MediaFolders,
 ) -> Turn:
     """The turn with role, content and the values of its other keys.
 
@@ -96,9 +96,9 @@ def complete(
     if len(given) == 2 and content and role != "function":
         return Turn(role, content)  # no other keys, as in most records
     answers = "assistant" if role == "function" else role
-    calls = tool_calls.called(given, role, number)
+    calls = tool_calls.read_calls(given, role, number)
     if calls and isinstance(content, str):
-        tool_calls.check_once(content, number)
+        tool_calls.check_no_call_in_text(content, number)
     elif role == "function" and isinstance(content, str):
         content, calls = tool_calls.split_calls(content, number)
     return Turn(
@@ -141,7 +141,9 @@ def _thought(given: Mapping[str, Any], role: str, number: int) -> str:
     return value
 
 
-def _files(given: Mapping[str, Any], role: str, number: int, where: Places) -> Mapping[MediaKind, tuple[Media, ...]]:
+def _files(
+    given: Mapping[str, Any], role: str, number: int, where: MediaFolders
+) -> Mapping[MediaKind, tuple[Media, ...]]:
     """The media files of the turn itself, by kind."""
     if record_keys.MEDIA_OF_TURNS.isdisjoint(given):
         return _NO_FILES
@@ -153,5 +155,5 @@ def _files(given: Mapping[str, Any], role: str, number: int, where: Places) -> M
         name, value = found
         if role != "user":
             raise DataError(f"turn {number}: {name!r} in a {role} turn; media belong into user turns")
-        files[kind] = tuple(listed(value, kind, f"turn {number}, {name}", where))
+        files[kind] = tuple(read_media(value, kind, f"turn {number}, {name}", where))
     return files

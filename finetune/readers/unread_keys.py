@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from finetune.data_files.json_values import json_cell
 from finetune.readers import record_keys
 from finetune.readers.embedded_media import A_FILE, kind_of, kind_of_text
 from finetune.readers.forms import Form
-from finetune.readers.record_media import Places, json_cell
+from finetune.readers.record_media import MediaFolders
 from finetune.sample import (
     AUDIO_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -66,7 +67,7 @@ class _Found(NamedTuple):
     known: frozenset[str]
 
 
-def unread_notes(record: Mapping[str, Any], sample: Sample, form: Form, where: Places) -> tuple[str, ...]:
+def unread_notes(record: Mapping[str, Any], sample: Sample, form: Form, where: MediaFolders) -> tuple[str, ...]:
     """One note per key of a record that is not read; empty values do not count.
 
     Args:
@@ -133,7 +134,7 @@ def _turns(record: Mapping[str, Any], form: Form) -> Sequence[Mapping[str, Any]]
     return next((json_cell(record[name]) for name in names if name and record.get(name) is not None), ())
 
 
-def _medium(leaf: Any, key: str, sample: Sample, where: Places) -> MediaKind | None:
+def _medium(leaf: Any, key: str, sample: Sample, where: MediaFolders) -> MediaKind | None:
     """The kind of media that a value is; None if it is not media, or the sample has it already."""
     if isinstance(leaf, Image.Image):
         return "image"
@@ -146,7 +147,7 @@ def _medium(leaf: Any, key: str, sample: Sample, where: Places) -> MediaKind | N
     return _file(leaf, key, sample, where) if len(leaf) < _LONGEST_PATH and "\n" not in leaf else None
 
 
-def _file(path: str, key: str, sample: Sample, where: Places) -> MediaKind | None:
+def _file(path: str, key: str, sample: Sample, where: MediaFolders) -> MediaKind | None:
     """The kind of media file that a text names, by its suffix or, under a key named like media, by its existence."""
     kind = _SUFFIXES.get(os.path.splitext(path)[1].lower())
     of_medium = _MEDIA_NAMES.search(key)
@@ -160,7 +161,7 @@ def _file(path: str, key: str, sample: Sample, where: Places) -> MediaKind | Non
     return kind if kind and of_medium and not any(sample.media(kind)) else None
 
 
-def _exists(path: str, where: Places) -> bool:
+def _exists(path: str, where: MediaFolders) -> bool:
     if _REMOTE.match(path):
         return False
     path = path.removeprefix("file://")

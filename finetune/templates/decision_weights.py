@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from finetune.templates.duplex import decided_units
+from finetune.templates.duplex import generated_units
 from finetune.templates.rendering import PromptTokenizer
 
 WEIGHTED = ("listen", "speak", "yield")
@@ -23,6 +23,6 @@ def decision_weights(
         weights: by name, of WEIGHTED; 1 for a name that is missing.
     """
     found = [1.0] * len(ids)
-    for unit in decided_units(ids, labels, vocabulary):
+    for unit in generated_units(ids, labels, vocabulary):
         found[unit.first] = weights.get("speak" if unit.speaks else "yield" if unit.yields else "listen", 1.0)
     return found

@@ -1,4 +1,7 @@
-"""Full-duplex prompt of MiniCPM-o 4.5: one unit per second, as published inference feeds and generates it."""
+"""Native full-duplex prompt of MiniCPM-o 4.5, one unit per second as published inference has it (o45_fc: duplex_fc.py).
+
+``generated_units`` reads units of either prompt back from ids and labels.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,12 @@ DEFAULT_SYSTEM = "Streaming Duplex Conversation! You are a helpful assistant."
 def render_timeline(
     sample: Sample, plans: Sequence[SlicePlan | AudioPlan], vocabulary: PromptTokenizer, layout: PromptLayout
 ) -> TokenizedPrompt:
-    """The system turn, then per second <unit>, pictures, the second of user audio, the decision, </unit>.
+    """The system turn, then per second <unit>, pictures, the second of user audio, what the model generates, </unit>.
 
     Or the prompt o45_fc, by the layout (``duplex_fc``).
 
-    The decision is <|listen|>, or <|speak|>, the text of the unit, <|turn_eos|> at the end of a turn, and
-    <|chunk_eos|>. Its tokens have labels. A second inside of a turn without a word is <|speak|><|chunk_eos|>: the
+    It generates <|listen|>, or <|speak|>, the text of the unit, <|turn_eos|> at the end of a turn, and <|chunk_eos|>:
+    the tokens with labels. A second inside of a turn without a word is <|speak|><|chunk_eos|>: the
     published decoding does not listen before a turn has ended. The text of a turn is tokenized as a whole; a token
     belongs to the unit of its first character. Reference audio stands between <|audio_start|> and <|audio_end|>, user
     audio between no tokens.
@@ -51,7 +54,7 @@ def render_timeline(
     _system(rendered, sample.messages[0], left, vocabulary, layout)
     *pictures, heard = left
     assert isinstance(heard, AudioPlan)
-    said = decisions(sample.timeline, len(heard.runs), vocabulary)
+    said = generated_ids(sample.timeline, len(heard.runs), vocabulary)
     for unit, (run, ids) in enumerate(zip(heard.runs, said, strict=True)):
         rendered.add([vocabulary.control(UNIT[0])])
         for number, plan in enumerate(pictures):
@@ -87,7 +90,7 @@ def _system(
     rendered.add([vocabulary.control("<|im_end|>")])
 
 
-def decisions(timeline: Timeline, units: int, vocabulary: PromptTokenizer) -> list[list[int]]:
+def generated_ids(timeline: Timeline, units: int, vocabulary: PromptTokenizer) -> list[list[int]]:
     """The ids that the model generates in each of a number of units."""
     listen, speak, turn_end, unit_end = map(vocabulary.control, (LISTEN, SPEAK, TURN_END, UNIT_END))
     found = [[listen] for _ in range(units)]
@@ -111,7 +114,7 @@ def text_ids(turn: SpokenTurn, vocabulary: PromptTokenizer) -> dict[int, list[in
     return ids
 
 
-class DecidedUnit(NamedTuple):
+class GeneratedUnit(NamedTuple):
     """One unit of a rendered full-duplex record.
 
     Attributes:
@@ -131,20 +134,22 @@ class DecidedUnit(NamedTuple):
     yields: bool = False
 
 
-def decided_units(ids: Sequence[int], labels: Sequence[int], vocabulary: PromptTokenizer) -> list[DecidedUnit]:
+def generated_units(ids: Sequence[int], labels: Sequence[int], vocabulary: PromptTokenizer) -> list[GeneratedUnit]:
     """The units of a rendered full-duplex record in either prompt, from its ids and labels."""
     speak, turn_end, close = map(vocabulary.control, (SPEAK, TURN_END, UNIT[1]))
     in_slots = SPOKEN_SLOT[0] in ids
     close = SPOKEN_SLOT[1] if in_slots else close
-    found: list[DecidedUnit] = []
+    found: list[GeneratedUnit] = []
     first, speaking = None, False
     for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
         if first is None and label != IGNORE and (not in_slots or ids[position - 1] == SPOKEN_SLOT[0]):
             first = position
         elif first is not None and token == close:
-            own = tuple(ids[first:position])
-            speaks, ends = own[0] == speak, turn_end in own
+            generated = tuple(ids[first:position])
+            speaks, ends = generated[0] == speak, turn_end in generated
             after_turn = bool(found) and found[-1].ends
-            found.append(DecidedUnit(first, own, speaks, speaks and not speaking, ends, not speaks and after_turn))
+            found.append(
+                GeneratedUnit(first, generated, speaks, speaks and not speaking, ends, not speaks and after_turn)
+            )
             first, speaking = None, speaks and not ends
     return found

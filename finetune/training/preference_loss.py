@@ -43,8 +43,8 @@ def pair_figures(row_loss: torch.Tensor, reference: torch.Tensor | None, options
     """The loss of every pair.
 
     Args:
-        row_loss: (2 B, 2) summed negative log likelihood and number of tokens of every answer, better ones first.
-        reference: (B, 2) log-probabilities of the better and the worse answer by the reference; None without one.
+        row_loss: (2 B, 2) summed negative log likelihood and number of tokens of every answer, chosen ones first.
+        reference: (B, 2) log-probabilities of the chosen and the rejected answer by the reference; None without one.
         options: the flags.
 
     Raises:
@@ -61,16 +61,16 @@ def pair_figures(row_loss: torch.Tensor, reference: torch.Tensor | None, options
         loss, rewards = _with_reference(ratios, tokens, options), options.beta * ratios.detach()
     if options.ftx:
         loss = loss - options.ftx * means[0]
-    better, worse = rewards
-    table = [better, worse, (better > worse).float(), better - worse, *tokens]
+    chosen, rejected = rewards
+    table = [chosen, rejected, (chosen > rejected).float(), chosen - rejected, *tokens]
     return PairFigures(loss, torch.stack(table, dim=1))
 
 
 def _with_reference(ratios: torch.Tensor, tokens: torch.Tensor, options: PreferenceOptions) -> torch.Tensor:
     """Losses (B,) of the log-ratios (2, B) of policy and reference."""
     if options.loss == "ipo":  # per token, as its authors confirmed to TRL
-        better, worse = ratios / tokens.clamp(min=1)
-        return (better - worse - 1 / (2 * options.beta)) ** 2
+        chosen, rejected = ratios / tokens.clamp(min=1)
+        return (chosen - rejected - 1 / (2 * options.beta)) ** 2
     margins = options.beta * (ratios[0] - ratios[1])
     if options.loss == "hinge":
         return torch.relu(1 - margins)
@@ -82,6 +82,6 @@ def _without_reference(means: torch.Tensor, options: PreferenceOptions) -> torch
     """Losses (B,) of the mean log-probabilities (2, B) per token."""
     if options.loss == "simpo":
         return -F.logsigmoid(options.beta * (means[0] - means[1]) - options.gamma)
-    better, worse = means.clamp(max=_CERTAIN)
-    log_odds = (better - worse) - (torch.log1p(-torch.exp(better)) - torch.log1p(-torch.exp(worse)))
+    chosen, rejected = means.clamp(max=_CERTAIN)
+    log_odds = (chosen - rejected) - (torch.log1p(-torch.exp(chosen)) - torch.log1p(-torch.exp(rejected)))
     return -means[0] - options.beta * F.logsigmoid(log_odds)

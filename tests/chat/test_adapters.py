@@ -19,7 +19,7 @@ from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.saving import finish_adapter
 from finetune.families import by_name
 from finetune.models import CheckpointError, load_adapter, load_model
-from finetune.models.adapters import own_name
+from finetune.models.adapters import base_model_name
 from finetune.tiny.checkpoint_writer import FAMILIES
 
 ASKED: dict[str, Any] = {
@@ -113,7 +113,7 @@ def test_trained_biases_go_with_the_adapter(tiny, adapter, bias, count):
 
     def changed() -> int:
         own = {
-            own_name(name): value
+            base_model_name(name): value
             for name, value in model.get_base_model().state_dict().items()
             if ".lora_" not in name and ".modules_to_save." not in name
         }

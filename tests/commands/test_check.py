@@ -187,4 +187,4 @@ def test_pairs_are_counted_and_both_answers_shown(
     assert f"{longest} tokens" in capsys.readouterr().err
     assert main([*words, "--model_max_length", str(longest), "--overlong", "error"]) == outcome.OK
     assert main(["--model", str(tiny("llama3_v2_5")), "--data", data(3), "--stage", "dpo"]) == outcome.USER_ERROR
-    assert "has no worse answer, and --stage dpo trains on pairs" in capsys.readouterr().err
+    assert "has no rejected answer, and --stage dpo trains on pairs" in capsys.readouterr().err

@@ -113,8 +113,8 @@ def test_dropped_images_are_named(write_records: Write, make_encoder: Make, zoo:
     ]
     path = write_records({"image": str(zoo / "good.png"), "conversations": turns})
     report = look(path, make_encoder(45))
-    assert (report.outcomes, report.lost_images) == ({"turns dropped": 1}, 1)
-    assert "warning: images in dropped turns: 1; later" in str(report)
+    assert (report.outcomes, report.lost_media) == ({"turns removed": 1}, 1)
+    assert "warning: images, videos and audio in removed turns: 1; later" in str(report)
 
 
 def test_duplicate_ids_are_a_warning(write_records: Write, make_encoder: Make) -> None:

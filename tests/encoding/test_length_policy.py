@@ -98,7 +98,7 @@ def check_example(made: Encoder, sample: Sample, policy: str, limit: int) -> str
     if sample.messages[-1].train:
         assert last_labels(labels) == last_labels(whole.labels.tolist())
     assert fitted.sample.messages[-1] == sample.messages[-1]
-    assert fitted.lost_images == len(list(sample.media("image"))) - len(images)
+    assert fitted.lost_media == len(list(sample.media("image"))) - len(images)
     if outcome == "kept":
         assert ids == whole.input_ids.tolist()
     # What remains is encoded as if it had been written so.
@@ -116,12 +116,12 @@ def test_every_limit(family: str, policy: str) -> None:
     whole = made.measure(sample).tokens
     outcomes = [check_example(made, sample, policy, limit) for limit in range(1, whole + 3)]
     # A larger limit never costs more.
-    worst = {"skipped": 0, "turns dropped": 1, "shrunk": 2, "truncated": 2, "kept": 3}
+    worst = {"skipped": 0, "turns removed": 1, "shrunk": 2, "truncated": 2, "kept": 3}
     ranks = [worst[outcome] for outcome in outcomes]
     assert ranks == sorted(ranks)
     assert outcomes[whole - 1] == "kept"
     expected = {"shrink": "shrunk", "truncate": "truncated"}.get(policy)
-    assert set(outcomes) == ({"skipped", "kept", expected, "turns dropped"} if expected else {"skipped", "kept"})
+    assert set(outcomes) == ({"skipped", "kept", expected, "turns removed"} if expected else {"skipped", "kept"})
 
 
 TEXTS = st.text(alphabet="abcdefg ,.<unk>\n高éß🙂", max_size=40)
@@ -168,9 +168,9 @@ def test_shrink_drops_whole_oldest_turns_with_their_images(family: str) -> None:
     last_two = replace(sample, messages=sample.messages[2:])
     made.max_length = len(made.render(last_two, made.plans(made.sizes(last_two), 1)).input_ids)
     fitted = LengthPolicy(made, "shrink").fit(sample)
-    assert fitted.outcome == "turns dropped"
+    assert fitted.outcome == "turns removed"
     assert fitted.sample == last_two
-    assert fitted.lost_images == 1
+    assert fitted.lost_media == 1
     assert [cuts.items for cuts in fitted.plans if isinstance(cuts, SlicePlan)] == [1, 1, 1]
 
 
@@ -242,7 +242,7 @@ def test_what_fits_is_left_alone_and_bad_is_bad(family: str, policy: str) -> Non
     made = encoder(family)
     sample = long_one()
     fitted = LengthPolicy(made, policy).fit(sample)
-    assert (fitted.sample, fitted.outcome, fitted.lost_images) == (sample, "kept", 0)
+    assert (fitted.sample, fitted.outcome, fitted.lost_media) == (sample, "kept", 0)
     with pytest.raises(DataError, match="no token has a label"):
         LengthPolicy(made, policy).fit(conversation(user("x"), answer("y", train=False)))
 

@@ -257,7 +257,7 @@ def test_too_long_samples_lose_turns_with_their_sound(ready) -> None:
     limited = copy.copy(encoder)
     limited.max_length = full - 10
     example, outcome = LengthPolicy(limited, "shrink").encode(sample)
-    assert outcome == "turns dropped"
+    assert outcome == "turns removed"
     assert [clip.shape[1] for clip in example.audio] == [30, 100]
     with pytest.raises(DataError, match="63 for audio"):
         LengthPolicy(limited, "error").encode(sample)

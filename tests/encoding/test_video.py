@@ -227,7 +227,7 @@ def test_long_samples_lose_slices_of_images_and_turns_but_no_frames(tiny, folder
     first = sample(video(folder), Text("Before?")).messages
     made.max_length = made.measure(last).tokens
     example, outcome = LengthPolicy(made, "shrink").encode(Sample("s", Source("d", 0), first + last.messages))
-    assert outcome == "turns dropped"
+    assert outcome == "turns removed"
     assert "Before" not in prompt(made, example)
     # Text that joins frames is not text of the record: truncation leaves it.
     long = sample(video(folder), Text("word " * 50 + "What?"))

@@ -17,7 +17,7 @@ from PIL import Image, ImageFile
 from sounds import write_coded
 
 from finetune.media import audio, image, image_files, video
-from finetune.readers.record_media import one, places
+from finetune.readers.record_media import media_folders, read_medium
 from finetune.sample import DataError, Media, MediaKind
 
 MUTATIONS = 25
@@ -271,6 +271,6 @@ def test_the_smallest_video(tmp_path: Path) -> None:
 def test_paths_and_embedded_bytes_of_every_kind(kind: MediaKind, tmp_path: Path) -> None:
     for value in ("x" * 5000, "a\x1b[31m", "\ud800", "~/a", "file://", "data:;base64,QUJD", "iVBORw0" * 40, "x" * 100):
         with pytest.raises(DataError) as caught:
-            hear(one(value, kind, kind, places(tmp_path)).data)  # pyright: ignore[reportArgumentType] - bytes
+            hear(read_medium(value, kind, kind, media_folders(tmp_path)).data)  # pyright: ignore[reportArgumentType] - bytes
         assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 1500

@@ -206,7 +206,7 @@ def test_text_that_cannot_fit_is_not_tokenised(
     long = {"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "word " * 400_000}]}
     samples = read(written(tmp_path, {"conversations": turns * 300}, long))
     fitted = LengthPolicy(encoder, "shrink").fit(samples[0])
-    assert fitted.outcome == "turns dropped"
+    assert fitted.outcome == "turns removed"
     assert len(fitted.rendered.input_ids) <= 400
     assert sum(spelled) <= sum(len(turn["content"]) for turn in turns * 300)
     spelled.clear()

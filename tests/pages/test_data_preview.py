@@ -179,11 +179,11 @@ def test_every_kind_that_matters_is_shown(encoder_of, tmp_path):
     chosen = choose([part], 8, seed=1)
     assert len(chosen) == 8
     reasons = [reason for found in chosen.values() for reason in found]
-    assert {"first in the form official", "turns dropped", "longest", "longest answers", "random"} <= set(reasons)
+    assert {"first in the form official", "turns removed", "longest", "longest answers", "random"} <= set(reasons)
     assert chosen == choose([part], 8, seed=1)
     assert chosen != choose([part], 8, seed=2)
     text, seen = page_of(tmp_path, part, most=8)
-    assert "turns dropped from the beginning" in seen.text
+    assert "turns removed from the beginning" in seen.text
     assert len(seen.of("article")) == 8
     assert "limit" not in seen.text or "400" in seen.text
 
@@ -319,7 +319,7 @@ def test_removed_text_is_shortened_too(encoder_of, tmp_path):
     encoder = encoder_of("llama3_v2_5", 400)
     turns = ["x " * 400_000, "Yes."] + ["Why?", "So."]
     text, seen = page_of(tmp_path, surveyed(tmp_path / "data.json", [record("a", *turns)] * 8, encoder))
-    assert "turn dropped from the beginning" in seen.text or "turns dropped from the beginning" in seen.text
+    assert "turn removed from the beginning" in seen.text or "turns removed from the beginning" in seen.text
     assert "more characters not shown, to keep this page small" in seen.text
     assert len(text) < 5_000_000
 

@@ -63,8 +63,8 @@ def check(sample: Sample) -> None:
     assert sample.messages[1].text == "A cat."
     assert sample.rejected is not None
     assert (sample.rejected.text, sample.rejected.train) == ("A dog.", True)
-    assert sample.worse is not None
-    assert sample.worse.messages == (sample.messages[0], sample.rejected)
+    assert sample.with_rejected_answer is not None
+    assert sample.with_rejected_answer.messages == (sample.messages[0], sample.rejected)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -146,8 +146,8 @@ def test_equal_answers_are_noted_and_answers_that_look_like_json_stay_text(folde
     [
         ({"prompt": ASKED, "rejected": "A dog."}, "has 'rejected' but no 'chosen'; give both answers"),
         ({"prompt": ASKED, "chosen": "A cat.", "rejected": ["A dog."]}, "'chosen' is .* and 'rejected' is"),
-        ({"messages": PLAIN, "rejected": "A", "chosen": "B", "rejected_response": "A"}, "two names for the worse"),
-        ({"messages": PLAIN, "chosen": "B", "rejected_response": "A"}, "the better answer of 'rejected_response'"),
+        ({"messages": PLAIN, "rejected": "A", "chosen": "B", "rejected_response": "A"}, "two names for the rejected"),
+        ({"messages": PLAIN, "chosen": "B", "rejected_response": "A"}, "the chosen answer of 'rejected_response'"),
         ({"messages": [*PLAIN, answer("A")], "rejected_response": ["B"]}, "'rejected_response' is .* must be a string"),
         ({"rejected_response": "A"}, "has no list of turns"),
         ({"messages": [*PLAIN, answer("A")], "rejected_images": ["a.png"]}, "'rejected_images', which is not read"),
@@ -159,7 +159,7 @@ def test_equal_answers_are_noted_and_answers_that_look_like_json_stay_text(folde
         ),
         (
             {"chosen": [*PLAIN, answer("A")], "rejected": [*PLAIN, answer("B"), *PLAIN, answer("C")]},
-            "a conversation of 2 turns, the worse one of 4",
+            "a conversation of 2 turns, the rejected one of 4",
         ),
         ({"messages": [*PLAIN, {**answer("A"), "loss": 0}], "rejected_response": "B"}, "has loss 0"),
     ],
@@ -174,7 +174,7 @@ def test_what_is_no_pair(folder, record, message):
 def test_conversations_are_refused_by_record(folder):
     plain = {"messages": [*PLAIN, answer("A cat.")]}
     (folder / "mixed.json").write_text(json.dumps([{**plain, "rejected_response": "A dog."}, plain]))
-    with pytest.raises(DataError, match="record 1: has no worse answer, and --stage dpo trains on pairs"):
+    with pytest.raises(DataError, match="record 1: has no rejected answer, and --stage dpo trains on pairs"):
         read(folder / "mixed.json", pairs=True)[1]
-    with pytest.raises(DataError, match="none of the inspected records is a pair: the first has no worse answer"):
+    with pytest.raises(DataError, match="none of the inspected records is a pair: the first has no rejected answer"):
         pair(folder, plain)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from finetune.readers import read, record_keys
 from finetune.readers.forms import OWN_NAMES, ROLE_CONTENT, Form, named_columns
-from finetune.readers.record_media import places
+from finetune.readers.record_media import media_folders
 from finetune.readers.record_reader import RecordReader
 from finetune.sample import DataError, Sample, Source
 
@@ -124,7 +124,7 @@ def test_media_beside_the_text_of_a_part(folder: Path) -> None:
 
 
 def test_bytes_and_pictures_of_tables(folder: Path) -> None:
-    reading = RecordReader(Form("official"), places(folder), "all")
+    reading = RecordReader(Form("official"), media_folders(folder), "all")
     data = (folder / "a.png").read_bytes()
     for value in (data, {"bytes": data, "path": None}, [data], Image.new("RGB", (2, 2))):
         with pytest.raises(
@@ -156,7 +156,9 @@ def test_a_described_column_may_be_left_out(folder: Path) -> None:
     with pytest.raises(
         DataError, match=r"'pictures' is not read, but contains 'a.png'; name it under columns, 'images': 'pictures'"
     ):
-        RecordReader(form, places(folder), "all").sample({"messages": CHAT, "pictures": ["a.png"]}, Source("t", 0))
+        RecordReader(form, media_folders(folder), "all").sample(
+            {"messages": CHAT, "pictures": ["a.png"]}, Source("t", 0)
+        )
 
 
 class Spy(dict):
@@ -194,7 +196,7 @@ def test_the_tables_name_what_is_read(folder: Path, name: Any, monkeypatch: pyte
     """What readers ask a record for, with nothing in it for the check of unread keys, is what the tables say."""
     monkeypatch.setattr("finetune.readers.record_reader.unread_notes", lambda *_: ())
     form = Form(name, replace(OWN_NAMES, messages=None if name == "alpaca" else "messages"), ROLE_CONTENT)
-    reading = RecordReader(form, places(folder), "all")
+    reading = RecordReader(form, media_folders(folder), "all")
     asked: set[str] = set()
     of_turns: set[str] = set()
     for record in every_way(name):

@@ -182,7 +182,7 @@ def test_long_samples_and_other_processes(family: str, tmp_path: Path) -> None:
     chosen.max_length = len(whole) - 1
     try:
         fitted = LengthPolicy(chosen, "shrink").fit(conversation)
-        assert (fitted.outcome, fitted.rendered.input_ids) == ("turns dropped", without)
+        assert (fitted.outcome, fitted.rendered.input_ids) == ("turns removed", without)
     finally:
         chosen.max_length = None
 

@@ -17,7 +17,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.length_policy import LengthPolicy, OverlongError
 from finetune.media import audio
 from finetune.readers.forms import Form
-from finetune.readers.record_media import places
+from finetune.readers.record_media import media_folders
 from finetune.readers.record_reader import RecordReader
 from finetune.sample import DataError, Sample, Source
 from finetune.tokenizers.tokenization import load_tokenizer
@@ -42,7 +42,7 @@ def read(tmp_path: Path) -> Callable[..., Sample]:
         clips = [{"audio": user, "start": 0}] if isinstance(user, str) else user
         record = {"id": "a", "duplex": {"user": clips, "assistant": list(assistant), **rest}}
         record |= {"system": system} if system else {}
-        return RecordReader(Form("duplex"), places(tmp_path), "all").sample(record, Source("d.json", 0, "a"))
+        return RecordReader(Form("duplex"), media_folders(tmp_path), "all").sample(record, Source("d.json", 0, "a"))
 
     return make
 

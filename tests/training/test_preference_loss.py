@@ -31,7 +31,7 @@ def test_figures_are_those_of_trl(case):
     options = PreferenceOptions(**{name: value for name, value in case.items() if name != "figures"})
     loss, table = pair_figures(rows(), references(), options)
     found = {"loss": loss, **dict(zip(FIGURES, table.T, strict=True))}
-    if case["loss"] == "orpo":  # TRL adds the likelihood of the better answers elsewhere
+    if case["loss"] == "orpo":  # TRL adds the likelihood of the chosen answers elsewhere
         means = -rows()[: len(loss), 0] / rows()[: len(loss), 1]
         found["odds"] = -(loss + means)
     for name in case["figures"][0]:
@@ -52,9 +52,9 @@ def test_swapped_answers_change_the_sign_of_margins_and_gradients(loss):
         for each in (given, swapped):
             pair_figures(each, references(), PreferenceOptions(loss=loss)).loss.sum().backward()
             assert each.grad is not None
-            better, worse = each.grad[:, 0].view(2, -1)
-            assert (better >= 0).all(), "a more likely better answer has a higher loss"
-            assert (worse <= 0).all(), "a more likely worse answer has a lower loss"
+            chosen, rejected = each.grad[:, 0].view(2, -1)
+            assert (chosen >= 0).all(), "a more likely chosen answer has a higher loss"
+            assert (rejected <= 0).all(), "a more likely rejected answer has a lower loss"
 
 
 def test_the_reference_itself_has_the_loss_of_an_undecided_model():
