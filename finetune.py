@@ -224,7 +224,7 @@ def make_trainer(
     from finetune.checkpoints.output_folder import LogsCallback
     from finetune.checkpoints.saving import write_run
     from finetune.evaluation.progress_files import ProgressCallback
-    from finetune.training.skip_limit import BadShareCallback
+    from finetune.training.bad_share import BadShareCallback
 
     model, rows = make_model(args, base)
     if distributed.is_main_process():

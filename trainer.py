@@ -30,7 +30,7 @@ from finetune.checkpoints.output_folder import OutputFolder
 from finetune.checkpoints.resume import NoStepsLeftCallback, NoStepsLeftError
 from finetune.checkpoints.saving import finish_adapter, finish_full
 from finetune.encoding.example import Example
-from finetune.evaluation.generated_metric import metric_of
+from finetune.evaluation.generation_evaluator import metric_of
 from finetune.evaluation.progress_files import ProgressBar, tolerate_write_errors
 from finetune.training.base_loss import check_base_loss
 from finetune.training.flops import flops_of
@@ -39,7 +39,7 @@ from finetune.training.graceful_stop import HangWatch, StopCallback
 from finetune.training.gradient_norms import GradientNorms
 from finetune.training.optimizer_groups import split_groups
 from finetune.training.throughput import Throughput
-from finetune.training.watchdog import Watchdog
+from finetune.training.training_checks import Watchdog
 from finetune.training.zero3_leaves import keep_experts_together
 from finetune.utils.errors import UnusableResultError
 

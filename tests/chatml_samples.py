@@ -9,7 +9,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.families import by_name
 from finetune.media.slicing import SlicePlan
 from finetune.sample import Media, Message, Part, Sample, Source, Text
-from finetune.templates.rendering import IGNORE, TokenizedPrompt
+from finetune.templates.prompt_types import IGNORE, TokenizedPrompt
 
 CHATML = ("v2_6", "o2_6", "v4_0", "v4_5", "o4_5")
 THINKING = ("v4_5", "o4_5")

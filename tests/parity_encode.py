@@ -28,7 +28,7 @@ from finetune.media.slicing import SliceSpec, plan
 from finetune.media.video_sampling import Group
 from finetune.readers import read
 from finetune.sample import DataError, Media, Message, Sample, Source, Text
-from finetune.templates.rendering import IGNORE
+from finetune.templates.prompt_types import IGNORE
 
 Json = Mapping[str, Any]
 _MARK_SPACE = re.compile(r"(</?(?:ref|box|quad|point)>) ")

@@ -167,7 +167,7 @@ def test_media_and_slicing_are_not_confused() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("models.vision", "from finetune.templates.rendering import TokenizedPrompt"),
+        ("models.vision", "from finetune.templates.prompt_types import TokenizedPrompt"),
         ("models.vision", "from finetune.readers import read"),
         ("models.vision", "def f():\n    import finetune.encoding.encoder"),
         ("models.vision", "from finetune import encoding"),

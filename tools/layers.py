@@ -23,7 +23,7 @@ TABLE: dict[str, set[str]] = {
     "templates": {"utils", "timeline", "sample", "media.slicing", "media.audio_layout", "media.video_sampling"},
     "families": {"utils", "sample", "media.slicing", "media.audio_layout", "media.video_sampling", "templates"},
     "encoding": {"utils", "timeline", "sample", "media", "templates", "families"},
-    "model_folders": {"utils", "timeline", "templates.duplex_fc", "templates.rendering", "families"},
+    "model_folders": {"utils", "timeline", "templates.duplex_fc", "templates.prompt_types", "families"},
     "tokenizers": {"utils", "families", "model_folders", "templates.duplex_fc"},
     "models": {"utils", "families", "model_folders", "templates.duplex_fc", "tokenizers"},
     "tiny": {"families", "models"},
@@ -52,7 +52,7 @@ TABLE: dict[str, set[str]] = {
     "guicourse": {"utils", "sample", "media.image_files", "evaluation.metrics"},
     "checkpoints": {
         *("utils", "runtime", "arguments", "families", "encoding", "model_folders", "models", "training"),
-        *("templates.duplex_fc", "templates.rendering"),
+        *("templates.duplex_fc", "templates.prompt_types"),
     },
     "chat": {
         "utils",

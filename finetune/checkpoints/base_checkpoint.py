@@ -27,7 +27,7 @@ from finetune.model_folders.image_ids import USE_IMAGE_ID, ImageIds, decide_imag
 from finetune.model_folders.stored_4bit import stored_in_4bit
 from finetune.model_folders.weight_headers import check_quantisation
 from finetune.templates.duplex_fc import LAST_ID
-from finetune.templates.rendering import DuplexName
+from finetune.templates.prompt_types import DuplexName
 from finetune.utils.paths import expand
 
 # Tokenizer, processor and generation settings: copied byte for byte, never re-serialised.

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from finetune.checkpoints.output_folder import OutputFolder
-    from finetune.training.watchdog import Watchdog
+    from finetune.training.training_checks import Watchdog
 
 logger = logging.getLogger(__name__)
 

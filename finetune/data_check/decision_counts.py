@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from finetune.sample import DataError, SampleSet
 from finetune.templates.duplex import MOST_TOKENS, GeneratedUnit, generated_units
-from finetune.templates.rendering import PromptTokenizer, TokenizedPrompt
+from finetune.templates.prompt_types import PromptTokenizer, TokenizedPrompt
 
 # Below this share of a kind of decision the report says that it is rare.
 _RARE = 0.1

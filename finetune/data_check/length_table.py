@@ -9,7 +9,7 @@ import numpy as np
 
 from finetune.encoding.encoder import Encoder
 from finetune.sample import DataError, Sample
-from finetune.templates.rendering import CachedPromptTokenizer
+from finetune.templates.prompt_types import CachedPromptTokenizer
 
 MEASURED = 300
 """Number of records that are measured, evenly spaced."""

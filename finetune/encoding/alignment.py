@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.encoding.video_frames import FrameItems
 from finetune.media.audio_layout import AudioPlan
-from finetune.templates.rendering import IGNORE, PromptLayout, TokenizedPrompt
+from finetune.templates.prompt_types import IGNORE, PromptLayout, TokenizedPrompt
 
 if TYPE_CHECKING:
     import torch

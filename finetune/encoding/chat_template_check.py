@@ -11,7 +11,7 @@ import jinja2
 
 from finetune.families.family import Family
 from finetune.sample import Message, Sample, Source, Text
-from finetune.templates.rendering import PromptLayout
+from finetune.templates.prompt_types import PromptLayout
 from finetune.templates.tokenizer_view import TokenizerView
 from finetune.utils.errors import UserError
 from finetune.utils.log_once import warn_once

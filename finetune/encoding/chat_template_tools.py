@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.encoding.chat_template_check import FIRST_TURN, SYSTEM_TURN, TEMPLATE_FAULTS, TemplateMismatchError
 from finetune.families.family import Family
 from finetune.sample import Call, DataError, Message, Part, Sample, Text, Tool
-from finetune.templates.rendering import PromptLayout
+from finetune.templates.prompt_types import PromptLayout
 from finetune.templates.turn_order import trimmed
 from finetune.utils.errors import located
 

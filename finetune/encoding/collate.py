@@ -14,7 +14,7 @@ import torch
 from finetune.encoding.example import Example
 from finetune.encoding.media_collation import COLLATION
 from finetune.encoding.worker_transfer import Lent, borrowed, lend
-from finetune.templates.rendering import IGNORE
+from finetune.templates.prompt_types import IGNORE
 
 _SMALL = 1 << 18
 

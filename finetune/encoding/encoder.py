@@ -41,8 +41,8 @@ from finetune.media.video_sampling import VideoOptions
 from finetune.sample import DataError, Media, Sample, Track
 from finetune.templates.decision_weights import decision_weights
 from finetune.templates.duplex_fc import AUDIO_PLACE
-from finetune.templates.rendering import IGNORE, DuplexName, Spoken, Thinking, TokenizedPrompt
-from finetune.templates.rendering import PromptTokenizer as Spelling
+from finetune.templates.prompt_types import IGNORE, DuplexName, Spoken, Thinking, TokenizedPrompt
+from finetune.templates.prompt_types import PromptTokenizer as Spelling
 from finetune.templates.tokenizer_view import TokenizerView
 from finetune.utils.errors import located
 from finetune.utils.log_once import warn_once

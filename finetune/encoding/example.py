@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from finetune.encoding.alignment import DecodedMedia
-    from finetune.templates.rendering import TokenizedPrompt
+    from finetune.templates.prompt_types import TokenizedPrompt
 
 
 def _no_bounds() -> torch.Tensor:

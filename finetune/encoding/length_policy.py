@@ -15,7 +15,7 @@ from finetune.encoding.example import Example, with_rejected
 from finetune.encoding.example_size import ExampleSize
 from finetune.encoding.text_inputs import text_tensors
 from finetune.sample import DataError, Media, Message, Part, Sample, Text
-from finetune.templates.rendering import IGNORE, CachedPromptTokenizer, TokenizedPrompt
+from finetune.templates.prompt_types import IGNORE, CachedPromptTokenizer, TokenizedPrompt
 
 POLICIES = ("shrink", "drop", "truncate", "error")
 Outcome = Literal["kept", "shrunk", "turns removed", "truncated"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from finetune.templates.rendering import TokenizedPrompt
+from finetune.templates.prompt_types import TokenizedPrompt
 
 if TYPE_CHECKING:
     import torch

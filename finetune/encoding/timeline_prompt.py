@@ -10,7 +10,7 @@ from finetune.encoding.media_sizes import TrackLength
 from finetune.media import audio
 from finetune.media.audio_layout import AudioPlan, AudioSpec, plan_audio
 from finetune.sample import DataError, Media, Track
-from finetune.templates.rendering import DuplexName
+from finetune.templates.prompt_types import DuplexName
 from finetune.timeline import Timeline
 
 DUPLEX_FLAG = "--duplex_prompt"

@@ -23,7 +23,7 @@ from finetune.evaluation.batched_generation import device_of, evaluating
 from finetune.model_folders.downsample_mode import working_in
 from finetune.sample import Sample
 from finetune.templates.duplex import LISTEN, MOST_TOKENS, SPEAK, TURN_END, UNIT, UNIT_END, generated_units
-from finetune.templates.rendering import IGNORE
+from finetune.templates.prompt_types import IGNORE
 
 
 @dataclass(slots=True)

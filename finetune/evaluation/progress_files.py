@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.evaluation.generated_metric import Answered
+from finetune.evaluation.generation_evaluator import Answered
 from finetune.evaluation.plots import PREFERENCE_PREFIXES, metric_names, plot_training_curves, plotted
 from finetune.evaluation.training_report import RunFacts, build_run
 from finetune.pages.html_page import write

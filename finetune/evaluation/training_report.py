@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerState, TrainingArguments
 
 from finetune.evaluation.evaluation_report import pictures_of, words_of
-from finetune.evaluation.generated_metric import Answered
+from finetune.evaluation.generation_evaluator import Answered
 from finetune.evaluation.plots import metric_names, points
 from finetune.pages.charts import Curves, curves
 from finetune.pages.html_page import count, render

@@ -10,7 +10,7 @@ from finetune.families.settings import DOWNSAMPLE_MODE, TRANSFORMERS, WITH_IMAGE
 from finetune.media.audio_layout import AudioSpec
 from finetune.media.slicing import MERGES, SliceSpec
 from finetune.media.video_sampling import PACKED, PER_SECOND, VideoOptions, packed, per_second, processor_sampling
-from finetune.templates.rendering import PromptLayout
+from finetune.templates.prompt_types import PromptLayout
 from finetune.utils.errors import CheckpointError
 
 # Part of the model -> its modules.

@@ -12,7 +12,7 @@ from finetune.media.audio_layout import AudioPlan, AudioSpec
 from finetune.media.slicing import SlicePlan, SliceSpec
 from finetune.media.video_sampling import Group, Length, VideoOptions
 from finetune.sample import Sample
-from finetune.templates.rendering import PromptLayout, PromptTokenizer, TokenizedPrompt
+from finetune.templates.prompt_types import PromptLayout, PromptTokenizer, TokenizedPrompt
 
 Config = Mapping[str, Any]
 

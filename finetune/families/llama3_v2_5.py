@@ -9,7 +9,7 @@ from finetune.families.family import Config, Family, LlamaCpp, Network
 from finetune.families.published import NAVIT, PIXELS, SIGLIP, Published
 from finetune.families.settings import PROCESSOR_FIRST, value_of
 from finetune.templates.llama3 import ROLES, render
-from finetune.templates.rendering import PromptLayout
+from finetune.templates.prompt_types import PromptLayout
 
 _TURN_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _INFERENCE_TEMPLATE = (

@@ -25,7 +25,7 @@ from finetune.families.settings import O4_5_AUDIO, WITH_IMAGE_IDS
 from finetune.templates import duplex
 from finetune.templates.chatml_thinking import ROLES, render
 from finetune.templates.duplex import render_timeline
-from finetune.templates.rendering import PromptLayout
+from finetune.templates.prompt_types import PromptLayout
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
 _SETTINGS = {**WITH_IMAGE_IDS, **O4_5_AUDIO}

@@ -23,7 +23,7 @@ from finetune.families.published import Published, native_config
 from finetune.families.settings import OCR, value_of
 from finetune.media.slicing import Enlarging, SliceSpec
 from finetune.templates.chatml_thinking import ROLES, render
-from finetune.templates.rendering import PromptLayout
+from finetune.templates.prompt_types import PromptLayout
 from finetune.utils.errors import UserError
 
 _TOKENS = (*MARK_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS, IMAGE_PAD)

@@ -9,7 +9,7 @@ from finetune.families.family import Config, Family, Network
 from finetune.families.published import Published
 from finetune.families.settings import CONFIG_FIRST, value_of
 from finetune.templates.minicpm import ROLES, render
-from finetune.templates.rendering import PromptLayout
+from finetune.templates.prompt_types import PromptLayout
 
 
 # Named functions, because families are pickled for worker processes.

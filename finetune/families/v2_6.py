@@ -20,7 +20,7 @@ from finetune.families.family import Config, Family, LlamaCpp, Network
 from finetune.families.published import NAVIT, NUMBERED_PIXELS, QWEN2_7B, Published
 from finetune.families.settings import WITH_IMAGE_IDS
 from finetune.templates.chatml import ROLES, render
-from finetune.templates.rendering import PromptLayout
+from finetune.templates.prompt_types import PromptLayout
 
 _TOKENS = (*SLICE_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS)
 

@@ -22,7 +22,7 @@ from finetune.families.family import Config, Family, LlamaCpp
 from finetune.families.published import Published, native_config
 from finetune.families.settings import TRANSFORMERS
 from finetune.templates.chatml_thinking import ROLES, render
-from finetune.templates.rendering import PromptLayout
+from finetune.templates.prompt_types import PromptLayout
 
 _TOKENS = (*MARK_TOKENS, *IMAGE_ID_TOKENS, *CHATML_TOKENS, IMAGE_PAD)
 

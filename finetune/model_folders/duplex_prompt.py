@@ -16,7 +16,7 @@ from finetune.families.common import vocab_size
 from finetune.families.family import Config, Family
 from finetune.model_folders.checkpoint_folder import ADAPTER_CONFIG, CONFIG, has_adapter, read_adapter_config
 from finetune.templates.duplex_fc import FIRST_ID, LAST_ID, NEW_TOKENS, PUBLISHED_IDS
-from finetune.templates.rendering import DuplexName
+from finetune.templates.prompt_types import DuplexName
 from finetune.timeline import SDK_VERSION
 from finetune.utils.errors import ArgumentError, CheckpointError
 from finetune.utils.json_objects import read_object

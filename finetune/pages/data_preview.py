@@ -24,7 +24,7 @@ from finetune.pages.record_survey import CheckedDataset, choose, image_sides
 from finetune.pages.thumbnails import Detail, EmbeddedImage, jpeg, weight, within
 from finetune.pages.timeline_view import timeline_view
 from finetune.sample import DataError, Sample, Text
-from finetune.templates.rendering import IGNORE
+from finetune.templates.prompt_types import IGNORE
 from finetune.utils.errors import located
 from finetune.utils.quoting import reason
 

@@ -14,7 +14,7 @@ from finetune.media.slicing import SlicePlan
 from finetune.media.video_sampling import Frames
 from finetune.pages.html_page import count
 from finetune.sample import Media, Sample
-from finetune.templates.rendering import IGNORE, TokenizedPrompt
+from finetune.templates.prompt_types import IGNORE, TokenizedPrompt
 
 _UNFINISHED = "\ufffd"
 

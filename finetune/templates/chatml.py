@@ -10,7 +10,7 @@ from finetune.media.slicing import SlicePlan
 from finetune.media.video_sampling import Frames
 from finetune.sample import Media, Message, Sample, Text
 from finetune.templates.placeholders import frame_schema, new_schema
-from finetune.templates.rendering import PromptLayout, PromptTokenizer, TokenizedPrompt
+from finetune.templates.prompt_types import PromptLayout, PromptTokenizer, TokenizedPrompt
 from finetune.templates.turn_order import merged, turns
 
 ROLES = ("system", "user", "assistant")

@@ -9,7 +9,7 @@ from finetune.media.audio_layout import AudioPlan
 from finetune.media.slicing import SlicePlan
 from finetune.sample import DataError, Message, Sample, Text
 from finetune.templates.chatml import add_prompt, add_results, begin, close_turn, numbered, open_answer, speech_of
-from finetune.templates.rendering import PromptLayout, PromptTokenizer, TokenizedPrompt
+from finetune.templates.prompt_types import PromptLayout, PromptTokenizer, TokenizedPrompt
 from finetune.templates.turn_order import turns
 
 ROLES = ("system", "user", "assistant", "tool")

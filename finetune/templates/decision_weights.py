@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from finetune.templates.duplex import generated_units
-from finetune.templates.rendering import PromptTokenizer
+from finetune.templates.prompt_types import PromptTokenizer
 
 WEIGHTED = ("listen", "speak", "yield")
 """The decisions; "yield" is a listen right after the model has ended a turn."""

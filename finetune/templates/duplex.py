@@ -13,7 +13,7 @@ from finetune.media.slicing import SlicePlan
 from finetune.sample import Media, Message, Sample, Text
 from finetune.templates.duplex_fc import SPOKEN_SLOT, render_prepared
 from finetune.templates.placeholders import new_schema
-from finetune.templates.rendering import IGNORE, PromptLayout, PromptTokenizer, TokenizedPrompt
+from finetune.templates.prompt_types import IGNORE, PromptLayout, PromptTokenizer, TokenizedPrompt
 from finetune.timeline import SpokenTurn, Timeline
 
 LISTEN, SPEAK, TURN_END, UNIT_END = "<|listen|>", "<|speak|>", "<|turn_eos|>", "<|chunk_eos|>"

@@ -11,7 +11,7 @@ from itertools import groupby
 
 from finetune.media.audio_layout import AudioPlan
 from finetune.sample import Media, Sample
-from finetune.templates.rendering import TokenizedPrompt
+from finetune.templates.prompt_types import TokenizedPrompt
 
 FIRST_ID = 151_748
 """Rows of the published embedding table; the id of the first new token."""

@@ -8,7 +8,7 @@ from finetune.media.audio_layout import AudioPlan
 from finetune.media.slicing import SlicePlan
 from finetune.sample import Sample
 from finetune.templates.placeholders import old_schema
-from finetune.templates.rendering import PromptLayout, PromptTokenizer, TokenizedPrompt
+from finetune.templates.prompt_types import PromptLayout, PromptTokenizer, TokenizedPrompt
 from finetune.templates.turn_order import merged, turns
 
 ROLES = ("system", "user", "assistant")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from finetune.media.slicing import SlicePlan, item_sizes
 from finetune.media.video_sampling import Frames
-from finetune.templates.rendering import PromptLayout, PromptTokenizer
+from finetune.templates.prompt_types import PromptLayout, PromptTokenizer
 
 
 class PlaceholderBlock(NamedTuple):

@@ -18,7 +18,7 @@ from finetune.families.llama3_v2_5 import LLAMA3_V2_5
 from finetune.families.v2_0 import V2_0
 from finetune.models import load_tokenizer
 from finetune.sample import Message, Sample, Source, Text
-from finetune.templates.rendering import PromptLayout
+from finetune.templates.prompt_types import PromptLayout
 
 TURNS = (
     "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"

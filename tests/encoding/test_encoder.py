@@ -22,7 +22,7 @@ from finetune.media import image
 from finetune.media.slicing import SlicePlan, SliceSpec
 from finetune.readers import read
 from finetune.sample import DataError, Media, Message, Sample, Source, Text
-from finetune.templates.rendering import TokenizedPrompt
+from finetune.templates.prompt_types import TokenizedPrompt
 from finetune.utils.errors import UserError
 
 SOURCE = Source("data.json", 5, "q")

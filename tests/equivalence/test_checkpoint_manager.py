@@ -26,7 +26,7 @@ from finetune.checkpoints.resume import choose_checkpoint
 from finetune.evaluation import progress_files
 from finetune.evaluation.progress_files import ProgressCallback
 from finetune.runtime import outcome
-from finetune.training.watchdog import NonFiniteError
+from finetune.training.training_checks import NonFiniteError
 from finetune.utils.errors import NotSavedError, UnusableResultError
 from trainer import CPMTrainer
 

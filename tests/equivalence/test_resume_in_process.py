@@ -12,7 +12,7 @@ from finetune.checkpoints.manifest import checkpoints
 from finetune.checkpoints.resume import choose_checkpoint
 from finetune.runtime import outcome
 from finetune.training.graceful_stop import StoppedError
-from finetune.training.watchdog import Watchdog
+from finetune.training.training_checks import Watchdog
 from trainer import CPMTrainer
 
 

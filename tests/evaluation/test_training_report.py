@@ -14,7 +14,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from finetune.commands import chat, evaluate, export
 from finetune.evaluation import progress_files
-from finetune.evaluation.generated_metric import Answered
+from finetune.evaluation.generation_evaluator import Answered
 from finetune.evaluation.progress_files import ProgressCallback
 from finetune.evaluation.training_report import RunFacts, build_run
 from finetune.pages.html_page import PageError, render

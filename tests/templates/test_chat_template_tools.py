@@ -20,7 +20,7 @@ from finetune.encoding.length_policy import LengthPolicy
 from finetune.families import FAMILIES, by_name
 from finetune.readers import read
 from finetune.sample import DataError, Sample
-from finetune.templates.rendering import IGNORE
+from finetune.templates.prompt_types import IGNORE
 from finetune.tiny import chatml_tokenizers, native_folders
 
 WITH_TOOLS = ("o2_6", "v4_5", "o4_5", *(family.name for family in FAMILIES if family.network is None))

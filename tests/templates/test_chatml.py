@@ -15,7 +15,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.families import by_name
 from finetune.readers import read
 from finetune.sample import DataError, Message, Sample, Text
-from finetune.templates.rendering import IGNORE
+from finetune.templates.prompt_types import IGNORE
 
 ALL = pytest.mark.parametrize("family", CHATML)
 WITH_THINKING = pytest.mark.parametrize("family", THINKING)

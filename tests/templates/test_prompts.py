@@ -8,7 +8,7 @@ from golden_tokenizers import tokenizer, vocabulary
 from finetune.families import by_name
 from finetune.media.slicing import SlicePlan
 from finetune.sample import DataError, Media, Message, Part, Sample, Source, Text
-from finetune.templates.rendering import IGNORE, PromptLayout, TokenizedPrompt
+from finetune.templates.prompt_types import IGNORE, PromptLayout, TokenizedPrompt
 
 SOURCE = Source("data.json", 3)
 NAMES = {"v2_0": "minicpm", "llama3_v2_5": "llama3"}

@@ -19,7 +19,7 @@ from finetune.encoding.sample_policy import BAD_SAMPLES, SamplePolicy
 from finetune.models import load_tokenizer
 from finetune.readers import read
 from finetune.runtime.outcome import UNUSABLE_RESULT
-from finetune.training.skip_limit import BadShareCallback
+from finetune.training.bad_share import BadShareCallback
 from finetune.utils.errors import ArgumentError, UnusableResultError
 
 

@@ -21,7 +21,7 @@ from finetune.runtime import outcome
 from finetune.runtime.signals import SignalWatch
 from finetune.training.freezing import adapt
 from finetune.training.graceful_stop import StoppedError
-from finetune.training.watchdog import DeadPartError, NoLabelError, NonFiniteError, affects_loss
+from finetune.training.training_checks import DeadPartError, NoLabelError, NonFiniteError, affects_loss
 from trainer import CPMTrainer
 
 Make = Callable[..., CPMTrainer]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from made_records import write_records
-from watchdog_worker import FAMILY, FAULTS_BY_MODE
+from training_checks_worker import FAMILY, FAULTS_BY_MODE
 
 MODES = ("ddp", "zero2", "zero3")
-WORKER = Path(__file__).with_name("watchdog_worker.py")
+WORKER = Path(__file__).with_name("training_checks_worker.py")
 
 
 @pytest.fixture(scope="module")

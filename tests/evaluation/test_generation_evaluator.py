@@ -14,7 +14,7 @@ from finetune.arguments.parse import parse_arguments
 from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.encoder import Encoder
 from finetune.evaluation.batched_generation import generate_answers, split_answer
-from finetune.evaluation.generated_metric import GeneratedMetric
+from finetune.evaluation.generation_evaluator import GeneratedMetric
 from finetune.evaluation.metrics import METRICS, MetricError
 from finetune.evaluation.plots import plot_training_curves
 from finetune.evaluation.progress_files import ProgressCallback
@@ -76,11 +76,11 @@ def test_the_same_on_every_number_of_ranks(tiny, demo_data, monkeypatch):
     assert model.training, "training goes on in its mode"
     parts: list[list] = []
     monkeypatch.setattr(
-        "finetune.evaluation.generated_metric.gather_object", lambda scores: parts.append(scores) or scores
+        "finetune.evaluation.generation_evaluator.gather_object", lambda scores: parts.append(scores) or scores
     )
     calls = []
     monkeypatch.setattr(
-        "finetune.evaluation.generated_metric.answer_batch",
+        "finetune.evaluation.generation_evaluator.answer_batch",
         lambda *args, real=GeneratedMetric.__call__.__globals__["answer_batch"], **kwargs: (
             calls.append(1) or real(*args, **kwargs)
         ),
@@ -104,7 +104,7 @@ def test_the_first_and_the_newest_answers_are_kept(tiny, demo_data, monkeypatch)
     for step in (0, 10, 20):
         said = [f"{step} {number}" for number in (0, 1)]
         monkeypatch.setattr(
-            "finetune.evaluation.generated_metric.answer_batch", lambda *args, said=said, **_: said[: len(args[3])]
+            "finetune.evaluation.generation_evaluator.answer_batch", lambda *args, said=said, **_: said[: len(args[3])]
         )
         asked(torch.nn.Identity(), step=step)
     assert [sorted(each.answers) for each in asked.answered] == [[0, 20]] * 3
