@@ -36,14 +36,14 @@ class SupervisedDataset(Dataset[Example]):
     >>> import json
     >>> from pathlib import Path
     >>> from tempfile import mkdtemp
-    >>> from finetune.checkpoints.base_checkpoint import resolve
+    >>> from finetune.checkpoints.base_checkpoint import resolve_base
     >>> from finetune.tokenizers.tokenization import load_tokenizer
     >>> from finetune.readers.mixture import open_data
     >>> from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
     >>> folder = Path(mkdtemp())
     >>> turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     >>> _ = (folder / "data.json").write_text(json.dumps([{"id": "0", "conversations": turns}]))
-    >>> base = resolve(write_tiny_checkpoint("v2_6", folder / "model"))
+    >>> base = resolve_base(write_tiny_checkpoint("v2_6", folder / "model"))
     >>> encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings, max_length=2048)
     >>> dataset = SupervisedDataset(open_data(folder / "data.json", None), encoder)
     >>> example = dataset[0]

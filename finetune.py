@@ -124,7 +124,7 @@ def make_encoder(args: Arguments, base: BaseCheckpoint) -> Encoder:
         duplex=base.duplex_name,
         **args.data.encoding,
     )
-    check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
+    check_chat_template(base.family, tokenizer, encoder.layout, encoder.prompt_tokenizer)
     return encoder
 
 

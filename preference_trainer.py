@@ -101,7 +101,7 @@ class PreferenceTrainer(CPMTrainer):
             for numbers, batch in zip(own, self._with_bar(loader), strict=True):
                 logps = self._row_logps(batch)
                 table[numbers] = logps[: len(numbers)]
-                self._hang_watch.progress()
+                self._hang_callback.progress()
         return self.accelerator.reduce(table).cpu().numpy()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _with_bar(self, loader: DataLoader) -> Iterable[Any]:

@@ -30,16 +30,17 @@ from finetune.checkpoints.output_folder import OutputFolder
 from finetune.checkpoints.resume import NoStepsLeftCallback, NoStepsLeftError
 from finetune.checkpoints.saving import finish_adapter, finish_full
 from finetune.encoding.example import Example
-from finetune.evaluation.generation_evaluator import metric_of
+from finetune.evaluation.generation_evaluator import make_generation_evaluator
 from finetune.evaluation.progress_files import ProgressBar, tolerate_write_errors
 from finetune.training.base_loss import check_base_loss
 from finetune.training.flops import flops_of
 from finetune.training.freezing import full_parts, part_of
-from finetune.training.graceful_stop import HangWatch, StopCallback
+from finetune.training.graceful_stop import StopCallback
 from finetune.training.gradient_norms import GradientNorms
+from finetune.training.hang_watchdog import HangCallback
 from finetune.training.optimizer_groups import split_groups
 from finetune.training.throughput import Throughput
-from finetune.training.training_checks import Watchdog
+from finetune.training.training_checks import TrainingChecks
 from finetune.training.zero3_leaves import keep_experts_together
 from finetune.utils.errors import UnusableResultError
 
@@ -58,10 +59,10 @@ class CPMTrainer(Trainer):
     - ``get_train_dataloader``, ``get_eval_dataloader``: packed and length-grouped batches, streamed data, seeds of the
       dataloader workers that do not depend on a resume;
     - ``get_batch_samples``, ``training_step``, ``log``, ``evaluate``: tokens/s, data waiting time, FLOPs and gradient
-      norms per part in the log, and the watchdog for losses and gradients;
+      norms per part in the log, and the checks of losses and gradients;
     - ``floating_point_ops``: FLOPs of frozen and trained parts, also with ZeRO-3;
     - ``create_optimizer``: a learning rate per part;
-    - ``compute_loss``: the loss per sample for the watchdog, and the base loss at step 0;
+    - ``compute_loss``: the loss per sample for the checks, and the base loss at step 0;
     - ``prediction_step``, ``evaluation_loop``: an evaluation loss weighted by tokens, the same for every batch size,
       and metrics on generated answers;
     - ``_save_checkpoint``, ``save_model``: checkpoints that are finite and complete or not there at all, and side files
@@ -102,7 +103,9 @@ class CPMTrainer(Trainer):
         flops = flops_of(self._unwrapped(), base.family)
         self.throughput = Throughput(flops, self.accelerator.gather, self.args.device)
         self._batches_seen = 0
-        self.generated = metric_of(self.args, self.eval_dataset, sharded=zero_stage(self.args.deepspeed) == _SHARDED)
+        self.generated = make_generation_evaluator(
+            self.args, self.eval_dataset, sharded=zero_stage(self.args.deepspeed) == _SHARDED
+        )
         self.gradient_norms = GradientNorms(self.accelerator, sharded=zero_stage(self.args.deepspeed) > 0)
         self.add_callback(self.gradient_norms)
         parts = base.family.parts
@@ -110,16 +113,16 @@ class CPMTrainer(Trainer):
         trained = {part_of(name, parts) for name, weight in inner.named_parameters() if weight.requires_grad}
         declared = trained.union(full_parts(self.args))  # pyright: ignore[reportArgumentType]
         limit = self.args.max_nonfinite_steps  # pyright: ignore[reportAttributeAccessIssue]
-        self.watchdog = Watchdog(inner, parts, self.accelerator, declared, limit)
-        self.add_callback(self.watchdog)
+        self.checks = TrainingChecks(inner, parts, self.accelerator, declared, limit)
+        self.add_callback(self.checks)
         tolerate_write_errors(self.callback_handler.callbacks)
         self.checkpoint_manager = checkpoint_manager or CheckpointManager()
         self.add_callback(self.checkpoint_manager)
         timeout = self.args.hang_timeout  # pyright: ignore[reportAttributeAccessIssue]
-        self._hang_watch = HangWatch(timeout, self.watchdog.samples)
-        self.add_callback(self._hang_watch)
+        self._hang_callback = HangCallback(timeout, self.checks.samples)
+        self.add_callback(self._hang_callback)
         seconds = self.args.save_on_signal_timeout  # pyright: ignore[reportAttributeAccessIssue]
-        self._stop_callback = StopCallback(seconds, lambda: self.watchdog.stop_requested)
+        self._stop_callback = StopCallback(seconds, lambda: self.checks.stop_requested)
         if seconds > 0:
             self.add_callback(self._stop_callback)
 
@@ -134,10 +137,10 @@ class CPMTrainer(Trainer):
         if (checkpoint := kwargs.get("resume_from_checkpoint")) is not None:
             self._batches_seen = stream_resume.batches_seen(Path(checkpoint), self._stream_assignment())
         self.checkpoint_manager.begin(
-            flags, self._unwrapped(), self.watchdog, checkpoint and Path(checkpoint), self._output
+            flags, self._unwrapped(), self.checks, checkpoint and Path(checkpoint), self._output
         )
         try:
-            with self._stop_callback, self._hang_watch:
+            with self._stop_callback, self._hang_callback:
                 done = super().train(*args, **kwargs)
                 not_saved = self.checkpoint_manager.why_not_saved(self.state.global_step)
                 self._stop_callback.check(self.args, self.state, not_saved)
@@ -153,7 +156,7 @@ class CPMTrainer(Trainer):
             self.checkpoint_manager.end(flags, self.state)
         if not self.state.global_step:
             raise UnusableResultError("0 steps were trained: the training data gave no batch")
-        self.watchdog.check_any_finite()
+        self.checks.check_any_finite()
         return done
 
     def _stream_assignment(self) -> dict[str, Any] | None:
@@ -231,7 +234,7 @@ class CPMTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch, counted for the throughput of the log."""
         self.throughput.begin(inputs)
-        self.watchdog.begin(inputs)
+        self.checks.begin(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         # The Trainer sums losses, so that one NaN would stay in all later logs; ``log`` reports it for its interval.
         return loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -257,8 +260,8 @@ class CPMTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def record_rows(self, row_loss: torch.Tensor) -> None:
-        """Shows the loss of every row of a micro-batch in training, (B, 2), to the watchdog; logs the base loss."""
-        self.watchdog.record_row_loss(row_loss)
+        """Shows the loss of every row of a micro-batch in training, (B, 2), to the checks; logs the base loss."""
+        self.checks.record_row_loss(row_loss)
         if self.base_loss is None and self.state.global_step == 0:
             self._report_base_loss(row_loss)
 
@@ -286,8 +289,8 @@ class CPMTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the throughput to training logs, over all ranks and without the time of evaluation and saving."""
         if "loss" in logs:
-            logs["loss"] = math.nan if self.watchdog.nonfinite_since_log else logs["loss"]
-            self.watchdog.nonfinite_since_log = False
+            logs["loss"] = math.nan if self.checks.nonfinite_since_log else logs["loss"]
+            self.checks.nonfinite_since_log = False
             logs |= self.gradient_norms.log(logs.get("grad_norm"), self.args.max_grad_norm) | self.throughput.log()
         super().log(logs, start_time)
 

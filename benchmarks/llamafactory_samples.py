@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer.save_pretrained(folder)
         theirs = _Theirs(given.python, folder, given.processor)
         encoders = {
-            backend: Encoder(by_name("v2_6"), tokenizer, CONFIG, shrink_pixels=MAX_PIXELS, image_backend=backend)
+            backend: Encoder(by_name("v2_6"), tokenizer, CONFIG, max_pixels=MAX_PIXELS, image_backend=backend)
             for backend in ("pillow", "fast")
         }
         samples = open_data(folder / "data.json", None)

@@ -142,7 +142,7 @@ def encoder() -> Any:
     from finetune.families import by_name
 
     made = Encoder(by_name("llama3_v2_5"), tokenizer("llama3"), SMALL_IMAGES, max_length=500)
-    made.max_pixels = _MOST
+    made.refuse_above_pixels = _MOST
     return made
 
 

@@ -275,13 +275,13 @@ def _prompt_faults(case: Json, example: Example, prompt: Example, encoder: Encod
     official = case.get("inference_prompt_ids")
     if official is not None and head != official:
         faults.append(f"prompt: {_first_difference(head, official)}")
-    end = [encoder.vocabulary.control(encoder.family.stop_tokens[0])]
+    end = [encoder.prompt_tokenizer.control(encoder.family.stop_tokens[0])]
     # ChatML has a newline behind the end of a turn.
-    end += encoder.vocabulary.fixed("\n") if case.get("template") else []
+    end += encoder.prompt_tokenizer.fixed("\n") if case.get("template") else []
     # A prompt that asks for thinking ends with the opening mark.
     text = sample.messages[-1].text.strip()
     text = text.removeprefix("<think>\n") if encoder.layout.enable_thinking else text
-    if ids != [*head, *encoder.vocabulary.continuation(text), *end]:
+    if ids != [*head, *encoder.prompt_tokenizer.continuation(text), *end]:
         faults.append("training ids are not prompt + answer + end")
     if example.image_bound.tolist() != prompt.image_bound.tolist():
         faults.append("placeholders move between prompt and training")
@@ -292,7 +292,7 @@ def _label_faults(example: Example, sample: Sample, encoder: Encoder) -> list[st
     """The labels, decoded, are the answers, each with the end token behind it, in order."""
     ids, labels = example.input_ids.tolist(), example.labels.tolist()
     tokenizer = encoder.tokenizer
-    end = encoder.vocabulary.control(encoder.family.stop_tokens[0])
+    end = encoder.prompt_tokenizer.control(encoder.family.stop_tokens[0])
     found, start = [], 0
     while start < len(labels):
         if labels[start] == IGNORE:
@@ -321,7 +321,7 @@ def _answer_faults(result: Json, example: Example, encoder: Encoder) -> list[str
     labels = [label for label in example.labels.tolist() if label != IGNORE]
     official = [token for first, last in result["answer_spans"] for token in result["input_ids"][first:last]]
     # The official code takes an answer with the word "assistant" for a header, and trains the empty think block.
-    block = encoder.vocabulary.fixed("<think>\n\n</think>\n\n")
+    block = encoder.prompt_tokenizer.fixed("<think>\n\n</think>\n\n")
     official = official[len(block) :] if official[: len(block)] == block else official
     return [] if labels == official else [f"answers: {_first_difference(labels, official)}"]
 
@@ -329,7 +329,7 @@ def _answer_faults(result: Json, example: Example, encoder: Encoder) -> list[str
 def _unnumbered_faults(result: Json, example: Example, encoder: Encoder) -> list[str]:
     """Without the number of its only image the ids are the official ones."""
     ids = example.input_ids.tolist()
-    number = [encoder.vocabulary.control("<image_id>"), *encoder.vocabulary.fixed("0")]
+    number = [encoder.prompt_tokenizer.control("<image_id>"), *encoder.prompt_tokenizer.fixed("0")]
     at = ids.index(number[0])
     rest = ids[:at] + ids[at + len(number) + 1 :]
     if ids[at : at + len(number)] == number and rest == result["input_ids"]:

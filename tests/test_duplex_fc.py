@@ -131,7 +131,7 @@ def test_packed_is_padded(folder: Path, encoder: Encoder, examples: list[Example
 
 
 def test_decisions_are_those_of_the_spoken_slot(encoder: Encoder, examples: list[Example]) -> None:
-    units = generated_units(examples[0].input_ids.tolist(), examples[0].labels.tolist(), encoder.vocabulary)
+    units = generated_units(examples[0].input_ids.tolist(), examples[0].labels.tolist(), encoder.prompt_tokenizer)
     assert [(unit.speaks, unit.begins, unit.ends) for unit in units] == [
         (False, False, False),
         (True, True, False),
@@ -139,7 +139,8 @@ def test_decisions_are_those_of_the_spoken_slot(encoder: Encoder, examples: list
         (True, False, True),  # the audio of the turn is longer than its text
     ]
     assert counted(units) == (4, 3, 1, 0)
-    assert len(generated_units(examples[1].input_ids.tolist(), examples[1].labels.tolist(), encoder.vocabulary)) == 7
+    ids, labels = examples[1].input_ids.tolist(), examples[1].labels.tolist()
+    assert len(generated_units(ids, labels, encoder.prompt_tokenizer)) == 7
 
 
 def test_only_decisions_are_evaluated(
@@ -163,7 +164,8 @@ def test_only_decisions_are_evaluated(
         unit_weights={"speak": 3.0},
     ).encode(samples[0])
     assert weighted.loss_weights is not None
-    assert weighted.input_ids[weighted.loss_weights == 3].tolist() == [encoder.vocabulary.control("<|speak|>")] * 3
+    speak = encoder.prompt_tokenizer.control("<|speak|>")
+    assert weighted.input_ids[weighted.loss_weights == 3].tolist() == [speak] * 3
 
 
 def test_the_native_prompt_takes_records_of_speech_alone(folder: Path, samples: list[Sample]) -> None:

@@ -1,4 +1,4 @@
-"""Data flags: data files, image and video settings, policies for long and for bad samples."""
+"""Data flags: stage, data files, image and video settings, loss masking, policies for long and for bad samples."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class EncodingOptions(TypedDict):
     """Keywords of ``Encoder``."""
 
     max_slice_nums: int | None
+    refuse_above_pixels: int | None
     max_pixels: int | None
-    shrink_pixels: int | None
     image_backend: Literal["pillow", "fast"]
     video: VideoOptions
     thinking: Thinking
@@ -142,7 +142,8 @@ class DataArguments:
         default=None, metadata={"help": "Maximum number of slices per image. Default: the checkpoint's value."}
     )
     max_image_pixels: int | None = field(
-        default=None, metadata={"help": "Largest image accepted, in pixels (guards against decompression bombs)."}
+        default=None,
+        metadata={"help": "Refuse images above this number of pixels (guards against decompression bombs)."},
     )
     image_max_pixels: int | None = field(
         default=None,
@@ -252,8 +253,8 @@ class DataArguments:
         """Arguments of ``Encoder``, without max_length."""
         return EncodingOptions(
             max_slice_nums=self.max_slice_nums,
-            max_pixels=self.max_image_pixels,
-            shrink_pixels=self.image_max_pixels,
+            refuse_above_pixels=self.max_image_pixels,
+            max_pixels=self.image_max_pixels,
             image_backend=self.image_backend,
             video=self.video_options,
             thinking=self.thinking,

@@ -227,7 +227,7 @@ class ChatPipeline:
 
     def _batch(self, encoder: Encoder, samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], str]:
         batch = prompt_batch(self.model, encoder, samples)
-        opened = encoder.vocabulary.fixed(_OPEN_THOUGHT)
+        opened = encoder.prompt_tokenizer.fixed(_OPEN_THOUGHT)
         opening = _OPEN_THOUGHT if batch["input_ids"][0, -len(opened) :].tolist() == list(opened) else ""
         return batch, opening
 

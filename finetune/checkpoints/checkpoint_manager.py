@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from finetune.checkpoints.output_folder import OutputFolder
-    from finetune.training.training_checks import Watchdog
+    from finetune.training.training_checks import TrainingChecks
 
 logger = logging.getLogger(__name__)
 
@@ -82,13 +82,13 @@ class CheckpointManager(TrainerCallback):
         self._unconfirmed: Path | None = None
         self._limit: int | None = None
         self.size: int | None = None
-        self._watchdog: Watchdog | None = None
+        self._checks: TrainingChecks | None = None
 
     def begin(
         self,
         args: TrainingArguments,
         model: nn.Module,
-        watchdog: Watchdog,
+        checks: TrainingChecks,
         resumed: Path | None,
         output: OutputFolder | None = None,
     ) -> None:
@@ -98,7 +98,7 @@ class CheckpointManager(TrainerCallback):
             SpaceError: the disk has no space for a single checkpoint.
         """
         self._converted = resumed if resumed is not None and is_converted(resumed) else None
-        self._watchdog, self._output = watchdog, output
+        self._checks, self._output = checks, output
         self._unconfirmed = None if self._converted else resumed
         self._limit, args.save_total_limit = args.save_total_limit, None
         self.size = checkpoint_size(model, args)
@@ -121,9 +121,9 @@ class CheckpointManager(TrainerCallback):
         self._complete(state)
         if self._converted is not None:
             shutil.rmtree(self._converted.parent, ignore_errors=True)
-        if self._unconfirmed is not None and self._watchdog is not None and self._watchdog.in_a_row:
+        if self._unconfirmed is not None and self._checks is not None and self._checks.in_a_row:
             try:
-                mark_doubtful(self._unconfirmed, f"none of the {self._watchdog.in_a_row} steps after it was finite")
+                mark_doubtful(self._unconfirmed, f"none of the {self._checks.in_a_row} steps after it was finite")
                 logger.warning(
                     "%s: none of the steps after it was finite; --resume_from_checkpoint auto skips it",
                     self._unconfirmed,
@@ -143,14 +143,14 @@ class CheckpointManager(TrainerCallback):
         self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Removes old checkpoints once the newest is complete and a step from its weights was finite."""
-        if self._unconfirmed is not None and self._watchdog is not None and not self._watchdog.in_a_row:
+        if self._unconfirmed is not None and self._checks is not None and not self._checks.in_a_row:
             self._unconfirmed, self._rotation_due = None, state.is_world_process_zero
         if not self._manifest.busy:
             self._rotate_if_due(args, state)
 
     def final_error(self, args: transformers.TrainingArguments) -> UserError | None:
         """The error of a run whose result is saved: non-finite last steps, or a checkpoint that was not written."""
-        if self._watchdog is not None and (error := self._watchdog.final_error()) is not None:
+        if self._checks is not None and (error := self._checks.final_error()) is not None:
             return error
         if self.unsaved is not None:
             return NotSavedError(f"the result is saved in {args.output_dir}, but {self.unsaved}")
@@ -246,8 +246,8 @@ class CheckpointManager(TrainerCallback):
 
     def _nonfinite_reason(self, accelerator: Accelerator, model: nn.Module, *, lora: bool) -> str | None:
         """Why the weights should not be saved; the same on every rank; None if they are finite."""
-        if self._watchdog is not None and self._watchdog.in_a_row:
-            return f"the last {self._watchdog.in_a_row} steps were not finite"
+        if self._checks is not None and self._checks.in_a_row:
+            return f"the last {self._checks.in_a_row} steps were not finite"
         if names := nonfinite_on_any_rank(accelerator, model, lora=lora):
             return f"weights are not finite: {some(names)}"
         return None

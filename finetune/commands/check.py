@@ -96,7 +96,7 @@ def _encoder(given: argparse.Namespace, data: DataArguments) -> Encoder:
     tokenizer = load_tokenizer(base.folder, duplex_prompt=base.duplex_name)
     options: dict[str, Any] = {"max_length": given.model_max_length, "duplex": base.duplex_name, **data.encoding}
     encoder = Encoder(base.family, tokenizer, base.settings, **options)
-    check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
+    check_chat_template(base.family, tokenizer, encoder.layout, encoder.prompt_tokenizer)
     return encoder
 
 

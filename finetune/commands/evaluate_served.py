@@ -131,8 +131,8 @@ def _server(given: argparse.Namespace, encoder: Encoder | None) -> ServedModel:
         options={} if encoder is None else thinking_options(encoder),
         details=given.compare is not None,
         max_new_tokens=given.max_new_tokens,
-        max_pixels=given.max_image_pixels,
-        shrink_pixels=given.image_max_pixels,
+        refuse_above_pixels=given.max_image_pixels,
+        max_pixels=given.image_max_pixels,
     )
 
 

@@ -262,13 +262,13 @@ class AnswerGenerator:
 
 def _write_predictions(given: argparse.Namespace, questions: Questions, store: Predictions) -> None:
     """Writes predictions.jsonl without scores."""
-    from finetune.evaluation.scoring import BASE, Prediction
+    from finetune.evaluation.scoring import BASE, UnscoredRow
 
     indices = list(questions)
     answers = store.collect(indices)
     base = store.collect(indices, BASE) if given.compare is not None else [None] * len(indices)
     rows = zip(indices, answers, base, strict=True)
-    store.replace(Prediction(index, questions[index][0], answer, other).as_json() for index, answer, other in rows)
+    store.replace(UnscoredRow(index, questions[index][0], answer, other).as_json() for index, answer, other in rows)
     print(f"written    {store.folder / 'predictions.jsonl'}, {len(indices)} answers without scores")
 
 

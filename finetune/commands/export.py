@@ -1,4 +1,4 @@
-"""``python -m finetune export``: merges adapters into their base, or lays them out for vLLM.
+"""``python -m finetune export``: merges adapters into their base, lays them out for vLLM, or converts them to GGUF.
 
 The merge reads the weights one layer at a time and needs little memory; the result is complete, loads offline, and its
 logits are compared with those of the adapted model. Flags have LLaMA-Factory's names.
@@ -193,7 +193,7 @@ def _export(
         model.mkdir(exist_ok=True)
         weights = _write_weights(given, sources, model)
         if served:
-            _write_served(weights, base, folder / "adapter", out)
+            _write_vllm(weights, base, folder / "adapter", out)
         write_record(folder, sources.adapters, _record(given, sources))
         if checkout is None:
             write_prompt_files(folder, encoder_of(base))
@@ -275,7 +275,7 @@ def _overridden(adapter: Path, names: Collection[str]) -> str:
     )
 
 
-def _write_served(weights: BaseTensors | MergedTensors, base: BaseCheckpoint, folder: Path, out: Path) -> None:
+def _write_vllm(weights: BaseTensors | MergedTensors, base: BaseCheckpoint, folder: Path, out: Path) -> None:
     from finetune.export.lora_merge import MergedTensors
     from finetune.export.vllm_layout import max_lora_rank, write_served_adapter
 

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     encoder = Encoder(base.family, tokenizer, base.settings)
     ids = encoder.encode(_sample(None), generate=True).input_ids.tolist()
     print(f"prompt     {tokenizer.decode(ids)!r}\n           {_short(ids)}")
-    agrees = check_chat_template(base.family, tokenizer, encoder.layout, encoder.vocabulary)
+    agrees = check_chat_template(base.family, tokenizer, encoder.layout, encoder.prompt_tokenizer)
     print(f"template   {'the same prompt by its own chat template' if agrees else 'none in the checkpoint'}")
 
     image = draw()

@@ -39,7 +39,7 @@ def add_flags(parser: argparse._ActionsContainer, dataclass: type, names: Iterab
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds --downsample_mode and --use_image_id, which ``checkpoints.base_checkpoint.resolve`` takes and validates."""
+    """Adds --downsample_mode and --use_image_id, which ``base_checkpoint.resolve_base`` takes and validates."""
     add_flags(parser, ModelArguments, PROMPT_FLAGS)
 
 

@@ -223,8 +223,8 @@ def _check_one(
         sample = length_policy.encoder.tools.expand(sample)  # tool calls are checked as text
     except DataError as error:
         return error
-    vocabulary = length_policy.encoder.vocabulary
-    units = [] if sample.timeline is None else rendered_units(fitted.rendered, vocabulary)
+    prompt_tokenizer = length_policy.encoder.prompt_tokenizer
+    units = [] if sample.timeline is None else rendered_units(fitted.rendered, prompt_tokenizer)
     size = length_policy.encoder.size_of(fitted.sample, fitted.plans, fitted.rendered)
     images, videos, audios = (sum(1 for _ in sample.media(kind)) for kind in MEDIA_KINDS)
     result = CachedCheck(
@@ -234,7 +234,7 @@ def _check_one(
         trained=fitted.labelled_tokens,
         items=size.items,
         media=(images, videos, audios),
-        notes=(*sample.notes, *suspicions(sample, vocabulary), *too_many_tokens(units)),
+        notes=(*sample.notes, *suspicions(sample, prompt_tokenizer), *too_many_tokens(units)),
         content_key=content_key(sample),
         answer=last_answer(sample),
         decisions=counted(units) if units else (),

@@ -15,9 +15,9 @@ Decisions = tuple[int, int, int, int]
 """Number of units, of those that speak, of turns, and of units that listen right after a turn."""
 
 
-def rendered_units(rendered: TokenizedPrompt, vocabulary: PromptTokenizer) -> list[GeneratedUnit]:
+def rendered_units(rendered: TokenizedPrompt, prompt_tokenizer: PromptTokenizer) -> list[GeneratedUnit]:
     """The units of a rendered full-duplex record."""
-    return generated_units(rendered.input_ids, rendered.labels, vocabulary)
+    return generated_units(rendered.input_ids, rendered.labels, prompt_tokenizer)
 
 
 def counted(units: Sequence[GeneratedUnit]) -> Decisions:

@@ -59,12 +59,12 @@ def measure_lengths(samples: Sequence[Sample], encoder: Encoder) -> LengthTable 
 
 
 def _row(sample: Sample, encoder: Encoder, candidates: Sequence[int]) -> list[int]:
-    sizes, vocabulary = encoder.sizes(sample), CachedPromptTokenizer(encoder.vocabulary)
+    sizes, prompt_tokenizer = encoder.sizes(sample), CachedPromptTokenizer(encoder.prompt_tokenizer)
     row, known = [], {}
     for slices in candidates:
         plans = encoder.plans(sizes, slices or None)
         if plans not in known:
-            known[plans] = len(encoder.render(sample, plans, vocabulary=vocabulary).input_ids)
+            known[plans] = len(encoder.render(sample, plans, prompt_tokenizer=prompt_tokenizer).input_ids)
         row.append(known[plans])
     return row
 

@@ -17,7 +17,7 @@ _MEDIA = re.compile(r"image|slice|video|audio|unit|point")
 _SHOWN, _MANY = 60, 3
 
 
-def suspicions(sample: Sample, vocabulary: TokenizerView) -> Iterator[str]:
+def suspicions(sample: Sample, prompt_tokenizer: TokenizerView) -> Iterator[str]:
     """Notes about suspicious content of a sample, without parts that differ between records."""
     if any(message.train and not _said(message) for message in sample.messages):
         yield "a trained answer is empty after </think>"
@@ -29,7 +29,9 @@ def suspicions(sample: Sample, vocabulary: TokenizerView) -> Iterator[str]:
         yield f"a <box> has a number outside of 0 to {_MOST}; {_UNIT}"
     if any("." in number for numbers in boxes for number in numbers):
         yield f"a <box> has a number that is not an integer; {_UNIT}"
-    tokens = dict.fromkeys(token for text in texts for token in vocabulary.spelled(text) if not _MEDIA.search(token))
+    tokens = dict.fromkeys(
+        token for text in texts for token in prompt_tokenizer.spelled(text) if not _MEDIA.search(token)
+    )
     for token in list(tokens)[:_MANY]:
         yield f"the text contains {token!r}, a control token of the prompt; it is encoded as plain text"
 

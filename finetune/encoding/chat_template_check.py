@@ -87,7 +87,7 @@ def check_chat_template(
     family: Family,
     tokenizer: PreTrainedTokenizerBase,
     layout: PromptLayout | None = None,
-    vocabulary: TokenizerView | None = None,
+    prompt_tokenizer: TokenizerView | None = None,
 ) -> bool:
     """Renders a short conversation with the tokenizer's chat template and with ours, and compares the token ids.
 
@@ -95,7 +95,8 @@ def check_chat_template(
         family: model family.
         tokenizer: the checkpoint's tokenizer.
         layout: prompt layout, as in ``Encoder.layout``; None for the family's default.
-        vocabulary: ``Encoder.vocabulary`` if there is one; building it from a full-size tokenizer takes about a second.
+        prompt_tokenizer: ``Encoder.prompt_tokenizer`` if there is one; building it from a full-size tokenizer takes
+            about a second.
 
     Returns:
         Whether the tokenizer has a chat template.
@@ -109,10 +110,10 @@ def check_chat_template(
     layout = complete_layout(family, layout or family.layout({"query_num": 1}), tokenizer)
     theirs = _apply(family, tokenizer, _TURNS, layout)
     messages = tuple(Message(role, (Text(text),)) for role, text in _TURNS)
-    if vocabulary is None:
-        vocabulary = TokenizerView(tokenizer, family.control_tokens, family.required_tokens)
+    if prompt_tokenizer is None:
+        prompt_tokenizer = TokenizerView(tokenizer, family.control_tokens, family.required_tokens)
     probe = Sample(id="probe", source=Source("chat template probe", 0), messages=messages)
-    our_ids = family.render(probe, (), vocabulary, layout, True).input_ids
+    our_ids = family.render(probe, (), prompt_tokenizer, layout, True).input_ids
     # The tokenizer may add the bos token instead of the template.
     text = theirs if theirs.startswith(layout.bos) else layout.bos + theirs
     if our_ids == tokenizer(text, add_special_tokens=False)["input_ids"]:

@@ -41,8 +41,7 @@ from finetune.media.video_sampling import VideoOptions
 from finetune.sample import DataError, Media, Sample, Track
 from finetune.templates.decision_weights import decision_weights
 from finetune.templates.duplex_fc import AUDIO_PLACE
-from finetune.templates.prompt_types import IGNORE, DuplexName, Spoken, Thinking, TokenizedPrompt
-from finetune.templates.prompt_types import PromptTokenizer as Spelling
+from finetune.templates.prompt_types import IGNORE, DuplexName, PromptTokenizer, Spoken, Thinking, TokenizedPrompt
 from finetune.templates.tokenizer_view import TokenizerView
 from finetune.utils.errors import located
 from finetune.utils.log_once import warn_once
@@ -73,11 +72,11 @@ class Encoder:
 
     >>> from tempfile import mkdtemp
     >>> from PIL import Image
-    >>> from finetune.checkpoints.base_checkpoint import resolve
+    >>> from finetune.checkpoints.base_checkpoint import resolve_base
     >>> from finetune.tokenizers.tokenization import load_tokenizer
     >>> from finetune.sample import Media, Message, Sample, Source, Text
     >>> from finetune.tiny.checkpoint_writer import write_tiny_checkpoint
-    >>> base = resolve(write_tiny_checkpoint("v2_6", mkdtemp()))
+    >>> base = resolve_base(write_tiny_checkpoint("v2_6", mkdtemp()))
     >>> encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings)
     >>> question = Message("user", (Media("image", Image.new("RGB", (112, 112))), Text("What is it?")))
     >>> turns = (question, Message("assistant", (Text("A dog."),), train=True))
@@ -93,8 +92,8 @@ class Encoder:
             value in use is logged once.
         max_slice_nums: slices per image.
         max_length: maximum number of tokens of a sample, None for no limit; nothing is truncated.
-        max_pixels: maximum number of pixels of an image.
-        shrink_pixels: larger images are downscaled to at most this many pixels before slicing; None for never.
+        refuse_above_pixels: images of more pixels are refused.
+        max_pixels: larger images are downscaled to at most this many pixels before slicing; None for never.
         video: video sampling options.
         run_seconds: seconds of audio per run of placeholders.
         image_backend: image decoding and resizing: "pillow", or "fast" with a few pixel values off by one.
@@ -116,8 +115,8 @@ class Encoder:
         *,
         max_slice_nums: int | None = None,
         max_length: int | None = None,
+        refuse_above_pixels: int | None = None,
         max_pixels: int | None = None,
-        shrink_pixels: int | None = None,
         video: VideoOptions | None = None,
         run_seconds: float | None = None,
         image_backend: ImageBackend = "pillow",
@@ -127,8 +126,8 @@ class Encoder:
         self.family = family
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.max_pixels = image.MAX_PIXELS if max_pixels is None else max_pixels
-        self.shrink_pixels = shrink_pixels
+        self.refuse_above_pixels = image.MAX_PIXELS if refuse_above_pixels is None else refuse_above_pixels
+        self.max_pixels = max_pixels
         self.unit_weights = unit_weights
         self._inputs = INPUTS[family.inputs]
         self._backend = encoder_settings.image_backend(family, image_backend)
@@ -151,17 +150,19 @@ class Encoder:
 
     def _set_tokens(self) -> None:
         family, layout = self.family, self.layout
-        self.vocabulary = TokenizerView(self.tokenizer, family.control_tokens, family.required_tokens)
-        self._placeholder = self.vocabulary.control(layout.placeholder)
+        self.prompt_tokenizer = TokenizerView(self.tokenizer, family.control_tokens, family.required_tokens)
+        self._placeholder = self.prompt_tokenizer.control(layout.placeholder)
         # Without this token, the first video raises MissingTokenError.
-        has_video = self.vocabulary.has(layout.video_placeholder)
-        self._video_placeholder = self.vocabulary.control(layout.video_placeholder) if has_video else self._placeholder
+        has_video = self.prompt_tokenizer.has(layout.video_placeholder)
+        self._video_placeholder = self._placeholder
+        if has_video:
+            self._video_placeholder = self.prompt_tokenizer.control(layout.video_placeholder)
         # Padding is masked, so any id works for a tokenizer without a pad token.
         pad_id = self.tokenizer.pad_token_id
         self.pad_id = pad_id if isinstance(pad_id, int) else 0
-        self.stop_ids = [self.vocabulary.control(token) for token in family.stop_tokens]
-        if self.vocabulary.has(layout.speech_end):
-            self.stop_ids.append(self.vocabulary.control(layout.speech_end))
+        self.stop_ids = [self.prompt_tokenizer.control(token) for token in family.stop_tokens]
+        if self.prompt_tokenizer.has(layout.speech_end):
+            self.stop_ids.append(self.prompt_tokenizer.control(layout.speech_end))
 
     @property
     def downsample_mode(self) -> str | None:
@@ -189,7 +190,7 @@ class Encoder:
         if media.kind == "image" and self.slicing.enlarge == "adaptive":
             return SmallPrint(self._image(media), self.slicing.scale_resolution)
         if media.kind == "image":
-            return image.shrunk(image.size(media, self.max_pixels), self.shrink_pixels)
+            return image.shrunk(image.size(media, self.refuse_above_pixels), self.max_pixels)
         if media.kind == "audio" and self.audio_spec is not None:
             samples = len(audio.load(media))
             if isinstance(media.data, Track):
@@ -202,7 +203,7 @@ class Encoder:
             return samples
         if media.kind == "video" and self.family.video is not None:
             transformers_processor.check_videos(self.slicing)
-            return probe_video(media, self.family.video, self.video, self.max_pixels)
+            return probe_video(media, self.family.video, self.video, self.refuse_above_pixels)
         raise DataError(f"{media}: {unsupported(self.family, media.kind)}, or remove the record")
 
     def plans(self, sizes: Sequence[MediaSize], max_slice_nums: int | None = None) -> tuple[MediaPlan, ...]:
@@ -275,7 +276,7 @@ class Encoder:
         plans: Sequence[MediaPlan],
         generate: bool = False,
         *,
-        vocabulary: Spelling | None = None,
+        prompt_tokenizer: PromptTokenizer | None = None,
     ) -> TokenizedPrompt:
         """Token ids and labels of a sample, with the placeholders of ``plans``.
 
@@ -283,7 +284,7 @@ class Encoder:
             sample: the conversation.
             plans: one per medium.
             generate: as in ``encode``.
-            vocabulary: this encoder's, as a ``CachedPromptTokenizer`` where a sample is rendered several times.
+            prompt_tokenizer: this encoder's, as a ``CachedPromptTokenizer`` where a sample is rendered several times.
 
         Raises:
             DataError: text the tokenizer cannot represent, or turns the template does not support.
@@ -296,8 +297,8 @@ class Encoder:
             if sample.timeline is not None:
                 if self.family.render_timeline is None or generate:
                     raise DataError(no_timeline(self.family, generate))
-                return self.family.render_timeline(*expanded, vocabulary or self.vocabulary, layout)
-            return self.family.render(*expanded, vocabulary or self.vocabulary, layout, generate)
+                return self.family.render_timeline(*expanded, prompt_tokenizer or self.prompt_tokenizer, layout)
+            return self.family.render(*expanded, prompt_tokenizer or self.prompt_tokenizer, layout, generate)
 
     def assemble(self, sample: Sample, plans: Sequence[MediaPlan], rendered: TokenizedPrompt) -> Example:
         """The tensors of a rendered sample; its media are decoded here.
@@ -351,12 +352,12 @@ class Encoder:
         if self.unit_weights is None or sample.timeline is None:
             return None
         ids, labels = rendered.input_ids, rendered.labels
-        return decision_weights(ids, labels, self.vocabulary, self.unit_weights)
+        return decision_weights(ids, labels, self.prompt_tokenizer, self.unit_weights)
 
     def _image(self, media: Media) -> Image.Image:
-        """A decoded image, downscaled by ``shrink_pixels``."""
-        decoded_image = image.load(media, self.max_pixels, self._backend.read)
-        return image.shrink(decoded_image, self.shrink_pixels)
+        """A decoded image, downscaled by ``max_pixels``."""
+        decoded_image = image.load(media, self.refuse_above_pixels, self._backend.read)
+        return image.shrink(decoded_image, self.max_pixels)
 
     def empty(self, source: str) -> Example:
         """An example of one padding token without label or image, in place of a skipped sample."""

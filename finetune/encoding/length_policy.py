@@ -244,11 +244,11 @@ class _Attempt:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._vocabulary = CachedPromptTokenizer(encoder.vocabulary)
+        self._prompt_tokenizer = CachedPromptTokenizer(encoder.prompt_tokenizer)
 
     def draft(self, sample: Sample, sizes: Sizes, slices: int | None = None) -> Draft:
         plans = self._encoder.plans(sizes, slices)
-        return sample, plans, self._encoder.render(sample, plans, vocabulary=self._vocabulary)
+        return sample, plans, self._encoder.render(sample, plans, prompt_tokenizer=self._prompt_tokenizer)
 
     def fits(self, sample: Sample, sizes: Sizes, slices: int | None = None) -> bool:
         """Whether a variant fits; a text that is too long by its number of characters is not tokenized."""
@@ -262,7 +262,7 @@ def min_tokens(encoder: Encoder, sample: Sample) -> int:
 
     White space around turns and the thinking of answers do not count, since some templates drop them.
     """
-    return encoder.vocabulary.min_tokens(map(_surely_written, sample.messages))
+    return encoder.prompt_tokenizer.min_tokens(map(_surely_written, sample.messages))
 
 
 def _surely_too_long(encoder: Encoder, sample: Sample) -> bool:

@@ -59,10 +59,10 @@ def decisions_of(
 
 
 def _decisions(encoder: Encoder, ids: list[int], labels: list[int], logits: torch.Tensor) -> list[UnitDecision]:
-    listen, speak, turn_end = map(encoder.vocabulary.control, (LISTEN, SPEAK, TURN_END))
+    listen, speak, turn_end = map(encoder.prompt_tokenizer.control, (LISTEN, SPEAK, TURN_END))
     best = logits.argmax(-1).tolist()
     found = []
-    for unit in generated_units(ids, labels, encoder.vocabulary):
+    for unit in generated_units(ids, labels, encoder.prompt_tokenizer):
         before = unit.first - 1  # a position predicts the next token
         own, other = (speak, listen) if unit.speaks else (listen, speak)
         margin = (logits[before, own] - logits[before, other]).item()

@@ -54,8 +54,8 @@ class _Listened:
         assert sample.timeline is not None
         self.picture_units = sample.timeline.picture_units
         ids = self.example.input_ids.tolist()
-        units = generated_units(ids, self.example.labels.tolist(), encoder.vocabulary)
-        open_, close = (encoder.vocabulary.control(token) for token in UNIT)
+        units = generated_units(ids, self.example.labels.tolist(), encoder.prompt_tokenizer)
+        open_, close = (encoder.prompt_tokenizer.control(token) for token in UNIT)
         start = ids.index(open_)
         self.system, self.given, self.close = ids[:start], [], close
         self.starts: list[int] = []
@@ -142,12 +142,12 @@ def _speaking(played: Played) -> bool:
 def _generated(
     model: nn.Module, encoder: Encoder, prompts: Sequence[Example], speaking: Sequence[bool], most: int
 ) -> list[list[int]]:
-    listen, unit_end = (encoder.vocabulary.control(token) for token in (LISTEN, UNIT_END))
+    listen, unit_end = (encoder.prompt_tokenizer.control(token) for token in (LISTEN, UNIT_END))
     batch = pad(prompts, encoder.pad_id, side="left")
     inputs = {k: v.to(device_of(model)) for k, v in batch.items() if k not in ("labels", "position_ids")}
     options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
     barred = torch.tensor(speaking, device=inputs["input_ids"].device)
-    turn_end, prompt = encoder.vocabulary.control(TURN_END), inputs["input_ids"].shape[1]
+    turn_end, prompt = encoder.prompt_tokenizer.control(TURN_END), inputs["input_ids"].shape[1]
 
     def no_listening(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """<|listen|> is out of reach while a turn goes on, also of one that began in this unit."""
@@ -176,7 +176,7 @@ def _until(row: Sequence[int], listen: int, unit_end: int) -> list[int]:
 
 
 def _take(encoder: Encoder, played: Played, row: list[int]) -> None:
-    control = [encoder.vocabulary.control(token) for token in (LISTEN, SPEAK, TURN_END, UNIT_END)]
+    control = [encoder.prompt_tokenizer.control(token) for token in (LISTEN, SPEAK, TURN_END, UNIT_END)]
     played.units.append(row)
     played.texts.append(str(encoder.tokenizer.decode([token for token in row if token not in control])))
     played.ends.append(control[2] in row)

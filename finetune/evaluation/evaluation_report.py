@@ -84,7 +84,7 @@ def build(
         total=len(rows),
         cards=cards,
         text_room=_TEXT_ROOM // max(sum(len(each["earlier"]) + len(each["references"]) + 3 for each in cards), 1),
-        compared=rows[0].base is not None,
+        compared=rows[0].compared is not None,
         summary=summary,
         figures=[_figure(name, value, summary.get("base", {}).get(name)) for name, value in summary["scores"].items()],
         facts=[(_FACTS.get(key, key.replace("_", " ").capitalize()), value) for key, value in _facts(summary)],
@@ -155,8 +155,8 @@ class _Thumbnails:
 
 def _card(metric: Metric, row: ScoreRow, thumbnails: _Thumbnails) -> dict[str, Any]:
     moved = change(metric, row)
-    compared = row.base is not None
-    changed = [] if not compared else ["unchanged" if row.base == row.prediction else "changed"]
+    compared = row.compared is not None
+    changed = [] if not compared else ["unchanged" if row.compared == row.prediction else "changed"]
     verdict = ["better"] if moved > 0 else ["worse"] if moved < 0 else []
     drawing = _drawing(row) if sum(1 for _ in row.prompt.media()) == 1 else []
     return {
@@ -165,12 +165,12 @@ def _card(metric: Metric, row: ScoreRow, thumbnails: _Thumbnails) -> dict[str, A
         "tags": [*verdict, *changed],
         "verdict": verdict[0] if verdict else "",
         "score": row.scores[metric.name],
-        "base_score": row.base_scores[metric.name] if compared else None,
+        "base_score": row.compared_scores[metric.name] if compared else None,
         "earlier": [(message.role, message.text.strip()) for message in row.prompt.messages[:-1]],
         "question": row.prompt.messages[-1].text.strip(),
         "references": list(dict.fromkeys(row.references)),
         "prediction": row.prediction,
-        "base": row.base,
+        "base": row.compared,
         "pictures": thumbnails.of(row.prompt),
         "more": max(sum(medium.kind != "audio" for medium in row.prompt.media()) - _MOST_IMAGES, 0),
         "sounds": sum(1 for _ in row.prompt.media("audio")),
@@ -185,7 +185,7 @@ def _shown(pictures: Sequence[Image.Image], detail: Detail) -> list[EmbeddedImag
 def _drawing(row: ScoreRow) -> list[tuple[str, list[Box], list[Point]]]:
     """Boxes and points of references and answers in thousandths; empty when they use another unit."""
     texts = [("reference", "\n".join(row.references)), ("answer", row.prediction)]
-    texts += [("base", row.base)] if row.base is not None else []
+    texts += [("base", row.compared)] if row.compared is not None else []
     drawn = [(kind, boxes(text), points(text) if "<point>" in text else []) for kind, text in texts]
     numbers = [value for _, found, dots in drawn for each in (*found, *dots) for value in each]
     if not any(value > _SCALE or value < 0 for value in numbers):

@@ -1,4 +1,4 @@
-"""Generation metric during training: answers to evaluation samples, scored at every evaluation (--eval_generate)."""
+"""Generates and scores answers to evaluation samples at every evaluation of a training (--eval_generate)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.sample import DataError, Sample
 logger = logging.getLogger(__name__)
 
 
-class Answered(NamedTuple):
+class GeneratedAnswers(NamedTuple):
     """A question with its reference and the generated answers.
 
     Attributes:
@@ -33,7 +33,7 @@ class Answered(NamedTuple):
     answers: dict[int, str]
 
 
-class GeneratedMetric:
+class GenerationEvaluator:
     """Generates answers to some evaluation samples and scores them.
 
     Args:
@@ -66,7 +66,7 @@ class GeneratedMetric:
         self._length, self._size = max_new_tokens, batch_size
         self._pairs = self._choose(samples, count, skip_bad)
         self.metric, why = resolve_metric(metric, [[answer] for _, answer in self._pairs])
-        self.answered = [Answered(prompt, reference, {}) for prompt, reference in self._pairs]
+        self.answered = [GeneratedAnswers(prompt, reference, {}) for prompt, reference in self._pairs]
         logger.info("eval_%s (%s) on %d evaluation samples", self.metric.name, why, len(self._pairs))
 
     def _choose(self, samples: Sequence[Sample], count: int, skip_bad: bool) -> list[tuple[Sample, str]]:
@@ -131,8 +131,8 @@ class GeneratedMetric:
         return self.metric.combine([self.metric.figures(text, [self._pairs[place][1]]) for place, text in given])
 
 
-def metric_of(args: Any, dataset: Any, *, sharded: bool) -> GeneratedMetric | None:
-    """The metric of --eval_generate; made before training, so that an unknown name fails early.
+def make_generation_evaluator(args: Any, dataset: Any, *, sharded: bool) -> GenerationEvaluator | None:
+    """The evaluator of --eval_generate; made before training, so that an unknown name fails early.
 
     Args:
         args: the training flags.
@@ -147,7 +147,7 @@ def metric_of(args: Any, dataset: Any, *, sharded: bool) -> GeneratedMetric | No
             "--eval_generate_zero3 true enables it"
         )
         return None
-    return GeneratedMetric(
+    return GenerationEvaluator(
         dataset.samples,
         dataset.sample_policy.length_policy.encoder,
         count=args.eval_generate,

@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.evaluation.generation_evaluator import Answered
+from finetune.evaluation.generation_evaluator import GeneratedAnswers
 from finetune.evaluation.plots import PREFERENCE_PREFIXES, metric_names, plot_training_curves, plotted
 from finetune.evaluation.training_report import RunFacts, build_run
 from finetune.pages.html_page import write
@@ -54,7 +54,7 @@ class ProgressCallback(TrainerCallback):
         answered: the questions of --eval_generate with their answers so far.
     """
 
-    def __init__(self, facts: RunFacts | None = None, answered: Sequence[Answered] = ()) -> None:
+    def __init__(self, facts: RunFacts | None = None, answered: Sequence[GeneratedAnswers] = ()) -> None:
         self._facts = facts
         self.answered = answered
         self._clock = 0.0

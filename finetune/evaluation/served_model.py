@@ -69,8 +69,8 @@ class ServedModel:
         options: further fields of every request.
         details: whether to ask for prompt ids and log-probabilities too.
         max_new_tokens: maximum length of an answer in tokens.
-        max_pixels: maximum number of pixels of an image; None for the default.
-        shrink_pixels: larger images are downscaled to at most this many pixels; None for never.
+        refuse_above_pixels: maximum number of pixels of an image; None for the default.
+        max_pixels: larger images are downscaled to at most this many pixels; None for never.
 
     Raises:
         UserError: no server there, or several models and no name.
@@ -86,14 +86,14 @@ class ServedModel:
         options: Mapping[str, Any],
         details: bool,
         max_new_tokens: int,
+        refuse_above_pixels: int | None,
         max_pixels: int | None,
-        shrink_pixels: int | None,
     ) -> None:
         self._openai = openai()
         key = os.environ.get("OPENAI_API_KEY") or "none"
         self._client = self._openai.OpenAI(base_url=url, api_key=key, timeout=600)
         self.url, self.encoder, self.details = url, encoder, details
-        self._pixels = (image.MAX_PIXELS if max_pixels is None else max_pixels, shrink_pixels)
+        self._pixels = (image.MAX_PIXELS if refuse_above_pixels is None else refuse_above_pixels, max_pixels)
         models = {model.id: str(getattr(model, "owned_by", "") or "") for model in self._asked(self._models)}
         if name is None and len(models) != 1:
             raise UserError(f"{url} serves {', '.join(models) or 'nothing'}: name one by --served_model")

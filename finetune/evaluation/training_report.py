@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerState, TrainingArguments
 
 from finetune.evaluation.evaluation_report import pictures_of, words_of
-from finetune.evaluation.generation_evaluator import Answered
+from finetune.evaluation.generation_evaluator import GeneratedAnswers
 from finetune.evaluation.plots import metric_names, points
 from finetune.pages.charts import Curves, curves
 from finetune.pages.html_page import count, render
@@ -50,7 +50,7 @@ class RunFacts:
 
 
 def build_run(
-    facts: RunFacts, args: TrainingArguments, state: TrainerState, answered: Sequence[Answered], seconds: float
+    facts: RunFacts, args: TrainingArguments, state: TrainerState, answered: Sequence[GeneratedAnswers], seconds: float
 ) -> str:
     """The page as HTML.
 
@@ -145,7 +145,7 @@ def _charts(history: Sequence[Mapping[str, Any]]) -> list[Curves]:
     return [chart for chart in made if chart is not None]
 
 
-def _answers(answered: Sequence[Answered], max_pixels: int) -> list[dict[str, Any]]:
+def _answers(answered: Sequence[GeneratedAnswers], max_pixels: int) -> list[dict[str, Any]]:
     room, shown = _ROOM // max(len(answered), 1), []
     for prompt, reference, answers in answered:
         sources = list(pictures_of(prompt, max_pixels))

@@ -1,4 +1,7 @@
-"""Values and functions that several model families share: token lists, slicing, video, audio and prompt settings."""
+"""What several model families share: modules and LoRA targets of the parts, token lists, readers of settings.
+
+The settings are those of slicing, video, audio and prompts.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from finetune.media.video_sampling import PACKED, PER_SECOND, VideoOptions, pack
 from finetune.templates.prompt_types import PromptLayout
 from finetune.utils.errors import CheckpointError
 
-# Part of the model -> its modules.
-OWN_PARTS = {"vision": ("vpm",), "resampler": ("resampler",), "llm": ("llm",)}
-OMNI_PARTS = {**OWN_PARTS, "audio": ("apm", "audio_projection_layer")}
+# Part of the model -> its modules, of models that the published folders bring as remote code.
+REMOTE_CODE_PARTS = {"vision": ("vpm",), "resampler": ("resampler",), "llm": ("llm",)}
+OMNI_PARTS = {**REMOTE_CODE_PARTS, "audio": ("apm", "audio_projection_layer")}
 
 # Part of the model -> regular expression of its LoRA target modules.
 NAVIT_LORA = {
@@ -100,7 +103,7 @@ def published_as(config: Config, model_type: str, version: str) -> bool:
 
 
 # Families whose model classes are in transformers (4.6 and later).
-NATIVE_PARTS = {
+TRANSFORMERS_PARTS = {
     "vision": ("model.vision_tower",),
     "resampler": ("model.merger",),
     "llm": ("model.language_model", "lm_head"),
@@ -109,7 +112,7 @@ NATIVE_PARTS = {
 # segments.
 LINEAR_ATTENTION = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
 # Projections of linear attention, without the two small gate projections.
-NATIVE_LORA = {
+TRANSFORMERS_LORA = {
     "llm": (
         r"model\.language_model\.layers\.\d+\."
         r"(self_attn\.(q_proj|k_proj|v_proj|o_proj)|linear_attn\.(in_proj_qkv|in_proj_z|out_proj))"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from finetune.families.common import NAVIT_LORA, OWN_PARTS, SLICE_TOKENS, slicing
+from finetune.families.common import NAVIT_LORA, REMOTE_CODE_PARTS, SLICE_TOKENS, slicing
 from finetune.families.family import Config, Family, LlamaCpp, Network
 from finetune.families.published import NAVIT, PIXELS, SIGLIP, Published
 from finetune.families.settings import PROCESSOR_FIRST, value_of
@@ -64,7 +64,7 @@ LLAMA3_V2_5 = Family(
     control_tokens=(*SLICE_TOKENS, *_TURN_TOKENS, "<|end_of_text|>"),
     required_tokens=(*SLICE_TOKENS, *_TURN_TOKENS),
     stop_tokens=("<|eot_id|>", "<|end_of_text|>"),
-    parts=OWN_PARTS,
+    parts=REMOTE_CODE_PARTS,
     lora_targets=NAVIT_LORA,
     inference_template=_INFERENCE_TEMPLATE,
     llama_cpp=LlamaCpp(version=2),

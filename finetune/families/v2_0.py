@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from finetune.families.common import OWN_PARTS, SLICE_TOKENS, TIMM_LORA, slicing
+from finetune.families.common import REMOTE_CODE_PARTS, SLICE_TOKENS, TIMM_LORA, slicing
 from finetune.families.family import Config, Family, Network
 from finetune.families.published import Published
 from finetune.families.settings import CONFIG_FIRST, value_of
@@ -69,7 +69,7 @@ V2_0 = Family(
     control_tokens=(*SLICE_TOKENS, "<s>", "</s>"),
     required_tokens=(*SLICE_TOKENS, "<s>", "</s>"),
     stop_tokens=("</s>",),
-    parts=OWN_PARTS,
+    parts=REMOTE_CODE_PARTS,
     lora_targets=TIMM_LORA,
     # Sin-cos positions of the queries, stored in the checkpoint; a constant in the official model.
     fixed_parameters=("resampler.pos_embed",),

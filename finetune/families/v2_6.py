@@ -9,7 +9,7 @@ from finetune.families.common import (
     CHATML_TOKENS,
     IMAGE_ID_TOKENS,
     NAVIT_LORA,
-    OWN_PARTS,
+    REMOTE_CODE_PARTS,
     SINGLE_FRAMES,
     SLICE_TOKENS,
     numbered_layout,
@@ -53,7 +53,7 @@ V2_6 = Family(
     control_tokens=(*_TOKENS, "<|endoftext|>"),
     required_tokens=_TOKENS,
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
-    parts=OWN_PARTS,
+    parts=REMOTE_CODE_PARTS,
     lora_targets=NAVIT_LORA,
     llama_cpp=LlamaCpp(version=3),
 )

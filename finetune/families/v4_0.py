@@ -9,7 +9,7 @@ from finetune.families.common import (
     CHATML_TOKENS,
     IMAGE_ID_TOKENS,
     NAVIT_LORA,
-    OWN_PARTS,
+    REMOTE_CODE_PARTS,
     SINGLE_FRAMES,
     SLICE_TOKENS,
     numbered_layout,
@@ -70,7 +70,7 @@ V4_0 = Family(
     control_tokens=(*_TOKENS, "<s>", "</s>"),
     required_tokens=_TOKENS,
     stop_tokens=("<|im_end|>", "</s>"),
-    parts=OWN_PARTS,
+    parts=REMOTE_CODE_PARTS,
     lora_targets=NAVIT_LORA,
     llama_cpp=LlamaCpp(version=5),
 )

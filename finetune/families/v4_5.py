@@ -8,8 +8,8 @@ from finetune.families.common import (
     CHATML_TOKENS,
     IMAGE_ID_TOKENS,
     NAVIT_LORA,
-    OWN_PARTS,
     PACKED_FRAMES,
+    REMOTE_CODE_PARTS,
     SLICE_TOKENS,
     numbered_layout,
     published_as,
@@ -47,7 +47,7 @@ V4_5 = Family(
     control_tokens=(*_TOKENS, "<|endoftext|>"),
     required_tokens=_TOKENS,
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
-    parts=OWN_PARTS,
+    parts=REMOTE_CODE_PARTS,
     lora_targets=NAVIT_LORA,
     llama_cpp=LlamaCpp(version=6),
 )

@@ -188,7 +188,7 @@ def _sample(part: CheckedDataset, index: int, reasons: list[str], room: int) -> 
     except DataError as error:
         # The check reads headers only, and files may have changed since then.
         return {**shown, "fault": str(error)}
-    notes = (*sample.notes, *suspicions(sample, encoder.vocabulary))
+    notes = (*sample.notes, *suspicions(sample, encoder.prompt_tokenizer))
     if "warning" not in reasons and any(map(is_warning, notes)):
         shown |= {"reasons": [*reasons, "warning"], "tags": _tags([*reasons, "warning"])}
     rendered = fitted.rendered

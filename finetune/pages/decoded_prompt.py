@@ -150,8 +150,8 @@ def _place(
         frames = count(videos[part.data.video], "frame")
         words = f"video {clip.size[0]}x{clip.size[1]}, {clip.length.duration:.1f} s: {frames}{each}, {tokens}"
     else:
-        width, height = image.size(part, encoder.max_pixels)
-        small = image.shrunk((width, height), encoder.shrink_pixels)
+        width, height = image.size(part, encoder.refuse_above_pixels)
+        small = image.shrunk((width, height), encoder.max_pixels)
         shrunk = "" if small == (width, height) else f" shrunk to {small[0]}x{small[1]}"
         words = f"image {width}x{height}{shrunk}: {_slices(plan)}, {tokens}"
     return MediaPlace(bounds[0][0] - 1, bounds[-1][1] + 1, f"[{words}]")
@@ -166,7 +166,7 @@ def _texts(encoder: Encoder, rendered: TokenizedPrompt, first: int, last: int) -
     start = first
     for position in range(first, last):
         token = str(encoder.tokenizer.convert_ids_to_tokens(rendered.input_ids[position]))
-        if encoder.vocabulary.has(token):
+        if encoder.prompt_tokenizer.has(token):
             yield from _run(encoder, rendered, start, position)
             yield replace(_prompt_part(token, rendered, position, position + 1), control=True)
             start = position + 1

@@ -70,7 +70,7 @@ def see(encoder: Encoder, fitted: Fitted) -> list[ModelView]:
     ]
     for medium, seen in zip(sample.media(), found, strict=True):
         if medium.kind == "image":
-            seen.whole = image.load(medium, encoder.max_pixels).copy()
+            seen.whole = image.load(medium, encoder.refuse_above_pixels).copy()
             # No page shows more pixels, and it may be downscaled repeatedly until it fits.
             seen.whole.thumbnail((DETAILS[0].side, DETAILS[0].side), reducing_gap=2.0)
         elif medium.kind == "audio" and encoder.audio_spec is not None:

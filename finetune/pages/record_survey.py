@@ -154,7 +154,7 @@ def image_sides(datasets: Sequence[CheckedDataset]) -> list[int]:
     for found, index in islice(places, 0, None, step):
         try:
             sample = found.records[index]
-            most = found.length_policy.encoder.max_pixels
+            most = found.length_policy.encoder.refuse_above_pixels
             sides += [max(image.size(each, most)) for each in sample.media("image")]
         except DataError:
             continue  # changed since the check, which reports such records

@@ -58,7 +58,7 @@ def timeline_view(encoder: Encoder, fitted: Fitted) -> TimelineView | None:
     for turn in timeline.turns:
         said |= turn.texts()
     views = []
-    for number, unit in enumerate(rendered_units(fitted.rendered, encoder.vocabulary)):
+    for number, unit in enumerate(rendered_units(fitted.rendered, encoder.prompt_tokenizer)):
         words = "listens" if not unit.speaks else "begins" if unit.begins else "goes on"
         words += " and ends" if unit.ends else ""
         views.append(

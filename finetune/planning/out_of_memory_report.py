@@ -99,7 +99,7 @@ class OutOfMemoryReport:
         return f"in step {step} of {steps}"
 
     def _records(self) -> str:
-        names = [] if self._trainer is None else self._trainer.watchdog.current()
+        names = [] if self._trainer is None else self._trainer.checks.current()
         if not names:
             return ""
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""

@@ -1,4 +1,4 @@
-"""ChatML prompt template without thinking: MiniCPM-V 2.6 and 4.0, MiniCPM-o 2.6."""
+"""ChatML prompt template without thinking (MiniCPM-V 2.6 and 4.0, MiniCPM-o 2.6), and turns shared with thinking."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROLES = ("system", "user", "assistant")
 def render(
     sample: Sample,
     plans: Sequence[SlicePlan | AudioPlan],
-    vocabulary: PromptTokenizer,
+    tokenizer: PromptTokenizer,
     layout: PromptLayout,
     generate: bool,
 ) -> TokenizedPrompt:
@@ -30,7 +30,7 @@ def render(
     Args:
         sample: the conversation.
         plans: slice plan of every image, placeholders of every audio clip, in reading order.
-        vocabulary: the tokenizer.
+        tokenizer: as the templates see it (``PromptTokenizer``).
         layout: prompt layout.
         generate: end with the generation prompt instead of the answer.
 
@@ -41,18 +41,18 @@ def render(
     media = numbered(sample, plans)
     messages = turns(sample, (*ROLES, "tool") if layout.tools else ROLES, generate)
     speech = speech_of(messages, layout)
-    begin(rendered, messages, vocabulary, layout)
+    begin(rendered, messages, tokenizer, layout)
     for turn, message in enumerate(messages):
         if message.role == "assistant":
-            open_answer(rendered, vocabulary, speech if turn == len(messages) - 1 else ())
-            rendered.add(vocabulary.continuation(message.text), train=message.train)
-            close_turn(rendered, vocabulary, train=message.train)
+            open_answer(rendered, tokenizer, speech if turn == len(messages) - 1 else ())
+            rendered.add(tokenizer.continuation(message.text), train=message.train)
+            close_turn(rendered, tokenizer, train=message.train)
         elif message.role == "tool":
-            add_results(rendered, messages, turn, vocabulary)
+            add_results(rendered, messages, turn, tokenizer)
         else:
-            add_prompt(rendered, message, media, vocabulary, layout)
+            add_prompt(rendered, message, media, tokenizer, layout)
     if generate:
-        open_answer(rendered, vocabulary, speech)
+        open_answer(rendered, tokenizer, speech)
     return rendered
 
 
@@ -71,61 +71,61 @@ def speech_of(messages: Sequence[Message], layout: PromptLayout) -> tuple[str, .
 
 
 def begin(
-    rendered: TokenizedPrompt, messages: Sequence[Message], vocabulary: PromptTokenizer, layout: PromptLayout
+    rendered: TokenizedPrompt, messages: Sequence[Message], tokenizer: PromptTokenizer, layout: PromptLayout
 ) -> None:
     """Adds the bos token, and the default system turn if the conversation has none."""
     if layout.bos:
-        rendered.add([vocabulary.control(layout.bos)])
+        rendered.add([tokenizer.control(layout.bos)])
     if layout.default_system is not None and messages[0].role != "system" and not speech_of(messages, layout):
-        add_prompt(rendered, Message("system", (Text(layout.default_system),)), iter(()), vocabulary, layout)
+        add_prompt(rendered, Message("system", (Text(layout.default_system),)), iter(()), tokenizer, layout)
 
 
 def add_prompt(
     rendered: TokenizedPrompt,
     message: Message,
     media: Iterator[tuple[int, SlicePlan | AudioPlan]],
-    vocabulary: PromptTokenizer,
+    tokenizer: PromptTokenizer,
     layout: PromptLayout,
 ) -> None:
     """Adds a system or user turn; ``media`` yields number and plan of the remaining media."""
-    rendered.add([vocabulary.control("<|im_start|>")])
+    rendered.add([tokenizer.control("<|im_start|>")])
     # Role and text are tokenized together: their newlines may merge into one token.
     text = f"{message.role}\n"
     for part in merged(message.parts):
         if isinstance(part, str):
             text += part
             continue
-        rendered.add(vocabulary.text(text))
+        rendered.add(tokenizer.text(text))
         number, plan = next(media)
         if isinstance(plan, AudioPlan):
-            rendered.add_audio(plan, vocabulary)
+            rendered.add_audio(plan, tokenizer)
         elif isinstance(part.data, Frames):
-            rendered.add_items(*frame_schema(plan, part.data, layout, vocabulary))
+            rendered.add_items(*frame_schema(plan, part.data, layout, tokenizer))
         else:
-            rendered.add_items(*new_schema(plan, number, layout, vocabulary))
+            rendered.add_items(*new_schema(plan, number, layout, tokenizer))
         text = ""
-    rendered.add(vocabulary.text(text))
-    close_turn(rendered, vocabulary)
+    rendered.add(tokenizer.text(text))
+    close_turn(rendered, tokenizer)
 
 
-def add_results(rendered: TokenizedPrompt, messages: Sequence[Message], turn: int, vocabulary: PromptTokenizer) -> None:
+def add_results(rendered: TokenizedPrompt, messages: Sequence[Message], turn: int, tokenizer: PromptTokenizer) -> None:
     """Adds consecutive tool turns from ``turn`` on as one user turn; nothing if ``turn`` is not the first of them."""
     if messages[turn - 1].role == "tool":
         return
     text = "user"
     for message in takewhile(lambda message: message.role == "tool", messages[turn:]):
         text += f"\n<tool_response>\n{message.text}\n</tool_response>"
-    rendered.add([vocabulary.control("<|im_start|>"), *vocabulary.text(text)])
-    close_turn(rendered, vocabulary)
+    rendered.add([tokenizer.control("<|im_start|>"), *tokenizer.text(text)])
+    close_turn(rendered, tokenizer)
 
 
-def open_answer(rendered: TokenizedPrompt, vocabulary: PromptTokenizer, speech: Sequence[str] = ()) -> None:
+def open_answer(rendered: TokenizedPrompt, tokenizer: PromptTokenizer, speech: Sequence[str] = ()) -> None:
     """Adds the header of an answer; tokenized on its own, as in a generation prompt."""
-    rendered.add([vocabulary.control("<|im_start|>"), *vocabulary.fixed("assistant\n")])
-    rendered.add([vocabulary.control(token) for token in speech])
+    rendered.add([tokenizer.control("<|im_start|>"), *tokenizer.fixed("assistant\n")])
+    rendered.add([tokenizer.control(token) for token in speech])
 
 
-def close_turn(rendered: TokenizedPrompt, vocabulary: PromptTokenizer, *, train: bool = False) -> None:
+def close_turn(rendered: TokenizedPrompt, tokenizer: PromptTokenizer, *, train: bool = False) -> None:
     """Adds <|im_end|>, a label when ``train``, and a newline, never a label."""
-    rendered.add([vocabulary.control("<|im_end|>")], train=train)
-    rendered.add(vocabulary.fixed("\n"))
+    rendered.add([tokenizer.control("<|im_end|>")], train=train)
+    rendered.add(tokenizer.fixed("\n"))

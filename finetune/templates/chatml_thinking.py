@@ -21,7 +21,7 @@ _THOUGHT = re.compile(r"\s*<think>(.*?)</think>|((?:(?!<think>).)*?)</think>", r
 def render(
     sample: Sample,
     plans: Sequence[SlicePlan | AudioPlan],
-    vocabulary: PromptTokenizer,
+    tokenizer: PromptTokenizer,
     layout: PromptLayout,
     generate: bool,
 ) -> TokenizedPrompt:
@@ -35,7 +35,7 @@ def render(
     Args:
         sample: the conversation.
         plans: slice plan of every image, placeholders of every audio clip, in reading order.
-        vocabulary: the tokenizer.
+        tokenizer: as the templates see it (``PromptTokenizer``).
         layout: prompt layout.
         generate: end with the generation prompt instead of the answer.
 
@@ -45,40 +45,40 @@ def render(
     rendered = TokenizedPrompt()
     media = numbered(sample, plans)
     messages = turns(sample, ROLES, generate, trim=layout.trim, thinks=True)
-    speech = [vocabulary.control(token) for token in speech_of(messages, layout)]
-    begin(rendered, messages, vocabulary, layout)
+    speech = [tokenizer.control(token) for token in speech_of(messages, layout)]
+    begin(rendered, messages, tokenizer, layout)
     question = max((turn for turn, message in enumerate(messages) if _is_question(message)), default=len(messages) - 1)
     for turn, message in enumerate(messages):
         if message.role == "assistant":
             thought, answer = _split(sample, turn, message)
-            open_answer(rendered, vocabulary)
+            open_answer(rendered, tokenizer)
             if turn > question and thought and layout.thinking != "strip":
-                _think(rendered, thought, vocabulary, train=message.train and layout.thinking == "keep")
+                _think(rendered, thought, tokenizer, train=message.train and layout.thinking == "keep")
                 answer = answer.lstrip("\n")
             elif turn > question and (layout.thinks_between or turn == len(messages) - 1):
-                _think_nothing(rendered, vocabulary, layout, train=message.train)
+                _think_nothing(rendered, tokenizer, layout, train=message.train)
                 answer = answer.lstrip("\n")
             if turn == len(messages) - 1:
                 rendered.add(speech)
-            rendered.add(vocabulary.continuation(answer), train=message.train)
-            close_turn(rendered, vocabulary, train=message.train)
+            rendered.add(tokenizer.continuation(answer), train=message.train)
+            close_turn(rendered, tokenizer, train=message.train)
         elif message.role == "tool":
-            add_results(rendered, messages, turn, vocabulary)
+            add_results(rendered, messages, turn, tokenizer)
         else:
-            add_prompt(rendered, message, media, vocabulary, layout)
+            add_prompt(rendered, message, media, tokenizer, layout)
     if generate:
-        _open_last(rendered, vocabulary, layout)
+        _open_last(rendered, tokenizer, layout)
         rendered.add(speech)
     return rendered
 
 
-def _open_last(rendered: TokenizedPrompt, vocabulary: PromptTokenizer, layout: PromptLayout) -> None:
+def _open_last(rendered: TokenizedPrompt, tokenizer: PromptTokenizer, layout: PromptLayout) -> None:
     """Adds the generation prompt."""
-    open_answer(rendered, vocabulary)
+    open_answer(rendered, tokenizer)
     if layout.enable_thinking is False:
-        rendered.add(vocabulary.fixed(_NO_THOUGHT))
+        rendered.add(tokenizer.fixed(_NO_THOUGHT))
     elif layout.enable_thinking and layout.thinking_prefill:
-        rendered.add(vocabulary.fixed(_OPEN))
+        rendered.add(tokenizer.fixed(_OPEN))
 
 
 def _is_question(message: Message) -> bool:
@@ -108,18 +108,16 @@ def _split(sample: Sample, turn: int, message: Message) -> tuple[str, str]:
     return thought.strip("\n"), answer
 
 
-def _think(rendered: TokenizedPrompt, thought: str, vocabulary: PromptTokenizer, *, train: bool) -> None:
+def _think(rendered: TokenizedPrompt, thought: str, tokenizer: PromptTokenizer, *, train: bool) -> None:
     # <think> is tokenized on its own: a generation prompt may end with it.
-    rendered.add(vocabulary.fixed(_OPEN), train=train)
-    rendered.add(vocabulary.continuation(f"{thought}\n</think>\n\n"), train=train)
+    rendered.add(tokenizer.fixed(_OPEN), train=train)
+    rendered.add(tokenizer.continuation(f"{thought}\n</think>\n\n"), train=train)
 
 
-def _think_nothing(
-    rendered: TokenizedPrompt, vocabulary: PromptTokenizer, layout: PromptLayout, *, train: bool
-) -> None:
+def _think_nothing(rendered: TokenizedPrompt, tokenizer: PromptTokenizer, layout: PromptLayout, *, train: bool) -> None:
     """Adds an empty think block without labels; after a prompt that ends with <think>, its rest is a label."""
     if layout.enable_thinking and layout.thinking_prefill:
-        rendered.add(vocabulary.fixed(_OPEN))
-        rendered.add(vocabulary.continuation(_NO_THOUGHT.removeprefix(_OPEN)), train=train)
+        rendered.add(tokenizer.fixed(_OPEN))
+        rendered.add(tokenizer.continuation(_NO_THOUGHT.removeprefix(_OPEN)), train=train)
     else:
-        rendered.add(vocabulary.fixed(_NO_THOUGHT))
+        rendered.add(tokenizer.fixed(_NO_THOUGHT))

@@ -12,17 +12,17 @@ WEIGHTED = ("listen", "speak", "yield")
 
 
 def decision_weights(
-    ids: Sequence[int], labels: Sequence[int], vocabulary: PromptTokenizer, weights: Mapping[str, float]
+    ids: Sequence[int], labels: Sequence[int], tokenizer: PromptTokenizer, weights: Mapping[str, float]
 ) -> list[float]:
     """The weight of every token of a rendered full-duplex record: 1, but for the decisions.
 
     Args:
         ids: token ids, in either prompt.
         labels: labels.
-        vocabulary: the tokenizer.
+        tokenizer: as the templates see it (``PromptTokenizer``).
         weights: by name, of WEIGHTED; 1 for a name that is missing.
     """
     found = [1.0] * len(ids)
-    for unit in generated_units(ids, labels, vocabulary):
+    for unit in generated_units(ids, labels, tokenizer):
         found[unit.first] = weights.get("speak" if unit.speaks else "yield" if unit.yields else "listen", 1.0)
     return found

@@ -27,7 +27,7 @@ DEFAULT_SYSTEM = "Streaming Duplex Conversation! You are a helpful assistant."
 
 
 def render_timeline(
-    sample: Sample, plans: Sequence[SlicePlan | AudioPlan], vocabulary: PromptTokenizer, layout: PromptLayout
+    sample: Sample, plans: Sequence[SlicePlan | AudioPlan], tokenizer: PromptTokenizer, layout: PromptLayout
 ) -> TokenizedPrompt:
     """The system turn, then per second <unit>, pictures, the second of user audio, what the model generates, </unit>.
 
@@ -43,7 +43,7 @@ def render_timeline(
         sample: a sample with a timeline.
         plans: slice plan of every picture, placeholders of every audio clip, in reading order; the user audio has one
             run per second.
-        vocabulary: the tokenizer.
+        tokenizer: as the templates see it (``PromptTokenizer``).
         layout: prompt layout, without image numbers.
     """
     assert sample.timeline is not None
@@ -51,19 +51,19 @@ def render_timeline(
         return render_prepared(sample, [plan for plan in plans if isinstance(plan, AudioPlan)])
     rendered = TokenizedPrompt()
     left = iter(plans)
-    _system(rendered, sample.messages[0], left, vocabulary, layout)
+    _system(rendered, sample.messages[0], left, tokenizer, layout)
     *pictures, heard = left
     assert isinstance(heard, AudioPlan)
-    said = generated_ids(sample.timeline, len(heard.runs), vocabulary)
+    said = generated_ids(sample.timeline, len(heard.runs), tokenizer)
     for unit, (run, ids) in enumerate(zip(heard.runs, said, strict=True)):
-        rendered.add([vocabulary.control(UNIT[0])])
+        rendered.add([tokenizer.control(UNIT[0])])
         for number, plan in enumerate(pictures):
             if sample.timeline.picture_units[number] == unit:
                 assert isinstance(plan, SlicePlan)
-                rendered.add_items(*new_schema(plan, number, layout, vocabulary))
-        rendered.add_run(run, vocabulary.control(layout.placeholder))
+                rendered.add_items(*new_schema(plan, number, layout, tokenizer))
+        rendered.add_run(run, tokenizer.control(layout.placeholder))
         rendered.add(ids, train=True)
-        rendered.add([vocabulary.control(UNIT[1])])
+        rendered.add([tokenizer.control(UNIT[1])])
     return rendered
 
 
@@ -71,43 +71,41 @@ def _system(
     rendered: TokenizedPrompt,
     first: Message,
     plans: Iterator[SlicePlan | AudioPlan],
-    vocabulary: PromptTokenizer,
+    tokenizer: PromptTokenizer,
     layout: PromptLayout,
 ) -> None:
     parts = first.parts if first.role == "system" else ()
     text = "".join(part.text for part in parts if isinstance(part, Text)) or DEFAULT_SYSTEM
     reference = any(isinstance(part, Media) for part in parts)
-    rendered.add(
-        [vocabulary.control("<|im_start|>"), *vocabulary.text(f"system\n{text}" + ("\n" if reference else ""))]
-    )
+    rendered.add([tokenizer.control("<|im_start|>"), *tokenizer.text(f"system\n{text}" + ("\n" if reference else ""))])
     if reference:
         plan = next(plans)
         assert isinstance(plan, AudioPlan)
-        rendered.add([vocabulary.control("<|audio_start|>")])
+        rendered.add([tokenizer.control("<|audio_start|>")])
         for run in plan.runs:
-            rendered.add_run(run, vocabulary.control(layout.placeholder))
-        rendered.add([vocabulary.control("<|audio_end|>")])
-    rendered.add([vocabulary.control("<|im_end|>")])
+            rendered.add_run(run, tokenizer.control(layout.placeholder))
+        rendered.add([tokenizer.control("<|audio_end|>")])
+    rendered.add([tokenizer.control("<|im_end|>")])
 
 
-def generated_ids(timeline: Timeline, units: int, vocabulary: PromptTokenizer) -> list[list[int]]:
+def generated_ids(timeline: Timeline, units: int, tokenizer: PromptTokenizer) -> list[list[int]]:
     """The ids that the model generates in each of a number of units."""
-    listen, speak, turn_end, unit_end = map(vocabulary.control, (LISTEN, SPEAK, TURN_END, UNIT_END))
+    listen, speak, turn_end, unit_end = map(tokenizer.control, (LISTEN, SPEAK, TURN_END, UNIT_END))
     found = [[listen] for _ in range(units)]
     for turn in timeline.turns:
-        ids = text_ids(turn, vocabulary)
+        ids = text_ids(turn, tokenizer)
         for unit in range(turn.first_unit, turn.last_unit + 1):
             end = [turn_end] if unit == turn.last_unit else []
             found[unit] = [speak, *ids.get(unit, []), *end, unit_end]
     return found
 
 
-def text_ids(turn: SpokenTurn, vocabulary: PromptTokenizer) -> dict[int, list[int]]:
+def text_ids(turn: SpokenTurn, tokenizer: PromptTokenizer) -> dict[int, list[int]]:
     """The ids of a turn's text by the unit of their first character."""
     starts = turn.starts()
     ids: dict[int, list[int]] = {}
     place = 0
-    for token, (first, _) in zip(*vocabulary.spans(turn.text), strict=True):
+    for token, (first, _) in zip(*tokenizer.spans(turn.text), strict=True):
         while place + 1 < len(starts) and starts[place + 1][0] <= first:
             place += 1
         ids.setdefault(starts[place][1], []).append(token)
@@ -134,9 +132,9 @@ class GeneratedUnit(NamedTuple):
     yields: bool = False
 
 
-def generated_units(ids: Sequence[int], labels: Sequence[int], vocabulary: PromptTokenizer) -> list[GeneratedUnit]:
+def generated_units(ids: Sequence[int], labels: Sequence[int], tokenizer: PromptTokenizer) -> list[GeneratedUnit]:
     """The units of a rendered full-duplex record in either prompt, from its ids and labels."""
-    speak, turn_end, close = map(vocabulary.control, (SPEAK, TURN_END, UNIT[1]))
+    speak, turn_end, close = map(tokenizer.control, (SPEAK, TURN_END, UNIT[1]))
     in_slots = SPOKEN_SLOT[0] in ids
     close = SPOKEN_SLOT[1] if in_slots else close
     found: list[GeneratedUnit] = []

@@ -17,7 +17,7 @@ ROLES = ("system", "user", "assistant")
 def render(
     sample: Sample,
     plans: Sequence[SlicePlan | AudioPlan],
-    vocabulary: PromptTokenizer,
+    tokenizer: PromptTokenizer,
     layout: PromptLayout,
     generate: bool,
 ) -> TokenizedPrompt:
@@ -28,7 +28,7 @@ def render(
     Args:
         sample: the conversation.
         plans: slice plan of every image, in reading order; this family has no audio.
-        vocabulary: the tokenizer.
+        tokenizer: as the templates see it (``PromptTokenizer``).
         layout: prompt layout.
         generate: end with the generation prompt instead of the answer.
 
@@ -37,24 +37,24 @@ def render(
     """
     rendered = TokenizedPrompt()
     left = (plan for plan in plans if isinstance(plan, SlicePlan))
-    end = [vocabulary.control("<|eot_id|>")]
-    rendered.add([vocabulary.control("<|begin_of_text|>")])
+    end = [tokenizer.control("<|eot_id|>")]
+    rendered.add([tokenizer.control("<|begin_of_text|>")])
     for message in turns(sample, ROLES, generate):
-        rendered.add(_header(message.role, vocabulary))
+        rendered.add(_header(message.role, tokenizer))
         parts = merged(message.parts)
         for index, part in enumerate(parts):
             if not isinstance(part, str):
-                rendered.add_items(*old_schema(next(left), layout, vocabulary))
+                rendered.add_items(*old_schema(next(left), layout, tokenizer))
                 continue
             text = part.lstrip() if index == 0 else part
             text = text.rstrip() if index == len(parts) - 1 else text
-            rendered.add(vocabulary.text(text), train=message.train)
+            rendered.add(tokenizer.text(text), train=message.train)
         rendered.add(end, train=message.train)
     if generate:
-        rendered.add(_header("assistant", vocabulary))
+        rendered.add(_header("assistant", tokenizer))
     return rendered
 
 
-def _header(role: str, vocabulary: PromptTokenizer) -> list[int]:
-    start, end = vocabulary.control("<|start_header_id|>"), vocabulary.control("<|end_header_id|>")
-    return [start, *vocabulary.fixed(role), end, *vocabulary.fixed("\n\n")]
+def _header(role: str, tokenizer: PromptTokenizer) -> list[int]:
+    start, end = tokenizer.control("<|start_header_id|>"), tokenizer.control("<|end_header_id|>")
+    return [start, *tokenizer.fixed(role), end, *tokenizer.fixed("\n\n")]

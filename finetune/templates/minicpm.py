@@ -19,7 +19,7 @@ _MARK = {"user": "<用户>", "assistant": "<AI>"}
 def render(
     sample: Sample,
     plans: Sequence[SlicePlan | AudioPlan],
-    vocabulary: PromptTokenizer,
+    tokenizer: PromptTokenizer,
     layout: PromptLayout,
     generate: bool,
 ) -> TokenizedPrompt:
@@ -31,7 +31,7 @@ def render(
     Args:
         sample: the conversation.
         plans: slice plan of every image, in reading order; this family has no audio.
-        vocabulary: the tokenizer.
+        tokenizer: as the templates see it (``PromptTokenizer``).
         layout: prompt layout.
         generate: end with the generation prompt instead of the answer.
 
@@ -40,9 +40,9 @@ def render(
     """
     rendered = TokenizedPrompt()
     left = (plan for plan in plans if isinstance(plan, SlicePlan))
-    end = vocabulary.control("</s>")
-    rendered.add([vocabulary.control("<s>")])
-    run = _Run(rendered, vocabulary, end)
+    end = tokenizer.control("</s>")
+    rendered.add([tokenizer.control("<s>")])
+    run = _Run(rendered, tokenizer, end)
     messages = turns(sample, ROLES, generate)
     for turn, message in enumerate(messages):
         run.add(_MARK[message.role])
@@ -52,13 +52,13 @@ def render(
                     run.add(part)
                 else:
                     run.flush()
-                    rendered.add_items(*old_schema(next(left), layout, vocabulary))
+                    rendered.add_items(*old_schema(next(left), layout, tokenizer))
         elif turn < len(messages) - 1:
             run.add(message.text, train=message.train)
         else:
             run.flush()
             # Tokenized as a continuation of the prompt: without the word-start token of sentencepiece and without <s>.
-            rendered.add([*vocabulary.continuation(message.text), end], train=message.train)
+            rendered.add([*tokenizer.continuation(message.text), end], train=message.train)
     if generate:
         run.add(_MARK["assistant"])
     run.flush()
@@ -68,9 +68,9 @@ def render(
 class _Run:
     """Text between two images, tokenized at once; the labels of answers follow from their character ranges."""
 
-    def __init__(self, rendered: TokenizedPrompt, vocabulary: PromptTokenizer, end: int) -> None:
+    def __init__(self, rendered: TokenizedPrompt, tokenizer: PromptTokenizer, end: int) -> None:
         self._rendered = rendered
-        self._vocabulary = vocabulary
+        self._tokenizer = tokenizer
         self._end = end
         self._text = ""
         self._answers: list[tuple[int, int]] = []
@@ -83,7 +83,7 @@ class _Run:
     def flush(self) -> None:
         if not self._text:
             return
-        ids, ranges = self._vocabulary.spans(self._text)
+        ids, ranges = self._tokenizer.spans(self._text)
         start = len(self._rendered.input_ids)
         self._rendered.add(ids)
         for answer in self._answers:

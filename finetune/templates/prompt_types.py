@@ -1,4 +1,4 @@
-"""What chat templates work with: prompt options, the tokenizer as they see it, token ids with their labels."""
+"""Types of prompt rendering: PromptLayout (settings), PromptTokenizer (interface), TokenizedPrompt (ids and labels)."""
 
 from __future__ import annotations
 
@@ -94,16 +94,16 @@ class PromptTokenizer(Protocol):
 
 
 class CachedPromptTokenizer:
-    """A vocabulary that caches the ids of every text; do not modify the returned lists.
+    """A ``PromptTokenizer`` that caches the ids of every text; do not modify the returned lists.
 
     Args:
-        vocabulary: the vocabulary to cache.
+        tokenizer: the one whose ids are cached.
     """
 
-    def __init__(self, vocabulary: PromptTokenizer) -> None:
-        self.control, self.fixed = vocabulary.control, vocabulary.fixed
-        self.text, self.continuation = cache(vocabulary.text), cache(vocabulary.continuation)
-        self.spans = cache(vocabulary.spans)
+    def __init__(self, tokenizer: PromptTokenizer) -> None:
+        self.control, self.fixed = tokenizer.control, tokenizer.fixed
+        self.text, self.continuation = cache(tokenizer.text), cache(tokenizer.continuation)
+        self.spans = cache(tokenizer.spans)
 
 
 @dataclass(slots=True)
@@ -133,10 +133,10 @@ class TokenizedPrompt:
         self.add(ids)
         self.image_bounds.extend((start + first, start + last) for first, last in bounds)
 
-    def add_audio(self, plan: AudioPlan, vocabulary: PromptTokenizer) -> None:
+    def add_audio(self, plan: AudioPlan, tokenizer: PromptTokenizer) -> None:
         """Appends the placeholders of an audio clip, every run between <|audio_start|> and <|audio_end|>."""
         opening, unknown, closing = (
-            vocabulary.control(token) for token in ("<|audio_start|>", "<unk>", "<|audio_end|>")
+            tokenizer.control(token) for token in ("<|audio_start|>", "<unk>", "<|audio_end|>")
         )
         for count in plan.runs:
             self.add([opening])

@@ -1,4 +1,4 @@
-"""Stops a run that skips too many of its samples (--max_bad_share)."""
+"""Stops a run in which too many samples have errors (--max_bad_share); those that are only too long do not count."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class NoLabelError(UnusableResultError):
     """Consecutive samples without a single label: nothing is learnt from them."""
 
 
-class GradientWatch:
+class DeadPartCheck:
     """Records which trained parts received a gradient in the steps that used them.
 
     DeepSpeed's ``safe_get_full_grad`` cannot be used: accelerate's DeepSpeed wrapper steps inside ``backward`` and
@@ -151,7 +151,7 @@ def affects_loss(inputs: Mapping[str, torch.Tensor], key: str) -> bool:
     return bool((last[torch.bucketize(start, ends[1:], right=True)] >= end).any())
 
 
-class Watchdog(TrainerCallback):
+class TrainingChecks(TrainerCallback):
     """Skips updates that are not finite, and stops a training that does not learn.
 
     DeepSpeed (before 0.19.8 not in bf16 with ZeRO-3, nor in fp32) and the loss scaler of fp16 skip such an update
@@ -172,7 +172,7 @@ class Watchdog(TrainerCallback):
         self.nonfinite_since_log = False
         self.stop_requested = False
         self._accelerator = accelerator
-        self._gradients = GradientWatch(model, parts, declared)
+        self._gradients = DeadPartCheck(model, parts, declared)
         self._sources: list[list[str]] = []
         self._bad_rows: list[torch.Tensor] = []
         self._labelled: list[torch.Tensor] = []

@@ -63,13 +63,13 @@ def test_packs_leave_no_padding_and_say_what_they_come_to(make, caplog):
 def watched(trainer: CPMTrainer) -> list[list[str]]:
     """The samples of every micro-batch that a trainer is going to train on."""
     steps: list[list[str]] = []
-    begin = trainer.watchdog.begin
+    begin = trainer.checks.begin
 
     def note(inputs):
         steps.append(list(inputs["sources"]))
         begin(inputs)
 
-    trainer.watchdog.begin = note
+    trainer.checks.begin = note
     return steps
 
 

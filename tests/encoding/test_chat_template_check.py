@@ -179,7 +179,7 @@ def test_a_checkpoint_that_thinks_by_default(thinker: Path) -> None:
     base = resolve_base(str(thinker))
     made = Encoder(base.family, load_tokenizer(thinker), base.settings)
     assert made.layout.enable_thinking is True
-    assert check_chat_template(base.family, made.tokenizer, made.layout, made.vocabulary) is True
+    assert check_chat_template(base.family, made.tokenizer, made.layout, made.prompt_tokenizer) is True
     asked = Message("user", (Text("第 3 题?"),))
     for answer, trained in (
         ("<think>\n三。\n</think>\n\nThree.", "<think>\n三。\n</think>\n\nThree.<|im_end|>"),
@@ -204,7 +204,7 @@ def test_a_checkpoint_that_thinks_by_default(thinker: Path) -> None:
 def test_tiny_checkpoints_agree_with_their_templates(tiny, family: str) -> None:
     base = resolve_base(str(tiny(family)))
     made = Encoder(base.family, load_tokenizer(base.folder), base.settings)
-    agrees = check_chat_template(base.family, made.tokenizer, made.layout, made.vocabulary)
+    agrees = check_chat_template(base.family, made.tokenizer, made.layout, made.prompt_tokenizer)
     assert agrees == bool(made.tokenizer.chat_template)
     assert made.layout.enable_thinking in (False, None)
 

@@ -59,7 +59,7 @@ def test_measure_equals_encode(family: str, sizes: list[tuple[int, int]], genera
 
 def test_large_images_are_shrunk_before_they_are_cut() -> None:
     """As the same image made smaller beforehand."""
-    shrinking = encoder("llama3_v2_5", shrink_pixels=150 * 100)
+    shrinking = encoder("llama3_v2_5", max_pixels=150 * 100)
     noise = Image.effect_noise((300, 200), 90).convert("RGB")
     small = Media("image", noise.resize((150, 100), Image.Resampling.BICUBIC))
     conversation = sample(Media("image", noise))
@@ -179,7 +179,7 @@ def test_unknown_character_names_the_record() -> None:
 
 
 def test_pixel_limit_is_passed_on() -> None:
-    small = encoder("v2_0", max_pixels=99)
+    small = encoder("v2_0", refuse_above_pixels=99)
     for use in (small.encode, small.measure):
         with pytest.raises(DataError, match="the limit is 99"):
             use(sample(picture(10, 10)))
@@ -191,9 +191,9 @@ def test_settings_and_options(family: str) -> None:
     chosen = by_name(family)
     made = Encoder(chosen, tokenizer(NAMES[family]), config)
     assert (made.layout.query_num, made.slicing, made.max_length) == (8, SliceSpec(4, 448, 14), None)
-    assert made.max_pixels == image.MAX_PIXELS
-    made = Encoder(chosen, tokenizer(NAMES[family]), config, max_slice_nums=1, max_length=9, max_pixels=5)
-    assert (made.slicing.max_slice_nums, made.max_length, made.max_pixels) == (1, 9, 5)
+    assert made.refuse_above_pixels == image.MAX_PIXELS
+    made = Encoder(chosen, tokenizer(NAMES[family]), config, max_slice_nums=1, max_length=9, refuse_above_pixels=5)
+    assert (made.slicing.max_slice_nums, made.max_length, made.refuse_above_pixels) == (1, 9, 5)
 
 
 def faulty(change: Callable[[TokenizedPrompt], None]) -> Family:

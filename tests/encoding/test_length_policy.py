@@ -89,7 +89,7 @@ def check_example(made: Encoder, sample: Sample, policy: str, limit: int) -> str
     assert len(fitted.plans) == len(images)
     items = sum(cuts.items for cuts in fitted.plans if isinstance(cuts, SlicePlan))
     assert len(example.image_bound) == len(example.tgt_sizes) == items
-    placeholder = made.vocabulary.control("<unk>")
+    placeholder = made.prompt_tokenizer.control("<unk>")
     for first, last in example.image_bound.tolist():
         assert ids[first:last] == [placeholder] * QUERIES
     assert ids.count(placeholder) == items * QUERIES

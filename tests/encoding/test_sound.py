@@ -197,8 +197,8 @@ def test_training_reads_what_inference_reads(ready, family: str) -> None:
         ids, labels = trained.input_ids.tolist(), trained.labels.tolist()
         assert ids[: len(prompt)] == prompt
         assert labels[: len(prompt)] == [-100] * len(prompt)
-        end = encoder.vocabulary.control("<|im_end|>")
-        answer = encoder.vocabulary.continuation(sample.messages[-1].text)
+        end = encoder.prompt_tokenizer.control("<|im_end|>")
+        answer = encoder.prompt_tokenizer.continuation(sample.messages[-1].text)
         assert [label for label in labels if label != -100] == [*answer, end]
 
 
@@ -208,9 +208,10 @@ def test_only_the_last_answer_is_opened_for_speech(ready) -> None:
     first, answer = talk(tone(0.5), "What?").messages
     sample = Sample("x", Source("data.json", 0), (first, answer, asked("Sure?"), answer))
     ids = encoder.encode(sample).input_ids.tolist()
-    speech = [encoder.vocabulary.control(token) for token in ("<|spk_bos|>", "<|spk|>", "<|spk_eos|>", "<|tts_bos|>")]
+    control = encoder.prompt_tokenizer.control
+    speech = [control(token) for token in ("<|spk_bos|>", "<|spk|>", "<|spk_eos|>", "<|tts_bos|>")]
     assert [ids.count(token) for token in speech] == [1, 1, 1, 1]
-    starts = [place for place, token in enumerate(ids) if token == encoder.vocabulary.control("<|im_start|>")]
+    starts = [place for place, token in enumerate(ids) if token == control("<|im_start|>")]
     assert ids.index(speech[0]) > starts[-1]
     assert "Qwen" not in str(encoder.tokenizer.decode(ids))
 

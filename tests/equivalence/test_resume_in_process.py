@@ -12,7 +12,7 @@ from finetune.checkpoints.manifest import checkpoints
 from finetune.checkpoints.resume import choose_checkpoint
 from finetune.runtime import outcome
 from finetune.training.graceful_stop import StoppedError
-from finetune.training.training_checks import Watchdog
+from finetune.training.training_checks import TrainingChecks
 from trainer import CPMTrainer
 
 
@@ -48,7 +48,7 @@ def test_five_and_five_steps_are_ten(tiny, demo_data, tmp_path, monkeypatch, kin
         monkeypatch.setattr(outcome.watch, "saved", lambda: None)
         stopped = made(tmp_path / "stopped")
         asked = property(lambda _: stopped.state.global_step == 3, lambda *_: None)
-        monkeypatch.setattr(Watchdog, "stop_requested", asked, raising=False)
+        monkeypatch.setattr(TrainingChecks, "stop_requested", asked, raising=False)
         with pytest.raises(StoppedError, match="step 3 of 10"):
             stopped.train()
         monkeypatch.undo()

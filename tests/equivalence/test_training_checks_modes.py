@@ -1,4 +1,4 @@
-"""The watchdog with a fault on one of two ranks: all ranks stop with the same message, in every parallel mode."""
+"""TrainingChecks with a fault on one of two ranks: all ranks stop with the same message, in every parallel mode."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORKER = Path(__file__).with_name("training_checks_worker.py")
 @pytest.fixture(scope="module")
 def ends(tiny, tmp_path_factory) -> dict[str, dict]:
     """How every run ended, the same on both ranks."""
-    folder = tmp_path_factory.mktemp("watchdog")
+    folder = tmp_path_factory.mktemp("checks")
     data = write_records(folder / "data")
     (folder / "models").mkdir()
     (folder / "models" / FAMILY).symlink_to(tiny(FAMILY))
@@ -32,7 +32,7 @@ def ends(tiny, tmp_path_factory) -> dict[str, dict]:
         [*torchrun, *paths], env=environment, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    first, second = ((folder / f"watchdog-{rank}.json").read_text() for rank in range(2))
+    first, second = ((folder / f"checks-{rank}.json").read_text() for rank in range(2))
     firsts, seconds = json.loads(first), json.loads(second)
     assert {n: end["error"] for n, end in firsts.items()} == {n: end["error"] for n, end in seconds.items()}
     assert all(end["finite"] for end in (*firsts.values(), *seconds.values())), "an update that is not finite was made"

@@ -1,4 +1,4 @@
-"""Worker of test_watchdog_modes.py: trains as one of two ranks with injected faults; writes how each run ended."""
+"""Worker of test_training_checks_modes.py: trains as one of two ranks with faults; writes how each run ended."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def main() -> None:
             del trainer
             gc.collect()
             gc.freeze()  # what is left are modules; the next search need not go through them
-    (given.out / f"watchdog-{RANK}.json").write_text(json.dumps(results))
+    (given.out / f"checks-{RANK}.json").write_text(json.dumps(results))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -14,7 +14,7 @@ from finetune.arguments.parse import parse_arguments
 from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.encoder import Encoder
 from finetune.evaluation.batched_generation import generate_answers, split_answer
-from finetune.evaluation.generation_evaluator import GeneratedMetric
+from finetune.evaluation.generation_evaluator import GenerationEvaluator
 from finetune.evaluation.metrics import METRICS, MetricError
 from finetune.evaluation.plots import plot_training_curves
 from finetune.evaluation.progress_files import ProgressCallback
@@ -71,7 +71,7 @@ def test_the_same_on_every_number_of_ranks(tiny, demo_data, monkeypatch):
     encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings, max_length=30)
     model = load_model(base.folder, dtype=torch.float32).train()
     samples = read(demo_data / "eval.json")
-    asked = GeneratedMetric(samples, encoder, count=5, metric="cer", max_new_tokens=4, batch_size=2)
+    asked = GenerationEvaluator(samples, encoder, count=5, metric="cer", max_new_tokens=4, batch_size=2)
     alone = asked(model)
     assert model.training, "training goes on in its mode"
     parts: list[list] = []
@@ -81,7 +81,7 @@ def test_the_same_on_every_number_of_ranks(tiny, demo_data, monkeypatch):
     calls = []
     monkeypatch.setattr(
         "finetune.evaluation.generation_evaluator.answer_batch",
-        lambda *args, real=GeneratedMetric.__call__.__globals__["answer_batch"], **kwargs: (
+        lambda *args, real=GenerationEvaluator.__call__.__globals__["answer_batch"], **kwargs: (
             calls.append(1) or real(*args, **kwargs)
         ),
     )
@@ -100,7 +100,7 @@ def test_the_same_on_every_number_of_ranks(tiny, demo_data, monkeypatch):
 def test_the_first_and_the_newest_answers_are_kept(tiny, demo_data, monkeypatch):
     base = resolve_base(str(tiny("v2_0")))
     encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings)
-    asked = GeneratedMetric(read(demo_data / "eval.json"), encoder, count=3, metric="cer", batch_size=2)
+    asked = GenerationEvaluator(read(demo_data / "eval.json"), encoder, count=3, metric="cer", batch_size=2)
     for step in (0, 10, 20):
         said = [f"{step} {number}" for number in (0, 1)]
         monkeypatch.setattr(
@@ -124,11 +124,11 @@ def test_what_cannot_be_asked_is_told_before_training(tiny, demo_data, tmp_path,
     (tmp_path / "data.json").write_text(json.dumps(records))
     samples = read(tmp_path / "data.json")
     caplog.set_level(logging.INFO)
-    GeneratedMetric(samples, encoder, count=9, skip_bad=True)
+    GenerationEvaluator(samples, encoder, count=9, skip_bad=True)
     assert "skipped in eval_generate" in caplog.text
     assert "eval_normalised (auto: short references (median 1 words)) on 1 evaluation samples" in caplog.text
     with pytest.raises(DataError, match="none of the chosen"):
-        GeneratedMetric(samples[:1], encoder, count=1, skip_bad=True)
+        GenerationEvaluator(samples[:1], encoder, count=1, skip_bad=True)
 
 
 def test_the_plot_has_a_panel_for_it(tmp_path):

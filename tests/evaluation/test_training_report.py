@@ -14,7 +14,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from finetune.commands import chat, evaluate, export
 from finetune.evaluation import progress_files
-from finetune.evaluation.generation_evaluator import Answered
+from finetune.evaluation.generation_evaluator import GeneratedAnswers
 from finetune.evaluation.progress_files import ProgressCallback
 from finetune.evaluation.training_report import RunFacts, build_run
 from finetune.pages.html_page import PageError, render
@@ -37,10 +37,10 @@ def state_of(history: list[dict], done: int = 20, wanted: int = 20) -> TrainerSt
     return state
 
 
-def answered(*answers: dict[int, str]) -> list[Answered]:
+def answered(*answers: dict[int, str]) -> list[GeneratedAnswers]:
     parts = (Media("image", Image.new("RGB", (64, 48), "red")), Text(EVIL))
     prompt = Sample(id="a", source=Source(EVIL, 0, "a"), messages=(Message("user", parts),))
-    return [Answered(prompt, "red", each) for each in answers]
+    return [GeneratedAnswers(prompt, "red", each) for each in answers]
 
 
 def page(history: list[dict], tmp_path, answers=(), **changes):

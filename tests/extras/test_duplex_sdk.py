@@ -64,9 +64,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoders(folder: Path) -> dict[str, Encoder]:
-    from finetune.checkpoints.base_checkpoint import resolve
+    from finetune.checkpoints.base_checkpoint import resolve_base
 
-    base = resolve(str(folder))
+    base = resolve_base(str(folder))
     return {
         name: Encoder(base.family, load_tokenizer(folder, duplex_prompt=name), base.settings, duplex=name)
         for name in ("native", "o45_fc")

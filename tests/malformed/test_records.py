@@ -38,7 +38,7 @@ ACCEPTED = {
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     made = Encoder(by_name("llama3_v2_5"), tokenizer("llama3"), SMALL_IMAGES, max_length=400)
-    made.vocabulary.fixed("assistant")
+    made.prompt_tokenizer.fixed("assistant")
     return made
 
 
@@ -195,13 +195,13 @@ def test_text_that_cannot_fit_is_not_tokenised(
 ) -> None:
     """A lower bound refuses it; of a long conversation each text is spelled at most once."""
     spelled: list[int] = []
-    plain = type(encoder.vocabulary).text
+    plain = type(encoder.prompt_tokenizer).text
 
     def counting(self: Any, text: str) -> list[int]:
         spelled.append(len(text))
         return plain(self, text)
 
-    monkeypatch.setattr(type(encoder.vocabulary), "text", counting)
+    monkeypatch.setattr(type(encoder.prompt_tokenizer), "text", counting)
     turns = [{"role": "user", "content": "What is it? " * 4}, {"role": "assistant", "content": "A dog. " * 4}]
     long = {"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "word " * 400_000}]}
     samples = read(written(tmp_path, {"conversations": turns * 300}, long))

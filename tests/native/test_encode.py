@@ -67,8 +67,8 @@ def test_training_is_prompt_answer_and_end(native, family: str) -> None:
     messages = CONVERSATIONS["several"]
     prompt = made.encode(sample(messages), generate=True).input_ids.tolist()
     whole = made.encode(sample(messages)).input_ids.tolist()
-    end = [made.vocabulary.control("<|im_end|>"), *made.vocabulary.fixed("\n")]
-    assert whole == [*prompt, *made.vocabulary.text("They differ."), *end]
+    end = [made.prompt_tokenizer.control("<|im_end|>"), *made.prompt_tokenizer.fixed("\n")]
+    assert whole == [*prompt, *made.prompt_tokenizer.text("They differ."), *end]
 
 
 @pytest.mark.parametrize("slices", [1, 2, 4, 6, 9])
@@ -111,7 +111,7 @@ def test_several_rows(native, family: str) -> None:
         assert next(iter(batch)) == "input_ids"
         assert "position_ids" not in batch
         if "mm_token_type_ids" in batch:
-            pad_id = made.vocabulary.control(made.layout.placeholder)
+            pad_id = made.prompt_tokenizer.control(made.layout.placeholder)
             assert torch.equal(batch["mm_token_type_ids"] == 1, batch["input_ids"].eq(pad_id))
     batch = pad([made.empty("nothing"), examples[1]], 5)
     assert "pixel_values" not in batch

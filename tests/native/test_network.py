@@ -219,7 +219,7 @@ def test_canvas_positions_matter(native) -> None:
     assert canvas.shape == (3, *batch["input_ids"].shape)
     assert not torch.equal(canvas[1], canvas[2])
     assert text is None  # plain positions, not those of the batch before
-    assert model.model.config.newline_id == encoder(folder).vocabulary.fixed("\n")[0]
+    assert model.model.config.newline_id == encoder(folder).prompt_tokenizer.fixed("\n")[0]
 
 
 def test_forward_takes_every_input_by_name(family: str) -> None:
@@ -255,7 +255,7 @@ def test_too_few_placeholders_are_refused(native, family: str) -> None:
     folder = native(family)
     batch = batch_of(folder, "sliced")
     made = encoder(folder)
-    pads = batch["input_ids"].eq(made.vocabulary.control(made.layout.placeholder)).nonzero()
+    pads = batch["input_ids"].eq(made.prompt_tokenizer.control(made.layout.placeholder)).nonzero()
     batch["input_ids"][tuple(pads[-1])] = 5
     with pytest.raises(ValueError, match="features and tokens do not match"):
         ours(folder)(**batch)

@@ -148,7 +148,7 @@ def test_a_long_sample_is_cut_into_fewer_slices(folders) -> None:
 def test_shrunk_images_are_looked_at_as_they_are_cut(folders) -> None:
     """Letters alone stay small; made smaller still, the image is a tiny one, which is enlarged."""
     for shrunk, wanted in ((None, [[4, 6]]), (2000, [[6, 6]])):
-        made = encoder(folders["adaptive"], shrink_pixels=shrunk)
+        made = encoder(folders["adaptive"], max_pixels=shrunk)
         assert made.encode(sample(question("letters"))).tgt_sizes.tolist() == wanted
 
 

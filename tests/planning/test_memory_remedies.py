@@ -145,7 +145,7 @@ def report(args: Arguments, shape: Any = SHAPE, *, step: int | None = None, trai
     if step is not None:
         records = SimpleNamespace(current=lambda: [f"train.json, record {number}" for number in range(9)])
         state = SimpleNamespace(global_step=step, max_steps=20)
-        made.watch(SimpleNamespace(model=SimpleNamespace(training=training), state=state, watchdog=records))
+        made.watch(SimpleNamespace(model=SimpleNamespace(training=training), state=state, checks=records))
     with pytest.raises(OutOfMemoryError) as raised, made:
         raise error(asked=0.5, capacity=2, own=1.66)
     assert raised.value.exit_code == 6

@@ -112,7 +112,7 @@ def ids(family: str, turns: list[dict[str, Any]], tools: Any = None) -> list[int
     own = encoder(family).tokenizer
     text = str(own.apply_chat_template(turns, tools=tools, tokenize=False))
     pieces = text.split(MARK)
-    words = encoder(family).vocabulary
+    words = encoder(family).prompt_tokenizer
     assert len(pieces) <= 2
     if len(pieces) == 1:
         return own(text, add_special_tokens=False)["input_ids"]
@@ -165,7 +165,7 @@ def test_calls_are_trained_and_results_are_not(family: str, tmp_path: Path) -> N
 def test_text_of_a_record_cannot_end_the_turn(family: str, tmp_path: Path) -> None:
     """Also inside descriptions, arguments and results, whose words the template repeats."""
     chosen = encoder(family)
-    end = chosen.vocabulary.control("<|im_end|>")
+    end = chosen.prompt_tokenizer.control("<|im_end|>")
     turns = [ASK, turn("assistant", "", tool_calls=[call("clock", zone="<|im_end|>")]), turn("tool", "<|im_end|>"), END]
     rendered = chosen.render(sample(tmp_path, {"messages": turns, "tools": [WEATHER]}), ())
     assert rendered.input_ids.count(end) == 5  # system, question, call, result, answer

@@ -66,7 +66,7 @@ def test_training_is_prompt_answer_end(family: str, reply: str) -> None:
     conversation = talk("Hi", "One.", "And?", reply)
     prompt = render(family, conversation, generate=True)
     full = render(family, conversation)
-    words = encoder(family).vocabulary
+    words = encoder(family).prompt_tokenizer
     ids, end = words.continuation(reply), words.control("<|im_end|>")
     assert full.input_ids == [*prompt.input_ids, *ids, end, *words.fixed("\n")]
     after = full.labels[len(prompt.input_ids) :]
@@ -103,7 +103,7 @@ def test_placeholders_and_bounds(family: str) -> None:
     second = f"<image_id>1</image_id><image>?</image>{cut}{cut}\n{cut}{cut}\nd"
     body = user("a<image_id>0</image_id><image>?</image>b") + answer("c") + user(second) + answer(block(family) + "e")
     assert text(family, rendered) == HEAD[family] + body
-    words = encoder(family).vocabulary
+    words = encoder(family).prompt_tokenizer
     names = ["image", "image", *["slice"] * 4]
     for (first, last), name in zip(rendered.image_bounds, names, strict=True):
         assert rendered.input_ids[first:last] == [words.control("<unk>")] * 4
@@ -165,9 +165,10 @@ def test_which_tokens_carry_loss(family: str, train_on: Any, losses: tuple[int, 
     sample = read(tmp_path / "data.json", train_on=train_on)[0]
     chosen = small(family)
     labels = [label for label in chosen.render(sample, ()).labels if label != IGNORE]
-    end = chosen.vocabulary.control(chosen.family.stop_tokens[0])
+    end = chosen.prompt_tokenizer.control(chosen.family.stop_tokens[0])
     wanted = [("Answer 1", train_on == "all" and losses[0]), ("Answer 3", losses[1])]
-    assert labels == [number for each, on in wanted if on for number in (*chosen.vocabulary.continuation(each), end)]
+    text = chosen.prompt_tokenizer.continuation
+    assert labels == [number for each, on in wanted if on for number in (*text(each), end)]
 
 
 @WITH_THINKING

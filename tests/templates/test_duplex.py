@@ -135,10 +135,10 @@ def test_pictures_stand_before_the_audio_of_their_second_in_one_slice(
 def test_text_never_becomes_a_control_token(encoder: Encoder, read: Callable[..., Sample]) -> None:
     example = encoder.encode(read({"text": "<|listen|></unit>", "start": 0}, system="<unit>"))
     ids = example.input_ids.tolist()
-    assert ids.count(encoder.vocabulary.control("<|listen|>")) == (example.labels >= 0).sum() - sum(
-        ids.count(encoder.vocabulary.control(token)) for token in ("<|speak|>", "<|turn_eos|>", "<|chunk_eos|>")
-    ) - len(encoder.vocabulary.text("<|listen|></unit>"))
-    assert ids.count(encoder.vocabulary.control("<unit>")) == 3
+    assert ids.count(encoder.prompt_tokenizer.control("<|listen|>")) == (example.labels >= 0).sum() - sum(
+        ids.count(encoder.prompt_tokenizer.control(token)) for token in ("<|speak|>", "<|turn_eos|>", "<|chunk_eos|>")
+    ) - len(encoder.prompt_tokenizer.text("<|listen|></unit>"))
+    assert ids.count(encoder.prompt_tokenizer.control("<unit>")) == 3
 
 
 def test_user_audio_is_mixed_on_one_timeline(encoder: Encoder, read: Callable[..., Sample]) -> None:

@@ -79,7 +79,7 @@ def test_thinking_and_white_space_do_not_count() -> None:
     from finetune.encoding.length_policy import min_tokens
 
     class Encoder:
-        vocabulary = MADE.setdefault("qwen", made("qwen"))
+        prompt_tokenizer = MADE.setdefault("qwen", made("qwen"))
 
     turns = (("user", "Q" + " " * 5000), ("assistant", "<think>" + "x" * 5000 + "</think>\n\nA"))
     sample = Sample("", Source("a", 0), tuple(Message(role, (Text(text),)) for role, text in turns))

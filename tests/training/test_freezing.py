@@ -14,7 +14,7 @@ import finetune.models  # noqa: F401 - registers the models
 from finetune.arguments.model import LoraArguments
 from finetune.arguments.training import TrainingArguments
 from finetune.families import by_name, usable
-from finetune.families.common import OWN_PARTS
+from finetune.families.common import REMOTE_CODE_PARTS
 from finetune.models import load_model
 from finetune.training.freezing import adapt, counted, describe_parameters, part_of, part_rows
 from finetune.utils.errors import ArgumentError
@@ -71,7 +71,7 @@ FULL = [
 def test_flags_train_what_the_table_says(tiny, tmp_path, family, flags, modes):
     training = arguments(tmp_path, **flags)
     model = adapt(load_model(tiny(family), dtype=torch.float32), by_name(family), training, LoraArguments())
-    rows = part_rows(model, OWN_PARTS, training.part_learning_rates)
+    rows = part_rows(model, REMOTE_CODE_PARTS, training.part_learning_rates)
     assert {row.part: row.mode for row in rows} == modes
 
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -87,7 +87,9 @@ def test_flags_train_what_the_table_says(tiny, tmp_path, family, flags, modes):
     # The key bias of an attention has a mathematically zero gradient, and unused rows of tables get none.
     still = {name for name in trained - moved if not name.endswith(("k_proj.bias", "pos_embed"))}
     assert not still, "declared trainable, but did not move"
-    assert {part_of(name, OWN_PARTS) for name in moved} == {part for part, mode in modes.items() if mode != "frozen"}
+    assert {part_of(name, REMOTE_CODE_PARTS) for name in moved} == {
+        part for part, mode in modes.items() if mode != "frozen"
+    }
     if not training.use_lora:
         assert "resampler.pos_embed" not in trained, "a table is trained"
     elif training.lora_parts == ["llm"]:
@@ -102,8 +104,10 @@ def test_total_counts_saved_copies_once(tiny, tmp_path):
     training = arguments(tmp_path, use_lora=True, tune_vision=True)
     model = adapt(base, by_name("llama3_v2_5"), training, LoraArguments(lora_r=4, lora_modules_to_save="embed_tokens"))
     adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
-    assert sum(row.total for row in part_rows(model, OWN_PARTS, training.part_learning_rates)) == size + adapters
-    assert part_rows(model, OWN_PARTS, training.part_learning_rates)[2].mode == "LoRA r=4 + embed_tokens"
+    assert (
+        sum(row.total for row in part_rows(model, REMOTE_CODE_PARTS, training.part_learning_rates)) == size + adapters
+    )
+    assert part_rows(model, REMOTE_CODE_PARTS, training.part_learning_rates)[2].mode == "LoRA r=4 + embed_tokens"
 
 
 def test_published_log_of_v2_0(tmp_path):
@@ -120,7 +124,7 @@ def test_published_log_of_v2_0(tmp_path):
             lora_target_modules=r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj)", lora_modules_to_save="embed_tokens"
         )
         model = adapt(model, by_name("v2_0"), training, lora)
-    rows = part_rows(model, OWN_PARTS, training.part_learning_rates)
+    rows = part_rows(model, REMOTE_CODE_PARTS, training.part_learning_rates)
     assert sum(row.total for row in rows) == 3_458_558_752
     assert sum(row.trainable for row in rows) == 733_677_856
 
@@ -258,7 +262,7 @@ def test_biases_are_named(tiny, tmp_path, caplog):
     for bias in ("all", "lora_only", "none"):
         caplog.clear()
         model = adapt(load_model(tiny("v2_6")), by_name("v2_6"), training, LoraArguments(lora_r=4, lora_bias=bias))
-        rows[bias] = {row.part: row.mode for row in part_rows(model, OWN_PARTS, training.part_learning_rates)}
+        rows[bias] = {row.part: row.mode for row in part_rows(model, REMOTE_CODE_PARTS, training.part_learning_rates)}
         assert ("frozen otherwise: resampler, vision." in caplog.text) == (bias == "all")
     assert rows == {
         "all": {"vision": "biases", "resampler": "biases", "llm": "LoRA r=4 + biases"},

@@ -1,4 +1,4 @@
-"""The watchdog in one process: its errors, skipped updates, and no false positives."""
+"""TrainingChecks in one process: its errors, skipped updates, and no false positives."""
 
 from __future__ import annotations
 
