@@ -274,7 +274,7 @@ def run_facts(args: Arguments, base: BaseCheckpoint, rows: Sequence[PartRow]) ->
         family=base.family.title,
         adapter=args.training.use_lora,
         parts=[(row.part, row.mode, row.total, row.trainable, row.learning_rate) for row in rows],
-        flags=args.given(),
+        flags=args.flags_with_origins(),
         max_pixels=args.data.max_image_pixels or MAX_PIXELS,
     )
 
@@ -303,7 +303,7 @@ def finish(args: Arguments, trainer: CPMTrainer, progress: ProgressCallback, dat
     }
     if distributed.is_main_process():
         samples = None if args.data.streaming else len(data["train_dataset"].samples)
-        add_training(output / "README.md", args.given(), {"samples": samples, **result})
+        add_training(output / "README.md", args.flags_with_origins(), {"samples": samples, **result})
         if (note := code_note(output)) is not None:
             logger.info("%s", note)
     return result

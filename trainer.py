@@ -36,7 +36,7 @@ from finetune.training.base_loss import check_base_loss
 from finetune.training.flops import flops_of
 from finetune.training.freezing import full_parts, part_of
 from finetune.training.graceful_stop import StopCallback
-from finetune.training.gradient_norms import GradientNorms
+from finetune.training.gradient_norms import GradientNormsCallback
 from finetune.training.hang_watchdog import HangCallback
 from finetune.training.optimizer_groups import split_groups
 from finetune.training.throughput import Throughput
@@ -106,7 +106,7 @@ class CPMTrainer(Trainer):
         self.generated = make_generation_evaluator(
             self.args, self.eval_dataset, sharded=zero_stage(self.args.deepspeed) == _SHARDED
         )
-        self.gradient_norms = GradientNorms(self.accelerator, sharded=zero_stage(self.args.deepspeed) > 0)
+        self.gradient_norms = GradientNormsCallback(self.accelerator, sharded=zero_stage(self.args.deepspeed) > 0)
         self.add_callback(self.gradient_norms)
         parts = base.family.parts
         inner = self._unwrapped()

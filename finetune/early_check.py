@@ -83,12 +83,12 @@ def _check_model(name: str, *, use_lora: bool) -> Family | None:
 
 
 def _check_output(flags: Flags) -> None:
-    from finetune.model_folders.output_contents import check_unused, os_errors_named
+    from finetune.model_folders.output_contents import as_output_error, check_unused
 
     folder = Path(flags.get("output_dir", "output")).absolute()
     resume = resume_choice(flags.get("resume_from_checkpoint"))
     if resume is None and not flags.get("overwrite_output_dir"):
-        with os_errors_named(folder):
+        with as_output_error(folder):
             check_unused(folder)
     elif resume not in (None, "auto") and not expand(Path(resume)).is_dir():
         raise ArgumentError(

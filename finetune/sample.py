@@ -242,7 +242,7 @@ class SampleSet(Sequence[Sample]):
         except DataError:
             return Source("samples in memory", index)
 
-    def form_of(self, index: int) -> str:
+    def format_of(self, index: int) -> str:
         """Name of the data format of record ``index``; empty for samples in memory."""
         return ""
 

@@ -56,7 +56,7 @@ class Arguments(NamedTuple):
         """Every flag whose resolved value differs from its default, by name, in plain YAML types."""
         return {entry.name: _plain(value) for entry, value in self._recordable() if value != entry.default}
 
-    def given(self) -> list[tuple[str, Any, str]]:
+    def flags_with_origins(self) -> list[tuple[str, Any, str]]:
         """The same flags with their origins: (name, value, origin)."""
         return [(name, value, self.origin(name)) for name, value in self.non_defaults().items()]
 

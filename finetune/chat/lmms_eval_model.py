@@ -98,9 +98,9 @@ class FinetunedModel(lmms):
             for places in groups.values():
                 settings = requests[places[0]].args[2]
                 for batch, prompts in self._batches(requests, places):
-                    texts = self.pipeline.answer(prompts, self._prompting, sampling(settings))
+                    texts = self.pipeline.answer(prompts, self._prompting, sampling_options(settings))
                     for place, text in zip(batch, texts, strict=True):
-                        answers[place] = until(text, settings.get("until"))
+                        answers[place] = cut_at_stops(text, settings.get("until"))
                         self.cache_hook.add_partial(
                             "generate_until", (requests[place].args[0], settings), answers[place]
                         )
@@ -169,7 +169,7 @@ def _mono_16k(samples: np.ndarray, rate: int) -> np.ndarray:
     return samples
 
 
-def sampling(settings: Mapping[str, Any]) -> SamplingOptions:
+def sampling_options(settings: Mapping[str, Any]) -> SamplingOptions:
     """Settings of a task as sampling options: greedy unless it asks for a temperature or for sampling.
 
     Raises:
@@ -183,7 +183,7 @@ def sampling(settings: Mapping[str, Any]) -> SamplingOptions:
     return options
 
 
-def until(text: str, stops: str | Sequence[str] | None) -> str:
+def cut_at_stops(text: str, stops: str | Sequence[str] | None) -> str:
     """The text up to the first of the stop strings."""
     for stop in [stops] if isinstance(stops, str) else stops or ():
         text = text.partition(stop)[0] if stop else text

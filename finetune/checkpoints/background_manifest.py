@@ -35,17 +35,17 @@ class BackgroundManifest:
         """Whether a manifest is being written."""
         return self._work is not None and not self._work.done()
 
-    def start(self, folder: Path, step: int, layout: dict[str, Any]) -> None:
+    def start(self, folder: Path, step: int, fields: dict[str, Any]) -> None:
         """Starts to complete a checkpoint whose files are all written; ``wait`` must have been called for the last.
 
         Args:
             folder: of the checkpoint.
             step: optimizer steps done.
-            layout: the other fields of the manifest.
+            fields: the other fields of the manifest.
         """
         assert self._work is None, "wait() comes first"
         self._threads = self._threads or ThreadPoolExecutor(1, thread_name_prefix="manifest")
-        self._folder, self._work = folder, self._threads.submit(self._write, folder, step, layout)
+        self._folder, self._work = folder, self._threads.submit(self._write, folder, step, fields)
 
     def wait(self) -> str | None:
         """Waits for the manifest; returns why it could not be written, None if it was or there is none."""
@@ -58,7 +58,7 @@ class BackgroundManifest:
             return f"{self._folder} is not complete and will be skipped: {write_fault(error) or error}"
         return None
 
-    def _write(self, folder: Path, step: int, layout: dict[str, Any]) -> None:
-        manifest.write(folder, step, layout)
+    def _write(self, folder: Path, step: int, fields: dict[str, Any]) -> None:
+        manifest.write(folder, step, fields)
         if self._completed is not None:
             self._completed(folder)

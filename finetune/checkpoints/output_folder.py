@@ -14,7 +14,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune.checkpoints.manifest import checkpoints
 from finetune.checkpoints.output_lock import OutputLock
-from finetune.model_folders.output_contents import LOGS, RUN, STATE_FOLDER, OutputError, check_unused, os_errors_named
+from finetune.model_folders.output_contents import (
+    LOGS,
+    RUN_FILE,
+    STATE_FOLDER,
+    OutputError,
+    as_output_error,
+    check_unused,
+)
 from finetune.runtime import outcome
 from finetune.utils.json_objects import read_object
 
@@ -25,7 +32,7 @@ FILES = "files.json"
 
 # Files that a run of any method may write.
 _ALWAYS = (
-    RUN,
+    RUN_FILE,
     "README.md",
     "trainer_state.json",
     "all_results.json",
@@ -99,7 +106,7 @@ class OutputFolder:
         self._use_lora, self._resuming, self._side_files = use_lora, resuming, list(side_files)
         for given in inputs:
             self._check_apart(given)
-        with os_errors_named(self.folder):
+        with as_output_error(self.folder):
             self._check_contents(resuming=resuming, overwrite=overwrite)
 
     def _check_contents(self, *, resuming: bool, overwrite: bool) -> None:
@@ -125,13 +132,13 @@ class OutputFolder:
         Raises:
             OutputInUseError: another run writes to it.
         """
-        with os_errors_named(self.folder):
+        with as_output_error(self.folder):
             self._lock = OutputLock(self._records)
         outcome.register_cleanup(self.release)
 
     def open(self) -> None:
         """Moves the files of a previous run aside, unless it is resumed; lists the files that this run will write."""
-        with os_errors_named(self.folder):
+        with as_output_error(self.folder):
             ours = self._written()
             if not self._resuming:
                 self._move_aside(ours)
@@ -190,9 +197,9 @@ class OutputFolder:
 
     def _written(self) -> dict[str, None]:
         """Names of written files, in order; files that match the patterns if an earlier version kept no list."""
-        if (self._records / FILES).is_file() or not is_run(self.folder / RUN):
+        if (self._records / FILES).is_file() or not is_run(self.folder / RUN_FILE):
             return dict.fromkeys(_listed(self.folder))
-        return dict.fromkeys([path.name for path in self._would_write()] if self._resuming else [RUN])
+        return dict.fromkeys([path.name for path in self._would_write()] if self._resuming else [RUN_FILE])
 
     def _write_list(self, names: Mapping[str, None]) -> None:
         self._records.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ from finetune.checkpoints.model_card import adapter_card, full_card, with_code_n
 from finetune.checkpoints.passthrough_tensors import copy_passthrough_tensors
 from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.model_folders.duplex_prompt import recorded_as
+from finetune.model_folders.output_contents import RUN_FILE
 
 # Weights of a previous result, which are removed before a new one is moved into place.
 _WEIGHT_FILES = ("adapter_model.safetensors", "model*.safetensors", "model.safetensors.index.json")
@@ -55,7 +56,7 @@ def write_run(args: Arguments, base: BaseCheckpoint, folder: Path) -> None:
         },
     }
     text = args.to_yaml() + yaml.safe_dump(run, sort_keys=False, allow_unicode=True)
-    (folder / "run.yaml").write_text(text, encoding="utf-8")
+    (folder / RUN_FILE).write_text(text, encoding="utf-8")
 
 
 def finish_adapter(model: PeftModel, folder: Path, base: BaseCheckpoint) -> None:

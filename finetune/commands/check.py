@@ -69,7 +69,7 @@ def _checked(sample_policy: SamplePolicy, given: argparse.Namespace, data: DataA
     from finetune.data_check.decision_counts import check_weighted
     from finetune.data_check.length_table import measure_lengths
     from finetune.pages.record_survey import CheckedDataset, RecordSurvey
-    from finetune.pages.terminal_preview import show
+    from finetune.pages.terminal_preview import preview_lines
 
     samples, length_policy, survey = sample_policy.samples, sample_policy.length_policy, RecordSurvey()
     check_weighted(samples, length_policy.encoder.unit_weights)
@@ -77,7 +77,7 @@ def _checked(sample_policy: SamplePolicy, given: argparse.Namespace, data: DataA
     print(report)
     if (lengths := measure_lengths(samples, length_policy.encoder)) is not None:
         print(lengths)
-    for text in show(samples, length_policy, given.show, colour=in_colour(sys.stdout)):
+    for text in preview_lines(samples, length_policy, given.show, colour=in_colour(sys.stdout)):
         print(text)
     return CheckedDataset(samples, length_policy, report, survey, lengths)
 

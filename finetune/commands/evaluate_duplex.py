@@ -39,7 +39,7 @@ def is_duplex(samples: Mixture) -> bool:
     Raises:
         DataError: the first record cannot be read.
     """
-    return samples.form_of(0) == DUPLEX if len(samples) else False
+    return samples.format_of(0) == DUPLEX if len(samples) else False
 
 
 def run(given: argparse.Namespace, source: ModelSource, samples: Mixture) -> int:

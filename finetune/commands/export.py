@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.commands.gguf import add_gguf_flags, check_gguf, check_gguf_space, convert_to_gguf
+from finetune.commands.gguf import add_gguf_flags, check_gguf_space, convert_to_gguf, find_gguf_checkout
 from finetune.commands.parser import CommandParser
 from finetune.commands.shared_flags import add_prompt_flags
 from finetune.runtime.out_of_memory import explaining
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     sources = resolve_sources(given.model_name_or_path, given.adapter_name_or_path, *wished)
     out = expand(given.export_dir).absolute()
     check_target(out, sources.folders, overwrite=given.overwrite_output_dir == "true")
-    checkout = check_gguf(given, sources.base)
+    checkout = find_gguf_checkout(given, sources.base)
     for line in sources.notes:
         print(line)
     if given.template is not None and given.template not in sources.base.family.llamafactory_templates:
@@ -170,7 +170,9 @@ def _flags_of(adapter: Path) -> dict[str, Any]:
     """The flags that an adapter was trained with, from its run.yaml; empty without one."""
     import yaml
 
-    run = adapter / "run.yaml"
+    from finetune.model_folders.output_contents import RUN_FILE
+
+    run = adapter / RUN_FILE
     try:
         content = yaml.safe_load(run.read_text(encoding="utf-8")) if run.is_file() else None
     except yaml.YAMLError:

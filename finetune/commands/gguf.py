@@ -36,7 +36,7 @@ def add_gguf_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_gguf(given: argparse.Namespace, base: BaseCheckpoint) -> Checkout | None:
+def find_gguf_checkout(given: argparse.Namespace, base: BaseCheckpoint) -> Checkout | None:
     """The checkout for --format gguf, before anything is written; None for other formats.
 
     Raises:
@@ -80,7 +80,7 @@ def convert_to_gguf(
     Args:
         given: parsed command line.
         base: the checkpoint, with the prompt settings of the result.
-        checkout: from ``check_gguf``.
+        checkout: from ``find_gguf_checkout``.
         model: the merged model, inside ``folder``.
         folder: the unfinished result.
         out: where it will be.

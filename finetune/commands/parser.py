@@ -1,4 +1,4 @@
-"""Argument parser of all commands: errors are one line, as in training."""
+"""Argument parser of the commands other than train: strict values, errors in one line."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def _question(
     prompt, answer = split_answer(sample)
     if not answered:
         return prompt, []
-    answers = samples.record(index).get("answers") if samples.form_of(index) == "official" else None
+    answers = samples.record(index).get("answers") if samples.format_of(index) == "official" else None
     if answers is None:
         return prompt, [answer]
     if not isinstance(answers, list) or not answers or not all(isinstance(each, str) for each in answers):

@@ -17,6 +17,7 @@ import yaml
 from finetune.checkpoints.base_checkpoint import FULL_FILES, BaseCheckpoint, changes_note, copy_base_files, read_config
 from finetune.checkpoints.model_card import with_code_note
 from finetune.export.sharded_writer import WeightFiles, check_export_space
+from finetune.model_folders.output_contents import RUN_FILE
 from finetune.utils.errors import UserError
 from finetune.utils.paths import expand
 
@@ -115,9 +116,9 @@ def write_record(folder: Path, adapters: Sequence[Path], record: Mapping[str, An
     """Writes export.yaml, and copies run.yaml of the adapters as training*.yaml."""
     (folder / RECORD).write_text(yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True), encoding="utf-8")
     for number, adapter in enumerate(adapters, 1):
-        if (adapter / "run.yaml").is_file():
+        if (adapter / RUN_FILE).is_file():
             name = "training.yaml" if len(adapters) == 1 else f"training-{number}.yaml"
-            shutil.copyfile(adapter / "run.yaml", folder / name)
+            shutil.copyfile(adapter / RUN_FILE, folder / name)
 
 
 def model_card(base: BaseCheckpoint, adapters: Sequence[str]) -> str:

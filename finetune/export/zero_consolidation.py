@@ -21,6 +21,7 @@ from finetune.checkpoints.resumable import shards_folder
 from finetune.checkpoints.safetensors_io import StoredTensor, write_header
 from finetune.export.lora_merge import BaseTensors, adapter_names, empty_model, tied_names
 from finetune.model_folders.checkpoint_folder import ADAPTER_CONFIG, has_adapter, read_adapter_config
+from finetune.model_folders.output_contents import RUN_FILE
 from finetune.models.adapters import ADAPTER_WEIGHTS, trained_beside
 from finetune.models.strict_loading import PASSTHROUGH_PREFIXES, some
 from finetune.utils.errors import CheckpointError
@@ -102,8 +103,8 @@ def base_named_by(checkpoint: Path) -> str | None:
         if name:
             return name
     for place in (checkpoint, checkpoint.parent):
-        if (place / "run.yaml").is_file():
-            run = yaml.safe_load((place / "run.yaml").read_text(encoding="utf-8"))
+        if (place / RUN_FILE).is_file():
+            run = yaml.safe_load((place / RUN_FILE).read_text(encoding="utf-8"))
             if isinstance(run, dict) and isinstance(run.get("base"), dict):
                 return run["base"].get("name")
     return None

@@ -10,13 +10,13 @@ from finetune.utils.errors import UserError
 
 STATE_FOLDER = ".finetune"
 """Folder in OUTPUT_DIR with the lock of the run that writes there, and the list of what runs have written."""
-RUN = "run.yaml"
+RUN_FILE = "run.yaml"
 """File with the resolved flags and versions of a run."""
 LOGS = "runs"
 """Folder of the trackers that write files."""
 
 # Left by a run that saved nothing; a folder with only these may be used again.
-_REUSABLE = (STATE_FOLDER, RUN, LOGS)
+_REUSABLE = (STATE_FOLDER, RUN_FILE, LOGS)
 
 
 class OutputError(UserError):
@@ -39,7 +39,7 @@ def check_unused(folder: Path) -> None:
 
 
 @contextmanager
-def os_errors_named(folder: Path) -> Iterator[None]:
+def as_output_error(folder: Path) -> Iterator[None]:
     """Turns an error of the file system into one of the output folder.
 
     Raises:

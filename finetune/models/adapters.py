@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from finetune.families import by_name, detect
 from finetune.families.family import Family
 from finetune.model_folders.checkpoint_folder import ADAPTER_CONFIG, read_adapter_config
+from finetune.model_folders.output_contents import RUN_FILE
 from finetune.model_folders.weight_headers import check_not_truncated
 from finetune.models.adapter_biases import PeftModelWithBiases, biases, is_base_bias, trains_biases
 from finetune.models.duplex_rows import rows_for
@@ -335,7 +336,7 @@ def _missing_module(base_model: nn.Module, saved: Sequence[str]) -> str | None:
 
 def _trained_on(folder: Path, settings: dict[str, Any]) -> Family | None:
     """The family that an adapter was trained on, by its run.yaml or its base; None if unknown."""
-    run = folder / "run.yaml"
+    run = folder / RUN_FILE
     base = Path(str(settings.get("base_model_name_or_path") or "."))
     try:
         if run.is_file():

@@ -139,7 +139,7 @@ class Clips:
     counts: list[int]
 
 
-def read_clips(features: torch.Tensor, lengths: torch.Tensor, *, bins: int, longest: int, step: int) -> Clips:
+def checked_clips(features: torch.Tensor, lengths: torch.Tensor, *, bins: int, longest: int, step: int) -> Clips:
     """The clips of a batch, possibly none.
 
     Args:

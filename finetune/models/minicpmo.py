@@ -11,9 +11,9 @@ from finetune.models.audio_tower import (
     AudioTower,
     Clips,
     check_audio_bounds,
+    checked_clips,
     dummy_clip,
     pooled,
-    read_clips,
     split_clips,
 )
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
@@ -48,7 +48,7 @@ class MiniCPMO(MiniCPMV):
         Raises:
             ValueError: features and lengths do not match.
         """
-        return self._encode_clips(self._read_clips(audio_features, audio_lengths))
+        return self._encode_clips(self._checked_clips(audio_features, audio_lengths))
 
     def _embed_audio(
         self,
@@ -71,7 +71,7 @@ class MiniCPMO(MiniCPMV):
         audio_features, audio_lengths = audio
         given_together(audio_features=audio_features, audio_lengths=audio_lengths, audio_bound=audio_bound)
         if audio_features is not None and audio_lengths is not None and audio_bound is not None:
-            clips = self._read_clips(audio_features, audio_lengths)
+            clips = self._checked_clips(audio_features, audio_lengths)
             check_audio_bounds(audio_bound.tolist(), copies * clips.counts, embeddings)
             if clips.counts:
                 encoded = self._encode_clip_chunks(clips, in_step=dummy)
@@ -81,9 +81,9 @@ class MiniCPMO(MiniCPMV):
             return embeddings + (self._encode_clips(silence).mean() * 0).to(embeddings)
         return embeddings
 
-    def _read_clips(self, features: torch.Tensor, lengths: torch.Tensor) -> Clips:
+    def _checked_clips(self, features: torch.Tensor, lengths: torch.Tensor) -> Clips:
         longest = 2 * self.apm.max_source_positions
-        return read_clips(features, lengths, bins=self.apm.num_mel_bins, longest=longest, step=self.pool_step)
+        return checked_clips(features, lengths, bins=self.apm.num_mel_bins, longest=longest, step=self.pool_step)
 
     def _encode_clip_chunks(self, clips: Clips, *, in_step: bool) -> torch.Tensor:
         """As ``_encode_clips``, in a step in chunks of at most ``vision_batch`` clips; in one chunk with ZeRO-3."""

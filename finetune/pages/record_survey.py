@@ -86,7 +86,7 @@ class CheckedDataset:
 
     def form(self, index: int) -> str:
         """The name of the form that a record has; empty where the data have none."""
-        return self.records.form_of(index)
+        return self.records.format_of(index)
 
 
 Chosen = Mapping[tuple[int, int], list[str]]

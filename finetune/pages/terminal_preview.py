@@ -14,7 +14,7 @@ from finetune.utils.quoting import plain
 _GREEN, _GREY, _CYAN, _PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[36m", "\x1b[0m"
 
 
-def show(samples: Sequence[Sample], length_policy: LengthPolicy, most: int, *, colour: bool) -> Iterator[str]:
+def preview_lines(samples: Sequence[Sample], length_policy: LengthPolicy, most: int, *, colour: bool) -> Iterator[str]:
     """The first samples of a dataset, each with a header line and its text.
 
     Args:

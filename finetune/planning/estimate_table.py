@@ -39,11 +39,11 @@ def table(rows: Sequence[tuple[TrainingSetup, MemoryEstimate]], limit: int) -> s
     return "\n".join(lines)
 
 
-def advice(setup: TrainingSetup, memory: MemoryEstimate, more: Sequence[str]) -> str:
+def advice(setup: TrainingSetup, memory: MemoryEstimate, other_flags: Sequence[str]) -> str:
     """A setup that fits, as a command to paste."""
     host = f" and {gigabytes(memory.host)} GB of CPU memory for each" if memory.host else ""
     gpus = f"{setup.gpus} GPU{'s' if setup.gpus > 1 else ''}"
     return (
         f"{setup.method} ({METHODS[setup.method]}): {gigabytes(memory.total)} GB on {gpus}{host}\n"
-        f"  torchrun --nproc_per_node {setup.gpus} finetune.py {' '.join([*more, *setup.flags()])}"
+        f"  torchrun --nproc_per_node {setup.gpus} finetune.py {' '.join([*other_flags, *setup.flags()])}"
     )

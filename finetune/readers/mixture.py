@@ -69,7 +69,7 @@ class Mixture(SampleSet):
         file, number = self._locate(index)
         return file.source(number)
 
-    def form_of(self, index: int) -> str:
+    def format_of(self, index: int) -> str:
         """Name of the format of record ``index``."""
         return self._locate(index)[0].reading.form.name
 
@@ -210,20 +210,20 @@ def open_data(
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
+class WeightedName:
     """One data set of a list such as ``a,b:0.3``, with its weight."""
 
     name: str
     weight: float = 1.0
 
 
-def parse_names(text: str) -> list[Named]:
+def parse_names(text: str) -> list[WeightedName]:
     """The data sets of a list.
 
     Raises:
         DataError: a name is missing or named twice, or a weight is not a number above 0.
     """
-    found: list[Named] = []
+    found: list[WeightedName] = []
     for part in text.split(","):
         name, colon, weight = (text_part.strip() for text_part in part.partition(":"))
         if not name:
@@ -239,7 +239,7 @@ def parse_names(text: str) -> list[Named]:
             )
         if name in (named.name for named in found):
             raise DataError(f"data sets {text!r}: {name!r} is named twice; to take its records twice write {name}:2")
-        found.append(Named(name, number))
+        found.append(WeightedName(name, number))
     return found
 
 

@@ -14,7 +14,7 @@ from finetune.readers import SampleFile, read
 from finetune.readers.conversation import TrainOn
 from finetune.readers.dataset_info import Entry, find_entry, load_hub, open_entry
 from finetune.readers.form_detection import DataFormat
-from finetune.readers.mixture import Mixture, Named, parse_names
+from finetune.readers.mixture import Mixture, WeightedName, parse_names
 from finetune.readers.record_reader import identity
 from finetune.sample import DataError, Sample
 
@@ -123,7 +123,7 @@ def _stream(entries: Sequence[Entry], seed: int, buffer_size: int) -> Stream | H
     return HubStream(rows, names, seed=seed, buffer_size=buffer_size)
 
 
-def _entry(named: Named, dataset_dir: str | Path) -> Entry:
+def _entry(named: WeightedName, dataset_dir: str | Path) -> Entry:
     """The entry of a data set, without options that need all records."""
     entry = find_entry(named.name, dataset_dir)
     wishes = {

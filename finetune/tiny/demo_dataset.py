@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from finetune.tiny.checkpoint_writer import start_folder
-from finetune.tiny.demo_phrases import COLOURS, DOTS, SQUARE, SQUARES, SQUARES_ARE
+from finetune.tiny.demo_phrases import COLOURS, DOTS_QUESTION, SQUARE_QUESTION, SQUARES_ANSWER, SQUARES_QUESTION
 
 TRAIN = 2048
 EVAL = 128
@@ -161,22 +161,22 @@ def _noise(rng: random.Random, size: tuple[int, int]) -> Image.Image:
 
 
 def _single(rng: random.Random, colour: str) -> Drawn:
-    return [draw_square(rng, rng.choice(PLAIN_SIZES), colour)], [(f"<image>\n{SQUARE}", colour)]
+    return [draw_square(rng, rng.choice(PLAIN_SIZES), colour)], [(f"<image>\n{SQUARE_QUESTION}", colour)]
 
 
 def _sliced(rng: random.Random, colour: str) -> Drawn:
-    return [draw_dots(rng, DOTS_SIZE, colour)], [(f"<image>\n{DOTS}", colour)]
+    return [draw_dots(rng, DOTS_SIZE, colour)], [(f"<image>\n{DOTS_QUESTION}", colour)]
 
 
 def _multi_image(rng: random.Random, colour: str) -> Drawn:
     images, colours = _two_squares(rng, colour)
     tags = rng.choice(("<image>\n<image>", "<image_00>\n<image_01>"))
-    return images, [(f"{tags}\n{SQUARES}", SQUARES_ARE.format(*colours))]
+    return images, [(f"{tags}\n{SQUARES_QUESTION}", SQUARES_ANSWER.format(*colours))]
 
 
 def _multi_turn(rng: random.Random, colour: str) -> Drawn:
     images, colours = _two_squares(rng, colour)
-    return images, [(f"<image_{turn:02d}>\n{SQUARE}", each) for turn, each in enumerate(colours)]
+    return images, [(f"<image_{turn:02d}>\n{SQUARE_QUESTION}", each) for turn, each in enumerate(colours)]
 
 
 def _two_squares(rng: random.Random, colour: str) -> tuple[list[Image.Image], list[str]]:

@@ -13,11 +13,11 @@ COLOURS: dict[str, tuple[bool, bool, bool]] = {
     "cyan": (False, True, True),
     "white": (True, True, True),
 }
-SQUARE = "What colour is the square?"
-DOTS = "What colour are the fine dots?"
-SQUARES = "What colours are the squares?"
+SQUARE_QUESTION = "What colour is the square?"
+DOTS_QUESTION = "What colour are the fine dots?"
+SQUARES_QUESTION = "What colours are the squares?"
 # The tiny model learns to answer for the images in order within 100 steps. Asked for one image by its number it
 # needs from 200 to more than 500, depending on the seed.
-SQUARES_ARE = "first {}, second {}"
-QUESTIONS = (SQUARE, DOTS, SQUARES)
-ANSWERS = (*COLOURS, *(SQUARES_ARE.format(colour, colour) for colour in COLOURS))
+SQUARES_ANSWER = "first {}, second {}"
+QUESTIONS = (SQUARE_QUESTION, DOTS_QUESTION, SQUARES_QUESTION)
+ANSWERS = (*COLOURS, *(SQUARES_ANSWER.format(colour, colour) for colour in COLOURS))

@@ -22,7 +22,7 @@ _TOLERANCE = 0.02
 _EPSILON = 1e-6
 
 
-class GradientNorms(TrainerCallback):
+class GradientNormsCallback(TrainerCallback):
     """Measures the L2 norm of the gradients of each part, before clipping, in the steps that are logged.
 
     A hook of the optimizer reads its gradients when it steps: complete, averaged over the ranks, and clipped, which the

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.chat.lmms_eval_model import FinetunedModel, manifest, sampling, to_sample, until
+from finetune.chat.lmms_eval_model import FinetunedModel, cut_at_stops, manifest, sampling_options, to_sample
 from finetune.chat.pipeline import ChatPipeline, ChatPromptOptions
 from finetune.evaluation.batched_generation import generate_answers, split_answer
 from finetune.models import load_model
@@ -90,14 +90,14 @@ def test_prompts_and_answers_are_those_of_evaluate(tiny, questions) -> None:
 
 
 def test_settings_of_tasks() -> None:
-    greedy = sampling({"max_new_tokens": 7, "temperature": 0, "top_p": None, "num_beams": 1, "until": ["."]})
+    greedy = sampling_options({"max_new_tokens": 7, "temperature": 0, "top_p": None, "num_beams": 1, "until": ["."]})
     assert (greedy.sampling, greedy.max_new_tokens) == (False, 7)
-    assert sampling({"temperature": 0.5}).sampling
-    assert sampling({"do_sample": False, "temperature": 0.5}).sampling is False
+    assert sampling_options({"temperature": 0.5}).sampling
+    assert sampling_options({"do_sample": False, "temperature": 0.5}).sampling is False
     with pytest.raises(ArgumentError, match="no option stop_words"):
-        sampling({"stop_words": ["a"]})
-    assert until("a. b\n\nc", ["\n\n", "."]) == "a"
-    assert until(" a ", None) == "a"
+        sampling_options({"stop_words": ["a"]})
+    assert cut_at_stops("a. b\n\nc", ["\n\n", "."]) == "a"
+    assert cut_at_stops(" a ", None) == "a"
     assert manifest.model_id == "minicpmv_finetune"
 
 

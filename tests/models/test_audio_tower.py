@@ -12,7 +12,7 @@ from sound_batch import mel, sound_batch, tokens_of
 from visual_batch import OMNI, Row, gradients, make_batch, prompt, small_model
 
 from finetune.models import MiniCPMO
-from finetune.models.audio_tower import read_clips
+from finetune.models.audio_tower import checked_clips
 
 # Clips of 2.1 s, of the fewest frames that make a token, of half a second; a row with an image and one without clip.
 ROWS: list[tuple[Row, list[int]]] = [
@@ -302,10 +302,10 @@ def test_disagreeing_inputs_name_both_numbers(model: MiniCPMO, fault: str) -> No
 
 def test_longer_than_the_tower_takes() -> None:
     with pytest.raises(ValueError, match="takes 3000: split longer audio into clips"):
-        read_clips(torch.zeros(1, 80, 3002), torch.tensor([3002]), bins=80, longest=3000, step=2)
+        checked_clips(torch.zeros(1, 80, 3002), torch.tensor([3002]), bins=80, longest=3000, step=2)
 
 
 @pytest.mark.parametrize(("frames", "step"), [(99, 2), (100, 2), (101, 2), (3000, 2), (9, 5), (58, 5), (3000, 5)])
 def test_number_of_tokens(frames: int, step: int) -> None:
-    clips = read_clips(torch.zeros(1, 80, frames), torch.tensor([frames]), bins=80, longest=3000, step=step)
+    clips = checked_clips(torch.zeros(1, 80, frames), torch.tensor([frames]), bins=80, longest=3000, step=step)
     assert clips.counts == [tokens_of(frames, step)]

@@ -61,7 +61,7 @@ def test_one_after_another(work: Path, caplog: pytest.LogCaptureFixture) -> None
     assert ids(samples) == [f"{name}{number}" for name, size in SIZES.items() for number in range(size)]
     assert [sample.id for sample in samples] == ids(samples)
     assert samples[-1].source == samples.source(-1) == samples.source(32)
-    assert [samples.form_of(index) for index in (0, 10, 30)] == ["sharegpt", "alpaca", "official"]
+    assert [samples.format_of(index) for index in (0, 10, 30)] == ["sharegpt", "alpaca", "official"]
     assert samples.source(12).file == "data/b.json"
     assert samples.record(12) == {"id": "b2", "instruction": "i", "output": "o"}
     assert [sample.id for sample in samples[9:11]] == ["a9", "b0"]

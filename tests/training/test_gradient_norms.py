@@ -19,7 +19,7 @@ from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
 from finetune.training.freezing import adapt, part_of
-from finetune.training.gradient_norms import PREFIX, GradientNorms
+from finetune.training.gradient_norms import PREFIX, GradientNormsCallback
 from trainer import CPMTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,7 +101,7 @@ def test_one_part_alone_has_the_total_norm(tiny, demo_data, tmp_path):
 def test_parts_that_do_not_add_up_are_not_logged(caplog):
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=0.1)
-    norms = GradientNorms(Accelerator(cpu=True), sharded=False)
+    norms = GradientNormsCallback(Accelerator(cpu=True), sharded=False)
     norms.parts = ("llm", "vision")
     state, control = TrainerState(logging_steps=1), TrainerControl()
     args = TrainingArguments(output_dir="unused", use_cpu=True)
