@@ -12,6 +12,7 @@ from finetune.chat.conversation_state import ConversationState
 from finetune.chat.pipeline import ChatPromptOptions, SamplingOptions
 from finetune.chat.session import OFF, ChatSession
 from finetune.runtime.out_of_memory import explaining
+from finetune.sample import Sample
 from finetune.utils.errors import ArgumentError, UserError
 
 Turns = list[dict[str, Any]]
@@ -73,11 +74,7 @@ class Page:
             )
         waiting = list(conversations)
         try:
-            samples = []
-            for conversation in conversations:
-                if image:
-                    conversation.show(image)
-                samples.append(conversation.ask(question.strip()))
+            samples = [_put(conversation, question.strip(), image) for conversation in conversations]
             for name, sample, conversation in zip(self.models, samples, conversations, strict=True):
                 said = ""
                 with explaining(lambda: ["a new conversation, or a smaller image"], "the question is taken back"):
@@ -93,9 +90,21 @@ class Page:
         finally:
             # Also when the client disconnects in the middle.
             for conversation in waiting:
-                conversation.files = []
-                if conversation.turns and conversation.turns[-1][0] == "user":
-                    conversation.take_back()
+                _take_back(conversation)
+
+
+def _put(conversation: ConversationState, question: str, image: str | None) -> Sample:
+    """Adds a question, with its image, to a conversation; returns the conversation up to it."""
+    if image:
+        conversation.show(image)
+    return conversation.ask(question)
+
+
+def _take_back(conversation: ConversationState) -> None:
+    """Removes a question without an answer."""
+    conversation.files = []
+    if conversation.turns and conversation.turns[-1][0] == "user":
+        conversation.take_back()
 
 
 def shown(conversation: ConversationState) -> Turns:

@@ -186,25 +186,28 @@ class CheckpointManager(TrainerCallback):
             return
         self._complete(state)
         self._rotate_if_due(args, state)  # before the new checkpoint, of which no step is known yet
-        best = state.best_model_checkpoint
+        best, main = state.best_model_checkpoint, state.is_world_process_zero
         try:
-            main = state.is_world_process_zero
             raise_if_any_failed(accelerator, write_failure(lambda: self._check_writable(folder)) if main else None)
             raise_if_any_failed(accelerator, self._write(accelerator, write_all))
         except UnsavedError as error:
-            self.unsaved = f"{folder} could not be written: {error} ({describe_space(folder.parent, self.size)})"
             if state.best_model_checkpoint == str(folder):
                 state.best_model_checkpoint = best
-            if state.is_world_process_zero:
-                shutil.rmtree(folder, ignore_errors=True)
-            self._not_saved = state.global_step, self.unsaved
-            self._warn(state, "%s. Training continues until the next save", self.unsaved)
+            self._give_up(state, folder, error)
             return
         self.unsaved, self._unconfirmed = None, folder
         if main:
             self.size = written_size(folder)
-            layout = {**describe(args), **self.identity.manifest_fields()}
-            self._manifest.start(folder, state.global_step, layout)
+            fields = {**describe(args), **self.identity.manifest_fields()}
+            self._manifest.start(folder, state.global_step, fields)
+
+    def _give_up(self, state: TrainerState, folder: Path, error: UnsavedError) -> None:
+        """Notes a checkpoint that could not be written, and removes what there is of it."""
+        self.unsaved = f"{folder} could not be written: {error} ({describe_space(folder.parent, self.size)})"
+        if state.is_world_process_zero:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._not_saved = state.global_step, self.unsaved
+        self._warn(state, "%s. Training continues until the next save", self.unsaved)
 
     def save_result(
         self,

@@ -22,12 +22,12 @@ from finetune.commands import evaluate_duplex, evaluate_served
 from finetune.commands.evaluation_run import (
     REPORT_ROWS,
     AnswerGenerator,
+    facts_of,
     make_encoder,
+    open_answers,
     open_samples,
-    out_folder,
     processes,
     read_all,
-    settings_of,
     source_of,
     wait_for_all,
     write_results,
@@ -55,7 +55,6 @@ def main(argv: list[str]) -> int:
         return evaluate_served.run(given)
 
     from finetune.evaluation.metrics import resolve_metric
-    from finetune.evaluation.predictions import Predictions, start_folder
 
     source = source_of(given)
     samples = open_samples(given)
@@ -66,26 +65,17 @@ def main(argv: list[str]) -> int:
     metric, why = None, "--predict_only"
     if not given.predict_only:
         metric, why = resolve_metric(given.metric, [references for _, references in questions.values()])
-    out = out_folder(given)
+    what = f"metric     {metric.name if metric else 'none'} ({why}); {len(questions)} questions of {title}"
     with processes(world):
-        if rank == 0:
-            start_folder(out, settings_of(given, source, samples), overwrite=given.overwrite)
-            print(f"metric     {metric.name if metric else 'none'} ({why}); {len(questions)} questions of {title}")
-            for line in source.modes:
-                print(f"mode       {line}")
-            for message in skipped:
-                print(f"skipped    {message}")
-        wait_for_all(world)
-        store = Predictions(out, rank)
-        wait_for_all(world)
+        left_out = [f"skipped    {message}" for message in skipped]
+        store = open_answers(given, source, samples, (rank, world), what, left_out)
         start = time.monotonic()
         with explaining(lambda: _smaller(given), "the answers so far are kept: the same command continues"):
             AnswerGenerator(given, questions, store, rank, world).everything(source)
         wait_for_all(world)
         if rank == 0:
-            facts = {"why": why, "model": str(source.base.folder), "adapter": str(source.adapter or ""), "data": title}
-            facts |= {"left_out": str(len(skipped))} if skipped else {}
-            facts |= {"compared_with": given.compare or "", "seconds": str(round(time.monotonic() - start, 1))}
+            model = {"model": str(source.base.folder), "adapter": str(source.adapter or "")}
+            facts = {"why": why, **model, "data": title, **facts_of(skipped, given.compare, start)}
             write_results(given, metric, questions, store, facts)
     return 0
 

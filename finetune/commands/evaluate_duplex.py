@@ -14,9 +14,8 @@ from finetune.commands.evaluation_run import (
     AnswerGenerator,
     ModelSource,
     make_encoder,
-    out_folder,
+    open_answers,
     processes,
-    settings_of,
     wait_for_all,
 )
 from finetune.runtime.out_of_memory import explaining
@@ -51,21 +50,12 @@ def run(given: argparse.Namespace, source: ModelSource, samples: Mixture) -> int
     Raises:
         UserError: a flag without effect here, or a record that cannot be used.
     """
-    from finetune.evaluation.predictions import Predictions, start_folder
-
     _check(given)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = samples.first(given.limit)
-    out = out_folder(given)
+    what = f"full duplex: {len(chosen)} records of {given.data or given.dataset}"
     with processes(world):
-        if rank == 0:
-            start_folder(out, settings_of(given, source, samples), overwrite=given.overwrite)
-            print(f"full duplex: {len(chosen)} records of {given.data or given.dataset}")
-            for line in source.modes:
-                print(f"mode       {line}")
-        wait_for_all(world)
-        store = Predictions(out, rank)
-        wait_for_all(world)
+        store = open_answers(given, source, samples, (rank, world), what)
         with explaining(lambda: _smaller(given), "the results so far are kept: the same command continues"):
             _Evaluation(given, chosen, store, rank, world).everything(source)
         wait_for_all(world)

@@ -108,8 +108,7 @@ def run(given: argparse.Namespace) -> int:
     _ask_all(server, questions, store, given.concurrency or CONCURRENCY)
     status = 0 if wanted is None else _compare(given, plain, source, questions, store)
     facts = {"why": why, "model": f"{server.name} at {given.url}", "adapter": "", "data": title}
-    facts |= {"left_out": str(len(skipped))} if skipped else {}
-    facts |= {"compared_with": wanted or "", "seconds": str(round(time.monotonic() - start, 1))}
+    facts |= evaluation_run.facts_of(skipped, wanted, start)
     evaluation_run.write_results(given, metric, questions, Predictions(out), facts)
     return status
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -50,6 +51,44 @@ def out_folder(given: argparse.Namespace) -> Path:
     """The folder of the results."""
     folder = Path(given.data).stem if given.data else "-".join(re.findall(r"[\w.]+", given.dataset))
     return Path(given.out) if given.out else Path("output") / f"evaluate-{folder}"
+
+
+def open_answers(
+    given: argparse.Namespace,
+    source: ModelSource,
+    samples: Mixture,
+    ranks: tuple[int, int],
+    title: str,
+    notes: Sequence[str] = (),
+) -> Predictions:
+    """The answers of an interrupted evaluation, or none; rank 0 prints what is evaluated.
+
+    Every process must call it, and waits until all have read what there is.
+
+    Args:
+        given: parsed command line.
+        source: the model.
+        samples: the data.
+        ranks: rank of this process, and number of processes.
+        title: first line to print.
+        notes: lines to print after the modes of the model.
+    """
+    from finetune.evaluation.predictions import Predictions, start_folder
+
+    (rank, world), out = ranks, out_folder(given)
+    if rank == 0:
+        start_folder(out, settings_of(given, source, samples), overwrite=given.overwrite)
+        print("\n".join([title, *(f"mode       {line}" for line in source.modes), *notes]))
+    wait_for_all(world)
+    store = Predictions(out, rank)
+    wait_for_all(world)
+    return store
+
+
+def facts_of(skipped: Sequence[str], compared_with: str | None, start: float) -> dict[str, str]:
+    """What metrics.json says of an evaluation: records left out, the model compared with, seconds since ``start``."""
+    left_out = {"left_out": str(len(skipped))} if skipped else {}
+    return {**left_out, "compared_with": compared_with or "", "seconds": str(round(time.monotonic() - start, 1))}
 
 
 def write_results(

@@ -1,4 +1,4 @@
-r"""``python -m finetune guicourse``: converts the GUICourse data sets, and scores predictions with their published metrics.
+r"""``python -m finetune guicourse``: converts the GUICourse data sets; scores predictions by their published metrics.
 
 convert: X_data.json with X_images.parquet of GUIEnv, GUIAct (web-single, web-multi, smartphone) and GUIChat become
 X.json (records as training takes them), images/ and X_bad.jsonl (records that cannot be used, with the reason).

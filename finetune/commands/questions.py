@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from finetune.sample import DataError, Sample
@@ -42,7 +42,6 @@ def read_questions(
         DataError: a record that cannot be used, or none that can.
         UnusableResultError: more of them are left out than that share allows.
     """
-    from finetune.encoding.sample_policy import share_is_bad
     from finetune.media import video
 
     questions: Questions = {}
@@ -61,17 +60,28 @@ def read_questions(
             skipped.append(str(error))
         else:
             questions[index] = question
-    if not questions:
-        title = samples.title
+    _check_share(samples.title, len(questions), skipped, max_bad_share)
+    return questions, skipped
+
+
+def _check_share(title: str, usable: int, skipped: Sequence[str], max_bad_share: float) -> None:
+    """Refuses data of which too little can be used.
+
+    Raises:
+        DataError: nothing.
+        UnusableResultError: more is left out than ``max_bad_share`` allows.
+    """
+    from finetune.encoding.sample_policy import share_is_bad
+
+    if not usable:
         raise DataError(
             f"{title}: no record can be used; the first: {skipped[0]}" if skipped else f"{title}: no record"
         )
-    if share_is_bad(len(skipped), len(questions) + len(skipped), max_bad_share):
+    if share_is_bad(len(skipped), usable + len(skipped), max_bad_share):
         raise UnusableResultError(
-            f"{samples.title}: {len(skipped)} of {len(questions) + len(skipped)} records cannot be used, more than "
+            f"{title}: {len(skipped)} of {usable + len(skipped)} records cannot be used, more than "
             f"--max_bad_share {max_bad_share:g} allows; fix the data, or raise the limit. The first: {skipped[0]}"
         )
-    return questions, skipped
 
 
 def _question(

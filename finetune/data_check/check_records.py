@@ -162,17 +162,7 @@ def check(
     report.duplicates = _duplicates(samples, chosen)
     cache = CheckCache(samples.files, fingerprint(length_policy, samples), rebuild=rebuild)
     chunks = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
-    with (
-        _threads() as pool,
-        tqdm(
-            total=len(chosen),
-            desc=f"checking {Path(report.file).name}",
-            unit="record",
-            delay=1,
-            # Fewer updates when stderr is a log file and not a terminal.
-            mininterval=0.2 if sys.stderr.isatty() else 10,
-        ) as bar,
-    ):
+    with _threads() as pool, _progress_bar(len(chosen), report.file) as bar:
         checks = pool.map(lambda chunk: [_check_one(samples, index, length_policy, cache) for index in chunk], chunks)
         for chunk, results in zip(chunks, checks, strict=True):
             bar.update(len(results))
@@ -185,6 +175,12 @@ def check(
     report.repeated = sum(len(group) - 1 for group in repeated([(samples, report.content_keys)]))
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _progress_bar(records: int, file: str) -> tqdm:
+    # Fewer updates when stderr is a log file and not a terminal.
+    pause = 0.2 if sys.stderr.isatty() else 10
+    return tqdm(total=records, desc=f"checking {Path(file).name}", unit="record", delay=1, mininterval=pause)
 
 
 def _chosen(records: int, level: str | None) -> Sequence[int]:

@@ -119,16 +119,7 @@ class MergedTensors:
         self._in_file = stored_in([self._file])
         present = set(self._in_file) | set(self._beside)
         self._keys = {name: key for name, key in _names(self._model).items() if key in present}
-        self._layers: dict[str, tuple[str, LoraLayer]] = {}
-        self.kept: dict[str, LoraLayer] = {}
-        for path, module in self._model.named_modules():
-            if isinstance(module, LoraLayer) and not path.endswith(".base_layer") and ".original_module." not in path:
-                module_name = _base_name(path)
-                if keep(module_name) and not isinstance(module, ParamWrapper):
-                    self.kept[module_name] = module
-                else:
-                    tensors = module.get_base_layer().state_dict()
-                    self._layers |= {f"{module_name}.{name}": (path, module) for name in tensors}
+        self._layers, self.kept = self._lora_layers(keep)
         inside = tuple(f"{path}." for path, module in self._model.named_modules() if isinstance(module, LoraLayer))
         outside = {name: key for name, key in self._keys.items() if not name.startswith(inside)}
         self._rows = {_row_owner(name): key for name, key in outside.items() if _ROWS in name}
@@ -145,11 +136,36 @@ class MergedTensors:
             **{name: below.stored[where] for name, where in self._tied.items()},
         }
         self.changed = below.changed | set(self._layers) | set(self._replaced) | set(self._rows) | set(self._tied)
+        self._check_stored()
+
+    def _lora_layers(
+        self, keep: Callable[[str], bool]
+    ) -> tuple[dict[str, tuple[str, LoraLayer]], dict[str, LoraLayer]]:
+        """The layers to merge, with their paths in the meta model, by tensor; and those to keep, by module."""
+        merged: dict[str, tuple[str, LoraLayer]] = {}
+        kept: dict[str, LoraLayer] = {}
+        for path, module in self._model.named_modules():
+            if isinstance(module, LoraLayer) and not path.endswith(".base_layer") and ".original_module." not in path:
+                module_name = _base_name(path)
+                if keep(module_name) and not isinstance(module, ParamWrapper):
+                    kept[module_name] = module
+                else:
+                    tensors = module.get_base_layer().state_dict()
+                    merged |= {f"{module_name}.{name}": (path, module) for name in tensors}
+        return merged, kept
+
+    def _check_stored(self) -> None:
+        """Refuses an adapter of tensors that the base does not store.
+
+        Raises:
+            CheckpointError: with the first of them.
+        """
         if lost := sorted(self.changed - set(self.stored)):
             unfused = any(re.search(r"\.experts\.\d+\.", name) for name in self.stored)
             remedy = "; they store every expert separately: load_model(BASE).save_pretrained(OUT) stores fused experts"
             raise CheckpointError(
-                f"{folder} changes {lost[0]}, which the weight files of the base do not have{remedy if unfused else ''}"
+                f"{self._folder} changes {lost[0]}, which the weight files of the base do not have"
+                f"{remedy if unfused else ''}"
             )
 
     def read(self, name: str) -> torch.Tensor:

@@ -80,16 +80,24 @@ def load_model(
     options = {"dtype": dtype, "device_map": device_map, **kwargs}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    adapter = folder if is_adapter(folder) else None
-    if adapter is None and base is not None:
-        raise CheckpointError(f"{folder} is not an adapter ({ADAPTER_CONFIG} is missing) for the base {base}")
-    below = folder
-    if adapter is not None:
-        below = _base_folder(folder, read_adapter_config(folder)) if base is None else Path(base)
+    below, adapter = _base_and_adapter(folder, base)
     loaded = _load_full(below, tokenizer_required, downsample_mode, adapter, options)
     if hub_kernels:
         _use_hub_kernels(loaded)
     return loaded if adapter is None else put_adapter(loaded, adapter, adapter_name)
+
+
+def _base_and_adapter(folder: Path, base: str | Path | None) -> tuple[Path, Path | None]:
+    """The base checkpoint of a folder, the folder itself unless it is an adapter; and the adapter.
+
+    Raises:
+        CheckpointError: a base is given for a folder that is no adapter, or the base of the adapter does not exist.
+    """
+    if is_adapter(folder):
+        return _base_folder(folder, read_adapter_config(folder)) if base is None else Path(base), folder
+    if base is not None:
+        raise CheckpointError(f"{folder} is not an adapter ({ADAPTER_CONFIG} is missing) for the base {base}")
+    return folder, None
 
 
 def load_adapter(model: PeftModel, adapter: str | Path, name: str) -> None:

@@ -262,26 +262,38 @@ def open_entry(
             f"{entry.where}: is preference data (ranking), which --stage dpo trains on; for supervised finetuning name "
             "one column of answers (response, or messages)"
         )
-    if entry.file is not None:
-        if strict_paths and not entry.file.resolve().is_relative_to(entry.info.parent.resolve()):
-            raise DataError(
-                f"{entry.where}: its file is {truncate_middle(str(entry.file.resolve()))}, outside of "
-                f"{entry.info.parent.resolve()}, which --strict_paths refuses; move it there"
-            )
-        if records is None:
-            records = take_split(open_records(entry.file, rebuild=rebuild), entry.split, entry.where)
-        path: str | Path = entry.file
-        beside = folders_of(entry.file)[: 1 if strict_paths else None]
-    else:
-        if records is None:
-            records = TableRecords(load_hub(entry), entry.hub or "")
-        path, beside = entry.hub or "", []
+    if strict_paths:
+        _check_inside(entry)
+    records = _records_of(entry, rebuild=rebuild) if records is None else records
+    path: str | Path = entry.hub or "" if entry.file is None else entry.file
+    beside = [] if entry.file is None else folders_of(entry.file)[: 1 if strict_paths else None]
     first = some_records(records)
     names = _comparison(entry) if pairs else None
     form, why = _form(entry, first, names)
     logger.info("data set %s: %d records of %s in the %s format (%s)", entry.name, len(records), path, form.name, why)
     where = media_folders(media_dir or entry.info.parent, *beside, image_root, flag="--media_dir", strict=strict_paths)
     return SampleFile(records, path, RecordReader(form, where, train_on, names), entry.name)
+
+
+def _records_of(entry: Entry, *, rebuild: bool) -> Sequence[Any]:
+    """The records of the entry's file, or of its data set on the hub."""
+    if entry.file is None:
+        return TableRecords(load_hub(entry), entry.hub or "")
+    return take_split(open_records(entry.file, rebuild=rebuild), entry.split, entry.where)
+
+
+def _check_inside(entry: Entry) -> None:
+    """Refuses a file outside of the folder of ``dataset_info.json``.
+
+    Raises:
+        DataError: with both.
+    """
+    folder = entry.info.parent.resolve()
+    if entry.file is not None and not entry.file.resolve().is_relative_to(folder):
+        raise DataError(
+            f"{entry.where}: its file is {truncate_middle(str(entry.file.resolve()))}, outside of {folder}, which "
+            "--strict_paths refuses; move it there"
+        )
 
 
 def _comparison(entry: Entry) -> Comparison:

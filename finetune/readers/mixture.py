@@ -16,7 +16,7 @@ import numpy as np
 
 from finetune.readers import read
 from finetune.readers.conversation import TrainOn
-from finetune.readers.dataset_info import find_entry, open_entry
+from finetune.readers.dataset_info import Entry, find_entry, open_entry
 from finetune.readers.form_detection import DataFormat
 from finetune.readers.record_keys import is_timeline
 from finetune.readers.record_reader import SampleFile
@@ -287,14 +287,14 @@ def read_named(
             strict_paths=strict_paths,
             pairs=pairs,
         )
-        random = np.random.default_rng([seed, zlib.crc32(each.name.encode())])
         files.append(file)
-        if entry.num_samples is not None and entry.num_samples > MOST_TIMES * len(file):
-            raise DataError(
-                f"{entry.where}: 'num_samples' is {entry.num_samples}, of {len(file)} records; each may be repeated "
-                f"{MOST_TIMES} times at most"
-            )
-        chosen.append(_weighted(_drawn(len(file), entry.num_samples, random)[:max_samples], each.weight, random))
+        random = np.random.default_rng([seed, zlib.crc32(each.name.encode())])
+        chosen.append(_weighted(_drawn(entry, len(file), random)[:max_samples], each.weight, random))
+    return _joined(files, chosen)
+
+
+def _joined(files: Sequence[SampleFile], chosen: Sequence[Numbers]) -> Mixture:
+    """The chosen records of every file, one file after another; logs the share of each."""
     total = sum(map(len, chosen))
     for file, numbers in zip(files, chosen, strict=True):
         share = 100 * len(numbers) / total
@@ -306,10 +306,19 @@ def read_named(
     return Mixture(files, np.concatenate(shifted))
 
 
-def _drawn(records: int, number: int | None, random: np.random.Generator) -> Numbers:
-    """A random sample of ``number`` records without replacement; records repeat only if there are too few."""
-    if number is None:
+def _drawn(entry: Entry, records: int, random: np.random.Generator) -> Numbers:
+    """A random sample of ``num_samples`` records without replacement; records repeat only if there are too few.
+
+    Raises:
+        DataError: a record would repeat too often.
+    """
+    if (number := entry.num_samples) is None:
         return range(records)
+    if number > MOST_TIMES * records:
+        raise DataError(
+            f"{entry.where}: 'num_samples' is {number}, of {records} records; each may be repeated {MOST_TIMES} times "
+            "at most"
+        )
     once = random.permutation(records)[:number]
     return np.concatenate([once, random.integers(0, records, number - len(once))])
 

@@ -51,15 +51,11 @@ def render(
     for turn, message in enumerate(messages):
         if message.role == "assistant":
             thought, answer = _split(sample, turn, message)
+            last = turn == len(messages) - 1
             open_answer(rendered, tokenizer)
-            if turn > question and thought and layout.thinking != "strip":
-                _think(rendered, thought, tokenizer, train=message.train and layout.thinking == "keep")
+            if turn > question and _add_thought(rendered, thought, message, tokenizer, layout, last=last):
                 answer = answer.lstrip("\n")
-            elif turn > question and (layout.thinks_between or turn == len(messages) - 1):
-                _think_nothing(rendered, tokenizer, layout, train=message.train)
-                answer = answer.lstrip("\n")
-            if turn == len(messages) - 1:
-                rendered.add(speech)
+            rendered.add(speech if last else ())
             rendered.add(tokenizer.continuation(answer), train=message.train)
             close_turn(rendered, tokenizer, train=message.train)
         elif message.role == "tool":
@@ -106,6 +102,25 @@ def _split(sample: Sample, turn: int, message: Message) -> tuple[str, str]:
     if message.train and not answer.strip():
         raise DataError(f"turn {turn}: no answer after </think>; add it or remove the record")
     return thought.strip("\n"), answer
+
+
+def _add_thought(
+    rendered: TokenizedPrompt,
+    thought: str,
+    message: Message,
+    tokenizer: PromptTokenizer,
+    layout: PromptLayout,
+    *,
+    last: bool,
+) -> bool:
+    """Adds the think block of an answer after the last question; returns whether the answer has one."""
+    if thought and layout.thinking != "strip":
+        _think(rendered, thought, tokenizer, train=message.train and layout.thinking == "keep")
+    elif layout.thinks_between or last:
+        _think_nothing(rendered, tokenizer, layout, train=message.train)
+    else:
+        return False
+    return True
 
 
 def _think(rendered: TokenizedPrompt, thought: str, tokenizer: PromptTokenizer, *, train: bool) -> None:

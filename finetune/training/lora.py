@@ -83,10 +83,7 @@ def add_lora(
     config = lora_config(model, family, saved, lora, parts)
     if lora.lora_weight_path is not None:
         return _continue(model, config, Path(lora.lora_weight_path), in_fp32)
-    names = [name for name, _ in model.named_modules()]
-    for wanted in config.modules_to_save or []:
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-            raise ArgumentError(f"--lora_modules_to_save {wanted}: the model has no module of that name")
+    _check_saved_modules(model, config.modules_to_save or [])
     _warn_of_ties(model, config.modules_to_save or [])
     try:
         base: Any = model
@@ -95,18 +92,31 @@ def add_lora(
             adapted: Any = get_peft_model(base, config, autocast_adapter_dtype=in_fp32)
         return _only_new_rows(adapted)
     except ValueError as error:
-        if "layers attribute" in str(error):
-            raise ArgumentError(
-                f"--lora_layer_replication: peft does not support it for this model ({error})"
-            ) from error
-        if "target" not in str(error):
+        if (fault := _fault_of_flags(error, family, lora, parts)) is None:
             raise
-        layers, targets = lora.lora_layers_to_transform, lora.lora_target_modules or default_targets(family, parts)
-        raise ArgumentError(
-            f"--lora_target_modules {targets!r} matches no module"
-            f"{'' if layers is None else f' in the layers {layers}'}; it is a regular expression that must match the "
-            f"whole name, such as {family.lora_targets['llm']}"
-        ) from error
+        raise fault from error
+
+
+def _fault_of_flags(
+    error: ValueError, family: Family, lora: LoraArguments, parts: Sequence[str]
+) -> ArgumentError | None:
+    """The error of the flags behind one of peft; None for another error."""
+    if "layers attribute" in str(error):
+        return ArgumentError(f"--lora_layer_replication: peft does not support it for this model ({error})")
+    if "target" not in str(error):
+        return None
+    layers, targets = lora.lora_layers_to_transform, lora.lora_target_modules or default_targets(family, parts)
+    return ArgumentError(
+        f"--lora_target_modules {targets!r} matches no module{'' if layers is None else f' in the layers {layers}'}; "
+        f"it is a regular expression that must match the whole name, such as {family.lora_targets['llm']}"
+    )
+
+
+def _check_saved_modules(model: nn.Module, saved: Sequence[str]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for wanted in saved:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            raise ArgumentError(f"--lora_modules_to_save {wanted}: the model has no module of that name")
 
 
 def _warn_of_ties(model: Any, saved: Sequence[str]) -> None:
