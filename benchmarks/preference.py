@@ -93,7 +93,7 @@ def steps(model: Any, examples: Sequence[Example], pad_id: int) -> dict[str, Cal
 
 
 def way_of_trl(model: Any, examples: Sequence[Example], pad_id: int) -> Callable[[], None]:
-    """Forward and backward pass as TRL 1.16 does them: rows of all better answers, then of all worse ones."""
+    """Forward and backward pass as TRL 1.16 does them: rows of all chosen answers, then of all rejected ones."""
     rows = [replace(each, rejected=None) for each in examples]
     rows += [replace(each.rejected, borrows_media=False) for each in examples if each.rejected is not None]
     batch = DataCollator(pad_id)(rows)

@@ -112,7 +112,7 @@ def _record(folder: Path, name: str, pictures: int, draw: random.Random) -> dict
 
 
 def write_pairs(folder: Path, *, sound: bool = False) -> Path:
-    """train.json and eval.json of preference pairs: the media records with a second, worse answer."""
+    """train.json and eval.json of preference pairs: the media records with a second, rejected answer."""
     write_media_records(folder, sound=sound)
     draw = random.Random(2)
     for name in ("train", "eval"):

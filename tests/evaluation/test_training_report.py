@@ -71,7 +71,7 @@ def test_figures_of_pairs_have_charts_of_their_own(tmp_path):
     rewards = {f"{side}rewards/{name}": 0.5 for side in ("", "eval_") for name in names}
     text, seen = page([{"step": 1, "loss": 0.7, "length/chosen": 3.0, **rewards}], tmp_path)
     assert text.count('class="chart"') == 5
-    assert "Share of pairs whose better answer is preferred" in seen.text
+    assert "Share of pairs whose chosen answer is preferred" in seen.text
     assert "training 0.5, evaluation 0.5 at step 1" in text
     assert "chosen, training 0.5, rejected, training 0.5" in text
 
