@@ -218,8 +218,8 @@ def run_steps(checkout: Checkout, found: Sequence[Step], log: Path, done_with: C
             last = "\n".join(done.stdout.strip().splitlines()[-_LAST_LINES:])
             raise UserError(
                 f"llama.cpp, {step.title}: {' '.join(step.argv)} {why}. Tested are commit {COMMIT} and, for 2.5 to 4.5 "
-                "with the code files of the base, transformers 4.57.6: --llama_cpp_python names an interpreter that "
-                f"has it. The last lines: {last}"
+                "with the code files of the base, transformers 4.57.6 (o 2.6: 4.44.2): --llama_cpp_python names an "
+                f"interpreter that has it. The last lines: {last}"
             )
         done_with(step.title)
     # The image encoder's script names its file itself.
