@@ -98,22 +98,15 @@ class CPMTrainer(Trainer):
         self.part_learning_rates = part_learning_rates
         self.check_base_loss = check_base_loss
         self.base_loss: float | None = None
-        if zero_stage(self.args.deepspeed) == _SHARDED:
+        if (stage := zero_stage(self.args.deepspeed)) == _SHARDED:
             keep_experts_together(self._unwrapped())
         flops = flops_of(self._unwrapped(), base.family)
         self.throughput = Throughput(flops, self.accelerator.gather, self.args.device)
         self._batches_seen = 0
-        self.generated = make_generation_evaluator(
-            self.args, self.eval_dataset, sharded=zero_stage(self.args.deepspeed) == _SHARDED
-        )
-        self.gradient_norms = GradientNormsCallback(self.accelerator, sharded=zero_stage(self.args.deepspeed) > 0)
+        self.generated = make_generation_evaluator(self.args, self.eval_dataset, sharded=stage == _SHARDED)
+        self.gradient_norms = GradientNormsCallback(self.accelerator, sharded=stage > 0)
         self.add_callback(self.gradient_norms)
-        parts = base.family.parts
-        inner = self._unwrapped()
-        trained = {part_of(name, parts) for name, weight in inner.named_parameters() if weight.requires_grad}
-        declared = trained.union(full_parts(self.args))  # pyright: ignore[reportArgumentType]
-        limit = self.args.max_nonfinite_steps  # pyright: ignore[reportAttributeAccessIssue]
-        self.checks = TrainingChecks(inner, parts, self.accelerator, declared, limit)
+        self.checks = self._make_checks()
         self.add_callback(self.checks)
         tolerate_write_errors(self.callback_handler.callbacks)
         self.checkpoint_manager = checkpoint_manager or CheckpointManager()
@@ -125,6 +118,14 @@ class CPMTrainer(Trainer):
         self._stop_callback = StopCallback(seconds, lambda: self.checks.stop_requested)
         if seconds > 0:
             self.add_callback(self._stop_callback)
+
+    def _make_checks(self) -> TrainingChecks:
+        """The checks of every step; parts count as trained by their flags, and where a weight requires a gradient."""
+        model, parts = self._unwrapped(), self.base.family.parts
+        trained = {part_of(name, parts) for name, weight in model.named_parameters() if weight.requires_grad}
+        declared = trained.union(full_parts(self.args))  # pyright: ignore[reportArgumentType]
+        limit = self.args.max_nonfinite_steps  # pyright: ignore[reportAttributeAccessIssue]
+        return TrainingChecks(model, parts, self.accelerator, declared, limit)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains; does nothing when the resumed checkpoint has all steps of the run already.

@@ -7,6 +7,7 @@ are pickles: one that imports anything other than what DeepSpeed and torch write
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +29,9 @@ def main(argv: list[str]) -> int:
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such folder; give the checkpoint-N folder of a run, from this machine")
 
-    import torch
-
     from finetune.checkpoints.base_checkpoint import resolve_base
-    from finetune.export.result_folder import check_target, model_card, unfinished, write_model, write_record
-    from finetune.export.sharded_writer import WeightFiles
-    from finetune.export.zero_consolidation import ConsolidatedTensors, base_named_by, read_shards, write_adapter
+    from finetune.export.result_folder import check_target, unfinished, write_record
+    from finetune.export.zero_consolidation import base_named_by, read_shards, write_adapter
     from finetune.model_folders.checkpoint_folder import has_adapter
     from finetune.models import load_model
 
@@ -49,21 +47,27 @@ def main(argv: list[str]) -> int:
     print(f"reading    {checkpoint}; base {base.name}, {base.family.title}")
     state = read_shards(checkpoint, trained_only=lora)
     with unfinished(out, sources, overwrite=given.overwrite_output_dir == "true") as folder:
-        if lora:
-            count = write_adapter(folder, checkpoint, base, state)
-        else:
-            dtype = None if given.infer_dtype == "auto" else getattr(torch, given.infer_dtype)
-            files = WeightFiles(
-                ConsolidatedTensors(base, state), dtype=dtype, shard_size=round(given.export_size * 1e9)
-            )
-            write_model(folder, base, files, dtype=dtype, card=model_card(base, []))
-            count = len(state)
+        count = write_adapter(folder, checkpoint, base, state) if lora else _write_full(given, folder, base, state)
         del state
         write_record(folder, [], _record(base, checkpoint))
         if given.verify == "auto":
             load_model(folder, base=base.folder if lora else None, downsample_mode=base.downsample_mode)
     print(f"consolidated={out} tensors={count}{' loads=true' if given.verify == 'auto' else ''}")
     return 0
+
+
+def _write_full(given: argparse.Namespace, folder: Path, base: BaseCheckpoint, state: Mapping[str, Any]) -> int:
+    """Writes the model of a full training; returns the number of tensors."""
+    import torch
+
+    from finetune.export.result_folder import model_card, write_model
+    from finetune.export.sharded_writer import WeightFiles
+    from finetune.export.zero_consolidation import ConsolidatedTensors
+
+    dtype = None if given.infer_dtype == "auto" else getattr(torch, given.infer_dtype)
+    files = WeightFiles(ConsolidatedTensors(base, state), dtype=dtype, shard_size=round(given.export_size * 1e9))
+    write_model(folder, base, files, dtype=dtype, card=model_card(base, []))
+    return len(state)
 
 
 def _record(base: BaseCheckpoint, checkpoint: Path) -> dict[str, Any]:

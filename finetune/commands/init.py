@@ -165,17 +165,7 @@ def _yaml(given: Any, folder: Path, task: Task, evaluated: bool) -> str:
         f"max_slice_nums: {task.max_slice_nums} # most slices per image; fewer are faster and see less",
         "",
         "### method",
-    ]
-    if given.method == "full":
-        lines += [
-            "tune_llm: true",
-            "tune_vision: true",
-            "deepspeed: ds_config_zero3.json # weights divided by the GPUs",
-        ]
-    else:
-        lines += ["use_lora: true", f"lora_r: {task.lora_r}", f"lora_alpha: {task.lora_r}"]
-        lines += ["q_lora: true # 4 bit LLM: less memory, slower"] if given.method == "qlora" else []
-    lines += [
+        *_method_lines(given.method, task),
         "gradient_checkpointing: true # less memory, a third more time",
         "",
         "### training",
@@ -195,6 +185,18 @@ def _yaml(given: Any, folder: Path, task: Task, evaluated: bool) -> str:
         *(["eval_strategy: steps", "eval_steps: 0.1"] if evaluated else []),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _method_lines(method: str, task: Task) -> list[str]:
+    """What is trained."""
+    if method == "full":
+        return [
+            "tune_llm: true",
+            "tune_vision: true",
+            "deepspeed: ds_config_zero3.json # weights divided by the GPUs",
+        ]
+    quantised = ["q_lora: true # 4 bit LLM: less memory, slower"] if method == "qlora" else []
+    return ["use_lora: true", f"lora_r: {task.lora_r}", f"lora_alpha: {task.lora_r}", *quantised]
 
 
 def _readme(given: Any, folder: Path, task: Task, evaluated: bool) -> str:
