@@ -39,7 +39,7 @@ Keys = Mapping[str, Given]
 Flags = dict[str, Given]
 
 
-def are_theirs(keys: Collection[str], flags: set[str]) -> bool:
+def is_llamafactory_file(keys: Collection[str], flags: set[str]) -> bool:
     """Whether a file has a key of LLaMA-Factory that is no flag of ours, or ``stage`` and none that is ours alone."""
     if any(key in rows() and key not in flags for key in keys):
         return True

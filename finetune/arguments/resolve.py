@@ -60,7 +60,7 @@ def resolve(argv: Sequence[str], known: Mapping[str, bool], command: str = "trai
     if path is not None:
         written, _ = parse_flags(translate(read_file(path)))
         _check_names(path, written, ours)
-        theirs = llamafactory.are_theirs(written, ours)
+        theirs = llamafactory.is_llamafactory_file(written, ours)
         _split(written, _FILE, str(path), ours, theirs, keys, flags)
     _split(typed, _COMMAND_LINE, "command line", ours, theirs, keys, flags)
     if theirs:

@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from finetune.chat.detokenizer import IncrementalDetokenizer
 from finetune.encoding.encoder import Encoder, PromptOptions
-from finetune.evaluation.batched_generation import answer_text, evaluating, generated, prompt_batch
+from finetune.evaluation.batched_generation import answer_text, evaluating, generate_ids, prompt_batch
 from finetune.families import by_name, detect
 from finetune.families.settings import DOWNSAMPLE_MODE
 from finetune.media.video_sampling import VideoOptions
@@ -186,7 +186,7 @@ class ChatPipeline:
         """
         encoder = self.encoder(prompting)
         batch, opening = self._batch(encoder, samples)
-        rows = generated(self.model, encoder, batch, **decoding.options(batch["input_ids"].shape[1]))
+        rows = generate_ids(self.model, encoder, batch, **decoding.options(batch["input_ids"].shape[1]))
         return [opening + answer_text(self.tokenizer, row, encoder.stop_ids) for row in rows]
 
     def stream(self, sample: Sample, prompting: ChatPromptOptions, decoding: SamplingOptions) -> Iterator[str]:
@@ -211,7 +211,7 @@ class ChatPipeline:
         detokenizer = IncrementalDetokenizer(self.tokenizer, encoder.stop_ids)
         options = decoding.options(batch["input_ids"].shape[1]) | more
         with evaluating(self.model), ThreadPoolExecutor(1) as pool:
-            future = pool.submit(generated, self.model, encoder, batch, **options)
+            future = pool.submit(generate_ids, self.model, encoder, batch, **options)
             future.add_done_callback(lambda _: tokens.put(None))
             try:
                 if opening:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from finetune.data_check.check_cache import CachedCheck, CheckCache, fingerprint
 from finetune.data_check.check_report import CheckReport, lines, lines_before_error
 from finetune.data_check.decision_counts import counted, rendered_units, too_many_tokens
-from finetune.data_check.sample_hash import content_key, repeated
+from finetune.data_check.sample_hash import content_key, duplicate_groups
 from finetune.data_check.suspicious import last_answer, suspicions
 from finetune.encoding.length_policy import LengthPolicy, OverlongError
 from finetune.encoding.sample_policy import SamplePolicy, share_is_bad
@@ -131,7 +131,9 @@ def overlap(sample_policies: Sequence[SamplePolicy], reports: Sequence[CheckRepo
     """One line per pair of data sets that share records (evaluation data must not be trained on)."""
     pairs = zip(sample_policies, reports, strict=True)
     checked = [(sample_policy.samples.unique, report) for sample_policy, report in pairs if report is not None]
-    groups = repeated([(samples, report.content_keys) for samples, report in checked]) if len(checked) > 1 else []
+    groups = (
+        duplicate_groups([(samples, report.content_keys) for samples, report in checked]) if len(checked) > 1 else []
+    )
     shared = Counter(pair for group in groups for pair in combinations(sorted({part for part, _ in group}), 2))
     for (one, other), count in sorted(shared.items()):
         names = f"{checked[one][1].file} and in {checked[other][1].file}"
@@ -172,7 +174,7 @@ def check(
                     seen(index, result)
     report.reused = cache.reused
     cache.write()
-    report.repeated = sum(len(group) - 1 for group in repeated([(samples, report.content_keys)]))
+    report.repeated = sum(len(group) - 1 for group in duplicate_groups([(samples, report.content_keys)]))
     report.seconds = time.perf_counter() - started
     return report
 

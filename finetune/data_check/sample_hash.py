@@ -41,7 +41,7 @@ def content_digest(sample: Sample, of_file: Callable[[Path], bytes]) -> bytes:
     return _digest(sample, lambda medium: _content(medium, of_file))
 
 
-def repeated(parts: Sequence[tuple[Sequence[Sample], Mapping[int, int]]]) -> list[list[Place]]:
+def duplicate_groups(parts: Sequence[tuple[Sequence[Sample], Mapping[int, int]]]) -> list[list[Place]]:
     """Groups of exact duplicates, in the order of their first record.
 
     Media files are read only for records with equal ``content_key``, and for at most ``MOST_READ`` records.

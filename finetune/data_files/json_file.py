@@ -45,7 +45,7 @@ class JsonRecords(IndexedRecords):
             raise DataError(f"{self._path}, record {number}: {error}") from error
 
 
-def open_front_to_back(path: Path) -> BinaryIO:
+def open_sequential(path: Path) -> BinaryIO:
     """Opens a JSON file for sequential reading, decompressed on the fly.
 
     Raises:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.data_files.json_errors import explain_line, not_utf8, unreadable
-from finetune.data_files.json_file import COMPRESSED, open_front_to_back
+from finetune.data_files.json_file import COMPRESSED, open_sequential
 from finetune.data_files.json_values import ValueFault, parse
 from finetune.data_files.records import data_files, kind_of
 from finetune.data_files.tables import present
@@ -94,10 +94,10 @@ class Streamed:
         except ValueFault as error:
             raise DataError(f"{self.source()}: {error}") from error
         except UnicodeDecodeError as error:
-            with open_front_to_back(self.file) as file:
+            with open_sequential(self.file) as file:
                 raise not_utf8(self.file, self.at + error.start, file) from error
         except json.JSONDecodeError as error:
-            with open_front_to_back(self.file) as file:
+            with open_sequential(self.file) as file:
                 raise explain_line(
                     self.file, file, self.at, self.at + len(self.data.rstrip(b"\n")), alone=self.at <= len(_BOM)
                 ) from error
@@ -227,7 +227,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def _read_lines(chunk: FileChunk) -> Iterator[Streamed]:
-    with open_front_to_back(chunk.file) as file:
+    with open_sequential(chunk.file) as file:
         if chunk.start:
             # A line that starts before the chunk belongs to the previous chunk.
             file.seek(chunk.start - 1)
@@ -270,7 +270,7 @@ def _check_kind(file: Path) -> None:
             "or remove --streaming"
         )
     try:
-        with open_front_to_back(file) as opened:
+        with open_sequential(file) as opened:
             start = opened.read(1 << 16).removeprefix(_BOM).lstrip()[:1]
     except (OSError, EOFError) as error:
         raise unreadable(file, error if isinstance(error, OSError) else OSError(str(error))) from error

@@ -1,6 +1,6 @@
 """Generation from left-padded batches of prompts, encoded exactly as in training.
 
-``prompt_batch``, ``generated`` and ``answer_text`` serve evaluation (``answer_batch``: greedy, the figures are
+``prompt_batch``, ``generate_ids`` and ``answer_text`` serve evaluation (``answer_batch``: greedy, the figures are
 reproducible) and chat (``finetune.chat.pipeline``: sampling, and answers as a stream) alike.
 """
 
@@ -75,7 +75,7 @@ def answer_batch(
     batch = prompt_batch(model, encoder, prompts)
     # Some checkpoints set another repetition_penalty, which also applies to the prompt.
     greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-    rows = generated(model, encoder, batch, **greedy, max_new_tokens=max_new_tokens, synced_gpus=synced)
+    rows = generate_ids(model, encoder, batch, **greedy, max_new_tokens=max_new_tokens, synced_gpus=synced)
     return [answer_text(tokenizer, row, encoder.stop_ids) for row in rows]
 
 
@@ -91,7 +91,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next(parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
 
 
-def generated(model: nn.Module, encoder: Encoder, batch: dict[str, torch.Tensor], **options: Any) -> list[list[int]]:
+def generate_ids(model: nn.Module, encoder: Encoder, batch: dict[str, torch.Tensor], **options: Any) -> list[list[int]]:
     """New token ids of each row, which may go on after a stop token.
 
     Args:

@@ -1,4 +1,4 @@
-"""MiniCPM-Llama3-V 2.5: NaViT SigLIP with one-dimensional positions, 96 queries, Llama-3 8B."""
+"""``Family`` of MiniCPM-Llama3-V 2.5: NaViT SigLIP with one-dimensional positions, 96 queries, Llama-3 8B."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MiniCPM-o 2.6: the architecture of MiniCPM-V 2.6 plus a Whisper encoder."""
+"""``Family`` of MiniCPM-o 2.6: the architecture of MiniCPM-V 2.6 plus a Whisper encoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MiniCPM-o 4.5: the vision part of 2.6, a Whisper encoder, Qwen3 8B."""
+"""``Family`` of MiniCPM-o 4.5: the vision tower and resampler of 2.6, a Whisper encoder, Qwen3 8B."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MiniCPM-OCR 1.0: the architecture of 4.6 with four times its tokens, and adaptive upscaling of small print."""
+"""``Family`` of MiniCPM-OCR 1.0: the architecture of 4.6 with four times its tokens; small print is enlarged."""
 
 from __future__ import annotations
 

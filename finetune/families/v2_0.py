@@ -1,4 +1,4 @@
-"""MiniCPM-V 2.0: timm SigLIP, 64 queries, MiniCPM-2.4B, <用户>/<AI> prompt."""
+"""``Family`` of MiniCPM-V 2.0: timm SigLIP, 64 queries, MiniCPM-2.4B, <用户>/<AI> prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MiniCPM-V 2.6: NaViT SigLIP with two-dimensional positions, 64 queries, Qwen2 7B, ChatML."""
+"""``Family`` of MiniCPM-V 2.6: NaViT SigLIP with two-dimensional positions, 64 queries, Qwen2 7B, ChatML."""
 
 from __future__ import annotations
 

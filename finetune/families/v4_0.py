@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.0: the vision part of 2.6, MiniCPM4 3B in the shape of Llama, bare ChatML."""
+"""``Family`` of MiniCPM-V 4.0: the vision tower and resampler of 2.6, MiniCPM4 3B in the shape of Llama, ChatML."""
 
 from __future__ import annotations
 

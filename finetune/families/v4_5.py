@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.5: a resampler that packs video frames, Qwen3 8B, ChatML with thinking."""
+"""``Family`` of MiniCPM-V 4.5: a resampler that packs video frames, Qwen3 8B, ChatML with thinking."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.6: NaViT SigLIP that merges 4 x 4 patches into a token, Qwen3.5; model class in transformers."""
+"""``Family`` of MiniCPM-V 4.6: NaViT SigLIP that merges 4 x 4 patches, Qwen3.5; model class in transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.7: as 4.6, with multimodal RoPE positions (time, row, column); model class in transformers."""
+"""``Family`` of MiniCPM-V 4.7: as 4.6, with multimodal RoPE (time, row, column); model class in transformers."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finetune.data_check.sample_hash import Place, repeated
+from finetune.data_check.sample_hash import Place, duplicate_groups
 from finetune.pages.record_survey import CheckedDataset
 
 _LETTERS = 200
@@ -28,7 +28,7 @@ class Repeated:
 
 def find(datasets: Sequence[CheckedDataset]) -> list[Repeated]:
     """Groups of records that are alike, those of several data sets first, then the largest."""
-    groups = repeated([(part.records, part.report.content_keys) for part in datasets])
+    groups = duplicate_groups([(part.records, part.report.content_keys) for part in datasets])
     return sorted(
         (_repeated(datasets, group) for group in groups), key=lambda each: (not each.across, -len(each.places))
     )

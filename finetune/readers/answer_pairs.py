@@ -1,4 +1,4 @@
-"""Preference data (``--stage dpo``): a record with two answers as two records with one, in a form that is read anyway.
+"""Preference data (``--stage dpo``): splits a record into one per answer, and joins the two samples into a pair.
 
 The spellings are those of LLaMA-Factory (``chosen`` and ``rejected`` beside turns or an instruction), ms-swift
 (``rejected_response``, ``rejected_messages``), TRL (``prompt``, ``chosen``, ``rejected``: strings or conversations) and

@@ -1,4 +1,4 @@
-"""Builds a ``Sample`` from the turns and media files of a record; shared by all formats."""
+"""Builds a ``Conversation`` (messages, media, tools) from the turns and media files of a record, of any format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets by name (``--dataset``): ``dataset_info.json`` in the format of LLaMA-Factory."""
+"""Data sets by name (``--dataset``): entries of LLaMA-Factory's ``dataset_info.json``, of files or of the hub."""
 
 from __future__ import annotations
 

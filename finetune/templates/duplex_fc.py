@@ -1,4 +1,4 @@
-"""Prompt o45_fc of full-duplex records: ids and labels of minicpm-o5-sdk, with places for the audio of the system turn.
+"""Prompt o45_fc of full-duplex records: fits audio placeholders into the ids and labels that duplex_sdk.py has made.
 
 A unit has slots, each in a pair of tokens: user audio, events, what the model says, and what it does beside that
 (thinking, tool calls). 24 tokens are new; their ids follow the published vocabulary.
