@@ -84,6 +84,13 @@ GOALS = (
     Goal("gpu", "peak memory, lora, all layers, 2048 tokens", "its memory, 2048 tokens", _VENDOR, "ours below 20"),
     Goal("gpu", "training, full, 12 layers", "the same model with 12 layers in full", _VENDOR, "2"),
     Goal("gpu", "model FLOP utilisation, full, 12 layers", "its model FLOP utilisation", "the GPU's peak", "ours 40 %"),
+    *(
+        Goal("step_memory", f"above the weights, LoRA, {how}, planned for v4_5", what, _OLD, "1.25")
+        for how, what in (
+            ("not recomputed", "a LoRA step of an 8B model, above its weights"),
+            ("recomputed", "the same, layers recomputed"),
+        )
+    ),
     Goal("adapter_bytes", "LoRA checkpoint, same LLM targets", "bytes of a LoRA checkpoint", _VENDOR, "15"),
     Goal("records", "reopening", "opening a million records again", "`json.load`", "100"),
     Goal("records", "private memory", "their private memory", "`json.load`", "ours below 50"),

@@ -17,6 +17,7 @@ from finetune.models.generation import MediaGenerationMixin
 from finetune.models.initialization import initialize
 from finetune.models.kv_cache import NAMES, as_installed, cache_of
 from finetune.models.language_model import LANGUAGES, embedding_scale, logits_scaling
+from finetune.models.lean_layers import put_lean_layers
 from finetune.models.lm_head_loss import put_head, supervised_loss
 from finetune.models.memory_saving import MemorySavingMixin, chunk_counts, chunks_on_all_ranks
 from finetune.models.packed_attention import packed_arguments
@@ -82,6 +83,7 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
         assert network is not None, config.family
         self.llm = LANGUAGES[network.language](config)
         put_head(self.llm)
+        put_lean_layers(self.llm)
         self.embedding_scale = embedding_scale(config)
         self.vpm = build_vision(config, network)
         self.resampler = RESAMPLERS[network.resampler](config, self.vpm.output_size)
@@ -317,6 +319,7 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
         """As in transformers; also updates the vocabulary size in the language model's configuration."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         put_head(self.llm)
+        put_lean_layers(self.llm)
         self.llm.config.vocab_size = self.llm.vocab_size = self.config.vocab_size
         self.llm.model.vocab_size = self.config.vocab_size
         return embeddings

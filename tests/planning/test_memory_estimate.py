@@ -133,7 +133,7 @@ def test_the_cheapest_is_the_fastest_that_fits() -> None:
 
 def test_parts_are_run_again_where_that_is_enough() -> None:
     """Between keeping everything and running all of it again: the tower alone, then the LLM alone."""
-    shape, asked = SampleShape(batch=8, tokens=4096, items=10), TrainingSetup(method="full")
+    shape, asked = SampleShape(batch=8, tokens=4096, items=10), TrainingSetup(method="full", stage=2)
     kept, vision, llm, everything = (
         planner().memory(replace(asked, checkpointing=parts != (), checkpoint_parts=parts), shape).total
         for parts in ((), ("vision",), ("llm",), None)
