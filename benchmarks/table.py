@@ -96,10 +96,10 @@ GOALS = (
     Goal("records", "private memory", "their private memory", "`json.load`", "ours below 50"),
     Goal("checking", "CPU time, check of 100000 records", "checking a record with an image", _HEADERS, "ours 1.2"),
     Goal("checking", "memory, check of 100000 records", "memory for 100,000 of them", "100 records", "ours below 300"),
-    Goal("manifest", "waiting for the manifest", "waiting for a checkpoint's manifest, 8 GB", _OLD, "10"),
-    Goal("manifest", "manifest and writing", "making the manifest of 8 GB", "writing the 8 GB", "20"),
+    Goal("manifest", "waiting for the manifest", "waiting for a checkpoint's manifest", _OLD, "10"),
+    Goal("manifest", "manifest and writing", "making the manifest", "writing the bytes", "20"),
     Goal(
-        "manifest", "manifest beside two busy ranks and writing", "the same, two busy ranks", "writing the 8 GB", "20"
+        "manifest", "manifest beside two busy ranks and writing", "the same, two busy ranks", "writing the bytes", "20"
     ),
     Goal("startup", "CPU time, finetune.py --help", "`finetune.py --help`", _OLD, "6.5"),
     Goal("startup", "CPU time, check of 128 small records", "`check` of 128 small records", _OLD, "2.7"),
