@@ -33,7 +33,7 @@ def _verify(args: argparse.Namespace) -> int:
     from finetune.model_folders.checkpoint_folder import check_side_files, has_adapter, resolve_folder
     from finetune.models import base_of, load_model
     from finetune.models.adapters import check_adapter, peft_errors
-    from finetune.models.packed_4bit import set_types
+    from finetune.models.packed_4bit import prepare_4bit
     from finetune.tokenizers.tokenization import tokenizer_errors
     from finetune.training.lora import quantisation
 
@@ -53,7 +53,7 @@ def _verify(args: argparse.Namespace) -> int:
         tokenizer = AutoTokenizer.from_pretrained(str(args.folder))
     loaded = f"loaded {args.folder} on {device}: {type(model).__name__}, {type(tokenizer).__name__}"
     if base.in_4bit:
-        set_types(model, origin.dtype)  # the classes of transformers compute in the type that config.json names
+        prepare_4bit(model, origin.dtype)  # as our classes do; those of transformers are loaded here
     if base.mode is not None:
         model.config.downsample_mode = base.mode.name  # peft loads the base as it is
         loaded += f", {base.mode}"

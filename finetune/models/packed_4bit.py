@@ -10,6 +10,9 @@ from torch import nn
 
 from finetune.utils.errors import CheckpointError
 
+# Outputs that bitsandbytes repacks together.
+_REPACKED = 32
+
 
 def check_bitsandbytes(name: str) -> None:
     """Refuses a checkpoint in 4 bit where bitsandbytes is not installed.
@@ -41,12 +44,13 @@ def check_layers(model: nn.Module, name: str, packed: set[str]) -> None:
         )
 
 
-def set_types(model: nn.Module, dtype: torch.dtype | str) -> None:
-    """Brings all weights but those in 4 bit and LoRA to one type, and the computation of layers in 4 bit.
+def prepare_4bit(model: nn.Module, dtype: torch.dtype | str) -> None:
+    """Brings all weights but those in 4 bit and LoRA to one type; layers in 4 bit compute in it, on every CPU.
 
     transformers gives every ``weight`` of a checkpoint in 4 bit the type of the file, and only the rest the one asked
     for (``findings/transformers_4bit_folder_dtype.sh``); layers in 4 bit compute in the type of config.json, float16 in
-    the published ones.
+    the published ones. For CPUs with AVX-512 BF16 bitsandbytes repacks weights in evaluation, and raises where the
+    number of outputs is no multiple of 32, as in the decay and gate layers of linear attention: those are left alone.
 
     Args:
         model: the loaded model, without or with adapters.
@@ -57,8 +61,10 @@ def set_types(model: nn.Module, dtype: torch.dtype | str) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != kind and ".lora_" not in name:
             parameter.data = parameter.data.to(kind)
-    if dtype != "auto":
-        for _, layer in _layers(model):
+    for _, layer in _layers(model):
+        if layer.out_features % _REPACKED:
+            layer.support_avx512bf16_for_cpu = False
+        if dtype != "auto":
             layer.compute_dtype = kind
 
 

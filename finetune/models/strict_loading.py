@@ -14,7 +14,7 @@ from finetune.model_folders.checkpoint_folder import INDEX, WEIGHTS, read_config
 from finetune.model_folders.stored_4bit import check_packed, packed_weights, stored_in_4bit
 from finetune.model_folders.weight_headers import check_not_truncated, check_quantisation
 from finetune.models.finite_weights import check_finite_model, check_types
-from finetune.models.packed_4bit import check_bitsandbytes, check_layers, set_types
+from finetune.models.packed_4bit import check_bitsandbytes, check_layers, prepare_4bit
 from finetune.utils.errors import CheckpointError, UserError
 
 # Prefixes of the names of tensors that no model reads; copied into full results (``checkpoints.passthrough_tensors``).
@@ -135,7 +135,7 @@ class StrictLoadingMixin(PreTrainedModel):
         if in_4bit:
             packed = {key for key in packed_weights(weight_files(folder)) if not key.startswith(PASSTHROUGH_PREFIXES)}
             check_layers(model, name, packed)
-            set_types(model, kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto")
+            prepare_4bit(model, kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto")
         check_finite_model(model, name, weight_files(folder) if checked else [])
         result: Any = (model, info) if wants_info else model
         return result

@@ -20,11 +20,11 @@ from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.saving import finish_adapter
 from finetune.families import by_name
 from finetune.models import CheckpointError, load_model
-from finetune.models.packed_4bit import set_types
+from finetune.models.packed_4bit import prepare_4bit
 from finetune.training.freezing import numel
 from finetune.training.lora import add_lora, quantisation
 
-pytest.importorskip("bitsandbytes")
+Linear4bit: Any = pytest.importorskip("bitsandbytes.nn.modules").Linear4bit
 
 FAMILIES = ("llama3_v2_5", "v2_6", "v4_5", "v4_6")
 IDS = torch.arange(10, 40)[None]
@@ -116,7 +116,7 @@ def test_an_adapter_loads_on_its_folder_and_on_the_unquantised_base(tiny, packed
     with torch.no_grad():
         config = PeftConfig.from_pretrained(tmp_path)
         assert in_4bit(auto)
-        set_types(auto, torch.float32)  # the class of transformers that peft loads 4.6 with leaves it in float16
+        prepare_4bit(auto, torch.float32)  # the class of transformers that peft loads 4.6 with leaves it in float16
         assert torch.allclose(loss(auto), loss(model), rtol=1e-6)
         whole: Any = load_model(tmp_path, base=tiny(family), dtype=torch.float32).eval()
         config.base_model_name_or_path = str(tiny(family))
@@ -218,3 +218,13 @@ def test_without_bitsandbytes_it_is_said_what_to_install(packed, monkeypatch):
     with pytest.raises(CheckpointError, match=r"needs bitsandbytes: pip install -e '\.\[quant\]'"):
         load_model(packed("v2_6"))
     assert resolve_base(str(packed("v2_6"))).in_4bit  # data is checked without it
+
+
+def test_layers_that_bitsandbytes_cannot_repack_compute_all_the_same(packed):
+    """For CPUs with AVX-512 BF16 it repacks the weights in evaluation, 32 outputs at a time."""
+    model: Any = load_model(packed("v4_6"), dtype=torch.float32)
+    narrow = [layer for layer in model.modules() if isinstance(layer, Linear4bit) and layer.out_features % 32]
+    assert narrow
+    assert not any(layer.support_avx512bf16_for_cpu for layer in narrow)
+    with torch.no_grad():
+        assert model.eval()(input_ids=IDS).logits.isfinite().all()
