@@ -1,4 +1,4 @@
-"""Log-probabilities of all pairs by the reference model: computed once over the data, and cached on disk."""
+"""Disk cache of the reference model's log-probabilities of all pairs, and the batches it is filled from."""
 
 from __future__ import annotations
 

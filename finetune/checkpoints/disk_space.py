@@ -1,4 +1,4 @@
-"""Disk space: expected size of checkpoints, checks before training, messages for failed writes."""
+"""Disk space: expected size of checkpoints, checks before training, messages and a record of failed writes."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class DecodedMedia(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Spans:
+class PlaceholderCheck:
     """Checks the placeholder runs of a rendered prompt.
 
     Attributes:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.encoding import encoder_settings
-from finetune.encoding.alignment import AlignmentError, DecodedMedia, Spans, media_faults
+from finetune.encoding.alignment import AlignmentError, DecodedMedia, PlaceholderCheck, media_faults
 from finetune.encoding.chat_template_check import complete_layout
 from finetune.encoding.chat_template_tools import ToolWriter
 from finetune.encoding.example import Example, empty_example, example_of
@@ -335,7 +335,9 @@ class Encoder:
         log_mels = self._log_mels(sample)
         audio_plans = [found for found in plans if isinstance(found, AudioPlan)]
         audio_place = AUDIO_PLACE if self._alone and sample.timeline is not None else self._placeholder
-        spans = Spans(self.layout, self.slicing.patch_size, self._placeholder, self._video_placeholder, audio_place)
+        spans = PlaceholderCheck(
+            self.layout, self.slicing.patch_size, self._placeholder, self._video_placeholder, audio_place
+        )
         if faults := [*spans.faults(rendered, items, audio_plans), *media_faults(items, grids, audio_plans, log_mels)]:
             raise AlignmentError(f"{sample.source}: {'; '.join(faults)}; please report this record")
         return DecodedMedia(items, patches, log_mels)

@@ -1,4 +1,4 @@
-"""Batch collation of the media by model type (``COLLATION``): patches, sizes, placeholder bounds and audio."""
+"""Batch collation of the media by pixel input format (``COLLATION``): patches, sizes, bounds and audio."""
 
 from __future__ import annotations
 

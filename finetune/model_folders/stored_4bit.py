@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes stored in 4 bit: how a folder says so, and which of its weights they are."""
+"""Weights that bitsandbytes stored in 4 bit: their names, how a folder says so, and that they stay frozen."""
 
 from __future__ import annotations
 

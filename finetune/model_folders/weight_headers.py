@@ -1,4 +1,4 @@
-"""Refuses truncated safetensors and quantised weights other than bitsandbytes 4 bit, without reading tensors."""
+"""Refuses truncated safetensors and quantised weights but those of bitsandbytes in 4 bit; reads no tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models whose weights bitsandbytes stored in 4 bit: their layers are checked, and brought to one type."""
+"""Models with weights in 4 bit by bitsandbytes: their layers are checked, the other weights get one dtype."""
 
 from __future__ import annotations
 

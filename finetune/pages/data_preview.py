@@ -18,7 +18,7 @@ from finetune.encoding.length_policy import OUTCOMES, Fitted
 from finetune.pages import charts, duplicates
 from finetune.pages.html_page import PageError, count, render, write
 from finetune.pages.long_text import shorten
-from finetune.pages.model_view import ModelView, see
+from finetune.pages.model_view import ModelView, model_views
 from finetune.pages.prompt_sections import prompt_sections
 from finetune.pages.record_survey import CheckedDataset, choose, image_sides
 from finetune.pages.thumbnails import Detail, EmbeddedImage, jpeg, weight, within
@@ -183,7 +183,7 @@ def _sample(part: CheckedDataset, index: int, reasons: list[str], room: int) -> 
         with located(source):
             sample = part.records[index]
             fitted = part.length_policy.fit(sample)
-            media = see(encoder, fitted)
+            media = model_views(encoder, fitted)
             timeline = timeline_view(encoder, fitted)
     except DataError as error:
         # The check reads headers only, and files may have changed since then.

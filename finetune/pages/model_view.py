@@ -1,4 +1,4 @@
-"""Reconstructs the images, frames and audio that the model receives, from the input tensors of a sample."""
+"""What the model receives of each medium: images and frames rebuilt from the input patches, and waveforms."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ModelView:
     seconds: float = 0.0
 
 
-def see(encoder: Encoder, fitted: Fitted) -> list[ModelView]:
+def model_views(encoder: Encoder, fitted: Fitted) -> list[ModelView]:
     """The media of a sample in reading order.
 
     Raises:

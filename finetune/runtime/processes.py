@@ -1,4 +1,4 @@
-"""Ends ranks with their launcher and dataloader workers with their rank, also when those are killed."""
+"""Ends ranks when their launcher ends, and dataloader workers when their rank does, also by SIGKILL."""
 
 from __future__ import annotations
 
