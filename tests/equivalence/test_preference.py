@@ -136,8 +136,14 @@ def _owner(example: Any) -> Any:
 
 def test_evaluation_has_the_figures_of_the_pairs_at_every_batch_size(make):
     one, four = (make("v2_6", "lora", "--per_device_eval_batch_size", size) for size in ("1", "4"))
+    assert one.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    for trainer in (one, four):  # an adapter that changes nothing gives both answers the same reward, but for rounding
+        random = torch.Generator().manual_seed(0)
+        for name, value in trainer.model.named_parameters():
+            if ".lora_B" in name:
+                value.data.normal_(generator=random)
     found = one.evaluate(), four.evaluate()
-    assert found[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert 0 < found[0]["eval_rewards/accuracies"] < 1
     for name in ("eval_tokens", *(f"eval_{name}" for name in FIGURES)):
         assert found[0][name] == pytest.approx(found[1][name], abs=1e-4), name
 
