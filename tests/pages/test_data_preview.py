@@ -29,7 +29,7 @@ from finetune.models import load_tokenizer
 from finetune.pages import data_preview
 from finetune.pages.data_preview import write_preview
 from finetune.pages.decoded_prompt import prompt_parts
-from finetune.pages.model_view import see
+from finetune.pages.model_view import model_views
 from finetune.pages.prompt_sections import prompt_sections
 from finetune.pages.record_survey import CheckedDataset, RecordSurvey, choose
 from finetune.readers.mixture import open_data
@@ -123,7 +123,7 @@ def test_pictures_are_those_of_the_tensors(family, encoder_of, tmp_path):
     encoder = encoder_of(family)
     part = surveyed(tmp_path / "data.json", [record("a", "<image>?", "A", image=str(tmp_path / "a.png"))], encoder)
     fitted = part.length_policy.fit(part.records[0])
-    (seen,) = see(encoder, fitted)
+    (seen,) = model_views(encoder, fitted)
     plan: Any = fitted.plans[0]
     assert seen.grid == plan.grid
     wanted = image.slice_image(gradient(900, 500), plan)
@@ -140,7 +140,7 @@ def test_frames_have_their_times_and_sound_its_wave(encoder_of, tmp_path):
     encoder = encoder_of("o2_6")
     given = {**turns, "videos": [str(tmp_path / "a.mp4")], "audios": [str(tmp_path / "a.wav")]}
     part = surveyed(tmp_path / "data.json", [given], encoder)
-    video, sound = see(encoder, part.length_policy.fit(part.records[0]))
+    video, sound = model_views(encoder, part.length_policy.fit(part.records[0]))
     assert [(frame.second, number(frame.picture)) for frame in video.frames] == [(0, 0), (1, 4), (2, 8)]
     assert (sound.seconds, sound.words[:13]) == (1.5, "[audio 1.5 s:")
     heights = [float(point.split(",")[1]) for point in sound.wave.split()]
@@ -333,7 +333,7 @@ def test_a_frame_that_is_cut_has_its_slices(family, encoder_of, tmp_path, tiny):
     encoder = Encoder(base.family, load_tokenizer(base.folder), base.settings, video=options)
     turns = [{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "A."}]
     part = surveyed(tmp_path / "data.json", [{"messages": turns, "videos": [str(tmp_path / "a.mp4")]}], encoder)
-    (seen,) = see(encoder, part.length_policy.fit(part.records[0]))
+    (seen,) = model_views(encoder, part.length_policy.fit(part.records[0]))
     assert seen.grid is not None
     columns, rows = seen.grid
     assert len(seen.frames) > 1
