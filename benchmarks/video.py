@@ -99,7 +99,7 @@ def ours(clip: Path, family: str) -> Prepared:
     frames = probe_video(media, model.video, options, image.MAX_PIXELS)
     sample = Sample("0", Source("memory", 0), (Message("user", (media,)),))
     expanded = expand_videos(sample, [plan_video(frames, slicing, options)], "")
-    patches, _ = INPUTS[model.inputs].backends["pillow"].cut(decoded(expanded, image.load, None), slicing)
+    patches, _ = INPUTS[model.inputs].cut(decoded(expanded, image.load, None), slicing)
     return patches, [index for group in frames.groups for index in group.indices]
 
 

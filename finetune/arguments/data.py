@@ -152,9 +152,8 @@ class DataArguments:
     image_backend: Literal["pillow", "fast"] = field(
         default="pillow",
         metadata={
-            "help": "Image resizing: pillow, bit-identical to Pillow and the published code; or fast, torch's uint8 "
-            "kernel, with about 0.2 percent of the bytes (at most 1 percent in noise) off by one, and JPEG decoding by "
-            "simplejpeg if installed. Not for 4.6, 4.7 and OCR, which resize in their processor."
+            "help": "Image decoding: pillow; or fast, JPEG files by simplejpeg, whose pixels are the same where both "
+            "packages have the same version of libjpeg-turbo."
         },
     )
     video_fps: float | None = field(

@@ -137,7 +137,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         warn_of_low_rate(training)
     resolve_attention(model)
     if data.image_backend == "fast" and importlib.util.find_spec("simplejpeg") is None:
-        logger.warning("--image_backend fast decodes JPEG files faster with simplejpeg: pip install -e '.[fast]'")
+        logger.warning("--image_backend fast has no effect without simplejpeg: pip install -e '.[fast]'")
     if lora.q_lora:
         check_quantised_stage(training)
     check_lora(lora, use_lora=training.use_lora)

@@ -18,7 +18,7 @@ from finetune.encoding.example import Example, empty_example, example_of
 from finetune.encoding.example_size import ExampleSize
 from finetune.encoding.log_mel import log_mel
 from finetune.encoding.media_sizes import MediaPlan, MediaSize, PictureSize, TrackLength
-from finetune.encoding.pixel_inputs import INPUTS, ImageBackend
+from finetune.encoding.pixel_inputs import INPUTS, READERS, ImageBackend
 from finetune.encoding.timeline_prompt import check_timeline, plan_track, waves_of
 from finetune.encoding.video_frames import (
     ExpandedSample,
@@ -96,7 +96,7 @@ class Encoder:
         max_pixels: larger images are downscaled to at most this many pixels before slicing; None for never.
         video: video sampling options.
         run_seconds: seconds of audio per run of placeholders.
-        image_backend: image decoding and resizing: "pillow", or "fast" with a few pixel values off by one.
+        image_backend: "pillow", or "fast" to decode JPEG files by simplejpeg.
         unit_weights: weights of decisions of full-duplex records in the loss (``templates.decision_weights``).
         prompt: fields of the prompt layout.
 
@@ -130,7 +130,7 @@ class Encoder:
         self.max_pixels = max_pixels
         self.unit_weights = unit_weights
         self._inputs = INPUTS[family.inputs]
-        self._backend = encoder_settings.image_backend(family, image_backend)
+        self._reader = READERS[image_backend]
         self.slicing = encoder_settings.slicing_of(family, config, max_slice_nums)
         self.audio_spec = encoder_settings.audio_of(family, config, run_seconds)
         self.video = video_options(family, config, video)
@@ -330,7 +330,7 @@ class Encoder:
     def _decoded(self, sample: Sample, plans: Sequence[MediaPlan], rendered: TokenizedPrompt) -> DecodedMedia:
         expanded = self._expanded(sample, plans)
         images = decoded(expanded, self._image, self.video.max_pixels)
-        patches, grids = self._backend.cut(images, self.slicing)
+        patches, grids = INPUTS[self.family.inputs].cut(images, self.slicing)
         items = items_of(expanded, self.slicing.patch_size)
         log_mels = self._log_mels(sample)
         audio_plans = [found for found in plans if isinstance(found, AudioPlan)]
@@ -358,7 +358,7 @@ class Encoder:
 
     def _image(self, media: Media) -> Image.Image:
         """A decoded image, downscaled by ``max_pixels``."""
-        decoded_image = image.load(media, self.refuse_above_pixels, self._backend.read)
+        decoded_image = image.load(media, self.refuse_above_pixels, self._reader)
         return image.shrink(decoded_image, self.max_pixels)
 
     def empty(self, source: str) -> Example:

@@ -1,29 +1,13 @@
-"""Settings of an encoder from those of its checkpoint: image backend, slicing, audio."""
+"""Settings of an encoder from those of its checkpoint: slicing, audio."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from finetune.encoding.pixel_inputs import INPUTS, Backend, ImageBackend
 from finetune.families.family import Config, Family
 from finetune.media.audio_layout import AudioSpec
 from finetune.media.slicing import SliceSpec
 from finetune.media.small_print import check_installed
-from finetune.utils.errors import UserError
-
-
-def image_backend(family: Family, name: ImageBackend) -> Backend:
-    """The image backend of that name.
-
-    Raises:
-        UserError: the family does not support it.
-    """
-    if name not in INPUTS[family.inputs].backends:
-        raise UserError(
-            f"--image_backend {name}: not supported by {family.title}, which uses the image processor of transformers; "
-            "remove the option"
-        )
-    return INPUTS[family.inputs].backends[name]
 
 
 def slicing_of(family: Family, config: Config, max_slice_nums: int | None) -> SliceSpec:

@@ -1,4 +1,4 @@
-"""Pixel inputs by model type (``INPUTS``): images to patches, with an image backend."""
+"""Pixel inputs by model type (``INPUTS``): images to patches; and what decodes the files (``READERS``)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from PIL.Image import Image
 
 from finetune.encoding.video_frames import DecodedGroup
 from finetune.media import fast_image, image, transformers_processor
 from finetune.media.patches import patchify
-from finetune.media.slicing import SlicePlan, SliceSpec
+from finetune.media.slicing import SliceSpec
 
 if TYPE_CHECKING:
     import torch
@@ -23,20 +22,7 @@ if TYPE_CHECKING:
 DecodedImages = Iterable[DecodedGroup]
 Grids = list[tuple[int, int]]
 ImageBackend = Literal["pillow", "fast"]
-"""Image decoding and resizing; families with an image processor in transformers use its resizing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """Image decoding and slicing.
-
-    Attributes:
-        cut: decoded images to patches (N, 3*P*P), of numpy or torch, and the (rows, columns) of patches of every item.
-        read: decodes image files.
-    """
-
-    cut: Callable[[DecodedImages, SliceSpec], tuple[Patches, Grids]]
-    read: image.Reader = image.left_to_pillow
+"""Image decoding: by Pillow, or JPEG files by simplejpeg."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +31,17 @@ class PixelInputs:
 
     Attributes:
         dtype: dtype of the patches.
-        backends: image backends by the value of --image_backend.
+        cut: decoded images to patches (N, 3*P*P), of numpy or torch, and the (rows, columns) of patches of every item.
     """
 
     dtype: Literal["uint8", "float32"]
-    backends: Mapping[ImageBackend, Backend]
+    cut: Callable[[DecodedImages, SliceSpec], tuple[Patches, Grids]]
 
 
-def _by_pillow(images: DecodedImages, spec: SliceSpec) -> tuple[Patches, Grids]:
-    return _patches(images, spec, image.slice_image)
-
-
-def _by_torch(images: DecodedImages, spec: SliceSpec) -> tuple[Patches, Grids]:
-    return _patches(images, spec, fast_image.slice_image)
-
-
-def _patches(
-    images: DecodedImages, spec: SliceSpec, cut_one: Callable[[Image, SlicePlan], list[np.ndarray]]
-) -> tuple[Patches, Grids]:
+def _cut(images: DecodedImages, spec: SliceSpec) -> tuple[Patches, Grids]:
     items = []
     for group in images:
-        cut = [cut_one(frame, group.cuts) for frame in group.images]
+        cut = [image.slice_image(frame, group.cuts) for frame in group.images]
         # All thumbnails of a group of frames, then all first slices, and so on: frames of a group share placeholders.
         items += [item for alike in zip(*cut, strict=True) for item in alike]
     side = spec.patch_size
@@ -87,8 +63,10 @@ def _by_processor(images: DecodedImages, spec: SliceSpec, maker: str = "MiniCPMV
 
 
 INPUTS = {
-    "patches": PixelInputs("uint8", {"pillow": Backend(_by_pillow), "fast": Backend(_by_torch, fast_image.read)}),
-    "packed": PixelInputs("float32", {"pillow": Backend(_by_processor)}),
-    "canvas": PixelInputs("float32", {"pillow": Backend(_by_processor)}),
-    "packed_print": PixelInputs("float32", {"pillow": Backend(partial(_by_processor, maker="MiniCPMOcr"))}),
+    "patches": PixelInputs("uint8", _cut),
+    "packed": PixelInputs("float32", _by_processor),
+    "canvas": PixelInputs("float32", _by_processor),
+    "packed_print": PixelInputs("float32", partial(_by_processor, maker="MiniCPMOcr")),
 }
+READERS: Mapping[ImageBackend, image.Reader] = {"pillow": image.left_to_pillow, "fast": fast_image.read}
+"""What decodes image files, by the value of --image_backend."""

@@ -13,7 +13,7 @@ from PIL import Image
 
 from finetune.media.bit_depth import is_deep, to_grey
 from finetune.media.image_files import UnreadableError, check_end, open_image, orientation, reading, upright_size
-from finetune.media.resample import PILLOW_13, Size, resize_height, resize_width, vertical_first
+from finetune.media.resample import PILLOW_13, Size, resize_height, resize_width, resize_widths, vertical_first
 from finetune.media.slicing import SlicePlan, crop_boxes
 from finetune.sample import DataError, Media
 from finetune.utils.errors import UserError
@@ -90,19 +90,25 @@ def load(media: Media, max_pixels: int = MAX_PIXELS, read: Reader = left_to_pill
 def resized(image: Image.Image, sizes: Sequence[Size]) -> list[np.ndarray]:
     """The pixels of an RGB image in other sizes (width, height), bit-identical to Pillow's bicubic resize."""
     sideways = [size for size in sizes if size[0] != image.width and not vertical_first(image.size, size)]
-    narrow = {size: np.empty((image.height, size[0], 4), np.uint8) for size in sideways}
+    narrow = dict(zip(sideways, _narrow(image, [width for width, _ in sideways]), strict=True))
+    return [resize_height(narrow[size], size[1]) if size in narrow else _height_first(image, size) for size in sizes]
+
+
+def _narrow(image: Image.Image, widths: Sequence[int]) -> list[np.ndarray]:
+    """The pixels of an RGB image in other widths, in its height."""
+    if not widths:
+        return []
+    found = np.empty((image.height, sum(widths), 4), np.uint8)
     top = 0
-    for band in bands(image) if sideways else ():
+    for band in bands(image):
         part = array(band, image.width)
-        for (width, _), into in narrow.items():
-            resize_width(part, width, into[top : top + len(part)])
+        resize_widths(part, widths, found[top : top + len(part)])
         top += len(part)
-    return [
-        resize_height(narrow[size], size[1])
-        if size in narrow
-        else resize_width(resize_height(pixels(image), size[1]), size[0])
-        for size in sizes
-    ]
+    return np.split(found, np.cumsum(widths)[:-1], axis=1)
+
+
+def _height_first(image: Image.Image, size: Size) -> np.ndarray:
+    return resize_width(resize_height(pixels(image), size[1]), size[0])
 
 
 def slice_image(

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from finetune.media.numba_compiled import compiled
+from finetune.media.resample import pixel_run
 
 
 def patchify(items: Sequence[np.ndarray], patch_size: int) -> np.ndarray:
@@ -21,17 +21,9 @@ def patchify(items: Sequence[np.ndarray], patch_size: int) -> np.ndarray:
     start = 0
     for item, (rows, columns) in zip(items, grids, strict=True):
         stop = start + rows * columns
-        _cutter(patch_size)(*_run(item), columns, patches[start:stop])
+        _cutter(patch_size)(*pixel_run(item), columns, patches[start:stop])
         start = stop
     return patches.reshape(-1, 3 * patch_size**2)
-
-
-def _run(item: np.ndarray) -> tuple[np.ndarray, int]:
-    """The memory from the first to the last pixel of an item as (n,) uint32, and the row stride in pixels."""
-    pitch = item.strides[0] // 4
-    length = (item.shape[0] - 1) * pitch + item.shape[1]
-    # Read-only like Pillow's memory, so that numba compiles one signature only.
-    return as_strided(item.view("<u4"), (length,), (4,), writeable=False), pitch
 
 
 @cache

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import PIL
-from numba import int32, njit, uint8
+from numpy.lib.stride_tricks import as_strided
 
 from finetune.media.numba_compiled import compiled
+from finetune.media.resample_passes import BITS, PIXEL, SIDE, horizontal, vertical
 
 Size = tuple[int, int]
 
 PILLOW_13 = int(PIL.__version__.partition(".")[0]) >= 13
 """Whether Pillow is 13 or newer: other order of the two passes, and Arrow import and export."""
-
-# Pillow's fixed-point precision: a sum of 22-bit weights times bytes fits 32 bits.
-_BITS = 22
-_HALF = 1 << (_BITS - 1)
-# Block sizes that keep the working set in the L1 cache. Horizontal pass: rows at a time, their bytes, source columns at
-# a time. Vertical pass: bytes of a row at a time.
-_ROWS, _LANES, _COLUMNS = 16, 64, 512
-_RUN = 512
 
 
 def vertical_first(old: Size, new: Size) -> bool:
@@ -31,13 +25,21 @@ def vertical_first(old: Size, new: Size) -> bool:
     return old[1] - new[1] > 2 * (old[0] - new[0]) if PILLOW_13 else old[1] > 100 * old[0]
 
 
-def resize_width(pixels: np.ndarray, width: int, into: np.ndarray | None = None) -> np.ndarray:
-    """Horizontal resize of (height, old width, 4) uint8 to (height, width, 4), written to ``into`` if given."""
-    if width == pixels.shape[1] and into is None:
+def resize_widths(pixels: np.ndarray, widths: Sequence[int], found: np.ndarray) -> None:
+    """Horizontal resizes of (height, old width, 4) uint8 to several widths, side by side in (height, sum, 4)."""
+    source, target = _padded(pixels), found if min(found.shape[:2]) >= SIDE else _padded(found)
+    tables = _side_by_side([_weights(pixels.shape[1], width) for width in widths], target.shape[1])
+    horizontal(_frozen(source.view(np.uint32)[..., 0]), target.view(np.uint32)[..., 0], *tables)
+    if target is not found:
+        found[:] = target[: found.shape[0], : found.shape[1]]
+
+
+def resize_width(pixels: np.ndarray, width: int) -> np.ndarray:
+    """Horizontal resize of (height, old width, 4) uint8 to (height, width, 4)."""
+    if width == pixels.shape[1]:
         return pixels
-    found = np.empty((len(pixels), width, 4), np.uint8) if into is None else into
-    source = np.ascontiguousarray(pixels).view(np.uint32)[..., 0]
-    _horizontal(_frozen(source), found.view(np.uint32)[..., 0], *_weights(pixels.shape[1], width))
+    found = np.empty((len(pixels), width, 4), np.uint8)
+    resize_widths(pixels, [width], found)
     return found
 
 
@@ -46,10 +48,26 @@ def resize_height(pixels: np.ndarray, height: int) -> np.ndarray:
     if height == len(pixels):
         return pixels
     width = pixels.shape[1]
-    found = np.empty((height, width, 4), np.uint8)
-    source = np.ascontiguousarray(pixels).reshape(-1, 4 * width)
-    _vertical(_frozen(source), found.reshape(height, -1), *_weights(len(pixels), height))
-    return found
+    source = pixels if width >= SIDE else _padded(pixels)
+    found = np.empty((height, source.shape[1], 4), np.uint8)
+    vertical(*pixel_run(source), found.view(np.uint32)[..., 0], *_weights(len(pixels), height))
+    return found[:, :width]
+
+
+def pixel_run(pixels: np.ndarray) -> tuple[np.ndarray, int]:
+    """The memory of (height, width, 4) uint8 from first to last pixel as (n,) uint32, and the row pitch in pixels.
+
+    Read-only like Pillow's memory, so that numba compiles one signature only.
+    """
+    pitch = pixels.strides[0] // PIXEL
+    length = (pixels.shape[0] - 1) * pitch + pixels.shape[1]
+    return as_strided(pixels.view("<u4"), (length,), (PIXEL,), writeable=False), pitch
+
+
+def _padded(pixels: np.ndarray) -> np.ndarray:
+    """A contiguous array with zeros at the right and below where a side is shorter than that of a block."""
+    rows, columns = (max(SIDE - side, 0) for side in pixels.shape[:2])
+    return np.pad(pixels, ((0, rows), (0, columns), (0, 0))) if rows or columns else np.ascontiguousarray(pixels)
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
@@ -57,6 +75,18 @@ def _frozen(array: np.ndarray) -> np.ndarray:
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def _side_by_side(tables: Sequence[tuple[np.ndarray, ...]], columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tables of several widths as one, with zeros for the columns that are left."""
+    weights = np.zeros((columns, max(each.shape[1] for each, _, _ in tables)), np.int32)
+    starts, counts = np.zeros(columns, np.int32), np.ones(columns, np.int32)
+    first = 0
+    for some, begin, length in tables:
+        part = slice(first, first + len(some))
+        weights[part, : some.shape[1]], starts[part], counts[part] = some, begin, length
+        first = part.stop
+    return weights, starts, counts
 
 
 @compiled
@@ -86,122 +116,6 @@ def _weights(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             total += exact[tap]
         for tap in range(count):
             weight = exact[tap] / total if total != 0.0 else exact[tap]
-            weights[place, tap] = int(weight * (1 << _BITS) + (-0.5 if weight < 0 else 0.5))
+            weights[place, tap] = int(weight * (1 << BITS) + (-0.5 if weight < 0 else 0.5))
         starts[place], counts[place] = start, count
     return weights, starts, counts
-
-
-@njit(inline="always")
-def _byte(total):  # noqa: ANN001, ANN202 - compiled per type
-    """Rounds and clips a fixed-point sum to a byte; branch-free and in 32 bits, so that it can be vectorized."""
-    value = int32(total >> _BITS)
-    value = int32(value & ~int32(value >> 31))
-    return uint8(int32(value | int32(int32(255 - value) >> 31)))
-
-
-@compiled
-def _horizontal(
-    source: np.ndarray, found: np.ndarray, weights: np.ndarray, starts: np.ndarray, counts: np.ndarray
-) -> None:
-    """Horizontal pass, (h, w) uint32 to (h, new w): 16 rows at a time are transposed and summed together."""
-    height, width = source.shape
-    new = len(starts)
-    # Output columns per block, so that their input columns stay in the L1 cache for any image width.
-    step = max(_COLUMNS * new // width - 4, 1)
-    beside = np.zeros((_widest(starts, counts, step), _ROWS), np.uint32)
-    lanes = beside.view(np.uint8)
-    sums, line = np.zeros(_LANES, np.int32), np.zeros(_LANES, np.uint8)
-    pixels = line.view(np.uint32)
-    for top in range(0, height, _ROWS):
-        rows = min(_ROWS, height - top)
-        for first in range(0, new, step):
-            last = min(first + step, new) - 1
-            left, right = int(starts[first]), int(starts[last] + counts[last])
-            _turn(source, top, rows, left, right, beside)
-            for place in range(first, last + 1):
-                _add_columns(lanes, starts[place] - left, weights[place, : counts[place]], sums)
-                for lane in range(_LANES):
-                    line[lane] = _byte(sums[lane])
-                for row in range(rows):
-                    found[top + row, place] = pixels[row]
-
-
-@compiled
-def _widest(starts: np.ndarray, counts: np.ndarray, step: int) -> int:
-    """Maximum number of input positions of ``step`` neighbouring output positions."""
-    widest = 0
-    for first in range(0, len(starts), step):
-        last = min(first + step, len(starts)) - 1
-        widest = max(widest, starts[last] + counts[last] - starts[first])
-    return widest
-
-
-@njit(inline="always")
-def _turn(source: np.ndarray, top: int, rows: int, left: int, right: int, beside: np.ndarray) -> None:
-    if rows == _ROWS:
-        for x in range(right - left):
-            for row in range(_ROWS):
-                beside[x, row] = source[top + row, left + x]
-    else:
-        for x in range(right - left):
-            for row in range(rows):
-                beside[x, row] = source[top + row, left + x]
-
-
-@njit(inline="always")
-def _add_columns(lanes: np.ndarray, start: int, weights: np.ndarray, sums: np.ndarray) -> None:
-    for lane in range(_LANES):
-        sums[lane] = _HALF
-    tap = 0
-    while tap + 4 <= len(weights):
-        a, b, c, d = weights[tap], weights[tap + 1], weights[tap + 2], weights[tap + 3]
-        at = start + tap
-        for lane in range(_LANES):
-            sums[lane] += (
-                int32(lanes[at, lane]) * a
-                + int32(lanes[at + 1, lane]) * b
-                + int32(lanes[at + 2, lane]) * c
-                + int32(lanes[at + 3, lane]) * d
-            )
-        tap += 4
-    while tap < len(weights):
-        a = weights[tap]
-        for lane in range(_LANES):
-            sums[lane] += int32(lanes[start + tap, lane]) * a
-        tap += 1
-
-
-@compiled
-def _vertical(
-    source: np.ndarray, found: np.ndarray, weights: np.ndarray, starts: np.ndarray, counts: np.ndarray
-) -> None:
-    """Vertical pass, (h, n) uint8 to (new h, n): every output row is a weighted sum of input rows."""
-    length = source.shape[1]
-    sums = np.zeros(_RUN, np.int32)
-    for place in range(len(starts)):
-        for left in range(0, length, _RUN):
-            right = min(left + _RUN, length)
-            _add_rows(source, starts[place], left, right, weights[place, : counts[place]], sums)
-            into = found[place, left:right]
-            for lane in range(right - left):
-                into[lane] = _byte(sums[lane])
-
-
-@njit(inline="always")
-def _add_rows(source: np.ndarray, start: int, left: int, right: int, weights: np.ndarray, sums: np.ndarray) -> None:
-    for lane in range(right - left):
-        sums[lane] = _HALF
-    tap = 0
-    while tap + 4 <= len(weights):
-        a, b, c, d = weights[tap], weights[tap + 1], weights[tap + 2], weights[tap + 3]
-        at = start + tap
-        one, two = source[at, left:right], source[at + 1, left:right]
-        three, four = source[at + 2, left:right], source[at + 3, left:right]
-        for lane in range(right - left):
-            sums[lane] += int32(one[lane]) * a + int32(two[lane]) * b + int32(three[lane]) * c + int32(four[lane]) * d
-        tap += 4
-    while tap < len(weights):
-        a, one = weights[tap], source[start + tap, left:right]
-        for lane in range(right - left):
-            sums[lane] += int32(one[lane]) * a
-        tap += 1

@@ -1,11 +1,18 @@
 """Our resizing against Pillow's: not one byte may differ."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from finetune.media import image
+from finetune.media.patches import patchify
 from finetune.media.resample import vertical_first
+from finetune.media.slicing import SliceSpec, plan
 
 Size = tuple[int, int]
 
@@ -54,6 +61,23 @@ def test_both_orders_of_the_passes() -> None:
     assert_same(picture, *sizes)
 
 
+@pytest.mark.parametrize("block", [None, 1 << 30], ids=["as Pillow keeps it", "as PILLOW_BLOCK_SIZE can have it"])
+def test_pixels_of_pictures_in_several_pieces_of_memory(monkeypatch: pytest.MonkeyPatch, block: int | None) -> None:
+    if block is not None:
+        monkeypatch.setattr(image, "_BAND_BYTES", block)
+    picture = noise(2100, 2300)
+    assert (image.pixels(picture)[..., :3] == np.asarray(picture)).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (5, 7000), (13, 600), (448, 448)])
+def test_thin_pictures_become_patches_too(size: Size) -> None:
+    items = image.slice_image(noise(*size), plan(*size, SliceSpec(9, 448, 14)))
+    patches = patchify(items, 14)
+    last = items[-1][-14:, -14:, :3]
+    assert (patches[-1].reshape(3, 14, 14) == last.transpose(2, 0, 1)).all()
+    assert len(patches) == sum(item.shape[0] * item.shape[1] for item in items) // 196
+
+
 @pytest.mark.parametrize("sizes", [[(56, 42), (2058, 42)], [(56, 2310), (2100, 80)]])
 def test_pictures_in_several_pieces_of_memory(sizes: list[Size]) -> None:
     """Above 16 MiB Pillow keeps a picture in several."""
@@ -69,3 +93,12 @@ def test_shrunk_pictures(most: int | None) -> None:
     assert found.size == wanted.size
     assert (np.asarray(found) == np.asarray(wanted)).all()
     assert (image.pixels(found)[..., :3] == np.asarray(wanted)).all()
+
+
+def test_processors_without_wide_vectors(tmp_path: Path) -> None:
+    """The same code, compiled for the least processor of this architecture."""
+    names = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    code = "import test_resample as t; t.assert_same(t.noise(203, 131), (91, 77), (300, 40), (112, 200), (9, 9))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=os.environ | names, check=False)
+    assert not done.returncode
+    assert list(tmp_path.rglob("resample_passes.*.nbc"))
