@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from finetune.commands.command_list import COMMANDS
 from finetune.runtime import outcome
-from finetune.runtime.imports import collect_rarely
+from finetune.runtime.imports import collect_rarely, hide_optional_libraries
 from finetune.runtime.processes import end_with_launcher
 from finetune.utils.errors import UserError, silence_unactionable_warnings
 
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def console_script() -> None:
     """Entry point of ``minicpmv-finetune``; ends quietly where its output goes to a ``head`` that has read enough."""
     collect_rarely()
+    hide_optional_libraries()
     try:
         status = main()
         sys.stdout.flush()

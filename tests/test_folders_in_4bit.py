@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from finetune.arguments.parse import parse_arguments
 from finetune.checkpoints.base_checkpoint import resolve_base
 from finetune.checkpoints.run_start import describe_training, find_base
 from finetune.checkpoints.saving import finish_adapter
-from finetune.commands import export, plan, selfcheck
+from finetune.commands import evaluate, export, plan, selfcheck
 from finetune.early_check import check_early
 from finetune.families import by_name
 from finetune.model_folders.stored_4bit import packed_weights
@@ -28,6 +30,7 @@ from finetune.training.lora import add_lora
 from finetune.utils.errors import ArgumentError, CheckpointError, UserError
 
 pytest.importorskip("bitsandbytes")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,20 @@ def test_a_named_base_with_other_ids_or_shapes_is_refused(tiny, folder, adapter,
     (longer / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
     with pytest.raises(CheckpointError, match=r"llm\.model\.layers\.2\..* there, missing in .*int4"):
         export.main([*out, str(longer)])
+
+
+def test_adapters_are_put_on_by_a_command_of_its_own(folder, adapter, tmp_path):
+    """Commands hide bitsandbytes from models that are not in 4 bit."""
+    record = {"conversations": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
+    (tmp_path / "data.json").write_text(json.dumps([record]))
+    words = ["--model", str(adapter), "--data", str(tmp_path / "data.json"), "--device", "cpu"]
+    words += ["--max_new_tokens", "8", "--out", str(tmp_path / "out"), "--predict_only"]
+    subprocess.run([sys.executable, "-m", "finetune", "evaluate", *words], cwd=ROOT, check=True, timeout=300)
+    written = json.loads((tmp_path / "out" / "predictions.jsonl").read_text())["prediction"]
+    assert evaluate.main([*words, "--overwrite"]) == 0
+    assert json.loads((tmp_path / "out" / "predictions.jsonl").read_text())["prediction"] == written
+    assert evaluate.main([*words, "--overwrite", "--model", str(folder)]) == 0
+    assert json.loads((tmp_path / "out" / "predictions.jsonl").read_text())["prediction"] != written
 
 
 def test_selfcheck_counts_every_weight(tiny, folder, capsys):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_adapters import make_adapter, save
 
 import finetune
 from finetune.__main__ import COMMANDS, main
@@ -64,6 +65,19 @@ def test_checking_data_needs_no_torch(tiny, demo_data) -> None:
     comes_with_tokenizers = modules_after("from transformers import PreTrainedTokenizerFast")
     assert not loaded & ({"torch", "accelerate", "sympy"} - comes_with_tokenizers)
     assert not loaded & {"peft", "deepspeed", "pandas"}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "chat"])
+def test_a_model_that_is_not_in_4_bit_needs_no_bitsandbytes(tiny, demo_data, tmp_path, command):
+    pytest.importorskip("bitsandbytes")
+    adapter = save(make_adapter(tiny("v2_6"), "v2_6"), tmp_path / "adapter")
+    data = ["--data", str(demo_data / "eval.json"), "--out", str(tmp_path / "out"), "--limit", "1"]
+    words = ["finetune", command, "--model", str(adapter), "--device", "cpu", "--max_new_tokens", "1"]
+    code = f"import sys; sys.argv = {[*words, *data * (command == 'evaluate')]!r}\n"
+    code += "from finetune.runtime import outcome; outcome.exit_after_handlers = print\n"
+    loaded = modules_after(f"{code}from finetune.__main__ import console_script; console_script()")
+    assert "peft" in loaded
+    assert "bitsandbytes" not in loaded
 
 
 def test_models_registers_with_transformers() -> None:

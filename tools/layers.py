@@ -25,7 +25,7 @@ TABLE: dict[str, set[str]] = {
     "encoding": {"utils", "timeline", "sample", "media", "templates", "families"},
     "model_folders": {"utils", "timeline", "templates.duplex_fc", "templates.prompt_types", "families"},
     "tokenizers": {"utils", "families", "model_folders", "templates.duplex_fc"},
-    "models": {"utils", "families", "model_folders", "templates.duplex_fc", "tokenizers"},
+    "models": {"utils", "runtime", "families", "model_folders", "templates.duplex_fc", "tokenizers"},
     "tiny": {"families", "models"},
     "data_check": {"utils", "sample", "templates", "encoding"},
     "batching": {"utils", "sample", "arguments", "families", "encoding", "data_check"},
@@ -70,6 +70,7 @@ TABLE: dict[str, set[str]] = {
     "export": {
         "utils",
         "sample",
+        "runtime",
         "templates.duplex_fc",
         "families",
         "encoding",

@@ -40,6 +40,7 @@ def main(argv: list[str]) -> int:
 
     import torch
 
+    import finetune.models  # noqa: F401  hides bitsandbytes from peft, and so comes first
     from finetune.chat.conversation_state import ConversationState
     from finetune.chat.pipeline import read_options
     from finetune.chat.web_page import MAX_FILE_MB, MAX_FILES, Page, gradio, serve

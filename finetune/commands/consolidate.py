@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such folder; give the checkpoint-N folder of a run, from this machine")
 
+    import finetune.models  # noqa: F401  hides bitsandbytes from peft, and so comes first
     from finetune.checkpoints.base_checkpoint import resolve_base
     from finetune.export.result_folder import check_target, unfinished, write_record
     from finetune.export.zero_consolidation import base_named_by, read_shards, write_adapter

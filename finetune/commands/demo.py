@@ -14,6 +14,7 @@ from pathlib import Path
 
 import finetune
 from finetune.commands.parser import CommandParser
+from finetune.runtime.imports import optional_libraries_hidden
 from finetune.sample import Sample
 
 ROOT = Path(finetune.__file__).resolve().parent.parent
@@ -63,7 +64,8 @@ def train(model: Path, data: Path, adapter: Path, epochs: float) -> int:
 
 def report(adapter: Path, data: Path) -> tuple[float, float]:
     """Prints base and adapter side by side; returns the adapter's exact match, with images and blanked."""
-    from peft import PeftModel
+    with optional_libraries_hidden():
+        from peft import PeftModel
 
     from finetune.checkpoints.base_checkpoint import resolve_base
     from finetune.encoding.encoder import Encoder

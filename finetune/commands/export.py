@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
     if given.push_to_hub == "true" and given.export_hub_model_id is None:
         raise UserError("--push_to_hub true needs --export_hub_model_id OWNER/NAME")
 
+    import finetune.models  # noqa: F401  hides bitsandbytes from peft, and so comes first
     from finetune.export.result_folder import check_target
 
     wished = (given.downsample_mode, given.use_image_id)

@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
 
 
 def _plan(given: argparse.Namespace) -> int:
+    import finetune.models  # noqa: F401  hides bitsandbytes from peft, and so comes first
     from finetune.planning import estimate_table, settings_search
     from finetune.planning.memory_estimate import GIB, MemoryEstimator
     from finetune.planning.meta_model import quiet

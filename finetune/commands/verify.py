@@ -24,7 +24,8 @@ def main(argv: list[str]) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     """Loads the result and compares it, or looks for an effect; returns the exit status."""
-    from peft import AutoPeftModel
+    with optional_libraries_hidden():
+        from peft import AutoPeftModel
     from transformers import AutoTokenizer
 
     from finetune.checkpoints.adapter_effect import no_effect

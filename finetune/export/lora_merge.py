@@ -35,6 +35,7 @@ from finetune.models.adapters import (
 from finetune.models.duplex_rows import add_duplex_rows, grow
 from finetune.models.loading import MODEL_CLASSES
 from finetune.models.strict_loading import check_folder
+from finetune.runtime.imports import optional_libraries_hidden
 from finetune.templates.duplex_fc import LAST_ID
 from finetune.utils.errors import CheckpointError
 
@@ -197,7 +198,7 @@ class MergedTensors:
         settings = check_adapter(self._folder)
         shapes = stored_shapes(self._file) | {name: tuple(tensor.shape) for name, tensor in self._beside.items()}
         check_fit(model, self._folder, settings, shapes)
-        with peft_errors(self._folder):
+        with peft_errors(self._folder), optional_libraries_hidden():  # nothing is merged into a base in 4 bit
             adapted = PeftModel(model, self.config, adapter_name=_NAME, low_cpu_mem_usage=True)
         stored = set(shapes)
         if self._beside:  # the file beside the adapter has only the trained tensors of a module

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from finetune.runtime.imports import optional_libraries_hidden
+
+with optional_libraries_hidden():  # as it is imported, peft imports bitsandbytes where that is found
+    import peft  # noqa: F401
 from finetune.models.configuration import MiniCPMOConfig, MiniCPMVConfig
 from finetune.models.loading import base_of, load_adapter, load_model
 from finetune.models.minicpmo import MiniCPMO

@@ -27,6 +27,7 @@ from finetune.models.adapter_biases import PeftModelWithBiases, biases, is_base_
 from finetune.models.duplex_rows import rows_for
 from finetune.models.finite_weights import check_file, check_types, finite
 from finetune.models.strict_loading import some
+from finetune.runtime.imports import optional_libraries_hidden
 from finetune.utils.errors import CheckpointError, UserError
 from finetune.utils.json_objects import read_object
 from finetune.utils.log_once import warn_once
@@ -69,7 +70,8 @@ def put_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "d
     shapes = stored_shapes(weights) | {name: tuple(tensor.shape) for name, tensor in beside.items()}
     check_fit(model, folder, settings, shapes)
     _check_biases(model, folder, settings)
-    with peft_errors(folder):
+    # A base in 4 bit has imported bitsandbytes already, and what is imported is not hidden.
+    with peft_errors(folder), optional_libraries_hidden():
         if beside:
             return _put_first_generation(model, folder, beside, name)
         if isinstance(model, PeftModel):

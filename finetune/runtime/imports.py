@@ -34,6 +34,15 @@ def collect_rarely() -> None:
     gc.set_threshold(*_THRESHOLD)
 
 
+def hide_optional_libraries() -> None:
+    """From now on ``optional_libraries_hidden`` hides what this program has not imported until then.
+
+    peft asks once per process whether bitsandbytes is there: where it is hidden as the first adapter is put on, no
+    later model in 4 bit can have one.
+    """
+    _hidden.update(name for name in _OPTIONAL if name not in sys.modules)
+
+
 def import_at_start(*modules: str) -> None:
     """Imports the modules that a program needs in any case, before it does anything else.
 
@@ -42,7 +51,7 @@ def import_at_start(*modules: str) -> None:
     """
     before = gc.get_threshold()
     collect_rarely()
-    _hidden.update(name for name in _OPTIONAL if name not in sys.modules)
+    hide_optional_libraries()
     with optional_libraries_hidden():
         for module in modules:
             importlib.import_module(module)
