@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from table import GOALS
 
 FOLDER = Path(__file__).resolve().parent
@@ -40,7 +39,7 @@ def main() -> int:
     if given.official:
         runs += [(name, ["--official", given.official]) for name in _OFFICIAL if name in wanted]
     runs += [("evaluation", ["--vendor", *given.vendor])] if given.vendor and "evaluation" in wanted else []
-    runs += [("gpu", options) for options in _GPU if "gpu" in wanted and torch.cuda.is_available()]
+    runs += [("gpu", options) for options in _GPU if "gpu" in wanted and _has_gpu()]
     runs += [(_OTHER, given.llamafactory)] if given.llamafactory else []
     codes = {name: "left out" for name in wanted if name not in dict(runs)}
     for name, options in runs:
@@ -53,6 +52,12 @@ def main() -> int:
     for words, outcome in codes.items():
         print(f"{words:<40} {outcome}")
     return int(any(outcome not in ("ok", "left out") for outcome in codes.values()))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

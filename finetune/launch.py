@@ -40,6 +40,8 @@ _SHUTDOWN_TIMEOUT = 6 * 3600
 _SCRIPT = "finetune.py"
 _PREFIX = "finetune-run-"
 _LOCK = "lock"
+# The second is what every ZeRO engine imports when it starts; it brings the compiler of torch.
+_DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")
 # The path of a multiprocessing socket below a longer temporary folder would exceed the limit of the system.
 _LONGEST_PATH = 60
 
@@ -116,7 +118,7 @@ def _prepare_fork(options: argparse.Namespace) -> None:
     sys.path.insert(0, str(Path(options.training_script).resolve().parent))  # as for a script that is started
     deepspeed = "--deepspeed" in options.training_script_args and os.environ.get("DS_ACCELERATOR") == "cpu"
     try:
-        import_at_start(*TRAINING_MODULES, *(["deepspeed"] if deepspeed else []))
+        import_at_start(*TRAINING_MODULES, *(_DEEPSPEED if deepspeed else ()))
     except ImportError:  # the ranks meet it too, and report it
         return
     for stream in (sys.stdout, sys.stderr):

@@ -48,6 +48,8 @@ def setup_logging() -> None:
 def prepare_deepspeed_on_cpu() -> None:
     """Lets DeepSpeed start on a machine without GPU and without a compiler; call before anything imports it."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # As its own launcher sets it; without, ZeRO-3 starts numactl for every gradient that it reduces.
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     import deepspeed.ops
 
     # Otherwise every CPU start builds a shared-memory all-reduce with a C++ compiler; gloo serves as well. There is
