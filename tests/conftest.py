@@ -29,7 +29,7 @@ _LONG += ("test_llamafactory", "test_end_to_end", "test_zero3", "test_readme", "
 _LONG += ("test_downsample_mode", "test_terminal", "test_benchmark_rounds", "test_launchers")
 
 
-_OF_A_RUN = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
+_OF_A_RUN = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "LOCAL_SIZE")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,8 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not any(name in item.path.name for name in _LONG))
 
 
+def pytest_collection(session: pytest.Session) -> None:
+    """Modules are imported now, which are no garbage to search for."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    """Modules are there to stay: no search for garbage, of which every Trainer makes some, goes through them."""
+    """They are there to stay: no search for garbage, of which every Trainer makes some, goes through them."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
@@ -105,6 +111,15 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from zoo import write_zoo
 
     return write_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="session")
+def forked_python(reader_cache: Path) -> Iterator[str]:
+    """A python for scripts and ``-m`` whose processes have imported what training needs when they start."""
+    from fork_server import forking
+
+    with forking() as program:
+        yield program
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def run(base: Path, data: Path, output: Path, *flags: str, resume: Path | None =
     return made
 
 
-def main(report: Path, words: list[str]) -> int:
+def main(reports: Path, words: list[str]) -> int:
     """The script itself, whose trainer writes down what it saw."""
     trainer.CPMTrainer = Recorder
     spec = importlib.util.spec_from_file_location("launched", ROOT / "finetune.py")
@@ -65,8 +65,10 @@ def main(report: Path, words: list[str]) -> int:
     assert spec.loader is not None
     launched = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(launched)
-    status = launched.main(words)
-    report.write_text(json.dumps({"seen": Recorder.seen, "world": int(os.environ["WORLD_SIZE"])}))
+    status = launched.main(words, launched.prepare())
+    (reports / f"rank{os.environ['RANK']}.json").write_text(
+        json.dumps({"seen": Recorder.seen, "world": int(os.environ["WORLD_SIZE"])})
+    )
     return status
 
 

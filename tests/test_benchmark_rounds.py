@@ -216,8 +216,10 @@ def _without(flags: list[str], name: str) -> list[str]:
     return flags[:at] + flags[at + 2 :]
 
 
-def test_scaling(script, capsys):
+def test_scaling(script, monkeypatch, forked_python, capsys):
     """One and two ranks of one way, in the processes of a run."""
+    monkeypatch.setattr("sys.executable", forked_python)
+    monkeypatch.setenv("PYTHON_EXEC", forked_python)  # by which torchrun starts ranks
     script("scaling", SIZES=script("scaling").SIZES | SMALLER, _STEPS=3, _LEFT_OUT=1, _BATCH=1).main(
         ["--ways", "DDP", "--dry"]
     )

@@ -30,7 +30,7 @@ class Run:
     output: Path
 
 
-def launch(script: str, model: Path, data: Path, output: Path, *flags: str, cwd: Path | None = None, **env: str) -> Run:
+def launch(script: str, model: Path, data: Path, output: Path, *flags: str, **env: str) -> Run:
     environment = {
         **os.environ,
         "MODEL": str(model),
@@ -43,7 +43,7 @@ def launch(script: str, model: Path, data: Path, output: Path, *flags: str, cwd:
     }
     done = subprocess.run(
         ["sh", str(ROOT / script), *SHORT, *flags],
-        cwd=cwd or output.parent,
+        cwd=output.parent,
         env=environment,
         capture_output=True,
         text=True,
@@ -54,12 +54,13 @@ def launch(script: str, model: Path, data: Path, output: Path, *flags: str, cwd:
 
 
 @pytest.fixture(scope="module", params=["v2_0", "llama3_v2_5"])
-def lora(request, tiny, demo_data, tmp_path_factory) -> tuple[Run, Path]:
-    """A LoRA run of each family with ZeRO-2, from a directory with a space in its name."""
+def lora(request, tiny, demo_data, tmp_path_factory, forked_python) -> tuple[Run, Path]:
+    """A LoRA run of each family with ZeRO-2, from a directory with a space in its name; one as a user starts it."""
     base = tiny(request.param)
     folder = tmp_path_factory.mktemp("a folder")
     saved = ("--save_strategy", "steps", "--save_steps", "1")
-    return launch("finetune_lora.sh", base, demo_data, folder / "out", *saved, TMPDIR=str(folder)), base
+    env = {"TMPDIR": str(folder)} | ({} if request.param == "v2_0" else {"PYTHON": forked_python})
+    return launch("finetune_lora.sh", base, demo_data, folder / "out", *saved, **env), base
 
 
 def test_lora_run_ends_well(lora):
@@ -182,13 +183,14 @@ def test_a_damaged_adapter_is_not_verified(lora, demo_data, tmp_path):
 @pytest.mark.parametrize(
     ("family", "config"), [("v2_0", "ds_config_zero3.json"), ("llama3_v2_5", "ds_config_zero2.json")]
 )
-def test_full_run_saves_an_official_folder(tiny, demo_data, tmp_path, family, config):
+def test_full_run_saves_an_official_folder(tiny, demo_data, tmp_path, forked_python, family, config):
     base = tmp_path / "base"
     base.mkdir()
     for path in tiny(family).iterdir():
         (base / path.name).write_bytes(path.read_bytes())
     (base / "modeling_minicpmv.py").write_text("# the base's remote code\n")
-    run = launch("finetune_ds.sh", base, demo_data, tmp_path / "out", DS_CONFIG=config)
+    env = {} if family == "v2_0" else {"PYTHON": forked_python}
+    run = launch("finetune_ds.sh", base, demo_data, tmp_path / "out", DS_CONFIG=config, **env)
     assert run.status == 0, run.text
     assert "verified=true" in run.text
     for name in (*SIDE_FILES, "config.json", "generation_config.json", "modeling_minicpmv.py"):
@@ -203,31 +205,35 @@ def test_full_run_saves_an_official_folder(tiny, demo_data, tmp_path, family, co
         assert {name: new.get_slice(name).get_shape() for name in new.keys()} == shapes  # noqa: SIM118
 
 
-def test_a_used_output_folder_keeps_what_is_foreign_and_a_wrong_llm_type_is_corrected(tiny, demo_data, tmp_path):
+def test_a_used_output_folder_keeps_what_is_foreign_and_a_wrong_llm_type_is_corrected(
+    tiny, demo_data, tmp_path, forked_python
+):
     output = tmp_path / "out"
     output.mkdir()
     (output / "mine.txt").write_text("keep")
     (output / "model.safetensors").write_text("stale")
     again = ("--overwrite_output_dir", "true", "--verify_adapter", "off")
-    run = launch("finetune_lora.sh", tiny("llama3_v2_5"), demo_data, output, *again, LLM_TYPE="minicpm")
+    run = launch(
+        "finetune_lora.sh", tiny("llama3_v2_5"), demo_data, output, *again, LLM_TYPE="minicpm", PYTHON=forked_python
+    )
     assert run.status == 0, run.text
     assert "LLM_TYPE minicpm does not fit: the checkpoint is MiniCPM-Llama3-V 2.5" in run.text
     assert (output / "mine.txt").read_text() == "keep"
     assert (output / "model.safetensors").read_text() == "stale", "no run of ours is known to have written it"
 
 
-def test_a_bad_sample_stops_the_run_with_file_record_and_cause(tiny, demo_data, tmp_path):
+def test_a_bad_sample_stops_the_run_with_file_record_and_cause(tiny, demo_data, tmp_path, forked_python):
     records = json.loads((demo_data / "train.json").read_text())[:4]
     for record in records:
         record["image"] = "no_such.png"
     (tmp_path / "train.json").write_text(json.dumps(records))
     (tmp_path / "eval.json").write_text(json.dumps(records))
-    run = launch("finetune_lora.sh", tiny("llama3_v2_5"), tmp_path, tmp_path / "out")
+    run = launch("finetune_lora.sh", tiny("llama3_v2_5"), tmp_path, tmp_path / "out", PYTHON=forked_python)
     assert run.status != 0
     assert re.search(r"error: .*train\.json, record \d.*no_such\.png", run.text), run.text
 
 
-def test_skipped_records_leave_the_ranks_in_step(tiny, demo_data, tmp_path):
+def test_skipped_records_leave_the_ranks_in_step(tiny, demo_data, tmp_path, forked_python):
     """Ranks meet bad records at different steps, under ZeRO-3, in training and in evaluation; the run ends well."""
     records = json.loads((demo_data / "train.json").read_text())[:8]
     for number, record in enumerate(records):
@@ -236,9 +242,8 @@ def test_skipped_records_leave_the_ranks_in_step(tiny, demo_data, tmp_path):
     for name in ("train.json", "eval.json"):
         (tmp_path / name).write_text(json.dumps(records))
     flags = ("--max_steps", "6", "--on_bad_sample", "skip", "--max_bad_share", "1", "--image_root", str(demo_data))
-    run = launch(
-        "finetune_lora.sh", tiny("llama3_v2_5"), tmp_path, tmp_path / "out", *flags, DS_CONFIG="ds_config_zero3.json"
-    )
+    env = {"DS_CONFIG": "ds_config_zero3.json", "PYTHON": forked_python}
+    run = launch("finetune_lora.sh", tiny("llama3_v2_5"), tmp_path, tmp_path / "out", *flags, **env)
     assert run.status == 0, run.text
     assert re.search(r"train\.json: 8 records in .*\n.* that cannot be used", run.text)
     assert "verified=true" in run.text

@@ -45,13 +45,13 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def start(folder: Path, body: str, name: str = "rank.py") -> subprocess.Popen[str]:
+def start(folder: Path, body: str, name: str = "rank.py", python: str = sys.executable) -> subprocess.Popen[str]:
     script = folder / name
     script.write_text(RANK.format(body=body))
     # With --help the flags of a finetune.py are not looked at.
     words = ["--nproc_per_node", "2", "--standalone", "--", str(script), "--help"]
     return subprocess.Popen(
-        [sys.executable, "-m", "finetune.launch", *words],
+        [python, "-m", "finetune.launch", *words],
         cwd=ROOT,
         env={**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         preexec_fn=_hear_ctrl_c,
@@ -85,8 +85,8 @@ SCRIPTS = ("rank.py", "finetune.py")
 
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize(("body", "status", "said"), ENDS)
-def test_status(folder, body, status, said, name):
-    process = start(folder, body, name)
+def test_status(folder, body, status, said, name, forked_python):
+    process = start(folder, body, name, forked_python)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     assert said in err
@@ -95,9 +95,11 @@ def test_status(folder, body, status, said, name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_an_error_that_nobody_expects(folder, name):
+def test_an_error_that_nobody_expects(folder, name, forked_python):
     """It has its traceback and a result line, and nobody else's beside it."""
-    process = start(folder, "with outcome.ReportedErrors(): (1 / 0 if rank == '0' else time.sleep(60))", name)
+    process = start(
+        folder, "with outcome.ReportedErrors(): (1 / 0 if rank == '0' else time.sleep(60))", name, forked_python
+    )
     out, err = process.communicate(timeout=60)
     assert process.returncode == outcome.FAILED, err
     assert json.loads(out.removeprefix("result="))["message"] == "ZeroDivisionError: division by zero"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import yaml
 from clips import write_clip
 from PIL import Image
 from safetensors import safe_open
+from side_by_side import ranks, run_all
 
 from finetune.arguments.data import VIDEO_FLAGS
 from finetune.commands.export import main as export
@@ -180,28 +178,19 @@ def folder(tiny, tmp_path_factory) -> Path:
     return folder
 
 
-def train(folder: Path, *words: str, processes: int = 1) -> str:
-    """What a run through torchrun says; it must end well."""
-    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(ROOT / "finetune.py"), *words],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-    return done.stdout + done.stderr
+def train(python: str, folder: Path, *words: str, processes: int = 1) -> str:
+    """What a run says; it must end well."""
+    ended = run_all(*ranks([python, str(ROOT / "finetune.py"), *words], processes), cwd=folder)
+    return "".join(one.stdout + one.stderr for one in ended)
 
 
 @pytest.fixture(scope="module")
-def adapter(folder) -> tuple[Path, str]:
+def adapter(folder, forked_python) -> tuple[Path, str]:
     """The folder of the LoRA run and what the run said."""
-    said = train(folder, "configs/minicpmv4_5_lora_sft.yaml", BOTH, "num_train_epochs=2", "learning_rate=1e-2")
-    return folder / "saves/minicpmv4_5/lora/sft", said
+    words = (BOTH, "num_train_epochs=2", "learning_rate=1e-2")
+    return folder / "saves/minicpmv4_5/lora/sft", train(
+        forked_python, folder, "configs/minicpmv4_5_lora_sft.yaml", *words
+    )
 
 
 def test_lora(adapter):
@@ -234,10 +223,10 @@ def test_lora(adapter):
     assert "1 records of data/mllm_video_demo.json in the sharegpt format" in said
 
 
-def test_full(folder):
+def test_full(folder, forked_python):
     """On two processes, of which one has images and the other a video."""
     words = [BOTH, "max_steps=2", "per_device_train_batch_size=1", "verify_adapter=off"]
-    said = train(folder, "configs/minicpmv4_5_full_sft.yaml", *words, processes=2)
+    said = train(forked_python, folder, "configs/minicpmv4_5_full_sft.yaml", *words, processes=2)
     assert "the equivalent ds_config_zero2.json is used" in said
     assert "sdpa is used instead" in said
     assert "llm.model.norm.weight: (128,), bfloat16, trained" in said
@@ -260,9 +249,19 @@ def test_export(folder, adapter, monkeypatch, capsys):
         export(["configs/minicpmv4_5_lora_export.yaml", *right, "--export_legacy_format", "true"])
 
 
-def test_run_yaml_of_a_run_is_a_run(folder, adapter):
+def test_run_yaml_of_a_run_is_a_run(folder, adapter, forked_python):
     out, _ = adapter
-    said = train(folder, str(out / "run.yaml"), "--output_dir", "again", "--max_steps", "1", "--verify_adapter", "off")
+    said = train(
+        forked_python,
+        folder,
+        str(out / "run.yaml"),
+        "--output_dir",
+        "again",
+        "--max_steps",
+        "1",
+        "--verify_adapter",
+        "off",
+    )
     assert '"steps": 1' in said
     again = yaml.safe_load((folder / "again/run.yaml").read_text())["flags"]
     first = yaml.safe_load((out / "run.yaml").read_text())["flags"]

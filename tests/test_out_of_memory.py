@@ -7,13 +7,12 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_one_rank_of_two_runs_out_of_memory(tiny, demo_data, tmp_path):
+def test_one_rank_of_two_runs_out_of_memory(tiny, demo_data, tmp_path, forked_python):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -47,7 +46,7 @@ def test_one_rank_of_two_runs_out_of_memory(tiny, demo_data, tmp_path):
     ]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OUT_OF_MEMORY_RANK": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "finetune.launch", *options, *words],
+        [forked_python, "-m", "finetune.launch", *options, *words],
         cwd=tmp_path,
         env={**environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -83,10 +83,10 @@ def run(command: list[str], cwd: Path, **env: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def place(tiny, demo_data, tmp_path_factory) -> Path:
+def place(tiny, demo_data, tmp_path_factory, forked_python) -> Path:
     """A user's directory after `sh finetune_lora.sh` with the default OUTPUT_DIR."""
     folder = tmp_path_factory.mktemp("user")
-    env = {"MODEL": str(tiny("llama3_v2_5")), "DATA": str(demo_data / "train.json")}
+    env = {"MODEL": str(tiny("llama3_v2_5")), "DATA": str(demo_data / "train.json"), "PYTHON": forked_python}
     run(["sh", str(ROOT / "finetune_lora.sh"), *SHORT], folder, **env)
     return folder
 

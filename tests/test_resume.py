@@ -86,16 +86,15 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tiny, demo_data, tmp_path_factory):
+def uninterrupted(tiny, demo_data, tmp_path_factory, forked_python):
     """Output folder of a run of ten steps by method and ZeRO stage, made once; not to be written to."""
     made: dict[tuple[str, int], Path] = {}
 
     def make(method: str, stage: int) -> Path:
         if (method, stage) not in made:
             output = tmp_path_factory.mktemp(f"{method}{stage}") / "out"
-            status, out, err = launch(
-                method, tiny("llama3_v2_5"), demo_data, output, DS_CONFIG=f"ds_config_zero{stage}.json"
-            )
+            env = {"DS_CONFIG": f"ds_config_zero{stage}.json", "PYTHON": forked_python}
+            status, out, err = launch(method, tiny("llama3_v2_5"), demo_data, output, **env)
             assert status == 0, err
             result = result_of(out)
             assert (result["status"], result["steps"], result["verified"]) == ("ok", 10, None)
@@ -107,7 +106,7 @@ def uninterrupted(tiny, demo_data, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("method", "stage"), [("lora", 3), ("full", 2), ("full", 3)])
-def test_five_and_five_steps_are_ten(uninterrupted, tiny, demo_data, tmp_path, method, stage):
+def test_five_and_five_steps_are_ten(uninterrupted, tiny, demo_data, tmp_path, forked_python, method, stage):
     """The newest checkpoint is damaged, so the run resumes from the one before."""
     whole, output = uninterrupted(method, stage), tmp_path / "out"
     shutil.copytree(whole, output)
@@ -116,8 +115,8 @@ def test_five_and_five_steps_are_ten(uninterrupted, tiny, demo_data, tmp_path, m
     part = next((output / "checkpoint-10").rglob("*optim_states.pt"))
     part.write_bytes(part.read_bytes()[:-100])
     resume = ("--resume_from_checkpoint", "auto")
-    config = {"DS_CONFIG": f"ds_config_zero{stage}.json"}
-    status, out, err = launch(method, tiny("llama3_v2_5"), demo_data, output, *resume, **config)
+    env = {"DS_CONFIG": f"ds_config_zero{stage}.json", "PYTHON": forked_python}
+    status, out, err = launch(method, tiny("llama3_v2_5"), demo_data, output, *resume, **env)
     assert status == 0, err
     assert "checkpoint-10 is not complete and is skipped: global_step10" in err
     assert f"resuming from {output / 'checkpoint-5'} (step 5)" in err
@@ -149,7 +148,7 @@ def kill_during_a_save(process: subprocess.Popen[str], output: Path) -> int:
     raise AssertionError("no save was slow enough to be met")
 
 
-def test_killed_during_a_save_and_stopped_by_a_signal(uninterrupted, tiny, demo_data, tmp_path):
+def test_killed_during_a_save_and_stopped_by_a_signal(uninterrupted, tiny, demo_data, tmp_path, forked_python):
     """kill -9 of the launcher during a save ends everything; the run resumes from the checkpoint before, gets a signal,
     saves, and resumes once more."""
     output = tmp_path / "out"
@@ -182,7 +181,7 @@ def test_killed_during_a_save_and_stopped_by_a_signal(uninterrupted, tiny, demo_
     assert (stopped["status"], stopped["exit_code"]) == ("stopped", outcome.STOPPED)
     assert "--resume_from_checkpoint auto continues from there" in stopped["message"]
 
-    status, out, err = launch("lora", base, demo_data, output, *rare)
+    status, out, err = launch("lora", base, demo_data, output, *rare, PYTHON=forked_python)
     assert status == 0, err
     assert "was locked by process" not in err
     assert result_of(out)["steps"] == 10
@@ -216,16 +215,17 @@ def resume(output: Path, step: int) -> tuple[str, str]:
     return "--resume_from_checkpoint", str(output / f"checkpoint-{step}")
 
 
-def test_another_number_of_processes(uninterrupted, tiny, demo_data, tmp_path):
+def test_another_number_of_processes(uninterrupted, tiny, demo_data, tmp_path, forked_python):
     """Two processes, then one, then two: the same weights as with two all along, up to the order of sums."""
     whole, base = uninterrupted("full", 2), tiny("llama3_v2_5")
     one, two = tmp_path / "one", tmp_path / "two"
     flags = ("--gradient_accumulation_steps", "4", "--save_steps", "2", "--save_total_limit", "9")
-    status, out, err = launch("full", base, demo_data, one, *flags, *resume(whole, 5), GPUS_PER_NODE="1")
+    env = {"GPUS_PER_NODE": "1", "PYTHON": forked_python}
+    status, out, err = launch("full", base, demo_data, one, *flags, *resume(whole, 5), **env)
     assert status == 0, err
     assert "from 2 to 1 processes" in err
     assert result_of(out)["steps"] == 10
-    status, out, err = launch("full", base, demo_data, two, *resume(one, 8))
+    status, out, err = launch("full", base, demo_data, two, *resume(one, 8), PYTHON=forked_python)
     assert status == 0, err
     assert "from 1 to 2 processes" in err
     expected = load_file(whole / "model.safetensors")

@@ -47,7 +47,8 @@ def test_what_is_wrong_is_raised_before_a_process_starts(tiny, tmp_path, monkeyp
         train(deepspeed={"zero_optimization": {1, 2}})
 
 
-def test_a_run_that_fails_has_its_message_and_status(tiny, tmp_path) -> None:
+def test_a_run_that_fails_has_its_message_and_status(tiny, tmp_path, monkeypatch, forked_python) -> None:
+    monkeypatch.setattr("sys.executable", forked_python)
     data = tmp_path / "data.json"
     turns = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A dog."}]
     (tmp_path / "page.jpg").write_text("<html></html>")

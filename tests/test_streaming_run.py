@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import pytest
+from side_by_side import ranks, run_all
 from streaming_worker import run
 from torch.utils.data import DataLoader
 
@@ -45,7 +42,9 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_two_ranks_see_every_record_once_per_pass(tiny: Tiny, demo_data: Path, tmp_path: Path) -> None:
+def test_two_ranks_see_every_record_once_per_pass(
+    tiny: Tiny, demo_data: Path, tmp_path: Path, forked_python: str
+) -> None:
     """From flags to a verified adapter; the loaders have processes of their own."""
     records = json.loads((demo_data / "train.json").read_text())[:TEXTS]
     data = tmp_path / "train.jsonl"
@@ -55,9 +54,9 @@ def test_two_ranks_see_every_record_once_per_pass(tiny: Tiny, demo_data: Path, t
     words += ["--streaming", "true", "--buffer_size", "4", "--max_steps", "5", "--per_device_train_batch_size", "1"]
     words += ["--gradient_accumulation_steps", "2", "--dataloader_num_workers", "1", "--max_slice_nums", "1"]
     words += ["--use_cpu", "true", "--report_to", "none"]
-    outputs = launch([[str(tmp_path / f"rank{rank}.json"), *words] for rank in range(2)])
+    outputs = run_all(*ranks([forked_python, str(WORKER), str(tmp_path), *words]))
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-    assert any("verified" in output for output in outputs)
+    assert any("verified" in output.stdout for output in outputs)
     reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [(report["world"], len(report["seen"])) for report in reports] == [(2, 10)] * 2
     first_pass = []
@@ -67,28 +66,6 @@ def test_two_ranks_see_every_record_once_per_pass(tiny: Tiny, demo_data: Path, t
         assert 0 < share <= len(sources), "the run is shorter than a pass"
         first_pass += [source.rpartition("(id ")[2] for source in sources[:share]]
     assert Counter(first_pass) == {f"{str(record['id'])!r})": 1 for record in records}
-
-
-def launch(commands: list[list[str]]) -> list[str]:
-    """Runs the worker once per rank; what they printed."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    settings = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    settings |= {"PYTHONPATH": str(WORKER.parent.parent), "LOCAL_WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), *words],
-            env={**os.environ, **settings, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, words in enumerate(commands)
-    ]
-    outputs = [rank.communicate(timeout=180)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
-    return outputs
 
 
 def test_a_resumed_run_goes_on_where_it_stopped(tiny: Tiny, lines: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def lines_of(text: str) -> list[str]:
     return [line.strip() for line in BAR.sub("", text).replace("\r", "\n").split("\n") if line.strip()]
 
 
-def launch(model: Path, folder: Path, *flags: str) -> tuple[list[str], dict[str, object], str]:
+def launch(model: Path, folder: Path, *flags: str, **env: str) -> tuple[list[str], dict[str, object], str]:
     """A run of finetune_lora.sh on one record: its lines, the flags in run.yaml, and run.yaml as text."""
     Image.effect_noise((120, 90), 50).convert("RGB").save(folder / "a.png")
     turns = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "Noise."}]
@@ -37,6 +37,7 @@ def launch(model: Path, folder: Path, *flags: str) -> tuple[list[str], dict[str,
         "OUTPUT_DIR": "out",
         "CUDA_VISIBLE_DEVICES": "",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        **env,
     }
     done = subprocess.run(
         ["sh", str(ROOT / "finetune_lora.sh"), *flags],
@@ -54,8 +55,10 @@ def launch(model: Path, folder: Path, *flags: str) -> tuple[list[str], dict[str,
 
 
 @pytest.mark.parametrize("family", ["llama3_v2_5", "v2_6", "v4_6"])
-def test_a_run_prints_at_most_25_lines(family, tiny, tmp_path):
-    lines, flags, recorded = launch(tiny(family), tmp_path)
+def test_a_run_prints_at_most_25_lines(family, tiny, tmp_path, forked_python):
+    """What is printed while libraries are imported is that of one family."""
+    env = {} if family == "llama3_v2_5" else {"PYTHON": forked_python}
+    lines, flags, recorded = launch(tiny(family), tmp_path, **env)
     text = "\n".join(lines)
     assert len(lines) <= MOST_LINES, text
     assert not [words for words in NOISE if words in text], text
@@ -76,10 +79,10 @@ def test_a_run_prints_at_most_25_lines(family, tiny, tmp_path):
     assert "  # use_cpu: true  # derived\n" in recorded
 
 
-def test_flags_of_the_user_are_shown_even_with_default_values(tiny, tmp_path):
+def test_flags_of_the_user_are_shown_even_with_default_values(tiny, tmp_path, forked_python):
     """Also where the launcher gives the same flag; what they cause is still warned of."""
     given = ("--weight_decay", "0", "--max_steps", "1", "--learning_rate", "1e-4", "--llm_type", "minicpm")
-    lines, flags, _ = launch(tiny("v2_6"), tmp_path, *given, "--verify_adapter", "off")
+    lines, flags, _ = launch(tiny("v2_6"), tmp_path, *given, "--verify_adapter", "off", PYTHON=forked_python)
     text = "\n".join(lines)
     shown = dict(line.split() for line in lines if len(line.split()) == 2)
     assert (shown["weight_decay"], shown["learning_rate"], shown["max_steps"]) == ("0", "0.0001", "1")

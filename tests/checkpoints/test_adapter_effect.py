@@ -117,7 +117,7 @@ def test_red_only_on_a_terminal_that_wants_it(monkeypatch, idle):
     assert red("x", screen) == "x"
 
 
-def test_a_run_whose_adapter_changes_nothing_is_an_error(tiny, demo_data, tmp_path):
+def test_a_run_whose_adapter_changes_nothing_is_an_error(tiny, demo_data, tmp_path, forked_python):
     """The learning rate of the only step is that of the start of the warmup: zero."""
     words = [
         "--model_name_or_path",
@@ -132,7 +132,7 @@ def test_a_run_whose_adapter_changes_nothing_is_an_error(tiny, demo_data, tmp_pa
     words += ["--model_max_length", "1024", "--save_strategy", "no"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "finetune.py"), *words],
+        [forked_python, str(ROOT / "finetune.py"), *words],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -268,7 +267,7 @@ def test_videos(tiny, tmp_path):
     assert (tmp_path / "out" / "report.html").read_text().count("<img") == 1
 
 
-def test_two_processes_share_the_work(tiny, demo_data, tmp_path):
+def test_two_processes_share_the_work(tiny, demo_data, tmp_path, forked_python):
     run("--model", tiny("v2_0"), "--data", demo_data / "eval.json", "--out", tmp_path / "one", "--metric", "cer")
     words = ["--model", str(tiny("v2_0")), "--data", str(demo_data / "eval.json"), "--out", str(tmp_path / "two")]
     words += [*SHORT, "--batch_size", "2", "--metric", "cer"]
@@ -278,7 +277,7 @@ def test_two_processes_share_the_work(tiny, demo_data, tmp_path):
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "finetune", "evaluate", *words],
+            [forked_python, "-m", "finetune", "evaluate", *words],
             env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": ""},
             cwd=Path(evaluate.__file__).parents[2],
             stdout=subprocess.PIPE,

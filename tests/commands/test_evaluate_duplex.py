@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,9 @@ def test_an_interrupted_evaluation_goes_on(
     assert main([*flags, str(cut)]) == 0
 
 
-def test_two_processes_give_the_scores_of_one(tiny: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_scores_of_one(
+    tiny: Callable[[str], Path], data: Path, tmp_path: Path, forked_python: str
+) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     flags = ["--model", str(tiny("o4_5")), "--data", str(data), "--batch_size", "1", "--out"]
     assert main([*flags, str(one)]) == 0
@@ -94,7 +95,7 @@ def test_two_processes_give_the_scores_of_one(tiny: Callable[[str], Path], data:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "finetune", "evaluate", *flags, str(two)]
+    command = [forked_python, "-m", "finetune", "evaluate", *flags, str(two)]
     ranks = [subprocess.Popen(command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     ours, theirs = (json.loads((folder / "metrics.json").read_text())["scores"] for folder in (one, two))

@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -84,7 +83,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_what_is_written_is_checked_and_trained(tiny, pictures, tmp_path, capsys):
+def test_what_is_written_is_checked_and_trained(tiny, pictures, tmp_path, capsys, forked_python):
     table = tmp_path / "answers.csv"
     table.write_text("image,answer\n" + "".join(f"{name},yes\n" for name in ("a.png", "b b.jpg", "c.png")))
     folder = tmp_path / "new"
@@ -95,7 +94,7 @@ def test_what_is_written_is_checked_and_trained(tiny, pictures, tmp_path, capsys
     flags = ["--nproc", "1", str(folder / "train.yaml"), "--max_steps", "1", "--warmup_steps", "0"]
     flags += ["--dataloader_num_workers", "0"]
     done = subprocess.run(
-        [sys.executable, "-m", "finetune", "train", *flags],
+        [forked_python, "-m", "finetune", "train", *flags],
         cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -20,6 +20,7 @@ from finetune.checkpoints.run_identity import reference_key
 from finetune.encoding.encoder import Encoder
 from finetune.models import load_model, load_tokenizer
 from finetune.runtime import distributed
+from finetune.runtime.imports import optional_libraries_hidden
 from finetune.training.freezing import adapt
 from finetune.training.gradient_norms import PREFIX
 from preference_trainer import PreferenceTrainer
@@ -65,7 +66,8 @@ def build(argv: Sequence[str]) -> CPMTrainer:
     set_seed(0)
     tokenizer = load_tokenizer(base.folder)
     model = load_model(base.folder, dtype=torch.float32)
-    model = adapt(model, base.family, args.training, args.lora)
+    with optional_libraries_hidden():
+        model = adapt(model, base.family, args.training, args.lora)
     encoder = Encoder(base.family, tokenizer, base.settings, max_slice_nums=args.data.max_slice_nums)
     rates = args.training.part_learning_rates
     data = make_supervised_data_module(args.data, encoder)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,11 +11,11 @@ import pytest
 import torch
 from made_records import EVALUATED, STEPS, write_media_records, write_records
 from safetensors.torch import load_file
+from side_by_side import Command, ranks, run_all
 from stack import FAMILIES, KINDS, OTHERS, near
 from variants import MIXTURE
 from worker import BRIEF, MODES, PACKED, SHORT
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 WORKER = Path(__file__).with_name("worker.py")
 # Measured: losses 2e-6, gradient norms 2e-6.
 LOSS, NORM = 1e-5, 2e-5
@@ -29,22 +26,25 @@ WEIGHTS = {"full": "model*.safetensors", "lora": "adapter_model.safetensors", "e
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory) -> Path:
+def runs(tiny, tmp_path_factory, forked_python: str) -> Path:
     """The folder with the results of every mode: one launch of two ranks, one of a single process."""
     folder = tmp_path_factory.mktemp("equivalence")
     paths = prepare(folder, FAMILIES, tiny)
-    launch([*TORCHRUN, str(WORKER), *paths, "--", *MODES], [sys.executable, str(WORKER), *paths, "--", "alone"])
+    run_all(
+        *ranks([forked_python, str(WORKER), *paths, "--", *MODES]),
+        Command([forked_python, str(WORKER), *paths, "--", "alone"]),
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
-def brief_runs(tiny, tmp_path_factory) -> Path:
+def brief_runs(tiny, tmp_path_factory, forked_python: str) -> Path:
     """The same of the other generations: DDP and ZeRO-3, in full; adapters where the architecture differs."""
     folder = tmp_path_factory.mktemp("brief")
     paths = prepare(folder, OTHERS, tiny)
-    launch([*TORCHRUN, str(WORKER), *paths, "--kinds", "full", "--", "ddp", "zero3-0"])
+    run_all(*ranks([forked_python, str(WORKER), *paths, "--kinds", "full", "--", "ddp", "zero3-0"]))
     paths[paths.index("--families") :] = ["--families", *ADAPTED]
-    launch([*TORCHRUN, str(WORKER), *paths, "--kinds", "lora", "experts", "--", "ddp", "zero3-0"])
+    run_all(*ranks([forked_python, str(WORKER), *paths, "--kinds", "lora", "experts", "--", "ddp", "zero3-0"]))
     return folder
 
 
@@ -53,7 +53,7 @@ MEDIA = {"o4_5": (True, STEPS), "v4_5": (False, 6)}
 
 
 @pytest.fixture(scope="module")
-def media_runs(tiny, tmp_path_factory) -> Path:
+def media_runs(tiny, tmp_path_factory, forked_python: str) -> Path:
     """Text, images, videos and audio in one dataset, alone and in every mode."""
     folder = tmp_path_factory.mktemp("media")
     (folder / "models").mkdir()
@@ -62,9 +62,9 @@ def media_runs(tiny, tmp_path_factory) -> Path:
         data = write_media_records(folder / f"data-{family}", sound=sound, timelines=sound)
         paths = ["--checkpoints", str(folder / "models"), "--data", str(data), "--out", str(folder)]
         paths += ["--families", family, "--kinds", "full", "--steps"]
-        alone = [*paths, str(length), "--", "alone"]
-        launch([*TORCHRUN, str(WORKER), *paths, str(length), "--", *MEDIA_MODES], [sys.executable, str(WORKER), *alone])
-        launch([*TORCHRUN, str(WORKER), *paths, str(BRIEF), "--", *PACKED_MODES])
+        alone = Command([forked_python, str(WORKER), *paths, str(length), "--", "alone"])
+        run_all(*ranks([forked_python, str(WORKER), *paths, str(length), "--", *MEDIA_MODES]), alone)
+        run_all(*ranks([forked_python, str(WORKER), *paths, str(BRIEF), "--", *PACKED_MODES]))
     return folder
 
 
@@ -80,29 +80,6 @@ def prepare(folder: Path, families: Sequence[str], tiny: Callable[[str], Path]) 
         (folder / "models" / family).symlink_to(tiny(family))
     where = ["--checkpoints", str(folder / "models"), "--data", str(data), "--out", str(folder)]
     return [*where, "--families", *families]
-
-
-def launch(*commands: list[str], **more: str) -> None:
-    """Runs commands side by side until all have ended well.
-
-    Args:
-        *commands: what to run.
-        **more: further variables of their environment.
-    """
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", **more}
-    started = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for command in commands
-    ]
-    try:
-        for process in started:
-            # A rank that waits for another one is a hang: the limit is its only alarm.
-            output, _ = process.communicate(timeout=600)
-            assert process.returncode == 0, output[-4000:]
-    finally:
-        for process in started:
-            process.terminate()  # torchrun passes it on to its ranks
 
 
 def result(runs: Path, mode: str, family: str, kind: str) -> dict:

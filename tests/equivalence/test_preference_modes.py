@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
 from made_records import write_pairs
+from side_by_side import Command, ranks, run_all
 from stack import PAIRED
-from test_modes import LOSS, NORM, PART, TORCHRUN, WORKER, launch, result
+from test_modes import LOSS, NORM, PART, WORKER, result
 
 FAMILY = "o2_6"
 MODES = ("ddp", "zero2", "zero3-0")
@@ -17,7 +17,7 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory) -> Path:
+def runs(tiny, tmp_path_factory, forked_python: str) -> Path:
     """Text, images, videos and audio; both launches compute the reference themselves."""
     folder = tmp_path_factory.mktemp("preference")
     (folder / "models").mkdir()
@@ -25,8 +25,8 @@ def runs(tiny, tmp_path_factory) -> Path:
     data = write_pairs(folder / "data", sound=True)
     paths = ["--checkpoints", str(folder / "models"), "--data", str(data), "--out", str(folder), "--families", FAMILY]
     paths += ["--kinds", *PAIRED, "--steps", str(STEPS), "--"]
-    launch([sys.executable, str(WORKER), *paths, "alone"], XDG_CACHE_HOME=str(folder / "one"))
-    launch([*TORCHRUN, str(WORKER), *paths, *MODES], XDG_CACHE_HOME=str(folder / "two"))
+    run_all(Command([forked_python, str(WORKER), *paths, "alone"], {"XDG_CACHE_HOME": str(folder / "one")}))
+    run_all(*ranks([forked_python, str(WORKER), *paths, *MODES], XDG_CACHE_HOME=str(folder / "two")))
     return folder
 
 

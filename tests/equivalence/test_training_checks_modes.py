@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from made_records import write_records
+from side_by_side import ranks, run_all
 from training_checks_worker import FAMILY, FAULTS_BY_MODE
 
 MODES = ("ddp", "zero2", "zero3")
@@ -18,20 +16,14 @@ WORKER = Path(__file__).with_name("training_checks_worker.py")
 
 
 @pytest.fixture(scope="module")
-def ends(tiny, tmp_path_factory) -> dict[str, dict]:
+def ends(tiny, tmp_path_factory, forked_python: str) -> dict[str, dict]:
     """How every run ended, the same on both ranks."""
     folder = tmp_path_factory.mktemp("checks")
     data = write_records(folder / "data")
     (folder / "models").mkdir()
     (folder / "models" / FAMILY).symlink_to(tiny(FAMILY))
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
     paths = ["--checkpoints", str(folder / "models"), "--data", str(data), "--out", str(folder)]
-    done = subprocess.run(
-        [*torchrun, *paths], env=environment, capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    run_all(*ranks([forked_python, str(WORKER), *paths]))
     first, second = ((folder / f"checks-{rank}.json").read_text() for rank in range(2))
     firsts, seconds = json.loads(first), json.loads(second)
     assert {n: end["error"] for n, end in firsts.items()} == {n: end["error"] for n, end in seconds.items()}

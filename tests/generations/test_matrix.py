@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from clips import write_clip
 from matrix_worker import DATA, EXAMPLES, MORE, PAIRS, data_of, kinds_of
 from PIL import Image
 from safetensors import safe_open
+from side_by_side import Command, run_all
 from sounds import write_wav
 from variants import NAMES, VARIANTS
 
@@ -60,7 +58,7 @@ def write_data(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def matrix(tiny, tmp_path_factory) -> Path:
+def matrix(tiny, tmp_path_factory, forked_python: str) -> Path:
     """The folder of all results: trained by one process, then loaded by another."""
     folder = tmp_path_factory.mktemp("generations")
     data = write_data(folder / "data")
@@ -68,12 +66,10 @@ def matrix(tiny, tmp_path_factory) -> Path:
     (folder / "out").mkdir()
     for name in VARIANTS:
         (folder / "models" / name).symlink_to(tiny(name))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(folder)}
     paths = ["--models", str(folder / "models"), "--data", str(data), "--out", str(folder / "out")]
     for action in ("train", "reload"):
-        command = [sys.executable, str(WORKER), action, *paths, "--families", *VARIANTS]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+        words = [forked_python, str(WORKER), action, *paths, "--families", *VARIANTS]
+        run_all(Command(words, {"TMPDIR": str(folder)}), timeout=900)
     return folder / "out"
 
 

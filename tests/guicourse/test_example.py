@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_from_files_to_scores(tiny, tmp_path):
+def test_from_files_to_scores(tiny, tmp_path, forked_python):
     environment = {
         **os.environ,
         "OUT": str(tmp_path / "an out"),
@@ -20,6 +20,7 @@ def test_from_files_to_scores(tiny, tmp_path):
         "GPUS_PER_NODE": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
+        "PYTHON": forked_python,
     }
     flags = ["--max_steps", "1", "--save_strategy", "no", "--dataloader_num_workers", "0", "--check", "off"]
     flags += ["--verify_adapter", "off", "--gradient_checkpointing", "false", "--gradient_accumulation_steps", "1"]

@@ -22,6 +22,7 @@ from sound_batch import add_clips  # noqa: E402
 from visual_batch import Row, make_batch, pack_rows, small_model  # noqa: E402
 
 from finetune.models import MiniCPMO, MiniCPMV  # noqa: E402
+from finetune.runtime.distributed import prepare_deepspeed_on_cpu  # noqa: E402
 from finetune.runtime.outcome import exit_after_handlers  # noqa: E402
 
 # Every vision tower and resampler; the audio tower with audio on one rank only.
@@ -120,10 +121,7 @@ def main() -> None:
     torch.set_num_threads(1)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
-        import deepspeed.ops
-
-        # no public switch keeps DeepSpeed from compiling its shared-memory operator
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
+        prepare_deepspeed_on_cpu()
     results = {family: train(family, out, world) for family in FAMILIES}
     if int(os.environ.get("RANK", "0")) == 0:
         (out / "results.json").write_text(json.dumps(results))

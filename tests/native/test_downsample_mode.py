@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -207,14 +206,14 @@ def test_what_is_remembered_depends_on_it(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def lora(native, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lora(native, demo_data: Path, tmp_path_factory: pytest.TempPathFactory, forked_python: str) -> Path:
     """A run of finetune.py with the environment variable of the published guides; its verification has another."""
     output = tmp_path_factory.mktemp("modes") / "lora"
     words = ["--model_name_or_path", str(native("v4_6")), "--data_path", str(demo_data / "train.json"), "--use_cpu"]
     words += ["true", "--output_dir", str(output), "--max_steps", "1", "--report_to", "none", "--use_lora", "true"]
     words += ["--lora_r", "2", "--learning_rate", "1e-2", "--check", "off", "--dataloader_num_workers", "0"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "finetune.py"), *words, "--disable_tqdm", "true", "--tune_resampler", "false"],
+        [forked_python, str(ROOT / "finetune.py"), *words, "--disable_tqdm", "true", "--tune_resampler", "false"],
         env={**os.environ, VARIABLE: "4x", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

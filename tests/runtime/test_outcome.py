@@ -107,9 +107,9 @@ def test_the_way_out_is_there_before_torch(program):
     subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, check=True)
 
 
-def test_a_data_error_has_its_last_line():
+def test_a_data_error_has_its_last_line(forked_python):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "finetune.py"), "--model_name_or_path", "no/such/folder", "--data_path", "x"],
+        [forked_python, str(ROOT / "finetune.py"), "--model_name_or_path", "no/such/folder", "--data_path", "x"],
         cwd=ROOT,
         capture_output=True,
         text=True,
