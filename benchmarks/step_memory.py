@@ -1,9 +1,10 @@
-"""Memory of a LoRA step above the weights, with lean layers and without: ``python benchmarks/step_memory.py``.
+"""Memory of a LoRA step above the weights, now and before: ``python benchmarks/step_memory.py``.
 
 The plan of the published 8B networks of MiniCPM-V 4.5 and Llama3-V 2.5: a sample of 2048 tokens with ten slices, bf16,
 on a GPU, its layers recomputed in the backward pass and not recomputed, and everything but the weights and the CUDA
 context counted. Then a small network of 4.5 in float32 on the CPU, measured. Every figure is of a process of its own.
-Theirs are the norms and MLPs of transformers, as at commit 1cc6bf4, whose plan has the same figures.
+Theirs has the norms and MLPs of transformers and a resampler that is not recomputed, as at commit 1cc6bf4, whose plan
+has the same figures.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import plan_memory
 from results import Row, append
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.families import by_name
 from finetune.models import minicpmv
+from finetune.planning import activation_trace, meta_step
 from finetune.planning.memory_estimate import MemoryEstimator
 from finetune.planning.training_setup import SampleShape, TrainingSetup
 
@@ -45,9 +48,13 @@ def measured(how: str) -> float:
     return measured(plan_memory.config_of(case), *plan_memory.CASES[case])[1]
 
 
-def without_lean_layers() -> None:
-    """Models that are built from now on in this process have transformers' own norms and MLPs."""
+def as_before() -> None:
+    """Models of this process have transformers' own norms and MLPs, and a resampler that is not recomputed."""
     minicpmv.put_lean_layers = lambda llm: None
+    minicpmv.recomputed_in_chunks = lambda resampler, items: resampler(
+        items.patches, items.sizes, items.times, items.groups
+    )
+    activation_trace.RECOMPUTED = meta_step.RECOMPUTED = (GradientCheckpointingLayer,)
 
 
 def of(side: str, what: str, how: str) -> float:
@@ -66,7 +73,7 @@ def of(side: str, what: str, how: str) -> float:
 def one(side: str, what: str, how: str) -> float:
     """As ``of``, in this process."""
     if side == "theirs":
-        without_lean_layers()
+        as_before()
     return measured(how) if what == "measured" else planned(what, recomputed=how == "recomputed")
 
 

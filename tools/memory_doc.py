@@ -97,10 +97,10 @@ TAIL = """
 ## Flags that save memory
 
 - `--gradient_checkpointing true`: the layers of the LLM, the vision and the audio tower are recomputed in the backward
-  pass. `--checkpoint_parts llm` (or `llm vision`, ...) recomputes only these. A frozen tower runs without a graph and
-  stores no activations either way. `--checkpoint_parts fit` makes this estimate when training starts, for its flags,
-  its records and the memory of its GPU, and recomputes nothing, the tower, the LLM or everything, the first that fits;
-  the log prints its choice. Without a GPU everything is recomputed.
+  pass, and the resampler, a few items at a time. `--checkpoint_parts llm` (or `llm vision`, ...) recomputes only these.
+  A frozen tower runs without a graph and stores no activations either way. `--checkpoint_parts fit` makes this estimate
+  when training starts, for its flags, its records and the memory of its GPU, and recomputes nothing, the tower, the LLM
+  or everything, the first that fits; the log prints its choice. Without a GPU everything is recomputed.
 - `--vision_batch 8`: at most 8 visual items (thumbnails, slices, frames; packed frames stay together) pass the vision
   tower at once. Loss and gradients stay the same. It bounds the memory of a frozen tower and of one whose layers are
   recomputed. Under ZeRO-3 ranks agree on the number of chunks in every step, and those with fewer run a tiny grey

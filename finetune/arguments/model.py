@@ -78,8 +78,9 @@ class MemoryArguments:
     checkpoint_parts: list[str] | None = field(
         default=None,
         metadata={
-            "help": "With gradient_checkpointing, the parts whose layers are recomputed. Default: all; a frozen tower "
-            "stores no activations. fit: as few parts as the memory estimate for the GPU allows, possibly none.",
+            "help": "With gradient_checkpointing, the parts whose layers are recomputed. Default: all, and the "
+            "resampler; a frozen tower stores no activations. fit: as few parts as the memory estimate for the GPU "
+            "allows, possibly none.",
             "choices": ["llm", "vision", "audio", "fit"],
         },
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,12 @@ from finetune.models.kv_cache import NAMES, as_installed, cache_of
 from finetune.models.language_model import LANGUAGES, embedding_scale, logits_scaling
 from finetune.models.lean_layers import put_lean_layers
 from finetune.models.lm_head_loss import put_head, supervised_loss
-from finetune.models.memory_saving import MemorySavingMixin, chunk_counts, chunks_on_all_ranks
+from finetune.models.memory_saving import (
+    MemorySavingMixin,
+    chunk_counts,
+    chunks_on_all_ranks,
+    recomputed_in_chunks,
+)
 from finetune.models.packed_attention import packed_arguments
 from finetune.models.resampler import RESAMPLERS, Resampler
 from finetune.models.strict_loading import StrictLoadingMixin
@@ -297,6 +302,8 @@ class MiniCPMV(  # pyright: ignore[reportIncompatibleMethodOverride]
         with torch.set_grad_enabled(trained and trainable(self.vpm)):
             features = self.vpm(items.patches, items.sizes)
         with torch.set_grad_enabled(trained and (features.requires_grad or trainable(self.resampler))):
+            if self.recompute_resampler and self.training and torch.is_grad_enabled():
+                return recomputed_in_chunks(self.resampler, replace(items, patches=features))
             return self.resampler(features, items.sizes, items.times, items.groups)
 
     def get_input_embeddings(self) -> nn.Module:

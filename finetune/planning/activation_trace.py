@@ -20,8 +20,12 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from finetune.models.resampler import Resampler
 from finetune.planning.alike_layers import shared
 from finetune.planning.traced_block import TracedBlock
+
+RECOMPUTED = (GradientCheckpointingLayer, Resampler)
+"""Modules that gradient checkpointing recomputes."""
 
 
 class _Flash(torch.autograd.Function):
@@ -209,7 +213,7 @@ def tracing(
         trace.weights[id(tensor.untyped_storage())] = tensor.untyped_storage()
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer):
+        if isinstance(module, RECOMPUTED):
             handles += _watch(trace, module, part_of(name))
     try:
         stand_ins = _StandIns(trace, padded=padded, gpu=gpu, autocast=autocast)

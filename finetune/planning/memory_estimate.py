@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from finetune.families import detect
+from finetune.models.memory_saving import RESAMPLED_PATCHES
 from finetune.planning.meta_model import build_meta_model, prepare_meta_model, quantised
 from finetune.planning.meta_step import LM_HEAD, blocks_of_step
 from finetune.planning.traced_block import TracedBlock
@@ -125,7 +126,7 @@ class MemoryEstimator:
             ArgumentError: flags that contradict each other or the family.
         """
         resting = self.resting(setup)
-        blocks = [_with_vision_batch(block, setup, shape) for block in self.blocks(setup, shape)]
+        blocks = [_in_chunks(block, setup, shape) for block in self.blocks(setup, shape)]
         peak = max((*_timeline(blocks, setup, resting), self._in_step(setup, resting)), key=lambda m: m.total)
         if not self.gpu:
             return peak
@@ -232,17 +233,23 @@ def _timeline(blocks: list[TracedBlock], setup: TrainingSetup, resting: MemoryEs
             grown = min(grown + block.gradients // share, resting.gradients)
 
 
-def _with_vision_batch(block: TracedBlock, setup: TrainingSetup, shape: SampleShape) -> TracedBlock:
-    """A block of the vision part when --vision_batch limits the items per pass.
+def _in_chunks(block: TracedBlock, setup: TrainingSetup, shape: SampleShape) -> TracedBlock:
+    """A block of the vision part when it is called on a chunk of the items: by --vision_batch, or to recompute it.
 
     Temporary tensors shrink; saved activations do not, unless they are recomputed, which is done chunk by chunk too.
+    The gradients of the chunks are then added up until the last one is there.
     """
     items = shape.batch * shape.items
-    if block.part not in ("vision", "resampler") or setup.vision_batch is None or setup.vision_batch >= items:
+    most = items if setup.vision_batch is None else setup.vision_batch
+    if block.part == "resampler" and _is_recomputed(block, setup) and setup.stage != 3:
+        most = min(most, max(RESAMPLED_PATCHES // shape.patches, 1))
+    if block.part not in ("vision", "resampler") or most >= items:
         return block
-    share = setup.vision_batch / items
-    saved = round(block.saved * share) if _is_recomputed(block, setup) else block.saved
-    return replace(block, widest=round(block.widest * share), saved=saved)
+    widest = round(block.widest * most / items)
+    if not _is_recomputed(block, setup):
+        return replace(block, widest=widest)
+    saved = block.copies + round((block.saved - block.copies) * most / items)
+    return replace(block, widest=widest, saved=saved, largest=block.gradients)
 
 
 def _is_recomputed(block: TracedBlock, setup: TrainingSetup) -> bool:

@@ -196,11 +196,12 @@ def _recomputing(training: TrainingArguments, setup: TrainingSetup, parts: Itera
         named = " ".join(part for part in known if part in more)
         flags = "--gradient_checkpointing true"
         if training.checkpoint_parts or price < 6:
-            flags += f" --checkpoint_parts {named}"
-        yield _recompute_change(price, flags, tuple(sorted(more)))
+            yield _recompute_change(price, f"{flags} --checkpoint_parts {named}", tuple(sorted(more)))
+        else:
+            yield _recompute_change(price, flags, None)
 
 
-def _recompute_change(price: float, flags: str, parts: tuple[str, ...]) -> Change:
+def _recompute_change(price: float, flags: str, parts: tuple[str, ...] | None) -> Change:
     return Change("recompute", price, flags, lambda s, b: (replace(s, checkpointing=True, checkpoint_parts=parts), b))
 
 

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.families.family import Family
 from finetune.models.adapters import base_model_of
 from finetune.models.language_model import logits_scaling
 from finetune.models.lm_head_loss import LMHeadLoss, nll_of, rows_at_once
 from finetune.models.minicpmv4_6 import NativeModelMixin
-from finetune.planning.activation_trace import tracing
+from finetune.planning.activation_trace import RECOMPUTED, tracing
 from finetune.planning.traced_block import TracedBlock
 from finetune.planning.training_setup import SampleShape
 from finetune.training.freezing import part_of
@@ -118,7 +117,7 @@ def _share_gradients(base_model: Any, parts: Mapping[str, tuple[str, ...]], bloc
     inside = {
         id(parameter)
         for module in base_model.modules()
-        if isinstance(module, GradientCheckpointingLayer)
+        if isinstance(module, RECOMPUTED)
         for parameter in module.parameters()
     }
     output: Any = base_model.get_output_embeddings()

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.modeling_layers import GradientCheckpointingLayer
 from visual_batch import Row, gradients, make_batch
 
-from finetune.models import MiniCPMO, MiniCPMV
+from finetune.models import MiniCPMO, MiniCPMV, memory_saving
 
 ROWS: list[Row] = [(3, [(4, 6)], 5), (6, [], 4), (2, [(3, 3), (5, 2)], 6)]
 
@@ -67,6 +67,35 @@ def test_layers_are_really_run_again(model: MiniCPMV) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     loss_and_gradients(model, batch)
     assert len(counts) - once > once
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["tower trained", "tower frozen"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_resampler_is_run_again_in_chunks(
+    model: MiniCPMV, monkeypatch: pytest.MonkeyPatch, reentrant: bool, frozen: bool
+) -> None:
+    """Items of 24, 9 and 10 patches: the last two are one chunk."""
+    monkeypatch.setattr(memory_saving, "RESAMPLED_PATCHES", 19)
+    model.vpm.requires_grad_(not frozen)
+    batch = make_batch(ROWS, model.query_num)
+    model.train()
+    plain = loss_and_gradients(model, batch)
+    calls: list[int] = []
+    model.resampler.ln_post.register_forward_hook(lambda _, args, __: calls.append(len(args[0])))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    loss, grads = loss_and_gradients(model, batch)
+    assert sorted(calls) == [1, 1, 2, 2]
+    assert loss == pytest.approx(plain[0], abs=1e-6)
+    assert set(grads) == set(plain[1])
+    for name, grad in grads.items():
+        assert torch.allclose(grad, plain[1][name], atol=1e-6, rtol=1e-4), name
+    calls.clear()
+    model.eval()
+    loss_and_gradients(model, batch)
+    model.train()
+    model.gradient_checkpointing_disable()
+    assert_equal(plain, loss_and_gradients(model, batch))
+    assert calls == [3, 3]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -29,6 +29,8 @@ from finetune.runtime.outcome import exit_after_handlers  # noqa: E402
 FAMILIES = ("v2_0", "llama3_v2_5", "v4_5", "o2_6")
 # Of these every rank packs its rows into one, while the process alone pads them.
 PACKED = ("v4_5", "o2_6")
+# And of these it recomputes layers and resampler.
+RECOMPUTED = ("llama3_v2_5", "v4_5")
 
 # Two rows per rank and step. Step 1: images of two sizes against text; 2: text against four items of three sizes;
 # 3: text only, one rank without labels; 4: one item against two.
@@ -86,6 +88,7 @@ def train(family: str, out: Path, world: int) -> dict:
         prediction_loss_only=True,
         deepspeed=ZERO3 if world > 1 else None,
         use_cpu=True,
+        gradient_checkpointing=world > 1 and family in RECOMPUTED,
         disable_tqdm=True,
     )
     if world > 1:

@@ -155,13 +155,20 @@ IMAGES = SampleShape(tokens=256, items=2, patches=256)
     [
         (SMALL, TrainingSetup(method="full", checkpointing=False), IMAGES),
         (SMALL, TrainingSetup(method="lora", checkpointing=True), replace(IMAGES, batch=2)),
+        (SMALL, TrainingSetup(method="lora", checkpointing=True), replace(IMAGES, items=12)),
         (SMALL, TrainingSetup(method="full", checkpoint_parts=("vision",)), IMAGES),
         (SMALL, TrainingSetup(method="full", checkpoint_parts=("llm",)), IMAGES),
         (SMALL_MIXTURE, TrainingSetup(method="full", checkpointing=False), TEXT),
         (SMALL_MIXTURE, TrainingSetup(method="lora", checkpointing=True), replace(IMAGES, batch=2)),
     ],
     ids=[
-        *("full", "LoRA, layers run again", "full, vision run again", "full, LLM run again"),
+        *(
+            "full",
+            "LoRA, layers run again",
+            "resampler in two chunks",
+            "full, vision run again",
+            "full, LLM run again",
+        ),
         *("mixture, full, text", "mixture, LoRA, layers run again"),
     ],
 )
