@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from made_checkpoints import checkpoint, sign, training
 from safetensors.torch import save_file
 
 from finetune.checkpoints.checkpoint_manager import rotate
-from finetune.checkpoints.manifest import checkpoints, describe, fault, mark_doubtful, read, write
+from finetune.checkpoints.manifest import File, checkpoints, describe, fault, mark_doubtful, read, write
 from finetune.checkpoints.pickle_check import ForeignCodeError
 from finetune.checkpoints.resume import ResumeError, choose_checkpoint
 from finetune.checkpoints.run_identity import RunIdentity
@@ -276,6 +277,16 @@ def test_a_run_that_went_back_goes_on_with_what_it_made_there(tmp_path):
     rotate(tmp_path, 1, "r", None)
     assert not left.exists()
     assert later.exists()
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (3 << 20) + 5])
+def test_a_hash_is_of_the_whole_file(tmp_path, size):
+    content = bytes(range(251)) * (size // 251 + 1)
+    (tmp_path / "weights").write_bytes(content[:size])
+    write(tmp_path, 1, describe(training(tmp_path)))
+    found = read(tmp_path)
+    assert found is not None
+    assert found.files["weights"] == File(size, f"xxh3_128:{xxhash.xxh3_128_hexdigest(content[:size])}")
 
 
 def test_checkpoints_of_another_run_are_neither_taken_nor_removed(tmp_path, caplog):
