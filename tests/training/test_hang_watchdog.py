@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -38,10 +37,10 @@ for step, _ in enumerate(DataLoader(Stuck(), batch_size=None, num_workers=1)):
 """
 
 
-def test_a_run_that_stands_still_ends_with_its_stacks_and_samples(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", HANGS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
-    )
+def test_a_run_that_stands_still_ends_with_its_stacks_and_samples(tmp_path, forked_python):
+    (tmp_path / "hangs.py").write_text(HANGS)
+    command = [forked_python, str(tmp_path / "hangs.py"), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == outcome.FAILED, done.stderr
     message = json.loads(done.stdout.removeprefix("result="))["message"]
     assert message.startswith("step 2: nothing was finished for 2 seconds (--hang_timeout 2)")
