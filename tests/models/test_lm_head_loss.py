@@ -210,3 +210,22 @@ def test_a_resized_output_layer_is_still_ours() -> None:
     model.resize_token_embeddings(170, mean_resizing=False)
     assert type(model.get_output_embeddings()) is LMHeadLoss
     assert model.get_output_embeddings().weight.shape == (170, 256)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 8), (1, 1, 8), (2, 8), (2, 1, 8), (8, 1, 8), (2, 4, 8), (9, 1, 8), (2, 2**13 + 1)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_decoding_steps_are_those_of_the_layer(shape, dtype):
+    linear = nn.Linear(shape[-1], 31, bias=False).to(dtype)
+    hidden = torch.randn(shape).to(dtype)
+    expected = linear(hidden)
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context():
+            logits = LMHeadLoss(linear)(hidden)
+        assert logits.shape == (*shape[:-1], 31)
+        assert logits.dtype == dtype
+        assert logits.requires_grad == (context is torch.enable_grad)
+        torch.testing.assert_close(logits, expected)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert LMHeadLoss(linear)(hidden).dtype == torch.bfloat16
