@@ -37,8 +37,8 @@ from tokenizers import AddedToken
 from dataset import DataCollator, SupervisedDataset
 from finetune.encoding.encoder import Encoder
 from finetune.families import by_name
-from finetune.media.worker_process import keep_freed_memory
 from finetune.readers.mixture import open_data
+from finetune.utils.malloc import keep_freed_memory
 
 CONFIG = mix.CONFIG | {"version": 2.6, "query_num": 64}
 _TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<image_id>", "</image_id>")

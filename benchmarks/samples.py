@@ -3,7 +3,7 @@
 The mix is 11 photos of 640x480, 2 of 1344x1344, 2 screenshots of 1920x1080 (PNG) and 1 photo of 12 megapixels, each
 with a question and an answer of some 400 tokens in all, for MiniCPM-Llama3-V 2.5 (96 placeholders, at most 9 slices).
 Both sides run in turn on one thread, theirs in this process as training does it there, ours in another one with the
-settings of our dataloader workers (finetune/media/worker_process.py); of the CPU time of every sample the median of the
+settings of our dataloader workers (finetune/utils/malloc.py); of the CPU time of every sample the median of the
 rounds counts. Ids, labels, bounds and pixels of both sides are compared, those of --image_backend fast too; any
 difference ends the run.
 
@@ -46,8 +46,8 @@ from finetune.encoding.example import Example
 from finetune.encoding.text_inputs import text_tensors
 from finetune.families import by_name
 from finetune.media.slicing import SlicePlan
-from finetune.media.worker_process import keep_freed_memory
 from finetune.readers.mixture import open_data
+from finetune.utils.malloc import keep_freed_memory
 
 Job = Callable[[], Any]
 IDENTICAL, FAST, TEXT = (

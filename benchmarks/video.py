@@ -45,8 +45,8 @@ from finetune.encoding.video_frames import decoded, expand_videos, plan_video, p
 from finetune.families import by_name
 from finetune.media import image
 from finetune.media.video_sampling import Length, VideoOptions
-from finetune.media.worker_process import keep_freed_memory
 from finetune.sample import Media, Message, Sample, Source
+from finetune.utils.malloc import keep_freed_memory
 
 GOAL = 3.0
 SIZE, SECONDS, RATE, KEY_FRAMES, FRAMES = (1920, 1080), 60, 25, 250, 64

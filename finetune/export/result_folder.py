@@ -19,6 +19,7 @@ from finetune.checkpoints.model_card import with_code_note
 from finetune.export.sharded_writer import WeightFiles, check_export_space
 from finetune.model_folders.output_contents import RUN_FILE
 from finetune.utils.errors import UserError
+from finetune.utils.malloc import return_freed_memory
 from finetune.utils.paths import expand
 
 # File with the sources of an export; a folder that has it may be replaced.
@@ -86,6 +87,8 @@ def check_target(target: Path, sources: Sequence[Path], *, overwrite: bool) -> N
 def write_model(folder: Path, base: BaseCheckpoint, files: WeightFiles, *, dtype: torch.dtype | None, card: str) -> int:
     """Writes a model folder: weights, config.json, tokenizer, processor and code files of the base, and a card.
 
+    The weights are written one by one, and the process returns the memory of each (``return_freed_memory``).
+
     Args:
         folder: an empty folder.
         base: the checkpoint; everything but the weights, downsample_mode and use_image_id is copied from it.
@@ -97,6 +100,7 @@ def write_model(folder: Path, base: BaseCheckpoint, files: WeightFiles, *, dtype
         Number of weight files.
     """
     check_export_space(folder, files.total_size)
+    return_freed_memory()
     copy_base_files(base, folder, FULL_FILES)
     config = read_config(folder)
     before = copy.deepcopy(config)

@@ -5,7 +5,6 @@ A worker records the sample that it encodes where its rank can read it (``worker
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import signal
@@ -18,10 +17,8 @@ from pathlib import Path
 import psutil
 
 from finetune.runtime.processes import end_with_rank
+from finetune.utils.malloc import keep_freed_memory
 
-# mallopt parameters of glibc's malloc.h, and their values in bytes.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_KEPT, _LARGEST = 128 << 20, 32 << 20
 _NICENESS = 10
 
 # Bytes for the name of a worker's current sample, and seconds to wait for its stack dump.
@@ -35,9 +32,6 @@ _report_files: tuple[int, int] | None = None
 
 def configure_worker(sample: str = "") -> None:
     """Sets up the dataloader worker that calls it (once) and records its current sample; no effect elsewhere.
-
-    By default glibc returns large blocks to the kernel, which zeroes the pages again for the next image. With these
-    settings a process keeps up to 128 MiB.
 
     Args:
         sample: name of the current sample, for ``worker_report``.
@@ -109,15 +103,6 @@ def _handles_sigusr2(process: int) -> bool:
         return False
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
     return bool(int(caught.split()[1], 16) >> (signal.SIGUSR2 - 1) & 1)
-
-
-@cache
-def keep_freed_memory() -> bool:
-    """Makes malloc keep freed memory; False where the C library is not glibc."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return all([mallopt(_MMAP_THRESHOLD, _LARGEST), mallopt(_TRIM_THRESHOLD, _KEPT)])
 
 
 @cache

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from finetune.media import worker_process
+from finetune.utils.malloc import keep_freed_memory
 
 
 class Settled(Dataset[tuple[bool, int]]):
@@ -19,14 +19,14 @@ class Settled(Dataset[tuple[bool, int]]):
 
     def __getitem__(self, index: int) -> tuple[bool, int]:
         worker_process.configure_worker()
-        kept = worker_process.keep_freed_memory
-        return kept.cache_info().currsize == 1 and kept(), os.getpriority(os.PRIO_PROCESS, 0)
+        kept = keep_freed_memory.cache_info().currsize == 1 and keep_freed_memory()
+        return kept, os.getpriority(os.PRIO_PROCESS, 0)
 
 
 @pytest.fixture(autouse=True)
 def unsettled() -> None:
     """Loader processes start as copies of this one."""
-    worker_process.keep_freed_memory.cache_clear()
+    keep_freed_memory.cache_clear()
     worker_process.lower_worker_priority.cache_clear()
 
 
@@ -40,10 +40,4 @@ def test_only_loader_processes_settle(monkeypatch: pytest.MonkeyPatch, workers: 
     found = list(DataLoader(Settled(), batch_size=None, num_workers=workers))
     assert found == [[True, min(here + below, 19)] if workers else [False, here]] * 2
     assert os.getpriority(os.PRIO_PROCESS, 0) == here
-    assert worker_process.keep_freed_memory.cache_info().currsize == 0
-
-
-def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    assert worker_process.keep_freed_memory() is False
-    worker_process.keep_freed_memory.cache_clear()
+    assert keep_freed_memory.cache_info().currsize == 0
