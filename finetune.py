@@ -106,12 +106,10 @@ def make_encoder(args: Arguments, base: BaseCheckpoint) -> Encoder:
     """The encoder of the checkpoint (tokenizer, chat template, image settings), which turns samples into tensors."""
     from transformers import set_seed
 
-    from finetune.batching.dataloaders import check_kernels
     from finetune.encoding.chat_template_check import check_chat_template
     from finetune.encoding.encoder import Encoder
     from finetune.tokenizers.tokenization import load_tokenizer
 
-    check_kernels(args.training, base.family, from_hub=args.model.use_hub_kernels)
     set_seed(args.training.seed)
     tokenizer = load_tokenizer(base.folder, duplex_prompt=base.duplex_name)
     if args.data.thinking != "keep" and "<think>" not in tokenizer.get_vocab():

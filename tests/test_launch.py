@@ -54,16 +54,10 @@ def start(folder: Path, body: str, name: str = "rank.py", python: str = sys.exec
         [python, "-m", "finetune.launch", *words],
         cwd=ROOT,
         env={**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        preexec_fn=_hear_ctrl_c,
         stdout=-1,
         stderr=-1,
         text=True,
     )
-
-
-def _hear_ctrl_c() -> None:
-    """For tests that run in the background of a shell, where Ctrl-C is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def left(folder: Path) -> list[str]:

@@ -27,16 +27,11 @@ outcome.exit_after_handlers(outcome.STOPPED)
 CAN_SAVE = "outcome.watch.can_save({seconds}, lambda: {failed})"
 
 
-def _hear_ctrl_c() -> None:
-    """For tests that run in the background of a shell, where Ctrl-C is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def ended(setup: str, *signals: signal.Signals, saving: str = "") -> tuple[int, list[str], str]:
     """Status, lines on stdout behind the first, and stderr of a process that gets signals."""
     code = CODE.format(setup=setup, saving=saving)
     words = [sys.executable, "-c", code]
-    process = subprocess.Popen(words, cwd=ROOT, preexec_fn=_hear_ctrl_c, stdout=-1, stderr=-1, text=True)
+    process = subprocess.Popen(words, cwd=ROOT, stdout=-1, stderr=-1, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     for number in signals:
