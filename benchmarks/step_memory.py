@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -48,13 +50,18 @@ def measured(how: str) -> float:
     return measured(plan_memory.config_of(case), *plan_memory.CASES[case])[1]
 
 
-def as_before() -> None:
-    """Models of this process have transformers' own norms and MLPs, and a resampler that is not recomputed."""
-    minicpmv.put_lean_layers = lambda llm: None
-    minicpmv.recomputed_in_chunks = lambda resampler, items: resampler(
-        items.patches, items.sizes, items.times, items.groups
-    )
-    activation_trace.RECOMPUTED = meta_step.RECOMPUTED = (GradientCheckpointingLayer,)
+@contextmanager
+def as_before() -> Iterator[None]:
+    """Within, models have transformers' own norms and MLPs, and a resampler that is not recomputed."""
+    with ExitStack() as stack:
+        for module, name, value in (
+            (minicpmv, "put_lean_layers", lambda llm: None),
+            (minicpmv, "recomputed_in_chunks", lambda resampler, x: resampler(x.patches, x.sizes, x.times, x.groups)),
+            (activation_trace, "RECOMPUTED", (GradientCheckpointingLayer,)),
+            (meta_step, "RECOMPUTED", (GradientCheckpointingLayer,)),
+        ):
+            stack.enter_context(patch.object(module, name, value))
+        yield
 
 
 def of(side: str, what: str, how: str) -> float:
@@ -72,9 +79,8 @@ def of(side: str, what: str, how: str) -> float:
 
 def one(side: str, what: str, how: str) -> float:
     """As ``of``, in this process."""
-    if side == "theirs":
-        as_before()
-    return measured(how) if what == "measured" else planned(what, recomputed=how == "recomputed")
+    with as_before() if side == "theirs" else nullcontext():
+        return measured(how) if what == "measured" else planned(what, recomputed=how == "recomputed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -174,21 +174,13 @@ def test_plan_memory(script, capsys, case):
 
 def test_step_memory(script, monkeypatch, capsys):
     """Both sides in this process, of the smallest case of the other benchmark's network."""
-    from finetune.models import minicpmv
-
     module, plan = script("step_memory"), script("plan_memory")
     setup, shape = plan.CASES["LoRA, images"]
     small = {case: (setup, replace(shape, tokens=128, items=1)) for case in ("LoRA, images, layers run again",)}
     small["LoRA, images"] = small["LoRA, images, layers run again"]
     script("plan_memory", CONFIG=plan.CONFIG | {"num_hidden_layers": 2, "vocab_size": 2000}, CASES=small)
     monkeypatch.setattr(module, "FAMILIES", ("v2_6",))
-    lean = minicpmv.put_lean_layers
-
-    def of(side: str, what: str, how: str) -> float:
-        monkeypatch.setattr(minicpmv, "put_lean_layers", lean)
-        return module.one(side, what, how)
-
-    script("step_memory", of=of).main(["--dry"])
+    script("step_memory", of=module.one).main(["--dry"])
     found = figures(capsys.readouterr().out)
     assert len(found) == 4
     assert all(ours <= theirs for ours, theirs, _ in found)

@@ -11,7 +11,7 @@ import pytest
 from finetune.utils import malloc
 
 BLOCKS, SIZE = 32, 4 << 20
-# Large blocks with a small one behind each, as a merge makes them; after a first large block was freed.
+# Large blocks with a smaller one behind each, as a merge makes them; after a first large block was freed.
 PROGRAM = f"""
 import ctypes, re
 from finetune.utils import malloc
@@ -24,7 +24,7 @@ blocks = []
 for _ in range({BLOCKS}):
     blocks.append(c.malloc({SIZE}))
     ctypes.memset(blocks[-1], 1, {SIZE})
-    c.malloc(1000)
+    c.malloc(120_000)  # larger than any gap that python may have left
 full = int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
 for block in blocks:
     c.free(block)
