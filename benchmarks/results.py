@@ -42,7 +42,7 @@ def append(benchmark: str, rows: Iterable[Row], packages: Sequence[str], hardwar
 
 
 def rows() -> list[dict[str, str]]:
-    """The rows of results.csv, the oldest first; the first ones name no commit."""
+    """The rows of results.csv, the oldest first; the first ones name the commit that added them."""
     with FILE.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file, restval=""))
 
