@@ -269,7 +269,7 @@ def test_fast_backend_takes_every_picture(zoo: Path, kind: str) -> None:
         assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs, field.name
 
 
-@pytest.mark.parametrize("family", ["v4_6", "v4_7", "ocr1_0"])
+@pytest.mark.parametrize("family", ["v4_6", "v4_7"])
 def test_fast_backend_before_a_processor_of_transformers(tiny, zoo: Path, family: str) -> None:
     base = resolve_base(tiny(family))
     plain, quick = (
