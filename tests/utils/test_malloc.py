@@ -33,7 +33,6 @@ print((full - left) * 1024)
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
 @pytest.mark.parametrize(
     ("call", "returned"), [("malloc.keep_freed_memory()", False), ("malloc.return_freed_memory()", True)]
 )
