@@ -111,11 +111,9 @@ def _height_first(image: Image.Image, size: Size) -> np.ndarray:
     return resize_width(resize_height(pixels(image), size[1]), size[0])
 
 
-def slice_image(
-    image: Image.Image, plan: SlicePlan, resize: Callable[[Image.Image, Sequence[Size]], list[np.ndarray]] = resized
-) -> list[np.ndarray]:
+def slice_image(image: Image.Image, plan: SlicePlan) -> list[np.ndarray]:
     """The visual items of an RGB image: the thumbnail, then the slices row by row; see ``pixels``."""
-    thumbnail, *refined = resize(image, [plan.thumbnail] if plan.refined is None else [plan.thumbnail, plan.refined])
+    thumbnail, *refined = resized(image, [plan.thumbnail] if plan.refined is None else [plan.thumbnail, plan.refined])
     return [thumbnail, *(item for each in refined for item in slices(each, plan))]
 
 
